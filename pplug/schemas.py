@@ -1,0 +1,83 @@
+"""What one row of each table holds: Arrow schemas, shared by every job.
+
+`bucket` and `user_key` are functions of `user_id` (see `infra.shards`): rows of one user lie together, and the log's
+statistics hold `user_key` only, never a user id. Vectors are `list<float32>` with values rounded to 16 bits
+(Delta has neither float16 nor a list of fixed size).
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_TIME = pa.timestamp("us", tz="UTC")
+_VECTOR = pa.list_(pa.float32())
+_SHARD = [pa.field("bucket", pa.int32()), pa.field("user_key", pa.string())]
+
+
+def _schema(*fields: tuple[str, pa.DataType], shard: bool = True) -> pa.Schema:
+    return pa.schema((_SHARD if shard else []) + [pa.field(name, kind) for name, kind in fields])
+
+
+HISTORIES = _schema(
+    ("user_id", pa.string()),
+    ("item_id", pa.string()),
+    ("position", pa.int64()),  # order within the user as given
+    ("occurred_at", _TIME),  # null: unknown
+    ("fields", pa.map_(pa.string(), pa.string())),
+    ("text_hash", pa.string()),  # of the fields: history.text_hash
+)
+
+REQUESTS = _schema(
+    ("request_id", pa.string()),
+    ("user_id", pa.string()),
+    ("owner_id", pa.string()),  # the person; = user_id unless one history is kept a question
+    ("task", pa.string()),
+    ("input", pa.string()),
+    ("as_of", _TIME),  # null with as_of_position null: the whole history counts
+    ("as_of_position", pa.int64()),
+    ("target", pa.string()),  # null outside training and evaluation
+)
+
+EMBEDDINGS = _schema(
+    ("text_hash", pa.string()),
+    ("encoder_id", pa.string()),
+    ("vector", _VECTOR),  # D values
+)
+
+PERSONAS = _schema(
+    ("user_id", pa.string()),
+    ("n_items", pa.int64()),
+    ("last_item_at", _TIME),
+    ("history_hash", pa.string()),
+    ("encoder_id", pa.string()),
+    ("plug_id", pa.string()),  # null: refreshed without a plug
+    ("mean_vector", _VECTOR),  # D values, for drift figures only
+    ("persona", _VECTOR),  # P*H values, row by row; null without a plug
+)
+
+GENERATIONS = _schema(
+    ("run_id", pa.string()),
+    ("request_id", pa.string()),
+    ("method", pa.string()),
+    ("user_id", pa.string()),
+    ("text", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("output_tokens", pa.int32()),
+    ("persona", pa.string()),  # attention, mean or none
+    ("llm_id", pa.string()),
+    ("plug_id", pa.string()),
+    ("adapter_id", pa.string()),
+    ("encoder_id", pa.string()),
+    ("decoding_id", pa.string()),
+    ("error", pa.string()),  # null: a reply
+)
+
+REJECTS = _schema(
+    ("job", pa.string()),
+    ("run_id", pa.string()),
+    ("key", pa.string()),  # what identifies the row where it came from
+    ("reason", pa.string()),  # a short constant, countable
+    ("detail", pa.string()),  # never the user's text
+    shard=False,
+)
