@@ -1,0 +1,88 @@
+"""The frozen LLM in transformers: loading, identity, and the embeddings that persona rows are put between.
+
+Used by training, by the `transformers` engine and by checks of the vLLM engine. No gradient buffers for its weights.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pplug.identity import model_folder, short_id, weights_id
+from pplug.splice import PromptLayout, Splicer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LLMConfig(BaseModel):
+    """Which LLM, and how requests become prompts for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Folder or hub name of a causal LM or an encoder-decoder."""
+    revision: str | None = None
+    """Commit of the weights on the hub."""
+    layout: PromptLayout = PromptLayout()
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights in training. auto: bfloat16 on a GPU, float32 elsewhere. Not part of the identity."""
+
+
+def llm_id(config: LLMConfig) -> str:
+    """Identity of model, tokenizer and prompt layout."""
+    folder = model_folder(config.model, config.revision)
+    return short_id({"weights": weights_id(folder), "layout": config.layout.model_dump()})
+
+
+@dataclass
+class FrozenLLM:
+    """A loaded LLM with its tokenizer and prompt layout. H: width of its token embeddings."""
+
+    model: "nn.Module"
+    tokenizer: Any
+    splicer: Splicer
+    encoder_decoder: bool
+
+    @classmethod
+    def load(cls, config: LLMConfig) -> "FrozenLLM":
+        """Loads weights, frozen, in eval mode, on the GPU when there is one."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        folder = model_folder(config.model, config.revision)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        encoder_decoder = bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
+        kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
+        tokenizer = load_tokenizer(folder)
+        return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
+
+    @property
+    def embedding(self) -> "nn.Module":
+        return self.model.get_input_embeddings()
+
+    @property
+    def dim(self) -> int:
+        return self.embedding.weight.shape[1]
+
+    @cached_property
+    def embedding_norm(self) -> float:
+        """Mean L2 norm of a token embedding: the scale persona rows are given."""
+        return self.embedding.weight.float().norm(dim=-1).mean().item()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token, so no reply could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,96 @@
+"""The objective: next-token cross-entropy on the target alone, through a frozen LLM.
+
+Prompts are padded on the left, so that targets end at the same place and the LLM computes logits for the last
+positions only. Nothing is padded to a fixed length.
+Shapes: B samples, L positions of the longest sample, T longest target, R rows a sample (1 or 1+P), H LLM width, V vocabulary.
+
+[1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 5.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pplug.llm import FrozenLLM
+from pplug.splice import Prompt
+
+IGNORED = -100
+
+
+def splice_rows(
+    llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], ends: Sequence[list[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with persona rows in their place, padded on the left.
+
+    Args:
+        prompts: token ids around the rows.
+        rows_BRH: instruction and persona rows, float32.
+        row_counts: how many rows of each sample stand in its prompt (0, 1, or 1+P).
+        ends: token ids after the prompt (the target of a decoder-only LLM; empty for generation).
+
+    Returns:
+        embeddings (B, L, H) in the LLM's dtype, attention mask (B, L) int64, token ids (B, L) int64 (0 at rows).
+    """
+    device = rows_BRH.device
+    lengths = [len(p) + n + len(e) for p, n, e in zip(prompts, row_counts, ends, strict=True)]
+    width = max(lengths)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    sample_at, position_at, row_at = [], [], []
+    for i, (prompt, n, end) in enumerate(zip(prompts, row_counts, ends, strict=True)):
+        start = width - lengths[i]
+        place = start + len(prompt.before)
+        ids[i, start:place] = torch.tensor(prompt.before, dtype=torch.long)
+        ids[i, place + n :] = torch.tensor(prompt.after + end, dtype=torch.long)
+        mask[i, start:] = 1
+        sample_at += [i] * n
+        position_at += range(place, place + n)
+        row_at += range(n)
+    ids, mask = ids.to(device), mask.to(device)
+    embeddings = llm.embedding(ids)
+    if sample_at:
+        where = torch.tensor([sample_at, position_at, row_at], device=device)
+        rows = rows_BRH[where[0], where[2]].to(embeddings.dtype)
+        embeddings = embeddings.index_put((where[0], where[1]), rows)
+    return embeddings, mask, ids
+
+
+def target_loss(
+    llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], targets: Sequence[list[int]]
+) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the targets' tokens, and how many there are.
+
+    Args:
+        prompts, rows_BRH, row_counts: as in `splice_rows`.
+        targets: token ids of each reply, EOS included.
+
+    Returns:
+        (scalar float32 with gradient into rows_BRH, number of target tokens). Divide by the tokens of the whole
+        batch, over all workers, so that the gradient does not depend on how samples are split.
+    """
+    longest = max(len(target) for target in targets)
+    labels = torch.full((len(targets), longest), IGNORED, dtype=torch.long)
+    if llm.encoder_decoder:
+        embeddings, mask, _ = splice_rows(llm, prompts, rows_BRH, row_counts, [[] for _ in targets])
+        for i, target in enumerate(targets):
+            labels[i, : len(target)] = torch.tensor(target)
+        labels = labels.to(rows_BRH.device)
+        starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits = llm.model(inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=starts).logits
+    else:
+        embeddings, mask, _ = splice_rows(llm, prompts, rows_BRH, row_counts, targets)
+        for i, target in enumerate(targets):
+            labels[i, longest - len(target) :] = torch.tensor(target)
+        labels = labels.to(rows_BRH.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = llm.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, sum(len(target) for target in targets)

@@ -1,0 +1,91 @@
+"""Where persona rows stand in a prompt: the same rule in training and in generation.
+
+Decoder-only:      [BOS | start of the user's turn] [I ; persona] [retrieved text + input] [suffix | end of the turn]
+Encoder-decoder:   [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
+
+Only token ids and persona rows travel; token embeddings are looked up where the LLM is.
+Shapes: L prompt positions, R = 1+P rows (1 for a user without history, 0 without a plug), H LLM width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_HERE = "<<<input>>>"
+
+
+class PromptLayout(BaseModel):
+    """How a request becomes a prompt; part of `llm_id`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    chat: Literal["auto", "never"] = "auto"
+    """auto: the user's turn of the tokenizer's chat template, where it has one."""
+    suffix: str = "\n"
+    """Put between input and reply of a decoder-only LLM without a chat template."""
+    max_input_tokens: int = Field(256, gt=0)
+    """A longer input is cut at its end; the paper cuts at 256."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids before and after the persona rows."""
+
+    before: list[int]
+    after: list[int]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+
+class Splicer:
+    """Turns inputs and targets into token ids around the place of the persona rows."""
+
+    def __init__(self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool) -> None:
+        self.tokenizer, self.layout = tokenizer, layout
+        first, last = _own_special_tokens(tokenizer)
+        self._suffix = ""
+        if encoder_decoder:
+            self._head, self._tail = first, last
+        elif layout.chat == "auto" and getattr(tokenizer, "chat_template", None):
+            turn = [{"role": "user", "content": _HERE}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            head, found, tail = text.partition(_HERE)
+            if not found:
+                raise ValueError("the chat template does not show the user's words; set layout.chat=never")
+            self._head, self._tail = self._ids(head), self._ids(tail)
+        else:
+            self._head, self._tail, self._suffix = first, [], layout.suffix
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def prompts(self, inputs: Sequence[str]) -> list[Prompt]:
+        """Prompts of inputs; an input over the limit is cut at its end, the suffix stays."""
+        limit = self.layout.max_input_tokens
+        whole = self.tokenizer([text + self._suffix for text in inputs], add_special_tokens=False)["input_ids"]
+        suffix = self._ids(self._suffix)
+        out = []
+        for text, ids in zip(inputs, whole, strict=True):
+            if len(ids) > limit + len(suffix):
+                ids = self._ids(text)[:limit] + suffix
+            out.append(Prompt(list(self._head), list(ids) + self._tail))
+        return out
+
+    def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Token ids of replies, cut at max_tokens, ended by EOS."""
+        end = [self.tokenizer.eos_token_id]
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [list(row)[: max_tokens - 1] + end for row in rows]
+
+
+def _own_special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start]), list(full[start + len(bare) :])
+    return [], []
