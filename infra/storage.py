@@ -1,0 +1,229 @@
+"""Files on a local disk or on S3 behind one face.
+
+A `Storage` is a folder: a local path or `s3://bucket/prefix`. It pickles as its address only: every process opens its
+own connection, with endpoint and credentials from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...),
+which therefore stand in no config, log or pickle. What storage breaks for a moment (503, time-out, cut connection)
+is tried again with backoff and jitter, within a budget of seconds.
+"""
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from infra.errors import InputError
+
+T = TypeVar("T")
+
+BUDGET_S = 120.0
+"""How long one operation is tried again before its error is passed on; PPLUG_STORAGE_BUDGET_S overrides."""
+
+_TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not imported just to know their errors
+    "TimeoutError ConnectTimeoutError ReadTimeoutError EndpointConnectionError ConnectionClosedError HTTPClientError "
+    "ServerDisconnectedError ClientPayloadError ClientOSError ClientConnectorError ServerTimeoutError "
+    "IncompleteReadError ResponseStreamingError ConnectionError".split()
+)
+_TRANSIENT_TEXTS = (
+    "slowdown", "slow down", "503", "502", "504", "500 internal", "internalerror", "internal error",
+    "serviceunavailable", "service unavailable", "requesttimeout", "timed out", "timeout", "connection reset",
+    "connection closed", "connection refused", "broken pipe", "server disconnected", "reduce your request rate",
+    "please try again", "incomplete", "error sending request", "error decoding response body",
+)  # fmt: skip
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, pa.ArrowInvalid)
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether trying again may help. Looks through the causes: libraries wrap the error that tells."""
+    depth = 0
+    while error is not None and depth < 8:
+        if isinstance(error, _FINAL) or not isinstance(error, Exception):
+            return False
+        if isinstance(error, ConnectionError) or type(error).__name__ in _TRANSIENT_TYPES:
+            return True
+        text = str(error).lower()
+        if any(sign in text for sign in _TRANSIENT_TEXTS):
+            return True
+        error, depth = error.__cause__ or error.__context__, depth + 1
+    return False
+
+
+def retrying(action: Callable[[], T], what: str, budget_s: float | None = None) -> T:
+    """Runs `action`, again and again while its error is transient and the budget lasts.
+
+    Raises:
+        the action's last error, with `what` and the number of tries added as a note.
+    """
+    budget_s = float(os.environ.get("PPLUG_STORAGE_BUDGET_S", BUDGET_S)) if budget_s is None else budget_s
+    end, tries = time.monotonic() + budget_s, 0
+    while True:
+        tries += 1
+        try:
+            return action()
+        except Exception as error:
+            # Full jitter: a thousand workers refused at once must not come back at once.
+            pause = random.uniform(0.05, min(10.0, 0.2 * 2**tries))
+            if not is_transient(error) or time.monotonic() + pause > end:
+                error.add_note(f"while: {what} (tried {tries} time{'s' if tries > 1 else ''})")
+                raise
+        time.sleep(pause)
+
+
+@lru_cache(maxsize=8)
+def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> pafs.FileSystem:
+    # key and pid only part the cache: other credentials or a forked process need another connection.
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(
+        endpoint_url=endpoint,
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={
+            "retries": {"max_attempts": 4, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "max_pool_connections": 32,
+        },
+        use_listings_cache=False,  # another process's files must be seen
+        default_cache_type="none",  # Parquet asks for the ranges it needs; read-ahead would read the gaps too
+        default_block_size=16 * 2**20,  # parts of a multipart upload; also what an upload holds in memory
+        skip_instance_cache=True,
+    )
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder, local or on S3. All names given to its methods are relative to it."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        uri = os.fspath(self.uri)
+        if uri.startswith("s3://"):
+            uri = uri.rstrip("/")
+            if len(uri) <= len("s3://"):
+                raise InputError(f"{self.uri!r}: no bucket in it; expected s3://bucket/prefix")
+        elif "://" in uri and not uri.startswith("file://"):
+            raise InputError(f"{self.uri!r}: this kind of storage is not known; expected a local path or s3://bucket/prefix")
+        else:
+            # Absolute at once: a worker's current folder is not the driver's.
+            uri = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+        object.__setattr__(self, "uri", uri)
+
+    @property
+    def is_s3(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    @property
+    def path(self) -> str:
+        """The folder as `filesystem` names it: no scheme."""
+        return self.uri.removeprefix("s3://")
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        if not self.is_s3:
+            return pafs.LocalFileSystem()
+        env = os.environ
+        region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+        return _s3(env.get("AWS_ENDPOINT_URL"), region, env.get("AWS_ACCESS_KEY_ID"), os.getpid())
+
+    def delta_options(self) -> dict[str, str]:
+        """The same endpoint and credentials for deltalake, which has an S3 client of its own."""
+        if not self.is_s3:
+            return {}
+        env = os.environ
+        names = "AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION".split()
+        options = {name: env[name] for name in names if env.get(name)}
+        if "AWS_REGION" not in options and env.get("AWS_DEFAULT_REGION"):
+            options["AWS_REGION"] = env["AWS_DEFAULT_REGION"]
+        if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options["AWS_ALLOW_HTTP"] = "true"
+        return options | {"timeout": "60s", "connect_timeout": "10s"}
+
+    def join(self, *names: str) -> "Storage":
+        """The folder below this one."""
+        return Storage(self.full("/".join(names)))
+
+    def full(self, name: str) -> str:
+        """The whole address of a name in this folder."""
+        return f"{self.uri}/{_inside(name)}" if name else self.uri
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{_inside(name)}" if name else self.path
+
+    def exists(self, name: str = "") -> bool:
+        return retrying(lambda: self._info(name).type != pafs.FileType.NotFound, f"look for {self.full(name)}")
+
+    def size(self, name: str) -> int:
+        return retrying(lambda: self._info(name).size, f"size of {self.full(name)}")
+
+    def _info(self, name: str) -> pafs.FileInfo:
+        return self.filesystem.get_file_info(self._at(name))
+
+    def list(self, name: str = "", recursive: bool = True) -> list[str]:
+        """Names of the files below, sorted, relative to this folder; none when there is no such folder."""
+        selector = pafs.FileSelector(self._at(name), recursive=recursive, allow_not_found=True)
+        found = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        return sorted(info.path.removeprefix(self.path + "/") for info in found if info.type == pafs.FileType.File)
+
+    def read_bytes(self, name: str) -> bytes:
+        def read() -> bytes:
+            with self.filesystem.open_input_file(self._at(name)) as source:
+                return source.readall()
+
+        return retrying(read, f"read {self.full(name)}")
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file whole or not at all: a reader sees the old one or the new one."""
+        if self.is_s3:  # an S3 object appears only when its upload is complete
+            return retrying(lambda: self._write(self._at(name), data), f"write {self.full(name)}")
+        target = Path(self._at(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with open(draft, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self.filesystem.open_output_stream(path) as out:
+            out.write(data)
+
+    def delete(self, name: str) -> None:
+        """Removes a file; one that is not there is fine, since the aim is reached."""
+
+        def remove() -> None:
+            try:
+                self.filesystem.delete_file(self._at(name))
+            except FileNotFoundError:
+                pass
+
+        retrying(remove, f"delete {self.full(name)}")
+
+    def open_input(self, name: str) -> pa.NativeFile:
+        """A seekable file. Errors while reading are the caller's; wrap the whole read in `retrying`."""
+        return retrying(lambda: self.filesystem.open_input_file(self._at(name)), f"open {self.full(name)}")
+
+    def open_output(self, name: str) -> pa.NativeFile:
+        """A stream; multipart on S3. Not atomic on a local disk: give it a name that nobody reads yet."""
+        if not self.is_s3:
+            Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
+        return retrying(lambda: self.filesystem.open_output_stream(self._at(name)), f"open {self.full(name)}")
+
+
+def _inside(name: str) -> str:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError(f"{name!r}: a name inside a folder must not lead out of it")
+    return "/".join(parts)
