@@ -1,0 +1,55 @@
+# `make demo` and `make test` are all a new user types; each installs what is missing into .venv first.
+# Choices: PYTHON=python3.12 (interpreter), ENGINE=cpu|gpu (default: gpu where nvidia-smi finds one), ARGS=... (passed on).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(ENGINE)
+CODE := pplug infra pipelines
+
+.PHONY: help check setup demo test test-all lint format bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+check:
+	@infra/deploy/check.sh
+
+# Rerun when the wanted packages change; an environment made by hand is completed, not replaced.
+$(READY): pyproject.toml constraints.txt infra/deploy/install.sh
+	@PYTHON="$(PYTHON)" infra/deploy/install.sh $(VENV) $(ENGINE) dev
+	@touch $@
+
+setup: check $(READY) ## Make .venv and install everything (demo and test do it by themselves)
+
+demo: check $(READY) ## The whole line on an embedded world: no download, no GPU, minutes; ends with a table
+	$(BIN)/python -m pipelines demo $(ARGS)
+
+test: check $(READY) ## All tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: check $(READY) ## Every test, the slow ones too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Put the code into the agreed format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Measure every speed claim beside a peer, in one run (see tests/benchmarks)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean: ## Remove caches and build leftovers; .venv, data and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find $(CODE) tests -name __pycache__ -type d -prune -exec rm -rf {} +
