@@ -1,0 +1,103 @@
+"""Rules of a history: what text an item has, in what order items stand, and which of them a request may see.
+
+Route: fields of an item -> text_hash (what `embeddings` is keyed by) and item_text (what is encoded or shown).
+       times + positions -> order (oldest first) -> visible_count (a prefix) -> newest (the last `cap` of it).
+
+The cut-off, everywhere the same (training, retrieval, generation): an item counts for a request if
+(occurred_at, position) < (as_of, as_of_position). A user is timed when every item has a time; otherwise position
+alone decides. Times are int64 microseconds since 1970 UTC, the unit the tables store.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from pplug.tasks import TaskEntry, fill
+
+HASH_BYTES = 16
+
+
+def text_hash(fields: Mapping[str, str]) -> str:
+    """Hash of an item's fields, whatever their order: 32 hex digits.
+
+    It covers the fields and not a rendered text, so that another text rule (part of the encoder's identity) finds the
+    same items. JSON in ASCII, because it also has a form for a lone surrogate, which UTF-8 has not.
+    """
+    canonical = json.dumps(sorted(fields.items()), ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode("ascii"), digest_size=HASH_BYTES).hexdigest()
+
+
+def item_text(fields: Mapping[str, str], entry: TaskEntry, with_label: bool = True) -> str:
+    """The text of an item that is encoded, by the task's template.
+
+    Raises:
+        ValueError: the item lacks a field that the template names.
+    """
+    return fill(entry.item if with_label else entry.item_without_label, fields, entry.name).strip()
+
+
+def history_hash(text_hashes: Iterable[str]) -> str:
+    """Hash of a whole history, given its text hashes oldest first: changes when an item or the order does."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for one in text_hashes:
+        digest.update(one.encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def times_us(occurred_at: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
+    """One user's times as int64 microseconds, or None when an item has none (the user is then untimed)."""
+    if occurred_at.null_count:
+        return None
+    return occurred_at.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+
+
+def order(occurred_at: np.ndarray | None, position: np.ndarray) -> np.ndarray:
+    """Indices that bring one user's items into order, oldest first.
+
+    Args:
+        occurred_at: (N,) int64 microseconds, or None for an untimed user (see `times_us`).
+        position: (N,) int64, the order as given; decides between equal times.
+
+    Returns:
+        (N,) int64.
+    """
+    if occurred_at is None:
+        return np.argsort(position, kind="stable")
+    return np.lexsort((position, occurred_at))
+
+
+def visible_count(
+    occurred_at: np.ndarray | None, position: np.ndarray, as_of: int | None, as_of_position: int | None
+) -> int:
+    """How many of the oldest items a request may see; the visible items are always a prefix in `order`.
+
+    A timed user's request with `as_of` alone sees strictly earlier items; with `as_of_position` alone, the items up
+    to the first one that stands at that position or later. A request with a time over an untimed history sees
+    nothing: nobody can tell what came before, and a leak is worse than a gap.
+
+    Args:
+        occurred_at: (N,) int64 microseconds sorted by `order`, or None for an untimed user.
+        position: (N,) int64 sorted by `order`.
+        as_of: microseconds, or None.
+        as_of_position: position of the request within the history, or None; both None: everything counts.
+    """
+    if as_of is None and as_of_position is None:
+        return len(position)
+    if occurred_at is not None and as_of is not None:
+        start = int(np.searchsorted(occurred_at, as_of, side="left"))
+        if as_of_position is None:
+            return start
+        end = int(np.searchsorted(occurred_at, as_of, side="right"))
+        return start + int(np.searchsorted(position[start:end], as_of_position, side="left"))
+    if as_of_position is None:
+        return 0
+    late = position >= as_of_position
+    return int(late.argmax()) if late.any() else len(position)
+
+
+def newest(count: int, cap: int) -> slice:
+    """The newest `cap` of the first `count` items in `order`."""
+    return slice(max(0, count - cap), count)
