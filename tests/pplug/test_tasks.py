@@ -1,0 +1,113 @@
+"""Task entries: LaMP's own wording, and a task nobody has seen before from YAML alone."""
+
+import pytest
+
+from pplug import history, metrics, tasks
+
+MADE_UP = """
+name: recipes
+marker: 'dish: '
+query_end: ' /'
+item: '{cuisine} <- {dish}'
+item_without_label: '{dish}'
+input: 'Which cuisine? Just answer. dish: {dish} /'
+target: cuisine
+metric: classification
+labels: [thai, greek, 7]
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "input", "text"),
+    [
+        ("LaMP_1", 'For an author who has written the paper with the title "On "x" and y", which reference is related? '
+         'Just answer with [1] or [2] without explanation. [1]: "title "p"" [2]: "q"', 'On "x" and y'),
+        ("LaMP_2", "tags: [a, b] description: A man. description: again", "A man. description: again"),
+        ("LaMP_2N", "categories: [a] article: News", "News"),
+        ("LaMP_3", "on a scale of 1 to 5? explanation. review: Fine", "Fine"),
+        ("LaMP_4", "Generate a headline for the following article: News", "News"),
+        ("LaMP_5", "Generate a title for the following abstract of a paper: We", "We"),
+        ("LaMP_6", "Generate a subject for the following email: Hi", "Hi"),
+        ("LaMP_7", "Paraphrase the following tweet without any explanation before or after it: lol", "lol"),
+        ("LaMP_7", "no marker here", "no marker here"),
+    ],
+)  # fmt: skip
+def test_the_query_is_what_follows_the_marker(task, input, text):
+    assert tasks.query(input, tasks.get(task)) == text
+
+
+@pytest.mark.parametrize("entry", tasks.lamp_entries(), ids=lambda entry: entry.name)
+def test_a_derived_request_is_asked_as_the_benchmark_asks_and_its_query_is_found_again(entry):
+    fields = {name: f"SOME {name}" for name in entry.fields}
+    if entry.input is None:
+        assert entry.name in ("LaMP_1", "LaMP_7")
+        return
+    asked = tasks.fill(entry.input, fields, entry.name)
+    assert tasks.query(asked, entry) == f"SOME {tasks.slots(entry.input)[0]}"
+    assert f"SOME {entry.target}" not in asked
+    if entry.metric == "classification":
+        assert f"[{', '.join(entry.labels)}]" in asked
+
+
+def test_lamp_entries_have_the_published_sizes():
+    assert {entry.name: len(entry.labels) for entry in tasks.lamp_entries() if entry.metric == "classification"} == {
+        "LaMP_1": 2, "LaMP_2": 15, "LaMP_2N": 15}  # fmt: skip
+    assert tasks.get("LaMP_2M") is tasks.get("LaMP_2")
+    assert tasks.get("LaMP_3").max_output_tokens == 10
+    assert all(entry.retrieval for entry in tasks.lamp_entries())
+
+
+def test_an_entry_survives_json():
+    for entry in tasks.lamp_entries():
+        assert tasks.TaskEntry.from_json(entry.to_json()) == entry
+
+
+def test_a_made_up_task_needs_one_yaml_file_and_no_code(tmp_path):
+    path = tmp_path / "recipes.yaml"
+    path.write_text(MADE_UP)
+    entry = tasks.load(path)
+    assert tasks.find(str(path)) == entry
+    item = {"dish": "gyros", "cuisine": "greek", "extra": "x"}
+    assert history.item_text(item, entry) == "greek <- gyros"
+    assert tasks.query(tasks.fill(entry.input, item, entry.name), entry) == "gyros"
+    assert metrics.score(entry, {"1": "7", "2": "thai"}, {"1": "7", "2": "greek"})["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("metric: accuracy", "metric.*classification"),
+        ("labels: [thai]", "at least two labels"),
+        ("labels: [thai, thai, greek]", "different from each other"),
+        ("item: '{cuisine'", "item"),
+        ("item: '{a.b} {dish}'", "item.*plain field name"),
+        ("item: 'no slot'", "item.*names no field"),
+        ("input: 'It is {cuisine}: {dish}'", "shows the field 'cuisine'"),
+        ("target: null", "target is not"),
+        ("markr: 'x'", "markr.*keys: name, marker"),
+        ("metric: rating", "labels that are numbers"),
+        ("retrieval: {pattern: '{dish}', wrap: '{input}'}", r"retrieval.*\{items\}"),
+    ],
+)
+def test_a_wrong_entry_names_file_and_key(tmp_path, change, says):
+    path = tmp_path / "recipes.yaml"
+    key = change.partition(":")[0]
+    kept = [line for line in MADE_UP.splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*kept, change]))
+    with pytest.raises(ValueError, match=says) as caught:
+        tasks.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe", None])
+def test_a_file_that_is_no_entry_is_named(tmp_path, content):
+    path = tmp_path / "task.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="task.yaml"):
+        tasks.load(path)
+
+
+def test_an_unknown_task_lists_those_there_are():
+    with pytest.raises(ValueError, match="did you mean LaMP_2.*known: LaMP_1, .*LaMP_7"):
+        tasks.get("LaMP2")
