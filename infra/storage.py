@@ -111,7 +111,9 @@ class Storage:
             if len(uri) <= len("s3://"):
                 raise InputError(f"{self.uri!r}: no bucket in it; expected s3://bucket/prefix")
         elif "://" in uri and not uri.startswith("file://"):
-            raise InputError(f"{self.uri!r}: this kind of storage is not known; expected a local path or s3://bucket/prefix")
+            raise InputError(
+                f"{self.uri!r}: this kind of storage is not known; expected a local path or s3://bucket/prefix"
+            )
         else:
             # Absolute at once: a worker's current folder is not the driver's.
             uri = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))

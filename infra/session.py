@@ -1,0 +1,108 @@
+"""The Ray session of a job: the running cluster, or a local one with enough logical CPUs.
+
+A local session offers more logical CPUs than the machine may have: two train workers and a dataset never finished on
+two, and finished on four (platform.md section 8). What cannot be scheduled is refused at once instead of waited for.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+
+from infra.errors import InputError
+
+LEAST_LOCAL_CPUS = 4
+
+
+def start(
+    cpus: int | None = None, need: Mapping[str, float] | None = None, object_store_bytes: int | None = None
+) -> None:
+    """Connects to the cluster of RAY_ADDRESS (set inside `ray job submit`), else starts a local Ray.
+
+    Args:
+        cpus: logical CPUs of a local session; at least 4, the machine's own and need["CPU"] are taken.
+        need: what the job's actors ask for together, e.g. {"GPU": 2, "CPU": 6}; checked against the whole cluster.
+        object_store_bytes: of a local session; Ray's own choice when None.
+
+    Raises:
+        InputError: the cluster cannot be reached, or does not have what is needed and cannot grow to it.
+    """
+    import ray
+
+    need = dict(need or {})
+    if not ray.is_initialized():
+        # Ray's per-worker banners would drown the job's own lines.
+        quiet = {"log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0", "logging_level": logging.WARNING}
+        if os.environ.get("RAY_ADDRESS"):
+            try:
+                ray.init(**quiet)
+            except ConnectionError as error:
+                raise InputError(
+                    f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}); start it, or "
+                    "unset RAY_ADDRESS to run on this machine alone"
+                ) from error
+        else:
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keeps CUDA_VISIBLE_DEVICES as it is
+            ray.init(
+                num_cpus=local_cpus(cpus, need),
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                **quiet,
+            )
+    check(need)
+    _data_defaults()
+
+
+def stop() -> None:
+    """Ends the session; a local Ray ends with it. Nothing happens when there is none."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def local_cpus(cpus: int | None, need: Mapping[str, float]) -> int:
+    """Logical CPUs of a local session."""
+    return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, cpus or 0, int(-(-need.get("CPU", 0) // 1)))
+
+
+def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) -> None:
+    """Refuses what the cluster can never schedule.
+
+    Args:
+        need: resource -> amount.
+        have: the cluster's total; asked of Ray when None.
+
+    Raises:
+        InputError: names each resource that is short, with both numbers. A cluster that can grow (autoscaler) is
+            taken to know better: PPLUG_CLUSTER_GROWS=1 turns the refusal into a warning.
+    """
+    if have is None:
+        import ray
+
+        have = ray.cluster_resources()
+    short = {name: amount for name, amount in need.items() if have.get(name, 0) < amount}
+    if not short:
+        return
+    wants = ", ".join(f"{amount:g} {name}" for name, amount in sorted(short.items()))
+    has = ", ".join(f"{have.get(name, 0):g} {name}" for name in sorted(short))
+    message = (
+        f"this job needs {wants}; the cluster has {has}: it could never be scheduled. Lower the job's workers or "
+        "resources in its config, or run it on a larger cluster"
+    )
+    if os.environ.get("PPLUG_CLUSTER_GROWS") == "1":
+        print(f"{message} (waiting for it to grow)", file=sys.stderr, flush=True)
+        return
+    raise InputError(f"{message}. If it grows by itself, set PPLUG_CLUSTER_GROWS=1")
+
+
+def _data_defaults() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    shown = sys.stderr.isatty() or os.environ.get("PPLUG_PROGRESS") == "1"
+    context.enable_progress_bars = shown
+    context.print_on_execution_start = False
+    # pyarrow's S3 texts are in the list; these are s3fs's and botocore's.
+    more = ["SlowDown", "503", "timed out", "Connection reset", "InternalError", "Server disconnected"]
+    context.retried_io_errors = list(dict.fromkeys([*context.retried_io_errors, *more]))

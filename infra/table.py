@@ -1,0 +1,471 @@
+"""Delta tables with the rules that make a run repeatable: workers write Parquet files, the driver commits them.
+
+- A file that no commit names is not in the table: a killed write leaves an orphan and nothing else.
+- Before a commit the newest version is loaded; a (run_id, group) already in it is not committed again. The library
+  refuses only a concurrent duplicate; after a lost answer it would take the same files twice.
+- A replacement is committed on the version it was planned on or not at all (`TableMoved`): removals and additions in
+  one append commit without retries. The library's own overwrite accepts files outside its filter, and a stale one
+  keeps both writers' files.
+- The log holds user_key ranges and never a user id; vectors are 16-bit values in float32 columns, byte-stream split.
+"""
+
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.errors import InputError
+from infra.rows import TableSpec, conform, write_parquet
+from infra.snapshot import DataFile, Snapshot, read_file
+from infra.storage import Storage, is_transient, retrying
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+__all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file"]
+
+_LIBRARY_KEYS = frozenset(
+    "timestamp operation operationParameters operationMetrics engineInfo clientVersion version readVersion "
+    "isolationLevel isBlindAppend userId userName userMetadata".split()
+)
+_OWN_KEYS = frozenset({"run_id", "group", "complete"})
+COMMIT_TRIES = 8
+"""For appends that lose the race for a version number, and for answers lost on the way."""
+
+
+class TableMoved(Exception):
+    """Somebody else committed since the plan was made: plan again on the current version."""
+
+    def __init__(self, table: str, current: int, planned_on: int) -> None:
+        super().__init__(
+            f"table {table} is at version {current}, but the plan was made on version {planned_on}: another run has "
+            "committed in between; plan again on the current version"
+        )
+        self.current, self.planned_on = current, planned_on
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return TableMoved, (str(self.args[0]).split()[1], self.current, self.planned_on)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that stands in the table."""
+
+    version: int
+    already: bool
+    """It stood there before this call; the files of this call were not added."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table at an address; pickles, opens the log anew for each question, keeps nothing between them."""
+
+    uri: str
+    spec: TableSpec
+    buckets: int
+
+    # -- making and opening
+
+    @classmethod
+    def exists(cls, uri: str) -> bool:
+        """Whether a Delta log is there."""
+        return bool(Storage(uri).list("_delta_log", recursive=False))
+
+    @classmethod
+    def create(cls, uri: str, spec: TableSpec, buckets: int) -> "Table":
+        """Makes an empty table; bucket count and schema version are fixed in its description.
+
+        Raises:
+            InputError: a table is already there, or the bucket count is below 1.
+        """
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
+        if buckets < 1:
+            raise InputError(f"table {spec.name}: buckets={buckets}; expected 1 or more")
+        storage = Storage(uri)
+        if not storage.is_s3:
+            storage.filesystem.create_dir(storage.path)
+        facts = {"table": spec.name, "buckets": buckets, "schema_version": spec.schema_version}
+        try:
+            DeltaTable.create(
+                storage.uri,
+                spec.schema,
+                mode="error",
+                partition_by=["bucket"] if spec.bucketed else None,
+                name=spec.name,
+                description=json.dumps(facts),
+                storage_options=storage.delta_options(),
+            )
+        except DeltaError as error:
+            if not cls.exists(uri):
+                raise
+            raise InputError(f"{storage.uri}: table {spec.name} cannot be made, a table is already there") from error
+        return cls(storage.uri, spec, buckets)
+
+    @classmethod
+    def open(cls, uri: str, spec: TableSpec) -> "Table":
+        """An existing table, checked against the spec.
+
+        Raises:
+            InputError: there is none, it has another schema version, or its columns differ.
+        """
+        uri = Storage(uri).uri
+        if not cls.exists(uri):
+            raise InputError(
+                f"{uri}: there is no table {spec.name} here; check the address or run the job that writes it"
+            )
+        delta = cls(uri, spec, 0)._load()
+        try:
+            facts = json.loads(delta.metadata().description or "")
+            buckets, found = int(facts["buckets"]), int(facts["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{uri}: a Delta table, but its description does not record buckets and schema_version: it was not "
+                f"made as table {spec.name}; give the address of one that was"
+            ) from error
+        if found != spec.schema_version:
+            older = found < spec.schema_version
+            raise InputError(
+                f"{uri}: table {spec.name} has schema_version {found}, this release reads {spec.schema_version}; "
+                + (
+                    f"migrate it ({spec.name} {found} to {spec.schema_version}, see CHANGELOG.md) or write a new table"
+                    if older
+                    else f"the table is newer: use a release that reads {spec.name} schema_version {found}"
+                )
+            )
+        _check_columns(uri, spec, delta)
+        return cls(uri, spec, buckets)
+
+    @classmethod
+    def open_or_create(cls, uri: str, spec: TableSpec, buckets: int) -> "Table":
+        """The table there, with the bucket count it was made with, or a new one with this count."""
+        if not cls.exists(uri):
+            try:
+                return cls.create(uri, spec, buckets)
+            except InputError:
+                if not cls.exists(uri):  # else another driver was quicker, and its table is as good
+                    raise
+        return cls.open(uri, spec)
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.uri)
+
+    def _load(self, version: int | None = None) -> "DeltaTable":
+        from deltalake import DeltaTable
+
+        options = self.storage.delta_options()
+        return retrying(
+            lambda: DeltaTable(self.uri, version=version, storage_options=options), f"open table {self.spec.name}"
+        )
+
+    # -- worker side: files
+
+    def write(self, data: pa.Table, run_id: str) -> list[DataFile]:
+        """Writes rows as one Parquet file per bucket; they are in the table when a commit names the files.
+
+        Raises:
+            ValueError: a column is missing, unknown or of another type, a bucket is out of range, or a vector is not
+                finite in 16 bits. Names the column, never a value of a user.
+        """
+        data = conform(data, self.spec)
+        order = [(column, "ascending") for column in (["bucket"] if self.spec.bucketed else []) + list(self.spec.sort)]
+        data = data.sort_by(order) if order else data
+        if not self.spec.bucketed:
+            return [self._write_file(data, None, run_id)] if len(data) else []
+        if data["bucket"].null_count:
+            raise ValueError(f"table {self.spec.name}: bucket is null in {data['bucket'].null_count} rows")
+        # Rows lie by bucket now: each bucket is one slice, however many buckets a block touches.
+        found, starts = np.unique(data["bucket"].to_numpy(), return_index=True)
+        if len(found) and not 0 <= found[0] <= found[-1] < self.buckets:
+            raise ValueError(
+                f"table {self.spec.name}: buckets {found[0]} to {found[-1]} in the data, but the table has "
+                f"{self.buckets}; compute bucket with the table's own count"
+            )
+        data, ends = data.drop_columns(["bucket"]), [*starts[1:], len(data)]
+        return [
+            self._write_file(data.slice(start, end - start), int(bucket), run_id)
+            for bucket, start, end in zip(found, starts, ends, strict=True)
+        ]
+
+    def _write_file(self, data: pa.Table, bucket: int | None, run_id: str) -> DataFile:
+        folder = "" if bucket is None else f"bucket={bucket}/"
+        path = f"{folder}part-{_safe(run_id)}-{uuid.uuid4().hex}.parquet"
+        storage = self.storage
+
+        def write() -> int:
+            with storage.open_output(path) as out:
+                return write_parquet(data, out, self.spec)
+
+        size = retrying(write, f"write {storage.full(path)}")
+        low, high = "", ""
+        if "user_key" in data.column_names:
+            span = pc.min_max(data["user_key"]).as_py()
+            low, high = span["min"] or "", span["max"] or ""
+        return DataFile(self.spec.name, path, size, len(data), bucket, low, high, root=self.uri)
+
+    # -- reading
+
+    def snapshot(self, version: int | None = None, complete: bool = False) -> Snapshot:
+        """A version's files: the newest, the newest complete, or the one named.
+
+        Args:
+            version: this one, complete or not (time travel).
+            complete: the newest version whose commit ended a run; later commits of unfinished runs are not seen.
+
+        Raises:
+            InputError: no complete version, or no such version (any more).
+        """
+        from deltalake.exceptions import DeltaError
+
+        if version is None and complete:
+            version = self._newest_complete()
+        try:
+            delta = self._load(version)
+        except DeltaError as error:
+            if version is None:
+                raise
+            raise InputError(
+                f"{self.uri}: version {version} of table {self.spec.name} cannot be read ({error}); the newest is "
+                f"{self.version()}"
+            ) from error
+        return self._snapshot_of(delta)
+
+    def _snapshot_of(self, delta: "DeltaTable") -> Snapshot:
+        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+        keys = "user_key" in self.spec.schema.names
+        files = [
+            DataFile(
+                table=self.spec.name,
+                path=action["path"],
+                size=action["size_bytes"],
+                rows=action["num_records"],
+                bucket=action["partition.bucket"] if self.spec.bucketed else None,
+                min_key=(action.get("min.user_key") or "") if keys else "",
+                max_key=(action.get("max.user_key") or "") if keys else "",
+                root=self.uri,
+            )
+            for action in actions
+        ]
+        said = self._said(delta.version())
+        info = next((entry["commitInfo"] for entry in said or [] if "commitInfo" in entry), {})
+        return Snapshot(delta.version(), _own_metadata(info), files, self.uri, self.spec.schema)
+
+    def _newest_complete(self) -> int:
+        for limit in (20, 500, None):  # a long log is read further back only when it has to be
+            entries = self.history(limit)
+            for entry in entries:
+                if entry.get("complete") == "true":
+                    return int(entry["version"])
+            if limit is None or len(entries) < limit:
+                break
+        raise InputError(
+            f"{self.uri}: table {self.spec.name} has no complete version yet: the run that writes it has not ended; "
+            "run it again with the same run_id until it ends with exit code 0"
+        )
+
+    def version(self) -> int:
+        """The newest version's number."""
+        return self._load().version()
+
+    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
+        return retrying(lambda: self._load().history(limit), f"history of table {self.spec.name}")
+
+    def committed(self, run_id: str) -> int | None:
+        """The last group this run has committed; None before its first. Groups up to it must not be made again."""
+        return self._load().transaction_version(run_id)
+
+    def _said(self, version: int) -> list[dict[str, Any]] | None:
+        """A commit's own entries; None when the log no longer has them (kept 30 days behind a checkpoint)."""
+        try:
+            raw = self.storage.read_bytes(f"_delta_log/{version:020d}.json")
+        except FileNotFoundError:
+            return None
+        return [json.loads(line) for line in raw.splitlines() if line.strip()]
+
+    # -- driver side: commits
+
+    def commit(
+        self,
+        files: Iterable[DataFile],
+        *,
+        run_id: str,
+        group: int,
+        mode: Literal["append", "replace"],
+        buckets: Iterable[int] = (),
+        planned_on: int,
+        metadata: Mapping[str, str] | None = None,
+        complete: bool = False,
+        strict: bool = False,
+    ) -> Commit:
+        """Adds files to the table, all or none, once for each (run_id, group).
+
+        Args:
+            files: of `write`; none is allowed, e.g. to mark a run complete.
+            group: 0, 1, 2, ... within the run. A rerun goes on at `committed(run_id) + 1`.
+            mode: "append", or "replace": all files of `buckets` go, these come.
+            planned_on: the version the plan was made on; after a commit of one's own, that commit's version.
+            metadata: identities and the like; never anything of a user.
+            complete: this commit ends the run.
+            strict: an append, too, refuses a version that moved (it was planned from what the table holds).
+
+        Returns:
+            The version, and whether the group stood there before: then these files were NOT added. After a lost
+            answer they are the ones that stand there.
+
+        Raises:
+            TableMoved: plan again. An append goes on over commits that only appended.
+            ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
+        """
+        files, wanted = list(files), set(buckets)
+        self._check_files(files, mode, wanted)
+        said = _metadata(metadata or {}, run_id, group, complete)
+        for attempt in range(COMMIT_TRIES):
+            delta = self._load()
+            last = delta.transaction_version(run_id)
+            if last is not None and last >= group:  # 0 is a group too
+                return Commit(self._version_of(run_id, group) or delta.version(), already=True)
+            if delta.version() != planned_on and (
+                mode == "replace" or strict or not self._only_appends(planned_on, delta.version())
+            ):
+                raise TableMoved(self.spec.name, delta.version(), planned_on)
+            try:
+                self._commit_on(delta, files, wanted, said, run_id, group)
+                return Commit(delta.version() + 1, already=False)  # without retries it is this version or none
+            except Exception as error:
+                # Lost race or lost answer: the next turn loads the table and sees which.
+                if attempt == COMMIT_TRIES - 1 or not (_lost_race(error) or is_transient(error)):
+                    error.add_note(f"while: commit group {group} of run {run_id} to table {self.spec.name}")
+                    raise
+                time.sleep(np.random.default_rng().uniform(0.05, min(5.0, 0.1 * 2**attempt)))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _commit_on(
+        self,
+        delta: "DeltaTable",
+        files: list[DataFile],
+        wanted: set[int],
+        said: dict[str, str],
+        run_id: str,
+        group: int,
+    ) -> None:
+        from deltalake import CommitProperties, Transaction
+        from deltalake.transaction import AddAction, RemoveAction
+
+        now = int(time.time() * 1000)
+        old = [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
+        gone = [RemoveAction(file.path, True, now, file.size, _partition(file)) for file in old]
+        come = [AddAction(file.path, file.size, _partition(file), now, True, _stats(file)) for file in files]
+        delta.create_write_transaction(
+            [*gone, *come],
+            mode="append",  # with "overwrite" the library chooses what goes, see the head of this file
+            schema=self.spec.schema,
+            partition_by=["bucket"] if self.spec.bucketed else None,
+            commit_properties=CommitProperties(
+                custom_metadata=said, app_transactions=[Transaction(run_id, group)], max_commit_retries=0
+            ),
+        )
+
+    def _check_files(self, files: list[DataFile], mode: str, wanted: set[int]) -> None:
+        name = self.spec.name
+        if mode not in ("append", "replace"):
+            raise ValueError(f"table {name}: mode {mode!r}; expected append or replace")
+        if (mode == "replace") != bool(wanted):
+            raise ValueError(f"table {name}: mode {mode!r} with buckets {sorted(wanted)}; only replace names buckets")
+        if len({file.path for file in files}) < len(files):
+            raise ValueError(f"table {name}: a file is named twice in one commit")
+        for file in files:
+            if file.table != name:
+                raise ValueError(f"table {name}: file {file.path} was written for table {file.table}")
+            if mode == "replace" and file.bucket not in wanted:
+                raise ValueError(
+                    f"table {name}: file {file.path} is of bucket {file.bucket}, but this commit replaces only buckets "
+                    f"{_some(sorted(wanted))}; its rows would be doubled"
+                )
+            if not self.storage.is_s3 and not self.storage.exists(file.path):
+                raise ValueError(
+                    f"table {name}: {file.uri} is not on this machine's disk; workers on other machines need a "
+                    "shared disk or s3:// for tables"
+                )
+
+    def _only_appends(self, since: int, until: int) -> bool:
+        for version in range(since + 1, until + 1):
+            said = self._said(version)
+            if said is None or any(kind in entry for entry in said for kind in ("remove", "metaData", "protocol")):
+                return False
+        return since <= until
+
+    def _version_of(self, run_id: str, group: int) -> int | None:
+        for entry in self.history(500):
+            if entry.get("run_id") == run_id and entry.get("group") == str(group):
+                return int(entry["version"])
+        return None
+
+
+def _check_columns(uri: str, spec: TableSpec, delta: "DeltaTable") -> None:
+    from deltalake import Schema
+
+    wanted = {field.name: str(field.type) for field in Schema.from_arrow(spec.schema).fields}
+    found = {field.name: str(field.type) for field in delta.schema().fields}
+    for column in [*wanted, *found]:
+        if wanted.get(column) != found.get(column):
+            raise InputError(
+                f"{uri}: column {column!r} of table {spec.name} is {found.get(column, 'missing')}, expected "
+                f"{wanted.get(column, 'no such column')}; the table was not written by "
+                "this release: migrate it or write a new one"
+            )
+
+
+# -- small parts of a commit
+
+
+def _safe(run_id: str) -> str:
+    """A run id as part of a file name: itself, or its hash where it holds anything unusual."""
+    return (
+        run_id if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", run_id) else hashlib.blake2b(run_id.encode()).hexdigest()[:16]
+    )
+
+
+def _partition(file: DataFile) -> dict[str, str | None]:
+    return {} if file.bucket is None else {"bucket": str(file.bucket)}
+
+
+def _stats(file: DataFile) -> str:
+    """A string must be given (None fails); the only column in it is user_key."""
+    stats: dict[str, Any] = {"numRecords": file.rows}
+    if file.min_key:
+        stats |= {"minValues": {"user_key": file.min_key}, "maxValues": {"user_key": file.max_key}}
+    return json.dumps(stats)
+
+
+def _metadata(given: Mapping[str, str], run_id: str, group: int, complete: bool) -> dict[str, str]:
+    taken = sorted(set(given) & (_LIBRARY_KEYS | _OWN_KEYS))
+    if taken:
+        raise ValueError(f"commit metadata key {taken[0]!r} is taken; choose another name")
+    own = {"run_id": run_id, "group": str(group), "complete": "true" if complete else "false"}
+    return {key: str(value) for key, value in given.items()} | own
+
+
+def _own_metadata(info: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value for key, value in info.items() if key not in _LIBRARY_KEYS}
+
+
+def _lost_race(error: Exception) -> bool:
+    from deltalake.exceptions import CommitFailedError
+
+    text = str(error).lower()
+    return isinstance(error, CommitFailedError) or "version" in text and ("exists" in text or "conflict" in text)
+
+
+def _some(values: list[int]) -> str:
+    return ", ".join(map(str, values[:10])) + (f" and {len(values) - 10} more" if len(values) > 10 else "")
