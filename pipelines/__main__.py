@@ -1,0 +1,135 @@
+"""The command line: `python -m pipelines <job> [--config FILE] [--set key=value ...] [--key value ...]`.
+
+Each job is a module with a `Config` (pydantic) and `run(config) -> exit code`; only the module asked for is imported,
+and none imports anything heavy at its top. Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3
+more rejects than allowed; 130 interrupted.
+"""
+
+import difflib
+import importlib
+import logging
+import sys
+import traceback
+from types import ModuleType
+from typing import NamedTuple
+
+from infra.errors import InputError
+
+
+class Job(NamedTuple):
+    module: str
+    about: str
+
+
+JOBS = {
+    "ingest": Job("pipelines.ingest", "a LaMP folder, JSONL or Parquet -> histories, requests"),
+    "refresh": Job("pipelines.refresh", "histories (and a plug) -> embeddings, personas"),
+    "train": Job("pipelines.train", "histories, embeddings, requests with targets -> a plug"),
+    "generate": Job(
+        "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
+    ),
+    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "base-lm": Job(
+        "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
+    ),
+    "demo": Job("pipelines.demo", "the whole line on an embedded world: no download, no GPU, minutes"),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one job and returns its exit code."""
+    words = sys.argv[1:] if words is None else words
+    if words[:1] in (["--help"], ["-h"], ["help"]):
+        print(_overview())
+        return 0
+    if words[:1] == ["--version"]:
+        import importlib.metadata
+
+        print(importlib.metadata.version("pplug"))
+        return 0
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return 2
+    name, *rest = words
+    if name not in JOBS:
+        close = difflib.get_close_matches(name.replace("_", "-"), JOBS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
+    return _run(name, rest)
+
+
+def _run(name: str, words: list[str]) -> int:
+    from pipelines import options
+
+    module = importlib.import_module(JOBS[name].module)
+    if {"--help", "-h"} & set(words):
+        print(_help(name, module))
+        return 0
+    try:
+        config = options.check(module.Config, options.read(words, module.Config))
+    except InputError as error:
+        message = str(error)
+        lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
+        return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for ours in ("pplug", "infra", "pipelines"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    try:
+        return int(module.run(config))
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last stop: a message for what the user can mend, a traceback for the rest
+        wrong_input = _input_error(error)
+        if wrong_input is not None:
+            return _wrong(f"{name}: {wrong_input}")
+        traceback.print_exc()
+        print(f"{name}: failed: {type(error).__name__} (traceback above)", file=sys.stderr)
+        return 1
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError behind an error, if there is one: Ray wraps what a worker raised, in its text and as its cause."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        cause = getattr(error, "cause", None)
+        inner = cause if isinstance(cause, BaseException) else error.__cause__
+        if isinstance(error, InputError) and not isinstance(inner, InputError):
+            return error
+        error = inner
+    return None
+
+
+def _wrong(message: str) -> int:
+    print(f"{_program()}: {message}", file=sys.stderr)
+    return 2
+
+
+def _program() -> str:
+    return "python -m pipelines" if sys.argv[0].endswith("__main__.py") else "pplug"
+
+
+def _overview() -> str:
+    width = max(map(len, JOBS))
+    jobs = "\n".join(f"  {name:<{width}}  {job.about}" for name, job in JOBS.items())
+    return (
+        f"usage: {_program()} <job> [--config FILE] [--set key=value ...] [--key value ...]\n\n"
+        f"Personalises a large language model for many users, in batches.\n\njobs:\n{jobs}\n\n"
+        f"`{_program()} <job> --help` lists a job's keys. The same jobs run on a cluster by `ray job submit`."
+    )
+
+
+def _help(name: str, module: ModuleType) -> str:
+    from pipelines import options
+
+    return (
+        f"usage: {_program()} {name} [--config FILE] [--set key=value ...] [--key value ...]\n\n"
+        f"{(module.__doc__ or JOBS[name].about).strip()}\n\n"
+        "keys (a flag here, `key=value` after --set, or a line of the YAML file; a dot reaches into a group):\n"
+        f"{options.describe(module.Config)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
