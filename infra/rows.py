@@ -111,7 +111,7 @@ def _to_16_bits(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArr
 def write_parquet(data: pa.Table, out: pa.NativeFile, spec: TableSpec) -> int:
     """Writes sorted, conforming rows; returns the file's size in bytes.
 
-    Vectors: BYTE_STREAM_SPLIT + zstd without a dictionary, 1.76 bytes a 16-bit value held in float32 against 3.72 plain.
+    Vectors: BYTE_STREAM_SPLIT + zstd without a dictionary: 1.76 bytes a 16-bit value held in float32, 3.72 plain.
     """
     # Paths as pyarrow writes them; delta-rs's own writer says `.item` (platform.md section 5).
     vectors = [f"{column}.list.element" for column in spec.vectors]

@@ -42,7 +42,6 @@ def start(
                     "unset RAY_ADDRESS to run on this machine alone"
                 ) from error
         else:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keeps CUDA_VISIBLE_DEVICES as it is
             ray.init(
                 num_cpus=local_cpus(cpus, need),
                 include_dashboard=False,

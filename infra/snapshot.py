@@ -4,7 +4,7 @@ The log is the table, the folder is not: files of a killed write and files alrea
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.rows import TableSpec
 from infra.storage import Storage, retrying
 
 
@@ -40,25 +41,18 @@ class DataFile:
         return f"{self.root}/{self.path}"
 
     def to_row(self) -> dict[str, Any]:
-        """A flat row for a Ray dataset."""
-        return asdict(self) | {
-            "bucket": -1 if self.bucket is None else self.bucket,
-            "reasons": json.dumps(self.reasons),
-        }
+        """A flat row for a Ray dataset: bucket -1 for None, reasons as JSON."""
+        bucket = -1 if self.bucket is None else self.bucket
+        return asdict(self) | {"bucket": bucket, "reasons": json.dumps(self.reasons)}
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "DataFile":
+    def from_row(cls, row: Mapping[str, Any]) -> "DataFile":
         """The file of `to_row`; other columns of the row are left alone."""
-        values = {f.name: row[f.name] for f in fields(cls)}
-        bucket = int(values["bucket"])
+        values = {f.name: row[f.name] for f in fields(cls) if f.name in row}
+        bucket = None if values["bucket"] is None or values["bucket"] < 0 else int(values["bucket"])
+        reasons = json.loads(values.get("reasons") or "{}")
         return cls(
-            **values
-            | {
-                "bucket": None if bucket < 0 else bucket,
-                "reasons": json.loads(values["reasons"]),
-                "size": int(values["size"]),
-                "rows": int(values["rows"]),
-            }
+            **values | {"bucket": bucket, "reasons": reasons, "size": int(row["size"]), "rows": int(row["rows"])}
         )
 
 
@@ -71,7 +65,7 @@ class Snapshot:
     """What the commit that made this version said: run_id, group, complete, and the job's own keys."""
     files: list[DataFile]
     table: str
-    schema: pa.Schema
+    spec: TableSpec
 
     @property
     def rows(self) -> int:
@@ -97,9 +91,20 @@ class Snapshot:
         """All of it in memory: for tests and tables known to be small; jobs read file by file in Ray tasks."""
         wanted = None if buckets is None else set(buckets)
         chosen = [file for file in self.files if wanted is None or file.bucket in wanted]
-        names = self.schema.names if columns is None else columns
-        empty = pa.schema([self.schema.field(name) for name in names]).empty_table()
-        return pa.concat_tables([empty] + [read_file(file.uri, names, filter) for file in chosen])
+        return read_files(chosen, columns, filter, spec=self.spec)
+
+
+def read_files(
+    files: Iterable[DataFile],
+    columns: list[str] | None = None,
+    filter: pc.Expression | None = None,
+    *,
+    spec: TableSpec,
+) -> pa.Table:
+    """Files of one table as one table, in the order given; of no files, no rows with the spec's columns."""
+    names = spec.schema.names if columns is None else columns
+    empty = pa.schema([spec.schema.field(name) for name in names]).empty_table()
+    return pa.concat_tables([empty] + [read_file(file.uri, names, filter) for file in files])
 
 
 def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:

@@ -24,13 +24,13 @@ import pyarrow.compute as pc
 
 from infra.errors import InputError
 from infra.rows import TableSpec, conform, write_parquet
-from infra.snapshot import DataFile, Snapshot, read_file
+from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.storage import Storage, is_transient, retrying
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
-__all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file"]
+__all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file", "read_files"]
 
 _LIBRARY_KEYS = frozenset(
     "timestamp operation operationParameters operationMetrics engineInfo clientVersion version readVersion "
@@ -236,7 +236,7 @@ class Table:
                 raise
             raise InputError(
                 f"{self.uri}: version {version} of table {self.spec.name} cannot be read ({error}); the newest is "
-                f"{self.version()}"
+                f"{self.version}"
             ) from error
         return self._snapshot_of(delta)
 
@@ -258,7 +258,7 @@ class Table:
         ]
         said = self._said(delta.version())
         info = next((entry["commitInfo"] for entry in said or [] if "commitInfo" in entry), {})
-        return Snapshot(delta.version(), _own_metadata(info), files, self.uri, self.spec.schema)
+        return Snapshot(delta.version(), _own_metadata(info), files, self.uri, self.spec)
 
     def _newest_complete(self) -> int:
         for limit in (20, 500, None):  # a long log is read further back only when it has to be
@@ -273,17 +273,19 @@ class Table:
             "run it again with the same run_id until it ends with exit code 0"
         )
 
+    @property
     def version(self) -> int:
-        """The newest version's number."""
+        """The newest version's number, asked of the log each time."""
         return self._load().version()
 
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
         return retrying(lambda: self._load().history(limit), f"history of table {self.spec.name}")
 
-    def committed(self, run_id: str) -> int | None:
-        """The last group this run has committed; None before its first. Groups up to it must not be made again."""
-        return self._load().transaction_version(run_id)
+    def committed(self, run_id: str) -> range:
+        """Groups this run has committed: 0 to the last; empty before its first. A rerun starts at their number."""
+        last = self._load().transaction_version(run_id)
+        return range(0 if last is None else last + 1)
 
     def _said(self, version: int) -> list[dict[str, Any]] | None:
         """A commit's own entries; None when the log no longer has them (kept 30 days behind a checkpoint)."""
@@ -312,7 +314,7 @@ class Table:
 
         Args:
             files: of `write`; none is allowed, e.g. to mark a run complete.
-            group: 0, 1, 2, ... within the run. A rerun goes on at `committed(run_id) + 1`.
+            group: 0, 1, 2, ... within the run. A rerun goes on at `len(committed(run_id))`.
             mode: "append", or "replace": all files of `buckets` go, these come.
             planned_on: the version the plan was made on; after a commit of one's own, that commit's version.
             metadata: identities and the like; never anything of a user.
