@@ -59,16 +59,17 @@ def splice_rows(
 
 def target_loss(
     llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], targets: Sequence[list[int]]
-) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the targets' tokens, and how many there are.
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of the targets' tokens, and which targets would have been written greedily.
 
     Args:
         prompts, rows_BRH, row_counts: as in `splice_rows`.
         targets: token ids of each reply, EOS included.
 
     Returns:
-        (scalar float32 with gradient into rows_BRH, number of target tokens). Divide by the tokens of the whole
-        batch, over all workers, so that the gradient does not depend on how samples are split.
+        (scalar float32 with gradient into rows_BRH, (B,) bool: every target token is the likeliest one). Divide the
+        loss by the target tokens of the whole batch, over all workers, so that the gradient does not depend on how
+        samples are split.
     """
     longest = max(len(target) for target in targets)
     labels = torch.full((len(targets), longest), IGNORED, dtype=torch.long)
@@ -93,4 +94,5 @@ def target_loss(
             logits_to_keep=longest + 1,
         ).logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss, sum(len(target) for target in targets)
+    exact = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+    return loss, exact

@@ -1,0 +1,118 @@
+"""Stages of the refresh: which texts have no vector yet, and the vectors.
+
+Route: bucket -> its live (user, text_hash) pairs minus those in `embeddings` -> texts -> one vector each.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.snapshot import Snapshot
+from pipelines.stages.bucket import decode_fields, list_f32, pair_keys
+from pipelines.stages.write import DETAIL, REASON
+from pplug.encoder import EncoderConfig, TextEncoder
+from pplug.history import item_text
+from pplug.tasks import TaskEntry
+
+BLOCK_TEXTS = 20_000
+"""Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
+
+
+def owed_rows(histories: Snapshot, embeddings: Snapshot, bucket: int, columns: list[str]) -> pa.Table:
+    """Rows of histories whose (user, text_hash) has no vector, one row a pair."""
+    items = histories.read(list(dict.fromkeys(["user_key", "text_hash", *columns])), buckets=[bucket])
+    keys = pair_keys(items)
+    have = pair_keys(embeddings.read(["user_key", "text_hash"], buckets=[bucket]))
+    _, first = np.unique(keys.to_numpy(zero_copy_only=False), return_index=True)
+    rows = pa.array(np.sort(first))
+    return items.take(rows.filter(pc.invert(pc.is_in(keys.take(rows), value_set=have))))
+
+
+class CountOwed:
+    """Stage of the plan. in: bucket int. out: bucket, owed (texts without a vector), there (texts with one)."""
+
+    def __init__(self, histories: Snapshot, embeddings: Snapshot) -> None:
+        self.histories, self.embeddings = histories, embeddings
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            items = self.histories.read(["user_key", "text_hash"], buckets=[bucket])
+            live = pc.count_distinct(pair_keys(items)).as_py()
+            owed = owed_rows(self.histories, self.embeddings, bucket, []).num_rows
+            yield pa.table({"bucket": [bucket], "owed": [owed], "there": [live - owed]})
+
+
+class ReadOwed:
+    """Stage: the texts that have no vector yet.
+
+    in:  bucket int
+    out: bucket, user_key, text_hash, text str; a row whose item has no text carries reject_reason
+    """
+
+    def __init__(self, histories: Snapshot, embeddings: Snapshot, entry: TaskEntry, with_label: bool) -> None:
+        self.histories, self.embeddings, self.entry, self.with_label = histories, embeddings, entry, with_label
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            rows = owed_rows(self.histories, self.embeddings, bucket, ["fields"])
+            for start in range(0, rows.num_rows, BLOCK_TEXTS):
+                yield self._texts(rows.slice(start, BLOCK_TEXTS), bucket)
+
+    def _texts(self, rows: pa.Table, bucket: int) -> pa.Table:
+        texts, reasons, details = [], [], []
+        for cell in rows["fields"].to_pylist():
+            text, reason, detail = "", None, None
+            try:
+                text = item_text(decode_fields(cell), self.entry, self.with_label)
+                if not text:
+                    reason, detail = "empty_text", "the item's text is empty"
+            except ValueError as error:  # names the missing field, never a text
+                reason, detail = "missing_field", str(error)
+            texts.append(text)
+            reasons.append(reason)
+            details.append(detail)
+        return pa.table(
+            {
+                "bucket": pa.repeat(pa.scalar(bucket, pa.int32()), rows.num_rows),
+                "user_key": rows["user_key"],
+                "text_hash": rows["text_hash"],
+                "text": pa.array(texts, pa.string()),
+                REASON: pa.array(reasons, pa.string()),
+                DETAIL: pa.array(details, pa.string()),
+            }
+        )
+
+
+class EmbedTexts:
+    """Stage: one vector a text, one actor a GPU (or one for a CPU node); equal texts of a block are encoded once.
+
+    in:  as ReadOwed gives
+    out: bucket, user_key, text_hash, encoder_id, vector list<float32>[D], L2-normalised; reject columns as they came
+    """
+
+    def __init__(self, config: EncoderConfig, encoder_id: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.encoder = TextEncoder(config)
+        self.encoder_id = encoder_id
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        texts = batch["text"].combine_chunks().dictionary_encode()
+        vectors = self.encoder.encode(texts.dictionary.to_pylist())
+        good = pc.is_null(batch[REASON]).to_numpy(zero_copy_only=False)
+        rows = vectors[texts.indices.to_numpy()]
+        rows[~good] = 0.0
+        return pa.table(
+            {
+                "bucket": batch["bucket"],
+                "user_key": batch["user_key"],
+                "text_hash": batch["text_hash"],
+                "encoder_id": pa.repeat(self.encoder_id, batch.num_rows),
+                "vector": list_f32(rows),
+                REASON: batch[REASON],
+                DETAIL: batch[DETAIL],
+            }
+        )

@@ -1,0 +1,95 @@
+"""Stage of training: a bucket's requests with targets, and the vectors of the items each may see, as files.
+
+Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, stop) and vectors-<bucket>.npy, (T, D) in 16
+bits, which train workers memory-map. A request's items are a range of its user's, oldest first.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+from pipelines.stages.bucket import read_bucket, to_us
+from pplug.tasks import TaskEntry, query
+
+NPY_HEADER_BYTES = 128
+
+
+@dataclass
+class PrepareSamples:
+    """in: bucket int. out: bucket, samples, without_history, without_vector (items that `refresh` has not seen)."""
+
+    histories: Snapshot
+    embeddings: Snapshot
+    requests: Snapshot
+    entry: TaskEntry
+    cap: int
+    folder: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            yield pa.Table.from_pylist([self._bucket(bucket)])
+
+    def _bucket(self, bucket: int) -> dict[str, int]:
+        requests = self.requests.read(buckets=[bucket], filter=pc.field("target").is_valid()).sort_by("request_id")
+        users = read_bucket(self.histories, self.embeddings, bucket)
+        has = users.vector_row >= 0
+        place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
+        rows, lonely, missing = [], 0, 0
+        for request in requests.to_pylist():
+            user = users.user(request["user_id"])
+            start = stop = 0
+            if user is not None:
+                seen = users.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)
+                if len(seen):
+                    start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
+                    missing += len(seen) - (stop - start)
+            lonely += start == stop
+            rows.append(
+                {
+                    "request_id": request["request_id"],
+                    "owner_id": request["owner_id"],
+                    "input": request["input"],
+                    "query": query(request["input"], self.entry),
+                    "target": request["target"],
+                    "start": start,
+                    "stop": stop,
+                }
+            )
+        if rows:
+            storage, out, table = Storage(self.folder), io.BytesIO(), io.BytesIO()
+            np.save(out, users.vectors[users.vector_row[has]].astype(np.float16))
+            pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
+            storage.write_bytes(f"vectors-{bucket}.npy", out.getvalue())
+            storage.write_bytes(f"samples-{bucket}.parquet", table.getvalue())
+        return {"bucket": bucket, "samples": len(rows), "without_history": lonely, "without_vector": missing}
+
+
+def load_samples(folder: str, local: str) -> tuple[pa.Table, list[np.ndarray]]:
+    """All samples of a run (with column `shard`) and their memory-mapped vectors.
+
+    Args:
+        folder: where PrepareSamples wrote; files that are not on this machine are copied to `local` first.
+    """
+    storage, tables, shards = Storage(folder), [], []
+    names = sorted(name for name in storage.list("") if name.rpartition("/")[2].startswith("samples-"))
+    for shard, name in enumerate(name.rpartition("/")[2] for name in names):
+        vectors = name.replace("samples-", "vectors-").replace(".parquet", ".npy")
+        if storage.is_s3:
+            path = f"{local}/{vectors}"
+            with open(path, "wb") as file:
+                file.write(storage.read_bytes(vectors))
+        else:
+            path = f"{storage.path}/{vectors}"
+        table = pq.read_table(io.BytesIO(storage.read_bytes(name)))
+        tables.append(table.append_column("shard", pa.array([shard] * table.num_rows, pa.int64())))
+        empty = os.path.getsize(path) <= NPY_HEADER_BYTES  # nothing cannot be mapped
+        shards.append(np.load(path, mmap_mode=None if empty else "r"))
+    return pa.concat_tables(tables), shards

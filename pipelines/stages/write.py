@@ -1,0 +1,181 @@
+"""The end of every job: files are written by Ray tasks, and committed by the driver as buckets are complete.
+
+Only file metadata reaches the driver. A bucket is complete when its rows and rejects make up what the plan says it
+owes; complete buckets are committed in groups, keyed by (run_id, group).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.report import RunReport, progress
+from infra.table import DataFile, Table
+
+if TYPE_CHECKING:
+    import ray.data
+
+REASON, DETAIL = "reject_reason", "reject_detail"
+
+
+class WriteFiles:
+    """Stage: writes rows as files of one table; rows with a reject reason go to `rejects`.
+
+    in:  the table's columns, and where rows can be rejected also reject_reason str (null: a good row), reject_detail
+    out: one row a file: DataFile.to_row()
+    """
+
+    def __init__(self, table: Table, rejects: Table | None, job: str, run_id: str, key: str | None = None) -> None:
+        self.table, self.rejects, self.job, self.run_id, self.key = table, rejects, job, run_id, key
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        files: list[DataFile] = []
+        good = batch
+        if REASON in batch.column_names:
+            good = batch.filter(pc.is_null(batch[REASON]))
+            files += self._reject(batch.filter(pc.is_valid(batch[REASON])))
+        good = good.select(self.table.spec.schema.names)
+        if good.num_rows:
+            files += self.table.write(good, self.run_id)
+        return files_table(files)
+
+    def _reject(self, bad: pa.Table) -> list[DataFile]:
+        if not bad.num_rows:
+            return []
+        assert self.rejects is not None and self.key is not None, "a stage that rejects rows needs a rejects table"
+        files = []
+        for bucket in pc.unique(bad["bucket"]).to_pylist():
+            rows = bad.filter(pc.equal(bad["bucket"], bucket))
+            data = pa.table(
+                {
+                    "job": pa.repeat(self.job, rows.num_rows),
+                    "run_id": pa.repeat(self.run_id, rows.num_rows),
+                    "key": rows[self.key].cast(pa.string()),
+                    "reason": rows[REASON],
+                    "detail": rows[DETAIL],
+                }
+            )
+            reasons = Counter(rows[REASON].to_pylist())
+            # the bucket travels with the file's metadata only: it tells which bucket's count these rejects pay
+            for file in self.rejects.write(data, self.run_id):
+                files.append(DataFile(**{**vars(file), "bucket": bucket, "reasons": dict(reasons)}))
+        return files
+
+
+def files_table(files: list[DataFile]) -> pa.Table:
+    """File metadata as Ray rows; typed, so that a batch without a file has the same columns."""
+    rows = [file.to_row() for file in files]
+    schema = pa.schema(
+        {
+            "table": pa.string(),
+            "path": pa.string(),
+            "size": pa.int64(),
+            "rows": pa.int64(),
+            "bucket": pa.int64(),
+            "min_key": pa.string(),
+            "max_key": pa.string(),
+            "reasons": pa.string(),
+            "root": pa.string(),
+        }
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def next_group(table: Table, run_id: str) -> int:
+    """The group a run goes on with: 0, or the one after the last it has committed."""
+    last = table.committed(run_id)
+    return 0 if last is None else last + 1
+
+
+@dataclass
+class Committer:
+    """Driver side: collects files and commits groups of complete buckets to a table that only grows."""
+
+    table: Table
+    rejects: Table | None
+    report: RunReport
+    owed: Mapping[int, int]
+    """Rows that each bucket owes, from the plan."""
+    group_rows: int
+    """Rows after which the complete buckets are committed: one wave."""
+    metadata: dict[str, str]
+    planned_on: int
+    _got: Counter[int] = field(default_factory=Counter)
+    _files: dict[int, list[DataFile]] = field(default_factory=dict)
+    _ready: list[DataFile] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._group = next_group(self.table, self.report.run_id)
+        self._reject_group = next_group(self.rejects, self.report.run_id) if self.rejects else 0
+
+    def add(self, file: DataFile) -> int:
+        """Takes a file's metadata; commits when a group is full. Returns the rows it stands for."""
+        assert file.bucket is not None
+        self._files.setdefault(file.bucket, []).append(file)
+        self._got[file.bucket] += file.rows
+        if self._got[file.bucket] == self.owed[file.bucket]:
+            self._ready += self._files.pop(file.bucket)
+            if sum(file.rows for file in self._ready) >= self.group_rows:
+                self.flush()
+        return file.rows
+
+    def flush(self, complete: bool = False) -> None:
+        """Commits what is ready; `complete` marks the version that readers take."""
+        bad = [file for file in self._ready if file.table == "rejects"]
+        good = [file for file in self._ready if file.table != "rejects"]
+        if bad and self.rejects is not None:
+            version = self.rejects.commit(
+                [DataFile(**{**vars(file), "bucket": None}) for file in bad],
+                run_id=self.report.run_id,
+                group=self._reject_group,
+                mode="append",
+                planned_on=self.rejects.version(),
+            ).version
+            self._reject_group += 1
+            self.report.table_written("rejects", version)
+            for file in bad:
+                for reason, n in file.reasons.items():
+                    self.report.reject(reason, n)
+        if good or complete:
+            commit = self.table.commit(
+                good,
+                run_id=self.report.run_id,
+                group=self._group,
+                mode="append",
+                planned_on=self.planned_on,
+                metadata=self.metadata,
+                complete=complete,
+                strict=True,
+            )
+            self._group += 1
+            self.planned_on = commit.version
+            self.report.table_written(self.table.spec.name, commit.version)
+            self.report.written += sum(file.rows for file in good)
+        self._ready = []
+
+    def finish(self) -> None:
+        """Commits the rest. Complete only when every bucket has paid what it owes."""
+        self.flush(complete=not self._files and sum(self._got.values()) == sum(self.owed.values()))
+
+
+def commit_stream(
+    files: "ray.data.Dataset", committer: Committer, what: str, seen: Callable[[pa.Table], None] | None = None
+) -> None:
+    """Runs the stream and commits as files come."""
+    with progress(sum(committer.owed.values()), what) as bar:
+        for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if seen is not None:
+                seen(batch)
+            for row in batch.to_pylist():
+                bar.update(committer.add(DataFile.from_row(row)))
+    committer.finish()
+
+
+def bucket_rows(buckets: list[int]) -> "ray.data.Dataset":
+    """One row a bucket, one block a row: the source of every stream of work."""
+    import ray.data
+
+    return ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))

@@ -1,0 +1,89 @@
+"""The tables of one population, by name: `<tables>/histories`, `<tables>/requests`, ...
+
+One folder (or s3 prefix) holds one population. All its tables share the number of buckets, so that a job joins them
+bucket by bucket, without a shuffle. Vectors of another encoder stand in a table of their own beside the old one.
+"""
+
+import dataclasses
+import json
+
+from infra.errors import InputError
+from infra.snapshot import Snapshot
+from infra.table import Table, TableSpec
+from pplug import schemas, tasks
+from pplug.tasks import TaskEntry
+
+# Small row groups where one user's rows are fetched alone; `user_key` statistics prune the rest.
+_SPECS = [
+    TableSpec("histories", schemas.HISTORIES, schemas.SCHEMA_VERSION, sort=("user_key", "position")),
+    TableSpec("requests", schemas.REQUESTS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id")),
+    TableSpec(
+        "embeddings", schemas.EMBEDDINGS, schemas.SCHEMA_VERSION, sort=("user_key", "text_hash"), vectors=("vector",)
+    ),
+    TableSpec(
+        "personas",
+        schemas.PERSONAS,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key",),
+        vectors=("mean_vector", "persona"),
+    ),
+    TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
+    TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
+]
+SPECS = {spec.name: spec for spec in _SPECS}
+_WRITERS = {
+    "histories": "ingest",
+    "requests": "ingest",
+    "embeddings": "refresh",
+    "personas": "refresh",
+    "generations": "generate",
+}
+
+
+def location(tables: str, name: str) -> str:
+    """Where a table of a population is."""
+    return f"{tables.rstrip('/')}/{name}"
+
+
+def spec_of(name: str) -> TableSpec:
+    """The spec of a table; `embeddings-<encoder_id>` has the one of `embeddings`."""
+    base = name.partition("-")[0]
+    return dataclasses.replace(SPECS[base], name=name)
+
+
+def open_table(tables: str, name: str) -> Table:
+    """An existing table.
+
+    Raises:
+        InputError: there is none; the message names the job that writes it.
+    """
+    uri = location(tables, name)
+    if not Table.exists(uri):
+        raise InputError(f"no table {name} in {tables}; run `{_WRITERS[name.partition('-')[0]]}` with the same tables first")
+    return Table.open(uri, spec_of(name))
+
+
+def open_or_create(tables: str, name: str, buckets: int) -> Table:
+    """A table to write to; made when it is not there yet."""
+    return Table.open_or_create(location(tables, name), spec_of(name), buckets)
+
+
+def embeddings_name(encoder_id: str) -> str:
+    return f"embeddings-{encoder_id}"
+
+
+def task_entry(task: str | None, histories: Snapshot) -> TaskEntry:
+    """The task in force: the one asked for, or the one `ingest` stored with the histories.
+
+    Raises:
+        InputError: neither, or the name or file asked for is not a task entry.
+    """
+    try:
+        if task is not None:
+            return tasks.find(task)
+    except ValueError as error:
+        raise InputError(f"task: {error}") from error
+    stored = histories.metadata.get("task_entry")
+    if stored is None:
+        raise InputError("the histories name no task; give one with --task (a LaMP name or a YAML file)")
+    return TaskEntry.model_validate(json.loads(stored))

@@ -1,0 +1,345 @@
+"""Job `train`: histories, embeddings, requests with targets -> a plug.
+
+Ray Data gathers each bucket's samples; Ray Train fits the plug, data parallel, the LLM frozen. The loss on train users who
+are held out chooses the checkpoint. A rerun with the same run_id goes on from the last checkpoint.
+Unit of work: a request with a target.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+from pplug.encoder import EncoderConfig
+from pplug.fit import FitConfig
+from pplug.llm import LLMConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pplug.fit import Samples
+
+
+class PlugShape(BaseModel):
+    """What kind of plug to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    persona_tokens: int = Field(1, gt=0)
+    """Rows a persona takes in the prompt; the paper uses 1."""
+    aggregation: Literal["attention", "mean"] = "attention"
+    """attention: items weighed by likeness to the query; mean: alike, so that refresh can store the persona."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the likeness before the softmax; the paper uses 1."""
+    query_prefix: str = ""
+    """Put before a query; BGE wants its own sentence here."""
+    persona_scale: float | None = Field(None, gt=0)
+    """Default: the mean norm of the LLM's token embeddings."""
+    instruction_scale: float | None = Field(None, gt=0)
+    """Default: the same."""
+    without_history: bool = False
+    """A soft prompt only, the control that shows how much of a gain is the task."""
+
+
+class Config(BaseModel):
+    """What to train on, with which encoder and LLM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    llm: LLMConfig
+    encoder: EncoderConfig = EncoderConfig()
+    """As in refresh: its vectors are the history, a trained copy encodes the query."""
+    plug: str | None = None
+    """Folder the plug is written to; default: <run_dir>/plug."""
+    shape: PlugShape = PlugShape()
+    fit: FitConfig = FitConfig()
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    history_cap: int = Field(512, gt=0)
+    """Newest items that count."""
+    workers: int = Field(1, gt=0)
+    """Train workers, data parallel."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads: int | None = Field(None, gt=0)
+    """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: one at each epoch's end."""
+    max_failures: int = Field(2, ge=0)
+    """Times a lost worker group is started again within one run."""
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    run_id: str | None = None
+    """Give the id of a run that broke off to go on with it."""
+    run_dir: str | None = None
+    """Default: runs/<run_id>."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import session
+    from infra.storage import Storage
+    from pipelines import tables
+    from pplug.encoder import encoder_id
+    from pplug.llm import llm_id
+
+    run_id = config.run_id or new_run_id("train")
+    run_dir = config.run_dir or f"runs/{run_id}"
+    report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
+    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    entry = tables.task_entry(config.task, histories)
+    rule = entry.item if config.encoder.with_label else entry.item_without_label
+    try:
+        encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"encoder or llm: {error}") from error
+    embeddings = tables.open_table(config.tables, tables.embeddings_name(encoder)).snapshot(complete=True)
+    requests = tables.open_table(config.tables, "requests").snapshot(complete=True)
+    for name, snapshot in (("histories", histories), ("embeddings", embeddings), ("requests", requests)):
+        report.table_read(name, snapshot.version)
+
+    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
+    samples = Storage(run_dir).join("samples").uri
+    with report.stage("prepare") as stage:
+        counts = _prepare(config, histories, embeddings, requests, entry, samples)
+        stage.rows = counts["samples"]
+    report.planned = counts["samples"]
+    report.extra["samples"] = counts
+    if not counts["samples"]:
+        raise InputError(
+            f"{config.tables}: no request with a target whose user is there; ingest requests with targets, or use "
+            "--derive-requests to make them from the histories"
+        )
+    if counts["without_vector"]:
+        print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
+    with report.stage("fit") as stage:
+        facts = _fit(config, run_id, run_dir, samples, {"encoder_id": encoder, "llm_id": llm})
+        stage.rows = counts["samples"] * config.fit.epochs
+    report.written = counts["samples"]
+    report.extra |= facts
+    code = report.finish()
+    print(f"plug {facts['plug_id']} (validation loss {facts['best_val_loss']:.4f}): {facts['plug']}", flush=True)
+    return code
+
+
+def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str) -> dict[str, int]:
+    from pipelines.stages.samples import PrepareSamples
+    from pipelines.stages.write import bucket_rows
+
+    stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder)
+    counts = {"samples": 0, "without_history": 0, "without_vector": 0}
+    for row in (
+        bucket_rows(list(requests.by_bucket()))
+        .map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+        .iter_rows()
+    ):
+        for name in counts:
+            counts[name] += row[name]
+    return counts
+
+
+def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: dict[str, str]) -> dict[str, Any]:
+    """Runs Ray Train and copies the best plug to its folder."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from infra.storage import Storage
+    from pplug.plug import plug_id
+
+    storage = Storage(run_dir).join("train")
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    trainer = TorchTrainer(
+        fit_worker,
+        train_loop_config={
+            "config": config.model_dump(),
+            "samples": samples,
+            "identities": identities,
+            "threads": threads,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": 1, "GPU": config.gpus_per_worker} if config.gpus_per_worker else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=storage.path if storage.is_s3 else os.path.abspath(storage.path),
+            storage_filesystem=storage.filesystem if storage.is_s3 else None,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise result.error
+    assert result.checkpoint is not None, "the last step always reports a checkpoint"
+    target = Path(config.plug or os.path.join(tempfile.mkdtemp() if storage.is_s3 else run_dir, "plug"))
+    with result.checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / "best", target, dirs_exist_ok=True)
+        history = json.loads((Path(folder) / "history.json").read_text())
+    best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
+    return {
+        "plug": str(target),
+        "plug_id": plug_id(target),
+        "best_val_loss": best["val_loss"],
+        "best_step": best["step"],
+        "history": history,
+        **identities,
+    }
+
+
+# --- what runs in a train worker ---------------------------------------------------------------------------------
+
+
+def fit_worker(given: dict[str, Any]) -> None:
+    """One Ray Train worker: loads, resumes, trains, reports."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from pplug.fit import Fitter, run_epochs
+
+    config = Config.model_validate(given["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(given["threads"])
+    torch.manual_seed(config.fit.seed)
+    plug, llm, query_tokenizer = _models(config, given["identities"])
+    plug.to(get_device())
+    with tempfile.TemporaryDirectory() as local:
+        train, validation = _samples(config, given["samples"], local, plug, llm, query_tokenizer)
+        pad_id = query_tokenizer.pad_token_id or 0
+        fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
+        resumed = _Resume(local)
+        resumed.load(fitter)
+        steps = math.ceil(len(train) / config.fit.batch_size) * config.fit.epochs
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            if rank == 0 and (step % max(1, total // 20) == 0 or step == total):
+                print(f"train: step {step} of {total}, loss {loss:.4f}", flush=True)
+
+        def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
+            if rank == 0:
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("val_loss", "val_exact"))
+                print(f"train: step {step} of {steps}, saved{': ' + shown if shown else ''}", flush=True)
+                resumed.save(fitter, query_tokenizer, metrics, is_best)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(resumed.folder))
+            else:
+                ray.train.report(metrics)
+
+        run_epochs(fitter, resumed.step, resumed.best, on_step, on_checkpoint, config.checkpoint_steps)
+        if resumed.step >= steps:  # the run had ended before; report again, so that the driver finds its checkpoint
+            checkpoint = ray.train.Checkpoint.from_directory(resumed.folder) if rank == 0 else None
+            ray.train.report({"step": steps, "best_val_loss": resumed.best}, checkpoint=checkpoint)
+
+
+class _Resume:
+    """The checkpoint folder: plug/ (as it is), best/ (the plug that validates best), state.pt, history.json."""
+
+    def __init__(self, local: str) -> None:
+        self.folder = os.path.join(local, "checkpoint")
+        self.step, self.best = 0, math.inf
+        self._history: list[dict[str, float]] = []
+        os.makedirs(self.folder)
+
+    def load(self, fitter: Any) -> None:
+        import ray.train
+        import torch
+        from safetensors.torch import load_file
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            shutil.copytree(folder, self.folder, dirs_exist_ok=True)
+        self._history = json.loads(Path(self.folder, "history.json").read_text())
+        self.step = int(self._history[-1]["step"])
+        self.best = self._history[-1]["best_val_loss"]
+        fitter.plug.load_state_dict(load_file(f"{self.folder}/plug/model.safetensors"))
+        fitter.load_state(torch.load(f"{self.folder}/state.pt", weights_only=True))
+        print(f"train: goes on at step {self.step}", flush=True)
+
+    def save(self, fitter: Any, tokenizer: Any, metrics: dict[str, float], is_best: bool) -> None:
+        import torch
+
+        fitter.plug.save_pretrained(f"{self.folder}/plug", tokenizer)
+        if is_best:
+            shutil.copytree(f"{self.folder}/plug", f"{self.folder}/best", dirs_exist_ok=True)
+        torch.save(fitter.state(), f"{self.folder}/state.pt")
+        self._history.append(metrics)
+        Path(self.folder, "history.json").write_text(json.dumps(self._history))
+
+
+def _models(config: Config, identities: dict[str, str]) -> tuple[Any, Any, Any]:
+    """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from pplug.encoder import pooling_of
+    from pplug.identity import model_folder
+    from pplug.llm import FrozenLLM
+    from pplug.plug import PersonaPlug, PlugConfig
+
+    llm = FrozenLLM.load(config.llm)
+    folder = model_folder(config.encoder.model, config.encoder.revision)
+    attention = config.shape.aggregation == "attention" and not config.shape.without_history
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    shape = config.shape
+    plug = PersonaPlug(
+        PlugConfig(
+            encoder_dim=encoder.config.hidden_size,
+            llm_dim=llm.dim,
+            persona_tokens=shape.persona_tokens,
+            aggregation=shape.aggregation,
+            temperature=shape.temperature,
+            persona_scale=shape.persona_scale or llm.embedding_norm,
+            instruction_scale=shape.instruction_scale or llm.embedding_norm,
+            query_pooling=pooling_of(folder, config.encoder.pooling),
+            query_prefix=shape.query_prefix,
+            query_max_tokens=config.encoder.max_tokens,
+            trained_without_history=shape.without_history,
+            **identities,
+        ),
+        query_encoder=encoder if attention else None,
+    )
+    # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
+    return plug.eval(), llm, AutoTokenizer.from_pretrained(folder)
+
+
+def _samples(
+    config: Config, folder: str, local: str, plug: Any, llm: Any, tokenizer: Any
+) -> tuple["Samples", "Samples"]:
+    """Train and validation samples, tokenised; validation users never train."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pipelines.stages.samples import load_samples
+    from pplug.fit import Samples, held_out
+
+    table, shards = load_samples(folder, local)
+    fit = config.fit
+    out = np.array([held_out(owner, fit.held_out, fit.seed) for owner in table["owner_id"].to_pylist()])
+    if out.all() or not out.any():
+        raise ValueError(
+            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.held_out:.0%} held out leaves "
+            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or another share"
+        )
+
+    def tokenised(rows: "pa.Table") -> "Samples":
+        queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
+        return Samples(
+            prompts=llm.splicer.prompts(rows["input"].to_pylist()),
+            targets=llm.splicer.targets(rows["target"].to_pylist(), fit.max_target_tokens),
+            queries=tokenizer(queries, truncation=True, max_length=plug.config.query_max_tokens)["input_ids"],
+            owners=rows["owner_id"].to_pylist(),
+            spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),
+            shards=shards,
+        )
+
+    return tokenised(table.filter(pa.array(~out))), tokenised(table.filter(pa.array(out)))

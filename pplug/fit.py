@@ -1,0 +1,304 @@
+"""Fits a plug: samples -> batches of like length -> loss on targets -> one AdamW step over all workers.
+
+Route: Samples (token ids, target ids, query ids, item vectors by range) -> plan_epoch -> Fitter.step -> Fitter.validate.
+Every choice (order, dropped items, held-out users) depends on the seed and the sample alone, never on the number of
+workers: two workers take the same steps as one, each on its share of the same batch.
+Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a sample.
+
+[1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FitConfig(BaseModel):
+    """How a plug is trained. Defaults are the paper's or its code's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(2, gt=0)
+    batch_size: int = Field(64, gt=0)
+    """Samples a step, over all workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    query_learning_rate: float | None = Field(None, ge=0)
+    """Of the query encoder; default: learning_rate. 0 keeps the copy as it was."""
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps; then linear to zero."""
+    clip: float = Field(1.0, gt=0)
+    """Gradient norm over all parameters."""
+    item_dropout: float = Field(0.5, ge=0, lt=1)
+    """Each epoch int(n*U(0, this)) + 1 random items of a sample with more than two are left out; 0: none."""
+    max_target_tokens: int = Field(128, gt=1)
+    """EOS included."""
+    micro_tokens: int = Field(16_384, gt=0)
+    """Padded prompt and target tokens of one forward pass; bounds memory, changes no result."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the train users that choose the checkpoint."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the query encoder's and projector's matrix work; auto: bfloat16 where it is native."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is trained on. `spans[i]` = (shard, start, stop): the item vectors of sample i, oldest first."""
+
+    prompts: Sequence[Any]
+    targets: Sequence[list[int]]
+    queries: Sequence[list[int]]
+    owners: Sequence[str]
+    spans: np.ndarray
+    shards: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def items(self, index: int) -> np.ndarray:
+        """(n, D), 16 or 32 bits, memory-mapped."""
+        shard, start, stop = self.spans[index]
+        return self.shards[shard][start:stop]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt and target."""
+        return np.array([len(p) + len(t) for p, t in zip(self.prompts, self.targets, strict=True)], np.int64)
+
+
+def held_out(owner_id: str, share: float, seed: int) -> bool:
+    """Whether this person's samples choose the checkpoint instead of training: fixed by id and seed."""
+    digest = hashlib.blake2b(f"{seed}:{owner_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < share
+
+
+def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Batches of sample indices for one epoch: shuffled, of like length within windows of 32 batches."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    window = 32 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def kept_items(n: int, share: float, seed: int, epoch: int, sample: int) -> np.ndarray:
+    """Which of n items a sample keeps in an epoch (the authors' augmentation, drawn on line), in order."""
+    if share == 0 or n <= 2:
+        return np.arange(n)
+    rng = np.random.default_rng((seed, epoch, sample))
+    dropped = min(n - 1, int(n * rng.uniform(0, share)) + 1)
+    return np.sort(rng.permutation(n)[dropped:])
+
+
+def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Splits a batch so that samples x longest stays within the budget, longest first."""
+    order = indices[np.argsort(-lengths[indices], kind="stable")]
+    out, start = [], 0
+    while start < len(order):
+        size = max(1, budget // int(lengths[order[start]]))
+        out.append(order[start : start + size])
+        start += size
+    return out
+
+
+class Fitter:
+    """Plug, optimiser and schedule; takes steps and validates. One a worker."""
+
+    def __init__(
+        self,
+        plug: Any,
+        llm: Any,
+        config: FitConfig,
+        train: Samples,
+        validation: Samples,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        pad_id: int = 0,
+    ) -> None:
+        import torch
+
+        from pplug.encoder import best_dtype
+
+        self.plug, self.llm, self.config = plug, llm, config
+        self.train, self.validation, self.rank, self.world, self.pad_id = train, validation, rank, world, pad_id
+        self.device = next(plug.parameters()).device
+        self.dtype = best_dtype(config.precision)
+        self._lengths = {id(s): s.lengths() for s in (train, validation)}
+        steps = math.ceil(len(train) / config.batch_size) * config.epochs
+        query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
+        query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate
+        if query_lr == 0:
+            for parameter in query:
+                parameter.requires_grad_(False)
+        own = {id(parameter) for parameter in query}
+        groups = [
+            {"params": [p for p in plug.parameters() if id(p) not in own], "lr": config.learning_rate},
+            {"params": [p for p in query if p.requires_grad], "lr": query_lr},
+        ]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
+        warm = max(1, round(config.warmup * steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+        )
+
+    def _rows(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
+        """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
+        import torch
+
+        from pplug.encoder import pad
+
+        config = self.config
+        users = len(indices)
+        items, owner = [], []
+        for row, index in enumerate(indices):
+            vectors = samples.items(index)
+            if epoch is not None:
+                vectors = vectors[kept_items(len(vectors), config.item_dropout, config.seed, epoch, int(index))]
+            items.append(vectors)
+            owner.append(np.full(len(vectors), row))
+        if self.plug.config.trained_without_history:
+            items, owner = [v[:0] for v in items], [o[:0] for o in owner]
+        flat = np.concatenate(items).astype(np.float32)
+        items_TD = torch.from_numpy(flat.reshape(-1, self.plug.config.encoder_dim)).to(self.device)
+        owner_T = torch.from_numpy(np.concatenate(owner)).to(self.device)
+        query = None
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.plug.emb_model is not None:
+                tokens, mask = pad([samples.queries[i] for i in indices], self.pad_id)
+                query = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+            rows = self.plug.forward_ragged(items_TD, owner_T, users, query)
+        counts = [1 + self.plug.config.persona_tokens * bool(len(v)) for v in items]
+        return rows, counts
+
+    def _loss(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, Any]:
+        from pplug.objective import target_loss
+
+        rows, counts = self._rows(samples, indices, epoch)
+        prompts = [samples.prompts[i] for i in indices]
+        return target_loss(self.llm, prompts, rows, counts, [samples.targets[i] for i in indices])
+
+    def step(self, batch: np.ndarray, epoch: int) -> float:
+        """One optimiser step on a global batch; this worker computes its share.
+
+        Returns:
+            Loss per target token of the whole batch.
+        """
+        import torch
+
+        tokens = sum(len(self.train.targets[i]) for i in batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in micro_batches(batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.micro_tokens):
+            loss, _ = self._loss(self.train, part, epoch)
+            (loss / tokens).backward()
+            total += loss.detach() / tokens
+        self._reduce_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return self._sum(total).item()
+
+    def validate(self) -> dict[str, float]:
+        """Loss per target token and share of targets that greedy decoding would write, on the held-out users."""
+        import torch
+
+        totals = torch.zeros(2, device=self.device)
+        mine = np.arange(len(self.validation))[self.rank :: self.world]
+        with torch.no_grad():
+            for part in micro_batches(mine, self._lengths[id(self.validation)], self.config.micro_tokens):
+                loss, exact = self._loss(self.validation, part, None)
+                totals += torch.stack([loss, exact.sum()])
+        loss, exact = self._sum(totals).tolist()
+        tokens = sum(len(target) for target in self.validation.targets)
+        return {"val_loss": loss / max(1, tokens), "val_exact": exact / max(1, len(self.validation))}
+
+    def _sum(self, value: Any) -> Any:
+        import torch.distributed as dist
+
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _reduce_gradients(self) -> None:
+        """Sums gradients over workers in one message: each worker's loss is already divided by the global tokens."""
+        import torch
+        import torch.distributed as dist
+
+        if self.world == 1:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for parameter, piece in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+    def state(self) -> dict[str, Any]:
+        """Optimiser, schedule and generators; the plug is saved apart."""
+        import torch
+
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        import torch
+
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["torch_rng"])
+
+
+def run_epochs(
+    fitter: Fitter,
+    done: int,
+    best: float,
+    on_step: Callable[[int, int, float], None],
+    on_checkpoint: Callable[[int, dict[str, float], bool], None],
+    checkpoint_steps: int,
+) -> None:
+    """Trains from step `done` to the end; validates at each epoch's end, and saves then and every some steps.
+
+    Args:
+        done: steps already taken (a resumed run goes on at the next batch of the same plan).
+        best: lowest validation loss so far (inf at the start).
+        on_step: called with (steps done, steps in all, loss).
+        on_checkpoint: called with (steps done, metrics, whether this is the best so far).
+        checkpoint_steps: 0 saves at the end of an epoch only.
+    """
+    config = fitter.config
+    lengths = fitter.train.lengths()
+    per_epoch = math.ceil(len(lengths) / config.batch_size)
+    total = per_epoch * config.epochs
+    for epoch in range(config.epochs):
+        if (epoch + 1) * per_epoch <= done:
+            continue
+        batches = plan_epoch(lengths, config.batch_size, config.seed, epoch)
+        losses = []
+        for place, batch in enumerate(batches):
+            step = epoch * per_epoch + place + 1
+            if step <= done:
+                continue
+            losses.append(fitter.step(batch, epoch))
+            on_step(step, total, losses[-1])
+            at_end = place + 1 == len(batches)
+            if not at_end and not (checkpoint_steps and step % checkpoint_steps == 0):
+                continue
+            metrics = {"step": step, "epoch": epoch, "train_loss": float(np.mean(losses))}
+            if at_end:
+                metrics |= fitter.validate()
+            is_best = at_end and metrics["val_loss"] < best
+            best = min(best, metrics.get("val_loss", best))
+            on_checkpoint(step, metrics | {"best_val_loss": best}, is_best)
