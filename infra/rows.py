@@ -43,6 +43,8 @@ def conform(data: pa.Table, spec: TableSpec) -> pa.Table:
     columns = []
     for target in spec.schema:
         column = _cast(data[target.name], target, spec.name)
+        if column.null_count and spec.bucketed and target.name in ("bucket", "user_key"):
+            raise ValueError(f"table {spec.name}: column {target.name!r} is null in {column.null_count} rows")
         columns.append(_to_16_bits(column, target.name, spec.name) if target.name in spec.vectors else column)
     return pa.table(columns, schema=spec.schema)
 

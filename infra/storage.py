@@ -8,6 +8,7 @@ is tried again with backoff and jitter, within a budget of seconds.
 
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -31,12 +32,14 @@ _TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not 
     "ServerDisconnectedError ClientPayloadError ClientOSError ClientConnectorError ServerTimeoutError "
     "IncompleteReadError ResponseStreamingError ConnectionError".split()
 )
-_TRANSIENT_TEXTS = (
-    "slowdown", "slow down", "503", "502", "504", "500 internal", "internalerror", "internal error",
-    "serviceunavailable", "service unavailable", "requesttimeout", "timed out", "timeout", "connection reset",
-    "connection closed", "connection refused", "broken pipe", "server disconnected", "reduce your request rate",
-    "please try again", "incomplete", "error sending request", "error decoding response body",
-)  # fmt: skip
+_TRANSIENT_TEXT = re.compile(
+    # A bare 503 may be part of a file's name; it counts only as a status.
+    r"(status|code|error|http|server)[^\n]{0,20}\b50[0234]\b|\b50[0234] (internal|bad|service|gateway|slow)"
+    r"|slow ?down|internal ?error|service ?unavailable|request ?timeout|timed out"
+    r"|connection (reset|closed|refused|aborted)|broken pipe|server disconnected|reduce your request rate|try again|incompleteread|incomplete message"
+    r"|error sending request|error decoding response body|response payload is not completed",
+    re.IGNORECASE,
+)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, pa.ArrowInvalid)
 
 
@@ -48,8 +51,7 @@ def is_transient(error: BaseException | None) -> bool:
             return False
         if isinstance(error, ConnectionError) or type(error).__name__ in _TRANSIENT_TYPES:
             return True
-        text = str(error).lower()
-        if any(sign in text for sign in _TRANSIENT_TEXTS):
+        if _TRANSIENT_TEXT.search(str(error)):
             return True
         error, depth = error.__cause__ or error.__context__, depth + 1
     return False

@@ -182,8 +182,6 @@ class Table:
         data = data.sort_by(order) if order else data
         if not self.spec.bucketed:
             return [self._write_file(data, None, run_id)] if len(data) else []
-        if data["bucket"].null_count:
-            raise ValueError(f"table {self.spec.name}: bucket is null in {data['bucket'].null_count} rows")
         # Rows lie by bucket now: each bucket is one slice, however many buckets a block touches.
         found, starts = np.unique(data["bucket"].to_numpy(), return_index=True)
         if len(found) and not 0 <= found[0] <= found[-1] < self.buckets:
@@ -257,7 +255,7 @@ class Table:
             for action in actions
         ]
         said = self._said(delta.version())
-        info = next((entry["commitInfo"] for entry in said or [] if "commitInfo" in entry), {})
+        info: dict[str, Any] = next((entry["commitInfo"] for entry in said or [] if "commitInfo" in entry), {})
         return Snapshot(delta.version(), _own_metadata(info), files, self.uri, self.spec)
 
     def _newest_complete(self) -> int:
