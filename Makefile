@@ -25,7 +25,7 @@ check:
 # Rerun when the wanted packages change; an environment made by hand is completed, not replaced.
 $(READY): pyproject.toml constraints.txt infra/deploy/install.sh
 	@PYTHON="$(PYTHON)" infra/deploy/install.sh $(VENV) $(ENGINE) dev
-	@touch $@
+	@rm -f $(VENV)/.ready-* && touch $@
 
 setup: check $(READY) ## Make .venv and install everything (demo and test do it by themselves)
 

