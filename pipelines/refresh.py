@@ -118,7 +118,7 @@ def _embed(
     """Plans what each bucket owes, encodes it in one stream, commits wave by wave."""
     import ray.data
 
-    from pipelines.stages.embed import CountOwed, EmbedTexts, ReadOwed
+    from pipelines.stages.embed import BLOCK_TEXTS, CountOwed, EmbedTexts, ReadOwed
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
 
     before = embeddings.snapshot()
@@ -154,7 +154,7 @@ def _embed(
             vectors = texts.map_batches(
                 EmbedTexts,
                 fn_constructor_args=(config.encoder, encoder, _threads(config)),
-                batch_size=None,
+                batch_size=BLOCK_TEXTS,
                 batch_format="pyarrow",
                 num_gpus=config.gpus_per_worker or None,
                 compute=ray.data.ActorPoolStrategy(size=config.workers),

@@ -14,7 +14,7 @@ from pplug.identity import model_folder, short_id, weights_id
 from pplug.splice import PromptLayout, Splicer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class LLMConfig(BaseModel):
@@ -86,3 +86,32 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def embedding_rows(folder: Path, ids: list[int]) -> "Tensor":
+    """Token embeddings of some ids, (n, H), read from the weights file without loading the model.
+
+    Raises:
+        ValueError: the weights hold no token embeddings under the model's own name for them.
+    """
+    import json
+
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    wanted = model.get_input_embeddings().weight
+    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is wanted]
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    for name in names:
+        file = folder / where.get(name, "model.safetensors")
+        if not file.exists():
+            continue
+        with safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                rows = weights.get_slice(name)
+                return torch.cat([rows[i : i + 1] for i in ids]).float()
+    raise ValueError(f"{folder}: no tensor {' or '.join(names)} in its safetensors files")

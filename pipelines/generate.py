@@ -1,0 +1,298 @@
+"""Job `generate`: requests + personas or embeddings -> generations, for one or several methods, by one engine.
+
+Requests meet their users' vectors bucket by bucket; only persona rows and token ids reach the engine. A rerun with the
+same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as written and
+failed.
+"""
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+from pipelines.methods import PARTS, Method, parse_all
+from pipelines.stages.reply import Decoding, EngineConfig
+from pplug.llm import LLMConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from infra.snapshot import Snapshot
+
+
+class Config(BaseModel):
+    """Which requests, methods, models and decoding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    llm: LLMConfig
+    methods: tuple[str, ...] = ("none", "plug")
+    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, oracle."""
+    plug: str | None = None
+    """Plug folder, for the methods with a plug."""
+    oracle: str | None = None
+    """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
+    requests: Literal["all", "open", "labelled"] = "all"
+    """open: those without a target; labelled: those with one."""
+    users: str | None = None
+    """File with a user id a line: only their requests."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    decoding: Decoding = Decoding()
+    engine: EngineConfig = EngineConfig()
+    history_cap: int = Field(512, gt=0)
+    """Newest items that count."""
+    workers: int = Field(1, gt=0)
+    """Engines: one a GPU, or one a CPU node."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    prompt_workers: int = Field(1, gt=0)
+    """Actors that build prompts beside the engines."""
+    max_engine_restarts: int = Field(3, ge=0)
+    """Times a dead engine is started again before the job gives up; what is committed stays."""
+    wave_rows: int = Field(50_000, gt=0)
+    """Replies in one commit."""
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    run_id: str | None = None
+    """Give the id of a run that broke off to go on with it."""
+    run_dir: str | None = None
+    """Default: runs/<run_id>."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import session
+    from pipelines import tables
+    from pplug.llm import llm_id
+
+    run_id = config.run_id or new_run_id("generate")
+    report = RunReport(
+        "generate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
+    )
+    methods = parse_all(config.methods)
+    try:
+        llm = llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"llm: {error}") from error
+    requests_table = tables.open_table(config.tables, "requests")
+    requests = requests_table.snapshot(complete=True)
+    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    entry = tables.task_entry(config.task, histories)
+    report.table_read("requests", requests.version)
+    report.table_read("histories", histories.version)
+    sources = _plug_sources(config, methods, llm, report)
+
+    session.start(
+        need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
+    )
+    generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
+    _generate(config, report, methods, requests, generations, histories, sources, entry, llm)
+    return report.finish()
+
+
+def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunReport) -> dict[str, Any]:
+    """The plug's identity and the tables it reads, checked against the LLM; empty when no method needs a plug."""
+    from pipelines import tables
+    from pplug.plug import PersonaPlug, plug_id
+
+    with_plug = [method.name for method in methods if method.plug]
+    if not with_plug:
+        return {"plug_id": None, "embeddings": None, "personas": None}
+    if config.plug is None:
+        raise InputError(f"methods {with_plug} need a plug; give its folder with --plug (`train` writes one)")
+    try:
+        made_for = PersonaPlug.from_pretrained(config.plug).config
+    except (OSError, ValueError) as error:
+        raise InputError(f"plug: {error}") from error
+    if made_for.llm_id != llm:
+        raise InputError(
+            f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but {config.llm.model} "
+            f"with this layout is {llm}; give the LLM and llm.layout it was trained with, or train a new plug"
+        )
+    name = tables.embeddings_name(made_for.encoder_id or "")
+    embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
+    report.table_read(name, embeddings.version)
+    identity, personas = plug_id(config.plug), None
+    if any(method.plug == "mean" for method in methods) or made_for.aggregation == "mean":
+        from infra.table import Table
+
+        if Table.exists(tables.location(config.tables, "personas")):
+            stored = tables.open_table(config.tables, "personas").snapshot(complete=True)
+            if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
+                personas = stored
+                report.table_read("personas", stored.version)
+    return {"plug_id": identity, "embeddings": embeddings, "personas": personas}
+
+
+def _generate(
+    config: Config,
+    report: RunReport,
+    methods: list[Method],
+    requests: "Snapshot",
+    generations: Any,
+    histories: "Snapshot",
+    sources: dict[str, Any],
+    entry: Any,
+    llm: str,
+) -> None:
+    """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
+    import ray.data
+
+    from pipelines.stages.prompt import BuildPrompts, Owed
+    from pipelines.stages.reply import Reply
+    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
+    from pplug.identity import model_folder
+
+    before = generations.snapshot()
+    owed = Owed(
+        requests, before if before.files else None, report.run_id, config.methods, config.requests, _users(config)
+    )
+    counts: dict[int, int] = {}
+    with report.stage("plan") as stage:
+        plan = bucket_rows(list(requests.by_bucket())).map_batches(owed.count, batch_size=1, batch_format="pyarrow")
+        for row in plan.iter_rows():
+            counts[row["bucket"]] = row["owed"]
+            report.planned += row["owed"] + row["there"]
+            report.already_there += row["there"]
+        stage.rows = len(counts)
+    todo = sorted(bucket for bucket, n in counts.items() if n)
+    committer = Committer(
+        table=generations,
+        rejects=None,
+        report=report,
+        owed={bucket: counts[bucket] for bucket in todo},
+        group_rows=config.wave_rows,
+        metadata={"llm_id": llm, "plug_id": sources["plug_id"] or "", "decoding_id": config.decoding.decoding_id},
+        planned_on=before.version,
+    )
+    if not todo:
+        if before.metadata.get("complete") != "true":
+            committer.finish()
+        return
+    threads = max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
+    encoder_decoder = json.loads((model_folder(config.llm.model, config.llm.revision) / "config.json").read_text()).get(
+        "is_encoder_decoder", False
+    )
+    if encoder_decoder and config.engine.kind == "vllm":
+        raise InputError(
+            f"llm {config.llm.model} is an encoder-decoder, which vLLM does not have; set engine.kind=transformers"
+        )
+    with report.stage("generate") as stage:
+        stage.rows = sum(counts.values())
+        prompts = bucket_rows(todo).map_batches(
+            BuildPrompts,
+            fn_constructor_args=(
+                owed,
+                methods,
+                histories,
+                sources["embeddings"],
+                sources["personas"],
+                config.plug if sources["plug_id"] else None,
+                sources["plug_id"],
+                config.llm,
+                bool(encoder_decoder),
+                entry,
+                _oracle(config, methods),
+                config.history_cap,
+                config.engine.batch_rows,
+                threads,
+            ),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=config.prompt_workers),
+        )
+        replies = prompts.map_batches(
+            Reply,
+            fn_constructor_args=(config.llm, config.engine, config.decoding, llm, report.run_id, threads),
+            batch_size=config.engine.batch_rows,
+            batch_format="pyarrow",
+            num_gpus=config.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(
+                size=config.workers,
+                max_tasks_in_flight_per_actor=2 * config.engine.in_flight,
+                max_concurrent_calls_per_actor=config.engine.in_flight,
+                enable_true_multi_threading=True,
+            ),
+            # a batch that kills the engine again and again must end the job, not loop
+            max_restarts=config.max_engine_restarts,
+            max_task_retries=config.max_engine_restarts,
+        )
+        files = replies.map_batches(
+            CountAndWrite(WriteFiles(generations, None, "generate", report.run_id)).__call__,
+            batch_size=config.wave_rows,
+            batch_format="pyarrow",
+        )
+        tokens = {"prompt_tokens": 0, "output_tokens": 0}
+
+        def seen(batch: "pa.Table") -> None:
+            for reason, n in _merged(batch["reasons"].to_pylist()).items():
+                if reason in tokens:
+                    tokens[reason] += n
+                else:
+                    report.failed += n
+                    report.extra.setdefault("errors", {}).setdefault(reason, 0)
+                    report.extra["errors"][reason] += n
+
+        commit_stream(files, committer, "replies", seen)
+        report.extra |= tokens
+
+
+def _merged(reasons: list[str]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for text in reasons:
+        for reason, n in json.loads(text).items():
+            total[reason] = total.get(reason, 0) + n
+    return total
+
+
+class CountAndWrite:
+    """Writes replies and counts, into the files' metadata, their tokens and errors."""
+
+    def __init__(self, write: Any) -> None:
+        self.write = write
+
+    def __call__(self, batch: "pa.Table") -> "pa.Table":
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        files = self.write(batch).to_pylist()
+        counts: dict[str, int] = {name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "output_tokens")}
+        for error in batch["error"].drop_null().to_pylist():
+            counts[error] = counts.get(error, 0) + 1
+        if files:
+            files[0]["reasons"] = json.dumps(counts)
+        return pa.Table.from_pylist(files)
+
+
+def _users(config: Config) -> frozenset[str] | None:
+    if config.users is None:
+        return None
+    try:
+        with open(config.users, encoding="utf-8") as file:
+            return frozenset(line.rstrip("\n") for line in file if line.strip())
+    except OSError as error:
+        raise InputError(f"users={config.users}: cannot be read ({error}); expected a file with a user id a line") from error
+
+
+def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
+    """What is known of users in words, for the method `oracle`."""
+    if not any(method.oracle for method in methods):
+        return {}
+    if config.oracle is None:
+        raise InputError("method oracle needs --oracle FILE: JSON lines of {user_id, text}")
+    found = {}
+    try:
+        with open(config.oracle, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                found[row["user_id"]] = row["text"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"oracle={config.oracle}: expected JSON lines of {{user_id, text}} ({error!r})") from error
+    return found
+
+
+__all__ = ["PARTS", "Config", "run"]

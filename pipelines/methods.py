@@ -1,0 +1,63 @@
+"""Methods of `generate`: what personalises a reply. A name is made of parts joined by +.
+
+    none              the request alone
+    plug              the plug's persona for this request, as the plug was trained (attention or mean)
+    plug:attention    items weighed by likeness to the request
+    plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
+    plug:no-history   control: the instruction row alone, as for a user without history
+    plug:other-user   control: the persona of another user, drawn at random but the same in every run
+    oracle            the user's preference in words before the request; where it is known (the embedded world)
+"""
+
+from dataclasses import dataclass
+
+from infra.errors import InputError
+
+PARTS = {
+    "none": "the request alone",
+    "plug": "persona rows",
+    "plug:attention": "persona rows, items weighed by likeness to the request",
+    "plug:mean": "persona rows, items weighed alike",
+    "plug:no-history": "control: the instruction row alone",
+    "plug:other-user": "control: another user's persona",
+    "oracle": "the user's preference in words",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method taken apart."""
+
+    name: str
+    plug: str | None
+    """None, or how the persona is made: trained, attention, mean, no-history, other-user."""
+    oracle: bool
+
+
+def parse(name: str) -> Method:
+    """Reads a method's name.
+
+    Raises:
+        InputError: unknown, given twice, or parts that exclude each other.
+    """
+    parts = name.split("+")
+    known = f"known: {', '.join(PARTS)}; joined by +, such as oracle+plug"
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
+    plugs = [part for part in parts if part.startswith("plug")]
+    if len(set(parts)) < len(parts) or len(plugs) > 1 or ("none" in parts and len(parts) > 1):
+        raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
+    kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
+    return Method(name, kind, "oracle" in parts)
+
+
+def parse_all(names: tuple[str, ...]) -> list[Method]:
+    """Reads a list of methods.
+
+    Raises:
+        InputError: empty, or a name twice.
+    """
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"methods={list(names)}: name at least one method, each once (known: {', '.join(PARTS)})")
+    return [parse(name) for name in names]

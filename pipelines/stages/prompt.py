@@ -1,0 +1,303 @@
+"""Stage: requests of a bucket, each with its user's history, become prompts with persona rows.
+
+Route: bucket -> requests x methods still owed -> visible items -> plug -> rows (1+P, H) beside token ids.
+The vectors stay here; only persona rows and token ids travel on.
+Shapes: T items of a block's requests (ragged), D encoder width, P persona tokens, H LLM width.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.snapshot import Snapshot
+from pipelines.methods import Method
+from pipelines.stages.bucket import Histories, matrix, read_bucket, to_us
+from pplug.identity import model_folder
+from pplug.llm import LLMConfig, load_tokenizer
+from pplug.splice import Splicer
+from pplug.tasks import TaskEntry, query
+
+PROMPTS = pa.schema(
+    {
+        "bucket": pa.int32(),
+        "user_key": pa.string(),
+        "request_id": pa.string(),
+        "method": pa.string(),
+        "user_id": pa.string(),
+        "before": pa.list_(pa.int32()),
+        "after": pa.list_(pa.int32()),
+        "rows": pa.list_(pa.float32()),  # R*H values between before and after; empty without a plug
+        "persona": pa.string(),
+        "plug_id": pa.string(),
+        "encoder_id": pa.string(),
+        "adapter_id": pa.string(),
+        "error": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Owed:
+    """Which requests and methods a run still has to answer: one answer for plan and work."""
+
+    requests: Snapshot
+    done: Snapshot | None
+    """Generations before this run's work began."""
+    run_id: str
+    methods: tuple[str, ...]
+    only: str
+    """all, open (without a target) or labelled."""
+    users: frozenset[str] | None
+
+    def read(self, bucket: int) -> tuple[pa.Table, dict[str, set[str]], int]:
+        """Requests of a bucket, for each the methods already answered, and the number of pairs asked for."""
+        requests = self.requests.read(buckets=[bucket])
+        if self.only != "all":
+            has = pc.is_valid(requests["target"])
+            requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
+        if self.users is not None:
+            requests = requests.filter(pc.is_in(requests["user_id"], value_set=pa.array(sorted(self.users))))
+        answered: dict[str, set[str]] = {}
+        if self.done is not None:
+            mine = pc.field("run_id") == self.run_id
+            for row in self.done.read(["request_id", "method"], buckets=[bucket], filter=mine).to_pylist():
+                answered.setdefault(row["request_id"], set()).add(row["method"])
+        return requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")]), answered, (
+            requests.num_rows * len(self.methods)
+        )
+
+    def count(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Stage of the plan. in: bucket. out: bucket, owed, there."""
+        for bucket in batch["bucket"].to_pylist():
+            requests, answered, asked = self.read(bucket)
+            ids, wanted = requests["request_id"].to_pylist(), set(self.methods)
+            there = sum(len(answered.get(request, set()) & wanted) for request in ids)
+            yield pa.table({"bucket": [bucket], "owed": [asked - there], "there": [there]})
+
+
+class BuildPrompts:
+    """Stage: prompts of whole buckets, in blocks of `block_rows`.
+
+    in:  bucket int
+    out: PROMPTS, one row a request and method
+    """
+
+    def __init__(
+        self,
+        owed: Owed,
+        methods: Sequence[Method],
+        histories: Snapshot | None,
+        embeddings: Snapshot | None,
+        personas: Snapshot | None,
+        plug_folder: str | None,
+        plug_id: str | None,
+        llm: LLMConfig,
+        encoder_decoder: bool,
+        entry: TaskEntry,
+        oracle: Mapping[str, str],
+        cap: int,
+        block_rows: int,
+        threads: int,
+    ) -> None:
+        self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
+        self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
+        self.cap, self.block_rows = cap, block_rows
+        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder)
+        self.maker = PersonaMaker(plug_folder, threads) if plug_folder else None
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            requests, answered, _ = self.owed.read(bucket)
+            users = None
+            if self.maker is not None and self.histories is not None and requests.num_rows:
+                users = Users(self.histories, self.embeddings, self.personas, bucket, requests, self.cap)
+            for start in range(0, requests.num_rows, self.block_rows):
+                rows = requests.slice(start, self.block_rows).to_pylist()
+                for method in self.methods:
+                    open_rows = [row for row in rows if method.name not in answered.get(row["request_id"], ())]
+                    if open_rows:
+                        yield self._block(bucket, open_rows, method, users)
+
+    def _block(
+        self, bucket: int, requests: list[dict[str, Any]], method: Method, users: "Users | None"
+    ) -> pa.Table:
+        errors: list[str | None] = [None] * len(requests)
+        inputs = []
+        for i, request in enumerate(requests):
+            words = self.oracle.get(request["user_id"], "") if method.oracle else ""
+            if method.oracle and not words:
+                errors[i] = "no stated preference for this user in the oracle file"
+            inputs.append(words + request["input"])
+        prompts = self.splicer.prompts(inputs)
+        empty = np.zeros(0, np.float32)
+        rows: list[np.ndarray] = [empty] * len(requests)
+        kinds = ["none"] * len(requests)
+        if method.plug is not None:
+            assert self.maker is not None and users is not None, "a method with a plug needs a plug and histories"
+            rows, kinds = self.maker.rows(requests, method.plug, users, self.entry)
+        n = len(requests)
+        with_plug = method.plug is not None
+        columns = {
+            "bucket": [bucket] * n,
+            "user_key": [request["user_key"] for request in requests],
+            "request_id": [request["request_id"] for request in requests],
+            "method": [method.name] * n,
+            "user_id": [request["user_id"] for request in requests],
+            "before": [prompt.before for prompt in prompts],
+            "after": [prompt.after for prompt in prompts],
+            "rows": ragged_f32(rows),
+            "persona": kinds,
+            "plug_id": [self.plug_id if with_plug else None] * n,
+            "encoder_id": [self.maker.plug.config.encoder_id if with_plug and self.maker else None] * n,
+            "adapter_id": [None] * n,
+            "error": errors,
+        }
+        return pa.table(columns, schema=PROMPTS)
+
+
+class Users:
+    """What a bucket's requests need of their users: visible items, another user's items, stored personas."""
+
+    def __init__(
+        self,
+        histories: Snapshot,
+        embeddings: Snapshot | None,
+        personas: Snapshot | None,
+        bucket: int,
+        requests: pa.Table,
+        cap: int,
+    ) -> None:
+        self.own, self.cap = read_bucket(histories, embeddings, bucket), cap
+        self._source, self._bucket = (histories, embeddings), bucket
+        self._others: Histories | None = None
+        self._owner = dict(zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True))
+        self._stored: dict[str, np.ndarray] = {}
+        if personas is not None:
+            found = personas.read(["user_id", "persona"], buckets=[bucket], filter=pc.field("persona").is_valid())
+            self._stored = dict(zip(found["user_id"].to_pylist(), matrix(found["persona"]), strict=True))
+
+    def stored(self, request: Mapping[str, Any]) -> np.ndarray | None:
+        """The persona that refresh stored, (P*H,), where the request has no cut-off."""
+        if request["as_of"] is not None or request["as_of_position"] is not None:
+            return None
+        return self._stored.get(request["user_id"])
+
+    def items(self, request: Mapping[str, Any]) -> np.ndarray:
+        """(n, D) vectors of the items the request may see."""
+        user = self.own.user(request["user_id"])
+        if user is None:
+            return self.own.vectors[:0]
+        seen = self.own.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)
+        return self.own.vectors[self.own.with_vector(seen)]
+
+    def others_items(self, request: Mapping[str, Any]) -> np.ndarray:
+        """(n, D) vectors of another person's items: drawn by the user's hash, so that every run draws alike."""
+        owner = request["owner_id"]
+        pool = self.own
+        choice = self._strangers(pool, request["user_id"], owner)
+        if not choice:  # alone in the bucket: the next bucket that has anybody
+            pool = self._next_bucket()
+            choice = self._strangers(pool, request["user_id"], owner)
+        if not choice:
+            return pool.vectors[:0]
+        digest = hashlib.blake2b(f"other:{owner}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        user = choice[int.from_bytes(digest, "big") % len(choice)]
+        return pool.vectors[pool.with_vector(pool.visible(user, None, None, self.cap))]
+
+    def _strangers(self, pool: Histories, user_id: str, owner: str) -> list[int]:
+        return [
+            row
+            for row, user in enumerate(pool.user_ids)
+            if user != user_id and self._owner.get(user, user) != owner and pool.starts[row + 1] > pool.starts[row]
+        ]
+
+    def _next_bucket(self) -> Histories:
+        if self._others is None:
+            histories, embeddings = self._source
+            filled = sorted(histories.by_bucket())
+            later = [bucket for bucket in filled if bucket > self._bucket] + filled
+            self._others = read_bucket(histories, embeddings, later[0])
+        return self._others
+
+
+class PersonaMaker:
+    """The plug at work: query vectors, weights, persona rows, for a block of requests at a time."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        from pplug.encoder import best_dtype
+        from pplug.plug import PersonaPlug
+
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.plug = PersonaPlug.from_pretrained(folder).to(self.device)
+        self.dtype = best_dtype()
+        self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder") if self.plug.emb_model else None
+        with torch.inference_mode():
+            self.instruction = self.plug.instruction().float().cpu().numpy()
+
+    def rows(
+        self, requests: list[dict[str, Any]], kind: str, users: Users, entry: TaskEntry
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """Flat rows (R*H,) of each request, and how its persona was weighed (attention, mean, none)."""
+        config = self.plug.config
+        aggregation = {"trained": config.aggregation, "other-user": config.aggregation}.get(kind, kind)
+        stored = [users.stored(request) if aggregation == "mean" and kind != "other-user" else None for request in requests]
+        items = []
+        for request, ready in zip(requests, stored, strict=True):
+            if kind == "no-history" or config.trained_without_history or ready is not None:
+                items.append(np.zeros((0, config.encoder_dim), np.float32))
+            else:
+                items.append(users.others_items(request) if kind == "other-user" else users.items(request))
+        personas = self._personas(requests, items, aggregation, entry)
+        out, kinds = [], []
+        for vectors, ready, persona in zip(items, stored, personas, strict=True):
+            if ready is not None and ready.any():  # all zeros: a stored user without an item
+                out.append(np.concatenate([self.instruction.ravel(), ready]))
+                kinds.append("mean")
+            elif len(vectors):
+                out.append(np.concatenate([self.instruction.ravel(), persona]))
+                kinds.append(aggregation)
+            else:
+                out.append(self.instruction.ravel())
+                kinds.append("none")
+        return out, kinds
+
+    def _personas(
+        self, requests: list[dict[str, Any]], items: list[np.ndarray], aggregation: str, entry: TaskEntry
+    ) -> np.ndarray:
+        import torch
+
+        from pplug.encoder import pad
+
+        config = self.plug.config
+        flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
+        if not len(flat):
+            return np.zeros((len(requests), config.persona_tokens * config.llm_dim), np.float32)
+        owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
+        x = None
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if aggregation == "attention" and self.tokenizer is not None:
+                texts = [config.query_prefix + query(request["input"], entry) for request in requests]
+                ids = self.tokenizer(texts, truncation=True, max_length=config.query_max_tokens)["input_ids"]
+                tokens, mask = pad(ids, self.tokenizer.pad_token_id or 0)
+                x = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+        with torch.inference_mode():
+            built = self.plug.personas(
+                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(requests), x
+            )
+        return built.flatten(1).float().cpu().numpy()
+
+
+def ragged_f32(rows: Sequence[np.ndarray]) -> pa.Array:
+    """Flat float arrays of different lengths -> list<float32>."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    values = np.concatenate([*rows, np.zeros(0, np.float32)]).astype(np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -1,0 +1,202 @@
+"""Rows on their way from any source into the tables: checked, of one shape, with the place they came from.
+
+A source hands each row to a `RowWriter`. What cannot be used becomes a reject row with a reason (a short constant) and
+a place, never the user's text; nothing is dropped without one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pyarrow as pa
+
+from infra.shards import shard_columns
+from pplug.history import text_hash
+from pplug.tasks import TaskEntry
+
+ITEM, REQUEST, REJECT, COUNT = range(4)
+TIME = pa.timestamp("us", tz="UTC")
+ROWS = pa.schema(
+    [
+        ("bucket", pa.int32()),
+        ("kind", pa.int8()),
+        ("file", pa.int32()),  # with seq: the order as given
+        ("seq", pa.int64()),
+        ("place", pa.string()),  # what names this row in a reject
+        ("user_key", pa.string()),
+        ("user_id", pa.string()),
+        ("id", pa.string()),  # item_id or request_id
+        ("at", TIME),  # occurred_at or as_of
+        ("text", pa.large_string()),  # fields as JSON, or input
+        ("text_hash", pa.string()),
+        ("owner_id", pa.string()),
+        ("target", pa.large_string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+NO_BUCKET = -1
+"""Bucket of the rows that only count."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class RowError(Exception):
+    """A row that cannot be used: a reason to count by, and a detail for whoever mends the source."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class RowWriter:
+    """Collects rows of one file and gives them out as Arrow tables of `ROWS`."""
+
+    def __init__(self, entry: TaskEntry, buckets: int, file: int) -> None:
+        self.entry, self.buckets, self.file = entry, buckets, file
+        self._rows: list[dict[str, Any]] = []
+        self._planned = 0
+        self._bytes = 0
+
+    def planned(self, n: int = 1) -> None:
+        """Counts rows of the source before anything is known of them: the end of the line is checked against it."""
+        self._planned += n
+
+    def item(self, seq: int, place: str, user_id: object, item_id: object, at: object, fields: Mapping) -> None:
+        """A history item. Raises RowError."""
+        texts = _texts(fields)
+        lacking = [name for name in self.entry.fields if name not in texts]
+        if lacking:
+            kind = "wrong_type" if fields.get(lacking[0]) is not None else "missing_field"
+            raise RowError(kind, f"field {lacking[0]} of task {self.entry.name} is not there as text")
+        if not any(text.strip() for name, text in texts.items() if f"{{{name}}}" in self.entry.item_without_label):
+            raise RowError("empty_text", f"nothing in the fields of {self.entry.item_without_label}")
+        self._add(
+            ITEM, seq, place, user_id=identifier(user_id, "user_id"), id=identifier(item_id, "item_id"),
+            at=microseconds(at), text=json.dumps(texts, ensure_ascii=False), text_hash=text_hash(texts),
+        )  # fmt: skip
+
+    def request(
+        self, seq: int, place: str, request_id: object, user_id: object, input: object, *,
+        owner_id: object = None, as_of: object = None, as_of_us: int | None = None, target: object = None,
+    ) -> None:  # fmt: skip
+        """A request. Raises RowError."""
+        text, answer = _text(input), _text(target)
+        if text is None or not text.strip():
+            raise RowError("empty_text" if isinstance(input, str) else "missing_field", "input is not there as text")
+        if answer is not None and self.entry.metric == "classification" and answer.strip() not in self.entry.labels:
+            raise RowError("target_outside_labels", f"not one of the {len(self.entry.labels)} labels of the task")
+        user = identifier(user_id, "user_id")
+        owner = user if owner_id is None else identifier(owner_id, "owner_id")
+        at = microseconds(as_of) if as_of_us is None else as_of_us
+        request = identifier(request_id, "request_id")
+        self._add(REQUEST, seq, place, user_id=user, id=request, at=at, text=text, target=answer, owner_id=owner)
+
+    def reject(self, seq: int, place: str, error: RowError) -> None:
+        # Rejects have no user to be sorted by: they are spread over the buckets by where they stood.
+        self._rows.append(
+            {"bucket": seq % self.buckets, "kind": REJECT, "file": self.file, "seq": seq, "place": place,
+             "reason": error.reason, "detail": error.detail}
+        )  # fmt: skip
+
+    def _add(self, kind: int, seq: int, place: str, **values: Any) -> None:
+        self._rows.append({"kind": kind, "file": self.file, "seq": seq, "place": place, **values})
+        self._bytes += len(values["text"])
+
+    @property
+    def full(self) -> bool:
+        """Time to give rows out: blocks of tens of megabytes at most."""
+        return len(self._rows) >= 20_000 or self._bytes >= 16 * 2**20
+
+    def take(self) -> pa.Table:
+        """The rows collected so far, and one row that says how many the source held."""
+        rows = [*self._rows, {"bucket": NO_BUCKET, "kind": COUNT, "file": self.file, "seq": self._planned}]
+        self._rows, self._planned, self._bytes = [], 0, 0
+        table = pa.Table.from_pylist(rows, schema=ROWS)
+        has_user = [row.get("user_id") is not None for row in rows]
+        bucket, user_key = shard_columns(table["user_id"].filter(pa.array(has_user)), self.buckets)
+        at = iter(zip(bucket.to_pylist(), user_key.to_pylist(), strict=True))
+        pairs = [next(at) if has else (row["bucket"], None) for has, row in zip(has_user, rows, strict=True)]
+        table = table.set_column(0, ROWS.field(0), pa.array([pair[0] for pair in pairs], pa.int32()))
+        column = ROWS.get_field_index("user_key")
+        return table.set_column(column, ROWS.field(column), pa.array([pair[1] for pair in pairs], pa.string()))
+
+
+def identifier(value: object, name: str) -> str:
+    """An id as text: any characters but none of half a pair, which no file could hold. Raises RowError."""
+    text = _text(value)
+    if text is None or not text.strip():
+        raise RowError("missing_id", f"{name} is missing, empty or neither text nor a whole number")
+    return text
+
+
+def microseconds(value: object) -> int | None:
+    """A time as microseconds since 1970 UTC: ISO text, date, or a number by its size (s, ms, us, ns); naive is UTC.
+
+    Raises:
+        RowError: it is none of these; a bare year is refused, since as a number it would mean half an hour into 1970.
+    """
+    if isinstance(value, bytes):
+        value = _text(value)
+    if value is None or (isinstance(value, str) and not value.strip()) or value != value:
+        return None
+    try:
+        if isinstance(value, str):
+            text = value.strip()
+            try:
+                return _since_epoch(datetime.fromisoformat(text))
+            except ValueError:
+                number = float(text)
+                return _scaled(number if not number.is_integer() else int(number))
+        if isinstance(value, datetime):
+            return _since_epoch(value)
+        if isinstance(value, date):
+            return _since_epoch(datetime(value.year, value.month, value.day))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return _scaled(value)
+    except (ValueError, OverflowError):
+        pass
+    raise RowError("bad_date", "expected an ISO date or time, or seconds since 1970")
+
+
+def _since_epoch(moment: datetime) -> int:
+    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
+
+
+def _scaled(number: float) -> int:
+    size = abs(number)
+    if not math.isfinite(number) or 1000 <= size < 3000:
+        raise ValueError("a bare year, or no number")
+    for limit, factor in ((1e11, 1_000_000), (1e14, 1_000), (1e17, 1)):
+        if size < limit:
+            return round(number * factor)
+    return round(number / 1_000)
+
+
+def _texts(fields: object) -> dict[str, str]:
+    """The fields that hold text or a number; others (lists, null) are no text of an item."""
+    if not isinstance(fields, Mapping):
+        raise RowError("wrong_type", "fields is not a mapping of names to texts")
+    found = {str(name): _text(value) for name, value in fields.items()}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _text(value: object) -> str | None:
+    """Text or a number as text, None for anything else. Raises RowError for what is no Unicode."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value) if value == value else None
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError("bad_utf8", f"byte {error.start} of a text is not UTF-8") from error
+    if not isinstance(value, str):
+        return None
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError("bad_utf8", f"character {error.start} of a text is half a surrogate pair") from error
+    return value
