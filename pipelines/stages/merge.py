@@ -1,13 +1,13 @@
-"""Stage: one bucket's new rows and the rows its tables hold already become the bucket's new files.
+"""Stage: a bucket's new rows and those its tables hold already become the bucket's new files.
 
 An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again is already there;
 other content replaces the old and keeps its place in the user's order; within one source the last given wins, and each
-earlier one that differs is a reject. Items that share a time keep the order in which they were given.
+earlier one that differs is a reject.
 """
 
-import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +16,18 @@ import pyarrow.compute as pc
 
 from infra.report import peak_memory_bytes
 from infra.table import DataFile, Table, read_file
-from pipelines.stages.rows import COUNT, ITEM, REJECT, REQUEST, TIME
-from pplug import history
-from pplug.tasks import TaskEntry, fill
+from pipelines.stages.derive import derive_requests
+from pipelines.stages.resolve import NEW, OLD, REPLACED, SAME, WORK, resolve
+from pipelines.stages.rows import COUNT, ITEM, REJECT, REQUEST, ROWS
+from pplug.tasks import TaskEntry
 
-FILE_ROWS = 2_000_000
-OLD = -1
-"""`file` of a row that the table holds already: before all that is new."""
+RESULT = pa.schema([("bucket", pa.int32()), ("files", pa.large_string()), ("counts", pa.string())])
+_CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
 
 
 @dataclass(frozen=True)
 class MergeBucket:
-    """What the stage needs to know; calling it does the work.
-
-    in:  all rows (`rows.ROWS`) of one bucket
-    out: one row: bucket, files (JSON list of DataFile rows), counts (JSON), kept (rows of histories and requests)
-    """
+    """in: all rows (`rows.ROWS`) of one bucket; out: one row, `RESULT`: files written and counts, both as JSON."""
 
     entry: TaskEntry
     histories: Table
@@ -39,38 +35,92 @@ class MergeBucket:
     rejects: Table
     run_id: str
     derive_requests: int
-    old_histories: dict[int, list[str]]
-    """Addresses of the files that each bucket has now; empty when the source replaces everything."""
-    old_requests: dict[int, list[str]]
+    held: Mapping[str, Mapping[int, Sequence[str]]]
+    """Addresses of the files that a table's buckets have now; none where the source replaces everything."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
         counts: Counter[str] = Counter()
         files: list[DataFile] = []
-        count = rows.filter(pc.equal(rows["kind"], COUNT))
-        counts["planned"] = pc.sum(count["seq"]).as_py() or 0
-        bad = [rows.filter(pc.equal(rows["kind"], REJECT))]
-        items = rows.filter(pc.equal(rows["kind"], ITEM)).drop_columns(["kind"])
-        asked = rows.filter(pc.equal(rows["kind"], REQUEST)).drop_columns(["kind"])
+        counts["planned"] = pc.sum(_of_kind(rows, COUNT)["seq"]).as_py() or 0
+        items, asked = _of_kind(rows, ITEM), _of_kind(rows, REQUEST)
+        bad = [_of_kind(rows, REJECT)]
         if len(items):
-            found = _merge(_old(self.old_histories.get(bucket, []), _old_items), items, ("text_hash", "at"))
-            bad.append(found.rejects)
-            counts["written"] += found.new
-            counts["already_there"] += found.same
-            counts["derived"] = 0
-            if found.new:
-                files += self.histories.write(_history_rows(found), self.run_id)
-                counts["kept_histories"] = len(found.rows)
+            live, rejects, new = self._merged("histories", bucket, items, counts)
+            bad.append(rejects)
+            if new:
+                files += self.histories.write(_history_rows(live), self.run_id)
             if self.derive_requests:
-                derived = self._derive(found)
+                derived = derive_requests(live, pc.unique(items["user_key"]), self.derive_requests, self.entry)
                 counts["planned"] += len(derived)
-                asked = pa.concat_tables([asked, derived.select(asked.column_names)])
+                counts["derived"] += len(derived)
+                asked = pa.concat_tables([asked, derived])
         if len(asked):
-            found = _merge(_old(self.old_requests.get(bucket, []), _old_request), asked, ("text", "at", "target"))
-            bad.append(found.rejects)
-            counts["written"] += found.new
-            counts["already_there"] += found.same
-            if found.new:
-                files += self.requests.write(self._request_rows(found), self.run_id)
-                counts["kept_requests"] = len(found.rows)
-        return pa.table({})
+            live, rejects, new = self._merged("requests", bucket, asked, counts)
+            bad.append(rejects)
+            if new:
+                files += self.requests.write(_request_rows(live, self.entry.name), self.run_id)
+        files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
+        counts["peak_memory_bytes"] = peak_memory_bytes()
+        listed = json.dumps([file.to_row() for file in files])
+        return pa.table({"bucket": [bucket], "files": [listed], "counts": [json.dumps(counts)]}, schema=RESULT)
+
+    def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> tuple[pa.Table, pa.Table, int]:
+        """Live rows of a table's bucket, rejects, and how many of the live rows are new; counts them."""
+        held = [_as_work(read_file(uri), name) for uri in self.held.get(name, {}).get(bucket, ())]
+        rows = pa.concat_tables([WORK.empty_table(), *held, new])
+        live, state = resolve(rows, _CONTENT[name], ranked=name == "histories")
+        written, same = int((state == NEW).sum()), int((state == SAME).sum())
+        counts["written"] += written
+        counts["already_there"] += same
+        counts[f"{name}_written"] += written
+        what = "item_id" if name == "histories" else "request_id"
+        rejects = rows.filter(pa.array(state == REPLACED))
+        for column, value in {
+            "reason": f"duplicate_{what}",
+            "detail": f"a later row of its user has this {what}",
+        }.items():
+            at = WORK.get_field_index(column)
+            rejects = rejects.set_column(at, WORK.field(at), pa.repeat(value, len(rejects)))
+        return live, rejects, written
+
+    def _reject_rows(self, bad: pa.Table, counts: Counter[str]) -> pa.Table:
+        for reason in bad["reason"].to_pylist():
+            counts[f"rejected:{reason}"] += 1
+        given = {"job": pa.repeat("ingest", len(bad)), "run_id": pa.repeat(self.run_id, len(bad))}
+        return pa.table(given | {"key": bad["place"], "reason": bad["reason"], "detail": bad["detail"]})
+
+
+def _of_kind(rows: pa.Table, kind: int) -> pa.Table:
+    found = rows.select(ROWS.names).filter(pc.equal(rows["kind"], kind))
+    return found.append_column(WORK.field("position"), pa.nulls(len(found), pa.int64()))
+
+
+def _as_work(table: pa.Table, name: str) -> pa.Table:
+    """Rows of a table as working rows."""
+    names = {"item_id": "id", "occurred_at": "at"} if name == "histories" else {
+        "request_id": "id", "as_of": "at", "as_of_position": "position"}  # fmt: skip
+    found = table.rename_columns([names.get(column, column) for column in table.column_names])
+    known = {"file": pa.repeat(pa.scalar(OLD, pa.int32()), len(table)), "seq": pa.array(np.arange(len(table)))}
+    columns = []
+    for field in WORK:
+        if field.name in known:
+            columns.append(known[field.name])
+        elif field.name in found.column_names:
+            columns.append(found[field.name].cast(field.type))
+        else:
+            columns.append(pa.nulls(len(table), field.type))
+    return pa.table(columns, schema=WORK)
+
+
+def _history_rows(live: pa.Table) -> pa.Table:
+    return live.select(["bucket", "user_key", "user_id", "id", "position", "at", "fields", "text_hash"]).rename_columns(
+        ["bucket", "user_key", "user_id", "item_id", "position", "occurred_at", "fields", "text_hash"]
+    )
+
+
+def _request_rows(live: pa.Table, task: str) -> pa.Table:
+    found = live.select(["bucket", "user_key", "id", "user_id", "owner_id", "input", "at", "position", "target"])
+    names = {"id": "request_id", "at": "as_of", "position": "as_of_position"}
+    found = found.rename_columns([names.get(name, name) for name in found.column_names])
+    return found.append_column("task", pa.repeat(task, len(found)))

@@ -4,7 +4,6 @@ A source hands each row to a `RowWriter`. What cannot be used becomes a reject r
 a place, never the user's text; nothing is dropped without one.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -29,8 +28,9 @@ ROWS = pa.schema(
         ("user_id", pa.string()),
         ("id", pa.string()),  # item_id or request_id
         ("at", TIME),  # occurred_at or as_of
-        ("text", pa.large_string()),  # fields as JSON, or input
+        ("fields", pa.map_(pa.string(), pa.string())),
         ("text_hash", pa.string()),
+        ("input", pa.large_string()),
         ("owner_id", pa.string()),
         ("target", pa.large_string()),
         ("reason", pa.string()),
@@ -73,10 +73,9 @@ class RowWriter:
             raise RowError(kind, f"field {lacking[0]} of task {self.entry.name} is not there as text")
         if not any(text.strip() for name, text in texts.items() if f"{{{name}}}" in self.entry.item_without_label):
             raise RowError("empty_text", f"nothing in the fields of {self.entry.item_without_label}")
-        self._add(
-            ITEM, seq, place, user_id=identifier(user_id, "user_id"), id=identifier(item_id, "item_id"),
-            at=microseconds(at), text=json.dumps(texts, ensure_ascii=False), text_hash=text_hash(texts),
-        )  # fmt: skip
+        user, item = identifier(user_id, "user_id"), identifier(item_id, "item_id")
+        values = {"fields": list(texts.items()), "text_hash": text_hash(texts), "at": microseconds(at)}
+        self._add(ITEM, seq, place, sum(map(len, texts.values())), user_id=user, id=item, **values)
 
     def request(
         self, seq: int, place: str, request_id: object, user_id: object, input: object, *,
@@ -92,7 +91,8 @@ class RowWriter:
         owner = user if owner_id is None else identifier(owner_id, "owner_id")
         at = microseconds(as_of) if as_of_us is None else as_of_us
         request = identifier(request_id, "request_id")
-        self._add(REQUEST, seq, place, user_id=user, id=request, at=at, text=text, target=answer, owner_id=owner)
+        values = {"input": text, "target": answer, "owner_id": owner, "at": at}
+        self._add(REQUEST, seq, place, len(text), user_id=user, id=request, **values)
 
     def reject(self, seq: int, place: str, error: RowError) -> None:
         # Rejects have no user to be sorted by: they are spread over the buckets by where they stood.
@@ -101,9 +101,9 @@ class RowWriter:
              "reason": error.reason, "detail": error.detail}
         )  # fmt: skip
 
-    def _add(self, kind: int, seq: int, place: str, **values: Any) -> None:
+    def _add(self, kind: int, seq: int, place: str, size: int, **values: Any) -> None:
         self._rows.append({"kind": kind, "file": self.file, "seq": seq, "place": place, **values})
-        self._bytes += len(values["text"])
+        self._bytes += size
 
     @property
     def full(self) -> bool:

@@ -1,0 +1,317 @@
+"""ingest: a LaMP folder, JSONL or Parquet -> the tables histories and requests of one population.
+
+Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeBucket (files) -> one commit a table.
+Unit of work: a history item, a request (derived ones included). Rows that cannot be used stand in `rejects`, with a
+reason and the place they came from. A second ingest into the same tables adds to them; see `mode`.
+
+LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile.
+JSONL, Parquet: `source` has a history item a row (user_id, item_id, occurred_at, and either a mapping `fields` or the
+other columns as fields), `requests_source` a request a row (request_id, user_id, input, as_of, target).
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from infra.report import RunReport
+    from infra.table import DataFile, Snapshot, Table
+    from pipelines.stages.lamp import LampFiles
+    from pipelines.stages.records import Piece
+    from pplug.tasks import TaskEntry
+
+
+class IngestConfig(BaseModel):
+    """What to read, as what, and where to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: str
+    """Folder or s3://bucket/prefix of the population's tables."""
+    source: str | None = None
+    """LaMP folder, or file or folder of history items."""
+    requests_source: str | None = None
+    """File or folder of requests, JSONL or Parquet."""
+    format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    split: str = "train"
+    """LaMP: which `<split>_questions.json`."""
+    task: str | None = None
+    """A LaMP task's name or a YAML file; a LaMP folder with golds names its own."""
+    columns: dict[str, str] = {}
+    """Our name -> the source's column. Names other than the known ones become fields, and then only these do."""
+    history_scope: Literal["auto", "user", "question"] = "auto"
+    """LaMP: one history a user or one a question; auto: a user's when dates prove that it gives the same."""
+    questions: Literal["keep", "skip"] = "keep"
+    """LaMP: skip to take the profiles only."""
+    derive_requests: int = Field(0, ge=0)
+    """Each user's newest items that also become requests with a known answer."""
+    mode: Literal["upsert", "replace"] = "upsert"
+    """upsert: add to what the tables hold; replace: the source is all there is, other rows go."""
+    buckets: int | None = Field(None, gt=0, le=65_536)
+    """Partitions of new tables; from the source's size when not given."""
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    """More rejects than this share of the rows end the run with exit code 3."""
+    run_id: str | None = None
+    """The same id again goes on where that run stopped."""
+    run_dir: str | None = None
+    """Folder of report.json; runs/<run_id> when not given."""
+
+    @model_validator(mode="after")
+    def _there_is_something_to_read(self) -> Self:
+        if self.source is None and self.requests_source is None:
+            raise ValueError("neither source nor requests_source is given: name what to read")
+        return self
+
+
+Config = IngestConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read and where to; light enough for the driver whatever the source's size."""
+
+    entry: "TaskEntry"
+    pieces: "tuple[Piece | LampFiles, ...]"
+    histories: "Table"
+    requests: "Table"
+    rejects: "Table"
+    before: "dict[str, Snapshot]"
+
+
+def run(config: IngestConfig) -> int:
+    """Reads the source into the tables; returns the exit code."""
+    from infra import session
+    from infra.report import RunReport, check_run_id, new_run_id
+
+    run_id = check_run_id(config.run_id or new_run_id("ingest"))
+    pieces, entry = look(config)
+    session.start()
+    survey = _survey(pieces, entry, config)
+    plan = _open_tables(config, pieces, entry)
+    report = RunReport(
+        job="ingest",
+        run_id=run_id,
+        config=config.model_dump(),
+        run_dir=config.run_dir or f"runs/{run_id}",
+        max_reject_fraction=config.max_reject_fraction,
+        extra={"task": entry.name},
+    )
+    files = _files(plan, config, run_id, survey, report)
+    _commit(plan, config, files, report)
+    return report.finish()
+
+
+# --- what is there --------------------------------------------------------------------------------------------------
+
+
+def look(config: IngestConfig) -> "tuple[tuple[Piece | LampFiles, ...], TaskEntry]":
+    """The pieces to read and the task in force, from names and first lines only.
+
+    Raises:
+        InputError: nothing there, another layout, a column or a task missing, a task that cannot be derived from.
+    """
+    from infra.errors import InputError
+    from pipelines.stages import lamp, records
+
+    pieces: list[Any] = []
+    named = None
+    if config.source is not None:
+        format = config.format if config.format != "auto" else _format(config.source)
+        if format == "lamp":
+            pieces = [lamp.find(config.source, config.split)]
+            named = lamp.golds(pieces[0])[0]
+        else:
+            pieces = list(records.find(config.source, format, "items"))
+            records.check_columns(pieces, config.columns)
+    if config.requests_source is not None:
+        format = _format(config.requests_source)
+        if format == "lamp":
+            raise InputError(
+                f"{config.requests_source}: requests come from JSONL or Parquet; a LaMP folder is a source"
+            )
+        asked = records.find(config.requests_source, format, "requests", first_file=len(pieces) + 1)
+        records.check_columns(asked, config.columns)
+        pieces += asked
+    entry = _task(config, named)
+    if config.derive_requests and (entry.input is None or entry.target is None):
+        raise InputError(
+            f"derive_requests={config.derive_requests}: task {entry.name} has no template that turns an item into a "
+            "request (input and target); give a task entry that has both, or derive none"
+        )
+    return tuple(pieces), entry
+
+
+def _format(source: str) -> str:
+    from infra.storage import Storage
+    from pipelines.stages.records import SUFFIXES
+
+    for format, suffixes in SUFFIXES.items():
+        if source.endswith(suffixes):
+            return format
+    there = Storage(source).list()
+    for format, suffixes in SUFFIXES.items():
+        if any(name.endswith(suffixes) for name in there):
+            return format
+    return "lamp"
+
+
+def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
+    from infra.errors import InputError
+    from pipelines import tables
+    from pplug import tasks
+
+    wanted = config.task or named
+    try:
+        if wanted is not None:
+            return tasks.find(wanted)
+    except ValueError as error:
+        raise InputError(f"task: {error}") from error
+    if config.source is None:  # requests only: the histories there say what the task is
+        return tables.task_entry(None, tables.open_table(config.tables, "histories").snapshot(complete=True))
+    known = ", ".join(entry.name for entry in tasks.lamp_entries())
+    raise InputError(
+        f"{config.source}: names no task; give --task with one of {known}, or a YAML file with a task entry of your own"
+    )
+
+
+def _survey(pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry", config: IngestConfig) -> Any:
+    """A reference to what the first pass over a LaMP split found; None for other sources."""
+    import ray
+
+    from infra.errors import InputError
+    from pipelines.stages.lamp import LampFiles
+    from pipelines.stages.lamp_survey import survey
+
+    files = next((piece for piece in pieces if isinstance(piece, LampFiles)), None)
+    if files is None:
+        return None
+    problem, found = ray.remote(survey).options(num_returns=2).remote(files, entry, config.history_scope)
+    try:
+        message = ray.get(problem)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    if message:
+        raise InputError(message)
+    return found
+
+
+def _open_tables(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> Plan:
+    from infra.errors import InputError
+    from pipelines import tables
+
+    buckets = config.buckets or _buckets(pieces)
+    histories = tables.open_or_create(config.tables, "histories", buckets)
+    requests = tables.open_or_create(config.tables, "requests", histories.buckets)
+    if config.buckets and config.buckets != histories.buckets or requests.buckets != histories.buckets:
+        raise InputError(
+            f"{config.tables}: histories has {histories.buckets} buckets, requests {requests.buckets}, asked for are "
+            f"{config.buckets or 'the same'}; the number is fixed when tables are made: leave --buckets out, or use "
+            "new tables"
+        )
+    rejects = tables.open_or_create(config.tables, "rejects", 1)
+    before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
+    return Plan(entry, pieces, histories, requests, rejects, before)
+
+
+def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
+    """About one file of 128 MB a bucket; a power of two, so that tables of different size split alike."""
+    from infra.storage import Storage
+    from pipelines.stages.lamp import LampFiles
+
+    names = {(p.folder, p.questions if isinstance(p, LampFiles) else p.name) for p in pieces}
+    size = sum(Storage(folder).size(name) * (4 if name.endswith(".gz") else 1) for folder, name in names)
+    return min(4096, max(16, 1 << (size // (128 * 2**20)).bit_length()))
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def _files(plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport") -> "list[DataFile]":
+    """Runs the stages; the driver sees one small row a bucket."""
+    import ray.data
+
+    from infra.report import progress
+    from infra.table import DataFile
+    from pipelines.stages.merge import MergeBucket
+    from pipelines.stages.parse import ParsePieces
+
+    buckets = plan.histories.buckets
+    held = {
+        name: {bucket: [file.uri for file in files] for bucket, files in snapshot.by_bucket().items()}
+        for name, snapshot in plan.before.items()
+        if config.mode == "upsert" and name != "rejects"
+    }
+    parse = ParsePieces(plan.entry, buckets, plan.pieces, config.columns, survey, config.questions == "keep")
+    merge = MergeBucket(plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held)
+    pieces = ray.data.from_items(
+        [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
+    )
+    rows = pieces.map_batches(lambda batch: parse(batch), batch_size=1, batch_format="pyarrow")
+    shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
+    done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
+    files: list[DataFile] = []
+    counts: Counter[str] = Counter()
+    with report.stage("parse and merge") as stage, progress(buckets, "buckets") as bar:
+        for row in done.iter_rows():
+            files += [DataFile.from_row(file) for file in json.loads(row["files"])]
+            found = Counter(json.loads(row["counts"]))
+            report.worker_memory(found.pop("peak_memory_bytes"))
+            counts += found
+            bar.update(row["bucket"] >= 0)
+        stage.rows = counts["planned"]
+    _count(counts, report)
+    return files
+
+
+def _count(counts: "Counter[str]", report: "RunReport") -> None:
+    from pipelines.stages.records import UNREADABLE
+
+    report.planned, report.written = counts["planned"], counts["written"]
+    report.already_there = counts["already_there"]
+    for name, n in counts.items():
+        if name.startswith("rejected:"):
+            report.reject(name.removeprefix("rejected:"), n)
+    report.failed = report.rejected[UNREADABLE]
+    parts = ("histories_written", "requests_written", "derived")
+    report.extra |= {name: counts[name] for name in parts}
+
+
+def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "RunReport") -> None:
+    """Rejects first, then histories, then requests: whoever sees the requests finds the histories they need."""
+    from infra.errors import InputError
+    from infra.table import TableMoved
+
+    metadata = {"task_entry": plan.entry.to_json()}
+    for table in (plan.rejects, plan.histories, plan.requests):
+        name = table.spec.name
+        own = [file for file in files if file.table == name]
+        if name == "rejects" and not own:
+            continue
+        before = plan.before[name]
+        everything = name != "rejects" and config.mode == "replace"
+        held = set(before.by_bucket()) if name != "rejects" else set()
+        gone = held if everything else held & {file.bucket for file in own}
+        buckets = {file.bucket for file in own} | gone if gone else set()
+        try:
+            commit = table.commit(
+                own,
+                run_id=report.run_id,
+                group=0,
+                mode="replace" if buckets else "append",
+                buckets=buckets,
+                planned_on=before.version,
+                metadata={} if name == "rejects" else metadata,
+                complete=True,
+                strict=name != "rejects",
+            )
+        except TableMoved as error:
+            raise InputError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
+        report.table_written(name, commit.version)
+        if commit.already and name != "rejects":  # an earlier try of this run had come so far
+            report.written -= report.extra[f"{name}_written"]
+            report.already_there += report.extra[f"{name}_written"]
