@@ -315,7 +315,8 @@ def spell(annotation: Any) -> str:
             for attribute, sign in signs.items()
             if getattr(m, attribute, None) is not None
         ]
-        return " ".join([spell(args[0]), *bounds])
+        kind, or_null, _ = spell(args[0]).partition(" or null")
+        return " ".join([kind, *bounds]) + or_null
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(spell(a) for a in args))
     if origin is Literal:
