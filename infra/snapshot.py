@@ -103,6 +103,9 @@ def read_files(
 ) -> pa.Table:
     """Files of one table as one table, in the order given; of no files, no rows with the spec's columns."""
     names = spec.schema.names if columns is None else columns
+    unknown = [name for name in names if name not in spec.schema.names]
+    if unknown:
+        raise ValueError(f"table {spec.name} has no column {unknown[0]!r}; it has {', '.join(spec.schema.names)}")
     empty = pa.schema([spec.schema.field(name) for name in names]).empty_table()
     return pa.concat_tables([empty] + [read_file(file.uri, names, filter) for file in files])
 

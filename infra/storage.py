@@ -36,8 +36,9 @@ _TRANSIENT_TEXT = re.compile(
     # A bare 503 may be part of a file's name; it counts only as a status.
     r"(status|code|error|http|server)[^\n]{0,20}\b50[0234]\b|\b50[0234] (internal|bad|service|gateway|slow)"
     r"|slow ?down|internal ?error|service ?unavailable|request ?timeout|timed out"
-    r"|connection (reset|closed|refused|aborted)|broken pipe|server disconnected|reduce your request rate|try again|incompleteread|incomplete message"
-    r"|error sending request|error decoding response body|response payload is not completed",
+    r"|connection (reset|closed|refused|aborted)|broken pipe|server disconnected|reduce your request rate|try again"
+    r"|incompleteread|incomplete message|error sending request|error decoding response body"
+    r"|response payload is not completed",
     re.IGNORECASE,
 )
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, pa.ArrowInvalid)
@@ -149,7 +150,7 @@ class Storage:
             options["AWS_REGION"] = env["AWS_DEFAULT_REGION"]
         if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
             options["AWS_ALLOW_HTTP"] = "true"
-        return options | {"timeout": "60s", "connect_timeout": "10s"}
+        return options | {"timeout": "60s", "connect_timeout": "10s", "max_retries": "5", "retry_timeout": "60s"}
 
     def join(self, *names: str) -> "Storage":
         """The folder below this one."""

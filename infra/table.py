@@ -16,12 +16,14 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra import log
 from infra.errors import InputError
 from infra.rows import TableSpec, conform, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
@@ -32,11 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file", "read_files"]
 
-_LIBRARY_KEYS = frozenset(
-    "timestamp operation operationParameters operationMetrics engineInfo clientVersion version readVersion "
-    "isolationLevel isBlindAppend userId userName userMetadata".split()
-)
-_OWN_KEYS = frozenset({"run_id", "group", "complete"})
 COMMIT_TRIES = 8
 """For appends that lose the race for a version number, and for answers lost on the way."""
 
@@ -241,6 +238,12 @@ class Table:
     def _snapshot_of(self, delta: "DeltaTable") -> Snapshot:
         actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
         keys = "user_key" in self.spec.schema.names
+        unknown = [action["path"] for action in actions if action["num_records"] is None]
+        if unknown:
+            raise InputError(
+                f"{self.uri}: file {unknown[0]} stands in the log without a row count: something else has written to "
+                f"table {self.spec.name}; restore an earlier version of the table"
+            )
         files = [
             DataFile(
                 table=self.spec.name,
@@ -254,18 +257,13 @@ class Table:
             )
             for action in actions
         ]
-        said = self._said(delta.version())
-        info: dict[str, Any] = next((entry["commitInfo"] for entry in said or [] if "commitInfo" in entry), {})
-        return Snapshot(delta.version(), _own_metadata(info), files, self.uri, self.spec)
+        said = log.metadata_of(self.storage, delta.version())
+        return Snapshot(delta.version(), said, files, self.uri, self.spec)
 
     def _newest_complete(self) -> int:
-        for limit in (20, 500, None):  # a long log is read further back only when it has to be
-            entries = self.history(limit)
-            for entry in entries:
-                if entry.get("complete") == "true":
-                    return int(entry["version"])
-            if limit is None or len(entries) < limit:
-                break
+        for entry in log.back_from(self.storage, self.version):
+            if entry.get("complete") == "true":
+                return int(entry["version"])
         raise InputError(
             f"{self.uri}: table {self.spec.name} has no complete version yet: the run that writes it has not ended; "
             "run it again with the same run_id until it ends with exit code 0"
@@ -278,20 +276,12 @@ class Table:
 
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
-        return retrying(lambda: self._load().history(limit), f"history of table {self.spec.name}")
+        return list(islice(log.back_from(self.storage, self.version), limit))
 
     def committed(self, run_id: str) -> range:
         """Groups this run has committed: 0 to the last; empty before its first. A rerun starts at their number."""
         last = self._load().transaction_version(run_id)
         return range(0 if last is None else last + 1)
-
-    def _said(self, version: int) -> list[dict[str, Any]] | None:
-        """A commit's own entries; None when the log no longer has them (kept 30 days behind a checkpoint)."""
-        try:
-            raw = self.storage.read_bytes(f"_delta_log/{version:020d}.json")
-        except FileNotFoundError:
-            return None
-        return [json.loads(line) for line in raw.splitlines() if line.strip()]
 
     # -- driver side: commits
 
@@ -329,14 +319,14 @@ class Table:
         """
         files, wanted = list(files), set(buckets)
         self._check_files(files, mode, wanted)
-        said = _metadata(metadata or {}, run_id, group, complete)
+        said = log.metadata_for(metadata or {}, run_id, group, complete)
         for attempt in range(COMMIT_TRIES):
             delta = self._load()
             last = delta.transaction_version(run_id)
             if last is not None and last >= group:  # 0 is a group too
                 return Commit(self._version_of(run_id, group) or delta.version(), already=True)
             if delta.version() != planned_on and (
-                mode == "replace" or strict or not self._only_appends(planned_on, delta.version())
+                mode == "replace" or strict or not log.only_appends(self.storage, planned_on, delta.version())
             ):
                 raise TableMoved(self.spec.name, delta.version(), planned_on)
             try:
@@ -344,7 +334,7 @@ class Table:
                 return Commit(delta.version() + 1, already=False)  # without retries it is this version or none
             except Exception as error:
                 # Lost race or lost answer: the next turn loads the table and sees which.
-                if attempt == COMMIT_TRIES - 1 or not (_lost_race(error) or is_transient(error)):
+                if attempt == COMMIT_TRIES - 1 or not (log.lost_race(error) or is_transient(error)):
                     error.add_note(f"while: commit group {group} of run {run_id} to table {self.spec.name}")
                     raise
                 time.sleep(np.random.default_rng().uniform(0.05, min(5.0, 0.1 * 2**attempt)))
@@ -364,8 +354,8 @@ class Table:
 
         now = int(time.time() * 1000)
         old = [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
-        gone = [RemoveAction(file.path, True, now, file.size, _partition(file)) for file in old]
-        come = [AddAction(file.path, file.size, _partition(file), now, True, _stats(file)) for file in files]
+        gone = [RemoveAction(file.path, True, now, file.size, log.partition(file)) for file in old]
+        come = [AddAction(file.path, file.size, log.partition(file), now, True, log.stats(file)) for file in files]
         delta.create_write_transaction(
             [*gone, *come],
             mode="append",  # with "overwrite" the library chooses what goes, see the head of this file
@@ -398,15 +388,8 @@ class Table:
                     "shared disk or s3:// for tables"
                 )
 
-    def _only_appends(self, since: int, until: int) -> bool:
-        for version in range(since + 1, until + 1):
-            said = self._said(version)
-            if said is None or any(kind in entry for entry in said for kind in ("remove", "metaData", "protocol")):
-                return False
-        return since <= until
-
     def _version_of(self, run_id: str, group: int) -> int | None:
-        for entry in self.history(500):
+        for entry in log.back_from(self.storage, self.version):
             if entry.get("run_id") == run_id and entry.get("group") == str(group):
                 return int(entry["version"])
         return None
@@ -434,37 +417,6 @@ def _safe(run_id: str) -> str:
     return (
         run_id if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", run_id) else hashlib.blake2b(run_id.encode()).hexdigest()[:16]
     )
-
-
-def _partition(file: DataFile) -> dict[str, str | None]:
-    return {} if file.bucket is None else {"bucket": str(file.bucket)}
-
-
-def _stats(file: DataFile) -> str:
-    """A string must be given (None fails); the only column in it is user_key."""
-    stats: dict[str, Any] = {"numRecords": file.rows}
-    if file.min_key:
-        stats |= {"minValues": {"user_key": file.min_key}, "maxValues": {"user_key": file.max_key}}
-    return json.dumps(stats)
-
-
-def _metadata(given: Mapping[str, str], run_id: str, group: int, complete: bool) -> dict[str, str]:
-    taken = sorted(set(given) & (_LIBRARY_KEYS | _OWN_KEYS))
-    if taken:
-        raise ValueError(f"commit metadata key {taken[0]!r} is taken; choose another name")
-    own = {"run_id": run_id, "group": str(group), "complete": "true" if complete else "false"}
-    return {key: str(value) for key, value in given.items()} | own
-
-
-def _own_metadata(info: Mapping[str, Any]) -> dict[str, str]:
-    return {key: value for key, value in info.items() if key not in _LIBRARY_KEYS}
-
-
-def _lost_race(error: Exception) -> bool:
-    from deltalake.exceptions import CommitFailedError
-
-    text = str(error).lower()
-    return isinstance(error, CommitFailedError) or "version" in text and ("exists" in text or "conflict" in text)
 
 
 def _some(values: list[int]) -> str:

@@ -1,0 +1,86 @@
+"""What stands in a table's log: a commit's own entries, what it said, and the parts of a new one.
+
+The log is read by us and not through `DeltaTable.history()`: that keeps Python's lock while it waits for S3, so that
+nothing else in the process moves (a server in the same process: 180 s of time-outs), and it reads the log whole.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from infra.snapshot import DataFile
+from infra.storage import Storage
+
+_LIBRARY_KEYS = frozenset(
+    "timestamp operation operationParameters operationMetrics engineInfo clientVersion version readVersion "
+    "isolationLevel isBlindAppend userId userName userMetadata".split()
+)
+_OWN_KEYS = frozenset({"run_id", "group", "complete"})
+
+
+def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
+    """A commit's entries (add, remove, commitInfo, ...); None when the log no longer has it.
+
+    The library removes commits 30 days old when a checkpoint stands in for them.
+    """
+    try:
+        raw = storage.read_bytes(f"_delta_log/{version:020d}.json")
+    except FileNotFoundError:
+        return None
+    return [json.loads(line) for line in raw.splitlines() if line.strip()]
+
+
+def _info(said: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((entry["commitInfo"] for entry in said if "commitInfo" in entry), {})
+
+
+def back_from(storage: Storage, version: int) -> Iterator[dict[str, Any]]:
+    """What each commit said, with its version, newest first, as far back as the log goes."""
+    while version >= 0 and (found := entries(storage, version)) is not None:
+        yield _info(found) | {"version": version}
+        version -= 1
+
+
+def metadata_of(storage: Storage, version: int) -> dict[str, str]:
+    """The custom metadata of one commit, without the library's own keys."""
+    said = _info(entries(storage, version) or [])
+    return {key: value for key, value in said.items() if key not in _LIBRARY_KEYS}
+
+
+def only_appends(storage: Storage, since: int, until: int) -> bool:
+    """Whether the commits after `since` up to `until` added files and did nothing else."""
+    for version in range(since + 1, until + 1):
+        found = entries(storage, version)
+        if found is None or any(kind in entry for entry in found for kind in ("remove", "metaData", "protocol")):
+            return False
+    return since <= until
+
+
+def partition(file: DataFile) -> dict[str, str | None]:
+    """A file's partition values, as strings: the log takes nothing else."""
+    return {} if file.bucket is None else {"bucket": str(file.bucket)}
+
+
+def stats(file: DataFile) -> str:
+    """The library takes a file without them, and its rows then cannot be counted; the only column is user_key."""
+    known: dict[str, Any] = {"numRecords": file.rows}
+    if file.min_key:
+        known |= {"minValues": {"user_key": file.min_key}, "maxValues": {"user_key": file.max_key}}
+    return json.dumps(known)
+
+
+def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bool) -> dict[str, str]:
+    """A commit's custom metadata: the job's own keys beside run_id, group and complete; all values strings."""
+    taken = sorted(set(given) & (_LIBRARY_KEYS | _OWN_KEYS))
+    if taken:
+        raise ValueError(f"commit metadata key {taken[0]!r} is taken; choose another name")
+    own = {"run_id": run_id, "group": str(group), "complete": "true" if complete else "false"}
+    return {key: str(value) for key, value in given.items()} | own
+
+
+def lost_race(error: Exception) -> bool:
+    """Whether another writer took the version number first."""
+    from deltalake.exceptions import CommitFailedError
+
+    text = str(error).lower()
+    return isinstance(error, CommitFailedError) or "version" in text and ("exists" in text or "conflict" in text)

@@ -1,0 +1,189 @@
+"""Commits: all or nothing, once for each group, never on a version that nobody planned on (platform.md section 5)."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from infra.table import Commit, Table, TableMoved
+
+
+def append(table: Table, files, run="run", group=0, planned_on=0, **more) -> Commit:
+    return table.commit(files, run_id=run, group=group, mode="append", planned_on=planned_on, **more)
+
+
+def replace(table: Table, files, buckets, run="run", group=0, planned_on=0) -> Commit:
+    return table.commit(files, run_id=run, group=group, mode="replace", buckets=buckets, planned_on=planned_on)
+
+
+def test_after_a_lost_answer_a_fresh_handle_does_not_double_the_rows(table, rows, spec):
+    files = table.write(rows(bucket=1), "run")
+    first = append(table, files)
+    again = append(Table.open(table.uri, spec), files)  # the driver never heard of the first
+    assert (first, again) == (Commit(1, already=False), Commit(1, already=True))
+    assert table.snapshot().rows == 2 and table.version == 1
+
+
+def test_the_library_alone_would_have_doubled_them(table, rows):
+    files = table.write(rows(bucket=1), "run")
+    said = {"run_id": "run", "group": "0", "complete": "false"}
+    for _ in range(2):  # the same (app_id, version), each from a fresh handle: why commit() looks first
+        table._commit_on(table._load(), files, set(), said, "run", 0)
+    assert table.version == 2 and table._load().transaction_version("run") == 0
+
+
+def test_a_later_rerun_finds_the_groups_of_its_run(table, rows):
+    assert list(table.committed("run")) == []
+    for group in range(3):
+        append(table, table.write(rows(bucket=1), "run"), group=group, planned_on=group)
+    append(table, table.write(rows(bucket=2), "other"), run="other", planned_on=3)
+    assert list(table.committed("run")) == [0, 1, 2] and list(table.committed("other")) == [0]
+    assert append(table, table.write(rows(bucket=1), "run"), group=1, planned_on=4) == Commit(2, already=True)
+    assert table.snapshot().rows == 8
+
+
+def test_a_replacement_is_refused_when_the_version_moved(table, rows):
+    append(table, table.write(rows(bucket=1), "one"), run="one")
+    mine = table.write(rows(bucket=1, n=1), "two")
+    append(table, table.write(rows(bucket=2), "three"), run="three", planned_on=1)
+    with pytest.raises(TableMoved, match="table things is at version 2, but the plan was made on version 1") as moved:
+        replace(table, mine, [1], run="two", planned_on=1)
+    assert (moved.value.current, moved.value.planned_on) == (2, 1)
+    assert replace(table, mine, [1], run="two", planned_on=2) == Commit(3, already=False)
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]
+
+
+def test_a_stale_replacement_does_not_keep_both_writers_files(table, rows):
+    append(table, table.write(rows(bucket=1), "one"), run="one")
+    stale = table._load()
+    append(table, table.write(rows(bucket=1, n=1), "two"), run="two", planned_on=1)
+    from deltalake.exceptions import CommitFailedError
+
+    with pytest.raises(CommitFailedError):  # the window between loading and committing
+        table._commit_on(stale, table.write(rows(bucket=1, n=2), "three"), {1}, {}, "three", 0)
+    with pytest.raises(TableMoved):
+        replace(table, table.write(rows(bucket=1, n=2), "three"), [1], run="three", planned_on=1)
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]
+
+
+def test_two_replacements_of_different_buckets_both_land_after_a_new_plan(table, rows):
+    append(table, table.write(rows([f"u{i}" for i in range(30)]), "one"), run="one")
+    before = table.snapshot()
+    replace(table, table.write(rows(bucket=1, n=1), "two"), [1], run="two", planned_on=1)
+    mine = table.write(rows(bucket=2, n=2), "three")
+    with pytest.raises(TableMoved):
+        replace(table, mine, [2], run="three", planned_on=1)
+    replace(table, mine, [2], run="three", planned_on=2)
+    after = table.snapshot()
+    assert after.read(["n"], [1])["n"].to_pylist() == [1, 1] and after.read(["n"], [2])["n"].to_pylist() == [2, 2]
+    assert after.read(buckets=[0, 3]).equals(before.read(buckets=[0, 3]))
+
+
+def test_an_append_goes_on_over_another_writers_append_unless_it_is_strict(table, rows):
+    mine = table.write(rows(bucket=1), "mine")
+    append(table, table.write(rows(bucket=2), "other"), run="other")
+    with pytest.raises(TableMoved):
+        append(table, mine, run="mine", strict=True)
+    assert append(table, mine, run="mine") == Commit(2, already=False)
+    assert table.snapshot().rows == 4
+
+
+def test_an_append_does_not_go_on_over_a_replacement(table, rows):
+    append(table, table.write(rows(bucket=1), "one"), run="one")
+    mine = table.write(rows(bucket=1), "mine")
+    replace(table, table.write(rows(bucket=1, n=1), "two"), [1], run="two", planned_on=1)
+    with pytest.raises(TableMoved):
+        append(table, mine, run="mine", planned_on=1)
+
+
+def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):
+    with pytest.raises(TableMoved):
+        append(table, table.write(rows(bucket=1), "run"), planned_on=5)
+
+
+def test_a_file_outside_the_replaced_buckets_is_refused(table, rows):
+    append(table, table.write(rows([f"u{i}" for i in range(30)]), "one"), run="one")
+    outside = table.write(rows(bucket=3), "two")
+    with pytest.raises(ValueError, match="is of bucket 3, but this commit replaces only buckets 1, 2; its rows would"):
+        replace(table, outside, [1, 2], run="two", planned_on=1)
+    assert table.version == 1
+
+
+def test_a_bucket_can_be_replaced_by_nothing(table, rows):
+    append(table, table.write(rows([f"u{i}" for i in range(30)]), "one"), run="one")
+    replace(table, [], [1], run="two", planned_on=1)
+    assert sorted(table.snapshot().by_bucket()) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t, f: append(t, [*f, *f]), "named twice"),
+        (lambda t, f: append(t, f, metadata={"complete": "yes"}), "'complete' is taken"),
+        (lambda t, f: append(t, f, metadata={"operation": "x"}), "'operation' is taken"),
+        (lambda t, f: replace(t, f, []), "only replace names buckets"),
+        (lambda t, f: t.commit(f, run_id="r", group=0, mode="append", buckets=[1], planned_on=0), "only replace"),
+        (lambda t, f: t.commit(f, run_id="r", group=0, mode="overwrite", planned_on=0), "expected append or replace"),
+        (lambda t, f: append(t, [type(f[0])(**{**vars(f[0]), "table": "other"})]), "written for table other"),
+        (lambda t, f: append(t, [type(f[0])(**{**vars(f[0]), "path": "bucket=1/no.parquet"})]), "not on this machine"),
+    ],
+)
+def test_what_would_spoil_the_table_is_refused_before_it(table, rows, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        spoil(table, table.write(rows(bucket=1), "run"))
+    assert table.version == 0
+
+
+def test_a_metadata_only_commit_marks_a_run_complete(table):
+    append(table, [], complete=True, metadata={"encoder_id": "e"})
+    assert table.snapshot(complete=True).metadata["encoder_id"] == "e" and table.snapshot().rows == 0
+
+
+def _at_once(count, action):
+    ready = threading.Barrier(count)
+
+    def run(i):
+        ready.wait()
+        return action(i)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_six_parallel_appends_all_land(place, rows, spec):
+    table = Table.create(f"{place}/things", spec, 4)
+    files = [table.write(rows(bucket=i % 4, n=i), f"run{i}") for i in range(6)]
+    done = _at_once(6, lambda i: append(table, files[i], run=f"run{i}"))
+    assert sorted(commit.version for commit in done) == [1, 2, 3, 4, 5, 6]
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == sorted([*range(6)] * 2)
+    for i, commit in enumerate(done):  # each was told the version that is really its own
+        assert table.snapshot(version=commit.version).metadata["run_id"] == f"run{i}"
+
+
+def test_of_parallel_drivers_of_one_run_one_commits_and_the_others_find_it(place, rows, spec):
+    table = Table.create(f"{place}/things", spec, 4)
+    files = [table.write(rows(bucket=1, n=i), "run") for i in range(4)]
+    done = _at_once(4, lambda i: append(table, files[i]))
+    assert sorted(commit.already for commit in done) == [False, True, True, True]
+    assert {commit.version for commit in done} == {1} and table.snapshot().rows == 2
+
+
+def test_of_parallel_replacements_planned_on_one_version_one_lands(place, rows, spec):
+    table = Table.create(f"{place}/things", spec, 4)
+
+    def act(i):
+        try:
+            return replace(table, table.write(rows(bucket=i % 4, n=i), f"run{i}"), [i % 4], run=f"run{i}")
+        except TableMoved as moved:
+            return moved
+
+    done = _at_once(4, act)
+    assert sum(isinstance(result, Commit) for result in done) == 1
+    assert table.version == 1 and table.snapshot().rows == 2
+
+
+def test_an_error_pickles_on_its_way_from_a_worker():
+    import pickle
+
+    moved = pickle.loads(pickle.dumps(TableMoved("things", 3, 2)))
+    assert (moved.current, moved.planned_on, str(moved)) == (3, 2, str(TableMoved("things", 3, 2)))
