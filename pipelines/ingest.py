@@ -295,8 +295,9 @@ def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "
         before = plan.before[name]
         everything = name != "rejects" and config.mode == "replace"
         held = set(before.by_bucket()) if name != "rejects" else set()
-        gone = held if everything else held & {file.bucket for file in own}
-        buckets = {file.bucket for file in own} | gone if gone else set()
+        touched = {file.bucket for file in own if file.bucket is not None}
+        gone = held if everything else held & touched
+        buckets = touched | gone if gone else set()
         try:
             commit = table.commit(
                 own,

@@ -1,3 +1,28 @@
-"""Fixtures shared by all tests."""
+"""What all tests share: one Ray session, and the real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
 
 pytest_plugins = ["tests.ray_head"]
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A local Ray with few logical CPUs; started at most once, ended with the tests."""
+    from infra import session
+
+    session.start(cpus=4, object_store_bytes=300 * 2**20)
+    yield
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real histories in LaMP's layout; they are no part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}")
+    return SHARED

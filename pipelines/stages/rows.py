@@ -41,6 +41,7 @@ NO_BUCKET = -1
 """Bucket of the rows that only count."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_LATEST = 253_402_300_799_999_999
 
 
 class RowError(Exception):
@@ -169,10 +170,12 @@ def _scaled(number: float) -> int:
     size = abs(number)
     if not math.isfinite(number) or 1000 <= size < 3000:
         raise ValueError("a bare year, or no number")
-    for limit, factor in ((1e11, 1_000_000), (1e14, 1_000), (1e17, 1)):
-        if size < limit:
-            return round(number * factor)
-    return round(number / 1_000)
+    per_second = next((scale for scale in (1, 1_000, 1_000_000) if size < 1e11 * scale), 1_000_000_000)
+    whole = isinstance(number, int)
+    time = number * 1_000_000 // per_second if whole else round(number * (1_000_000 / per_second))
+    if abs(time) > _LATEST:
+        raise OverflowError("beyond the year 9999")
+    return int(time)
 
 
 def _texts(fields: object) -> dict[str, str]:
