@@ -1,0 +1,127 @@
+"""Splice and objective: persona rows stand where the layout says, and the loss is that of the target alone."""
+
+import math
+
+import pytest
+import torch
+
+from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
+from pplug.objective import splice_rows, target_loss
+from pplug.splice import PromptLayout, Splicer
+from tests.pplug.models import tiny_llama, tiny_t5, word_tokenizer
+
+INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on"]
+TARGETS = ["crime", "music nature", "the"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return FrozenLLM.load(LLMConfig(model=str(tiny_llama(tmp_path_factory.mktemp("llama")))))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return FrozenLLM.load(LLMConfig(model=str(tiny_t5(tmp_path_factory.mktemp("t5")))))
+
+
+def rows_for(llm, n, seed=0):
+    return torch.randn(n, 3, llm.dim, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def by_hand(llm, prompt, rows, target):
+    """Cross-entropy of one sample from the full logits of an unpadded sequence."""
+    embed = llm.embedding
+    if llm.encoder_decoder:
+        encoder_in = torch.cat([embed(torch.tensor(prompt.before, dtype=torch.long)), rows, embed(torch.tensor(prompt.after))])
+        decoder_in = torch.tensor([[0, *target[:-1]]])
+        logits = llm.model(inputs_embeds=encoder_in[None], decoder_input_ids=decoder_in).logits[0]
+        start = 0
+    else:
+        before, after = (embed(torch.tensor(ids, dtype=torch.long)) for ids in (prompt.before, prompt.after + target))
+        logits = llm.model(inputs_embeds=torch.cat([before, rows, after])[None]).logits[0]
+        start = len(prompt) + len(rows) - 1
+    chances = logits.log_softmax(-1)
+    return -sum(chances[start + i, token] for i, token in enumerate(target))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_loss_of_a_padded_batch_is_the_sum_of_single_samples(kind, request):
+    llm = request.getfixturevalue(kind)
+    rows, counts = rows_for(llm, 3), [3, 1, 0]  # persona, instruction alone, no plug
+    prompts, targets = llm.splicer.prompts(INPUTS), llm.splicer.targets(TARGETS, 10)
+    loss, _ = target_loss(llm, prompts, rows, counts, targets)
+    want = sum(by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True)))
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    got, wanted = torch.autograd.grad(loss, rows)[0], torch.autograd.grad(want, rows)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    assert got[1, 1:].abs().sum() == 0 and got[2].abs().sum() == 0  # rows that stand in no prompt
+
+
+def test_exact_tells_what_greedy_decoding_would_write(llama):
+    rows, prompts = rows_for(llama, 1), llama.splicer.prompts(["the cat"])
+    embeddings, _, _ = splice_rows(llama, prompts, rows.detach(), [3], [[]])
+    out = llama.model.generate(inputs_embeds=embeddings, max_new_tokens=3, do_sample=False, eos_token_id=-1)[0].tolist()
+    wrong = [*out[:-1], (out[-1] + 1) % 30]
+    assert target_loss(llama, prompts, rows, [3], [out])[1].item()
+    assert not target_loss(llama, prompts, rows, [3], [wrong])[1].item()
+
+
+def test_the_llm_keeps_no_gradient(llama):
+    target_loss(llama, llama.splicer.prompts(["the"]), rows_for(llama, 1), [3], [[5, 2]])[0].backward()
+    assert all(p.grad is None and not p.requires_grad for p in llama.model.parameters())
+
+
+def test_rows_stand_after_bos_and_before_the_input(llama):
+    rows = rows_for(llama, 1).detach()
+    prompt = llama.splicer.prompts(["cat dog"])[0]
+    embeddings, mask, _ = splice_rows(llama, [prompt], rows, [3], [[]])
+    ids = {token: i for token, i in llama.tokenizer.get_vocab().items()}
+    assert prompt.before == [1] and prompt.after == [ids["cat"], ids["dog"]]
+    assert torch.equal(embeddings[0, 1:4], rows[0])
+    assert torch.equal(embeddings[0, 0], llama.embedding.weight[1])
+    assert torch.equal(embeddings[0, 4], llama.embedding.weight[ids["cat"]])
+    assert mask.sum() == 6
+
+
+def test_chat_template_puts_the_rows_inside_the_users_turn(tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}one : {{ m['content'] }} two {% endfor %}{% if add_generation_prompt %}answer :{% endif %}"
+    )
+    prompt = Splicer(tokenizer, PromptLayout(), encoder_decoder=False).prompts(["cat"])[0]
+    words = tokenizer.convert_ids_to_tokens(prompt.before), tokenizer.convert_ids_to_tokens(prompt.after)
+    assert words == (["one", ":"], ["cat", "two", "answer", ":"])
+    plain = Splicer(tokenizer, PromptLayout(chat="never"), encoder_decoder=False).prompts(["cat"])[0]
+    assert tokenizer.convert_ids_to_tokens(plain.before) == ["<s>"]
+
+
+def test_a_long_input_is_cut_at_its_end_and_the_suffix_stays(tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    layout = PromptLayout(suffix=" answer :", max_input_tokens=3)
+    prompts = Splicer(tokenizer, layout, encoder_decoder=False).prompts(["the cat sat on", "the cat sat"])
+    for prompt in prompts:
+        assert tokenizer.convert_ids_to_tokens(prompt.after) == ["the", "cat", "sat", "answer", ":"]
+
+
+def test_targets_end_with_eos_within_the_limit(llama):
+    assert [row[-1] for row in llama.splicer.targets(["the cat sat on the mat", ""], 3)] == [2, 2]
+    assert [len(row) for row in llama.splicer.targets(["the cat sat on the mat", ""], 3)] == [3, 1]
+
+
+def test_embedding_rows_come_from_the_file_and_norm_is_the_mean(llama, tmp_path):
+    folder = tiny_llama(tmp_path)
+    want = FrozenLLM.load(LLMConfig(model=str(folder))).embedding.weight
+    assert torch.equal(embedding_rows(folder, [3, 7]), want[[3, 7]])
+    norms = [math.sqrt(sum(float(v) ** 2 for v in row)) for row in llama.embedding.weight]
+    assert llama.embedding_norm == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+
+
+def test_llm_id_changes_with_weights_and_layout(tmp_path):
+    a, b = tiny_llama(tmp_path / "a"), tiny_llama(tmp_path / "b", seed=1)
+    ids = {
+        llm_id(LLMConfig(model=str(a))),
+        llm_id(LLMConfig(model=str(b))),
+        llm_id(LLMConfig(model=str(a), layout=PromptLayout(suffix=" :"))),
+    }
+    assert len(ids) == 3
+    assert llm_id(LLMConfig(model=str(a), dtype="bfloat16")) in ids
