@@ -1,0 +1,123 @@
+"""Fitting: the plan of an epoch, the held-out users, what a seed fixes, and that a plug learns."""
+
+import numpy as np
+import pytest
+import torch
+
+from pplug import PersonaPlug, PlugConfig
+from pplug.fit import FitConfig, Fitter, Samples, held_out, kept_items, micro_batches, plan_epoch, run_epochs
+from pplug.llm import FrozenLLM, LLMConfig
+from tests.pplug.models import tiny_llama
+
+D = 12
+
+
+def test_an_epoch_holds_every_sample_once_in_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(5, 200, 1000)
+    batches = plan_epoch(lengths, 64, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
+    spread = np.mean([lengths[batch].max() - lengths[batch].min() for batch in batches])
+    assert spread < 30 < np.ptp(lengths)
+    again, later = plan_epoch(lengths, 64, seed=1, epoch=0), plan_epoch(lengths, 64, seed=1, epoch=1)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(batches, later, strict=True))
+
+
+def test_item_dropout_is_the_papers_and_depends_on_the_sample_alone():
+    sizes = [len(kept_items(10, 0.5, seed=0, epoch=0, sample=i)) for i in range(2000)]
+    assert set(sizes) == {5, 6, 7, 8, 9}  # int(10 * U(0, .5)) + 1 of 10 are left out
+    assert np.bincount(sizes)[5:].min() > 300
+    assert np.array_equal(kept_items(10, 0.5, 0, 3, 7), kept_items(10, 0.5, 0, 3, 7))
+    assert np.array_equal(kept_items(2, 0.5, 0, 0, 0), [0, 1])
+    assert np.array_equal(kept_items(10, 0.0, 0, 0, 0), np.arange(10))
+
+
+def test_held_out_users_are_a_fixed_share():
+    share = np.mean([held_out(f"u{i}", 0.1, seed=3) for i in range(5000)])
+    assert share == pytest.approx(0.1, abs=0.02)
+    assert held_out("u1", 0.1, 3) == held_out("u1", 0.1, 3)
+
+
+def test_micro_batches_cover_the_batch_within_the_budget():
+    lengths = np.arange(1, 50)
+    parts = micro_batches(np.arange(49), lengths, 100)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(49))
+    assert all(len(part) * lengths[part].max() <= 100 for part in parts)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return FrozenLLM.load(LLMConfig(model=str(tiny_llama(tmp_path_factory.mktemp("llm")))))
+
+
+def samples(llm, n, seed=0):
+    """Users of two kinds; the answer follows from the kind of the user's items alone."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 2, n)
+    centre = np.eye(D, dtype=np.float16)[[0, 1]]
+    vectors, spans = [], []
+    for kind in kinds:
+        size = rng.integers(1, 6)
+        spans.append((0, sum(map(len, vectors)), sum(map(len, vectors)) + size))
+        vectors.append(centre[kind] + rng.normal(0, 0.05, (size, D)).astype(np.float16))
+    words = ["crime", "music"]
+    return Samples(
+        prompts=llm.splicer.prompts(["the film" if i % 2 else "a cat sat" for i in range(n)]),
+        targets=llm.splicer.targets([words[kind] for kind in kinds], 4),
+        queries=[[1]] * n,
+        owners=[f"u{i}" for i in range(n)],
+        spans=np.array(spans),
+        shards=[np.concatenate(vectors)],
+    )
+
+
+def fitter(llm, config, train, validation, **more):
+    torch.manual_seed(0)
+    shape = PlugConfig(encoder_dim=D, llm_dim=llm.dim, aggregation="mean", persona_scale=llm.embedding_norm)
+    return Fitter(PersonaPlug(shape).eval(), llm, config, train, validation, **more)
+
+
+CONFIG = FitConfig(epochs=12, batch_size=16, learning_rate=1e-2, precision="float32")
+
+
+def test_a_plug_learns_what_only_the_history_tells(llm):
+    train, validation = samples(llm, 160), samples(llm, 80, seed=1)
+    run = fitter(llm, CONFIG, train, validation)
+    before = run.validate()
+    seen = []
+    run_epochs(run, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
+    assert before["val_exact"] < 0.6 < 0.95 < seen[-1]["val_exact"]
+    assert seen[-1]["val_loss"] < 0.5 * before["val_loss"]
+
+
+def test_micro_batches_change_no_gradient(llm):
+    train = samples(llm, 16)
+    plugs = []
+    for budget in (16_384, 30):
+        run = fitter(llm, CONFIG.model_copy(update={"micro_tokens": budget}), train, train)
+        run.step(np.arange(16), epoch=0)
+        plugs.append(run.plug)
+    for a, b in zip(plugs[0].parameters(), plugs[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(llm):
+    train = samples(llm, 64)
+    whole = fitter(llm, CONFIG, train, train)
+    run_epochs(whole, 0, np.inf, lambda *a: None, lambda *a: None, 0)
+    first = fitter(llm, CONFIG, train, train)
+    saved = {}
+
+    def stop_at_seven(step, metrics, best):
+        if step == 7:
+            saved.update(plug={k: v.clone() for k, v in first.plug.state_dict().items()}, state=first.state())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_epochs(first, 0, np.inf, lambda *a: None, stop_at_seven, checkpoint_steps=7)
+    second = fitter(llm, CONFIG, train, train)
+    second.plug.load_state_dict(saved["plug"])
+    second.load_state(saved["state"])
+    run_epochs(second, 7, np.inf, lambda *a: None, lambda *a: None, 0)
+    for a, b in zip(whole.plug.parameters(), second.plug.parameters(), strict=True):
+        assert torch.equal(a, b)
