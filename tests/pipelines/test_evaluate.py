@@ -1,0 +1,216 @@
+"""evaluate against the official scores and a bootstrap worked out here, on replies written by hand."""
+
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from infra import shards
+from infra.errors import InputError
+from pipelines import evaluate, tables
+from pplug import metrics, tasks
+from tests.pipelines.population import NOTES, Population
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+USERS, EACH = 40, 3
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> Population:
+    """40 people with 3 requests each, one owner of them split into a history a question, and open requests."""
+    population = Population(tmp_path_factory.mktemp("evaluate"))
+    rng = random.Random(0)
+    asked = [
+        {
+            "request_id": f"r{user}-{n}",
+            "user_id": f"u{user}" if user else f"q{n}",
+            "owner_id": f"u{user}",
+            "input": "How?",
+            "target": rng.choice(["good", "bad"]),
+        }
+        for user in range(USERS)
+        for n in range(EACH)
+    ]
+    asked += [{"request_id": f"open{n}", "user_id": f"u{n}", "input": "How?"} for n in range(5)]
+    source = population.folder / "requests.jsonl"
+    source.write_text("\n".join(map(json.dumps, asked)))
+    items = population.folder / "items.jsonl"
+    items.write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "good"}))
+    assert population.ingest(source=str(items), requests_source=str(source), task=population.task(NOTES)) == 0
+    return population
+
+
+def replies(population: Population, right: float, seed: int, skip=()) -> dict[str, str]:
+    """A reply to each request, right with this chance; some are no label at all."""
+    rng = random.Random(seed)
+    found = {}
+    for i, row in sorted(population.requests().items()):
+        wrong = rng.choice(["good", "bad", "nonsense", ""])
+        if i not in skip:
+            found[i] = (row["target"] or "good") if rng.random() < right else wrong
+    return found
+
+
+def write_generations(population, run_id: str, by_method: dict[str, dict[str, str]], errors=(), complete=True) -> None:
+    asked = population.requests()
+    table = tables.open_or_create(population.tables, "generations", 4)
+    rows = [
+        {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"],
+         "text": None if i in errors else text, "error": "too long" if i in errors else None}
+        for method, texts in by_method.items() for i, text in texts.items()
+    ]  # fmt: skip
+    users = pa.array([row["user_id"] for row in rows], pa.string())
+    bucket, user_key = shards.shard_columns(users, 4)
+    schema = table.spec.schema
+    data = pa.Table.from_pylist(rows, schema=schema)
+    for name, column in (("bucket", bucket), ("user_key", user_key)):
+        at = schema.get_field_index(name)
+        data = data.set_column(at, schema.field(at), column)
+    before = table.snapshot()
+    files = table.write(data, run_id)
+    table.commit(files, run_id=run_id, group=0, mode="append", planned_on=before.version, complete=complete)
+
+
+def run(population, capsys=None, **config) -> tuple[int, dict, str]:
+    run_dir = population.folder / f"evaluate-{random.random()}"
+    code = evaluate.run(evaluate.Config(tables=population.tables, run_dir=str(run_dir), **config))
+    return code, json.loads((run_dir / "report.json").read_text()), capsys.readouterr().out if capsys else ""
+
+
+@pytest.fixture(scope="module")
+def generated(answered) -> Population:
+    by_method = {
+        "none": replies(answered, 0.2, 1),
+        "plug": replies(answered, 0.8, 2),
+        "plug:mean": replies(answered, 0.2, 1),
+    }
+    write_generations(answered, "night-1", by_method, errors=("r3-1",))
+    return answered
+
+
+def labelled(population, texts: dict[str, str], errors=("r3-1",)) -> tuple[dict, dict]:
+    golds = {i: row["target"] for i, row in population.requests().items() if row["target"] is not None}
+    return golds, {i: "" if i in errors else texts[i] for i in golds}
+
+
+def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsys):
+    code, report, printed = run(generated, capsys)
+    assert code == 0
+    assert (report["task"], report["n_users"], report["n_requests"]) == ("notes", USERS, USERS * EACH)
+    entry = tasks.TaskEntry.model_validate(NOTES)
+    for method, seed, right in (("none", 1, 0.2), ("plug", 2, 0.8), ("plug:mean", 1, 0.2)):
+        golds, texts = labelled(generated, replies(generated, right, seed))
+        assert report["methods"][method]["scores"] == pytest.approx(metrics.score(entry, golds, texts), abs=1e-12)
+        assert report["methods"][method]["n"] == USERS * EACH and report["methods"][method]["errors"] == 1
+    assert report["planned"] == report["written"] == 3 * USERS * EACH
+    assert "plug: 1 replies were errors" in printed and "120 requests of 40 users" in printed
+    assert list(report["methods"]) == ["none", "plug", "plug:mean"]
+
+
+def test_intervals_are_over_people_and_differences_are_paired(generated):
+    _, report, _ = run(generated)
+    golds, none = labelled(generated, replies(generated, 0.2, 1))
+    _, plug = labelled(generated, replies(generated, 0.8, 2))
+    owner = {i: row["owner_id"] for i, row in generated.requests().items()}
+    people = sorted(set(owner.values()))
+    hits = {name: np.array([sum(texts[i] == golds[i] for i in golds if owner[i] == who) for who in people])
+            for name, texts in (("none", none), ("plug", plug))}  # fmt: skip
+    drawn = np.random.default_rng(0).integers(0, USERS, (4000, USERS))
+    for got, values in (
+        (report["methods"]["plug"]["ci95"]["accuracy"], hits["plug"][drawn].mean(1) / EACH),
+        (report["methods"]["plug"]["vs_none"]["accuracy"]["ci95"], (hits["plug"] - hits["none"])[drawn].mean(1) / EACH),
+    ):
+        want = np.percentile(values, [2.5, 97.5])
+        np.testing.assert_allclose(got, want, atol=0.12 * (want[1] - want[0]))
+    gain = report["methods"]["plug"]["vs_none"]["accuracy"]
+    assert gain["p_value"] < 0.01 and gain["difference"] == pytest.approx(
+        hits["plug"].mean() / 3 - hits["none"].mean() / 3
+    )
+    same = report["methods"]["plug:mean"]["vs_none"]["f1"]  # the same replies: no difference in any resample
+    assert (same["difference"], same["ci95"], same["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+    assert "vs_none" not in report["methods"]["none"]
+
+
+def test_predictions_are_files_in_lamps_shape_that_score_the_same(generated, tmp_path):
+    _, report, _ = run(generated, predictions_dir=str(tmp_path / "p"))
+    assert set(report["predictions"]) == set(report["methods"])
+    golds, _ = labelled(generated, replies(generated, 0.2, 1))
+    for method, path in report["predictions"].items():
+        with open(path, encoding="utf-8") as stream:
+            found = json.load(stream)
+        assert found["task"] == "notes" and set(found) == {"task", "golds"}
+        texts = {row["id"]: row["output"] for row in found["golds"]}
+        assert len(found["golds"]) == len(texts) and set(texts) == set(golds)
+        score = metrics.score(tasks.TaskEntry.model_validate(NOTES), golds, texts)
+        assert score == pytest.approx(report["methods"][method]["scores"])
+
+
+def test_the_same_seed_gives_the_same_report(generated):
+    reports = [run(generated, seed=seed)[1]["methods"] for seed in (0, 0, 1)]
+    assert reports[0] == reports[1]
+    assert reports[0]["plug"]["ci95"] != reports[2]["plug"]["ci95"]
+    assert reports[0]["plug"]["scores"] == reports[2]["plug"]["scores"]
+
+
+def test_a_reference_stands_in_report_and_table(generated, tmp_path, capsys):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"best_without_history": 0.34, "best_with_history": 0.97, "users": 40}))
+    _, report, printed = run(generated, capsys, reference=str(path))
+    assert report["reference"]["best_without_history"] == 0.34
+    assert "best possible: 0.340 without history, 0.970 with it" in printed
+    path.write_text("{}")
+    with pytest.raises(InputError, match="truth.json: expected a JSON file with the numbers best_without_history"):
+        run(generated, reference=str(path))
+
+
+def test_methods_of_several_runs_and_a_choice_of_them(generated):
+    write_generations(generated, "night-2", {"oracle": replies(generated, 1.0, 3)})
+    _, report, _ = run(generated, run=("night-1", "night-2"), methods=("oracle", "none"))
+    assert list(report["methods"]) == ["oracle", "none"] and report["runs"] == ["night-1", "night-2"]
+    assert report["methods"]["oracle"]["scores"]["accuracy"] == 1.0
+    _, newest, _ = run(generated)
+    assert newest["runs"] == ["night-2"]
+
+
+def test_gaps_doubles_and_unknown_names_are_refused_by_name(generated):
+    write_generations(
+        generated,
+        "gaps",
+        {"none": replies(generated, 0.2, 1), "plug": replies(generated, 0.8, 2, skip=("r5-0", "r9-2"))},
+    )
+    with pytest.raises(InputError, match="method plug has no reply to 2 of 120 requests.*'r(5-0|9-2)'.*same run_id"):
+        run(generated, run=("gaps",))
+    code, report, _ = run(generated, run=("gaps",), methods=("none",))
+    assert code == 0 and list(report["methods"]) == ["none"]
+    with pytest.raises(InputError, match="no method bm25; it has none, plug"):
+        run(generated, run=("gaps",), methods=("none", "bm25"))
+    with pytest.raises(InputError, match="no request with a target was answered; give --run"):
+        run(generated, run=("never",))
+    with pytest.raises(InputError, match="two replies of method none in runs night-1, gaps; name one run a method"):
+        run(generated, run=("night-1", "gaps"))
+
+
+def test_a_subset_of_the_requests_is_scored_and_said(generated, capsys):
+    few = {i: text for i, text in replies(generated, 0.5, 4).items() if i.startswith(("r1-", "r2-", "open"))}
+    write_generations(generated, "few", {"none": few})
+    _, report, printed = run(generated, capsys, run=("few",))
+    assert (report["n_users"], report["n_requests"], report["not_generated"]) == (2, 6, USERS * EACH - 6)
+    assert "only 2 users: the intervals are wide" in printed and "114 of 120 requests with a target" in printed
+
+
+def test_golds_of_another_task_are_refused(generated, tmp_path):
+    other = NOTES | {"name": "other", "labels": ["yes", "no"]}
+    with pytest.raises(InputError, match="task other: .* golds are outside its 2 labels"):
+        run(generated, run=("night-1",), task=generated.task(other))
+
+
+def test_nothing_to_score_is_said(population):
+    with pytest.raises(InputError, match="no table histories.*run `ingest`"):
+        run(population)
+    items = population.folder / "items.jsonl"
+    items.write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "good"}))
+    assert population.ingest(source=str(items), task=population.task(NOTES)) == 0
+    with pytest.raises(InputError, match="no table generations.*run `generate`"):
+        run(population)
