@@ -106,6 +106,8 @@ class Engine(Protocol):
 
     def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]: ...
 
+    def shutdown(self) -> None: ...
+
 
 REPLIES = pa.schema(
     {
@@ -178,6 +180,12 @@ class Reply:
         }
         return pa.table({name: columns[name] for name in REPLIES.names}, schema=REPLIES)
 
+    def __del__(self) -> None:
+        """Ray Data drops the stage when its actor ends: the engine's processes end with it."""
+        engine = getattr(self, "engine", None)
+        if engine is not None:
+            engine.shutdown()
+
     def _too_long(self, prompt: EnginePrompt) -> str | None:
         room = self.engine.context - self.decoding.max_tokens
         if len(prompt) <= room:
@@ -213,7 +221,8 @@ class VLLMEngine:
         folder = model_folder(llm.model, llm.revision)
         args = self._engine_args(str(folder), config, threads)
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
+        self._thread.start()
         self._engine = self._wait(self._start(args))
         model = self._engine.vllm_config.model_config
         self.context, self.dim, self._dtype = model.max_model_len, model.get_hidden_size(), model.dtype
@@ -236,7 +245,7 @@ class VLLMEngine:
             if dtype == "bfloat16" and amx:
                 torch.cpu._init_amx()  # without it the attention kernel dies with SIGILL
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         log.info("engine: %s, dtype %s", "GPU" if gpu else f"CPU with {threads} threads", dtype)
         return {
@@ -350,8 +359,11 @@ class VLLMEngine:
 
     def shutdown(self) -> None:
         """Ends the engine's processes; without it they would outlive the actor."""
-        self._engine.shutdown()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._engine is not None:
+            self._loop.call_soon_threadsafe(self._engine.shutdown)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=30)
+            self._engine = None
 
 
 def own_seed(seed: int, request_id: str) -> int:

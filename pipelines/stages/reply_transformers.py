@@ -38,6 +38,9 @@ class TransformersEngine:
                 return [reply for prompt in prompts for reply in self._generate([prompt])]
             return self._generate(prompts)
 
+    def shutdown(self) -> None:
+        """Nothing runs beside it."""
+
     def _generate(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
         import torch
 

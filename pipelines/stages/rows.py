@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from infra.shards import shard_columns
 from pplug.history import text_hash
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskEntry, slots
 
 ITEM, REQUEST, REJECT, COUNT = range(4)
 TIME = pa.timestamp("us", tz="UTC")
@@ -57,6 +57,7 @@ class RowWriter:
 
     def __init__(self, entry: TaskEntry, buckets: int, file: int) -> None:
         self.entry, self.buckets, self.file = entry, buckets, file
+        self._needed, self._told = entry.fields, set(slots(entry.item_without_label))
         self._rows: list[dict[str, Any]] = []
         self._planned = 0
         self._bytes = 0
@@ -68,11 +69,11 @@ class RowWriter:
     def item(self, seq: int, place: str, user_id: object, item_id: object, at: object, fields: Mapping) -> None:
         """A history item. Raises RowError."""
         texts = _texts(fields)
-        lacking = [name for name in self.entry.fields if name not in texts]
+        lacking = [name for name in self._needed if name not in texts]
         if lacking:
             kind = "wrong_type" if fields.get(lacking[0]) is not None else "missing_field"
             raise RowError(kind, f"field {lacking[0]} of task {self.entry.name} is not there as text")
-        if not any(text.strip() for name, text in texts.items() if f"{{{name}}}" in self.entry.item_without_label):
+        if not any(text.strip() for name, text in texts.items() if name in self._told):
             raise RowError("empty_text", f"nothing in the fields of {self.entry.item_without_label}")
         user, item = identifier(user_id, "user_id"), identifier(item_id, "item_id")
         values = {"fields": list(texts.items()), "text_hash": text_hash(texts), "at": microseconds(at)}

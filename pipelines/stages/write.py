@@ -86,8 +86,7 @@ def files_table(files: list[DataFile]) -> pa.Table:
 
 def next_group(table: Table, run_id: str) -> int:
     """The group a run goes on with: 0, or the one after the last it has committed."""
-    last = table.committed(run_id)
-    return 0 if last is None else last + 1
+    return len(table.committed(run_id))
 
 
 @dataclass
@@ -132,7 +131,7 @@ class Committer:
                 run_id=self.report.run_id,
                 group=self._reject_group,
                 mode="append",
-                planned_on=self.rejects.version(),
+                planned_on=self.rejects.version,
             ).version
             self._reject_group += 1
             self.report.table_written("rejects", version)

@@ -1,0 +1,129 @@
+"""Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
+
+Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user would
+(each command is printed): ingest, refresh, train, generate, evaluate. The last table shows how well people never seen in
+training are served, beside the best possible score without and with personalisation.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.errors import InputError
+
+MARK = ".pplug-demo"
+METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+
+
+class Config(BaseModel):
+    """How large the world is; the defaults take minutes on two cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run_dir: str = "runs/demo"
+    """Everything is written below; a demo that stood there before is removed."""
+    run_id: str = "demo"
+    """Name of the evaluation's run."""
+    seed: int = 0
+    """Of the world and of every training."""
+    train_users: int = Field(400, gt=1)
+    test_users: int = Field(400, gt=1)
+    """People that nothing was trained on; five requests each."""
+    corpus_users: int = Field(2000, gt=1)
+    """Other people, whose texts the base LM learns from."""
+    lm_steps: int = Field(1000, gt=0)
+    """Training steps of the base LM."""
+    epochs: int = Field(8, gt=0)
+    """Of the plug."""
+
+
+def run(config: Config) -> int:
+    """Runs the line; returns the exit code of the first job that fails, else 0."""
+    from infra import session
+    from pplug import world
+
+    start = time.monotonic()
+    root = _fresh(Path(config.run_dir))
+    settings = world.WorldConfig(
+        seed=config.seed,
+        train_users=config.train_users,
+        test_users=config.test_users,
+        corpus_users=config.corpus_users,
+    )
+    print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
+    files = world.write(settings, root / "world")
+    preferences = root / "world" / "preferences.jsonl"
+    with preferences.open("w", encoding="utf-8") as out:
+        for person in world.population(settings, "test"):
+            out.write(json.dumps({"user_id": person.user_id, "text": world.statement(person.order) + " "}) + "\n")
+
+    session.start()  # once: the jobs below use this session
+    for words in _line(config, root, {name: str(path) for name, path in files.items()}, str(preferences)):
+        print(f"\n$ python -m pipelines {' '.join(words)}", flush=True)
+        code = _job(words)
+        if code:
+            print(f"demo: {words[0]} ended with exit code {code}", file=sys.stderr)
+            return code
+    minutes = (time.monotonic() - start) / 60
+    print(f"\ndemo done in {minutes:.1f} minutes; report: {root / 'report.json'}")
+    return 0
+
+
+def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -> list[list[str]]:
+    """The commands, as a user would type them."""
+    tables, lm, plug = f"{root}/tables", f"{root}/base-lm", f"{root}/plug"
+    layout = [f"llm.model={lm}", "llm.layout.max_input_tokens=200"]
+
+    def own(job: str) -> list[str]:
+        return ["--run_id", f"demo-{job}", "--run_dir", f"{root}/{job}"]
+
+    def ingest(split: str, *more: str) -> list[str]:
+        source = ["--tables", f"{tables}/{split}", "--source", files[f"{split}/histories"], "--task", files["task"]]
+        return ["ingest", *source, *more, *own(f"ingest-{split}")]
+
+    def requests(split: str) -> tuple[str, str]:
+        return "--requests-source", files[f"{split}/requests"]
+
+    return [
+        ingest("corpus"),
+        ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, *own("base-lm"), "--set", "prompt={preface}" + world_input(),
+         f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}"],
+        ingest("train", *requests("train")),
+        ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
+        ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
+         "shape.persona_tokens=4", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=1e-3",
+         "fit.query_learning_rate=1e-4"],
+        ingest("test", *requests("test")),
+        ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],
+        ["generate", "--tables", f"{tables}/test", "--plug", plug, "--oracle", preferences, *own("generate"),
+         "--methods", f"[{', '.join(METHODS)}]", "--set", *layout, "decoding.max_tokens=8"],
+        ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--reference", files["truth"],
+         "--run_id", config.run_id, "--run_dir", str(root)],
+    ]  # fmt: skip
+
+
+def world_input() -> str:
+    from pplug.world import INPUT
+
+    return INPUT
+
+
+def _job(words: list[str]) -> int:
+    from pipelines.__main__ import main
+
+    return main(words)
+
+
+def _fresh(root: Path) -> Path:
+    """An empty folder for the demo; only a folder that a demo made is ever removed."""
+    if root.exists() and any(root.iterdir()):
+        if not (root / MARK).exists():
+            raise InputError(f"run_dir {root}: exists and was not made by a demo; give another --run-dir or remove it")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARK).write_text("Made by `python -m pipelines demo`, which may remove it.\n")
+    return root
