@@ -21,7 +21,7 @@ _OWN_KEYS = frozenset({"run_id", "group", "complete"})
 def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
     """A commit's entries (add, remove, commitInfo, ...); None when the log no longer has it.
 
-    The library removes commits 30 days old when a checkpoint stands in for them.
+    The library removes commits beyond the table's log retention once a checkpoint stands in for them.
     """
     try:
         raw = storage.read_bytes(f"_delta_log/{version:020d}.json")
@@ -45,6 +45,12 @@ def metadata_of(storage: Storage, version: int) -> dict[str, str]:
     """The custom metadata of one commit, without the library's own keys."""
     said = _info(entries(storage, version) or [])
     return {key: value for key, value in said.items() if key not in _LIBRARY_KEYS}
+
+
+def added(storage: Storage, version: int | None) -> set[str]:
+    """Paths of the files that one commit added."""
+    found = None if version is None else entries(storage, version)
+    return {entry["add"]["path"] for entry in found or [] if "add" in entry}
 
 
 def only_appends(storage: Storage, since: int, until: int) -> bool:

@@ -6,12 +6,17 @@ two, and finished on four (platform.md section 8). What cannot be scheduled is r
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping
 
 from infra.errors import InputError
 
 LEAST_LOCAL_CPUS = 4
+_NO_CLUSTER = (
+    "RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to run on this "
+    "machine alone"
+)
 
 
 def start(
@@ -33,14 +38,13 @@ def start(
     if not ray.is_initialized():
         # Ray's per-worker banners would drown the job's own lines.
         quiet = {"log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0", "logging_level": logging.WARNING}
-        if os.environ.get("RAY_ADDRESS"):
+        address = os.environ.get("RAY_ADDRESS", "local")
+        if address != "local":
+            _answers(address)
             try:
                 ray.init(**quiet)
             except ConnectionError as error:
-                raise InputError(
-                    f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}); start it, or "
-                    "unset RAY_ADDRESS to run on this machine alone"
-                ) from error
+                raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
         else:
             ray.init(
                 num_cpus=local_cpus(cpus, need),
@@ -93,6 +97,17 @@ def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) ->
         print(f"{message} (waiting for it to grow)", file=sys.stderr, flush=True)
         return
     raise InputError(f"{message}. If it grows by itself, set PPLUG_CLUSTER_GROWS=1")
+
+
+def _answers(address: str) -> None:
+    """Ray itself waits eight minutes for an address where nothing listens; a socket knows at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto": Ray looks for the cluster of this machine
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
 
 
 def _data_defaults() -> None:

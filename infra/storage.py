@@ -41,7 +41,7 @@ _TRANSIENT_TEXT = re.compile(
     r"|response payload is not completed",
     re.IGNORECASE,
 )
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, pa.ArrowInvalid)
+_FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
 
 
 def is_transient(error: BaseException | None) -> bool:
@@ -88,7 +88,7 @@ def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> 
         endpoint_url=endpoint,
         client_kwargs={"region_name": region} if region else {},
         config_kwargs={
-            "retries": {"max_attempts": 4, "mode": "standard"},
+            "retries": {"max_attempts": 2, "mode": "standard"},
             "connect_timeout": 10,
             "read_timeout": 60,
             "max_pool_connections": 32,
@@ -98,6 +98,7 @@ def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> 
         default_block_size=16 * 2**20,  # parts of a multipart upload; also what an upload holds in memory
         skip_instance_cache=True,
     )
+    filesystem.retries = 2  # times botocore's 2: the layers multiply, and the budget is kept by `retrying` above them
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
 
 

@@ -100,6 +100,8 @@ class Table:
                 partition_by=["bucket"] if spec.bucketed else None,
                 name=spec.name,
                 description=json.dumps(facts),
+                # 30 days by default: the newest complete version could then outlive what the log says of it.
+                configuration={"delta.logRetentionDuration": "interval 365 days"},
                 storage_options=storage.delta_options(),
             )
         except DeltaError as error:
@@ -310,8 +312,8 @@ class Table:
             strict: an append, too, refuses a version that moved (it was planned from what the table holds).
 
         Returns:
-            The version, and whether the group stood there before: then these files were NOT added. After a lost
-            answer they are the ones that stand there.
+            The version, and whether the group stood there before this call: then these files were NOT added now. A
+            group whose answer was lost within the call and is found to have landed is a commit like any other.
 
         Raises:
             TableMoved: plan again. An append goes on over commits that only appended.
@@ -324,7 +326,9 @@ class Table:
             delta = self._load()
             last = delta.transaction_version(run_id)
             if last is not None and last >= group:  # 0 is a group too
-                return Commit(self._version_of(run_id, group) or delta.version(), already=True)
+                version = self._version_of(run_id, group)
+                ours = attempt > 0 and log.added(self.storage, version) == {file.path for file in files}
+                return Commit(delta.version() if version is None else version, already=not ours)
             if delta.version() != planned_on and (
                 mode == "replace" or strict or not log.only_appends(self.storage, planned_on, delta.version())
             ):

@@ -1,0 +1,65 @@
+"""The Ray session: enough logical CPUs on a small machine, and a plain word when something can never be scheduled."""
+
+import pytest
+
+from infra import session
+from infra.errors import InputError
+
+
+def test_a_local_session_has_more_cpus_than_its_train_workers():
+    assert session.local_cpus(None, {}) >= 4
+    assert session.local_cpus(None, {"CPU": 30}) >= 30
+    assert session.local_cpus(64, {"CPU": 2.5}) >= 64
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        ({"GPU": 2}, "needs 2 GPU; the cluster has 0 GPU: it could never be scheduled"),
+        ({"CPU": 8, "GPU": 1.5}, "needs 8 CPU, 1.5 GPU; the cluster has 4 CPU, 0 GPU"),
+        ({"CPU": 4}, None),
+        ({}, None),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_refused_with_both_numbers(need, message):
+    have = {"CPU": 4.0, "memory": 1e9}
+    if message is None:
+        return session.check(need, have)
+    with pytest.raises(InputError, match=message):
+        session.check(need, have)
+
+
+def test_a_cluster_that_grows_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setenv("PPLUG_CLUSTER_GROWS", "1")
+    session.check({"GPU": 2}, {"CPU": 4})
+    assert "needs 2 GPU" in capsys.readouterr().err
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match="RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there"):
+        session.start()
+
+
+def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, tmp_path, spec, rows):
+    import ray
+
+    from infra.table import DataFile, Table
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="needs 2 GPU; the cluster has 0 GPU"):
+        session.start(need={"GPU": 2}, object_store_bytes=100 * 2**20)
+    try:
+        session.start(need={"CPU": 3})  # the session is there already
+        assert ray.cluster_resources()["CPU"] >= 4
+        table = Table.create(str(tmp_path / "things"), spec, 4)
+        # Tables travel to workers, file metadata comes back: the shape of every job.
+        write = ray.remote(lambda data: [file.to_row() for file in table.write(data, "run")])
+        done = ray.get([write.remote(rows(bucket=b, n=b)) for b in range(2)])
+        files = [DataFile.from_row(row) for part in done for row in part]
+        table.commit(files, run_id="run", group=0, mode="append", planned_on=0, complete=True)
+        assert sorted(table.snapshot(complete=True).read()["n"].to_pylist()) == [0, 0, 1, 1]
+    finally:
+        session.stop()
+        session.stop()
+    assert not ray.is_initialized()

@@ -1,0 +1,194 @@
+"""Files on a local disk and on S3: one face, whole or not at all, patient with a storage that fails for a moment."""
+
+import logging
+import pickle
+
+import pytest
+
+from infra import storage as storage_module
+from infra.errors import InputError
+from infra.storage import Storage, is_transient, retrying
+from infra.table import Table
+
+
+def test_the_same_calls_work_on_a_local_disk_and_on_s3(place):
+    store = pickle.loads(pickle.dumps(Storage(place)))
+    assert not store.exists("a/b.txt") and store.list() == []
+    store.write_bytes("a/b.txt", b"one")
+    store.write_bytes("a/b.txt", b"two")
+    store.join("a").write_bytes("c.txt", b"")
+    with store.open_output("big.bin") as out:
+        out.write(b"0123456789" * 100)
+    with store.open_input("big.bin") as source:
+        source.seek(995)
+        assert source.read() == b"56789"
+    assert (store.exists("a/b.txt"), store.read_bytes("a/b.txt"), store.size("big.bin")) == (True, b"two", 1000)
+    assert store.list() == ["a/b.txt", "a/c.txt", "big.bin"]
+    assert store.list("a") == ["a/b.txt", "a/c.txt"] and store.list(recursive=False) == ["big.bin"]
+    store.delete("a/b.txt")
+    store.delete("a/b.txt")  # the aim is reached already
+    assert store.list("a") == ["a/c.txt"]
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("a/b.txt")
+
+
+def test_an_upload_larger_than_a_part_arrives_whole(s3):
+    data = bytes(range(256)) * (40 * 2**20 // 256)  # 40 MiB: three parts
+    with Storage(s3).open_output("large.bin") as out:
+        out.write(data)
+    assert Storage(s3).read_bytes("large.bin") == data
+
+
+def test_a_local_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = Storage(str(tmp_path))
+    store.write_bytes("report.json", b"old")
+
+    def no_power(source, target):
+        raise OSError("the power went")
+
+    monkeypatch.setattr(storage_module.os, "replace", no_power)
+    with pytest.raises(OSError, match="the power went"):
+        store.write_bytes("report.json", b"new")
+    monkeypatch.undo()
+    assert store.read_bytes("report.json") == b"old" and store.list() == ["report.json"]
+
+
+def test_a_relative_path_means_the_same_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Storage("data").uri == str(tmp_path / "data") == Storage(f"file://{tmp_path}/data").uri
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "http://host/x"])
+def test_an_address_of_another_kind_is_refused(uri):
+    with pytest.raises(InputError, match="expected .*s3://bucket/prefix"):
+        Storage(uri)
+
+
+def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="must not lead out"):
+        Storage(str(tmp_path / "a")).write_bytes("../b", b"")
+
+
+def test_credentials_come_from_the_environment_and_stand_in_no_pickle_or_text(s3):
+    store = Storage(s3)
+    options = store.delta_options()
+    assert options["AWS_SECRET_ACCESS_KEY"] == "test-secret-value" and options["AWS_ALLOW_HTTP"] == "true"
+    assert b"test-secret" not in pickle.dumps(store) and "test-" not in repr(store)
+    assert Storage("/tmp/x").delta_options() == {}
+
+
+# -- faults
+
+
+def every(n: int, kind: str, methods: str = "GET PUT POST HEAD"):
+    """Each n-th request fails."""
+    seen = {"n": 0}
+
+    def fault(environ):
+        if environ["REQUEST_METHOD"] not in methods.split():
+            return None
+        seen["n"] += 1
+        return kind if seen["n"] % n == 0 else None
+
+    return fault
+
+
+def test_refusals_are_waited_out_in_a_whole_life_of_a_table(s3_server, s3, spec, rows):
+    s3_server.fault = every(3, "503")
+    table = Table.open_or_create(f"{s3}/things", spec, 4)
+    for n in range(2):
+        files = table.write(rows(bucket=n, n=n), f"run{n}")
+        table.commit(files, run_id=f"run{n}", group=0, mode="append", planned_on=table.version, complete=True)
+    assert sorted(table.snapshot(complete=True).read()["n"].to_pylist()) == [0, 0, 1, 1]
+    assert s3_server.failed >= 5
+
+
+def test_a_cut_body_is_read_again(s3_server, s3):
+    store = Storage(s3)
+    store.write_bytes("x.bin", b"0123456789" * 10_000)
+    cut = iter(["cut"])
+    s3_server.fault = lambda environ: next(cut, None) if environ["REQUEST_METHOD"] == "GET" else None
+    assert store.read_bytes("x.bin") == b"0123456789" * 10_000
+    assert s3_server.failed == 1
+
+
+def test_a_commit_whose_answer_was_lost_stands_once(s3_server, s3, spec, rows):
+    table = Table.create(f"{s3}/things", spec, 4)
+    files = table.write(rows(bucket=1), "run")
+    lost = iter(["lost answer"])
+
+    def fault(environ):
+        is_commit = environ["REQUEST_METHOD"] in ("PUT", "POST") and "_delta_log" in environ["PATH_INFO"]
+        return next(lost, None) if is_commit else None
+
+    s3_server.fault = fault
+    done = table.commit(files, run_id="run", group=0, mode="append", planned_on=0)
+    assert s3_server.failed == 1 and (done.version, done.already) == (1, False)
+    assert (table.version, table.snapshot().rows) == (1, 2)
+
+
+def test_a_storage_that_stays_down_is_given_up_within_the_budget(s3_server, s3, monkeypatch):
+    store = Storage(s3)
+    store.write_bytes("x", b"x")
+    monkeypatch.setenv("PPLUG_STORAGE_BUDGET_S", "0.5")
+    s3_server.fault = lambda environ: "503"
+    with pytest.raises(OSError) as error:
+        store.read_bytes("x")
+    assert f"while: read {s3}/x (tried" in error.value.__notes__[0]
+
+
+def test_only_what_may_pass_is_tried_again(monkeypatch):
+    monkeypatch.setattr(storage_module.time, "sleep", lambda pause: None)
+
+    def count(error, budget_s=30.0):
+        tries = []
+
+        def action():
+            tries.append(1)
+            if len(tries) < 4:
+                raise error
+            return "done"
+
+        try:
+            assert retrying(action, "try", budget_s) == "done"
+        except type(error):
+            pass
+        return len(tries)
+
+    for error in (
+        OSError("An error occurred (SlowDown) when calling PutObject"),
+        OSError("Generic S3 error: Server returned error status code: 503"),
+        ConnectionResetError(104, "reset"),
+        TimeoutError(),
+    ):
+        assert count(error) == 4, error
+    for error in (
+        FileNotFoundError("part-503.parquet"),
+        PermissionError("Forbidden"),
+        OSError("No space left on device"),
+        ValueError("bucket=503/part-500.parquet"),
+        InputError("connection timed out"),
+    ):
+        assert count(error) == 1, error
+    assert count(ConnectionResetError(), budget_s=0) == 1
+
+
+def test_the_cause_is_looked_at_because_libraries_wrap_it():
+    try:
+        try:
+            raise ConnectionResetError("peer")
+        except ConnectionResetError as cause:
+            raise OSError("could not read") from cause
+    except OSError as error:
+        assert is_transient(error)
+    assert not is_transient(None)
+
+
+def test_nothing_of_the_credentials_is_logged(s3_server, s3, spec, rows, caplog, capfd):
+    caplog.set_level(logging.INFO)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # the server's own access log
+    s3_server.fault = every(4, "503")
+    table = Table.create(f"{s3}/things", spec, 4)
+    table.commit(table.write(rows(["a"]), "run"), run_id="run", group=0, mode="append", planned_on=0)
+    out, err = capfd.readouterr()
+    assert "test-secret-value" not in caplog.text + out + err
