@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Metric = Literal["classification", "rating", "text"]
 
 
+@functools.lru_cache(maxsize=256)
 def slots(template: str) -> tuple[str, ...]:
     """Names of the fields that a template uses, in order.
 

@@ -43,13 +43,14 @@ def answered(tmp_path_factory) -> Population:
 
 
 def replies(population: Population, right: float, seed: int, skip=()) -> dict[str, str]:
-    """A reply to each request, right with this chance; some are no label at all."""
+    """A reply to each request; this share of people is always right, others now and then or no label at all."""
     rng = random.Random(seed)
     found = {}
     for i, row in sorted(population.requests().items()):
         wrong = rng.choice(["good", "bad", "nonsense", ""])
+        always = random.Random(f"{seed}/{row['owner_id']}").random() < right
         if i not in skip:
-            found[i] = (row["target"] or "good") if rng.random() < right else wrong
+            found[i] = (row["target"] or "good") if always else wrong
     return found
 
 
@@ -58,7 +59,7 @@ def write_generations(population, run_id: str, by_method: dict[str, dict[str, st
     table = tables.open_or_create(population.tables, "generations", 4)
     rows = [
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"],
-         "text": None if i in errors else text, "error": "too long" if i in errors else None}
+         "text": text, "error": "too long" if i in errors else None}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip
     users = pa.array([row["user_id"] for row in rows], pa.string())
