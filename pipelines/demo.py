@@ -6,6 +6,7 @@ training are served, beside the best possible score without and with personalisa
 """
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -63,7 +64,7 @@ def run(config: Config) -> int:
 
     session.start()  # once: the jobs below use this session
     for words in _line(config, root, {name: str(path) for name, path in files.items()}, str(preferences)):
-        print(f"\n$ python -m pipelines {' '.join(words)}", flush=True)
+        print(f"\n$ python -m pipelines {shlex.join(words)}", flush=True)
         code = _job(words)
         if code:
             print(f"demo: {words[0]} ended with exit code {code}", file=sys.stderr)
@@ -75,6 +76,8 @@ def run(config: Config) -> int:
 
 def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -> list[list[str]]:
     """The commands, as a user would type them."""
+    from pplug.world import INPUT
+
     tables, lm, plug = f"{root}/tables", f"{root}/base-lm", f"{root}/plug"
     layout = [f"llm.model={lm}", "llm.layout.max_input_tokens=200"]
 
@@ -90,7 +93,7 @@ def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -
 
     return [
         ingest("corpus"),
-        ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, *own("base-lm"), "--set", "prompt={preface}" + world_input(),
+        ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"), "--set",
          f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}"],
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
@@ -104,12 +107,6 @@ def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -
         ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--reference", files["truth"],
          "--run_id", config.run_id, "--run_dir", str(root)],
     ]  # fmt: skip
-
-
-def world_input() -> str:
-    from pplug.world import INPUT
-
-    return INPUT
 
 
 def _job(words: list[str]) -> int:

@@ -1,0 +1,309 @@
+"""The whole line on a small world and tiny real models: ingest, refresh, train, generate through vLLM, evaluate."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.errors import InputError
+from pipelines import evaluate, generate, ingest, refresh, tables, train
+from pipelines.stages.reply import Decoding, EngineConfig
+from pplug import PersonaPlug, TextEncoder, world
+from pplug.encoder import EncoderConfig
+from pplug.fit import FitConfig
+from pplug.llm import FrozenLLM, LLMConfig
+from pplug.plug import plug_id
+from tests.pplug.models import tiny_bert, tiny_llama
+
+WORLD = world.WorldConfig(train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2)
+METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+
+
+@pytest.fixture(scope="session")
+def line(tmp_path_factory, ray_session):
+    """Everything the tests below look at; each job runs once, by its own `run`."""
+    root = tmp_path_factory.mktemp("line")
+    files = world.write(WORLD, root / "world")
+    encoder = EncoderConfig(model=str(tiny_bert(root / "encoder", dim=16)), dtype="float32", max_tokens=64)
+    llm = LLMConfig(model=str(tiny_llama(root / "llm")))
+    made = SimpleNamespace(root=root, files=files, encoder=encoder, llm=llm, plug=str(root / "plug"), runs={})
+    made.train, made.test = str(root / "train"), str(root / "test")
+    (root / "oracle.jsonl").write_text(
+        "".join(
+            json.dumps({"user_id": person.user_id, "text": "the cat likes crime . "}) + "\n"
+            for person in world.population(WORLD, "test")
+        )
+    )
+
+    def run(job, name, **config):
+        code = job.run(job.Config(run_id=name, run_dir=str(root / "runs" / name), **config))
+        made.runs[name] = json.loads((root / "runs" / name / "report.json").read_text())
+        return code
+
+    made.run = run
+    for split, place in (("train", made.train), ("test", made.test)):
+        source = {"source": str(files[f"{split}/histories"]), "requests_source": str(files[f"{split}/requests"])}
+        assert run(ingest, f"ingest-{split}", tables=place, task=str(files["task"]), buckets=4, **source) == 0
+    # one person who asks without any history, and without a cut-off
+    lonely = root / "lonely.jsonl"
+    rows = [{"request_id": "lonely", "user_id": "nobody-yet", "input": "Tag this for me. description: a film", "target": "crime"},
+            {"request_id": "open-end", "user_id": "test-00000", "input": "Tag this for me. description: a film", "target": "crime"}]  # fmt: skip
+    lonely.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(ingest, "ingest-lonely", tables=made.test, requests_source=str(lonely), task=str(files["task"])) == 0
+    assert run(refresh, "refresh-train", tables=made.train, encoder=encoder) == 0
+    fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
+    assert run(train, "train", tables=made.train, llm=llm, encoder=encoder, plug=made.plug, fit=fit,
+               shape=train.PlugShape(persona_tokens=2)) == 0  # fmt: skip
+    assert run(refresh, "refresh-test", tables=made.test, encoder=encoder, plug=made.plug) == 0
+    # 1: one reply is missing, that of the method `oracle` for somebody whose preference nobody stated
+    assert run(generate, "generate", tables=made.test, **asked(made)) == 1
+    return made
+
+
+def asked(made, **more):
+    return {
+        "llm": made.llm,
+        "plug": made.plug,
+        "methods": METHODS,
+        "oracle": str(made.root / "oracle.jsonl"),
+        "decoding": Decoding(max_tokens=6),
+        "engine": EngineConfig(batch_rows=16),
+    } | more
+
+
+def rows(place, name):
+    return tables.open_table(place, name).snapshot(complete=True).read().to_pylist()
+
+
+def histories(place):
+    """user -> items, oldest first, from the plain file that was ingested."""
+    found = {}
+    for row in sorted(rows(place, "histories"), key=lambda row: (row["occurred_at"], row["position"])):
+        found.setdefault(row["user_id"], []).append(row)
+    return found
+
+
+def embeddings_name(made):
+    (name,) = [name for name in made.runs["refresh-test"]["tables_written"] if name.startswith("embeddings-")]
+    return name
+
+
+def test_every_text_of_every_user_has_one_vector_and_it_is_the_encoders(line):
+    encoder = TextEncoder(line.encoder)
+    items = [row for own in histories(line.test).values() for row in own]
+    vectors = {(row["user_key"], row["text_hash"]): row["vector"] for row in rows(line.test, embeddings_name(line))}
+    assert len(vectors) == len({(row["user_key"], row["text_hash"]) for row in items})
+    assert len(rows(line.test, embeddings_name(line))) == len(vectors)
+    texts = [f"{dict(row['fields'])['tag']} is my tag for {dict(row['fields'])['description']}" for row in items]
+    want = encoder.encode(texts)
+    got = np.array([vectors[row["user_key"], row["text_hash"]] for row in items], np.float32)
+    assert ((want * got).sum(1) / np.linalg.norm(got, axis=1)).min() > 0.999
+    report = line.runs["refresh-test"]
+    assert report["planned"] == report["written"] == len(vectors)
+
+
+def test_stored_personas_are_the_plugs_with_uniform_weights(line):
+    plug, encoder = PersonaPlug.from_pretrained(line.plug), TextEncoder(line.encoder)
+    stored = {row["user_id"]: row for row in rows(line.test, "personas")}
+    own = histories(line.test)
+    assert set(stored) == set(own)
+    for user, items in own.items():
+        texts = [f"{dict(row['fields'])['tag']} is my tag for {dict(row['fields'])['description']}" for row in items]
+        vectors = torch.from_numpy(encoder.encode(texts))
+        with torch.no_grad():
+            want = plug.config.persona_scale * plug.align_mlp(vectors).mean(0)  # the projector on every item, then the mean
+        np.testing.assert_allclose(stored[user]["persona"], want.numpy(), rtol=2e-2, atol=2e-2)  # 16-bit storage
+        np.testing.assert_allclose(stored[user]["mean_vector"], vectors.mean(0).numpy(), atol=2e-3)
+        assert stored[user]["n_items"] == len(items) and stored[user]["plug_id"] == plug_id(line.plug)
+        assert stored[user]["last_item_at"] == items[-1]["occurred_at"]
+
+
+def test_every_request_has_one_reply_a_method(line):
+    replies = rows(line.test, "generations")
+    keys = [(row["request_id"], row["method"]) for row in replies]
+    wanted = {(row["request_id"], method) for row in rows(line.test, "requests") for method in METHODS}
+    wanted -= {("lonely", "oracle")}
+    assert len(keys) == len(set(keys)) == len(wanted) + 1
+    by_key = {key: row for key, row in zip(keys, replies, strict=True)}
+    assert by_key["lonely", "plug"]["persona"] == "none" and by_key["lonely", "plug"]["error"] is None
+    assert "no stated preference" in by_key["lonely", "oracle"]["error"]
+    assert by_key["open-end", "plug:mean"]["persona"] == "mean"
+    for (_, method), row in by_key.items():
+        assert (row["plug_id"] is None) == (method in ("none", "oracle"))
+        assert row["run_id"] == "generate"
+    report = line.runs["generate"]
+    assert report["planned"] == report["written"] == len(keys) and report["failed"] == 1
+    assert report["exit_code"] == 1  # a reply is missing: partly done
+
+
+def test_replies_with_a_plug_are_those_of_transformers_from_the_same_history(line):
+    """Rebuilt from the published equations, one request at a time, the projector on every item."""
+    llm, plug, encoder = FrozenLLM.load(line.llm), PersonaPlug.from_pretrained(line.plug), TextEncoder(line.encoder)
+    own = histories(line.test)
+    replies = {(row["request_id"], row["method"]): row for row in rows(line.test, "generations")}
+    same = total = 0
+    for request in rows(line.test, "requests"):
+        items = [i for i in own.get(request["user_id"], []) if request["as_of"] is None or i["occurred_at"] < request["as_of"]]
+        texts = [f"{dict(i['fields'])['tag']} is my tag for {dict(i['fields'])['description']}" for i in items]
+        query = encoder.tokenizer([request["input"].split("description: ")[1]], return_tensors="pt")
+        with torch.no_grad():
+            parts = [plug.instruction()]
+            if items:
+                vectors = torch.from_numpy(encoder.encode(texts))
+                x = plug.embed_query(query["input_ids"], query["attention_mask"])[0]
+                weights = torch.softmax(vectors @ x, 0)
+                parts.append(plug.config.persona_scale * (weights @ plug.align_mlp(vectors)).view(2, llm.dim))
+            prompt = llm.splicer.prompts([request["input"]])[0]
+            before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
+            embeds = torch.cat([before, *parts, after])[None]
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+            out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        total += 1
+        text = llm.tokenizer.decode(out[0], skip_special_tokens=True)
+        same += replies[request["request_id"], "plug"]["text"].strip() == text
+    # vectors are stored in 16 bits and queries encoded in bfloat16: a near tie may fall the other way
+    assert same >= 0.9 * total
+
+
+def test_a_second_refresh_encodes_nothing_and_rewrites_nothing(line):
+    before = line.runs["refresh-test"]["tables_written"]
+    assert line.run(refresh, "refresh-again", tables=line.test, encoder=line.encoder, plug=line.plug) == 0
+    report = line.runs["refresh-again"]
+    assert report["written"] == 0 and report["already_there"] == report["planned"] > 0
+    assert report["tables_written"] == {}
+    assert report["personas"]["unchanged"] == report["personas"]["users"]
+    assert tables.open_table(line.test, "personas").version == before["personas"]
+
+
+def test_a_rerun_generates_only_what_is_missing(line):
+    before = tables.open_table(line.test, "generations").snapshot(complete=True)
+    code = line.run(generate, "generate", tables=line.test, **asked(line))
+    report = line.runs["generate"]
+    assert code == 0 and report["written"] == 0 and report["already_there"] == report["planned"]
+    assert tables.open_table(line.test, "generations").version == before.version
+
+
+def test_evaluate_scores_the_run(line):
+    code = line.run(evaluate, "evaluate", tables=line.test, run=("generate",), reference=str(line.files["truth"]))
+    report = line.runs["evaluate"]
+    assert code == 0 and set(report["methods"]) == set(METHODS) and report["n_users"] == 21
+    targets = {row["request_id"]: row["target"] for row in rows(line.test, "requests")}
+    replies = [row for row in rows(line.test, "generations") if row["method"] == "plug"]
+    hits = np.mean([row["text"].strip() == targets[row["request_id"]] for row in replies])
+    assert report["methods"]["plug"]["scores"]["accuracy"] == pytest.approx(hits)
+    assert 0 < report["reference"]["best_without_history"] < report["reference"]["best_with_history"] <= 1
+
+
+def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
+    """The same requests over histories that have grown since: the prompts are equal to the bit."""
+    from pipelines.methods import parse_all
+    from pipelines.stages.prompt import BuildPrompts, Owed
+    from pplug.tasks import load
+
+    later = tmp_path / "later.jsonl"
+    day = datetime(2031, 1, 1, tzinfo=UTC)
+    people = [person.user_id for person in world.population(WORLD, "test")]
+    later.write_text(
+        "".join(
+            json.dumps({"user_id": user, "item_id": f"new-{user}", "occurred_at": (day + timedelta(days=i)).isoformat(),
+                        "fields": {"description": "a film of music and crime", "tag": "music"}}) + "\n"
+            for i, user in enumerate(people)
+        )
+    )  # fmt: skip
+    copy = str(tmp_path / "grown")
+    source = {"source": str(line.files["test/histories"]), "requests_source": str(line.files["test/requests"])}
+    task = str(line.files["task"])
+    assert line.run(ingest, "grow-1", tables=copy, task=task, buckets=4, **source) == 0
+    assert line.run(ingest, "grow-2", tables=copy, task=task, source=str(later)) == 0
+    assert line.run(refresh, "grow-3", tables=copy, encoder=line.encoder) == 0
+    assert len(rows(copy, "histories")) == len(rows(line.test, "histories")) + len(people)
+
+    def prompts(place):
+        snapshots = [tables.open_table(place, name).snapshot(complete=True)
+                     for name in ("requests", "histories", embeddings_name(line))]  # fmt: skip
+        methods = ("plug", "plug:mean")
+        owed = Owed(snapshots[0], None, "x", methods, "all", None)
+        stage = BuildPrompts(owed, parse_all(methods), snapshots[1], snapshots[2], None, line.plug, "p", line.llm, False,
+                             load(task), {}, 512, 64, 2)  # fmt: skip
+        import pyarrow as pa
+
+        found = pa.concat_tables(out for bucket in range(4) for out in stage(pa.table({"bucket": [bucket]})))
+        return {(r["request_id"], r["method"]): (r["before"], r["rows"], r["after"]) for r in found.to_pylist()}
+
+    old, new = prompts(line.test), prompts(copy)
+    shared = set(old) & set(new)
+    assert len(shared) == 2 * len(people) * WORLD.test_requests
+    for key in shared:
+        assert old[key][0] == new[key][0] and old[key][2] == new[key][2]
+        np.testing.assert_allclose(old[key][1], new[key][1], rtol=1e-5, atol=1e-6)
+
+
+def test_training_facts_and_held_out_people(line):
+    report = line.runs["train"]
+    assert report["planned"] == report["written"] == 30 * 4
+    assert report["best_val_loss"] == min(entry["val_loss"] for entry in report["history"])
+    config = PersonaPlug.from_pretrained(line.plug).config
+    assert config.persona_scale == pytest.approx(FrozenLLM.load(line.llm).embedding_norm)
+    assert config.encoder_id == report["encoder_id"] and config.llm_id == report["llm_id"]
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_give_the_same_plug_as_one(line):
+    plugs = []
+    for workers in (1, 2):
+        fit = FitConfig(epochs=4, batch_size=20, precision="float32", learning_rate=1e-3, held_out=0.2)
+        name = f"workers-{workers}"
+        assert line.run(train, name, tables=line.train, llm=line.llm, encoder=line.encoder, fit=fit, workers=workers) == 0
+        assert line.runs[name]["history"][-1]["step"] >= 20
+        plugs.append(load_file(line.root / "runs" / name / "plug" / "model.safetensors"))
+    one, two = plugs
+    moved = PersonaPlug.from_pretrained(line.root / "runs" / "workers-1" / "plug")
+    assert float(moved.align_mlp[0].weight.norm()) > 0
+    difference = sum(float((one[name] - two[name]).double().pow(2).sum()) for name in one) ** 0.5
+    size = sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
+    assert difference / size < 1e-3
+
+
+# --- what is refused, and how it says so -------------------------------------------------------------------------
+
+
+def test_a_plug_for_another_llm_is_refused(line, tmp_path):
+    other = LLMConfig(model=str(tiny_llama(tmp_path, seed=5)))
+    with pytest.raises(InputError, match="was trained for LLM .* train a new plug"):
+        generate.run(generate.Config(tables=line.test, **asked(line, llm=other)))
+
+
+def test_another_encoder_than_the_plugs_is_refused(line, tmp_path):
+    wide = EncoderConfig(model=str(tiny_bert(tmp_path, dim=32)), max_tokens=64)
+    with pytest.raises(InputError, match="was trained on vectors of encoder .* refresh with the plug's encoder"):
+        refresh.run(refresh.Config(tables=line.test, encoder=wide, plug=line.plug))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("plug", "plugs")}, r"'plugs' in 'plugs' is not a method \(known: none, plug"),
+        ({"methods": ("plug+plug:mean",)}, "joins parts that exclude each other"),
+        ({"methods": ()}, "name at least one method"),
+        ({"plug": None}, "need a plug; give its folder with --plug"),
+        ({"plug": "no/such/plug"}, "no config.json; expected a plug folder"),
+        ({"oracle": None}, "method oracle needs --oracle FILE"),
+        ({"oracle": "no/such.jsonl"}, "expected JSON lines of {user_id, text}"),
+        ({"tables": "no/such/tables"}, "no table requests in no/such/tables; run `ingest`"),
+        ({"llm": LLMConfig(model="no/such/llm/folder")}, "no folder no/such/llm/folder"),
+        ({"users": "no/such/users"}, "expected a file with a user id a line"),
+    ],
+)
+def test_generate_says_what_is_wrong(line, change, message):
+    with pytest.raises(InputError, match=message):
+        generate.run(generate.Config(**({"tables": line.test} | asked(line) | change)))
+
+
+def test_embeddings_must_be_there_before_training(line, tmp_path):
+    other = EncoderConfig(model=str(tiny_bert(tmp_path, seed=3)), max_tokens=64)
+    with pytest.raises(InputError, match="no table embeddings-.*run `refresh` with the same tables first"):
+        train.run(train.Config(tables=line.train, llm=line.llm, encoder=other))
