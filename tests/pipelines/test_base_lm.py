@@ -1,0 +1,87 @@
+"""`base-lm` on a real table: what it reads, what it leaves, what it says."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from infra.errors import InputError
+from pipelines import base_lm
+from pplug.tiny_lm import TinyLMConfig
+from tests.pipelines.population import NOTES
+
+TINY = TinyLMConfig(vocab_size=300, width=32, heads=1, layers=1, ffn_width=32, context=64, max_tokens=64, steps=8)
+
+
+def notes(n: int, **more: str) -> list[dict]:
+    return [
+        {"user_id": f"u{i % 5}", "item_id": str(i), "fields": {"text": f"day {i}", "mood": "good"} | more}
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def filled(population):
+    def fill(rows: list[dict]) -> str:
+        path = population.folder / "notes.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert population.ingest(source=str(path), task=population.task(NOTES)) == 0
+        return population.tables
+
+    return fill
+
+
+def job(population_tables: str, folder, **more) -> tuple[int, dict]:
+    config = base_lm.Config(
+        **{"tables": population_tables, "output": str(folder / "lm"), "run_dir": str(folder / "run"), "lm": TINY} | more
+    )
+    code = base_lm.run(config)
+    return code, json.loads((folder / "run" / "report.json").read_text())
+
+
+def test_it_leaves_a_model_that_loads_and_a_report_that_adds_up(filled, tmp_path, capsys):
+    code, report = job(filled(notes(60)), tmp_path)
+    assert code == 0 and report["planned"] == report["written"] == 60
+    assert report["lm"]["steps"] == 8 and report["stages"]["train"]["rows"] == 8
+    assert report["tables_read"]["histories"] >= 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    assert model.config.vocab_size == len(tokenizer)
+    assert str(tmp_path / "lm") in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkeypatch):
+    seen = {}
+    import pplug.tiny_lm
+
+    train = pplug.tiny_lm.train_lm
+
+    def keep(texts, *rest):
+        seen["texts"] = texts
+        return train(texts, *rest)
+
+    monkeypatch.setattr(pplug.tiny_lm, "train_lm", keep)
+    job(filled(notes(20, preface="I am glad. ")), tmp_path, prompt="{preface}How do I feel? {text}")
+    assert sorted(seen["texts"]) == sorted((f"I am glad. How do I feel? day {i}", "good") for i in range(20))
+
+
+def test_items_without_a_field_are_counted_and_the_others_used(filled, tmp_path):
+    rows = notes(30, weather="fine ")
+    del rows[3]["fields"]["weather"]
+    code, report = job(filled(rows), tmp_path, prompt="{weather}{text}")
+    assert code == 0 and report["rejected"] == {"missing_field": 1} and report["written"] == 29
+
+
+def test_no_item_with_the_fields_is_an_error_that_names_the_template(filled, tmp_path):
+    with pytest.raises(InputError, match=r"\{weather\}"):
+        job(filled(notes(10)), tmp_path, prompt="{weather}{text}")
+
+
+def test_max_items_bounds_what_is_read_and_is_no_reject(filled, tmp_path):
+    code, report = job(filled(notes(60)), tmp_path, max_items=25)
+    assert code == 0 and report["written"] == 25 and report["items"] == {"in_table": 60, "used": 25}
+
+
+def test_a_missing_table_is_an_error_that_names_the_job(tmp_path):
+    with pytest.raises(InputError, match="ingest"):
+        base_lm.run(base_lm.Config(tables=str(tmp_path), output=str(tmp_path / "lm"), run_dir=str(tmp_path / "run")))
