@@ -39,8 +39,11 @@ class EvaluateConfig(BaseModel):
     reference: str | None = None
     """JSON file with best_without_history and best_with_history, where the truth is known."""
     resamples: int = Field(2000, ge=100)
+    """Draws of people behind each interval."""
     seed: int = 0
+    """Of the draws: the same seed gives the same intervals."""
     run_id: str | None = None
+    """Name of this evaluation; a new one when not given."""
     run_dir: str | None = None
     """Folder of report.json; runs/<run_id> when not given."""
 

@@ -36,6 +36,7 @@ class IngestConfig(BaseModel):
     requests_source: str | None = None
     """File or folder of requests, JSONL or Parquet."""
     format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    """Of source; auto goes by the names of its files."""
     split: str = "train"
     """LaMP: which `<split>_questions.json`."""
     task: str | None = None
