@@ -255,7 +255,7 @@ def test_training_facts_and_held_out_people(line):
 def test_two_workers_give_the_same_plug_as_one(line):
     plugs = []
     for workers in (1, 2):
-        fit = FitConfig(epochs=4, batch_size=20, precision="float32", learning_rate=1e-3, held_out=0.2)
+        fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=1e-3, held_out=0.2)
         name = f"workers-{workers}"
         assert line.run(train, name, tables=line.train, llm=line.llm, encoder=line.encoder, fit=fit, workers=workers) == 0
         assert line.runs[name]["history"][-1]["step"] >= 20
