@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 
 from infra.errors import InputError
@@ -37,7 +38,11 @@ def start(
     need = dict(need or {})
     if not ray.is_initialized():
         # Ray's per-worker banners would drown the job's own lines.
-        quiet = {"log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0", "logging_level": logging.WARNING}
+        quiet = {
+            "log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0",
+            "logging_level": logging.WARNING,
+            "runtime_env": {"worker_process_setup_hook": "infra.session.quiet_worker"},
+        }
         address = os.environ.get("RAY_ADDRESS", "local")
         if address != "local":
             _answers(address)
@@ -54,6 +59,15 @@ def start(
             )
     check(need)
     _data_defaults()
+
+
+def quiet_worker() -> None:
+    """Runs at a worker's start: what it prints afterwards is the job's own, or a real warning."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # asks a dashboard that a local session does not have, every second
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each line of a train worker comes twice
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def stop() -> None:
@@ -117,6 +131,8 @@ def _data_defaults() -> None:
     shown = sys.stderr.isatty() or os.environ.get("PPLUG_PROGRESS") == "1"
     context.enable_progress_bars = shown
     context.print_on_execution_start = False
+    for name in ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(name).setLevel(logging.WARNING if shown else logging.ERROR)
     # pyarrow's S3 texts are in the list; these are s3fs's and botocore's.
     more = ["SlowDown", "503", "timed out", "Connection reset", "InternalError", "Server disconnected"]
     context.retried_io_errors = list(dict.fromkeys([*context.retried_io_errors, *more]))

@@ -1,8 +1,8 @@
 """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
-Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user would
-(each command is printed): ingest, refresh, train, generate, evaluate. The last table shows how well people never seen in
-training are served, beside the best possible score without and with personalisation.
+Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user
+would (each command is printed): ingest, refresh, train, generate, evaluate. The last table shows how well people never
+seen in training are served, beside the best possible score without and with personalisation.
 """
 
 import json
@@ -32,6 +32,7 @@ class Config(BaseModel):
     seed: int = 0
     """Of the world and of every training."""
     train_users: int = Field(400, gt=1)
+    """People the plug learns from."""
     test_users: int = Field(400, gt=1)
     """People that nothing was trained on; five requests each."""
     corpus_users: int = Field(2000, gt=1)
@@ -93,8 +94,8 @@ def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -
 
     return [
         ingest("corpus"),
-        ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"), "--set",
-         f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}"],
+        ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"),
+         "--set", f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}"],
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,

@@ -1,7 +1,7 @@
 """Job `train`: histories, embeddings, requests with targets -> a plug.
 
-Ray Data gathers each bucket's samples; Ray Train fits the plug, data parallel, the LLM frozen. The loss on train users who
-are held out chooses the checkpoint. A rerun with the same run_id goes on from the last checkpoint.
+Ray Data gathers each bucket's samples; Ray Train fits the plug, data parallel, the LLM frozen. The loss on train users
+who are held out chooses the checkpoint. A rerun with the same run_id goes on from the last checkpoint.
 Unit of work: a request with a target.
 """
 
@@ -69,6 +69,7 @@ class Config(BaseModel):
     workers: int = Field(1, gt=0)
     """Train workers, data parallel."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
     threads: int | None = Field(None, gt=0)
     """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
     checkpoint_steps: int = Field(0, ge=0)
@@ -330,7 +331,8 @@ def _samples(
     if out.all() or not out.any():
         raise ValueError(
             f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.held_out:.0%} held out leaves "
-            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or another share"
+            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or change "
+            "fit.held_out"
         )
 
     def tokenised(rows: "pa.Table") -> "Samples":

@@ -1,6 +1,6 @@
 """Fits a plug: samples -> batches of like length -> loss on targets -> one AdamW step over all workers.
 
-Route: Samples (token ids, target ids, query ids, item vectors by range) -> plan_epoch -> Fitter.step -> Fitter.validate.
+Route: Samples (token ids of prompts, targets, queries; item vectors by range) -> plan_epoch -> Fitter.step, .validate.
 Every choice (order, dropped items, held-out users) depends on the seed and the sample alone, never on the number of
 workers: two workers take the same steps as one, each on its share of the same batch.
 Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a sample.
@@ -141,7 +141,7 @@ class Fitter:
             for parameter in query:
                 parameter.requires_grad_(False)
         own = {id(parameter) for parameter in query}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in plug.parameters() if id(p) not in own], "lr": config.learning_rate},
             {"params": [p for p in query if p.requires_grad], "lr": query_lr},
         ]
@@ -199,7 +199,9 @@ class Fitter:
         tokens = sum(len(self.train.targets[i]) for i in batch)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in micro_batches(batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.micro_tokens):
+        for part in micro_batches(
+            batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.micro_tokens
+        ):
             loss, _ = self._loss(self.train, part, epoch)
             (loss / tokens).backward()
             total += loss.detach() / tokens

@@ -111,7 +111,7 @@ def embedding_rows(folder: Path, ids: list[int]) -> "Tensor":
         if not file.exists():
             continue
         with safe_open(file, framework="pt") as weights:
-            if name in weights.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            if name in weights.keys():
                 rows = weights.get_slice(name)
                 return torch.cat([rows[i : i + 1] for i in ids]).float()
     raise ValueError(f"{folder}: no tensor {' or '.join(names)} in its safetensors files")

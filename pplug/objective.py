@@ -2,7 +2,7 @@
 
 Prompts are padded on the left, so that targets end at the same place and the LLM computes logits for the last
 positions only. Nothing is padded to a fixed length.
-Shapes: B samples, L positions of the longest sample, T longest target, R rows a sample (1 or 1+P), H LLM width, V vocabulary.
+Shapes: B samples, L positions of the longest sample, T longest target, R rows a sample (1 or 1+P), H LLM width.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 5.
 """
@@ -38,7 +38,9 @@ def splice_rows(
     width = max(lengths)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    sample_at, position_at, row_at = [], [], []
+    sample_at: list[int] = []
+    position_at: list[int] = []
+    row_at: list[int] = []
     for i, (prompt, n, end) in enumerate(zip(prompts, row_counts, ends, strict=True)):
         start = width - lengths[i]
         place = start + len(prompt.before)

@@ -11,7 +11,6 @@ once a user instead of once an item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 3-4, and the authors' code (parameter names).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -228,7 +227,9 @@ class PersonaPlug(nn.Module):
         ]
         missing = [key for key in wanted if key not in state_dict]
         if missing:
-            raise ValueError(f"not a checkpoint of the authors' code: missing {missing}; found {sorted(state_dict)[:8]}")
+            raise ValueError(
+                f"not a checkpoint of the authors' code: missing {missing}; found {sorted(state_dict)[:8]}"
+            )
         width, encoder_dim = state_dict["align_mlp.0.weight"].shape
         llm_dim = state_dict["align_mlp_inst.2.weight"].shape[0]
         if width % llm_dim:

@@ -1,8 +1,8 @@
 """Stage: prompts -> replies, through one engine an actor that never waits for a batch to end.
 
-vLLM runs in a loop thread of our own; the stage is plain and is called by several threads at once, so many small batches
-are in flight (Ray's own async path blocks the event loop it would share with the engine). Every persona row is checked
-before it reaches the engine: a wrong width kills it, and one NaN spoils the next request's reply.
+vLLM runs in a loop thread of our own; the stage is plain and is called by several threads at once, so many small
+batches are in flight (Ray's own async path blocks the event loop it would share with the engine). Every persona row is
+checked before it reaches the engine: a wrong width kills it, and one NaN spoils the next request's reply.
 A dead engine ends the actor, so that Ray starts another and repeats the batch; a row that cannot be answered becomes a
 row with `error`.
 Shapes: L prompt positions, R persona rows, H LLM width.
@@ -164,7 +164,7 @@ class Reply:
             errors[i] = errors[i] or error or self._too_long(prompt)
             prompts.append(prompt)
         good = [i for i, error in enumerate(errors) if error is None]
-        replies = {i: reply for i, reply in zip(good, self.engine.replies([prompts[i] for i in good]), strict=True)}
+        replies = dict(zip(good, self.engine.replies([prompts[i] for i in good]), strict=True))
         nothing = EngineReply("", "error", 0)
         out = [replies.get(i, nothing) for i in range(len(prompts))]
         columns: dict[str, Any] = {name: batch[name] for name in _CARRIED}
@@ -191,8 +191,8 @@ class Reply:
         if len(prompt) <= room:
             return None
         return (
-            f"the prompt has {len(prompt)} tokens, but the engine's context of {self.engine.context} leaves {room} beside "
-            f"max_tokens={self.decoding.max_tokens}; lower llm.layout.max_input_tokens or raise engine.context"
+            f"the prompt has {len(prompt)} tokens, but the engine's context of {self.engine.context} leaves {room} "
+            f"beside max_tokens={self.decoding.max_tokens}; lower llm.layout.max_input_tokens or raise engine.context"
         )
 
 

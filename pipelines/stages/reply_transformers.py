@@ -5,6 +5,7 @@ Slower than vLLM for what vLLM has; FLAN-T5, the paper's model, is not in vLLM.
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class TransformersEngine:
             [len(prompt.rows) for prompt in prompts],
             [[] for _ in prompts],
         )
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if decoding.temperature:
             torch.manual_seed(own_seed(decoding.seed, prompts[0].request_id))
             sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}

@@ -1,7 +1,7 @@
 """Stage of training: a bucket's requests with targets, and the vectors of the items each may see, as files.
 
-Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, stop) and vectors-<bucket>.npy, (T, D) in 16
-bits, which train workers memory-map. A request's items are a range of its user's, oldest first.
+Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, stop) and vectors-<bucket>.npy, (T, D) in
+16 bits, which train workers memory-map. A request's items are a range of its user's, oldest first.
 """
 
 import io

@@ -19,7 +19,9 @@ from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import plug_id
 from tests.pplug.models import tiny_bert, tiny_llama
 
-WORLD = world.WorldConfig(train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2)
+WORLD = world.WorldConfig(
+    train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2
+)
 METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
 
 
@@ -50,9 +52,11 @@ def line(tmp_path_factory, ray_session):
         assert run(ingest, f"ingest-{split}", tables=place, task=str(files["task"]), buckets=4, **source) == 0
     # one person who asks without any history, and without a cut-off
     lonely = root / "lonely.jsonl"
-    rows = [{"request_id": "lonely", "user_id": "nobody-yet", "input": "Tag this for me. description: a film", "target": "crime"},
-            {"request_id": "open-end", "user_id": "test-00000", "input": "Tag this for me. description: a film", "target": "crime"}]  # fmt: skip
-    lonely.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asks = {"input": "Tag this for me. description: a film", "target": "crime"}
+    people = {"lonely": "nobody-yet", "open-end": "test-00000"}
+    lonely.write_text(
+        "".join(json.dumps({"request_id": name, "user_id": user} | asks) + "\n" for name, user in people.items())
+    )
     assert run(ingest, "ingest-lonely", tables=made.test, requests_source=str(lonely), task=str(files["task"])) == 0
     assert run(refresh, "refresh-train", tables=made.train, encoder=encoder) == 0
     fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
@@ -115,7 +119,9 @@ def test_stored_personas_are_the_plugs_with_uniform_weights(line):
         texts = [f"{dict(row['fields'])['tag']} is my tag for {dict(row['fields'])['description']}" for row in items]
         vectors = torch.from_numpy(encoder.encode(texts))
         with torch.no_grad():
-            want = plug.config.persona_scale * plug.align_mlp(vectors).mean(0)  # the projector on every item, then the mean
+            want = plug.config.persona_scale * plug.align_mlp(vectors).mean(
+                0
+            )  # the projector on every item, then the mean
         np.testing.assert_allclose(stored[user]["persona"], want.numpy(), rtol=2e-2, atol=2e-2)  # 16-bit storage
         np.testing.assert_allclose(stored[user]["mean_vector"], vectors.mean(0).numpy(), atol=2e-3)
         assert stored[user]["n_items"] == len(items) and stored[user]["plug_id"] == plug_id(line.plug)
@@ -128,7 +134,7 @@ def test_every_request_has_one_reply_a_method(line):
     wanted = {(row["request_id"], method) for row in rows(line.test, "requests") for method in METHODS}
     wanted -= {("lonely", "oracle")}
     assert len(keys) == len(set(keys)) == len(wanted) + 1
-    by_key = {key: row for key, row in zip(keys, replies, strict=True)}
+    by_key = dict(zip(keys, replies, strict=True))
     assert by_key["lonely", "plug"]["persona"] == "none" and by_key["lonely", "plug"]["error"] is None
     assert "no stated preference" in by_key["lonely", "oracle"]["error"]
     assert by_key["open-end", "plug:mean"]["persona"] == "mean"
@@ -147,7 +153,11 @@ def test_replies_with_a_plug_are_those_of_transformers_from_the_same_history(lin
     replies = {(row["request_id"], row["method"]): row for row in rows(line.test, "generations")}
     same = total = 0
     for request in rows(line.test, "requests"):
-        items = [i for i in own.get(request["user_id"], []) if request["as_of"] is None or i["occurred_at"] < request["as_of"]]
+        items = [
+            i
+            for i in own.get(request["user_id"], [])
+            if request["as_of"] is None or i["occurred_at"] < request["as_of"]
+        ]
         texts = [f"{dict(i['fields'])['tag']} is my tag for {dict(i['fields'])['description']}" for i in items]
         query = encoder.tokenizer([request["input"].split("description: ")[1]], return_tensors="pt")
         with torch.no_grad():
@@ -227,8 +237,8 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
                      for name in ("requests", "histories", embeddings_name(line))]  # fmt: skip
         methods = ("plug", "plug:mean")
         owed = Owed(snapshots[0], None, "x", methods, "all", None)
-        stage = BuildPrompts(owed, parse_all(methods), snapshots[1], snapshots[2], None, line.plug, "p", line.llm, False,
-                             load(task), {}, 512, 64, 2)  # fmt: skip
+        sources = (snapshots[1], snapshots[2], None, line.plug, "p", line.llm, False)
+        stage = BuildPrompts(owed, parse_all(methods), *sources, load(task), {}, 512, 64, 2)
         import pyarrow as pa
 
         found = pa.concat_tables(out for bucket in range(4) for out in stage(pa.table({"bucket": [bucket]})))
@@ -257,7 +267,9 @@ def test_two_workers_give_the_same_plug_as_one(line):
     for workers in (1, 2):
         fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=1e-3, held_out=0.2)
         name = f"workers-{workers}"
-        assert line.run(train, name, tables=line.train, llm=line.llm, encoder=line.encoder, fit=fit, workers=workers) == 0
+        assert (
+            line.run(train, name, tables=line.train, llm=line.llm, encoder=line.encoder, fit=fit, workers=workers) == 0
+        )
         assert line.runs[name]["history"][-1]["step"] >= 20
         plugs.append(load_file(line.root / "runs" / name / "plug" / "model.safetensors"))
     one, two = plugs

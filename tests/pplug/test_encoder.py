@@ -24,7 +24,9 @@ def one_by_one(folder, texts, pooling):
     return np.stack(out)
 
 
-@pytest.mark.parametrize(("own", "asked", "used"), [(None, "auto", "cls"), ("mean", "auto", "mean"), ("mean", "cls", "cls")])
+@pytest.mark.parametrize(
+    ("own", "asked", "used"), [(None, "auto", "cls"), ("mean", "auto", "mean"), ("mean", "cls", "cls")]
+)
 def test_each_text_gets_its_own_vector_whatever_its_batch(tmp_path, own, asked, used):
     folder = tiny_bert(tmp_path, pooling=own)
     config = EncoderConfig(model=str(folder), pooling=asked, dtype="float32", max_tokens=32, batch_tokens=32)
@@ -37,12 +39,16 @@ def test_each_text_gets_its_own_vector_whatever_its_batch(tmp_path, own, asked, 
 
 def test_pooling_that_is_not_supported_is_refused(tmp_path):
     folder = tiny_bert(tmp_path, pooling="max")
-    with pytest.raises(ValueError, match=r"1_Pooling/config.json: pooling \['pooling_mode_max_tokens'\] is not supported"):
+    with pytest.raises(
+        ValueError, match=r"1_Pooling/config.json: pooling \['pooling_mode_max_tokens'\] is not supported"
+    ):
         TextEncoder(str(folder))
 
 
 def test_minilm_in_the_best_dtype_is_close_to_float32():
-    texts = [f"{a} {b} about {c}" for a in ("quiet", "loud") for b in ("film", "novel") for c in ("crime", "space, and war")]
+    texts = [
+        f"{a} {b} about {c}" for a in ("quiet", "loud") for b in ("film", "novel") for c in ("crime", "space, and war")
+    ]
     exact = TextEncoder(EncoderConfig(model=MINILM, dtype="float32")).encode(texts)
     quick = TextEncoder(EncoderConfig(model=MINILM, dtype="bfloat16")).encode(texts)
     np.testing.assert_allclose(exact, one_by_one(model_folder(MINILM), texts, "mean"), atol=1e-5)

@@ -32,7 +32,9 @@ def by_hand(llm, prompt, rows, target):
     """Cross-entropy of one sample from the full logits of an unpadded sequence."""
     embed = llm.embedding
     if llm.encoder_decoder:
-        encoder_in = torch.cat([embed(torch.tensor(prompt.before, dtype=torch.long)), rows, embed(torch.tensor(prompt.after))])
+        encoder_in = torch.cat(
+            [embed(torch.tensor(prompt.before, dtype=torch.long)), rows, embed(torch.tensor(prompt.after))]
+        )
         decoder_in = torch.tensor([[0, *target[:-1]]])
         logits = llm.model(inputs_embeds=encoder_in[None], decoder_input_ids=decoder_in).logits[0]
         start = 0
@@ -50,7 +52,9 @@ def test_loss_of_a_padded_batch_is_the_sum_of_single_samples(kind, request):
     rows, counts = rows_for(llm, 3), [3, 1, 0]  # persona, instruction alone, no plug
     prompts, targets = llm.splicer.prompts(INPUTS), llm.splicer.targets(TARGETS, 10)
     loss, _ = target_loss(llm, prompts, rows, counts, targets)
-    want = sum(by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True)))
+    want = sum(
+        by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
+    )
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     got, wanted = torch.autograd.grad(loss, rows)[0], torch.autograd.grad(want, rows)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
@@ -75,7 +79,7 @@ def test_rows_stand_after_bos_and_before_the_input(llama):
     rows = rows_for(llama, 1).detach()
     prompt = llama.splicer.prompts(["cat dog"])[0]
     embeddings, mask, _ = splice_rows(llama, [prompt], rows, [3], [[]])
-    ids = {token: i for token, i in llama.tokenizer.get_vocab().items()}
+    ids = llama.tokenizer.get_vocab()
     assert prompt.before == [1] and prompt.after == [ids["cat"], ids["dog"]]
     assert torch.equal(embeddings[0, 1:4], rows[0])
     assert torch.equal(embeddings[0, 0], llama.embedding.weight[1])
@@ -86,7 +90,8 @@ def test_rows_stand_after_bos_and_before_the_input(llama):
 def test_chat_template_puts_the_rows_inside_the_users_turn(tmp_path):
     tokenizer = word_tokenizer(tmp_path)
     tokenizer.chat_template = (
-        "{% for m in messages %}one : {{ m['content'] }} two {% endfor %}{% if add_generation_prompt %}answer :{% endif %}"
+        "{% for m in messages %}one : {{ m['content'] }} two {% endfor %}"
+        "{% if add_generation_prompt %}answer :{% endif %}"
     )
     prompt = Splicer(tokenizer, PromptLayout(), encoder_decoder=False).prompts(["cat"])[0]
     words = tokenizer.convert_ids_to_tokens(prompt.before), tokenizer.convert_ids_to_tokens(prompt.after)

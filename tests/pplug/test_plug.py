@@ -28,7 +28,9 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def by_hand(plug: PersonaPlug, items: torch.Tensor, query: torch.Tensor | None, temperature: float = 1.0) -> torch.Tensor:
+def by_hand(
+    plug: PersonaPlug, items: torch.Tensor, query: torch.Tensor | None, temperature: float = 1.0
+) -> torch.Tensor:
     """Equations of the paper for one user, item by item, the projector on every item."""
     w = {name: tensor.detach() for name, tensor in plug.state_dict().items()}
 
@@ -155,7 +157,12 @@ def official_state(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"inst_token": (1, D)}
     for part in ("align_mlp_inst", "align_mlp"):
-        shapes |= {f"{part}.0.weight": (H, D), f"{part}.0.bias": (H,), f"{part}.2.weight": (H, H), f"{part}.2.bias": (H,)}
+        shapes |= {
+            f"{part}.0.weight": (H, D),
+            f"{part}.0.bias": (H,),
+            f"{part}.2.weight": (H, H),
+            f"{part}.2.bias": (H,),
+        }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -165,7 +172,10 @@ def test_from_official_computes_what_the_authors_code_computes():
     items, query = unit(1, 3, D, seed=1), unit(1, D, seed=2)
 
     def mlp(part, x):
-        return state[f"{part}.2.weight"] @ gelu(state[f"{part}.0.weight"] @ x + state[f"{part}.0.bias"]) + state[f"{part}.2.bias"]
+        return (
+            state[f"{part}.2.weight"] @ gelu(state[f"{part}.0.weight"] @ x + state[f"{part}.0.bias"])
+            + state[f"{part}.2.bias"]
+        )
 
     weights = torch.softmax(torch.stack([query[0] @ item for item in items[0]]), dim=0)
     persona = 539.9738 * sum(w * mlp("align_mlp", item) for w, item in zip(weights, items[0], strict=True))
