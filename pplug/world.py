@@ -65,11 +65,11 @@ class WorldConfig(BaseModel):
     """Popularity weight of a theme relative to the next more popular one; 1 makes all alike."""
     slip: float = Field(0.03, ge=0, lt=1)
     """Chance that a person picks at random among what is offered."""
-    train_users: int = Field(400, ge=0)
+    train_users: int = Field(360, ge=0)
     test_users: int = Field(400, ge=0)
-    items: tuple[int, int] = (16, 32)
+    items: tuple[int, int] = (24, 40)
     """Fewest and most history items of a train or test user."""
-    train_requests: int = Field(8, ge=0)
+    train_requests: int = Field(16, ge=0)
     """Per train user."""
     test_requests: int = Field(5, ge=0)
     """Per test user."""
@@ -77,7 +77,7 @@ class WorldConfig(BaseModel):
     """People whose items only train the base LM; they are neither train nor test users."""
     corpus_items: int = Field(16, ge=1)
     """Per corpus user."""
-    stated: float = Field(0.65, ge=0, le=1)
+    stated: float = Field(0.6, ge=0, le=1)
     """Share of corpus items that open with their person's order in words."""
     shown: float = Field(0.0, ge=0, le=1)
     """Share of corpus items that open with up to four other items of the person, as a retrieval prompt does."""
