@@ -7,3 +7,10 @@ class InputError(Exception):
     The command line prints the message without a traceback and exits with 2. The message says what is wrong, where,
     what was expected, and what to do.
     """
+
+
+class Overtaken(Exception):
+    """Another run, or another driver of the same run, committed first: this one stops, and nothing is doubled.
+
+    The command line prints the message without a traceback and exits with 1: running again is all it takes.
+    """

@@ -13,7 +13,7 @@ import traceback
 from types import ModuleType
 from typing import NamedTuple
 
-from infra.errors import InputError
+from infra.errors import InputError, Overtaken
 
 
 class Job(NamedTuple):
@@ -79,6 +79,9 @@ def _run(name: str, words: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except Overtaken as error:
+        print(f"{_program()}: {name}: {error}", file=sys.stderr)
+        return 1
     except Exception as error:  # the last stop: a message for what the user can mend, a traceback for the rest
         wrong_input = _input_error(error)
         if wrong_input is not None:

@@ -1,8 +1,8 @@
 """Job `generate`: requests + personas or embeddings -> generations, for one or several methods, by one engine.
 
 Requests meet their users' vectors bucket by bucket; only persona rows and token ids reach the engine. A rerun with the
-same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as written and
-failed.
+same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as written
+and failed.
 """
 
 import json
@@ -50,6 +50,7 @@ class Config(BaseModel):
     workers: int = Field(1, gt=0)
     """Engines: one a GPU, or one a CPU node."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
     prompt_workers: int = Field(1, gt=0)
     """Actors that build prompts beside the engines."""
     max_engine_restarts: int = Field(3, ge=0)
@@ -78,6 +79,7 @@ def run(config: Config) -> int:
         llm = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
+    encoder_decoder = _encoder_decoder(config)
     requests_table = tables.open_table(config.tables, "requests")
     requests = requests_table.snapshot(complete=True)
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
@@ -90,8 +92,21 @@ def run(config: Config) -> int:
         need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
     )
     generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
-    _generate(config, report, methods, requests, generations, histories, sources, entry, llm)
+    _generate(config, report, methods, requests, generations, histories, sources, entry, llm, encoder_decoder)
     return report.finish()
+
+
+def _encoder_decoder(config: Config) -> bool:
+    """Whether the LLM is one; refused before anything starts where the engine has no such models."""
+    from pplug.identity import model_folder
+
+    folder = model_folder(config.llm.model, config.llm.revision)
+    found = json.loads((folder / "config.json").read_text()).get("is_encoder_decoder", False)
+    if found and config.engine.kind == "vllm":
+        raise InputError(
+            f"llm {config.llm.model} is an encoder-decoder, which vLLM does not have; set engine.kind=transformers"
+        )
+    return bool(found)
 
 
 def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunReport) -> dict[str, Any]:
@@ -110,8 +125,8 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
         raise InputError(f"plug: {error}") from error
     if made_for.llm_id != llm:
         raise InputError(
-            f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but {config.llm.model} "
-            f"with this layout is {llm}; give the LLM and llm.layout it was trained with, or train a new plug"
+            f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but "
+            f"{config.llm.model} with this layout is {llm}; give the LLM and llm.layout it was trained with, or train a new plug"
         )
     name = tables.embeddings_name(made_for.encoder_id or "")
     embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
@@ -138,6 +153,7 @@ def _generate(
     sources: dict[str, Any],
     entry: Any,
     llm: str,
+    encoder_decoder: bool,
 ) -> None:
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
     import ray.data
@@ -145,7 +161,6 @@ def _generate(
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pipelines.stages.reply import Reply
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
-    from pplug.identity import model_folder
 
     before = generations.snapshot()
     owed = Owed(
@@ -168,19 +183,13 @@ def _generate(
         group_rows=config.wave_rows,
         metadata={"llm_id": llm, "plug_id": sources["plug_id"] or "", "decoding_id": config.decoding.decoding_id},
         planned_on=before.version,
+        strict=False,  # replies are keyed by run: another run's are none of this one's
     )
     if not todo:
         if before.metadata.get("complete") != "true":
             committer.finish()
         return
     threads = max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
-    encoder_decoder = json.loads((model_folder(config.llm.model, config.llm.revision) / "config.json").read_text()).get(
-        "is_encoder_decoder", False
-    )
-    if encoder_decoder and config.engine.kind == "vllm":
-        raise InputError(
-            f"llm {config.llm.model} is an encoder-decoder, which vLLM does not have; set engine.kind=transformers"
-        )
     with report.stage("generate") as stage:
         stage.rows = sum(counts.values())
         prompts = bucket_rows(todo).map_batches(
@@ -194,7 +203,7 @@ def _generate(
                 config.plug if sources["plug_id"] else None,
                 sources["plug_id"],
                 config.llm,
-                bool(encoder_decoder),
+                encoder_decoder,
                 entry,
                 _oracle(config, methods),
                 config.history_cap,
@@ -275,7 +284,9 @@ def _users(config: Config) -> frozenset[str] | None:
         with open(config.users, encoding="utf-8") as file:
             return frozenset(line.rstrip("\n") for line in file if line.strip())
     except OSError as error:
-        raise InputError(f"users={config.users}: cannot be read ({error}); expected a file with a user id a line") from error
+        raise InputError(
+            f"users={config.users}: cannot be read ({error}); expected a file with a user id a line"
+        ) from error
 
 
 def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
@@ -287,7 +298,7 @@ def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
     found = {}
     try:
         with open(config.oracle, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
                 row = json.loads(line)
                 found[row["user_id"]] = row["text"]
     except (OSError, ValueError, KeyError, TypeError) as error:

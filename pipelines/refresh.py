@@ -182,7 +182,7 @@ def _personas(
 
     from infra.table import DataFile
     from pipelines.stages.persona import BuildPersonas
-    from pipelines.stages.write import bucket_rows, next_group
+    from pipelines.stages.write import bucket_rows, commit_first, next_group
 
     vectors = embeddings.snapshot(complete=True)
     before = personas.snapshot()
@@ -218,7 +218,8 @@ def _personas(
                 files.append(DataFile.from_row(row))
         stage.rows = counts["users"]
         if replaced or not has_rows:
-            commit = personas.commit(
+            commit = commit_first(
+                personas,
                 files,
                 run_id=report.run_id,
                 group=next_group(personas, report.run_id),
@@ -231,4 +232,3 @@ def _personas(
             )
             report.table_written("personas", commit.version)
     report.extra["personas"] = counts | {"buckets_rewritten": len(replaced)}
-

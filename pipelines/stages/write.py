@@ -7,13 +7,14 @@ owes; complete buckets are committed in groups, keyed by (run_id, group).
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.errors import Overtaken
 from infra.report import RunReport, progress
-from infra.table import DataFile, Table
+from infra.table import Commit, DataFile, Table, TableMoved
 
 if TYPE_CHECKING:
     import ray.data
@@ -89,6 +90,30 @@ def next_group(table: Table, run_id: str) -> int:
     return len(table.committed(run_id))
 
 
+def commit_first(table: Table, files: list[DataFile], *, run_id: str, group: int, **how: Any) -> Commit:
+    """Table.commit for a group that only this driver can have made.
+
+    Raises:
+        Overtaken: another run moved the table, or another driver of this run has committed the group (its files then
+            are others than ours, and counting ours as written would lose or double rows).
+    """
+    try:
+        commit = table.commit(files, run_id=run_id, group=group, **how)
+    except TableMoved as error:
+        raise Overtaken(_overtaken(str(error), run_id)) from error
+    if commit.already:
+        what = f"table {table.spec.name} holds group {group} of this run: another run has committed it"
+        raise Overtaken(_overtaken(f"{what}, under the same run_id", run_id))
+    return commit
+
+
+def _overtaken(what: str, run_id: str) -> str:
+    return (
+        f"{what}. This run stops here; what it has committed stays and nothing is doubled: when the other has ended, "
+        f"run it again with run_id={run_id}"
+    )
+
+
 @dataclass
 class Committer:
     """Driver side: collects files and commits groups of complete buckets to a table that only grows."""
@@ -102,6 +127,8 @@ class Committer:
     """Rows after which the complete buckets are committed: one wave."""
     metadata: dict[str, str]
     planned_on: int
+    strict: bool = True
+    """Whether another run's appends undo the plan; not where each run has rows of its own."""
     _got: Counter[int] = field(default_factory=Counter)
     _files: dict[int, list[DataFile]] = field(default_factory=dict)
     _ready: list[DataFile] = field(default_factory=list)
@@ -139,7 +166,8 @@ class Committer:
                 for reason, n in file.reasons.items():
                     self.report.reject(reason, n)
         if good or complete:
-            commit = self.table.commit(
+            commit = commit_first(
+                self.table,
                 good,
                 run_id=self.report.run_id,
                 group=self._group,
@@ -147,7 +175,7 @@ class Committer:
                 planned_on=self.planned_on,
                 metadata=self.metadata,
                 complete=complete,
-                strict=True,
+                strict=self.strict,
             )
             self._group += 1
             self.planned_on = commit.version
