@@ -1,0 +1,189 @@
+"""A refresh that is killed, and two at once: the tables end as if nothing had happened, readers never see a half."""
+
+import shutil
+import threading
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from infra.errors import Overtaken
+from pipelines import refresh, tables
+from tests.faults.jobs import Job
+from tests.pipelines import small
+
+BUCKETS = 8
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory, ray_session):
+    """Half the people refreshed, all of them ingested: what a night finds."""
+    made = small.make(
+        tmp_path_factory.mktemp("refresh"), train_users=20, test_users=40, train_requests=1, test_requests=1
+    )
+    made.ingest("train", "ingest-1", buckets=BUCKETS)
+    assert made.run(refresh, "evening", **made.common) == 0
+    made.ingest("test", "ingest-2")
+    return made
+
+
+def night(population, tmp_path):
+    """The same night once more, in a folder of its own."""
+    place = str(tmp_path / "tables")
+    shutil.copytree(population.tables, place)
+    return SimpleNamespace(place=place, values=population.common | {"tables": place, "wave_texts": 1})
+
+
+class Reader:
+    """Reads the newest complete versions again and again, and keeps what it saw."""
+
+    def __init__(self, place, names):
+        self.place, self.names, self.seen = place, names, {name: {} for name in names}
+        self._stop, self._error = threading.Event(), None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def _read(self):
+        try:
+            last = False
+            while not last:
+                last = self._stop.wait(0.02)  # one more look after the writers have ended
+                for name in self.names:
+                    snapshot = tables.open_table(self.place, name).snapshot(complete=True)
+                    if snapshot.version not in self.seen[name]:
+                        self.seen[name][snapshot.version] = len(snapshot.read(["user_key"]))
+        except Exception as error:
+            self._error = error
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise AssertionError("a reader failed") from self._error
+
+
+def contents(place):
+    """Vectors and personas, by key, each key once."""
+    embeddings = small.rows(place, small.names(place, "embeddings"))
+    vectors = {(row["user_key"], row["text_hash"]): row["vector"] for row in embeddings}
+    assert len(vectors) == len(embeddings)
+    personas = small.rows(place, "personas")
+    means = {row["user_key"]: (row["history_hash"], row["mean_vector"]) for row in personas}
+    assert len(means) == len(personas)
+    return vectors, means
+
+
+def assert_as_undisturbed(place, undisturbed):
+    for got, want in zip(contents(place), contents(undisturbed), strict=True):
+        assert got.keys() == want.keys()
+        for key, row in got.items():
+            assert row == want[key] or row == pytest.approx(want[key], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(population, tmp_path_factory):
+    own = night(population, tmp_path_factory.mktemp("undisturbed"))
+    assert population.run(refresh, "undisturbed", **own.values) == 0
+    return own.place
+
+
+def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population, undisturbed, tmp_path):
+    own = night(population, tmp_path)
+    words = population.words(refresh, "night", **own.values)
+    name = small.names(own.place, "embeddings")
+    at_first = small.commits(own.place, name)
+    old = {table: len(small.rows(own.place, table)) for table in (name, "personas")}
+    new = {table: len(small.rows(undisturbed, table)) for table in (name, "personas")}
+    assert old[name] < new[name]
+
+    with Reader(own.place, [name, "personas"]) as reader:
+        with Job(words, tmp_path / "log-1") as job:  # in the middle of the embeddings
+            job.wait_until(lambda: small.commits(own.place, name) >= at_first + 2, "two groups committed")
+            job.kill_driver()
+        half = tables.open_table(own.place, name).snapshot()
+        assert old[name] < half.rows < new[name] and half.metadata["complete"] == "false"
+        with Job(words, tmp_path / "log-2") as job:  # between the last embeddings and the personas
+            job.wait_until(lambda: small.commits(own.place, name) > at_first + 2 and
+                           tables.open_table(own.place, name).snapshot().metadata["complete"] == "true",
+                           "embeddings complete")  # fmt: skip
+            job.kill_driver()
+        assert tables.open_table(own.place, "personas").snapshot(complete=True).metadata["run_id"] == "evening"
+        assert population.run(refresh, "night", **own.values) == 0
+
+    assert_as_undisturbed(own.place, undisturbed)
+    report = population.report("night")
+    assert report["planned"] == report["already_there"] == new[name] and report["written"] == 0
+    for table in (name, "personas"):
+        assert set(reader.seen[table].values()) == {old[table], new[table]}
+    stands = tables.open_table(own.place, "personas").snapshot(complete=True).metadata
+    assert stands["embeddings_version"] == str(tables.open_table(own.place, name).snapshot(complete=True).version)
+
+
+def test_of_two_refreshes_at_once_nothing_is_doubled_and_the_slower_says_so(population, undisturbed, tmp_path):
+    """The slower one stands still between two of its commits while the other runs from start to end."""
+    own = night(population, tmp_path)
+    name = small.names(own.place, "embeddings")
+    at_first = small.commits(own.place, name)
+    words = population.words(refresh, "slow", **own.values)
+    with Job(words, tmp_path / "log") as slow:
+        slow.wait_until(lambda: small.commits(own.place, name) >= at_first + 2, "two groups committed")
+        slow.pause()
+        assert population.run(refresh, "quick", **own.values) == 0
+        report = population.report("quick")
+        assert 0 < report["written"] < report["planned"]  # it found what the slow one had committed
+        slow.go_on()
+        assert slow.wait() == 1
+        assert "another run has committed" in slow.output and "run_id=slow" in slow.output
+    assert_as_undisturbed(own.place, undisturbed)
+    assert population.run(refresh, "slow", **own.values) == 0  # what its message asks for
+    assert population.report("slow")["written"] == 0
+    assert_as_undisturbed(own.place, undisturbed)
+
+
+def committer(table, run_id, owed, strict):
+    from infra.report import RunReport
+    from pipelines.stages.write import Committer
+
+    report = RunReport("refresh", run_id, {}, "never-written")
+    return Committer(table, None, report, owed, group_rows=1, metadata={}, planned_on=table.version, strict=strict)
+
+
+def files_of(table, bucket, run_id):
+    """A file with one vector of somebody in this bucket."""
+    row = {"bucket": bucket, "user_key": f"{bucket:032x}", "text_hash": "t", "encoder_id": "e", "vector": [1.0, 0.0]}
+    return table.write(pa.Table.from_pylist([row], schema=table.spec.schema), run_id)
+
+
+def buckets_in(table):
+    return sorted(table.snapshot().read(["bucket"])["bucket"].to_pylist())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_of_two_drivers_of_one_run_the_second_to_commit_is_stopped(tmp_path, strict):
+    """As when a submitter takes a driver for dead and starts its run again; both number their groups alike."""
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", 4)
+    first = committer(table, "night", dict.fromkeys(range(4), 1), strict)
+    first.add(*files_of(table, 0, "night"))
+    again = committer(table, "night", dict.fromkeys(range(1, 4), 1), strict)
+    again.add(*files_of(table, 1, "night"))
+    with pytest.raises(Overtaken, match="run it again with run_id=night"):
+        first.add(*files_of(table, 2, "night"))
+    for bucket in (2, 3):
+        again.add(*files_of(table, bucket, "night"))
+    again.finish()
+    assert buckets_in(table) == [0, 1, 2, 3]
+
+
+def test_runs_with_rows_of_their_own_commit_beside_each_other(tmp_path):
+    """Two runs of generate at once: replies are keyed by run."""
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", 4)
+    one, two = (committer(table, run, {0: 1, 1: 1}, strict=False) for run in ("one", "two"))
+    for bucket in (0, 1):
+        one.add(*files_of(table, bucket, "one"))
+        two.add(*files_of(table, bucket, "two"))
+    one.finish()
+    two.finish()
+    assert buckets_in(table) == [0, 0, 1, 1]
