@@ -5,7 +5,6 @@ would (each command is printed): ingest, refresh, train, generate, evaluate. The
 seen in training are served, beside the best possible score without and with personalisation.
 """
 
-import json
 import shlex
 import shutil
 import sys
@@ -31,15 +30,15 @@ class Config(BaseModel):
     """Name of the evaluation's run."""
     seed: int = 0
     """Of the world and of every training."""
-    train_users: int = Field(400, gt=1)
+    train_users: int = Field(360, gt=1)
     """People the plug learns from."""
     test_users: int = Field(400, gt=1)
     """People that nothing was trained on; five requests each."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(1000, gt=0)
+    lm_steps: int = Field(1400, gt=0)
     """Training steps of the base LM."""
-    epochs: int = Field(8, gt=0)
+    epochs: int = Field(16, gt=0)
     """Of the plug."""
 
 
@@ -55,16 +54,13 @@ def run(config: Config) -> int:
         train_users=config.train_users,
         test_users=config.test_users,
         corpus_users=config.corpus_users,
+        train_requests=8,
     )
     print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
-    files = world.write(settings, root / "world")
-    preferences = root / "world" / "preferences.jsonl"
-    with preferences.open("w", encoding="utf-8") as out:
-        for person in world.population(settings, "test"):
-            out.write(json.dumps({"user_id": person.user_id, "text": world.statement(person.order) + " "}) + "\n")
+    files = {name: str(path) for name, path in world.write(settings, root / "world").items()}
 
     session.start()  # once: the jobs below use this session
-    for words in _line(config, root, {name: str(path) for name, path in files.items()}, str(preferences)):
+    for words in _line(config, root, files):
         print(f"\n$ python -m pipelines {shlex.join(words)}", flush=True)
         code = _job(words)
         if code:
@@ -75,7 +71,7 @@ def run(config: Config) -> int:
     return 0
 
 
-def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -> list[list[str]]:
+def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
     """The commands, as a user would type them."""
     from pplug.world import INPUT
 
@@ -99,11 +95,11 @@ def _line(config: Config, root: Path, files: dict[str, str], preferences: str) -
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
-         "shape.persona_tokens=4", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=1e-3",
-         "fit.query_learning_rate=1e-4"],
+         "shape.persona_tokens=4", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=3e-3",
+         "fit.query_learning_rate=0", "fit.item_dropout=0.2", "shape.temperature=0.2"],
         ingest("test", *requests("test")),
         ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],
-        ["generate", "--tables", f"{tables}/test", "--plug", plug, "--oracle", preferences, *own("generate"),
+        ["generate", "--tables", f"{tables}/test", "--plug", plug, "--oracle", files["oracle"], *own("generate"),
          "--methods", f"[{', '.join(METHODS)}]", "--set", *layout, "decoding.max_tokens=8"],
         ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--reference", files["truth"],
          "--run_id", config.run_id, "--run_dir", str(root)],

@@ -28,7 +28,7 @@ class FitConfig(BaseModel):
     """Samples a step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
     query_learning_rate: float | None = Field(None, ge=0)
-    """Of the query encoder; default: learning_rate. 0 keeps the copy as it was."""
+    """Of the query encoder; default: learning_rate. 0 keeps the copy as it was, and each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps; then linear to zero."""
@@ -134,10 +134,12 @@ class Fitter:
         self.device = next(plug.parameters()).device
         self.dtype = best_dtype(config.precision)
         self._lengths = {id(s): s.lengths() for s in (train, validation)}
+        self._frozen_queries: dict[int, dict[int, Any]] = {}
         steps = math.ceil(len(train) / config.batch_size) * config.epochs
         query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
         query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate
         if query_lr == 0:
+            self._frozen_queries = {id(train): {}, id(validation): {}}
             for parameter in query:
                 parameter.requires_grad_(False)
         own = {id(parameter) for parameter in query}
@@ -156,8 +158,6 @@ class Fitter:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         import torch
 
-        from pplug.encoder import pad
-
         config = self.config
         users = len(indices)
         items, owner = [], []
@@ -172,14 +172,27 @@ class Fitter:
         flat = np.concatenate(items).astype(np.float32)
         items_TD = torch.from_numpy(flat.reshape(-1, self.plug.config.encoder_dim)).to(self.device)
         owner_T = torch.from_numpy(np.concatenate(owner)).to(self.device)
-        query = None
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.plug.emb_model is not None:
-                tokens, mask = pad([samples.queries[i] for i in indices], self.pad_id)
-                query = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
-            rows = self.plug.forward_ragged(items_TD, owner_T, users, query)
+            rows = self.plug.forward_ragged(items_TD, owner_T, users, self._queries(samples, indices))
         counts = [1 + self.plug.config.persona_tokens * bool(len(v)) for v in items]
         return rows, counts
+
+    def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
+        """Query vectors (B, D); those of a query encoder that is not trained are computed once a sample."""
+        import torch
+
+        from pplug.encoder import pad
+
+        if self.plug.emb_model is None:
+            return None
+        cache = self._frozen_queries.get(id(samples))
+        if cache is not None and all(int(i) in cache for i in indices):
+            return torch.stack([cache[int(i)] for i in indices])
+        tokens, mask = pad([samples.queries[i] for i in indices], self.pad_id)
+        query = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+        if cache is not None:
+            cache |= {int(i): x for i, x in zip(indices, query.detach(), strict=True)}
+        return query
 
     def _loss(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, Any]:
         from pplug.objective import target_loss

@@ -218,8 +218,8 @@ def task_entry(config: WorldConfig) -> TaskEntry:
 def write(config: WorldConfig, folder: str | Path) -> dict[str, Path]:
     """Writes the whole world as plain files that `ingest` reads.
 
-    <split>/histories.jsonl for corpus, train and test; <split>/requests.jsonl for train and test; oracle.jsonl, the
-    test requests again with the person's order said before the input; task.yaml; truth.json of the test users.
+    <split>/histories.jsonl for corpus, train and test; <split>/requests.jsonl for train and test; oracle.jsonl, each
+    test person's order in words; task.yaml; truth.json of the test users.
 
     Returns:
         name -> path of every file, names as "train/histories", "oracle", "task", "truth".
@@ -238,7 +238,7 @@ def write(config: WorldConfig, folder: str | Path) -> dict[str, Path]:
         people = list(population(config, split))
         lines(f"{split}/histories", (_item_row(person, item) for person in people for item in person.items))
         lines(f"{split}/requests", (_request_row(person, item) for person in people for item in person.requests))
-    lines("oracle", (_request_row(person, item, told=True) for person in people for item in person.requests))
+    lines("oracle", ({"user_id": person.user_id, "text": statement(person.order) + " "} for person in people))
     files["task"] = folder / "task.yaml"
     files["task"].write_text(_yaml(task_entry(config)), encoding="utf-8")
     files["truth"] = folder / "truth.json"
@@ -310,12 +310,11 @@ def _item_row(person: Person, item: Choice, **more: str) -> dict[str, object]:
     }
 
 
-def _request_row(person: Person, item: Choice, told: bool = False) -> dict[str, object]:
-    text = INPUT.format(description=item.description)
+def _request_row(person: Person, item: Choice) -> dict[str, object]:
     return {
         "request_id": item.id,
         "user_id": person.user_id,
-        "input": f"{statement(person.order)} {text}" if told else text,
+        "input": INPUT.format(description=item.description),
         "as_of": item.at.isoformat(),
         "target": THEMES[item.picked],
     }

@@ -34,12 +34,6 @@ def line(tmp_path_factory, ray_session):
     llm = LLMConfig(model=str(tiny_llama(root / "llm")))
     made = SimpleNamespace(root=root, files=files, encoder=encoder, llm=llm, plug=str(root / "plug"), runs={})
     made.train, made.test = str(root / "train"), str(root / "test")
-    (root / "oracle.jsonl").write_text(
-        "".join(
-            json.dumps({"user_id": person.user_id, "text": "the cat likes crime . "}) + "\n"
-            for person in world.population(WORLD, "test")
-        )
-    )
 
     def run(job, name, **config):
         code = job.run(job.Config(run_id=name, run_dir=str(root / "runs" / name), **config))
@@ -73,7 +67,7 @@ def asked(made, **more):
         "llm": made.llm,
         "plug": made.plug,
         "methods": METHODS,
-        "oracle": str(made.root / "oracle.jsonl"),
+        "oracle": str(made.files["oracle"]),
         "decoding": Decoding(max_tokens=6),
         "engine": EngineConfig(batch_rows=16),
     } | more
