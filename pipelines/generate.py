@@ -126,8 +126,8 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
     if made_for.llm_id != llm:
         raise InputError(
             f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but "
-            f"{config.llm.model} with this layout is {llm}; give the LLM and llm.layout it was trained with, or train a "
-            "new plug"
+            f"{config.llm.model} with this layout is {llm}; give the LLM and llm.layout it was trained with, or train "
+            "a new plug"
         )
     name = tables.embeddings_name(made_for.encoder_id or "")
     embeddings = tables.open_table(config.tables, name).snapshot(complete=True)

@@ -109,7 +109,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Asks the head to stop, then ends what is left of its process group, and nothing else."""
     process.terminate()
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=8)
     except subprocess.TimeoutExpired:
         pass
     try:

@@ -1,0 +1,57 @@
+"""refresh, train and generate as an operator submits them: `ray job submit --working-dir .` against a running head."""
+
+import pytest
+
+from pipelines import generate, ingest, refresh, train
+from pipelines.stages.reply import Decoding, EngineConfig
+from pplug.fit import FitConfig
+from tests.pipelines import small
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    return small.make(tmp_path_factory.mktemp("submit"), train_users=12, test_users=2, train_requests=2)
+
+
+def test_ingest_refresh_train_and_generate_run_as_submitted_jobs(population, ray_head):
+    fit = FitConfig(epochs=1, batch_size=16, precision="float32", held_out=0.3)
+    plug = str(population.root / "plug")
+    llm = {"tables": population.tables, "llm": population.llm}
+
+    def submit(job, run_id, **values):
+        done = ray_head.submit("python", *population.words(job, run_id, **values))
+        assert done.returncode == 0, done.stdout[-4000:]
+        report = population.report(run_id)
+        assert report["exit_code"] == 0 and f"{run_id} done:" in done.stdout, done.stdout[-4000:]
+        assert report["planned"] == report["written"] > 0
+        return report
+
+    source = {name: str(population.files[f"train/{kind}"]) for name, kind in
+              (("source", "histories"), ("requests_source", "requests"))}  # fmt: skip
+    submit(ingest, "ingest", tables=population.tables, task=str(population.files["task"]), buckets=2, **source)
+    report = submit(refresh, "refresh", **population.common)
+    embeddings = small.names(population.tables, "embeddings")
+    assert report["tables_written"] == {embeddings: 1, "personas": 1}
+    items = {(row["user_key"], row["text_hash"]) for row in small.rows(population.tables, "histories")}
+    assert len(small.rows(population.tables, embeddings)) == len(items) == report["written"]
+    assert len(small.rows(population.tables, "personas")) == 12
+
+    report = submit(train, "train", **llm, encoder=population.encoder, plug=plug, fit=fit)
+    assert report["planned"] == 12 * 2 and (population.root / "plug" / "model.safetensors").exists()
+
+    engine = EngineConfig(kind="transformers", batch_rows=16)
+    methods = ("none", "plug")
+    submit(generate, "generate", **llm, plug=plug, methods=methods, engine=engine, decoding=Decoding(max_tokens=4))
+    replies = small.rows(population.tables, "generations")
+    assert len({(row["request_id"], row["method"]) for row in replies}) == len(replies) == 12 * 2 * 2
+    assert all(row["error"] is None for row in replies)
+
+
+def test_wrong_input_comes_back_as_exit_code_2_with_its_message(population, ray_head):
+    words = population.words(refresh, "nowhere", tables=str(population.root / "nowhere"))
+    done = ray_head.submit("python", *words)
+    assert done.returncode == 1 and "exit code 2" in done.stdout
+    assert "no table histories in" in done.stdout and "run `ingest`" in done.stdout
+    assert "Traceback" not in done.stdout
