@@ -38,7 +38,7 @@ class Config(BaseModel):
     """Other people, whose texts the base LM learns from."""
     lm_steps: int = Field(1400, gt=0)
     """Training steps of the base LM."""
-    epochs: int = Field(16, gt=0)
+    epochs: int = Field(8, gt=0)
     """Of the plug."""
 
 
@@ -54,7 +54,6 @@ def run(config: Config) -> int:
         train_users=config.train_users,
         test_users=config.test_users,
         corpus_users=config.corpus_users,
-        train_requests=8,
     )
     print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
     files = {name: str(path) for name, path in world.write(settings, root / "world").items()}

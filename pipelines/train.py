@@ -148,7 +148,7 @@ def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, ent
 
 def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: dict[str, str]) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from infra.storage import Storage
@@ -174,6 +174,7 @@ def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: di
             storage_path=storage.path if storage.is_s3 else os.path.abspath(storage.path),
             storage_filesystem=storage.filesystem if storage.is_s3 else None,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # each holds the best plug so far beside the newest
         ),
     )
     result = trainer.fit()
