@@ -159,6 +159,7 @@ class Committer:
                 group=self._reject_group,
                 mode="append",
                 planned_on=self.rejects.version,
+                complete=True,  # a reject stands by itself: readers need not wait for the run's end
             ).version
             self._reject_group += 1
             self.report.table_written("rejects", version)
