@@ -52,6 +52,7 @@ def start(
                 raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
         else:
             ray.init(
+                address="local",  # left out, Ray would join any head that `ray start` has left on this machine
                 num_cpus=local_cpus(cpus, need),
                 include_dashboard=False,
                 object_store_memory=object_store_bytes,

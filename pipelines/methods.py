@@ -1,12 +1,12 @@
 """Methods of `generate`: what personalises a reply. A name is made of parts joined by +.
 
-    none              the request alone
-    plug              the plug's persona for this request, as the plug was trained (attention or mean)
-    plug:attention    items weighed by likeness to the request
-    plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
-    plug:no-history   control: the instruction row alone, as for a user without history
-    plug:other-user   control: the persona of another user, drawn at random but the same in every run
-    oracle            the user's preference in words before the request; where it is known (the embedded world)
+none              the request alone
+plug              the plug's persona for this request, as the plug was trained (attention or mean)
+plug:attention    items weighed by likeness to the request
+plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
+plug:no-history   control: the instruction row alone, as for a user without history
+plug:other-user   control: the persona of another user, drawn at random but the same in every run
+oracle            the user's preference in words before the request; where it is known (the embedded world)
 """
 
 from dataclasses import dataclass

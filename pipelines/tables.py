@@ -59,7 +59,9 @@ def open_table(tables: str, name: str) -> Table:
     """
     uri = location(tables, name)
     if not Table.exists(uri):
-        raise InputError(f"no table {name} in {tables}; run `{_WRITERS[name.partition('-')[0]]}` with the same tables first")
+        raise InputError(
+            f"no table {name} in {tables}; run `{_WRITERS[name.partition('-')[0]]}` with the same tables first"
+        )
     return Table.open(uri, spec_of(name))
 
 

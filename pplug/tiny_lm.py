@@ -53,7 +53,7 @@ class TinyLMConfig(BaseModel):
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget. It shortens the schedule, so two runs that hit it need not be equal."""
     lr: float = Field(3e-3, gt=0)
-    """Peak; warmed up over the first twentieth of the run, then a cosine to a tenth of it."""
+    """Peak; warmed up over the first twentieth of the run, then a cosine to a hundredth of it."""
     weight_decay: float = Field(0.05, ge=0)
     target_weight: float = Field(5.0, gt=0)
     """Weight of a target token in the loss relative to one of the prompt."""
@@ -346,4 +346,4 @@ def _schedule(done: float) -> float:
     warmup = 0.05
     if done < warmup:
         return (done + 0.002) / (warmup + 0.002)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+    return 0.01 + 0.495 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

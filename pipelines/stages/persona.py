@@ -79,7 +79,9 @@ class BuildPersonas:
             found = users.with_vector(live)
             missing += len(live) - len(found)
             n_items.append(int(end - start))
-            hashes.append(history_hash(users.text_hash[int(live[0]) : int(live[-1]) + 1].to_pylist() if len(live) else []))
+            hashes.append(
+                history_hash(users.text_hash[int(live[0]) : int(live[-1]) + 1].to_pylist() if len(live) else [])
+            )
             vector_rows.append(found)
             owner.append(np.full(len(found), user))
         rows = np.concatenate([*vector_rows, np.zeros(0, np.int64)]).astype(np.int64)

@@ -67,8 +67,10 @@ class Owed:
             mine = pc.field("run_id") == self.run_id
             for row in self.done.read(["request_id", "method"], buckets=[bucket], filter=mine).to_pylist():
                 answered.setdefault(row["request_id"], set()).add(row["method"])
-        return requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")]), answered, (
-            requests.num_rows * len(self.methods)
+        return (
+            requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")]),
+            answered,
+            (requests.num_rows * len(self.methods)),
         )
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -123,9 +125,7 @@ class BuildPrompts:
                     if open_rows:
                         yield self._block(bucket, open_rows, method, users)
 
-    def _block(
-        self, bucket: int, requests: list[dict[str, Any]], method: Method, users: "Users | None"
-    ) -> pa.Table:
+    def _block(self, bucket: int, requests: list[dict[str, Any]], method: Method, users: "Users | None") -> pa.Table:
         errors: list[str | None] = [None] * len(requests)
         inputs = []
         for i, request in enumerate(requests):
@@ -249,7 +249,9 @@ class PersonaMaker:
         """Flat rows (R*H,) of each request, and how its persona was weighed (attention, mean, none)."""
         config = self.plug.config
         aggregation = {"trained": config.aggregation, "other-user": config.aggregation}.get(kind, kind)
-        stored = [users.stored(request) if aggregation == "mean" and kind != "other-user" else None for request in requests]
+        stored = [
+            users.stored(request) if aggregation == "mean" and kind != "other-user" else None for request in requests
+        ]
         items = []
         for request, ready in zip(requests, stored, strict=True):
             if kind == "no-history" or config.trained_without_history or ready is not None:
