@@ -24,6 +24,7 @@ from pplug.llm import LLMConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from infra.storage import Storage
     from pplug.fit import Samples
 
 
@@ -163,6 +164,7 @@ def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: di
             "samples": samples,
             "identities": identities,
             "threads": threads,
+            "left": _left_without_record(storage, run_id),
         },
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -196,6 +198,22 @@ def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: di
     }
 
 
+def _left_without_record(storage: "Storage", run_id: str) -> list[str]:
+    """Checkpoint folders, newest first, of a run whose record of them a kill has cut; the cut record goes.
+
+    Ray Train writes its record in place, so that a kill in that instant leaves an empty one, and refuses it ever after.
+    """
+    name = f"{run_id}/checkpoint_manager_snapshot.json"
+    if storage.is_s3 or not storage.exists(name):  # S3 shows an object when it is whole
+        return []
+    try:
+        json.loads(storage.read_bytes(name))
+        return []
+    except ValueError:
+        storage.delete(name)
+    return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
+
+
 # --- what runs in a train worker ---------------------------------------------------------------------------------
 
 
@@ -219,7 +237,7 @@ def fit_worker(given: dict[str, Any]) -> None:
         pad_id = query_tokenizer.pad_token_id or 0
         fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
         resumed = _Resume(local)
-        resumed.load(fitter)
+        resumed.load(fitter, given["left"])
         steps = math.ceil(len(train) / config.fit.batch_size) * config.fit.epochs
 
         def on_step(step: int, total: int, loss: float) -> None:
@@ -250,21 +268,35 @@ class _Resume:
         self._history: list[dict[str, float]] = []
         os.makedirs(self.folder)
 
-    def load(self, fitter: Any) -> None:
+    def load(self, fitter: Any, left: list[str]) -> None:
+        """Goes on from Ray's newest checkpoint, or where it has lost its record from the newest whole one of `left`."""
         import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._take(folder, fitter)
+            return
+        for folder in left:
+            try:
+                self._take(folder, fitter)
+                return
+            except Exception as error:  # of whichever part was not written to its end, each has kinds of its own
+                print(f"train: {folder} was not saved to its end ({type(error).__name__}), looks before it", flush=True)
+
+    def _take(self, folder: str, fitter: Any) -> None:
         import torch
         from safetensors.torch import load_file
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            shutil.copytree(folder, self.folder, dirs_exist_ok=True)
-        self._history = json.loads(Path(self.folder, "history.json").read_text())
-        self.step = int(self._history[-1]["step"])
-        self.best = self._history[-1]["best_val_loss"]
-        fitter.plug.load_state_dict(load_file(f"{self.folder}/plug/model.safetensors"))
-        fitter.load_state(torch.load(f"{self.folder}/state.pt", weights_only=True))
+        history = json.loads(Path(folder, "history.json").read_text())
+        if any("val_loss" in entry for entry in history):
+            load_file(f"{folder}/best/model.safetensors")
+        plug, state = load_file(f"{folder}/plug/model.safetensors"), torch.load(f"{folder}/state.pt", weights_only=True)
+        # everything has been read: only now is anything changed
+        shutil.copytree(folder, self.folder, dirs_exist_ok=True)
+        self._history, self.step, self.best = history, int(history[-1]["step"]), history[-1]["best_val_loss"]
+        fitter.plug.load_state_dict(plug)
+        fitter.load_state(state)
         print(f"train: goes on at step {self.step}", flush=True)
 
     def save(self, fitter: Any, tokenizer: Any, metrics: dict[str, float], is_best: bool) -> None:

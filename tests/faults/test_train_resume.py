@@ -1,7 +1,7 @@
 """A training that is killed between two checkpoints goes on from the last one, to the same plug."""
 
 import json
-import re
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -23,42 +23,72 @@ def population(tmp_path_factory, ray_session):
     return made
 
 
-def checkpoints(population, run_id):
-    """Those that Ray Train would go on from, by its own record."""
-    record = population.root / "runs" / run_id / "train" / run_id / "checkpoint_manager_snapshot.json"
-    return len(json.loads(record.read_text())["checkpoint_results"]) if record.exists() else 0
+RECORD = "checkpoint_manager_snapshot.json"
+
+
+def saved_step(population, run_id):
+    """Step of the newest checkpoint that Ray Train would go on from, by its own record."""
+    try:
+        record = json.loads((population.root / "runs" / run_id / "train" / run_id / RECORD).read_text())
+    except (OSError, ValueError):  # not there yet, or being written: Ray does so in place
+        return 0
+    return record["latest_checkpoint_result"]["metrics"]["step"] if record["latest_checkpoint_result"] else 0
 
 
 def weights(population, run_id):
     return load_file(population.root / "runs" / run_id / "plug" / "model.safetensors")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_plug(population, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # else every checkpoint waits for two seconds
+@pytest.fixture(scope="module")
+def quick_reports():
+    """Else every checkpoint waits up to two seconds for Ray Train to look at its workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def killed(population, quick_reports, tmp_path_factory):
+    """Config of a run that was killed, process group and all, between two of its checkpoints, and an undisturbed one."""
     values = population.common | {"llm": population.llm, "fit": FIT, "checkpoint_steps": EVERY, "threads": 1}
     assert population.run(train, "undisturbed", **values) == 0
-    want = population.report("undisturbed")
-    steps = want["history"][-1]["step"]
-    words = population.words(train, "killed", **values)
-
-    with Job(words, tmp_path / "log-1") as job:
-        job.wait_until(lambda: checkpoints(population, "killed") >= 3, "three checkpoints")
+    with Job(population.words(train, "killed", **values), tmp_path_factory.mktemp("log") / "log") as job:
+        job.wait_until(lambda: saved_step(population, "killed") >= 3 * EVERY, "three checkpoints")
         job.kill_group()
     assert not (population.root / "runs" / "killed" / "report.json").exists()
-    saved = checkpoints(population, "killed")
-    assert 3 <= saved < len(want["history"])
+    runs = population.root / "runs"
+    shutil.copytree(runs / "killed", runs / "cut")
+    (runs / "cut" / "train" / "killed").rename(runs / "cut" / "train" / "cut")
+    return values
 
-    with Job(words, tmp_path / "log-2") as job:
-        assert job.wait() == 0, job.output[-4000:]
-        went_on = re.search(r"goes on at step (\d+)", job.output)
-    assert went_on is not None, job.output
-    assert int(went_on[1]) in [entry["step"] for entry in want["history"][1:]] and int(went_on[1]) < steps
 
-    got = population.report("killed")
+def assert_equal_to_the_undisturbed(population, run_id):
+    want, got = population.report("undisturbed"), population.report(run_id)
     assert [entry["step"] for entry in got["history"]] == [entry["step"] for entry in want["history"]]
     assert got["best_step"] == want["best_step"]
     assert got["best_val_loss"] == pytest.approx(want["best_val_loss"], abs=1e-6)
-    one, two = weights(population, "undisturbed"), weights(population, "killed")
+    one, two = weights(population, "undisturbed"), weights(population, run_id)
     assert one.keys() == two.keys()
     for name in one:
         assert (one[name] - two[name]).abs().max() <= 1e-6, name
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_plug(population, killed, tmp_path):
+    last = saved_step(population, "killed")
+    assert 3 * EVERY <= last < population.report("undisturbed")["history"][-1]["step"]
+    with Job(population.words(train, "killed", **killed), tmp_path / "log") as job:
+        assert job.wait() == 0, job.output[-4000:]
+    assert f"goes on at step {last}" in job.output
+    assert_equal_to_the_undisturbed(population, "killed")
+
+
+def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_only(population, killed):
+    """The newest checkpoint is cut, and Ray's record of them is empty: left alone, Ray would refuse the run for ever."""
+    folder = population.root / "runs" / "cut" / "train" / "cut"
+    assert (folder / RECORD).exists()
+    (folder / RECORD).write_bytes(b"")
+    newest = max(folder.glob("checkpoint_*"))
+    later = shutil.copytree(newest, folder / "checkpoint_2999-01-01_00-00-00.000000")
+    (later / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:100])
+    assert population.run(train, "cut", **killed) == 0
+    assert_equal_to_the_undisturbed(population, "cut")
