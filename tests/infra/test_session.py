@@ -1,5 +1,10 @@
 """The Ray session: enough logical CPUs on a small machine, and a plain word when something can never be scheduled."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from infra import session
@@ -35,10 +40,18 @@ def test_a_cluster_that_grows_is_waited_for(monkeypatch, capsys):
     assert "needs 2 GPU" in capsys.readouterr().err
 
 
-def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(InputError, match="RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there"):
-        session.start()
+def test_a_cluster_that_does_not_answer_is_named():
+    # in a process of its own: one that already has a Ray session keeps it
+    done = subprocess.run(
+        [sys.executable, "-c", "from infra import session; session.start()"],
+        env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "InputError: RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in done.stderr
 
 
 def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, tmp_path, spec, rows):
