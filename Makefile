@@ -47,7 +47,8 @@ format: $(READY) ## Put the code into the agreed format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Measure every speed claim beside a peer, in one run (see tests/benchmarks)
+bench: $(READY) ## Measure every speed claim beside a peer, in one run (still to come)
+	@test -f tests/benchmarks/__main__.py || { echo "make bench: there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean: ## Remove caches and build leftovers; .venv, data and runs stay

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
-from pipelines.methods import PARTS, Method, parse_all
+from pipelines.methods import Method, parse_all
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.llm import LLMConfig
 
@@ -305,6 +305,3 @@ def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"oracle={config.oracle}: expected JSON lines of {{user_id, text}} ({error!r})") from error
     return found
-
-
-__all__ = ["PARTS", "Config", "run"]
