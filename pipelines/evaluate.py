@@ -5,6 +5,7 @@ Route: per bucket, replies beside targets -> ScoreBuckets (sums, plain and resam
 A reply with an error counts as an empty prediction. A method that lacks replies the others have is refused.
 """
 
+import functools
 import json
 import math
 import pickle
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
-    from pipelines.stages.score import Scored
+    from pipelines.stages.score import Repeat, Scored, Tally
     from pplug.tasks import TaskEntry
 
 BASELINE = "none"
@@ -29,7 +30,9 @@ class EvaluateConfig(BaseModel):
     tables: str
     """Folder or s3://bucket/prefix of the population's tables."""
     run: tuple[str, ...] = ()
-    """run_id of one or several runs of generate, no method in two of them; the newest complete run when not given."""
+    """run_id of one or several runs of generate; the newest complete run when not given."""
+    pool: bool = False
+    """Runs that differ only in a seed: a method that several of them have is scored over all its replies together."""
     methods: tuple[str, ...] | None = None
     """Those to score; all that the runs have when not given."""
     task: str | None = None
@@ -71,7 +74,7 @@ def run(config: EvaluateConfig) -> int:
         scored = _score(config, entry, snapshots, runs)
         _refuse_gaps(scored, runs, config)
         stage.rows = scored.answered * len(scored.methods)
-    report.planned = report.written = scored.answered * len(scored.methods)
+    report.planned = report.written = stage.rows
     report.extra |= summary(scored, entry) | {"runs": list(runs), "reference": reference}
     with report.stage("predictions"):
         folder = config.predictions_dir or f"{report.run_dir}/predictions"
@@ -124,8 +127,10 @@ def _score(
             bar.update()
     if total.problem:
         raise InputError(total.problem)
-    in_order = config.methods or sorted(total.methods, key=lambda name: (name != BASELINE, name))
-    total.methods = {name: total.methods[name] for name in in_order if name in total.methods}
+    in_order = config.methods or sorted({name for name, _ in total.methods}, key=lambda name: (name != BASELINE, name))
+    total.methods = {
+        (name, run): total.methods[name, run] for name in in_order for run in runs if (name, run) in total.methods
+    }
     return total
 
 
@@ -139,10 +144,17 @@ def _refuse_gaps(scored: "Scored", runs: tuple[str, ...], config: EvaluateConfig
         )
     if not scored.answered:
         raise InputError(f"{where}: no request with a target was answered; give --run with a run_id of generate")
-    unknown = [method for method in scored.methods if method not in scored.seen]
+    known = sorted({method for method, _ in scored.seen})
+    unknown = [method for method in config.methods or () if method not in known]
     if unknown:
-        raise InputError(f"{where}: no method {unknown[0]}; it has {', '.join(sorted(scored.seen))}")
-    for method, tally in scored.methods.items():
+        raise InputError(f"{where}: no method {unknown[0]}; it has {', '.join(known)}")
+    for method, repeats in _repeats(scored).items():
+        if len(repeats) > 1 and not config.pool:
+            raise InputError(
+                f"{where}: method {method} is in runs {', '.join(repeats)}; name one run a method, or give --pool when "
+                "they differ only in a seed"
+            )
+    for (method, _), tally in scored.methods.items():
         if tally.n_missing:
             some = f", such as {', '.join(map(repr, tally.missing))}" if tally.missing else ""
             raise InputError(
@@ -155,19 +167,29 @@ def _refuse_gaps(scored: "Scored", runs: tuple[str, ...], config: EvaluateConfig
 
 
 def summary(scored: "Scored", entry: "TaskEntry") -> dict[str, Any]:
-    """The figures of report.json: per method n, scores, ci95, errors and, beside the baseline, paired differences."""
+    """The figures of report.json: per method n, scores, ci95, errors and, beside the baseline, paired differences.
+
+    Of a method with repeats, `n` and `errors` count the replies of all of them, and `by_run` has each one's scores.
+    """
+    from pipelines.stages.score import added
     from pplug import intervals, metrics
 
-    drawn = {name: metrics.from_sums(entry, tally.resampled) for name, tally in scored.methods.items()}
+    def scores(tally: "Tally") -> dict[str, float]:
+        return {metric: float(values[0]) for metric, values in metrics.from_sums(entry, tally.sums[None]).items()}
+
+    repeats = _repeats(scored)
+    tallies = {name: functools.reduce(added, of_run.values()) for name, of_run in repeats.items()}
+    drawn = {name: metrics.from_sums(entry, tally.resampled) for name, tally in tallies.items()}
     found: dict[str, dict[str, Any]] = {}
-    for name, tally in scored.methods.items():
-        scores = {metric: float(values[0]) for metric, values in metrics.from_sums(entry, tally.sums[None]).items()}
+    for name, tally in tallies.items():
         found[name] = {
             "n": int(tally.sums[0]),
-            "scores": scores,
+            "scores": scores(tally),
             "ci95": {metric: intervals.ci95(values) for metric, values in drawn[name].items()},
             "errors": tally.errors,
         }
+        if len(repeats[name]) > 1:
+            found[name]["by_run"] = {run: scores(one) for run, one in repeats[name].items()}
     if BASELINE in found:
         for name in found:
             if name != BASELINE:
@@ -186,11 +208,19 @@ def summary(scored: "Scored", entry: "TaskEntry") -> dict[str, Any]:
         "n_requests": scored.answered,
         "not_generated": scored.labelled - scored.answered,
         "methods": found,
-        "warnings": _warnings(scored, n_users),
+        "warnings": _warnings(scored, n_users, tallies),
     }
 
 
-def _warnings(scored: "Scored", n_users: int) -> list[str]:
+def _repeats(scored: "Scored") -> "dict[str, dict[str, Tally]]":
+    """Method -> run -> what it scored."""
+    found: dict[str, dict[str, Tally]] = {}
+    for (method, run), tally in scored.methods.items():
+        found.setdefault(method, {})[run] = tally
+    return found
+
+
+def _warnings(scored: "Scored", n_users: int, tallies: "dict[str, Tally]") -> list[str]:
     from pplug import intervals
 
     said = []
@@ -203,7 +233,7 @@ def _warnings(scored: "Scored", n_users: int) -> list[str]:
         )
     said += [
         f"{name}: {tally.errors} replies were errors and count as empty predictions"
-        for name, tally in scored.methods.items()
+        for name, tally in tallies.items()
         if tally.errors
     ]
     return said
@@ -252,32 +282,35 @@ def _cell(value: float, interval: list[float], signed: bool = False) -> str:
 
 
 def write_predictions(
-    folder: str, entry: "TaskEntry", snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], methods: list[str]
+    folder: str, entry: "TaskEntry", snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], repeats: "list[Repeat]"
 ) -> dict[str, str]:
     """One file a method in LaMP's shape (its key is `golds` for predictions too), a bucket in memory at a time.
 
     Returns:
-        Method -> address of its file.
+        Method -> address of its file; method@run where several runs repeat the method.
     """
+    from collections import Counter
     from contextlib import ExitStack
 
     from infra.storage import Storage
     from pipelines.stages.score import read_bucket
 
     storage = Storage(folder)
-    names = {method: re.sub(r"[^A-Za-z0-9+._-]", "_", method) + ".json" for method in methods}
+    times = Counter(method for method, _ in repeats)
+    names = {repeat: "@".join(repeat) if times[repeat[0]] > 1 else repeat[0] for repeat in repeats}
+    files = {repeat: re.sub(r"[^A-Za-z0-9@+._-]", "_", name) + ".json" for repeat, name in names.items()}
     with ExitStack() as stack:
-        outs = {method: stack.enter_context(storage.open_output(name)) for method, name in names.items()}
-        first = dict.fromkeys(methods, True)
+        outs = {repeat: stack.enter_context(storage.open_output(name)) for repeat, name in files.items()}
+        first = dict.fromkeys(repeats, True)
         for out in outs.values():
             out.write(f'{{"task": {json.dumps(entry.name)}, "golds": ['.encode())
         for bucket in sorted(snapshots["requests"].by_bucket()):
             found = read_bucket(snapshots["requests"], snapshots["generations"], bucket, runs)
-            for method, out in outs.items():
+            for repeat, out in outs.items():
                 for i in found.ids:
-                    row = json.dumps({"id": i, "output": found.texts[method][i]}, ensure_ascii=False)
-                    out.write(("\n" if first[method] else ",\n").encode() + row.encode())
-                    first[method] = False
+                    row = json.dumps({"id": i, "output": found.texts[repeat][i]}, ensure_ascii=False)
+                    out.write(("\n" if first[repeat] else ",\n").encode() + row.encode())
+                    first[repeat] = False
         for out in outs.values():
             out.write(b"\n]}\n")
-    return {method: storage.full(name) for method, name in names.items()}
+    return {names[repeat]: storage.full(name) for repeat, name in files.items()}

@@ -284,7 +284,7 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
 
 def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "RunReport") -> None:
     """Rejects first, then histories, then requests: whoever sees the requests finds the histories they need."""
-    from infra.errors import InputError
+    from infra.errors import Overtaken
     from infra.table import TableMoved
 
     metadata = {"task_entry": plan.entry.to_json()}
@@ -312,7 +312,7 @@ def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "
                 strict=name != "rejects",
             )
         except TableMoved as error:
-            raise InputError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
+            raise Overtaken(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
             report.written -= report.extra[f"{name}_written"]

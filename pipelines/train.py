@@ -24,6 +24,7 @@ from pplug.llm import LLMConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from infra.snapshot import Snapshot
     from infra.storage import Storage
     from pplug.fit import Samples
 
@@ -102,10 +103,14 @@ def run(config: Config) -> int:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder or llm: {error}") from error
-    embeddings = tables.open_table(config.tables, tables.embeddings_name(encoder)).snapshot(complete=True)
-    requests = tables.open_table(config.tables, "requests").snapshot(complete=True)
-    for name, snapshot in (("histories", histories), ("embeddings", embeddings), ("requests", requests)):
-        report.table_read(name, snapshot.version)
+    embeddings_name = tables.embeddings_name(encoder)
+    begun = _begun(config, run_id, run_dir, {"encoder_id": encoder, "llm_id": llm})
+    snapshots = {}
+    for name in ("histories", embeddings_name, "requests"):
+        snapshots[name] = tables.open_table(config.tables, name).snapshot(begun.get(name), complete=True)
+        report.table_read(name, snapshots[name].version)
+    _begin(config, run_id, run_dir, {"encoder_id": encoder, "llm_id": llm}, snapshots)
+    histories, embeddings, requests = snapshots.values()
 
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     samples = Storage(run_dir).join("samples").uri
@@ -129,6 +134,56 @@ def run(config: Config) -> int:
     code = report.finish()
     print(f"plug {facts['plug_id']} (validation loss {facts['best_val_loss']:.4f}): {facts['plug']}", flush=True)
     return code
+
+
+# What may change from one start of a run to the next: it decides where and how fast, not what comes out.
+_FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "max_failures",
+         "max_reject_fraction"}  # fmt: skip
+
+
+def _decisive(config: Config, identities: dict[str, str]) -> dict[str, Any]:
+    decisive = config.model_dump(mode="json", exclude=_FREE)
+    del decisive["fit"]["micro_tokens"]
+    return decisive | identities
+
+
+def _record(run_id: str, run_dir: str) -> tuple["Storage", str]:
+    from infra.storage import Storage
+
+    return Storage(run_dir), f"{run_id}.begun.json"
+
+
+def _begun(config: Config, run_id: str, run_dir: str, identities: dict[str, str]) -> dict[str, int]:
+    """Versions of the tables that this run began with; empty when it begins now.
+
+    Raises:
+        InputError: it began with another config, whose checkpoint would not fit or would mix two trainings.
+    """
+    storage, name = _record(run_id, run_dir)
+    if not storage.exists(name):
+        return {}
+    found = json.loads(storage.read_bytes(name))
+    now = _decisive(config, identities)
+    changed = [key for key in now if found["config"].get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"run {run_id} in {run_dir} began with another {key}: {json.dumps(found['config'].get(key))}, now "
+            f"{json.dumps(now[key])}; go on with the config it began with, or give another --run-id"
+        )
+    versions: dict[str, int] = found["tables"]
+    return versions
+
+
+def _begin(
+    config: Config, run_id: str, run_dir: str, identities: dict[str, str], snapshots: "dict[str, Snapshot]"
+) -> None:
+    """Records what a later start of this run goes on with."""
+    storage, name = _record(run_id, run_dir)
+    if not storage.exists(name):
+        versions = {table: snapshot.version for table, snapshot in snapshots.items()}
+        content = {"config": _decisive(config, identities), "tables": versions}
+        storage.write_bytes(name, json.dumps(content, indent=2).encode())
 
 
 def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str) -> dict[str, int]:

@@ -15,6 +15,9 @@ from infra.snapshot import Snapshot, read_files
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
 
+Repeat = tuple[str, str]
+"""(method, run_id): runs that differ only in a seed repeat a method."""
+
 
 @dataclass(frozen=True)
 class Replies:
@@ -23,9 +26,9 @@ class Replies:
     ids: list[str]
     owner_ids: list[str]
     targets: list[str]
-    texts: dict[str, dict[str, str]]
-    """By method, by id; empty for a row with an error."""
-    errors: dict[str, int]
+    texts: dict[Repeat, dict[str, str]]
+    """By method and run, by id; empty for a row with an error."""
+    errors: dict[Repeat, int]
     labelled: int
     """Requests with a target, answered or not."""
     users: int
@@ -43,19 +46,17 @@ def read_bucket(requests: Snapshot, generations: Snapshot, bucket: int, runs: Se
     if pc.count_distinct(asked["request_id"]).as_py() < len(asked):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
     known = set(asked["request_id"].to_pylist())
-    texts: dict[str, dict[str, str]] = {}
-    errors: dict[str, int] = {}
+    texts: dict[Repeat, dict[str, str]] = {}
+    errors: dict[Repeat, int] = {}
     for row in rows.to_pylist():
         if row["request_id"] not in known:
             continue
-        of_method = texts.setdefault(row["method"], {})
-        if row["request_id"] in of_method:
-            raise ValueError(
-                f"request {row['request_id']!r} has two replies of method {row['method']} in runs {', '.join(runs)}; "
-                "name one run a method"
-            )
-        of_method[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
-        errors[row["method"]] = errors.get(row["method"], 0) + (row["error"] is not None)
+        repeat = (row["method"], row["run_id"])
+        of_repeat = texts.setdefault(repeat, {})
+        if row["request_id"] in of_repeat:
+            raise ValueError(f"request {row['request_id']!r} has two replies of method {repeat[0]} in run {repeat[1]}")
+        of_repeat[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
+        errors[repeat] = errors.get(repeat, 0) + (row["error"] is not None)
     answered = set().union(*texts.values()) if texts else set()
     kept = [row for row in asked.to_pylist() if row["request_id"] in answered]
     return Replies(
@@ -88,13 +89,13 @@ class Tally:
 class Scored:
     """The part of some buckets; grows with methods and resamples, not with users (but for split owners)."""
 
-    methods: dict[str, Tally]
+    methods: dict[Repeat, Tally]
     labelled: int = 0
     answered: int = 0
     users: int = 0
     split_owners: frozenset[bytes] = frozenset()
-    seen: frozenset[str] = frozenset()
-    """Methods that the runs have, asked for or not."""
+    seen: frozenset[Repeat] = frozenset()
+    """What the runs have, asked for or not."""
     problem: str | None = None
 
 
@@ -126,18 +127,19 @@ class ScoreBuckets:
         golds = dict(zip(found.ids, found.targets, strict=True))
         owner_of = dict(zip(found.ids, found.owner_ids, strict=True))
         tallies = {}
-        for method in found.texts if self.methods is None else self.methods:
-            texts = found.texts.get(method, {})
+        for repeat, texts in found.texts.items():
+            if self.methods is not None and repeat[0] not in self.methods:
+                continue
             missing = [i for i in golds if i not in texts]
             answered = {i: gold for i, gold in golds.items() if i in texts}
             if answered:
                 ids, sums = metrics.item_sums(self.entry, answered, texts)
                 owners = [owner_of[i] for i in ids]
                 resampled = intervals.resampled_sums(owners, sums, self.resamples, self.seed)
-                tally = Tally(sums.sum(axis=0), resampled, found.errors.get(method, 0), missing[:3], len(missing))
+                tally = Tally(sums.sum(axis=0), resampled, found.errors.get(repeat, 0), missing[:3], len(missing))
             else:
                 tally = Tally(np.zeros(1), np.zeros((self.resamples, 1)), 0, missing[:3], len(missing))
-            tallies[method] = tally
+            tallies[repeat] = tally
         split = frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners)
         return Scored(tallies, found.labelled, len(golds), found.users, split, frozenset(found.texts))
 
@@ -145,12 +147,12 @@ class ScoreBuckets:
 def merged(one: Scored, other: Scored) -> Scored:
     """Both together. A method that a part does not have misses everything that part answered."""
     methods = {}
-    for method in one.methods | other.methods:
-        parts = [part.methods[method] for part in (one, other) if method in part.methods]
-        absent = sum(part.answered for part in (one, other) if method not in part.methods)
-        tally = parts[0] if len(parts) == 1 else _added(*parts)
+    for repeat in one.methods | other.methods:
+        parts = [part.methods[repeat] for part in (one, other) if repeat in part.methods]
+        absent = sum(part.answered for part in (one, other) if repeat not in part.methods)
+        tally = parts[0] if len(parts) == 1 else added(*parts)
         tally.n_missing += absent
-        methods[method] = tally
+        methods[repeat] = tally
     return Scored(
         methods,
         one.labelled + other.labelled,
@@ -162,7 +164,8 @@ def merged(one: Scored, other: Scored) -> Scored:
     )
 
 
-def _added(one: Tally, other: Tally) -> Tally:
+def added(one: Tally, other: Tally) -> Tally:
+    """Both together; sums of repeats of a method add up like those of buckets."""
     return Tally(
         one.sums + other.sums,
         one.resampled + other.resampled,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from infra.errors import InputError
 from pipelines import refresh, train
 from pplug.fit import FitConfig
 from tests.faults.jobs import Job
@@ -59,6 +60,7 @@ def killed(population, quick_reports, tmp_path_factory):
     runs = population.root / "runs"
     shutil.copytree(runs / "killed", runs / "cut")
     (runs / "cut" / "train" / "killed").rename(runs / "cut" / "train" / "cut")
+    (runs / "cut" / "killed.begun.json").rename(runs / "cut" / "cut.begun.json")
     return values
 
 
@@ -76,10 +78,20 @@ def assert_equal_to_the_undisturbed(population, run_id):
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_plug(population, killed, tmp_path):
     last = saved_step(population, "killed")
     assert 3 * EVERY <= last < population.report("undisturbed")["history"][-1]["step"]
+    population.ingest("test", "later")  # what has come since is not mixed into a training that has begun
     with Job(population.words(train, "killed", **killed), tmp_path / "log") as job:
         assert job.wait() == 0, job.output[-4000:]
     assert f"goes on at step {last}" in job.output
+    assert population.report("killed")["tables_read"] == population.report("undisturbed")["tables_read"]
     assert_equal_to_the_undisturbed(population, "killed")
+
+
+def test_a_run_does_not_go_on_with_another_config(population, killed):
+    other = killed | {"fit": FIT.model_copy(update={"learning_rate": 2e-3})}
+    with pytest.raises(
+        InputError, match=r"run killed in .* began with another fit: .*0\.001.*, now .*0\.002.*--run-id"
+    ):
+        population.run(train, "killed", **other)
 
 
 def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_only(population, killed):

@@ -189,8 +189,46 @@ def test_gaps_doubles_and_unknown_names_are_refused_by_name(generated):
         run(generated, run=("gaps",), methods=("none", "bm25"))
     with pytest.raises(InputError, match="no request with a target was answered; give --run"):
         run(generated, run=("never",))
-    with pytest.raises(InputError, match="two replies of method none in runs night-1, gaps; name one run a method"):
+    with pytest.raises(InputError, match="method none is in runs night-1, gaps; name one run a method, or give --pool"):
         run(generated, run=("night-1", "gaps"))
+
+
+def test_runs_that_differ_in_a_seed_are_pooled_over_all_their_replies(generated):
+    seeds = {"night-1": replies(generated, 0.8, 2), "seed-2": replies(generated, 0.6, 5)}
+    write_generations(generated, "seed-2", {"plug": seeds["seed-2"]})
+    code, report, _ = run(generated, run=("night-1", "seed-2"), methods=("none", "plug"), pool=True)
+    assert code == 0 and report["planned"] == 3 * USERS * EACH
+    entry, found = tasks.load(generated.task(NOTES)), report["methods"]
+    of_run = {}
+    for name, texts in seeds.items():
+        golds, texts = labelled(generated, texts, errors=("r3-1",) if name == "night-1" else ())
+        of_run[name] = metrics.score(entry, golds, texts)
+    assert found["plug"]["by_run"] == of_run and found["plug"]["n"] == 2 * USERS * EACH
+    assert found["plug"]["scores"]["accuracy"] == pytest.approx(np.mean([of["accuracy"] for of in of_run.values()]))
+    assert found["none"]["n"] == USERS * EACH and "by_run" not in found["none"]
+    own, _, gain = bootstrap(generated, entry, seeds)
+    assert found["plug"]["ci95"]["accuracy"] == pytest.approx(own, abs=0.02)
+    assert found["plug"]["vs_none"]["accuracy"]["ci95"] == pytest.approx(gain, abs=0.02)
+    assert set(report["predictions"]) == {"none", "plug@night-1", "plug@seed-2"}
+
+
+def bootstrap(population, entry, seeds) -> tuple[list[float], list[float], list[float]]:
+    """Intervals of plug, none and their difference by numpy's own draws of people."""
+    rows = {i: row for i, row in population.requests().items() if row["target"] is not None}
+    people = sorted({row["owner_id"] for row in rows.values()})
+    right = np.zeros((2, len(people)))
+    count = np.zeros(len(people))
+    none = replies(population, 0.2, 1)
+    for i, row in rows.items():
+        at = people.index(row["owner_id"])
+        count[at] += 1
+        # r3-1 is an error of night-1 and counts as wrong
+        hits = [texts[i] == row["target"] and (run, i) != ("night-1", "r3-1") for run, texts in seeds.items()]
+        right[0, at] += np.mean(hits)
+        right[1, at] += none[i] == row["target"] and i != "r3-1"
+    draws = np.random.default_rng(0).integers(0, len(people), (4000, len(people)))
+    plug, base = (values[draws].sum(1) / count[draws].sum(1) for values in right)
+    return tuple(np.percentile(values, [2.5, 97.5]).tolist() for values in (plug, base, plug - base))
 
 
 def test_a_subset_of_the_requests_is_scored_and_said(generated, capsys):
