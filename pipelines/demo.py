@@ -40,9 +40,9 @@ class Config(BaseModel):
     """People that nothing was trained on; five requests each."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(1600, gt=0)
+    lm_steps: int = Field(1800, gt=0)
     """Training steps of the base LM."""
-    epochs: int = Field(8, gt=0)
+    epochs: int = Field(5, gt=0)
     """Of the plug."""
 
 

@@ -46,9 +46,9 @@ class TinyLMConfig(BaseModel):
     """Longest prompt the saved model accepts, in tokens."""
     max_tokens: int = Field(256, ge=16)
     """Per training text, at most context; a longer input is cut at its end, suffix and target stay."""
-    batch_tokens: int = Field(2048, ge=64)
-    """Padded tokens per step. Small on purpose: at 4,096 the embedded world takes as many steps, so twice the time."""
-    steps: int | None = Field(1400, ge=1)
+    batch_tokens: int = Field(1024, ge=64)
+    """Padded tokens per step. Small on purpose: at 2,048 the embedded world takes as many steps, so twice the time."""
+    steps: int | None = Field(1800, ge=1)
     """None: as many as fit into max_minutes."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget. It shortens the schedule, so two runs that hit it need not be equal."""
