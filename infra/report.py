@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar
 
 from infra.errors import InputError
 from infra.storage import Storage
@@ -79,8 +79,13 @@ class RunReport:
     extra: dict[str, Any] = field(default_factory=dict)
     """What this job alone reports."""
 
+    unfinished: ClassVar["RunReport | None"] = None
+    """The report of the run that is going on in this process; None before it and after."""
+
     def __post_init__(self) -> None:
         check_run_id(self.run_id)
+        RunReport.unfinished = self
+        self._ended_by: tuple[str, int] | None = None
         self._stages: dict[str, Stage] = {}
         self._read: dict[str, int] = {}
         self._written: dict[str, int] = {}
@@ -116,6 +121,8 @@ class RunReport:
 
     def problem(self) -> str | None:
         """Why this run is not a full success, in one sentence; None when it is."""
+        if self._ended_by:
+            return f"ended by {self._ended_by[0]} before it was done"
         rejects = self.rejected.total()
         found = self.written + self.already_there + rejects
         if found != self.planned:
@@ -135,6 +142,8 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
+        if self._ended_by:
+            return self._ended_by[1]
         if self.problem() is None:
             return 0
         adds_up = self.written + self.already_there + self.rejected.total() == self.planned
@@ -162,10 +171,20 @@ class RunReport:
             "versions": {"python": platform.python_version(), **library_versions()},
         } | self.extra
 
-    def finish(self) -> int:
-        """Writes report.json, prints the last line, returns the exit code."""
+    def abandon(self, error: BaseException, exit_code: int) -> None:
+        """Leaves a report of a run that an error ended: how far it came, and the error's kind (not its words)."""
+        self._ended_by = (type(error).__name__, exit_code)
+        self._write()
+
+    def _write(self) -> "Storage":
+        RunReport.unfinished = None
         folder = Storage(self.run_dir)
         folder.write_bytes("report.json", json.dumps(self.to_dict(), indent=2, default=str).encode())
+        return folder
+
+    def finish(self) -> int:
+        """Writes report.json, prints the last line, returns the exit code."""
+        folder = self._write()
         problem = self.problem()
         if problem:
             print(f"{self.job} {self.run_id}: {problem}", file=sys.stderr, flush=True)

@@ -74,21 +74,35 @@ def _run(name: str, words: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for ours in ("pplug", "infra", "pipelines"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    from infra.report import RunReport
+
+    RunReport.unfinished = None
     try:
         return int(module.run(config))
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        code = _explained(name, error)
+        if RunReport.unfinished is not None:  # the job had begun to count: how far it came is worth keeping
+            try:
+                RunReport.unfinished.abandon(error, code)
+            except OSError as unwritten:
+                print(f"{name}: no report could be written ({unwritten})", file=sys.stderr)
+        return code
+
+
+def _explained(name: str, error: BaseException) -> int:
+    """Says what ended a job: a message for what the user can mend, a traceback for the rest. Returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except Overtaken as error:
+    if isinstance(error, Overtaken):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
         return 1
-    except Exception as error:  # the last stop: a message for what the user can mend, a traceback for the rest
-        wrong_input = _input_error(error)
-        if wrong_input is not None:
-            return _wrong(f"{name}: {wrong_input}")
-        traceback.print_exc()
-        print(f"{name}: failed: {type(error).__name__} (traceback above)", file=sys.stderr)
-        return 1
+    wrong_input = _input_error(error)
+    if wrong_input is not None:
+        return _wrong(f"{name}: {wrong_input}")
+    traceback.print_exception(error)
+    print(f"{name}: failed: {type(error).__name__} (traceback above)", file=sys.stderr)
+    return 1
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

@@ -1,5 +1,6 @@
 """The command line: what a user types becomes a checked config, and what is wrong with it is named."""
 
+import json
 import re
 import sys
 from types import ModuleType
@@ -8,7 +9,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from infra.errors import InputError
+from infra.errors import InputError, Overtaken
+from infra.report import RunReport
 from pipelines import __main__ as cli
 
 
@@ -222,6 +224,36 @@ def test_other_errors_end_with_1_and_a_traceback(job, capsys):
     assert run("--tables", "t") == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "boom" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("no table"), 2),
+        (Overtaken("moved"), 1),
+        (RuntimeError("a user's text"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_run_that_an_error_ends_leaves_a_report_without_the_errors_words(job, monkeypatch, tmp_path, error, code):
+    def fails(config: Config) -> int:
+        report = RunReport("fold", "r", {}, str(tmp_path), planned=5, written=2)
+        report.written += 1
+        raise error
+
+    monkeypatch.setattr(job, "run", fails)
+    assert run("--tables", "t") == code
+    text = (tmp_path / "report.json").read_text()
+    report = json.loads(text)
+    assert (report["exit_code"], report["planned"], report["written"]) == (code, 5, 3)
+    assert report["problem"] == f"ended by {type(error).__name__} before it was done" and "a user's" not in text
+
+
+def test_a_job_that_fails_before_it_counts_leaves_no_report_of_another_run(job, monkeypatch, tmp_path):
+    RunReport("fold", "earlier", {}, str(tmp_path))
+    job.fails = InputError("no table")
+    assert run("--tables", "t") == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupt_ends_with_130_and_exit_codes_of_jobs_pass_through(job, capsys, monkeypatch):
