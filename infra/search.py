@@ -26,6 +26,8 @@ LEAST_INSIDE = 6
 """Characters from which a value is looked for inside other texts too: shorter ones stand in many by chance."""
 ID_COLUMNS = ("user_id", "owner_id")
 _TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
+_BINARY_BYTES = 2**20
+"""Of a binary value what is read as text: all names and notes of a safetensors file stand at its beginning."""
 _PARQUET_ROWS = 65_536
 
 
@@ -54,6 +56,10 @@ class Needles:
         if self.digests:
             found += sum(digest(value) in self.digests for value in pc.unique(values).drop_null().to_pylist())
         return found
+
+    def is_one(self, value: str) -> bool:
+        """Whether a value is looked for, in words or by its digest."""
+        return value in self.values or bool(self.digests) and digest(value) in self.digests
 
     def inside(self, text: str) -> int:
         """How many are in a text, whole or as a part between other words."""
@@ -151,7 +157,7 @@ def leaves(values: pa.Array) -> Iterator[pa.Array]:
     elif any(is_kind(kind) for is_kind in _STRINGS):
         yield values
     elif any(is_kind(kind) for is_kind in _BINARIES):
-        texts = [None if raw is None else raw.decode("utf-8", "replace") for raw in values.to_pylist()]
+        texts = [None if raw is None else raw[:_BINARY_BYTES].decode("utf-8", "replace") for raw in values.to_pylist()]
         yield pa.array(texts, pa.large_string())
 
 

@@ -93,7 +93,9 @@ class Snapshot:
         names = "\n".join(sorted(file.path for file in self.files))
         return hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
 
-    def of_users(self, columns: list[str], bucket: int, user_keys: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def of_users(
+        self, columns: list[str], bucket: int | None, user_keys: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
         """Rows of some users of a bucket (of all when None), some row groups at a time.
 
         Only row groups whose range of user_key holds one of the keys are read, and rows of other users are left out:

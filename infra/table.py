@@ -393,6 +393,7 @@ class Table:
             ):
                 raise TableMoved(self.spec.name, delta.version(), planned_on)
             lease.refuse_if_not_alone(self.uri.rpartition("/")[0], run_id)
+            self._check_there(files)
             try:
                 self._commit_on(delta, files, removed(delta), said, run_id, group, data_change)
                 return Commit(delta.version() + 1, already=False)  # without retries it is this version or none
@@ -442,10 +443,13 @@ class Table:
                     f"table {name}: file {file.path} is of bucket {file.bucket}, but this commit replaces only buckets "
                     f"{_some(sorted(replaced))}; its rows would be doubled"
                 )
-            if not self.storage.is_s3 and not self.storage.exists(file.path):
+
+    def _check_there(self, files: list[DataFile]) -> None:
+        for file in files if not self.storage.is_s3 else ():
+            if not self.storage.exists(file.path):
                 raise ValueError(
-                    f"table {name}: {file.uri} is not on this machine's disk; workers on other machines need a "
-                    "shared disk or s3:// for tables"
+                    f"table {self.spec.name}: {file.uri} is not on this machine's disk; workers on other machines need "
+                    "a shared disk or s3:// for tables"
                 )
 
     def _version_of(self, run_id: str, group: int) -> int | None:

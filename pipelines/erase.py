@@ -248,7 +248,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     if touched:
         rows = [{"file": json.dumps(file.to_row())} for file in touched]
         source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
-        stage = DropRows(table, someone, needles.values, report.run_id)
+        stage = DropRows(table, someone, needles, report.run_id)
         for row in source.map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_rows():
             old += files_of(row["old"])
             new += files_of(row["new"])

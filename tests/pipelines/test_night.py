@@ -9,7 +9,7 @@ import pytest
 
 from infra import shards
 from infra.errors import Overtaken
-from pipelines import refresh, tables
+from pipelines import compact, options, refresh, tables, vacuum
 from pplug import TextEncoder, history
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.plug import PersonaPlug, PlugConfig
@@ -88,6 +88,30 @@ class Night(Population):
         PersonaPlug(config).save_pretrained(self.folder / name)
         return str(self.folder / name)
 
+    def mark(self, user: str, bucket: int) -> None:
+        """Puts a mean vector into a user's stored row that no history gives."""
+        table = self.table("personas")
+        before = table.snapshot()
+        rows = before.read(buckets=[bucket]).to_pylist()
+        for row in rows:
+            if row["user_id"] == user:
+                row["mean_vector"] = [0.125] * 16
+        files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), "mark")
+        said = {name: value for name, value in before.metadata.items() if name not in ("run_id", "group", "complete")}
+        table.commit(files, run_id="mark", group=0, mode="replace", buckets=[bucket], planned_on=before.version,
+                     metadata=said, complete=True)  # fmt: skip
+
+    def append_vector(self, run_id: str, complete: bool, table: str | None = None) -> None:
+        """One more file in every bucket, as a night leaves it; of texts that no history holds."""
+        made = self.table(table or self.embeddings)
+        before = made.snapshot()
+        rows = [before.read(buckets=[bucket]).to_pylist()[0] for bucket in before.by_bucket()]
+        if table is None:
+            rows = [row | {"text_hash": f"{run_id}-{row['text_hash']}"} for row in rows]
+        said = {name: value for name, value in before.metadata.items() if name not in ("run_id", "group", "complete")}
+        made.commit(made.write(pa.Table.from_pylist(rows, schema=made.spec.schema), run_id), run_id=run_id, group=0,
+                    mode="append", planned_on=before.version, metadata=said, complete=complete)  # fmt: skip
+
     @property
     def embeddings(self) -> str:
         return tables.embeddings_name(encoder_id(self.encoder, load(self.notes).item))
@@ -144,15 +168,18 @@ def test_a_night_on_which_nothing_changed_encodes_nothing_writes_nothing_and_nee
     assert report["personas"] == {"users": 20, "changed": 0, "gone": 0, "buckets_rewritten": 0}
 
 
-def test_the_rerun_of_a_refresh_writes_its_rejects_once_and_so_does_the_next_night(night):
+def test_the_rerun_of_a_refresh_writes_its_rejects_once(night):
     assert [row["run_id"] for row in night.rows("rejects")] == ["evening"]
-    for run_id in ("evening", "night"):
-        assert night.refresh(run_id, history_cap=100) == 0  # another cap: looked at anew
-        assert night.report["rejected"] == {"missing_field": 1} and night.report["already_there"] == 60
+    assert night.refresh("evening", history_cap=100) == 0  # another cap: looked at anew
+    assert night.report["rejected"] == {"missing_field": 1} and night.report["already_there"] == 60
     assert [row["run_id"] for row in night.rows("rejects")] == ["evening"]
 
 
 def test_one_new_item_encodes_that_text_and_touches_that_users_bucket(night):
+    """And the others of the bucket are copied, not made anew: a mark in a stored row survives the night."""
+    home = shards.bucket_of("user-7", BUCKETS)
+    marked = next(user for user in USERS if user != "user-7" and shards.bucket_of(user, BUCKETS) == home)
+    night.mark(marked, home)
     before, old = night.state(), (night.vectors(), night.personas())
     night.ingest_items([note("user-7", "new", "music likes crime", day=20)])
     assert night.refresh("night") == 0
@@ -160,69 +187,50 @@ def test_one_new_item_encodes_that_text_and_touches_that_users_bucket(night):
     vectors, personas = night.vectors(), night.personas()
     assert vectors.keys() - old[0].keys() == {key("user-7", "music likes crime")}
     assert all(vectors[pair] == vector for pair, vector in old[0].items())
-    bucket = shards.bucket_of("user-7", BUCKETS)
     after = night.state()
-    assert touched(before["personas"][1], after["personas"][1]) == {bucket}
-    assert touched(before[night.embeddings][1], after[night.embeddings][1]) == {bucket}
+    assert touched(before["personas"][1], after["personas"][1]) == {home}
+    assert touched(before[night.embeddings][1], after[night.embeddings][1]) == {home}
+    assert after["rejects"] == before["rejects"]  # the item without a text stands there already
     assert night.report["personas"]["changed"] == 1
     assert {user for user in USERS if personas[user] != old[1][user]} == {"user-7"}
+    assert personas[marked]["mean_vector"] == [0.125] * 16
     texts = [text_of("user-7", i) for i in range(3)] + ["music likes crime"]
     np.testing.assert_allclose(personas["user-7"]["mean_vector"], mean_of(night, texts), atol=2e-3)
     assert personas["user-7"]["n_items"] == 4
+    cost = night.report["tables"]["personas"]
+    folder = night.folder / "tables" / "personas"
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("part-*.parquet")}
+    live = {file.path for file in night.table("personas").snapshot().files}
+    assert cost["files"] == len(live) and cost["bytes"] == sum(sizes[path] for path in live)
+    assert (
+        cost["dead_files"] == len(sizes) - len(live) and cost["dead_bytes"] == sum(sizes.values()) - cost["bytes"] > 0
+    )
 
 
-def test_personas_of_others_in_the_bucket_are_copied_and_not_made_anew(night):
-    """A stored row with a mark survives the night on which somebody else of its bucket changes."""
-    home = shards.bucket_of("user-7", BUCKETS)
-    marked = next(user for user in USERS if user != "user-7" and shards.bucket_of(user, BUCKETS) == home)
-    table = night.table("personas")
-    before = table.snapshot()
-    rows = before.read(buckets=[home]).to_pylist()
-    for row in rows:
-        if row["user_id"] == marked:
-            row["mean_vector"] = [0.125] * 16
-    files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), "mark")
-    said = {name: value for name, value in before.metadata.items() if name not in ("run_id", "group", "complete")}
-    table.commit(files, run_id="mark", group=0, mode="replace", buckets=[home], planned_on=before.version,
-                 metadata=said, complete=True)  # fmt: skip
-    night.ingest_items([note("user-7", "new", day=20)])
+def test_corrected_late_and_out_of_order_items_stand_where_they_belong(night):
+    night.ingest_items([note("user-3", "1", "a big tree", day=11), note("user-5", "late", "the film of music", day=10),
+                        note("user-5", "later", "one ran", day=1)])  # fmt: skip
     assert night.refresh("night") == 0
-    assert night.personas()[marked]["mean_vector"] == [0.125] * 16
-    assert night.personas()["user-7"]["n_items"] == 4
-
-
-def test_a_corrected_text_of_the_same_item_takes_the_place_of_the_old(night):
-    night.ingest_items([note("user-3", "1", "a big tree", day=11)])
-    assert night.refresh("night") == 0
-    assert night.report["written"] == 1
-    texts = [text_of("user-3", 0), "a big tree", text_of("user-3", 2)]
+    assert night.report["written"] == 3 and night.report["personas"]["changed"] == 2
     row = night.personas()["user-3"]
+    texts = [text_of("user-3", 0), "a big tree", text_of("user-3", 2)]
     np.testing.assert_allclose(row["mean_vector"], mean_of(night, texts), atol=2e-3)
     assert row["n_items"] == 3
     assert key("user-3", text_of("user-3", 1)) in night.vectors()  # until a compaction
-    night.ingest_items([note("user-3", "1", day=11)])  # and back
-    assert night.refresh("next") == 0
-    assert night.report["written"] == 0  # its vector is there
-    texts[1] = text_of("user-3", 1)
-    np.testing.assert_allclose(night.personas()["user-3"]["mean_vector"], mean_of(night, texts), atol=2e-3)
-
-
-def test_late_and_out_of_order_items_stand_where_their_time_says(night):
     own = [text_of("user-5", i) for i in range(3)]
-    texts = ["one ran", own[0], "the film of music", *own[1:]]
-    hashes = [history.text_hash({"mood": "good", "text": text}) for text in texts]
-    night.ingest_items([note("user-5", "late", "the film of music", day=10), note("user-5", "later", "one ran", day=1)])
-    assert night.refresh("night") == 0
+    hashes = [history.text_hash({"mood": "good", "text": text}) for text in
+              ("one ran", own[0], "the film of music", *own[1:])]  # fmt: skip
     row = night.personas()["user-5"]
     assert row["history_hash"] == history.history_hash(hashes) and row["last_item_at"].day == 12
+    night.ingest_items([note("user-3", "1", day=11)])  # and back
     assert night.refresh("capped", history_cap=2) == 0
-    row = night.personas()["user-5"]
-    texts = [text_of("user-5", 1), text_of("user-5", 2)]
-    np.testing.assert_allclose(row["mean_vector"], mean_of(night, texts), atol=2e-3)
-    assert night.report["written"] == 0
+    assert night.report["written"] == 0  # its vector is there
+    for user in ("user-3", "user-5"):
+        texts = [text_of(user, 1), text_of(user, 2)]
+        np.testing.assert_allclose(night.personas()[user]["mean_vector"], mean_of(night, texts), atol=2e-3)
 
 
-def test_vanished_items_and_users_leave_the_personas_at_once(night):
+def test_what_vanished_leaves_the_personas_at_once_and_the_vectors_at_the_next_compaction(night):
     vectors = night.vectors()
     left = [row for row in ITEMS if row["user_id"] != "user-9" and (row["user_id"], row["item_id"]) != ("user-2", "0")]
     night.ingest_items(left, mode="replace")
@@ -233,6 +241,34 @@ def test_vanished_items_and_users_leave_the_personas_at_once(night):
     texts = [text_of("user-2", 1), text_of("user-2", 2)]
     np.testing.assert_allclose(personas["user-2"]["mean_vector"], mean_of(night, texts), atol=2e-3)
     assert (night.report["personas"]["changed"], night.report["personas"]["gone"]) == (1, 1)
+
+    run_dir = night.folder / "runs" / "compact"
+    assert compact.run(compact.Config(tables=night.tables, run_id="compact", run_dir=str(run_dir))) == 0
+    report = json.loads((run_dir / "report.json").read_text())
+    gone = {key("user-9", text_of("user-9", i)) for i in range(3)} | {key("user-2", text_of("user-2", 0))}
+    assert night.vectors() == {pair: vector for pair, vector in vectors.items() if pair not in gone}
+    assert report["rows_dropped"] == {night.embeddings: 4} and report["left"] == {}
+    assert night.personas() == personas
+    assert night.refresh("next") == 0 and night.report["tables_written"] == {}  # nothing is encoded again
+
+
+def test_a_compaction_makes_few_files_of_many_and_leaves_a_table_whose_run_has_not_ended(night):
+    for day in range(2):
+        night.append_vector(f"run-{day}", complete=True)
+    before = night.vectors()
+    night.append_vector("half", complete=False, table="personas")
+    run_dir = night.folder / "runs" / "compact"
+    assert compact.run(compact.Config(tables=night.tables, run_id="compact", run_dir=str(run_dir))) == 0
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["left"] == {"personas": "run half has not ended on it: run it again to its end, then compact"}
+    assert all(len(files) == 1 for files in night.table(night.embeddings).snapshot().by_bucket().values())
+    live = {pair: vector for pair, vector in before.items() if not pair[1].startswith("run-")}
+    assert night.vectors() == live
+    metadata = night.table(night.embeddings).snapshot(complete=True).metadata
+    assert metadata["encoder_id"] == night.embeddings.partition("-")[2] and metadata["rewritten_by"] == "compact"
+    assert report["tables"][night.embeddings]["dead_files"] > 0
+    code = vacuum.run(vacuum.Config(tables=night.tables, retention_hours=1, run_dir=str(run_dir)))
+    assert code == 0 and json.loads((run_dir / "report.json").read_text())["written"] == 0  # all is younger
 
 
 def test_a_new_plug_projects_again_and_encodes_nothing(night):
@@ -290,18 +326,6 @@ def test_personas_that_another_run_published_since_the_start_are_not_overwritten
     assert night.personas()["user-1"]["n_items"] == 5
 
 
-def test_the_report_says_what_the_tables_cost(night):
-    night.ingest_items([note("user-7", "new", day=20)])
-    assert night.refresh("night") == 0
-    cost = night.report["tables"]["personas"]
-    folder = night.folder / "tables" / "personas"
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("part-*.parquet")}
-    live = {file.path for file in night.table("personas").snapshot().files}
-    assert cost["files"] == len(live) and cost["bytes"] == sum(sizes[path] for path in live)
-    assert cost["dead_files"] == len(sizes) - len(live) == 1
-    assert cost["dead_bytes"] == sum(sizes.values()) - cost["bytes"] > 0
-
-
 def test_history_hashes_of_many_users_are_those_of_each(ray_session):
     hashes = [history.text_hash({"text": str(i)}) for i in range(9)]
     starts, stops = np.array([0, 3, 3, 7]), np.array([3, 3, 7, 9])
@@ -330,3 +354,9 @@ def test_only_row_groups_of_the_users_asked_for_are_read(tmp_path):
     assert found["n"].to_pylist() == [9, 55]
     assert pa.concat_tables(snapshot.of_users(["n"], 0)).num_rows == 100
     assert list(snapshot.of_users(["n"], 0, ["f" * 32])) == []
+
+
+def test_the_nightly_config_that_is_shipped_is_a_config_of_refresh():
+    given = options.read(["--config", "pipelines/configs/nightly.yaml", "--plug", "p"], refresh.Config)
+    config = options.check(refresh.Config, given)
+    assert config.plug == "p" and config.wave_texts == refresh.Config(tables="t").wave_texts
