@@ -15,7 +15,11 @@ _LIBRARY_KEYS = frozenset(
     "timestamp operation operationParameters operationMetrics engineInfo clientVersion version readVersion "
     "isolationLevel isBlindAppend userId userName userMetadata".split()
 )
-_OWN_KEYS = frozenset({"run_id", "group", "complete"})
+ERASED = "erased"
+"""In what a commit said: everything written before it has been deleted if no version named it."""
+_NOT_ROWS = ("metaData", "protocol")
+_REWRITTEN_BY = "rewritten_by"
+_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED})
 
 
 def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
@@ -53,13 +57,25 @@ def added(storage: Storage, version: int | None) -> set[str]:
     return {entry["add"]["path"] for entry in found or [] if "add" in entry}
 
 
-def only_appends(storage: Storage, since: int, until: int) -> bool:
-    """Whether the commits after `since` up to `until` added files and did nothing else."""
+def kinds(storage: Storage, since: int, until: int) -> set[str]:
+    """What the commits after `since` up to `until` did: "append", "same rows" in other files, or "other"."""
+    found: set[str] = set() if since <= until else {"other"}
     for version in range(since + 1, until + 1):
-        found = entries(storage, version)
-        if found is None or any(kind in entry for entry in found for kind in ("remove", "metaData", "protocol")):
-            return False
-    return since <= until
+        said = entries(storage, version)
+        if said is None or ERASED in _info(said) or any(kind in entry for entry in said for kind in _NOT_ROWS):
+            found.add("other")
+            continue
+        actions = [entry[kind] for entry in said for kind in ("add", "remove") if kind in entry]
+        if actions and not any(action.get("dataChange", True) for action in actions):
+            found.add("same rows")
+        else:
+            found.add("other" if any("remove" in entry for entry in said) else "append")
+    return found
+
+
+def written_at(said: list[dict[str, Any]]) -> float:
+    """When a commit was made, in seconds since 1970."""
+    return float(_info(said).get("timestamp", 0)) / 1000
 
 
 def partition(file: DataFile) -> dict[str, str | None]:
@@ -82,6 +98,17 @@ def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bo
         raise ValueError(f"commit metadata key {taken[0]!r} is taken; choose another name")
     own = {"run_id": run_id, "group": str(group), "complete": "true" if complete else "false"}
     return {key: str(value) for key, value in given.items()} | own
+
+
+def rewritten(below: Mapping[str, str], by: str, group: int, more: Mapping[str, str]) -> dict[str, str]:
+    """What a commit says that puts the rows of a complete version into other files: all that the run below had said."""
+    kept = {key: value for key, value in below.items() if key != ERASED}
+    return kept | {"group": str(group), "complete": "true", _REWRITTEN_BY: by} | dict(more)
+
+
+def is_group(said: Mapping[str, Any], run_id: str, group: int) -> bool:
+    """Whether a commit is this group of this run."""
+    return said.get(_REWRITTEN_BY, said.get("run_id")) == run_id and said.get("group") == str(group)
 
 
 def lost_race(error: Exception) -> bool:

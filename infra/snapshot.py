@@ -3,17 +3,22 @@
 The log is the table, the folder is not: files of a killed write and files already replaced lie in the same folder.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.rows import TableSpec
 from infra.storage import Storage, retrying
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,25 @@ class Snapshot:
             found.setdefault(-1 if file.bucket is None else file.bucket, []).append(file)
         return found
 
+    @property
+    def stamp(self) -> str:
+        """A name for exactly these files: equal stamps, equal rows, also after a table was made anew."""
+        names = "\n".join(sorted(file.path for file in self.files))
+        return hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+
+    def of_users(
+        self, columns: list[str], bucket: int | None, user_keys: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows of some users of a bucket (of all when None), some row groups at a time.
+
+        Only row groups whose range of user_key holds one of the keys are read, and rows of other users are left out:
+        what is in memory does not grow with the bucket. Files lie sorted by user_key, so that a user is in few groups.
+        """
+        wanted = None if user_keys is None else np.array(sorted(user_keys), dtype=str)
+        for file in self.files:
+            if file.bucket == bucket and (wanted is None or _between(wanted, file.min_key, file.max_key)):
+                yield from _row_groups(file, columns, wanted)
+
     def read(
         self,
         columns: list[str] | None = None,
@@ -132,10 +156,7 @@ def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression 
             # partitioning=None: the path would otherwise give bucket as a dictionary or a string
             return pq.read_table(source, columns=stored, filters=filter, partitioning=None)
 
-    try:
-        table = retrying(read, f"read {uri}")
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri}: not a readable Parquet file ({error}); restore it or rewrite its bucket") from error
+    table = _read(read, uri)
     if bucket is not None and (columns is None or "bucket" in columns):
         table = table.add_column(
             0, pa.field("bucket", pa.int32()), pa.repeat(pa.scalar(bucket, pa.int32()), len(table))
@@ -144,6 +165,68 @@ def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression 
     if missing:
         raise ValueError(f"{uri}: has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     return table if columns is None else table.select(columns)
+
+
+def _read(action: Callable[[], T], uri: str) -> T:
+    """With retries; a damaged file is named."""
+    try:
+        return retrying(action, f"read {uri}")
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri}: not a readable Parquet file ({error}); restore it or rewrite its bucket") from error
+
+
+READ_ROWS = 32_768
+"""Rows read at a time by `of_users`: 50 MB of vectors at D=384."""
+
+
+def _between(keys: np.ndarray, low: str, high: str) -> bool:
+    """Whether one of the sorted keys lies in the range; an empty bound is an unknown one."""
+    if not low or not high:
+        return True
+    return bool(np.searchsorted(keys, low, side="left") < np.searchsorted(keys, high, side="right"))
+
+
+def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None) -> Iterator[pa.Table]:
+    """The rows of these users (sorted keys; None: all), a few row groups at a time."""
+    folder, _, name = file.uri.rpartition("/")
+    storage = Storage(folder)
+
+    def look() -> pq.FileMetaData:
+        with storage.open_input(name) as source:
+            return pq.read_metadata(source)
+
+    def read(groups: list[int]) -> pa.Table:
+        with storage.open_input(name) as source:
+            return pq.ParquetFile(source, metadata=facts, pre_buffer=True).read_row_groups(groups, columns=stored)
+
+    facts = _read(look, file.uri)
+    stored = columns if keys is None else list(dict.fromkeys([*columns, "user_key"]))
+    chosen: list[int] = []
+    rows = 0
+    for group in [*_groups_with(facts, keys), None]:
+        if chosen and (group is None or rows >= READ_ROWS):
+            table = _read(partial(read, chosen), file.uri)
+            if keys is not None:
+                table = table.filter(pc.is_in(table["user_key"], value_set=pa.array(keys.tolist())))
+            yield table.select(columns)
+            chosen, rows = [], 0
+        if group is not None:
+            chosen.append(group)
+            rows += facts.row_group(group).num_rows
+
+
+def _groups_with(facts: pq.FileMetaData, keys: np.ndarray | None) -> list[int]:
+    """Row groups that may hold one of the keys, by their statistics."""
+    every = range(facts.num_row_groups)
+    if keys is None or not len(every):
+        return list(every)
+    names = [facts.row_group(0).column(at).path_in_schema for at in range(facts.num_columns)]
+    at = names.index("user_key")
+    spans = [facts.row_group(group).column(at).statistics for group in every]
+    return [
+        group for group, span in zip(every, spans, strict=True)
+        if span is None or not span.has_min_max or _between(keys, span.min, span.max)
+    ]  # fmt: skip
 
 
 def bucket_of_path(path: str) -> int | None:

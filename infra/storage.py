@@ -103,6 +103,16 @@ def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> 
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What a listing says of a file."""
+
+    size: int
+    """Bytes."""
+    modified: float
+    """Seconds since 1970, by the storage's clock."""
+
+
+@dataclass(frozen=True)
 class Storage:
     """A folder, local or on S3. All names given to its methods are relative to it."""
 
@@ -173,11 +183,32 @@ class Storage:
     def _info(self, name: str) -> pafs.FileInfo:
         return self.filesystem.get_file_info(self._at(name))
 
+    def folders(self, name: str = "") -> list[str]:
+        """Names of the folders right below, sorted."""
+        selector = pafs.FileSelector(self._at(name), allow_not_found=True)
+        found = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
     def list(self, name: str = "", recursive: bool = True) -> list[str]:
         """Names of the files below, sorted, relative to this folder; none when there is no such folder."""
         selector = pafs.FileSelector(self._at(name), recursive=recursive, allow_not_found=True)
         found = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
         return sorted(info.path.removeprefix(self.path + "/") for info in found if info.type == pafs.FileType.File)
+
+    def facts(self, name: str = "") -> dict[str, "FileFacts"]:
+        """Size and time of every file below, by name relative to this folder."""
+        at = self._at(name)
+
+        def look() -> dict[str, FileFacts]:
+            if self.is_s3:  # Arrow's face of s3fs has no times
+                found = self.filesystem.handler.fs.find(at, detail=True)
+                return {path: FileFacts(info["size"], info["LastModified"].timestamp()) for path, info in found.items()}
+            there = self.filesystem.get_file_info(pafs.FileSelector(at, recursive=True, allow_not_found=True))
+            files = [info for info in there if info.type == pafs.FileType.File]
+            return {info.path: FileFacts(info.size, info.mtime_ns / 1e9) for info in files}
+
+        found = retrying(look, f"list {self.full(name)}")
+        return {path.removeprefix(self.path + "/"): found[path] for path in sorted(found)}
 
     def read_bytes(self, name: str) -> bytes:
         def read() -> bytes:

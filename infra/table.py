@@ -14,7 +14,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import log
+from infra import lease, log
 from infra.errors import InputError
 from infra.rows import TableSpec, conform, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
@@ -316,12 +316,71 @@ class Table:
             group whose answer was lost within the call and is found to have landed is a commit like any other.
 
         Raises:
-            TableMoved: plan again. An append goes on over commits that only appended.
+            TableMoved: plan again. An append goes on over commits that only appended; anything over those that put the
+                same rows into other files.
+            Overtaken: somebody is alone at work on the tables of this root (`lease.alone`).
             ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
         """
         files, wanted = list(files), set(buckets)
-        self._check_files(files, mode, wanted)
+        if mode not in ("append", "replace"):
+            raise ValueError(f"table {self.spec.name}: mode {mode!r}; expected append or replace")
+        if (mode == "replace") != bool(wanted):
+            raise ValueError(
+                f"table {self.spec.name}: mode {mode!r} with buckets {sorted(wanted)}; only replace names buckets"
+            )
+        self._check_files(files, wanted if mode == "replace" else None)
         said = log.metadata_for(metadata or {}, run_id, group, complete)
+        harmless = {"append", "same rows"} if mode == "append" and not strict else {"same rows"}
+
+        def removed(delta: "DeltaTable") -> list[DataFile]:
+            return [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
+
+        return self._commit(files, removed, said, run_id, group, planned_on, harmless, data_change=True)
+
+    def rewrite(
+        self,
+        new: Iterable[DataFile],
+        old: Iterable[DataFile],
+        *,
+        below: Snapshot,
+        run_id: str,
+        group: int,
+        same_rows: bool,
+        more: Mapping[str, str] | None = None,
+    ) -> Commit:
+        """Puts files in the place of others, on a complete version, and says again what the run below had said.
+
+        Args:
+            below: the newest version, which is what the plan was made on.
+            same_rows: the new files hold the rows of the old ones: whoever has a plan goes on over this commit.
+            more: further metadata.
+
+        Raises:
+            TableMoved: somebody has committed since `below`: plan again.
+            ValueError: same_rows, but another number of rows; and as `commit`.
+        """
+        new, old = list(new), list(old)
+        rows = sum(file.rows for file in new), sum(file.rows for file in old)
+        if same_rows and rows[0] != rows[1]:
+            raise ValueError(
+                f"table {self.spec.name}: {rows[1]} rows would become {rows[0]}; a rewrite of the same rows"
+            )
+        self._check_files(new, None)
+        said = log.rewritten(below.metadata, run_id, group, more or {})
+        return self._commit(new, lambda delta: old, said, run_id, group, below.version, set(), not same_rows)
+
+    def _commit(
+        self,
+        files: list[DataFile],
+        removed: "Callable[[DeltaTable], list[DataFile]]",
+        said: dict[str, str],
+        run_id: str,
+        group: int,
+        planned_on: int,
+        harmless: set[str],
+        data_change: bool,
+    ) -> Commit:
+        """Once for each (run_id, group), on the planned version or over commits that did no more than `harmless`."""
         for attempt in range(COMMIT_TRIES):
             delta = self._load()
             last = delta.transaction_version(run_id)
@@ -330,11 +389,13 @@ class Table:
                 ours = attempt > 0 and log.added(self.storage, version) == {file.path for file in files}
                 return Commit(delta.version() if version is None else version, already=not ours)
             if delta.version() != planned_on and (
-                mode == "replace" or strict or not log.only_appends(self.storage, planned_on, delta.version())
+                not harmless or log.kinds(self.storage, planned_on, delta.version()) - harmless
             ):
                 raise TableMoved(self.spec.name, delta.version(), planned_on)
+            lease.refuse_if_not_alone(self.uri.rpartition("/")[0], run_id)
+            self._check_there(files)
             try:
-                self._commit_on(delta, files, wanted, said, run_id, group)
+                self._commit_on(delta, files, removed(delta), said, run_id, group, data_change)
                 return Commit(delta.version() + 1, already=False)  # without retries it is this version or none
             except Exception as error:
                 # Lost race or lost answer: the next turn loads the table and sees which.
@@ -348,18 +409,18 @@ class Table:
         self,
         delta: "DeltaTable",
         files: list[DataFile],
-        wanted: set[int],
+        removed: list[DataFile],
         said: dict[str, str],
         run_id: str,
         group: int,
+        change: bool = True,
     ) -> None:
         from deltalake import CommitProperties, Transaction
         from deltalake.transaction import AddAction, RemoveAction
 
         now = int(time.time() * 1000)
-        old = [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
-        gone = [RemoveAction(file.path, True, now, file.size, log.partition(file)) for file in old]
-        come = [AddAction(file.path, file.size, log.partition(file), now, True, log.stats(file)) for file in files]
+        gone = [RemoveAction(f.path, change, now, f.size, log.partition(f)) for f in removed]
+        come = [AddAction(f.path, f.size, log.partition(f), now, change, log.stats(f)) for f in files]
         delta.create_write_transaction(
             [*gone, *come],
             mode="append",  # with "overwrite" the library chooses what goes, see the head of this file
@@ -370,31 +431,30 @@ class Table:
             ),
         )
 
-    def _check_files(self, files: list[DataFile], mode: str, wanted: set[int]) -> None:
+    def _check_files(self, files: list[DataFile], replaced: set[int] | None) -> None:
         name = self.spec.name
-        if mode not in ("append", "replace"):
-            raise ValueError(f"table {name}: mode {mode!r}; expected append or replace")
-        if (mode == "replace") != bool(wanted):
-            raise ValueError(f"table {name}: mode {mode!r} with buckets {sorted(wanted)}; only replace names buckets")
         if len({file.path for file in files}) < len(files):
             raise ValueError(f"table {name}: a file is named twice in one commit")
         for file in files:
             if file.table != name:
                 raise ValueError(f"table {name}: file {file.path} was written for table {file.table}")
-            if mode == "replace" and file.bucket not in wanted:
+            if replaced is not None and file.bucket not in replaced:
                 raise ValueError(
                     f"table {name}: file {file.path} is of bucket {file.bucket}, but this commit replaces only buckets "
-                    f"{_some(sorted(wanted))}; its rows would be doubled"
+                    f"{_some(sorted(replaced))}; its rows would be doubled"
                 )
-            if not self.storage.is_s3 and not self.storage.exists(file.path):
+
+    def _check_there(self, files: list[DataFile]) -> None:
+        for file in files if not self.storage.is_s3 else ():
+            if not self.storage.exists(file.path):
                 raise ValueError(
-                    f"table {name}: {file.uri} is not on this machine's disk; workers on other machines need a "
-                    "shared disk or s3:// for tables"
+                    f"table {self.spec.name}: {file.uri} is not on this machine's disk; workers on other machines need "
+                    "a shared disk or s3:// for tables"
                 )
 
     def _version_of(self, run_id: str, group: int) -> int | None:
         for entry in log.back_from(self.storage, self.version):
-            if entry.get("run_id") == run_id and entry.get("group") == str(group):
+            if log.is_group(entry, run_id, group):
                 return int(entry["version"])
         return None
 

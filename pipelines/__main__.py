@@ -29,6 +29,12 @@ JOBS = {
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
     "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "export": Job("pipelines.export", "a table -> a folder of plain Parquet, vectors as fixed-size lists"),
+    "compact": Job("pipelines.compact", "the tables' small files of many nights -> few, sorted by user"),
+    "vacuum": Job("pipelines.vacuum", "deletes files that no version within the retention names"),
+    "erase": Job(
+        "pipelines.erase", "users gone from every table, version, run and export, proved by opening all files"
+    ),
     "base-lm": Job(
         "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
     ),

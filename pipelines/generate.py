@@ -66,7 +66,7 @@ class Config(BaseModel):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import session
+    from infra import lease, session
     from pipelines import tables
     from pplug.llm import llm_id
 
@@ -92,7 +92,8 @@ def run(config: Config) -> int:
         need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
     )
     generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
-    _generate(config, report, methods, requests, generations, histories, sources, entry, llm, encoder_decoder)
+    with lease.writing(config.tables, run_id):
+        _generate(config, report, methods, requests, generations, histories, sources, entry, llm, encoder_decoder)
     return report.finish()
 
 

@@ -84,7 +84,7 @@ class Plan:
 
 def run(config: IngestConfig) -> int:
     """Reads the source into the tables; returns the exit code."""
-    from infra import session
+    from infra import lease, session
     from infra.report import RunReport, check_run_id, new_run_id
 
     run_id = check_run_id(config.run_id or new_run_id("ingest"))
@@ -100,8 +100,9 @@ def run(config: IngestConfig) -> int:
         max_reject_fraction=config.max_reject_fraction,
         extra={"task": entry.name},
     )
-    files = _files(plan, config, run_id, survey, report)
-    _commit(plan, config, files, report)
+    with lease.writing(config.tables, run_id):
+        files = _files(plan, config, run_id, survey, report)
+        _commit(plan, config, files, report)
     return report.finish()
 
 

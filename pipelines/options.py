@@ -69,6 +69,10 @@ def read(words: list[str], config: type[BaseModel]) -> Given:
     rest = list(words)
     while rest:
         word = rest.pop(0)
+        first = getattr(config, "positional", None) if len(rest) + 1 == len(words) else None
+        if first is not None and not word.startswith("-"):
+            settings.append((first, word, first))
+            continue
         if not word.startswith("--") or word == "--":
             raise InputError(f"unexpected word {word!r}: a value follows its key, as in --key value or --set key=value")
         name, equals, inline = word[2:].partition("=")

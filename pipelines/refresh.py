@@ -1,10 +1,14 @@
 """Job `refresh`: histories (+ plug) -> embeddings, personas. The nightly job.
 
-Only texts without a vector under this encoder's identity are encoded; only buckets with a changed user get new
-personas. Embeddings are committed first, then personas, which name the embeddings version they were made from.
+Only texts without a vector under this encoder's identity are encoded; only users whose history changed get a new
+persona; a night on which nothing changed reads nothing and writes nothing. Another plug makes all personas anew from
+the vectors; another encoder fills a table of its own beside the old one, and readers switch when its personas are
+complete. Embeddings are committed first, then personas, which name the embeddings version they were made from; both
+wave by wave.
 Unit of work: a text of a user.
 """
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -39,7 +43,7 @@ class Config(BaseModel):
     gpus_per_worker: float = Field(0.0, ge=0)
     """1 on a GPU cluster."""
     wave_texts: int = Field(200_000, gt=0)
-    """Texts in one commit; at most about one wave is in memory."""
+    """Texts, or personas, in one commit: one wave. What a killed run has committed is not done again."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
     run_id: str | None = None
     """Give the id of a run that broke off to go on with it."""
@@ -49,7 +53,7 @@ class Config(BaseModel):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import session
+    from infra import lease, session
     from pipelines import tables
     from pplug.encoder import encoder_id
 
@@ -58,6 +62,8 @@ def run(config: Config) -> int:
         "refresh", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
     )
     histories_table = tables.open_table(config.tables, "histories")
+    # Looked at before the histories are: personas that another run commits from now on are newer than ours.
+    before = tables.newest(config.tables, "personas")
     histories = histories_table.snapshot(complete=True)
     report.table_read("histories", histories.version)
     entry = tables.task_entry(config.task, histories)
@@ -67,17 +73,42 @@ def run(config: Config) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder: {error}") from error
     identities = {"encoder_id": encoder, "plug_id": _check_plug(config, encoder)}
-
-    need = {"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
-    session.start(need=need)
-    buckets = histories_table.buckets
-    embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
-    rejects = tables.open_or_create(config.tables, "rejects", 1)
-    _embed(config, report, histories, embeddings, rejects, entry, encoder)
-    if report.problem() is None:
-        personas = tables.open_or_create(config.tables, "personas", buckets)
-        _personas(config, report, histories, embeddings, personas, identities)
+    made_from = _made_from(config, histories, identities)
+    with lease.writing(config.tables, run_id):
+        if not _nothing_changed(config, report, made_from, before):
+            need = {"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
+            session.start(need=need)
+            buckets = histories_table.buckets
+            embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
+            rejects = tables.open_or_create(config.tables, "rejects", 1)
+            _embed(config, report, histories, embeddings, rejects, entry, encoder)
+            if report.problem() is None:
+                personas = tables.open_or_create(config.tables, "personas", buckets)
+                _personas(config, report, histories, embeddings, personas, before, identities, made_from)
+    report.extra["tables"] = tables.costs(config.tables, ["histories", tables.embeddings_name(encoder), "personas"])
     return report.finish()
+
+
+def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str | None]) -> dict[str, str]:
+    """All that decides the personas: equal words, equal table. Stands in the commit that completes them."""
+    said = {key: value or "" for key, value in identities.items()}
+    return said | {"histories_files": histories.stamp, "history_cap": str(config.history_cap)}
+
+
+def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
+    """Whether the newest personas are complete and made from the same: then nothing is read, and Ray does not start."""
+    from pipelines import tables
+
+    said = before.metadata if before is not None else {}
+    vectors = tables.newest(config.tables, tables.embeddings_name(made_from["encoder_id"]))
+    if before is None or vectors is None or not {"complete": "true", **made_from}.items() <= said.items():
+        return False
+    report.planned = int(said["texts"])
+    for reason, n in json.loads(said["rejected"]).items():
+        report.reject(reason, n)
+    report.already_there = report.planned - report.rejected.total()
+    report.extra["personas"] = {"users": before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
+    return True
 
 
 def _check_plug(config: Config, encoder: str) -> str | None:
@@ -142,6 +173,7 @@ def _embed(
         group_rows=config.wave_texts,
         metadata={"encoder_id": encoder, "histories_version": str(histories.version)},
         planned_on=before.version,
+        complete=before.metadata.get("complete") == "true",
     )
     with report.stage("embed") as stage:
         stage.rows = sum(owed.values())
@@ -160,13 +192,15 @@ def _embed(
                 compute=ray.data.ActorPoolStrategy(size=config.workers),
             )
             files = vectors.map_batches(
-                WriteFiles(embeddings, rejects, "refresh", report.run_id, key="text_hash").__call__,
+                WriteFiles(
+                    embeddings, rejects, "refresh", report.run_id, key="text_hash", rejected=rejects.snapshot()
+                ).__call__,
                 batch_size=None,
                 batch_format="pyarrow",
             )
             commit_stream(files, committer, "texts")
-        elif before.metadata.get("complete") != "true":
-            committer.finish()  # nothing to encode, but no version says complete yet
+        else:
+            committer.finish()  # nothing to encode, but perhaps no version says complete yet
 
 
 def _personas(
@@ -175,19 +209,29 @@ def _personas(
     histories: "Snapshot",
     embeddings: "Table",
     personas: "Table",
+    before: "Snapshot | None",
     identities: dict[str, str | None],
+    made_from: dict[str, str],
 ) -> None:
-    """Rebuilds the personas of every bucket in which a user changed; one commit, as personas are small."""
+    """Replaces the buckets in which a user changed or went, wave by wave; the last commit shows them to readers."""
     import ray.data
 
     from infra.table import DataFile
     from pipelines.stages.persona import BuildPersonas
-    from pipelines.stages.write import bucket_rows, commit_first, next_group
+    from pipelines.stages.write import Replacer, bucket_rows
 
     vectors = embeddings.snapshot(complete=True)
-    before = personas.snapshot()
-    has_rows = bool(before.files)
-    todo = sorted(set(histories.by_bucket()) | set(before.by_bucket()))
+    report.table_read(embeddings.spec.name, vectors.version)
+    todo = sorted(set(histories.by_bucket()) | set(before.by_bucket() if before is not None else ()))
+    wave = Replacer(
+        table=personas,
+        report=report,
+        wave_rows=config.wave_texts,
+        metadata=made_from
+        | {"embeddings_version": str(vectors.version), "histories_version": str(histories.version)}
+        | {"texts": str(report.planned), "rejected": json.dumps(report.rejected)},
+        planned_on=before.version if before is not None else 0,
+    )
     with report.stage("personas") as stage:
         built = bucket_rows(todo).map_batches(
             BuildPersonas,
@@ -195,7 +239,7 @@ def _personas(
                 histories,
                 vectors,
                 personas,
-                before if has_rows else None,
+                before if before is not None and before.files else None,
                 config.plug,
                 identities,
                 config.history_cap,
@@ -207,28 +251,20 @@ def _personas(
             num_gpus=config.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=config.workers),
         )
-        files, replaced, counts = [], [], {"users": 0, "unchanged": 0, "items_without_vector": 0}
+        names = ("users", "changed", "gone", "items_without_vector", "users_ahead_of_clock")
+        counts = dict.fromkeys(names, 0)
         for row in built.iter_rows():
-            counts["users"] += row["users"]
-            counts["unchanged"] += max(0, row["unchanged"])
-            counts["items_without_vector"] += row["without_vector"]
-            if row["changed"]:
-                replaced.append(row["for_bucket"])
-            if row["path"] is not None:
-                files.append(DataFile.from_row(row))
-        stage.rows = counts["users"]
-        if replaced or not has_rows:
-            commit = commit_first(
-                personas,
-                files,
-                run_id=report.run_id,
-                group=next_group(personas, report.run_id),
-                mode="replace" if replaced else "append",
-                buckets=replaced,
-                planned_on=before.version,
-                metadata={key: value or "" for key, value in identities.items()}
-                | {"embeddings_version": str(vectors.version), "histories_version": str(histories.version)},
-                complete=True,
-            )
-            report.table_written("personas", commit.version)
-    report.extra["personas"] = counts | {"buckets_rewritten": len(replaced)}
+            for name in counts:
+                counts[name] += row[name]
+            if row["changed"] or row["gone"]:
+                wave.add(row["for_bucket"], DataFile.from_row(row) if row["path"] is not None else None)
+        stage.rows = counts["changed"]
+        if wave.replaced or before is None or before.metadata.get("complete") != "true":
+            wave.flush(complete=True)
+    if counts["users_ahead_of_clock"]:
+        print(
+            f"refresh: {counts['users_ahead_of_clock']} users have an item more than an hour in the future: it stays "
+            "their newest until then; see occurred_at in histories",
+            flush=True,
+        )
+    report.extra["personas"] = counts | {"buckets_rewritten": wave.replaced}

@@ -6,19 +6,29 @@ bucket by bucket, without a shuffle. Vectors of another encoder stand in a table
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
+from infra import upkeep
 from infra.errors import InputError
 from infra.snapshot import Snapshot
+from infra.storage import Storage
 from infra.table import Table, TableSpec
 from pplug import schemas, tasks
 from pplug.tasks import TaskEntry
 
+EMBEDDINGS_GROUP_ROWS = 512
+"""To be measured."""
 # Small row groups where one user's rows are fetched alone; `user_key` statistics prune the rest.
 _SPECS = [
     TableSpec("histories", schemas.HISTORIES, schemas.SCHEMA_VERSION, sort=("user_key", "position")),
     TableSpec("requests", schemas.REQUESTS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id")),
     TableSpec(
-        "embeddings", schemas.EMBEDDINGS, schemas.SCHEMA_VERSION, sort=("user_key", "text_hash"), vectors=("vector",)
+        "embeddings",
+        schemas.EMBEDDINGS,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key", "text_hash"),
+        vectors=("vector",),
+        row_group_rows=EMBEDDINGS_GROUP_ROWS,
     ),
     TableSpec(
         "personas",
@@ -68,6 +78,38 @@ def open_table(tables: str, name: str) -> Table:
 def open_or_create(tables: str, name: str, buckets: int) -> Table:
     """A table to write to; made when it is not there yet."""
     return Table.open_or_create(location(tables, name), spec_of(name), buckets)
+
+
+def newest(tables: str, name: str) -> Snapshot | None:
+    """The newest version of a table, complete or not; None where there is no such table."""
+    uri = location(tables, name)
+    return Table.open(uri, spec_of(name)).snapshot() if Table.exists(uri) else None
+
+
+def names(tables: str) -> list[str]:
+    """The tables that a population has."""
+    known = Storage(tables).folders()
+    return [name for name in known if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
+
+
+def chosen(tables: str, wanted: Iterable[str] | None) -> list[str]:
+    """The tables asked for, or all of the population.
+
+    Raises:
+        InputError: there is no table, or not the one named.
+    """
+    there = names(tables)
+    unknown = [name for name in wanted or () if name not in there]
+    if unknown or not there:
+        what = f"table {unknown[0]}" if unknown else "table"
+        raise InputError(f"{tables}: there is no {what} here; it has {', '.join(there) or 'none'}")
+    return there if wanted is None else list(wanted)
+
+
+def costs(tables: str, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """What each of these tables costs: `upkeep.cost`."""
+    found = (name for name in names if Table.exists(location(tables, name)))
+    return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in found}
 
 
 def embeddings_name(encoder_id: str) -> str:

@@ -143,11 +143,18 @@ class TextEncoder:
         Raises:
             ValueError: the encoder gave a value that is not finite.
         """
+        out, finite = self.encode_each(texts)
+        if not finite.all():
+            raise ValueError(f"{self.config.model}: the encoder gave values that are not finite; use dtype=float32")
+        return out
+
+    def encode_each(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, but a text whose vector is not finite spoils no other: (n, D) float32, and (n,) bool finite."""
         import torch
 
         out = np.empty((len(texts), self.dim), np.float32)
         if not len(texts):
-            return out
+            return out, np.ones(0, bool)
         ids = self.tokenize([self.config.text_prefix + text for text in texts])
         lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
         with torch.inference_mode():
@@ -156,9 +163,7 @@ class TextEncoder:
                 tokens, mask = tokens.to(self.device), mask.to(self.device)
                 hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
                 out[rows] = pool(hidden, mask, self.pooling).cpu().numpy()
-        if not np.isfinite(out).all():
-            raise ValueError(f"{self.config.model}: the encoder gave values that are not finite; use dtype=float32")
-        return out
+        return out, np.asarray(np.isfinite(out).all(axis=1))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]:

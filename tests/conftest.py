@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.ray_head"]
+pytest_plugins = ["tests.ray_head", "tests.s3_server"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
 

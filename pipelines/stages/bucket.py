@@ -1,10 +1,12 @@
 """One bucket's histories, ordered, each item beside its vector: what personas and prompts are made from.
 
-Reads only the bucket's own files and, of the vectors, only the rows that live items point to.
+Reads only the bucket's own files and, of the vectors, only the row groups of the users asked for and the rows that
+their items point to: a user with a million items costs no more than the newest of them that count.
 Shapes: U users, T items of all users (ragged), V vectors, D encoder width.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class Histories:
     starts: np.ndarray
     text_hash: pa.Array
     occurred_at: list[np.ndarray | None]
-    last_item_at: list[Any]
+    last_item_at: pa.Array
     position: np.ndarray
     fields: pa.Array | None
     vector_row: np.ndarray
@@ -54,6 +56,20 @@ class Histories:
         kept = history.newest(count, cap)
         return np.arange(start + kept.start, start + kept.stop)
 
+    def with_vectors(self, embeddings: Snapshot, bucket: int, rows: np.ndarray | None = None) -> "Histories":
+        """The same users, the items in `rows` (all when None) beside their vectors."""
+        wanted = np.arange(len(self.text_hash)) if rows is None else rows
+        owner = np.searchsorted(self.starts, wanted, side="right") - 1
+        keys = pa.array(self.user_keys, pa.string())
+        pairs = pair_keys(
+            pa.table({"user_key": keys.take(pa.array(owner)), "text_hash": self.text_hash.take(pa.array(wanted))})
+        )
+        users = None if rows is None else np.unique(np.asarray(self.user_keys)[owner]).tolist()
+        found, vectors = _vectors_of(embeddings, bucket, pairs, users)
+        vector_row = np.full(len(self.text_hash), -1, np.int64)
+        vector_row[wanted] = found
+        return dataclasses.replace(self, vector_row=vector_row, vectors=vectors)
+
     def with_vector(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows whose item has a vector, as rows of `vectors`."""
         found = self.vector_row[rows]
@@ -67,29 +83,22 @@ def read_bucket(
     columns = ["user_key", "user_id", "position", "occurred_at", "text_hash"] + ["fields"] * with_fields
     items = histories.read(columns, buckets=[bucket]).combine_chunks()
     items = items.take(_ordered(items))
-    user_keys, starts = _runs(items["user_key"].to_pylist())
-    occurred_at, last_item_at = [], []
-    times = items["occurred_at"]
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        own = times.slice(start, end - start)
-        occurred_at.append(history.times_us(own))
-        last_item_at.append(pc.max(own).as_py())
-    if embeddings is None:
-        vector_row, vectors = np.full(items.num_rows, -1, np.int64), np.zeros((0, 0), np.float32)
-    else:
-        vector_row, vectors = _join_vectors(items, embeddings, bucket)
-    return Histories(
-        user_ids=items["user_id"].take(pa.array(starts[:-1])).to_pylist(),
-        user_keys=user_keys,
+    starts = _starts(items["user_key"])
+    occurred_at, last_item_at = _times(items["occurred_at"], starts)
+    first = pa.array(starts[:-1])
+    found = Histories(
+        user_ids=items["user_id"].take(first).to_pylist(),
+        user_keys=items["user_key"].take(first).to_pylist(),
         starts=starts,
         text_hash=_flat(items["text_hash"]),
         occurred_at=occurred_at,
         last_item_at=last_item_at,
         position=items["position"].to_numpy(),
         fields=_flat(items["fields"]) if with_fields else None,
-        vector_row=vector_row,
-        vectors=vectors,
+        vector_row=np.full(items.num_rows, -1, np.int64),
+        vectors=np.zeros((0, 0), np.float32),
     )
+    return found if embeddings is None else found.with_vectors(embeddings, bucket)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -105,20 +114,49 @@ def _ordered(items: pa.Table) -> pa.Array:
     return pc.sort_indices(ordered, sort_keys=[(name, "ascending") for name in ordered.column_names])
 
 
-def _runs(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Distinct neighbours and where each run starts, plus the end."""
-    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
-    return [values[i] for i in starts], np.array([*starts, len(values)], np.int64)
+def _starts(keys: pa.ChunkedArray) -> np.ndarray:
+    """Where each run of equal neighbours starts, plus the end: (U+1,) int64."""
+    codes = pc.dictionary_encode(_flat(keys)).indices.to_numpy()
+    changes = np.flatnonzero(codes[1:] != codes[:-1]) + 1
+    return np.r_[np.zeros(min(1, len(codes)), np.int64), changes, len(codes)].astype(np.int64)
 
 
-def _join_vectors(items: pa.Table, embeddings: Snapshot, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    found = embeddings.read(["user_key", "text_hash", "vector"], buckets=[bucket])
-    wanted = pair_keys(items)
-    rows = pc.index_in(wanted, value_set=pair_keys(found)) if found.num_rows else pa.nulls(len(wanted), pa.int32())
-    vector_row = pc.fill_null(rows, -1).to_numpy().astype(np.int64)
-    used, vector_row_used = np.unique(vector_row[vector_row >= 0], return_inverse=True)
-    vector_row[vector_row >= 0] = vector_row_used
-    return vector_row, matrix(found["vector"].take(pa.array(used)))
+def _times(times: pa.ChunkedArray, starts: np.ndarray) -> tuple[list[np.ndarray | None], pa.Array]:
+    """Per user the items' times, None where one has none (history.times_us, for all at once); and the latest."""
+    kind = times.type
+    known = pc.is_valid(times).to_numpy(zero_copy_only=False)
+    lowest = np.iinfo(np.int64).min
+    us = pc.fill_null(_flat(times).cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()), lowest).to_numpy()
+    if len(starts) < 2:
+        return [], pa.nulls(0, kind)
+    timed = np.logical_and.reduceat(known, starts[:-1])
+    latest = np.maximum.reduceat(us, starts[:-1])
+    cuts = zip(starts[:-1], starts[1:], timed, strict=True)
+    own = [us[start:end] if all_known else None for start, end, all_known in cuts]
+    return own, pa.array(latest, mask=latest == lowest).cast(pa.timestamp("us", tz="UTC"))
+
+
+def _vectors_of(
+    embeddings: Snapshot, bucket: int, wanted: pa.Array, users: list[str] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each wanted pair its row in the vectors (-1: none), and the vectors (V, D), read some row groups at a time."""
+    place: np.ndarray = np.full(len(wanted), -1, np.int64)
+    distinct = pc.dictionary_encode(wanted)
+    row_of = np.full(len(distinct.dictionary), -1, np.int64)
+    parts, count = [], 0
+    for table in embeddings.of_users(["user_key", "text_hash", "vector"], bucket, users):
+        at = pc.index_in(pair_keys(table), value_set=distinct.dictionary)
+        hit = np.flatnonzero(pc.is_valid(at).to_numpy(zero_copy_only=False))
+        if len(hit):
+            row_of[at.take(pa.array(hit)).to_numpy()] = count + np.arange(len(hit))
+            parts.append(matrix(table["vector"].take(pa.array(hit))))
+            count += len(hit)
+    if len(wanted):
+        place = row_of[distinct.indices.to_numpy()]
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise _uneven(sorted(widths))
+    return place, np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
 def pair_keys(rows: pa.Table) -> pa.Array:
@@ -137,8 +175,12 @@ def matrix(vectors: pa.ChunkedArray | pa.Array) -> np.ndarray:
         return np.zeros((0, 0), np.float32)
     widths = pc.unique(pc.list_value_length(vectors)).to_pylist()
     if len(widths) != 1:
-        raise ValueError(f"vectors of one table have different widths: {sorted(widths)}; refresh it anew")
+        raise _uneven(sorted(widths))
     return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), widths[0])
+
+
+def _uneven(widths: list[int]) -> ValueError:
+    return ValueError(f"vectors of one table have different widths: {widths}; refresh it anew")
 
 
 def list_f32(rows: np.ndarray) -> pa.Array:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import decode_fields, list_f32, pair_keys
+from pipelines.stages.resolve import encode
 from pipelines.stages.write import DETAIL, REASON
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.history import item_text
@@ -20,14 +21,14 @@ BLOCK_TEXTS = 20_000
 """Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
 
 
-def owed_rows(histories: Snapshot, embeddings: Snapshot, bucket: int, columns: list[str]) -> pa.Table:
-    """Rows of histories whose (user, text_hash) has no vector, one row a pair."""
+def owed_rows(histories: Snapshot, embeddings: Snapshot, bucket: int, columns: list[str]) -> tuple[pa.Table, int]:
+    """Rows of histories whose (user, text_hash) has no vector, one row a pair; and how many pairs there are in all."""
     items = histories.read(list(dict.fromkeys(["user_key", "text_hash", *columns])), buckets=[bucket])
     keys = pair_keys(items)
     have = pair_keys(embeddings.read(["user_key", "text_hash"], buckets=[bucket]))
-    _, first = np.unique(keys.to_numpy(zero_copy_only=False), return_index=True)
-    rows = pa.array(np.sort(first))
-    return items.take(rows.filter(pc.invert(pc.is_in(keys.take(rows), value_set=have))))
+    new = np.flatnonzero(pc.invert(pc.is_in(keys, value_set=have)).to_numpy(zero_copy_only=False))
+    _, first = np.unique(encode(keys.take(pa.array(new))), return_index=True)
+    return items.take(pa.array(new[np.sort(first)])), pc.count_distinct(keys).as_py()
 
 
 class CountOwed:
@@ -38,10 +39,8 @@ class CountOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            items = self.histories.read(["user_key", "text_hash"], buckets=[bucket])
-            live = pc.count_distinct(pair_keys(items)).as_py()
-            owed = owed_rows(self.histories, self.embeddings, bucket, []).num_rows
-            yield pa.table({"bucket": [bucket], "owed": [owed], "there": [live - owed]})
+            owed, live = owed_rows(self.histories, self.embeddings, bucket, [])
+            yield pa.table({"bucket": [bucket], "owed": [owed.num_rows], "there": [live - owed.num_rows]})
 
 
 class ReadOwed:
@@ -56,7 +55,7 @@ class ReadOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            rows = owed_rows(self.histories, self.embeddings, bucket, ["fields"])
+            rows, _ = owed_rows(self.histories, self.embeddings, bucket, ["fields"])
             for start in range(0, rows.num_rows, BLOCK_TEXTS):
                 yield self._texts(rows.slice(start, BLOCK_TEXTS), bucket)
 
@@ -89,7 +88,8 @@ class EmbedTexts:
     """Stage: one vector a text, one actor a GPU (or one for a CPU node); equal texts of a block are encoded once.
 
     in:  as ReadOwed gives
-    out: bucket, user_key, text_hash, encoder_id, vector list<float32>[D], L2-normalised; reject columns as they came
+    out: bucket, user_key, text_hash, encoder_id, vector list<float32>[D], L2-normalised; reject columns as they came,
+         and a reason for a text whose vector is not finite
     """
 
     def __init__(self, config: EncoderConfig, encoder_id: str, threads: int) -> None:
@@ -100,11 +100,14 @@ class EmbedTexts:
         self.encoder_id = encoder_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        texts = batch["text"].combine_chunks().dictionary_encode()
-        vectors = self.encoder.encode(texts.dictionary.to_pylist())
         good = pc.is_null(batch[REASON]).to_numpy(zero_copy_only=False)
-        rows = vectors[texts.indices.to_numpy()]
-        rows[~good] = 0.0
+        texts = batch["text"].filter(pa.array(good)).combine_chunks().dictionary_encode()
+        vectors, finite = self.encoder.encode_each(texts.dictionary.to_pylist())
+        rows = np.zeros((batch.num_rows, vectors.shape[1]), np.float32)
+        rows[good] = vectors[texts.indices.to_numpy()]
+        broken = np.zeros(batch.num_rows, bool)
+        broken[good] = ~finite[texts.indices.to_numpy()]
+        rows[broken] = 0.0
         return pa.table(
             {
                 "bucket": batch["bucket"],
@@ -112,7 +115,7 @@ class EmbedTexts:
                 "text_hash": batch["text_hash"],
                 "encoder_id": pa.repeat(self.encoder_id, batch.num_rows),
                 "vector": list_f32(rows),
-                REASON: batch[REASON],
-                DETAIL: batch[DETAIL],
+                REASON: pc.if_else(pa.array(broken), "not_finite", batch[REASON]),
+                DETAIL: pc.if_else(pa.array(broken), "the encoder gave a value that is not finite", batch[DETAIL]),
             }
         )

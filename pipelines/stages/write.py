@@ -6,7 +6,7 @@ owes; complete buckets are committed in groups, keyed by (run_id, group).
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from infra.errors import Overtaken
 from infra.report import RunReport, progress
+from infra.snapshot import Snapshot
 from infra.table import Commit, DataFile, Table, TableMoved
 
 if TYPE_CHECKING:
@@ -29,8 +30,18 @@ class WriteFiles:
     out: one row a file: DataFile.to_row()
     """
 
-    def __init__(self, table: Table, rejects: Table | None, job: str, run_id: str, key: str | None = None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        rejects: Table | None,
+        job: str,
+        run_id: str,
+        key: str | None = None,
+        rejected: Snapshot | None = None,
+    ) -> None:
         self.table, self.rejects, self.job, self.run_id, self.key = table, rejects, job, run_id, key
+        self.rejected = rejected
+        """What stands in `rejects` already: a job that meets the same row every night writes it once."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         files: list[DataFile] = []
@@ -50,20 +61,35 @@ class WriteFiles:
         files = []
         for bucket in pc.unique(bad["bucket"]).to_pylist():
             rows = bad.filter(pc.equal(bad["bucket"], bucket))
-            data = pa.table(
-                {
-                    "job": pa.repeat(self.job, rows.num_rows),
-                    "run_id": pa.repeat(self.run_id, rows.num_rows),
-                    "key": rows[self.key].cast(pa.string()),
-                    "reason": rows[REASON],
-                    "detail": rows[DETAIL],
-                }
-            )
             reasons = Counter(rows[REASON].to_pylist())
-            # the bucket travels with the file's metadata only: it tells which bucket's count these rejects pay
-            for file in self.rejects.write(data, self.run_id):
-                files.append(DataFile(**{**vars(file), "bucket": bucket, "reasons": dict(reasons)}))
+            data = self._not_yet(
+                pa.table(
+                    {
+                        "job": pa.repeat(self.job, rows.num_rows),
+                        "run_id": pa.repeat(self.run_id, rows.num_rows),
+                        "key": rows[self.key].cast(pa.string()),
+                        "reason": rows[REASON],
+                        "detail": rows[DETAIL],
+                    }
+                )
+            )
+            # The bucket travels with the metadata only: it tells which bucket's count these rejects pay. Those that
+            # stand in the table already pay too, as a row of metadata without a file.
+            paid = self.rejects.write(data, self.run_id)
+            if data.num_rows < rows.num_rows:
+                paid.append(DataFile(self.rejects.spec.name, "", 0, rows.num_rows - data.num_rows, None, "", ""))
+            files += [replace(file, bucket=bucket, reasons={}) for file in paid]
+            files[-1] = replace(files[-1], reasons=dict(reasons))
         return files
+
+    def _not_yet(self, data: pa.Table) -> pa.Table:
+        """Those that do not stand in `rejects`, from this run or an earlier one."""
+        if self.rejected is None or not self.rejected.files:
+            return data
+        mine = (pc.field("job") == self.job) & pc.field("key").isin(data["key"])
+        known = self.rejected.read(["key", "reason"], filter=mine)
+        both = [pc.binary_join_element_wise(rows["key"], rows["reason"], "\n") for rows in (data, known)]
+        return data.filter(pc.invert(pc.is_in(both[0], value_set=both[1])))
 
 
 def files_table(files: list[DataFile]) -> pa.Table:
@@ -129,6 +155,8 @@ class Committer:
     planned_on: int
     strict: bool = True
     """Whether another run's appends undo the plan; not where each run has rows of its own."""
+    complete: bool = False
+    """Whether the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
     _got: Counter[int] = field(default_factory=Counter)
     _files: dict[int, list[DataFile]] = field(default_factory=dict)
     _ready: list[DataFile] = field(default_factory=list)
@@ -152,9 +180,10 @@ class Committer:
         """Commits what is ready; `complete` marks the version that readers take."""
         bad = [file for file in self._ready if file.table == "rejects"]
         good = [file for file in self._ready if file.table != "rejects"]
-        if bad and self.rejects is not None:
+        new = [replace(file, bucket=None) for file in bad if file.path]
+        if new and self.rejects is not None:
             version = self.rejects.commit(
-                [DataFile(**{**vars(file), "bucket": None}) for file in bad],
+                new,
                 run_id=self.report.run_id,
                 group=self._reject_group,
                 mode="append",
@@ -163,10 +192,10 @@ class Committer:
             ).version
             self._reject_group += 1
             self.report.table_written("rejects", version)
-            for file in bad:
-                for reason, n in file.reasons.items():
-                    self.report.reject(reason, n)
-        if good or complete:
+        for file in bad:
+            for reason, n in file.reasons.items():
+                self.report.reject(reason, n)
+        if good or (complete and not self.complete):
             commit = commit_first(
                 self.table,
                 good,
@@ -179,14 +208,59 @@ class Committer:
                 strict=self.strict,
             )
             self._group += 1
-            self.planned_on = commit.version
+            self.planned_on, self.complete = commit.version, complete
             self.report.table_written(self.table.spec.name, commit.version)
             self.report.written += sum(file.rows for file in good)
         self._ready = []
 
     def finish(self) -> None:
         """Commits the rest. Complete only when every bucket has paid what it owes."""
-        self.flush(complete=not self._files and sum(self._got.values()) == sum(self.owed.values()))
+        paid = not self._files and sum(self._got.values()) == sum(self.owed.values())
+        if self._ready or not self.complete:
+            self.flush(complete=paid)
+
+
+@dataclass
+class Replacer:
+    """Driver side: collects whole buckets made anew, replaces them wave by wave; readers see the last commit only."""
+
+    table: Table
+    report: RunReport
+    wave_rows: int
+    metadata: dict[str, str]
+    planned_on: int
+    replaced: int = 0
+    """Buckets so far."""
+    _files: list[DataFile] = field(default_factory=list)
+    _buckets: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._group = next_group(self.table, self.report.run_id)
+
+    def add(self, bucket: int, file: DataFile | None) -> None:
+        """Takes a bucket's new file, or that nothing is left of it."""
+        self._buckets.append(bucket)
+        self._files += [file] if file is not None else []
+        self.replaced += 1
+        if sum(file.rows for file in self._files) >= self.wave_rows:
+            self.flush()
+
+    def flush(self, complete: bool = False) -> None:
+        """Commits what has come; `complete` marks the version that readers take."""
+        commit = commit_first(
+            self.table,
+            self._files,
+            run_id=self.report.run_id,
+            group=self._group,
+            mode="replace" if self._buckets else "append",
+            buckets=self._buckets,
+            planned_on=self.planned_on,
+            metadata=self.metadata,
+            complete=complete,
+            strict=True,
+        )
+        self._group, self.planned_on, self._files, self._buckets = self._group + 1, commit.version, [], []
+        self.report.table_written(self.table.spec.name, commit.version)
 
 
 def commit_stream(

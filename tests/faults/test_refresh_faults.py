@@ -1,18 +1,23 @@
 """A refresh that is killed, and two at once: the tables end as if nothing had happened, readers never see a half."""
 
+import random
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
 from infra.errors import Overtaken
+from infra.storage import Storage
 from pipelines import refresh, tables
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
 BUCKETS = 8
+WORK_S = 12.0
+"""About as long as the refresh of `population` takes from its first worker on."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,8 @@ class Reader:
 
 def contents(place):
     """Vectors and personas, by key, each key once."""
-    embeddings = small.rows(place, small.names(place, "embeddings"))
+    (name,) = [name for name in tables.names(place) if name.startswith("embeddings")]
+    embeddings = small.rows(place, name)
     vectors = {(row["user_key"], row["text_hash"]): row["vector"] for row in embeddings}
     assert len(vectors) == len(embeddings)
     personas = small.rows(place, "personas")
@@ -141,6 +147,61 @@ def test_of_two_refreshes_at_once_nothing_is_doubled_and_the_slower_says_so(popu
     assert population.run(refresh, "slow", **own.values) == 0  # what its message asks for
     assert population.report("slow")["written"] == 0
     assert_as_undisturbed(own.place, undisturbed)
+
+
+def disturb(job, rng):
+    """SIGKILL of a worker and then of the driver, each at some moment between the start of the work and its end."""
+    job.wait_until(lambda: [p for p in job.below() if "ray::" in " ".join(p.cmdline()[:1])], "a worker at work")
+    time.sleep(rng.uniform(0, WORK_S / 2))
+    workers = [process for process in job.below() if "ray::" in " ".join(process.cmdline()[:1])]
+    if workers:
+        rng.choice(workers).kill()
+    time.sleep(rng.uniform(0, WORK_S / 2))
+    job.kill_driver()  # perhaps it had ended
+
+
+def seen_only_complete(reader, population, undisturbed):
+    """What readers saw is the evening's state or the morning's, never anything between."""
+    for table, seen in reader.seen.items():
+        assert set(seen.values()) <= {len(small.rows(place, table)) for place in (population.tables, undisturbed)}
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 3 else []) for seed in range(20)]
+)
+def test_a_worker_and_then_the_driver_killed_at_any_moment_cost_nothing(population, undisturbed, tmp_path, seed):
+    own, run_id, name = night(population, tmp_path), f"random-{seed}", small.names(undisturbed, "embeddings")
+    with Reader(own.place, [name, "personas"]) as reader:
+        with Job(population.words(refresh, run_id, **own.values), tmp_path / "log") as job:
+            disturb(job, random.Random(seed))
+        assert population.run(refresh, run_id, **own.values) == 0
+    assert_as_undisturbed(own.place, undisturbed)
+    seen_only_complete(reader, population, undisturbed)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
+def test_the_same_on_s3_that_refuses_is_slow_and_cuts_answers(population, undisturbed, tmp_path, s3_server, s3, seed):
+    name, rng = small.names(undisturbed, "embeddings"), random.Random(100 + seed)
+    evening = Storage(population.tables)
+    for path in evening.list():
+        Storage(s3).write_bytes(path, evening.read_bytes(path))
+    values = population.common | {"tables": s3, "wave_texts": 1}
+    words = population.words(refresh, f"s3-{seed}", **values)
+
+    def fault(environ):
+        kinds = ("503", "slow", "cut") if environ["REQUEST_METHOD"] == "GET" else ("503", "slow")
+        return rng.choice(kinds) if rng.random() < 0.03 else None
+
+    s3_server.fault = fault
+    with Reader(s3, [name, "personas"]) as reader:
+        with Job(words, tmp_path / "log-1") as job:
+            disturb(job, rng)
+        with Job(words, tmp_path / "log-2") as job:
+            assert job.wait(400) == 0, job.output[-4000:]
+    assert s3_server.failed > 10
+    s3_server.fault = lambda environ: None
+    assert_as_undisturbed(s3, undisturbed)
+    seen_only_complete(reader, population, undisturbed)
 
 
 def committer(table, run_id, owed, strict):

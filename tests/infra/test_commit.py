@@ -28,7 +28,7 @@ def test_the_library_alone_would_have_doubled_them(table, rows):
     files = table.write(rows(bucket=1), "run")
     said = {"run_id": "run", "group": "0", "complete": "false"}
     for _ in range(2):  # the same (app_id, version), each from a fresh handle: why commit() looks first
-        table._commit_on(table._load(), files, set(), said, "run", 0)
+        table._commit_on(table._load(), files, [], said, "run", 0)
     assert table.version == 2 and table._load().transaction_version("run") == 0
 
 
@@ -55,12 +55,12 @@ def test_a_replacement_is_refused_when_the_version_moved(table, rows):
 
 def test_a_stale_replacement_does_not_keep_both_writers_files(table, rows):
     append(table, table.write(rows(bucket=1), "one"), run="one")
-    stale = table._load()
+    stale, old = table._load(), table.snapshot().files
     append(table, table.write(rows(bucket=1, n=1), "two"), run="two", planned_on=1)
     from deltalake.exceptions import CommitFailedError
 
     with pytest.raises(CommitFailedError):  # the window between loading and committing
-        table._commit_on(stale, table.write(rows(bucket=1, n=2), "three"), {1}, {}, "three", 0)
+        table._commit_on(stale, table.write(rows(bucket=1, n=2), "three"), old, {}, "three", 0)
     with pytest.raises(TableMoved):
         replace(table, table.write(rows(bucket=1, n=2), "three"), [1], run="three", planned_on=1)
     assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]

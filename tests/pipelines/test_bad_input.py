@@ -96,7 +96,7 @@ def test_rejects_name_the_text_by_its_hash_and_the_reason(refreshed):
     rows = [row for row in refreshed.made.rows("rejects") if row["job"] == "refresh"]
     bad = {history.text_hash(row["fields"]) for row in ITEMS if not row["fields"].get("text", "").strip()}
     assert {row["key"] for row in rows} == bad and all(row["run_id"] == "night" for row in rows)
-    assert len(rows) == 2 * 3  # the rerun tried them again
+    assert len(rows) == 3  # the rerun tried them again, and found them there
     by_key = {row["key"]: row for row in rows}
     lacks = by_key[history.text_hash({"mood": "bad"})]
     assert lacks["reason"] == "missing_field" and "text" in lacks["detail"]
@@ -131,6 +131,40 @@ def test_a_prompt_longer_than_the_context_is_one_row_with_an_error(refreshed):
                 assert row["persona"] == ("none" if request in ("cy", "new") else "mean")
     report = json.loads((refreshed.folder / "generate" / "report.json").read_text())
     assert report["failed"] == 2 and report["planned"] == report["written"] == len(rows)
+
+
+def test_an_item_of_10_mb_a_clock_in_the_future_and_an_encoder_that_gives_nan(tmp_path, ray_session):
+    """Each is named or handled, and everybody else comes through."""
+    from safetensors.torch import load_file, save_file
+
+    made = Population(tmp_path)
+    items = {"big": "the cat " * (10 * 2**20 // 8), "ahead": "a dog", "nan": "the crime", "plain": "music"}
+    rows = [{"user_id": user, "item_id": "1", "occurred_at": "2190-01-01" if user == "ahead" else "2020-01-01",
+             "fields": {"mood": "good", "text": text}} for user, text in items.items()]  # fmt: skip
+    rows.append(rows[2] | {"item_id": "2", "fields": {"mood": "good", "text": "the tree"}})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = made.task(NOTES | {"item": "{text}"})
+    assert made.ingest(source=str(tmp_path / "items.jsonl"), task=task) == 0
+    folder = tiny_bert(tmp_path / "encoder")
+    encoder = EncoderConfig(model=str(folder), dtype="float32", max_tokens=64)
+    weights = load_file(folder / "model.safetensors")
+    word = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["crime"]
+    weights["embeddings.word_embeddings.weight"][word] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    values = {"tables": made.tables, "encoder": encoder, "run_dir": str(tmp_path / "run"), "max_reject_fraction": 0.5}
+    assert refresh.run(refresh.Config(**values)) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["planned"], report["written"], report["rejected"]) == (5, 4, {"not_finite": 1})
+    assert report["personas"]["users_ahead_of_clock"] == 1 and report["personas"]["items_without_vector"] == 1
+    personas = {row["user_id"]: row for row in made.rows("personas")}
+    assert set(personas) == set(items) and np.isfinite([row["mean_vector"] for row in personas.values()]).all()
+    (vector,) = [row["vector"] for row in small.rows(made.tables, small.names(made.tables, "embeddings"))
+                 if row["text_hash"] == history.text_hash({"mood": "good", "text": "the tree"})]  # fmt: skip
+    np.testing.assert_allclose(personas["nan"]["mean_vector"], vector, atol=1e-3)  # of the item that has one
+    (reject,) = [row for row in made.rows("rejects") if row["job"] == "refresh"]
+    assert reject["key"] == history.text_hash({"mood": "good", "text": "the crime"})
+    assert refresh.run(refresh.Config(**values)) == 0  # nothing changed: not even the broken one is tried again
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["stages"] == {}
 
 
 def test_an_encoder_decoder_is_refused_by_vllm_before_anything_starts(tmp_path):

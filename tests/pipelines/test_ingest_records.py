@@ -196,6 +196,69 @@ def test_parquet_of_any_types_and_a_damaged_file_among_them(population, tmp_path
         "c.parquet row 1": "bad_utf8", "d.parquet": "unreadable_file", "e.parquet": "unreadable_file"}  # fmt: skip
 
 
+def test_files_of_a_folder_whose_columns_differ_and_copies_across_files(population, tmp_path):
+    """A column missing in one file, added in another, of another type in a third; an item id in two files."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ids = {"user_id": ["u", "v"], "item_id": ["1", "2"], "mood": ["good", "bad"]}
+    files = {
+        "a": ids | {"text": ["first", "other"]},
+        "b": {"user_id": ["w"], "item_id": ["3"], "mood": ["good"]},  # no text
+        "c": ids | {"text": ["second", "other"], "stars": [4, 5], "seen": [True, False]},  # more columns, same ids
+        "d": {"user_id": [7], "item_id": [8], "mood": ["good"], "text": [1.5]},  # numbers
+        "e": {"user_id": ["x"], "item_id": ["9"], "mood": ["good"], "text": [["a", "list"]]},
+    }
+    for name, columns in files.items():
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    assert population.ingest(source=str(folder), task=population.task(NOTES), max_reject_fraction=0.7) == 0
+    assert texts(population) == {"u": ["second"], "v": ["other"], "7": ["1.5"]}
+    assert population.items()["u"][0]["fields"] == {"mood": "good", "text": "second", "stars": "4"}
+    found = {row["key"]: row["reason"] for row in population.rows("rejects")}
+    assert found == {
+        "a.parquet row 0": "duplicate_item_id", "a.parquet row 1": "duplicate_item_id",  # c says more of both
+        "b.parquet row 0": "missing_field", "e.parquet row 0": "wrong_type"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_user_with_a_million_items_comes_through_in_bounded_memory(population, tmp_path):
+    """Through ingest, and then to a persona of the newest 512 without holding the vectors of all."""
+    import resource
+
+    from pipelines.stages.bucket import list_f32
+    from pipelines.stages.persona import BuildPersonas
+
+    count = 1_000_000
+    numbers = pa.array(np.arange(count)).cast(pa.string())
+    source = pa.table({
+        "user_id": pa.repeat("heavy", count), "item_id": numbers, "mood": pa.repeat("good", count), "text": numbers,
+    })  # fmt: skip
+    pq.write_table(source, tmp_path / "items.parquet")
+    assert population.ingest(source=str(tmp_path / "items.parquet"), task=population.task(NOTES), buckets=2) == 0
+    assert population.report["peak_memory_bytes"]["worker"] < 4 * 2**30
+    histories = tables.open_table(population.tables, "histories").snapshot(complete=True)
+    rows = histories.read(["user_key", "text_hash", "position"])
+    assert rows.num_rows == count
+    table = tables.open_or_create(population.tables, "embeddings-e", 2)
+    vectors = np.zeros((count, 64), np.float32)
+    vectors[np.arange(count), rows["position"].to_numpy() % 64] = 1.0
+    data = rows.select(["user_key", "text_hash"])
+    data = data.append_column("bucket", pa.repeat(pa.scalar(shards.bucket_of("heavy", 2), pa.int32()), count))
+    data = data.append_column("encoder_id", pa.repeat("e", count)).append_column("vector", list_f32(vectors))
+    table.commit(table.write(data, "night"), run_id="night", group=0, mode="append", planned_on=0)
+    del data, vectors
+    personas = tables.open_or_create(population.tables, "personas", 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = pa.total_allocated_bytes()
+    stage = BuildPersonas(histories, table.snapshot(), personas, None, None, {"encoder_id": "e", "plug_id": None},
+                          512, "night", 1)  # fmt: skip
+    (out,) = stage(pa.table({"bucket": [shards.bucket_of("heavy", 2)]}))
+    assert pa.total_allocated_bytes() - held < 64 * 2**20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 800 * 1024  # all vectors alone: 256 MB more
+    (file,) = [row for row in out.to_pylist() if row["path"]]
+    got = pq.read_table(f"{file['root']}/{file['path']}", partitioning=None).to_pylist()[0]
+    assert got["n_items"] == count and np.allclose(got["mean_vector"], 512 / 64 / 512)
+
+
 def test_derived_requests_are_the_newest_by_time_and_never_see_themselves(population):
     rows = [note("timed", str(i), at=f"2024-01-{day:02d}", mood=mood) for i, (day, mood) in
             enumerate([(5, "good"), (1, "bad"), (5, "bad"), (9, "good"), (3, "good")])]  # fmt: skip

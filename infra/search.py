@@ -1,0 +1,219 @@
+"""Looks for values in files as they are read, not as they lie: Parquet, JSON, logs, checkpoints, packed files, arrays.
+
+A byte scan of compressed Parquet finds neither an id nor a text that is in it: every file is opened and decoded, and
+what cannot be decoded is searched as bytes and named. Nothing found is ever shown: only where, and how often.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.storage import Storage, retrying
+
+LEAST_INSIDE = 6
+"""Characters from which a value is looked for inside other texts too: shorter ones stand in many by chance."""
+ID_COLUMNS = ("user_id", "owner_id")
+_TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
+_BINARY_BYTES = 2**20
+"""Of a binary value what is read as text: all names and notes of a safetensors file stand at its beginning."""
+_PARQUET_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Needles:
+    """What is looked for. `values` anywhere; `ids` in columns of ids only, for they are words that others use too."""
+
+    values: frozenset[str]
+    ids: frozenset[str] = frozenset()
+    digests: frozenset[str] = field(default=frozenset())
+    """`digest` of values that are not known in words any more, from an earlier try."""
+
+    @cached_property
+    def column(self) -> pa.Array:
+        return pa.array(sorted(self.values), pa.large_string())
+
+    @cached_property
+    def id_column(self) -> pa.Array:
+        return pa.array(sorted(self.values | self.ids), pa.large_string())
+
+    def hits(self, values: pa.Array, name: str = "") -> int:
+        """How many of a column's values are looked for."""
+        values = values.cast(pa.large_string())
+        wanted = self.id_column if name in ID_COLUMNS else self.column
+        found = pc.sum(pc.is_in(values, value_set=wanted)).as_py() or 0
+        if self.digests:
+            found += sum(digest(value) in self.digests for value in pc.unique(values).drop_null().to_pylist())
+        return found
+
+    def is_one(self, value: str) -> bool:
+        """Whether a value is looked for, in words or by its digest."""
+        return value in self.values or bool(self.digests) and digest(value) in self.digests
+
+    def inside(self, text: str) -> int:
+        """How many are in a text, whole or as a part between other words."""
+        return sum(
+            1 for value in self.values
+            if len(value) >= LEAST_INSIDE and value in text and re.search(_bounded(value), text)
+        )  # fmt: skip
+
+
+def digest(value: str) -> str:
+    """What a record keeps of a value instead of the value."""
+    return blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16, person=b"pplug erase").hexdigest()
+
+
+def _bounded(value: str) -> str:
+    """The value, not as a part of a longer word: user-1 is not in user-10."""
+    before = r"(?<![\w-])" if re.match(r"[\w-]", value) else ""
+    return before + re.escape(value) + (r"(?![\w-])" if re.search(r"[\w-]$", value) else "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search of one file has found."""
+
+    hits: int
+    decoded: bool
+    """False: of a kind that is not known, or damaged; searched as bytes."""
+
+
+def search(storage: Storage, name: str, needles: Needles) -> Found:
+    """Opens, decodes and searches one file, its name included."""
+    named = needles.inside(unquote(name)) + sum(part in needles.values for part in unquote(name).split("/"))
+    plain = name.removesuffix(".gz")
+    try:
+        if plain.endswith(".parquet"):
+            hits = sum(needles.hits(values, column) + _in_log(name, values, needles)
+                       for column, values in _parquet(storage, name))  # fmt: skip
+            return Found(named + hits, True)
+        raw = storage.read_bytes(name)
+        if name.endswith(".gz"):
+            raw = gzip.decompress(raw)
+        if plain.endswith(".npy"):
+            return Found(named + _in_array(raw, needles), True)
+        if plain.endswith(_TEXT) or "/_" in f"/{plain}":  # _SUCCESS, _last_checkpoint
+            of_log = "_delta_log/" in f"/{name}"
+            return Found(named + _in_text(raw.decode("utf-8"), needles, of_log), True)
+    except FileNotFoundError:  # deleted since it was listed
+        return Found(0, True)
+    except (pa.ArrowException, OSError, EOFError, ValueError):
+        raw = storage.read_bytes(name)
+    return Found(named + _in_bytes(raw, needles), False)
+
+
+def _parquet(storage: Storage, name: str) -> Iterator[tuple[str, pa.Array]]:
+    """Column by column and row group by row group, all strings of a file; footer metadata too."""
+    with retrying(lambda: storage.open_input(name), f"open {storage.full(name)}") as source:
+        file = pq.ParquetFile(source)
+        said = [text.decode("utf-8", "replace") for pair in (file.metadata.metadata or {}).items() for text in pair]
+        yield "", pa.array([text for text in said if not text.startswith("/////")], pa.large_string())  # Arrow's schema
+        columns = [field.name for field in file.schema_arrow if has_text(field.type)]
+        if columns:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for column in columns:
+                    for values in leaves(batch[column]):
+                        yield column, values
+
+
+def has_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return has_text(kind.value_type)
+    if kind.num_fields:
+        return any(has_text(kind.field(at).type) for at in range(kind.num_fields))
+    return any(is_kind(kind) for is_kind in _STRINGS + _BINARIES)
+
+
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+
+
+def leaves(values: pa.Array) -> Iterator[pa.Array]:
+    """All strings inside an array, whatever it is made of: maps, lists, structs, dictionaries; bytes as far as text."""
+    kind = values.type
+    if isinstance(values, pa.ExtensionArray):
+        yield from leaves(values.storage)
+    elif pa.types.is_dictionary(kind):
+        yield from leaves(values.dictionary_decode())
+    elif pa.types.is_map(kind):
+        yield from leaves(values.keys)
+        yield from leaves(values.items)
+    elif pa.types.is_struct(kind):
+        for at in range(kind.num_fields):
+            yield from leaves(values.field(at))
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from leaves(values.flatten())
+    elif any(is_kind(kind) for is_kind in _STRINGS):
+        yield values
+    elif any(is_kind(kind) for is_kind in _BINARIES):
+        texts = [None if raw is None else raw[:_BINARY_BYTES].decode("utf-8", "replace") for raw in values.to_pylist()]
+        yield pa.array(texts, pa.large_string())
+
+
+def _in_log(name: str, values: pa.Array, needles: Needles) -> int:
+    """Statistics of a checkpoint are JSON inside of strings."""
+    if "_delta_log/" not in f"/{name}":
+        return 0
+    return sum(_in_text(text, needles, True) for text in pc.unique(values).drop_null().to_pylist() if "{" in text)
+
+
+def _in_text(text: str, needles: Needles, of_log: bool = False) -> int:
+    """A JSON document, JSON lines, or any text: its strings as whole values, and all of it as running text."""
+    said = [value for part in _documents(text) for value in strings(part)]
+    # "7" may be a user and is the number of a commit's group: in a log, short ones count under the name of an id only
+    values = [value for value in said if len(value) >= LEAST_INSIDE] if of_log else said
+    whole = needles.hits(pa.array(values, pa.large_string())) if values else 0
+    after = zip(said, said[1:], strict=False)  # a key stands right before its value
+    ids = sum(1 for name, value in after if name in ID_COLUMNS and value in needles.ids)
+    return whole + ids + needles.inside("\n".join([text, *said]))
+
+
+def _documents(text: str) -> Iterator[Any]:
+    try:
+        yield json.loads(text)
+        return
+    except (ValueError, RecursionError):
+        pass
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            yield line.strip()
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All keys and strings of a JSON value; what looks like JSON inside of a string is opened too."""
+    if isinstance(value, str):
+        yield value
+        if value[:1] in ("{", "["):
+            try:
+                yield from strings(json.loads(value))
+            except (ValueError, RecursionError):
+                pass
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            yield name
+            yield from strings(str(below) if name in ID_COLUMNS and isinstance(below, int) else below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from strings(below)
+
+
+def _in_array(raw: bytes, needles: Needles) -> int:
+    found = np.load(io.BytesIO(raw), allow_pickle=False)
+    return needles.hits(pa.array(found.astype(str).ravel().tolist())) if found.dtype.kind in "US" else 0
+
+
+def _in_bytes(raw: bytes, needles: Needles) -> int:
+    return sum(value.encode("utf-8", "surrogatepass") in raw for value in needles.values if len(value) >= LEAST_INSIDE)

@@ -1,0 +1,313 @@
+"""Job `erase`: some users are gone from every table, old version, run folder and export; the proof opens what is left.
+
+Route: ids -> all the users' own values, from all files that lie there -> run folders and exports without them -> each
+table's files without their rows -> old files, versions and log entries away -> every file left opened and searched.
+Nobody else may write meanwhile; readers of older versions are stopped. Interrupted, the same command ends the work.
+The record (report.json) holds counts and hashes. Unit of work: a user.
+"""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from infra.search import Needles
+    from infra.storage import Storage
+    from infra.table import Table
+    from pipelines.stages.erase import Someone
+
+PENDING = "pending.json"
+"""Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
+DUTIES = (
+    "older versions of S3 objects, where the bucket keeps them",
+    "what Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders (/dev/shm)",
+    "the sources that ingest has read: another ingest would bring the users back",
+    "copies outside the folders named here, and the job's own command line where the id stood in it",
+    "plugs trained on the users' data (named in this record): weights cannot be erased, train anew where that matters",
+)
+
+
+class Config(BaseModel):
+    """Whom to erase, and where."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    user_id: str | None = None
+    """One user; a command line may be logged, so that a file of users is the quieter way."""
+    users: str | None = None
+    """File with a user id a line."""
+    folders: tuple[str, ...] = ("runs",)
+    """Run folders and exports: all below them is rewritten without the users, and searched."""
+    run_id: str | None = None
+    """Give the id of an erase that broke off, to end it."""
+    run_dir: str | None = None
+    """Default: runs/<run_id>."""
+
+    @model_validator(mode="after")
+    def _somebody_is_named(self) -> Self:
+        if (self.user_id is None) == (self.users is None):
+            raise ValueError("name one user by user_id, or a file of them by users")
+        return self
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease, session
+    from infra.storage import Storage
+
+    given = _ids(config)
+    run_id = config.run_id or new_run_id("erase")
+    shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
+    report = RunReport("erase", run_id, shown, config.run_dir or f"runs/{run_id}")
+    folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
+    session.start()
+    with lease.alone(config.tables, run_id):
+        _erase(config, report, given, folders)
+    return report.finish()
+
+
+def _ids(config: Config) -> frozenset[str]:
+    if config.user_id is not None:
+        return frozenset({config.user_id})
+    assert config.users is not None, "the config has seen to it"
+    try:
+        with open(config.users, encoding="utf-8", newline="") as file:
+            found = frozenset(line.rstrip("\r\n") for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"users={config.users}: cannot be read ({error}); expected a user id a line") from error
+    if not found:
+        raise InputError(f"users={config.users}: no user in it; expected a user id a line")
+    return found
+
+
+def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> None:
+    from infra.search import Needles, digest
+    from infra.storage import Storage
+    from pipelines import tables
+    from pipelines.stages.erase import Scrub
+
+    names = tables.chosen(config.tables, None)
+    names.sort(key=lambda name: name == "requests")  # last: a rerun finds by them which histories are whose
+    found = {name: tables.open_table(config.tables, name) for name in names}
+    run_dir = Storage(report.run_dir)
+    pending = json.loads(run_dir.read_bytes(PENDING)) if run_dir.exists(PENDING) else []
+    with report.stage("look") as stage:
+        someone = _someone(found, given)
+        values, requests, known = _own_values(found, someone)
+        shared = _shared(found, someone, values | someone.ids)
+        stage.rows = len(values)
+    needles = Needles(
+        values=frozenset((values | someone.ids | someone.keys) - shared),
+        ids=someone.ids,
+        digests=frozenset(pending),
+    )
+    pending = sorted({*pending, *map(digest, needles.values)})
+    run_dir.write_bytes(PENDING, json.dumps(pending).encode())
+
+    record: dict[str, Any] = {"users": sorted(map(digest, given)), "values_looked_for": len(pending)}
+    record["values_that_others_have"] = len(shared)
+    record["trained_on_their_data"] = _trained(config.tables, folders)
+    with report.stage("folders") as stage:
+        files = [(folder.uri, name) for folder in folders for name in folder.list() if not name.endswith(PENDING)]
+        what = [row["what"] for row in _over(files, Scrub(needles, requests))]
+        record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
+        stage.rows = len(files)
+    with report.stage("tables") as stage:
+        record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in found.items()}
+        stage.rows = sum(record["rows_dropped"].values())
+    with report.stage("proof") as stage:
+        survivors, opaque, stage.rows = prove(config.tables, folders, needles)
+    record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": list(DUTIES)}
+    report.extra["erasure"] = record
+    report.planned = len(given)
+    gone = min(len(known), len(given))
+    report.written, report.already_there = gone, len(given) - gone
+    report.failed = len(survivors)
+    if survivors:
+        print(
+            f"erase: {len(survivors)} files still hold something of the users, the first is {survivors[0]}; they are "
+            "of a kind that is not rewritten: remove them, then run this again",
+            flush=True,
+        )
+    else:
+        run_dir.delete(PENDING)
+
+
+def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any]]":
+    """What a stage gives for each file."""
+    import ray.data
+
+    if files:
+        rows = [{"root": root, "name": name} for root, name in files]
+        source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
+        yield from source.map_batches(stage.__call__, batch_size=16, batch_format="pyarrow").iter_rows()
+
+
+def _there(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
+    """All data files in a table's folder, of whatever version; of some buckets only."""
+    from infra.snapshot import bucket_of_path
+
+    names = [name for name in table.storage.list() if name.endswith(".parquet") and "_delta_log/" not in name]
+    return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
+
+
+def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "Someone":
+    """The users, and the histories that are theirs where ingest keeps one history a question."""
+    import pyarrow.compute as pc
+
+    from infra.shards import user_key
+    from infra.snapshot import read_file
+    from pipelines.stages.erase import Someone
+
+    ids = set(given)
+    if "requests" in found:
+        of_theirs = pc.field("owner_id").isin(sorted(given))
+        for uri in _there(found["requests"]):
+            ids |= set(_or_nothing(lambda uri=uri: read_file(uri, ["user_id"], of_theirs)["user_id"].to_pylist()))
+    return Someone(frozenset(ids), frozenset(map(user_key, ids)))
+
+
+def _or_nothing(read: Any) -> "Iterable[str]":
+    try:
+        return read()
+    except ValueError:  # damaged, as a killed write leaves it
+        return ()
+
+
+def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:
+    """The users' own words and hashes, their request ids, and the keys of those of whom anything was there."""
+    from pipelines.stages.erase import OwnValues
+
+    uris = []
+    for table in found.values():
+        if table.spec.bucketed:
+            uris += _there(table, {int(key[:16], 16) % table.buckets for key in someone.keys})
+    kinds: dict[str, set[str]] = {"text": set(), "request": set(), "user": set()}
+    for kind, value in _said(uris, OwnValues(someone)):
+        if value.strip():
+            kinds[kind].add(value)
+    return kinds["text"], frozenset(kinds["request"]), kinds["user"]
+
+
+def _shared(found: "dict[str, Table]", someone: "Someone", values: set[str]) -> set[str]:
+    """Those of the values that others have too, or that the tables' own words (labels, field names) hold."""
+    from infra.search import strings
+    from pipelines.stages.erase import OthersValues
+
+    snapshots = [table.snapshot() for table in found.values()]
+    words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
+    uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
+    return (values & words) | {value for _, value in _said(uris, OthersValues(someone, frozenset(values)))}
+
+
+def _said(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
+    """Kind and value of each row that a stage gives for some files."""
+    import ray.data
+
+    if not uris:
+        return
+    source = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=min(len(uris), 256))
+    for batch in source.map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):
+        yield from zip(batch["kind"].to_pylist(), batch["value"].to_pylist(), strict=True)
+
+
+def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needles") -> int:
+    """Takes the users' rows out of a table, then all that is older than that; returns the number of rows.
+
+    A run that has not ended on the table loses what it had committed: a rerun makes it anew. Its version could not be
+    shown to readers, and the complete one before it holds the users.
+    """
+    import ray.data
+
+    from infra import upkeep
+    from infra.table import TableMoved
+    from pipelines.stages.compact import files_of
+    from pipelines.stages.erase import DropRows
+    from pipelines.stages.write import next_group
+
+    newest = table.snapshot()
+    try:
+        shown = table.snapshot(complete=True)
+    except InputError:
+        shown = dataclasses.replace(newest, files=[])  # no run has ended here yet
+    paths = {file.path for file in newest.files}
+    old, new, dropped = [], [], 0
+    mine = {int(key[:16], 16) % table.buckets for key in someone.keys} if table.spec.bucketed else None
+    touched = [file for file in shown.files if mine is None or file.bucket in mine]
+    if touched:
+        rows = [{"file": json.dumps(file.to_row())} for file in touched]
+        source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
+        stage = DropRows(table, someone, needles, report.run_id)
+        for row in source.map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_rows():
+            old += files_of(row["old"])
+            new += files_of(row["new"])
+            dropped += row["dropped"]
+    without = {file.path for file in old}
+    stays = [file for file in shown.files if file.path not in without]
+    back = [file for file in stays if file.path not in paths]
+    keep = {file.path for file in stays}
+    gone = [file for file in newest.files if file.path not in keep]
+    group = next_group(table, report.run_id)
+    try:
+        if gone or back or new:
+            below = dataclasses.replace(newest, metadata=shown.metadata)
+            table.rewrite([*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False)
+            group += 1
+        report.table_written(table.spec.name, upkeep.forget(table, report.run_id, group))
+    except TableMoved as error:
+        raise InputError(f"{error}. Somebody writes here without a lease: end that, then run this again") from error
+    return dropped
+
+
+def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
+    """Trainings on these tables, by their reports: what they learned cannot be taken out of the weights."""
+    from infra.storage import Storage
+
+    found = []
+    for folder in folders:
+        for name in folder.list():
+            if not name.endswith("report.json"):
+                continue
+            try:
+                said = json.loads(folder.read_bytes(name))
+                same = Storage(said["config"]["tables"]).uri == Storage(place).uri
+            except (ValueError, KeyError, TypeError, InputError):
+                continue
+            if same and said.get("job") in ("train", "adapt"):
+                names = ("job", "run_id", "plug", "plug_id", "adapter_id", "tables_read")
+                found.append({name: said[name] for name in names if name in said})
+    return found
+
+
+def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[list[str], list[str], int]:
+    """Opens and decodes every file of the tables and folders, orphans and logs included, and searches it.
+
+    Returns:
+        Files in which something is left, files that could be searched as bytes only, and the number of all.
+    """
+    from infra.search import digest
+    from infra.storage import Storage
+    from pipelines.stages.erase import SearchFiles
+
+    roots = {folder.uri: folder for folder in [Storage(place), *folders]}
+    files = [(root, name) for root, folder in roots.items() for name in folder.list() if not name.endswith(PENDING)]
+    survivors, opaque = [], []
+    for row in _over(files, SearchFiles(needles)):
+        named = needles.inside(row["name"])  # then the name must not be shown
+        place_of = f"{row['root']}/" + (f"(a name with digest {digest(row['name'])})" if named else row["name"])
+        if row["hits"]:
+            survivors.append(place_of)
+        elif not row["decoded"]:
+            opaque.append(place_of)
+    return sorted(survivors), sorted(opaque), len(files)

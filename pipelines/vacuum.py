@@ -1,0 +1,48 @@
+"""Job `vacuum`: deletes files that no version within the retention names; what readers and running jobs need stays.
+
+The newest complete version and all younger than the retention stay readable, and files that a killed run has left go
+when they are older than it. Unit of work: a file that the newest version does not name.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.report import RunReport, new_run_id
+
+
+class Config(BaseModel):
+    """Which tables, and what stays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    names: tuple[str, ...] | None = None
+    """Tables to vacuum; all when not given."""
+    retention_hours: float = Field(168.0, ge=1)
+    """Versions and files younger than this stay: more than the longest job and the oldest reader take."""
+    run_id: str | None = None
+    """Name of this run; a new one when not given."""
+    run_dir: str | None = None
+    """Default: runs/<run_id>."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease, upkeep
+    from pipelines import tables
+
+    run_id = config.run_id or new_run_id("vacuum")
+    report = RunReport("vacuum", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    names = tables.chosen(config.tables, config.names)
+    report.extra["deleted_bytes"] = 0
+    with lease.writing(config.tables, run_id):
+        for name in names:
+            with report.stage(f"vacuum {name}") as stage:
+                done = upkeep.vacuum(tables.open_table(config.tables, name), config.retention_hours)
+                stage.rows = done.deleted
+            report.planned += done.deleted + done.kept
+            report.written += done.deleted
+            report.already_there += done.kept
+            report.extra["deleted_bytes"] += done.deleted_bytes
+    report.extra["tables"] = tables.costs(config.tables, names)
+    return report.finish()

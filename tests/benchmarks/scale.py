@@ -1,0 +1,243 @@
+"""The tables' own work at scale: a full build, then a night with some users changed; `make bench-scale`.
+
+    python -m tests.benchmarks.scale --users 1000000 --folder /big/disk [--persona 1024] [--changed 0.01]
+
+The encoder is a stand-in that hashes words into 384 values, so that what is measured is planning, reading, writing and
+committing; the rest is the job `refresh` as it is. Writes scale.json into the folder and prints it.
+"""
+
+import argparse
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra import shards
+from infra.snapshot import DataFile, _groups_with
+from pipelines import refresh, tables
+from pipelines.stages.bucket import list_f32
+from pipelines.stages.write import DETAIL, REASON, bucket_rows, files_table
+from pplug import history
+
+DIM, WORDS = 384, 20_000
+TASK = {
+    "name": "scale",
+    "item": "{text}",
+    "item_without_label": "{text}",
+    "metric": "text",
+    "max_output_tokens": 8,
+}
+
+
+class HashTexts:
+    """In the place of EmbedTexts, same columns: each word adds one to the value that its hash names."""
+
+    def __init__(self, config: object, encoder_id: str, threads: int) -> None:
+        self.encoder_id = encoder_id
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        words = pc.utf8_split_whitespace(batch["text"].combine_chunks())
+        coded = words.flatten().dictionary_encode()
+        place = np.array([crc32(word.encode()) % DIM for word in coded.dictionary.to_pylist()])
+        row = np.repeat(np.arange(len(batch)), pc.list_value_length(words).to_numpy())
+        counts = np.bincount(row * DIM + place[coded.indices.to_numpy()], minlength=len(batch) * DIM)
+        vectors = counts.reshape(len(batch), DIM).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return pa.table(
+            {
+                "bucket": batch["bucket"],
+                "user_key": batch["user_key"],
+                "text_hash": batch["text_hash"],
+                "encoder_id": pa.repeat(self.encoder_id, len(batch)),
+                "vector": list_f32(vectors),
+                REASON: batch[REASON],
+                DETAIL: batch[DETAIL],
+            }
+        )
+
+
+class WriteHistories:
+    """in: bucket. out: the file of its users' items; `first` and `count` say which items of each user."""
+
+    def __init__(self, table, of_bucket: dict[int, np.ndarray], first: int, count: int, words: int, run: str) -> None:
+        self.table, self.of_bucket, self.first, self.count = table, of_bucket, first, count
+        self.words, self.run = words, run
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            users = self.of_bucket[bucket]
+            n, rng = len(users) * self.count, np.random.default_rng([bucket, self.first])
+            vocabulary = np.array([f"word{i}" for i in range(WORDS)])
+            texts = [" ".join(row) for row in vocabulary[rng.integers(0, WORDS, (n, self.words))]]
+            ids = pa.array([f"user-{user}" for user in users])
+            _, keys = shards.shard_columns(ids, self.table.buckets)
+            owner = pa.array(np.repeat(np.arange(len(users)), self.count))
+            position = np.tile(np.arange(self.first, self.first + self.count), len(users))
+            data = pa.table(
+                {
+                    "bucket": pa.repeat(pa.scalar(bucket, pa.int32()), n),
+                    "user_key": keys.take(owner),
+                    "user_id": ids.take(owner),
+                    "item_id": pa.array(position).cast(pa.string()),
+                    "position": position,
+                    "occurred_at": pa.nulls(n, pa.timestamp("us", tz="UTC")),
+                    "fields": pa.array([[("text", text)] for text in texts], pa.map_(pa.string(), pa.string())),
+                    "text_hash": [history.text_hash({"text": text}) for text in texts],
+                }
+            )
+            yield files_table(self.table.write(data, self.run))
+
+
+def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: int, words: int, run: str) -> None:
+    """Commits some users' items to histories."""
+    table = tables.open_or_create(place, "histories", buckets)
+    ids, of_bucket = pa.array([f"user-{user}" for user in users]), {}
+    lies_in = shards.shard_columns(ids, buckets)[0].to_numpy()
+    for bucket in np.unique(lies_in).tolist():
+        of_bucket[bucket] = users[lies_in == bucket]
+    stage = WriteHistories(table, of_bucket, first, count, words, run)
+    made = bucket_rows(sorted(of_bucket)).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+    files = [DataFile.from_row(row) for row in made.iter_rows()]
+    table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=True,
+                 metadata={"task_entry": json.dumps(TASK)})  # fmt: skip
+
+
+class Memory(threading.Thread):
+    """The greatest private memory of the driver and of any one worker, looked at twice a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.driver = self.worker = 0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self.ended.wait(0.5):
+            self.driver = max(self.driver, _private(me))
+            for process in me.children(recursive=True):
+                try:
+                    if process.name().startswith("ray::"):
+                        self.worker = max(self.worker, _private(process))
+                except psutil.Error:
+                    continue
+
+
+def _private(process: psutil.Process) -> int:
+    info = process.memory_info()
+    return info.rss - info.shared
+
+
+def refreshed(place: str, run: str, plug: str | None, folder: Path) -> dict:
+    """One refresh and what it cost."""
+    memory = Memory()
+    memory.start()
+    start = time.monotonic()
+    config = refresh.Config(tables=place, run_id=run, run_dir=str(folder / "runs" / run), plug=plug, workers=2)
+    code = refresh.run(config)
+    seconds = time.monotonic() - start
+    memory.ended.set()
+    report = json.loads((folder / "runs" / run / "report.json").read_text())
+    assert code == 0, report["problem"]
+    return {
+        "seconds": round(seconds, 1),
+        "encoded": report["written"],
+        "stages": {name: stage["seconds"] for name, stage in report["stages"].items()},
+        "personas": report["personas"],
+        "driver_mb": memory.driver >> 20,
+        "worker_mb": memory.worker >> 20,
+    }
+
+
+def reading(place: str, users: int, changed: np.ndarray) -> dict:
+    """What reading some users' vectors touches."""
+    (name,) = [name for name in tables.names(place) if name.startswith("embeddings")]
+    snapshot = tables.open_table(place, name).snapshot(complete=True)
+    keys = np.array(sorted(shards.user_key(f"user-{user}") for user in changed))
+    import pyarrow.parquet as pq
+
+    touched = groups = of = 0
+    for file in snapshot.files:
+        facts = pq.read_metadata(file.uri)
+        chosen = _groups_with(facts, keys)
+        of, groups = of + facts.num_row_groups, groups + len(chosen)
+        touched += sum(
+            facts.row_group(g).column(c).total_compressed_size for g in chosen for c in range(facts.num_columns)
+        )
+    wanted = {shards.bucket_of(f"user-{user}", len(snapshot.by_bucket())) for user in changed}
+    start = time.monotonic()
+    rows = 0
+    for bucket in sorted(wanted):
+        rows += sum(len(part) for part in snapshot.of_users(["user_key", "text_hash", "vector"], bucket, keys.tolist()))
+    return {
+        "random_users": len(changed) / users,
+        "bytes_touched": round(touched / snapshot.bytes, 4),
+        "row_groups_touched": round(groups / of, 4),
+        "seconds": round(time.monotonic() - start, 2),
+        "rows": rows,
+        "bytes_per_value": round(snapshot.bytes / (snapshot.rows * DIM), 3),
+        "table_bytes": snapshot.bytes,
+    }
+
+
+def make_plug(place: str, folder: Path, width: int) -> str | None:
+    """An untrained plug: what it says does not matter here, only its size."""
+    if not width:
+        return None
+    from pplug.encoder import EncoderConfig, encoder_id
+    from pplug.plug import PersonaPlug, PlugConfig
+
+    config = PlugConfig(
+        encoder_dim=DIM, llm_dim=width, aggregation="mean", encoder_id=encoder_id(EncoderConfig(), "{text}")
+    )
+    PersonaPlug(config).save_pretrained(folder / "plug")
+    return str(folder / "plug")
+
+
+def main(words: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--items", type=int, default=20)
+    parser.add_argument("--words", type=int, default=60)
+    parser.add_argument("--changed", type=float, default=0.01, help="share of the users with a new item in the night")
+    parser.add_argument("--persona", type=int, default=0, help="P*H of a plug; 0: without one")
+    parser.add_argument("--buckets", type=int, default=0, help="0: about 128 MB of vectors a bucket")
+    parser.add_argument("--folder", type=Path, required=True, help="new folder; needs 1 KB a user and item")
+    given = parser.parse_args(words)
+
+    from infra import session
+    from pipelines.stages import embed
+
+    embed.EmbedTexts = HashTexts
+    session.start(cpus=4, object_store_bytes=512 * 2**20)
+    place, vectors = str(given.folder / "tables"), given.users * given.items * DIM * 1.8
+    buckets = given.buckets or max(4, 1 << int(np.ceil(np.log2(max(1, vectors / (128 * 2**20))))))
+    start = time.monotonic()
+    add_items(place, buckets, np.arange(given.users), 0, given.items, given.words, "histories")
+    found = {"users": given.users, "items": given.items, "words": given.words, "buckets": buckets,
+             "persona": given.persona, "histories_seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+    plug = make_plug(place, given.folder, given.persona)
+    found["full"] = refreshed(place, "full", plug, given.folder)
+    found["unchanged"] = refreshed(place, "unchanged", plug, given.folder)
+    changed = np.random.default_rng(1).choice(given.users, max(1, int(given.users * given.changed)), replace=False)
+    found["reading"] = reading(place, given.users, changed)
+    add_items(place, buckets, np.sort(changed), given.items, 1, given.words, "night")
+    found["night"] = refreshed(place, "night", plug, given.folder)
+    assert found["night"]["encoded"] == len(changed) == found["night"]["personas"]["changed"]
+    found["night_share"] = round(found["night"]["seconds"] / found["full"]["seconds"], 4)
+    found["full_us_per_user"] = round(found["full"]["seconds"] / given.users * 1e6, 1)
+    (given.folder / "scale.json").write_text(json.dumps(found, indent=2))
+    print(json.dumps(found, indent=2), flush=True)
+    shutil.rmtree(place)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Writers beside each other, one that must be alone, and holders that were killed; on a local disk and on S3."""
+
+import json
+import time
+
+import pytest
+
+from infra import lease
+from infra.errors import Overtaken
+from infra.storage import Storage
+from infra.table import Table
+
+
+def held(place) -> list[str]:
+    return Storage(place).list(lease.FOLDER)
+
+
+def test_writers_work_beside_each_other_and_leave_nothing(place):
+    with lease.writing(place, "one"), lease.writing(place, "two"):
+        assert len(held(place)) == 2
+    assert held(place) == []
+
+
+def test_who_must_be_alone_waits_for_writers_and_writers_for_him(place):
+    with lease.writing(place, "night"):
+        with pytest.raises(Overtaken, match=r"run night is at work here \(writing; .* run it again with run_id=erase"):
+            with lease.alone(place, "erase"):
+                pytest.fail("both are at work")
+        assert len(held(place)) == 1  # the refused one has taken its own back
+    with lease.alone(place, "erase"):
+        for other in (lease.writing, lease.alone):
+            with pytest.raises(Overtaken, match=r"run erase is at work here \(alone"):
+                with other(place, "night"):
+                    pytest.fail("both are at work")
+        with lease.alone(place, "erase"):  # its own rerun
+            pass
+    with lease.writing(place, "night"):
+        pass
+
+
+def test_a_killed_holders_lease_runs_out(place, monkeypatch):
+    monkeypatch.setattr(lease, "LASTS_S", 0.5)
+    Storage(place).write_bytes(
+        f"{lease.FOLDER}/writing-killed.json",
+        json.dumps({"owner": "killed", "kind": "writing", "until": time.time() + 0.5}).encode(),
+    )
+    with pytest.raises(Overtaken, match="run killed is at work"):
+        with lease.alone(place, "erase"):
+            pass
+    time.sleep(0.6)
+    with lease.alone(place, "erase"):
+        pass
+
+
+def test_a_living_holder_renews_its_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LASTS_S", 0.5)
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    with lease.writing(str(tmp_path), "long"):
+        time.sleep(1.0)
+        with pytest.raises(Overtaken):
+            with lease.alone(str(tmp_path), "erase"):
+                pass
+
+
+def test_nobody_commits_while_somebody_is_alone_but_he_himself(place, spec, rows):
+    table = Table.create(f"{place}/things", spec, 4)
+    files = table.write(rows(bucket=1), "night")
+    with lease.alone(place, "erase"):
+        with pytest.raises(Overtaken, match="run erase is at work"):
+            table.commit(files, run_id="night", group=0, mode="append", planned_on=0)
+        own = table.commit(table.write(rows(bucket=2), "erase"), run_id="erase", group=0, mode="append", planned_on=0)
+    assert own.version == 1
+    table.commit(files, run_id="night", group=0, mode="append", planned_on=0)
+    assert table.snapshot().rows == 4
+
+
+@pytest.mark.parametrize("owner", ["../../up", "a/b", "ü" * 100])
+def test_any_owners_lease_stays_in_the_folder(tmp_path, owner):
+    with lease.writing(str(tmp_path / "root"), owner):
+        assert len(held(str(tmp_path / "root"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
