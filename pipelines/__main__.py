@@ -25,10 +25,12 @@ JOBS = {
     "ingest": Job("pipelines.ingest", "a LaMP folder, JSONL or Parquet -> histories, requests"),
     "refresh": Job("pipelines.refresh", "histories (and a plug) -> embeddings, personas"),
     "train": Job("pipelines.train", "histories, embeddings, requests with targets -> a plug"),
+    "adapt": Job("pipelines.adapt", "histories -> one adapter a user, many at once; or the base they stand on"),
     "generate": Job(
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
     "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "export": Job("pipelines.export", "one user's adapter -> a PEFT folder"),
     "base-lm": Job(
         "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
     ),

@@ -227,7 +227,6 @@ class _Pass:
         self.ids = torch.from_numpy(np.concatenate([block.ids for block in self.blocks])[None]).to(device)
         self.position = torch.from_numpy(np.concatenate([block.position for block in self.blocks])[None]).to(device)
         self.label_at = torch.from_numpy(np.concatenate(label_at)).to(device)
-        self.attended = 0
 
 
 def _attention(
@@ -246,7 +245,6 @@ def _attention(
     assert stack is not None, "the trainer hands the pass through the model's keyword arguments"
     if softcap is not None or (sliding_window and sliding_window < max(block.longest for block in stack.blocks)):
         raise ValueError("stacked training knows plain causal attention: this base caps its scores or has a window")
-    stack.attended += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     split = zip(*(x[0].transpose(0, 1).split(stack.sizes) for x in (query, key, value)), strict=True)
     out = [block.attend(q, k, v, scale) for block, (q, k, v) in zip(stack.blocks, split, strict=True)]
@@ -266,6 +264,8 @@ class StackedTrainer:
         self.device = next(model.parameters()).device
         self._pass: _Pass | None = None
         model.set_attn_implementation(_ATTENTION)
+        if model.config._attn_implementation != _ATTENTION:  # transformers only warns
+            raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")
         for place, module in enumerate(self.modules.values()):
             module.register_forward_hook(partial(self._add, place))
         self._adapter_bytes = 20 * sum(
@@ -338,10 +338,6 @@ class StackedTrainer:
             ).logits[0]
         finally:
             self._pass = None
-        if not stack.attended:
-            raise ValueError(
-                f"{type(self.model).__name__} computes attention in a way of its own: it cannot be stacked"
-            )
         per_user = logits.split([len(block.labels) for block in stack.blocks])
         return [
             F.cross_entropy(part.float(), block.labels, ignore_index=IGNORED, reduction="sum")
@@ -351,7 +347,10 @@ class StackedTrainer:
     def _run(self, users: list[_User]) -> None:
         stack = _Pass(users, self.device)
         losses = self._losses(stack)
-        total = sum((loss / part.step_labels for loss, part in zip(losses, stack.parts, strict=True)), torch.zeros(()))
+        total = sum(
+            (loss / part.step_labels for loss, part in zip(losses, stack.parts, strict=True)),
+            torch.zeros((), device=self.device),
+        )
         total.backward()
         for user, part, loss in zip(users, stack.parts, losses, strict=True):
             user.advance(part, loss)
