@@ -20,7 +20,12 @@ def user_key(user_id: str) -> str:
 
 def bucket_of(user_id: str, buckets: int) -> int:
     """The partition of a user in a table of `buckets` buckets."""
-    return int(user_key(user_id)[:16], 16) % buckets
+    return bucket_of_key(user_key(user_id), buckets)
+
+
+def bucket_of_key(key: str, buckets: int) -> int:
+    """The partition of the user whom a user_key stands for."""
+    return int(key[:16], 16) % buckets
 
 
 def shard_columns(user_ids: pa.Array | pa.ChunkedArray, buckets: int) -> tuple[pa.Array, pa.Array]:

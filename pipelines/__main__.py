@@ -25,11 +25,12 @@ JOBS = {
     "ingest": Job("pipelines.ingest", "a LaMP folder, JSONL or Parquet -> histories, requests"),
     "refresh": Job("pipelines.refresh", "histories (and a plug) -> embeddings, personas"),
     "train": Job("pipelines.train", "histories, embeddings, requests with targets -> a plug"),
+    "adapt": Job("pipelines.adapt", "histories -> one adapter a user, many at once; or the base they stand on"),
     "generate": Job(
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
     "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
-    "export": Job("pipelines.export", "a table -> a folder of plain Parquet, vectors as fixed-size lists"),
+    "export": Job("pipelines.export", "a table -> plain Parquet, or one user's adapter -> a PEFT folder"),
     "compact": Job("pipelines.compact", "the tables' small files of many nights -> few, sorted by user"),
     "vacuum": Job("pipelines.vacuum", "deletes files that no version within the retention names"),
     "erase": Job(

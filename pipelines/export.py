@@ -1,18 +1,24 @@
-"""Job `export`: a table's newest complete version -> a folder of plain Parquet that pandas, DuckDB, Polars, Spark read.
+"""Job `export`: a table -> a folder of plain Parquet; or one user's adapter -> a PEFT folder.
 
     export personas --tables TABLES --output FOLDER
+    export --user-id ID --tables TABLES --llm.model BASE --output FOLDER
 
-One row a user, vectors as fixed-size lists. The folder is complete when `_SUCCESS` is in it, and is never written to
-again; a killed export is ended by running it again. Unit of work: a row of the table.
+Parquet: the newest complete version, as pandas, DuckDB, Polars and Spark read it: one row a user, vectors as fixed-size
+lists. The folder is complete when `_SUCCESS` is in it, and is never written to again; a killed export is ended by
+running it again. Unit of work: a row of the table.
+Adapter: what `peft.PeftModel.from_pretrained` and vLLM load; the folder holds weights and settings alone, no text and
+no name of anybody. Unit of work: a user.
 """
 
 import json
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pplug.llm import LLMConfig
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
@@ -22,7 +28,7 @@ DONE = "_SUCCESS"
 
 
 class Config(BaseModel):
-    """Which table, which version, and where to."""
+    """Which table or whose adapter, which version, and where to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -33,8 +39,12 @@ class Config(BaseModel):
     """Folder or s3:// prefix of the population's tables."""
     table: str = "personas"
     """Its name, e.g. personas, histories, generations."""
+    user_id: str | None = None
+    """Whose adapter; a PEFT folder of it is written, no table."""
+    llm: LLMConfig | None = None
+    """With user_id: the base the adapter was trained on, with its prompt layout."""
     output: str
-    """New folder or s3:// prefix."""
+    """New folder or s3:// prefix; a folder for an adapter."""
     format: Literal["parquet"] = "parquet"
     as_of_version: int | None = Field(None, ge=0)
     """An old version of the table, complete or not, as long as a vacuum has left it; the newest complete by default."""
@@ -43,15 +53,49 @@ class Config(BaseModel):
     run_dir: str | None = None
     """Default: runs/<run_id>."""
 
+    @model_validator(mode="after")
+    def _adapter_or_table(self) -> Self:
+        if (self.user_id is None) != (self.llm is None):
+            raise ValueError("user_id and llm belong together: an adapter is exported for the base it was trained on")
+        if self.user_id is not None and ("table" in self.model_fields_set or self.as_of_version is not None):
+            raise ValueError("with user_id an adapter is exported, of the newest version: leave table and version out")
+        return self
+
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
+    run_id = config.run_id or new_run_id("export")
+    # the config may name a user: the report does not
+    shown = config.model_dump(exclude={"user_id"})
+    report = RunReport("export", run_id, shown, config.run_dir or f"runs/{run_id}")
+    if config.user_id is not None and config.llm is not None:
+        return _adapter(config, config.user_id, config.llm, report)
+    return _table(config, report)
+
+
+def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) -> int:
+    from pipelines import tables
+    from pipelines.stages.export_adapter import export_adapter
+    from pplug.identity import model_folder
+    from pplug.llm import llm_id
+
+    adapters = tables.open_table(config.tables, "adapters")
+    try:
+        folder, base = model_folder(llm.model, llm.revision), llm_id(llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"llm: {error}") from error
+    report.planned = report.written = 1
+    report.extra["adapter_id"] = export_adapter(adapters, user_id, Path(config.output), folder.resolve(), base)
+    code = report.finish()
+    print(f"adapter {report.extra['adapter_id']}: {config.output}", flush=True)
+    return code
+
+
+def _table(config: Config, report: RunReport) -> int:
     from infra import session
     from infra.storage import Storage
     from pipelines import tables
 
-    run_id = config.run_id or new_run_id("export")
-    report = RunReport("export", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     (name,) = tables.chosen(config.tables, [config.table])
     table = tables.open_table(config.tables, name)
     snapshot = table.snapshot(config.as_of_version, complete=config.as_of_version is None)

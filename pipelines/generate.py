@@ -32,7 +32,7 @@ class Config(BaseModel):
     """Folder or s3:// prefix of the population's tables."""
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
-    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, oracle."""
+    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, adapter, adapter:other-user, oracle."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     oracle: str | None = None
@@ -87,11 +87,13 @@ def run(config: Config) -> int:
     report.table_read("requests", requests.version)
     report.table_read("histories", histories.version)
     sources = _plug_sources(config, methods, llm, report)
+    stored = _adapters(config, methods, llm, report)
 
     session.start(
         need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
     )
     generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
+    sources["adapters"] = _ready_for(stored, requests_table.buckets, llm)
     with lease.writing(config.tables, run_id):
         _generate(config, report, methods, requests, generations, histories, sources, entry, llm, encoder_decoder)
     return report.finish()
@@ -143,6 +145,46 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
                 personas = stored
                 report.table_read("personas", stored.version)
     return {"plug_id": identity, "embeddings": embeddings, "personas": personas}
+
+
+def _adapters(config: Config, methods: list[Method], llm: str, report: RunReport) -> "Snapshot | None":
+    """The table of adapters, checked against the LLM; None when no method needs it."""
+    from pipelines import tables
+
+    with_adapter = [method.name for method in methods if method.adapter]
+    if not with_adapter:
+        return None
+    if config.engine.kind != "vllm":
+        raise InputError(f"methods {with_adapter} need engine.kind=vllm, which serves many adapters in one batch")
+    found = tables.open_table(config.tables, "adapters").snapshot(complete=True)
+    if not found.files:
+        raise InputError(f"methods {with_adapter}: the table adapters in {config.tables} is empty; run `adapt`")
+    if found.metadata.get("llm_id") != llm:
+        raise InputError(
+            f"the adapters in {config.tables} were trained on LLM {found.metadata.get('llm_id')} (weights and prompt "
+            f"layout), but {config.llm.model} with this layout is {llm}; give the LLM and llm.layout they were trained "
+            "with, or run `adapt` on this one"
+        )
+    report.table_read("adapters", found.version)
+    return found
+
+
+def _ready_for(stored: "Snapshot | None", buckets: int, llm: str) -> Any:
+    """What an engine has to be made ready for, from the adapters themselves."""
+    from functools import partial
+
+    from pipelines.stages.adapters import Adapters, facts
+    from pipelines.stages.write import bucket_rows
+
+    if stored is None:
+        return None
+    read = bucket_rows(list(stored.by_bucket())).map_batches(
+        partial(facts, stored), batch_size=1, batch_format="pyarrow"
+    )
+    rank, targets = 0, set[str]()
+    for row in read.iter_rows():
+        rank, targets = max(rank, row["rank"]), targets | set(row["targets"])
+    return Adapters(stored, buckets, llm, rank, tuple(sorted(targets)))
 
 
 def _generate(
@@ -211,6 +253,7 @@ def _generate(
                 config.history_cap,
                 config.engine.batch_rows,
                 threads,
+                sources["adapters"].snapshot if sources["adapters"] else None,
             ),
             batch_size=1,
             batch_format="pyarrow",
@@ -218,7 +261,15 @@ def _generate(
         )
         replies = prompts.map_batches(
             Reply,
-            fn_constructor_args=(config.llm, config.engine, config.decoding, llm, report.run_id, threads),
+            fn_constructor_args=(
+                config.llm,
+                config.engine,
+                config.decoding,
+                llm,
+                report.run_id,
+                threads,
+                sources["adapters"],
+            ),
             batch_size=config.engine.batch_rows,
             batch_format="pyarrow",
             num_gpus=config.gpus_per_worker or None,

@@ -6,6 +6,8 @@ plug:attention    items weighed by likeness to the request
 plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
 plug:no-history   control: the instruction row alone, as for a user without history
 plug:other-user   control: the persona of another user, drawn at random but the same in every run
+adapter           the user's own LoRA adapter, as `adapt` made it; a user without one gets the base's reply
+adapter:other-user  control: another person's adapter, drawn at random but the same in every run
 oracle            the user's preference in words before the request; where it is known (the embedded world)
 """
 
@@ -20,6 +22,8 @@ PARTS = {
     "plug:mean": "persona rows, items weighed alike",
     "plug:no-history": "control: the instruction row alone",
     "plug:other-user": "control: another user's persona",
+    "adapter": "the user's LoRA adapter",
+    "adapter:other-user": "control: another person's adapter",
     "oracle": "the user's preference in words",
 }
 
@@ -32,6 +36,8 @@ class Method:
     plug: str | None
     """None, or how the persona is made: trained, attention, mean, no-history, other-user."""
     oracle: bool
+    adapter: str | None = None
+    """None, or whose: own, other-user."""
 
 
 def parse(name: str) -> Method:
@@ -46,10 +52,12 @@ def parse(name: str) -> Method:
         if part not in PARTS:
             raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
     plugs = [part for part in parts if part.startswith("plug")]
-    if len(set(parts)) < len(parts) or len(plugs) > 1 or ("none" in parts and len(parts) > 1):
+    adapters = [part for part in parts if part.startswith("adapter")]
+    if len(set(parts)) < len(parts) or max(len(plugs), len(adapters)) > 1 or ("none" in parts and len(parts) > 1):
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
     kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
-    return Method(name, kind, "oracle" in parts)
+    whose = (adapters[0].partition(":")[2] or "own") if adapters else None
+    return Method(name, kind, "oracle" in parts, adapter=whose)
 
 
 def parse_all(names: tuple[str, ...]) -> list[Method]:

@@ -37,6 +37,8 @@ _SPECS = [
         sort=("user_key",),
         vectors=("mean_vector", "persona"),
     ),
+    # one user's weights are fetched alone: a row group of few users
+    TableSpec("adapters", schemas.ADAPTERS, schemas.SCHEMA_VERSION, sort=("user_key",), row_group_rows=4),
     TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
 ]
@@ -46,6 +48,7 @@ _WRITERS = {
     "requests": "ingest",
     "embeddings": "refresh",
     "personas": "refresh",
+    "adapters": "adapt",
     "generations": "generate",
 }
 

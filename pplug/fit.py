@@ -218,7 +218,7 @@ class Fitter:
             loss, _ = self._loss(self.train, part, epoch)
             (loss / tokens).backward()
             total += loss.detach() / tokens
-        self._reduce_gradients()
+        sum_gradients(self.parameters, self.world)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.schedule.step()
@@ -245,19 +245,6 @@ class Fitter:
             dist.all_reduce(value)
         return value
 
-    def _reduce_gradients(self) -> None:
-        """Sums gradients over workers in one message: each worker's loss is already divided by the global tokens."""
-        import torch
-        import torch.distributed as dist
-
-        if self.world == 1:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for parameter, piece in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
-            parameter.grad = piece.view_as(parameter)
-
     def state(self) -> dict[str, Any]:
         """Optimiser, schedule and generators; the plug is saved apart."""
         import torch
@@ -274,6 +261,20 @@ class Fitter:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_rng"])
+
+
+def sum_gradients(parameters: Sequence[Any], world: int) -> None:
+    """Sums gradients over workers in one message: each worker's loss is already divided by the global tokens."""
+    import torch
+    import torch.distributed as dist
+
+    if world == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for parameter, piece in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = piece.view_as(parameter)
 
 
 def run_epochs(

@@ -55,6 +55,19 @@ PERSONAS = _schema(
     ("persona", _VECTOR),  # P*H values, row by row; null without a plug
 )
 
+ADAPTERS = _schema(
+    ("user_id", pa.string()),
+    ("adapter_id", pa.string()),  # <fit_id>-<hash of the weights>: changes with either
+    ("llm_id", pa.string()),
+    ("rank", pa.int32()),
+    ("alpha", pa.float32()),
+    ("targets", pa.list_(pa.string())),
+    ("n_examples", pa.int64()),
+    ("loss", pa.float32()),  # of the last epoch, per target token
+    ("history_hash", pa.string()),  # of the items it was trained on
+    ("weights", pa.binary()),  # safetensors
+)
+
 GENERATIONS = _schema(
     ("run_id", pa.string()),
     ("request_id", pa.string()),

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pipelines.methods import Method
+from pipelines.stages.adapters import AdapterIndex, AdapterName
 from pipelines.stages.bucket import Histories, matrix, read_bucket, to_us
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
@@ -36,6 +37,7 @@ PROMPTS = pa.schema(
         "plug_id": pa.string(),
         "encoder_id": pa.string(),
         "adapter_id": pa.string(),
+        "adapter_key": pa.string(),  # user_key of the adapter's owner
         "error": pa.string(),
     }
 )
@@ -105,7 +107,9 @@ class BuildPrompts:
         cap: int,
         block_rows: int,
         threads: int,
+        adapters: Snapshot | None = None,
     ) -> None:
+        self.adapters = adapters
         self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
         self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
         self.cap, self.block_rows = cap, block_rows
@@ -118,14 +122,25 @@ class BuildPrompts:
             users = None
             if self.maker is not None and self.histories is not None and requests.num_rows:
                 users = Users(self.histories, self.embeddings, self.personas, bucket, requests, self.cap)
+            index = None
+            if self.adapters is not None:
+                owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
+                index = AdapterIndex(self.adapters, bucket, dict(owners))
             for start in range(0, requests.num_rows, self.block_rows):
                 rows = requests.slice(start, self.block_rows).to_pylist()
                 for method in self.methods:
                     open_rows = [row for row in rows if method.name not in answered.get(row["request_id"], ())]
                     if open_rows:
-                        yield self._block(bucket, open_rows, method, users)
+                        yield self._block(bucket, open_rows, method, users, index)
 
-    def _block(self, bucket: int, requests: list[dict[str, Any]], method: Method, users: "Users | None") -> pa.Table:
+    def _block(
+        self,
+        bucket: int,
+        requests: list[dict[str, Any]],
+        method: Method,
+        users: "Users | None",
+        index: AdapterIndex | None,
+    ) -> pa.Table:
         errors: list[str | None] = [None] * len(requests)
         inputs = []
         for i, request in enumerate(requests):
@@ -140,6 +155,11 @@ class BuildPrompts:
         if method.plug is not None:
             assert self.maker is not None and users is not None, "a method with a plug needs a plug and histories"
             rows, kinds = self.maker.rows(requests, method.plug, users, self.entry)
+        adapters: list[AdapterName | None] = [None] * len(requests)
+        if method.adapter is not None:
+            assert index is not None, "a method with an adapter needs the table of adapters"
+            choose = index.own if method.adapter == "own" else index.other
+            adapters = [choose(request) for request in requests]
         n = len(requests)
         with_plug = method.plug is not None
         columns = {
@@ -154,7 +174,8 @@ class BuildPrompts:
             "persona": kinds,
             "plug_id": [self.plug_id if with_plug else None] * n,
             "encoder_id": [self.maker.plug.config.encoder_id if with_plug and self.maker else None] * n,
-            "adapter_id": [None] * n,
+            "adapter_id": [name and name.adapter_id for name in adapters],
+            "adapter_key": [name and name.user_key for name in adapters],
             "error": errors,
         }
         return pa.table(columns, schema=PROMPTS)

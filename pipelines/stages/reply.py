@@ -3,6 +3,8 @@
 vLLM runs in a loop thread of our own; the stage is plain and is called by several threads at once, so many small
 batches are in flight (Ray's own async path blocks the event loop it would share with the engine). Every persona row is
 checked before it reaches the engine: a wrong width kills it, and one NaN spoils the next request's reply.
+An adapter is fetched, checked and added to the engine before its first request is handed over: one that cannot be used
+is that row's error, where inside the engine it would be the engine's end.
 A dead engine ends the actor, so that Ray starts another and repeats the batch; a row that cannot be answered becomes a
 row with `error`.
 Shapes: L prompt positions, R persona rows, H LLM width.
@@ -12,6 +14,7 @@ import asyncio
 import logging
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -21,6 +24,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from infra.errors import InputError
+from pipelines.stages.adapters import AdapterName, Adapters, AdapterShelf
 from pplug.identity import model_folder, short_id
 from pplug.llm import LLMConfig
 
@@ -74,6 +78,10 @@ class EngineConfig(BaseModel):
     """Requests handed over at a time."""
     in_flight: int = Field(8, gt=0)
     """Batches in flight an engine: batch_rows * in_flight should exceed max_num_seqs."""
+    adapters_at_once: int = Field(32, gt=0)
+    """Adapters in one step of the engine; each takes room in its memory."""
+    adapters_ready: int = Field(512, gt=0)
+    """Adapters held in the machine's memory, the least recently used leave first."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class EnginePrompt:
     before: list[int]
     rows: np.ndarray
     after: list[int]
+    adapter: AdapterName | None = None
 
     def __len__(self) -> int:
         return len(self.before) + len(self.rows) + len(self.after)
@@ -141,12 +150,19 @@ class Reply:
     """
 
     def __init__(
-        self, llm: LLMConfig, engine: EngineConfig, decoding: Decoding, llm_id: str, run_id: str, threads: int
+        self,
+        llm: LLMConfig,
+        engine: EngineConfig,
+        decoding: Decoding,
+        llm_id: str,
+        run_id: str,
+        threads: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
         if engine.kind == "vllm":
-            self.engine = VLLMEngine(llm, engine, decoding, threads)
+            self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
         else:
             from pipelines.stages.reply_transformers import TransformersEngine
 
@@ -155,12 +171,14 @@ class Reply:
     def __call__(self, batch: pa.Table) -> pa.Table:
         prompts, errors = [], batch["error"].to_pylist()
         before, after = batch["before"].to_pylist(), batch["after"].to_pylist()
+        keys, adapter_ids = batch["adapter_key"].to_pylist(), batch["adapter_id"].to_pylist()
         names = zip(batch["request_id"].to_pylist(), batch["method"].to_pylist(), strict=True)
         for i, (request, method) in enumerate(names):
             flat = batch["rows"][i].values.to_numpy()
             error = check_rows(flat, self.engine.dim, self.engine.max_row_norm)
             rows = np.zeros((0, self.engine.dim), np.float32) if error else flat.reshape(-1, self.engine.dim)
-            prompt = EnginePrompt(f"{request}/{method}", before[i], rows, after[i])
+            adapter = None if adapter_ids[i] is None else AdapterName(keys[i], adapter_ids[i])
+            prompt = EnginePrompt(f"{request}/{method}", before[i], rows, after[i], adapter)
             errors[i] = errors[i] or error or self._too_long(prompt)
             prompts.append(prompt)
         good = [i for i, error in enumerate(errors) if error is None]
@@ -215,11 +233,18 @@ def check_rows(flat: np.ndarray, dim: int, max_norm: float) -> str | None:
 class VLLMEngine:
     """vLLM behind a loop thread: `replies` may be called by many threads at once."""
 
-    def __init__(self, llm: LLMConfig, config: EngineConfig, decoding: Decoding, threads: int) -> None:
+    def __init__(
+        self,
+        llm: LLMConfig,
+        config: EngineConfig,
+        decoding: Decoding,
+        threads: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         if decoding.beams > 1:
             raise InputError("decoding.beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
-        args = self._engine_args(str(folder), config, threads)
+        args = self._engine_args(str(folder), config, threads) | _lora_args(config, adapters)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
@@ -228,6 +253,9 @@ class VLLMEngine:
         self.context, self.dim, self._dtype = model.max_model_len, model.get_hidden_size(), model.dtype
         self.decoding = decoding
         self._numbers = 0
+        self._adapters: LoadedAdapters | None = None
+        if adapters is not None:
+            self._adapters = LoadedAdapters(self._engine, AdapterShelf(adapters, folder), args["max_cpu_loras"])
         self._probe(folder)
 
     def _engine_args(self, folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
@@ -306,13 +334,21 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._numbers += 1
-        final = None
+        number, final, lora = f"{self._numbers}", None, None
         try:
-            stream = self._engine.generate(
-                self._inputs(prompt), self._sampling(prompt, greedy_tokens), f"{self._numbers}"
-            )
-            async for output in stream:
-                final = output
+            if prompt.adapter is not None:
+                assert self._adapters is not None, "prompts with adapters come with the table of adapters"
+                try:
+                    lora = await self._adapters.hold(prompt.adapter)
+                except ValueError as error:
+                    return EngineReply("", "error", 0, str(error))
+            try:
+                inputs, sampling = self._inputs(prompt), self._sampling(prompt, greedy_tokens)
+                async for output in self._engine.generate(inputs, sampling, number, lora_request=lora):
+                    final = output
+            finally:
+                if prompt.adapter is not None and self._adapters is not None:
+                    await self._adapters.let_go(prompt.adapter)
         except EngineDeadError:
             # exit_actor is not retried and raising would leave a dead actor to be called again (ray#59522)
             log.error("the engine died; this actor ends, so that Ray starts another")
@@ -364,6 +400,108 @@ class VLLMEngine:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=30)
             self._engine = None
+        if self._adapters is not None:
+            self._adapters.shelf.close()
+
+
+@dataclass
+class _Loaded:
+    request: "asyncio.Task[Any]"
+    """Of the LoRARequest under which the engine knows it."""
+    users: int = 0
+    """Requests that hold it."""
+
+
+class LoadedAdapters:
+    """The adapters in an engine: added before use, held while requests use them, the least recently used leave first.
+
+    Lives in the engine's loop; none of its methods is for another thread.
+    """
+
+    def __init__(self, engine: Any, shelf: AdapterShelf, room: int) -> None:
+        self.engine, self.shelf, self.room = engine, shelf, room
+        self._loaded: OrderedDict[AdapterName, _Loaded] = OrderedDict()
+        self._changed = asyncio.Condition()
+        self._numbers = 0
+
+    async def hold(self, name: AdapterName) -> Any:
+        """The engine's request for this adapter, which stays until `let_go`.
+
+        Raises:
+            ValueError: it is not in the table, not what it has to be, or the engine does not take it.
+        """
+        while name not in self._loaded and len(self._loaded) >= self.room:
+            idle = next((other for other, loaded in self._loaded.items() if not loaded.users), None)
+            if idle is not None:
+                await self._remove(idle)
+                continue
+            async with self._changed:
+                await self._changed.wait()
+        if name not in self._loaded:
+            self._loaded[name] = _Loaded(asyncio.ensure_future(self._load(name)))
+        loaded = self._loaded[name]
+        loaded.users += 1
+        self._loaded.move_to_end(name)
+        try:
+            return await asyncio.shield(loaded.request)
+        except ValueError:
+            loaded.users -= 1
+            if self._loaded.get(name) is loaded:  # the first to see it; the others hold the same object
+                del self._loaded[name]
+                await self._tell()
+            raise
+
+    async def let_go(self, name: AdapterName) -> None:
+        self._loaded[name].users -= 1
+        await self._tell()
+
+    async def _load(self, name: AdapterName) -> Any:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        path = await asyncio.get_running_loop().run_in_executor(None, self.shelf.put, name)
+        self._numbers += 1
+        request = LoRARequest(str(name), self._numbers, str(path))
+        try:
+            await self.engine.add_lora(request)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # the engine hands over whatever its loader raised
+            self.shelf.drop(name)
+            what = f"adapter {name.adapter_id}: the engine does not take it ({type(error).__name__})"
+            raise ValueError(what) from error
+        return request
+
+    async def _remove(self, name: AdapterName) -> None:
+        request = self._loaded.pop(name).request.result()
+        self.shelf.drop(name)  # at once: when the engine has answered, somebody may have laid it out anew
+        await self.engine.remove_lora(request.lora_int_id)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be made ready for (vllm.config.lora)."""
+
+
+def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any]:
+    """Makes the engine ready for just these adapters: their rank, their modules, as many as there are."""
+    if adapters is None:
+        return {}
+    rank = next((rank for rank in LORA_RANKS if rank >= adapters.rank), None)
+    if rank is None:
+        raise InputError(f"adapters have rank {adapters.rank}; the vllm engine takes at most {LORA_RANKS[-1]}")
+    ready = min(adapters.snapshot.rows, config.adapters_ready)
+    return {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": min(ready, config.adapters_at_once),
+        "max_cpu_loras": ready,
+        "lora_target_modules": list(adapters.targets),
+    }
 
 
 def own_seed(seed: int, request_id: str) -> int:

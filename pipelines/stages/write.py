@@ -142,7 +142,7 @@ def _overtaken(what: str, run_id: str) -> str:
 
 @dataclass
 class Committer:
-    """Driver side: collects files and commits groups of complete buckets to a table that only grows."""
+    """Driver side: collects files and commits groups of complete buckets."""
 
     table: Table
     rejects: Table | None
@@ -157,6 +157,8 @@ class Committer:
     """Whether another run's appends undo the plan; not where each run has rows of its own."""
     complete: bool = False
     """Whether the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
+    replace: bool = False
+    """Whether a bucket's new files take the place of those it has; else the table only grows."""
     _got: Counter[int] = field(default_factory=Counter)
     _files: dict[int, list[DataFile]] = field(default_factory=dict)
     _ready: list[DataFile] = field(default_factory=list)
@@ -195,13 +197,16 @@ class Committer:
         for file in bad:
             for reason, n in file.reasons.items():
                 self.report.reject(reason, n)
-        if good or (complete and not self.complete):
+        # a bucket whose rows all became rejects is replaced by nothing
+        replaced = {file.bucket for file in self._ready if file.bucket is not None} if self.replace else set()
+        if good or replaced or (complete and not self.complete):
             commit = commit_first(
                 self.table,
                 good,
                 run_id=self.report.run_id,
                 group=self._group,
-                mode="append",
+                mode="replace" if replaced else "append",
+                buckets=replaced,
                 planned_on=self.planned_on,
                 metadata=self.metadata,
                 complete=complete,

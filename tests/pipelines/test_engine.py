@@ -70,6 +70,7 @@ def batch(prompts, errors=None):
         "plug_id": ["p"] * n,
         "encoder_id": ["e"] * n,
         "adapter_id": [None] * n,
+        "adapter_key": [None] * n,
         "error": errors or [None] * n,
     }
     return pa.table(columns, schema=PROMPTS)

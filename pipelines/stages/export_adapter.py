@@ -1,0 +1,37 @@
+"""One user's adapter as a PEFT folder: users own their adapter."""
+
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from infra.errors import InputError
+from infra.shards import bucket_of, user_key
+from infra.table import Table
+from pplug.adapter import AdapterShape, base_shapes, from_bytes, write_folder
+
+
+def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_id: str) -> str:
+    """Writes adapter_model.safetensors and adapter_config.json; returns the adapter's id.
+
+    Args:
+        adapters: the table; its newest complete version is read, and of that the user's rows alone.
+        base: model folder that the adapter was trained on; its config names it.
+        llm_id: identity of that base with its prompt layout.
+
+    Raises:
+        InputError: the user has no adapter, or it is not one of this base.
+    """
+    mine = pc.field("user_key") == user_key(user_id)
+    columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
+    snapshot = adapters.snapshot(complete=True)
+    found = snapshot.read(columns, buckets=[bucket_of(user_id, adapters.buckets)], filter=mine).to_pylist()
+    if not found:
+        raise InputError(f"{adapters.uri}: no adapter of this user in version {snapshot.version}; run `adapt` first")
+    row = found[0]
+    shape = AdapterShape(targets=tuple(row["targets"]), rank=row["rank"], alpha=row["alpha"])
+    try:
+        from_bytes(row["weights"] or b"", shape, base_shapes(base, shape.targets), llm_id)
+    except ValueError as error:
+        raise InputError(f"{adapters.uri}: {error}") from error
+    write_folder(output, row["weights"], shape, str(base))
+    return row["adapter_id"]

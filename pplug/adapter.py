@@ -1,0 +1,207 @@
+"""One user's adapter as data: its settings, its bytes, its PEFT folder, and what is refused. `lora` trains it.
+
+Route: trained A, B -> to_bytes (safetensors, PEFT's names) -> table `adapters` -> from_bytes (all of it checked) ->
+PEFT folder -> vLLM or peft.PeftModel. Nothing but safetensors is ever read: a pickle can run code.
+Shapes: r rank, A (r, in), B (out, r); the base's weight gets alpha / r * B A added.
+
+[1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_HEADER_BYTES = 100_000_000  # safetensors' own bound
+
+
+class AdapterShape(BaseModel):
+    """Which modules an adapter changes, and how. Defaults are the paper's [1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+    """Last names of the linear modules that get an adapter."""
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(8.0, gt=0)
+    """The adapter's part is scaled by alpha / rank."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def peft_config(self, base: str) -> dict[str, Any]:
+        """adapter_config.json of this shape on the base model in this folder."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": list(self.targets),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+
+class LoraConfig(BaseModel):
+    """How an adapter is trained: all of it decides its values. Defaults are the paper's [1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    shape: AdapterShape = AdapterShape()
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Of the adapter's input."""
+    batch_size: int = Field(16, gt=0)
+    """Examples of a user's step."""
+    epochs: int = Field(2, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of a user's steps; then linear to zero."""
+    clip: float = Field(0.3, gt=0)
+    """Gradient norm over all of a user's parameters."""
+    micro_tokens: int = Field(16_384, gt=0)
+    """A step with more tokens than this is computed in parts."""
+    stored: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights in the table; they are trained in float32."""
+    seed: int = 0
+
+
+class StackConfig(BaseModel):
+    """How many users share a pass. Speed and memory only, no value of an adapter depends on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tokens: int = Field(16_384, gt=0)
+    """Of one pass; more bring nothing once the processor is full."""
+    memory_gib: float = Field(8.0, gt=0)
+    """For what a pass keeps until its backward, and for the adapters with their optimiser states."""
+
+
+def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":
+    """The linear modules of a base that an adapter changes, by full name, in the model's order.
+
+    Raises:
+        ValueError: the base has no module of that name, or one that is not linear.
+    """
+    from torch import nn
+
+    found: dict[str, nn.Linear] = {}
+    for target in targets:
+        named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == target}
+        other = [name for name, module in named.items() if not isinstance(module, nn.Linear)]
+        if not named or other:
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            raise ValueError(
+                f"target {target!r}: the base has {'no module of this name' if not named else 'one that is not linear'}"
+                f"; its linear modules are {', '.join(sorted(linear)) or 'none'}"
+            )
+        found |= named
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(in, out) of each module that an adapter of these targets changes, read from the base's config alone.
+
+    Raises:
+        ValueError: the base lacks a target.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    modules = target_modules(model, targets)
+    return {name: (module.in_features, module.out_features) for name, module in modules.items()}
+
+
+def to_bytes(weights: "Mapping[str, tuple[Tensor, Tensor]]", llm_id: str) -> bytes:
+    """Safetensors bytes of an adapter, under PEFT's names; the base's identity stands in the header.
+
+    Args:
+        weights: full module name -> A (r, in), B (out, r).
+    """
+    from safetensors.torch import save
+
+    tensors = {}
+    for name, (a, b) in weights.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+    return save(tensors, metadata={"format": "pt", "llm_id": llm_id})
+
+
+def from_bytes(
+    data: bytes, shape: AdapterShape, shapes: Mapping[str, tuple[int, int]], llm_id: str
+) -> "dict[str, tuple[Tensor, Tensor]]":
+    """An adapter, every part of it checked.
+
+    Args:
+        shape: what it is said to be.
+        shapes: the base's (in, out) of each module that `shape` names (see `base_shapes`).
+        llm_id: the base it is to be used with.
+
+    Returns:
+        Full module name -> A (r, in), B (out, r), all finite.
+
+    Raises:
+        ValueError: not safetensors (a pickle is never opened), cut, made for another base, a tensor that is missing,
+            unknown, of another shape or type, or not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    # a header's length, too, may begin with a pickle's first byte; its JSON begins at the ninth
+    if data[8:9] != b"{" and (data[:1] == b"\x80" or data[:2] == b"PK"):
+        raise ValueError("adapter: these bytes are a pickle, which could run code; only safetensors are read")
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"adapter: not a whole safetensors file ({error}); train or export it anew") from error
+    made_for = _metadata(data).get("llm_id")
+    if made_for != llm_id:
+        raise ValueError(f"adapter: made for base {made_for}, but the base here is {llm_id}; train it on this base")
+    weights = {}
+    for name, (width_in, width_out) in shapes.items():
+        pair = []
+        for part, wanted in (("lora_A", (shape.rank, width_in)), ("lora_B", (width_out, shape.rank))):
+            tensor = tensors.pop(f"{_PREFIX}{name}.{part}.weight", None)
+            if tensor is None:
+                raise ValueError(f"adapter: no tensor {part} for module {name}, which {shape.targets} names")
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"adapter: {part} of {name} has shape {tuple(tensor.shape)}, expected {wanted} (rank {shape.rank})"
+                )
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"adapter: {part} of {name} is {tensor.dtype}, expected 16- or 32-bit floats")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"adapter: {part} of {name} holds values that are not finite; train it anew")
+            pair.append(tensor)
+        weights[name] = (pair[0], pair[1])
+    if tensors:
+        raise ValueError(f"adapter: {len(tensors)} tensors that the base or {shape.targets} does not have")
+    return weights
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    assert 0 < size < min(len(data), _HEADER_BYTES), "safetensors has read this header"
+    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+
+
+def write_folder(folder: Path, data: bytes, shape: AdapterShape, base: str) -> None:
+    """A PEFT folder, as `peft.PeftModel.from_pretrained` and vLLM load it; `data` has been through `from_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(shape.peft_config(base), indent=2))
+    (folder / WEIGHTS_FILE).write_bytes(data)

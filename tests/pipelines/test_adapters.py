@@ -1,0 +1,308 @@
+"""Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, both and nothing, beside bad
+adapters; and the exported folder in PEFT."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from infra.errors import InputError
+from infra.shards import bucket_of, user_key
+from pipelines import adapt, export, generate, refresh, tables
+from pipelines.methods import parse
+from pipelines.stages.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
+from pipelines.stages.reply import Decoding, EngineConfig
+from pplug.adapter import LoraConfig
+from pplug.encoder import TextEncoder, encoder_id
+from pplug.llm import FrozenLLM, LLMConfig, llm_id
+from pplug.plug import PersonaPlug, PlugConfig
+from pplug.tasks import load as load_task
+from tests.pipelines import small
+from tests.pplug.models import tiny_llama
+
+METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user")
+LORA = LoraConfig(learning_rate=3e-2, epochs=4, stored="float32")
+TOKENS = 8
+
+
+# --- without an engine ---------------------------------------------------------------------------------------------
+
+
+def test_methods_with_an_adapter_are_read():
+    assert (parse("adapter").adapter, parse("adapter").plug) == ("own", None)
+    assert (parse("plug:mean+adapter:other-user").adapter, parse("adapter+plug").plug) == ("other-user", "trained")
+    for name in ("adapter+adapter:other-user", "adapter+none", "adapter:own"):
+        with pytest.raises(InputError, match="methods"):
+            parse(name)
+
+
+def snapshot_of(tmp_path, rows, buckets=4):
+    table = tables.open_or_create(str(tmp_path), "adapters", buckets)
+    full = [
+        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, buckets), "rank": 8, "alpha": 8.0,
+         "targets": ["q_proj", "v_proj"], "weights": b""} | row
+        for user, row in rows.items()
+    ]  # fmt: skip
+    files = table.write(pa.Table.from_pylist(full, schema=table.spec.schema), "r")
+    table.commit(files, run_id="r", group=0, mode="append", planned_on=0, complete=True)
+    return table.snapshot(complete=True)
+
+
+def test_another_persons_adapter_is_a_strangers_and_the_same_each_time(tmp_path):
+    people = {f"user-{i}": {"adapter_id": f"f-{i}"} for i in range(30)}
+    snapshot = snapshot_of(tmp_path, people)
+    owners = {user: "ann" if int(user[5:]) < 25 else user for user in people}
+    for user in people:
+        request = {"user_id": user, "owner_id": owners[user]}
+        index = AdapterIndex(snapshot, bucket_of(user, 4), owners)
+        drawn = index.other(request)
+        assert index.own(request) == AdapterName(user_key(user), people[user]["adapter_id"])
+        assert drawn == AdapterIndex(snapshot, bucket_of(user, 4), owners).other(request)
+        assert drawn is not None and owners[f"user-{drawn.adapter_id[2:]}"] != owners[user]
+    alone = snapshot_of(tmp_path / "alone", {"user-0": {"adapter_id": "f-0"}})
+    assert AdapterIndex(alone, bucket_of("user-0", 4), {}).other({"user_id": "user-0", "owner_id": "user-0"}) is None
+    assert AdapterIndex(alone, 0, {}).own({"user_id": "nobody"}) is None
+
+
+def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.stages.adapters.MEMORY", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living = tmp_path / f"pplug-adapters-{dead.pid}-abc", tmp_path / f"pplug-adapters-{os.getpid()}-abc"
+    for folder in (left, living):
+        (folder / "x").mkdir(parents=True)
+    snapshot = snapshot_of(tmp_path / "t", {"user-0": {"adapter_id": "f-0"}})
+    base = tiny_llama(tmp_path / "llm")
+    shelf = AdapterShelf(Adapters(snapshot, 4, "llm-x", 8, ("q_proj",)), base)
+    assert not left.exists() and living.exists() and shelf.folder.is_dir()
+    with pytest.raises(ValueError, match="no longer in the table"):
+        shelf.put(AdapterName(user_key("user-0"), "f-1"))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        shelf.put(AdapterName(user_key("user-0"), "f-0"))
+    shelf.close()
+    assert not shelf.folder.exists()
+
+
+# --- with one engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, ray_session):
+    """A population with adapters (four of them spoilt), a plug that was never trained, and one run of generate."""
+    made = small.make(tmp_path_factory.mktemp("served"), train_users=2, test_users=14, test_requests=2)
+    made.ingest("test", buckets=4)
+    lonely = made.root / "lonely.jsonl"
+    row = {"request_id": "lonely", "user_id": "nobody", "input": "Tag this for me. description: a film"}
+    lonely.write_text(json.dumps(row) + "\n")
+    made.ingest("test", "ingest-lonely", requests_source=str(lonely))
+    assert made.run(refresh, "refresh", **made.common) == 0
+    assert made.run(adapt, "adapt", tables=made.tables, llm=made.llm, lora=LORA) == 0
+    llm, plug = FrozenLLM.load(made.llm), str(made.root / "plug")
+    torch.manual_seed(0)
+    PersonaPlug(
+        PlugConfig(
+            encoder_dim=16,
+            llm_dim=llm.dim,
+            aggregation="mean",
+            persona_scale=llm.embedding_norm,
+            instruction_scale=llm.embedding_norm,
+            encoder_id=encoder_id(made.encoder, load_task(str(made.files["task"])).item),
+            llm_id=llm_id(made.llm),
+        )
+    ).save_pretrained(plug)
+    good = {row["user_id"]: row for row in small.rows(made.tables, "adapters")}
+    bad = spoil(made, sorted(good)[:4])
+    code = made.run(
+        generate,
+        "generate",
+        tables=made.tables,
+        llm=made.llm,
+        plug=plug,
+        methods=METHODS,
+        decoding=Decoding(max_tokens=TOKENS),
+        # fewer adapters ready than there are: they come and go
+        engine=EngineConfig(dtype="float32", batch_rows=4, in_flight=4, adapters_ready=3, adapters_at_once=2),
+    )
+    replies = {(row["request_id"], row["method"]): row for row in small.rows(made.tables, "generations")}
+    requests = {row["request_id"]: row for row in small.rows(made.tables, "requests")}
+    return SimpleNamespace(
+        made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests
+    )
+
+
+def spoil(made, users):
+    """Four adapters made unusable, each in its own way; user_id -> what the error has to say."""
+    table = tables.open_table(made.tables, "adapters")
+    before = table.snapshot(complete=True)
+    rows = {row["user_id"]: row for row in before.read().to_pylist()}
+
+    def with_nan(tensors):
+        tensors[sorted(tensors)[0]][0, 0] = np.nan
+        return tensors
+
+    whole = {user: rows[user]["weights"] for user in users}
+    identity = {"llm_id": llm_id(made.llm)}
+    for user, data in zip(
+        users,
+        (
+            save(with_nan(load(whole[users[0]])), metadata=identity),
+            whole[users[1]][:-7],
+            pickle.dumps({"weights": 1}),
+            save(load(whole[users[3]]), metadata={"llm_id": "another"}),
+        ),
+        strict=True,
+    ):
+        rows[user] |= {"weights": data, "adapter_id": f"{rows[user]['adapter_id']}-bad"}
+    files = table.write(pa.Table.from_pylist(list(rows.values()), schema=table.spec.schema), "spoil")
+    table.commit(files, run_id="spoil", group=0, mode="replace", buckets=set(before.by_bucket()),
+                 planned_on=before.version, metadata=before.metadata, complete=True)  # fmt: skip
+    reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another")
+    return dict(zip(users, reasons, strict=True))
+
+
+def greedy(served, request, weights=None, persona=None):
+    """transformers alone: the adapter added to the weights by hand, the persona between token embeddings."""
+    llm = FrozenLLM.load(served.made.llm)
+    for name, (a, b) in (weights or {}).items():
+        llm.model.get_submodule(name).weight += LORA.shape.scale * b @ a
+    prompt = llm.splicer.prompts([request["input"]])[0]
+    before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
+    embeds = torch.cat([before, *([] if persona is None else [persona]), after])[None]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
+    return llm.tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def pairs(row):
+    """A and B of each module, from the table's bytes and PEFT's names."""
+    tensors = load(row["weights"])
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    return {
+        name.removeprefix("base_model.model."): (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
+        for name in names
+    }
+
+
+def personas(served):
+    """user_id -> instruction and persona rows, from the published equations over the user's own items."""
+    plug, encoder, found = PersonaPlug.from_pretrained(served.plug), TextEncoder(served.made.encoder), {}
+    for row in small.rows(served.made.tables, "histories"):
+        fields = dict(row["fields"])
+        found.setdefault(row["user_id"], []).append(f"{fields['tag']} is my tag for {fields['description']}")
+    for user, texts in found.items():
+        vectors = torch.from_numpy(encoder.encode(texts)).half().float()
+        persona = plug.config.persona_scale * plug.align_mlp(vectors).mean(0)
+        found[user] = torch.cat([plug.instruction(), persona[None]])
+    found["nobody"] = plug.instruction()
+    return found
+
+
+@torch.no_grad()
+def test_replies_are_those_of_transformers_with_this_users_adapter_and_persona(served):
+    own, people = personas(served), served.good
+    compared, same, moved = 0, 0, 0
+    for (request_id, method), row in served.replies.items():
+        if row["error"] is not None or method == "adapter:other-user":
+            continue
+        request = served.requests[request_id]
+        user = request["user_id"]
+        weights = pairs(people[user]) if "adapter" in method and user in people else None
+        want = greedy(served, request, weights, own[user] if "plug" in method else None)
+        compared, same = compared + 1, same + (row["text"].strip() == want)
+        moved += weights is not None and row["text"] != served.replies[request_id, "none"]["text"]
+        assert row["adapter_id"] == (people[user]["adapter_id"] if weights else None)
+    assert compared == 4 * len(served.requests) - 2 * 2 * len(served.bad)
+    assert moved > 10  # the adapters say something, or the comparison would show nothing
+    assert same >= 0.98 * compared  # vectors are stored in 16 bits: a near tie may fall the other way
+
+
+def test_a_bad_adapter_is_an_error_of_its_rows_and_nobody_elses(served):
+    assert served.code == 1
+    for (request_id, method), row in served.replies.items():
+        user = served.requests[request_id]["user_id"]
+        if method in ("adapter", "adapter+plug:mean") and user in served.bad:
+            assert served.bad[user] in row["error"] and row["text"] == "" and row["finish_reason"] == "error"
+        elif method != "adapter:other-user":
+            assert row["error"] is None
+    report = served.made.report("generate")
+    assert report["planned"] == report["written"] == len(METHODS) * len(served.requests)
+    assert report["failed"] == sum(row["error"] is not None for row in served.replies.values()) > 0
+
+
+def test_a_user_without_an_adapter_gets_the_bases_reply(served):
+    without, plain = served.replies["lonely", "adapter"], served.replies["lonely", "none"]
+    assert without["error"] is None and without["adapter_id"] is None and without["text"] == plain["text"]
+
+
+def test_other_user_is_answered_with_somebody_elses_adapter(served):
+    rows = [row for (_, method), row in served.replies.items() if method == "adapter:other-user"]
+    own = {user: row["adapter_id"] for user, row in served.good.items()}
+    known = set(own.values()) | {f"{own[user]}-bad" for user in served.bad}
+    assert all(row["adapter_id"] in known and row["adapter_id"] != own.get(row["user_id"]) for row in rows)
+    by_user = {}
+    for row in rows:
+        by_user.setdefault(row["user_id"], set()).add(row["adapter_id"])
+    assert all(len(found) == 1 for found in by_user.values())
+
+
+@torch.no_grad()
+def test_the_exported_folder_gives_the_same_replies_in_peft(served, tmp_path):
+    user = sorted(served.good)[-1]
+    values = {"tables": served.made.tables, "llm": served.made.llm, "user_id": user}
+    assert served.made.run(export, "export", **values, output=str(tmp_path / "mine")) == 0
+    assert user not in json.dumps(served.made.report("export"))
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
+    # byte for byte what the engine loaded
+    assert (tmp_path / "mine" / "adapter_model.safetensors").read_bytes() == served.good[user]["weights"]
+    llm = FrozenLLM.load(served.made.llm)
+    model = peft.PeftModel.from_pretrained(llm.model, tmp_path / "mine")
+    checked = 0
+    for (request_id, method), row in served.replies.items():
+        if method == "adapter" and row["user_id"] == user:
+            prompt = llm.splicer.prompts([served.requests[request_id]["input"]])[0]
+            ids = torch.tensor([prompt.before + prompt.after])
+            out = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
+            assert llm.tokenizer.decode(out, skip_special_tokens=True) == row["text"].strip()
+            checked += 1
+    assert checked == 2
+
+
+def test_what_cannot_be_exported_is_refused_by_name(served, tmp_path):
+    values = {"tables": served.made.tables, "llm": served.made.llm, "output": str(tmp_path / "x")}
+    with pytest.raises(InputError, match="no adapter of this user"):
+        served.made.run(export, "export-1", **values, user_id="../../x")
+    with pytest.raises(InputError, match="a pickle"):
+        served.made.run(export, "export-2", **values, user_id=list(served.bad)[2])
+    other = LLMConfig(model=str(tiny_llama(tmp_path / "llm", seed=3)))
+    with pytest.raises(InputError, match="made for base"):
+        served.made.run(export, "export-3", **values | {"llm": other}, user_id=sorted(served.good)[-1])
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tmp_path):
+    other = LLMConfig(model=str(tiny_llama(tmp_path, seed=3)))
+    asked = {"tables": served.made.tables, "methods": ("adapter",)}
+    with pytest.raises(InputError, match="were trained on LLM .* or run `adapt` on this one"):
+        served.made.run(generate, "generate-2", **asked, llm=other)
+    with pytest.raises(InputError, match="need engine.kind=vllm"):
+        served.made.run(generate, "generate-3", **asked, llm=served.made.llm, engine=EngineConfig(kind="transformers"))
+
+
+def test_no_folder_of_an_ended_engine_is_left_in_memory(served):
+    from pipelines.stages.adapters import MEMORY, _sweep
+
+    _sweep(Path(MEMORY))
+    mine = [path for path in Path(MEMORY).glob("pplug-adapters-*") if any(path.iterdir())]
+    names = {str(AdapterName(row["user_key"], row["adapter_id"])) for row in served.good.values()}
+    assert not [path for folder in mine for path in folder.iterdir() if path.name in names]

@@ -1,0 +1,258 @@
+"""Stacked adapters against PEFT trained one user at a time, and what one user's texts can change for another."""
+
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
+from pplug.lora import StackedTrainer, UserExamples, _Pass, initial_weights, plan_steps, user_seed
+from tests.pplug.models import tiny_llama
+
+VOCAB = 26
+SIZES = (1, 2, 3, 5, 16, 17, 40, 60)
+"""Items of the eight users: one step an epoch, whole batches, and broken ones."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def base(folder, dtype=torch.float32, **changes):
+    torch.manual_seed(1)
+    if changes:
+        return LlamaForCausalLM(LlamaConfig.from_pretrained(folder, **changes))
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def texts(n, seed):
+    """n examples of random tokens: prompts of 4 to 30, targets of 1 to 4 and EOS."""
+    rng = np.random.default_rng(seed)
+    words = lambda low, high: rng.integers(4, VOCAB, rng.integers(low, high)).tolist()  # noqa: E731
+    return [(words(4, 31), [*words(1, 5), 2]) for _ in range(n)]
+
+
+def people(sizes=SIZES, seed=0):
+    return [UserExamples(f"user-{i}", texts(n, seed + i)) for i, n in enumerate(sizes)]
+
+
+def stacked(model, config, users, stack=None):
+    return {found.user_id: found for found in StackedTrainer(model, config, stack).fit(users)}
+
+
+def one_by_one(model, config, user):
+    """PEFT as its documentation shows it: right-padded batches, the model's own loss, one user."""
+    shape, modules = config.shape, target_modules(model, config.shape.targets)
+    names = [f"base_model.model.{name}.lora_{part}.default.weight" for name in modules for part in "AB"]
+    start = dict(zip(names, initial_weights(shape, modules, user_seed(config.seed, user.user_id)), strict=True))
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=list(shape.targets), lora_dropout=0.0),
+    )
+    trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == start.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
+    steps = math.ceil(len(user.examples) / config.batch_size) * config.epochs
+    warm = max(1, round(config.warmup * steps))
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+    )
+    for batch in plan_steps(len(user.examples), config, user_seed(config.seed, user.user_id)):
+        rows = [user.examples[i] for i in batch]
+        width = max(len(prompt) + len(target) for prompt, target in rows)
+        ids, mask, labels = (torch.full((len(rows), width), fill) for fill in (0, 0, -100))
+        for i, (prompt, target) in enumerate(rows):
+            whole = torch.tensor(prompt + target)
+            ids[i, : len(whole)], mask[i, : len(whole)] = whole, 1
+            labels[i, len(prompt) : len(whole)] = whole[len(prompt) :]
+        wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    pairs = iter(parameter.detach() for parameter in trained.values())
+    return {name: (next(pairs), next(pairs)) for name in modules}
+
+
+def same_bits(one, two):
+    return all(torch.equal(a, b) for name in one for a, b in zip(one[name], two[name], strict=True))
+
+
+# --- the values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets"),
+    [({}, ("q_proj", "v_proj")), ({"num_key_value_heads": 1}, ("k_proj", "o_proj", "down_proj"))],
+    ids=["q_v", "grouped_heads"],
+)
+def test_a_stack_of_eight_gives_the_adapters_that_peft_gives_one_by_one(folder, changes, targets):
+    config = LoraConfig(shape=AdapterShape(targets=targets), dropout=0.0, learning_rate=1e-3)
+    got = stacked(base(folder, **changes), config, people())
+    assert len(got) == len(SIZES)
+    for user in people():
+        want = one_by_one(base(folder, **changes), config, user)
+        found = got[user.user_id]
+        assert (found.n_examples, found.weights.keys()) == (len(user.examples), want.keys())
+        for name, pair in want.items():
+            for ours, theirs in zip(found.weights[name], pair, strict=True):
+                assert theirs.norm() > 0
+                assert (ours - theirs).norm() / theirs.norm() < 1e-4, (user.user_id, name)
+
+
+def test_a_step_in_parts_and_a_text_without_a_prompt_are_learned_alike(folder):
+    """A tweet has no prompt: its tokens after the first are the targets. Parts of a step add up to the step."""
+    tweets = [([], prompt + target) for prompt, target in texts(20, 3)]
+    with_first = [(whole[:1], whole[1:]) for _, whole in tweets]
+    config = LoraConfig(dropout=0.0, learning_rate=1e-3)
+    whole = stacked(base(folder), config, [UserExamples("a", tweets)])["a"]
+    same = stacked(base(folder), config, [UserExamples("a", with_first)])["a"]
+    parts = stacked(base(folder), config.model_copy(update={"micro_tokens": 60}), [UserExamples("a", tweets)])["a"]
+    assert same_bits(whole.weights, same.weights) and parts.steps == whole.steps == 4
+    for name, pair in whole.weights.items():
+        for one, two in zip(pair, parts.weights[name], strict=True):
+            assert (one - two).norm() / one.norm() < 1e-4
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_the_loss_is_that_of_the_last_epoch(folder):
+    users = people((16,))
+    loss = {
+        epochs: stacked(base(folder), LoraConfig(epochs=epochs, learning_rate=5e-3), users)["user-0"].loss
+        for epochs in (1, 12)
+    }
+    prompts_and_targets, model, total, count = users[0].examples, base(folder), 0.0, 0
+    for prompt, target in prompts_and_targets:  # before its only step an adapter changes nothing: B is zero
+        logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+        count += len(target)
+    assert loss[1] == pytest.approx(total / count, rel=1e-4)
+    assert loss[12] < 0.9 * loss[1]
+
+
+# --- nobody's texts change another's adapter -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one_thread", "two_threads"])
+def test_another_users_texts_change_no_bit_of_an_adapter(folder, dtype, count):
+    torch.set_num_threads(count)
+    users, config = people(), LoraConfig(learning_rate=1e-3)
+    together = stacked(base(folder, dtype), config, users)
+    changed = [UserExamples(users[0].user_id, texts(33, 99)), *users[1:]]
+    in_the_same = stacked(base(folder, dtype), config, changed)
+    assert not same_bits(together["user-0"].weights, in_the_same["user-0"].weights)
+    small = StackConfig(tokens=700)  # two or three users a pass, in another order
+    in_another = stacked(base(folder, dtype), config, [*changed[::-1]], small)
+    alone = {user.user_id: stacked(base(folder, dtype), config, [user])[user.user_id] for user in users}
+    for user in users[1:]:
+        name = user.user_id
+        for other in (in_the_same, in_another, alone):
+            assert same_bits(together[name].weights, other[name].weights), name
+            assert together[name].loss == other[name].loss
+        assert all(tensor.dtype == torch.float32 for pair in together[name].weights.values() for tensor in pair)
+
+
+def test_dropout_order_and_initial_weights_come_from_the_user_and_the_seed(folder):
+    same_texts = texts(20, 5)
+    users = [UserExamples(name, same_texts) for name in ("ann", "bob")]
+    config = LoraConfig(learning_rate=1e-3)
+    first = stacked(base(folder), config, users)
+    assert not same_bits(first["ann"].weights, first["bob"].weights)
+    torch.manual_seed(1234)  # no global generator has a say
+    np.random.seed(7)
+    again = stacked(base(folder), config, users[::-1])
+    assert all(same_bits(first[name].weights, again[name].weights) for name in ("ann", "bob"))
+    other = stacked(base(folder), config.model_copy(update={"seed": 1}), users)
+    assert not same_bits(first["ann"].weights, other["ann"].weights)
+    dry = stacked(base(folder), config.model_copy(update={"dropout": 0.0}), users)
+    assert not same_bits(first["ann"].weights, dry["ann"].weights)
+
+
+def test_one_item_and_ten_thousand_train_side_by_side(folder):
+    users = [UserExamples("many", texts(10_000, 1)), UserExamples("one", texts(1, 2)), *people((3, 4))]
+    stack = StackConfig(tokens=4096)
+    config = LoraConfig(epochs=1, batch_size=64)
+    found = list(StackedTrainer(base(folder), config, stack).fit(users))
+    assert [one.user_id for one in found][-1] == "many"  # the others leave as they finish
+    assert {one.user_id: one.steps for one in found} == {"many": 157, "one": 1, "user-0": 1, "user-1": 1}
+
+
+# --- budgets and what is refused -------------------------------------------------------------------------------------
+
+
+def test_a_pass_holds_as_many_users_as_the_budgets_allow(folder, monkeypatch):
+    sizes = []
+    run = StackedTrainer._run
+    monkeypatch.setattr(StackedTrainer, "_run", lambda self, users: (sizes.append(len(users)), run(self, users)))
+    users = people((8,) * 6)
+    config = LoraConfig(epochs=1)
+    trainer = StackedTrainer(base(folder), config)
+    list(trainer.fit(users))
+    assert sizes == [6]
+    sizes.clear()
+    one = sum(len(prompt) + len(target) - 1 for prompt, target in users[0].examples)
+    list(StackedTrainer(base(folder), config, StackConfig(tokens=2 * one)).fit(users))
+    assert max(sizes) <= 3 and sum(sizes) == 6
+    sizes.clear()
+    list(StackedTrainer(base(folder), config, StackConfig(memory_gib=1e-6)).fit(users))
+    assert sizes == [1] * 6  # a user whose batch alone is beyond the budget still trains
+
+
+def test_the_memory_estimate_is_near_what_a_pass_keeps(folder):
+    """Against a count over a real pass of many users."""
+    trainer = StackedTrainer(base(folder), LoraConfig())
+    users, kept = people(), {}
+    estimate = sum(
+        sum(len(p) + len(t) - 1 for p, t in user.examples[:16]) * trainer._token_bytes
+        + sum(len(t) for _, t in user.examples[:16]) * trainer._label_bytes
+        for user in users
+    )
+    own = {parameter.data_ptr() for parameter in trainer.model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer._losses(_Pass([trainer._enter(UserExamples(u.user_id, u.examples[:16])) for u in users], "cpu"))
+    assert 0.5 < sum(kept.values()) / estimate < 2
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [([], "no example"), ([([5], [])], "has no target"), ([([], [2])], "has no target")],
+)
+def test_a_user_without_anything_to_learn_is_refused(folder, examples, message):
+    with pytest.raises(ValueError, match=message):
+        list(StackedTrainer(base(folder), LoraConfig()).fit([UserExamples("u", examples)]))
+
+
+@pytest.mark.parametrize(("target", "message"), [("c_attn", "no module of this name"), ("self_attn", "not linear")])
+def test_targets_that_the_base_lacks_are_refused(folder, target, message):
+    with pytest.raises(ValueError, match=f"{message}.*its linear modules are .*q_proj"):
+        StackedTrainer(base(folder), LoraConfig(shape=AdapterShape(targets=(target,))))
+
+
+def test_a_base_that_computes_attention_in_its_own_way_is_refused():
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    own = GPTJForCausalLM(GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, rotary_dim=8))
+    with pytest.raises(ValueError, match="GPTJForCausalLM computes attention in a way of its own"):
+        StackedTrainer(own, LoraConfig())
