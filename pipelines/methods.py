@@ -1,17 +1,24 @@
 """Methods of `generate`: what personalises a reply. A name is made of parts joined by +.
 
 none              the request alone
+random            items of the user's history before the request, drawn at random but the same in every run
+recency           the newest items before the request
+bm25              the items that share most words with the request (the benchmark's retriever)
+dense             the items whose vectors, as `refresh` stored them, are nearest to the request's
 plug              the plug's persona for this request, as the plug was trained (attention or mean)
 plug:attention    items weighed by likeness to the request
 plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
 plug:no-history   control: the instruction row alone, as for a user without history
 plug:other-user   control: the persona of another user, drawn at random but the same in every run
 oracle            the user's preference in words before the request; where it is known (the embedded world)
+
+With a plug and retrieval (plug+bm25) the retrieved text stands before the persona rows, as in the paper.
 """
 
 from dataclasses import dataclass
 
 from infra.errors import InputError
+from pplug.retrieval import KINDS
 
 PARTS = {
     "none": "the request alone",
@@ -20,6 +27,7 @@ PARTS = {
     "plug:mean": "persona rows, items weighed alike",
     "plug:no-history": "control: the instruction row alone",
     "plug:other-user": "control: another user's persona",
+    **KINDS,
     "oracle": "the user's preference in words",
 }
 
@@ -32,6 +40,8 @@ class Method:
     plug: str | None
     """None, or how the persona is made: trained, attention, mean, no-history, other-user."""
     oracle: bool
+    retrieval: str | None = None
+    """None, or how items are found: random, recency, bm25, dense."""
 
 
 def parse(name: str) -> Method:
@@ -41,15 +51,17 @@ def parse(name: str) -> Method:
         InputError: unknown, given twice, or parts that exclude each other.
     """
     parts = name.split("+")
-    known = f"known: {', '.join(PARTS)}; joined by +, such as oracle+plug"
+    known = f"known: {', '.join(PARTS)}; joined by +, such as plug+bm25"
     for part in parts:
         if part not in PARTS:
             raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
     plugs = [part for part in parts if part.startswith("plug")]
-    if len(set(parts)) < len(parts) or len(plugs) > 1 or ("none" in parts and len(parts) > 1):
+    found = [part for part in parts if part in KINDS]
+    alone = "none" in parts and len(parts) > 1
+    if len(set(parts)) < len(parts) or len(plugs) > 1 or len(found) > 1 or alone:
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
     kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
-    return Method(name, kind, "oracle" in parts)
+    return Method(name, kind, "oracle" in parts, found[0] if found else None)
 
 
 def parse_all(names: tuple[str, ...]) -> list[Method]:
