@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +60,8 @@ def write_generations(population, run_id: str, by_method: dict[str, dict[str, st
     table = tables.open_or_create(population.tables, "generations", 4)
     rows = [
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"],
-         "text": text, "error": "too long" if i in errors else None}
+         "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
+         "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none"}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip
     users = pa.array([row["user_id"] for row in rows], pa.string())
@@ -215,3 +217,20 @@ def test_nothing_to_score_is_said(population):
     assert population.ingest(source=str(items), task=population.task(NOTES)) == 0
     with pytest.raises(InputError, match="no table generations.*run `generate`"):
         run(population)
+
+
+def test_the_report_page_is_written_and_shows_texts_only_when_asked(generated):
+    _, report, _ = run(generated, run=("night-1",))
+    folder = Path(report["config"]["run_dir"])
+    html = (folder / "report.html").read_text()
+    assert "examples" not in report and "120 requests of 40 users" in html and "plug: 1 replies were errors" in html
+    assert {path.suffix for path in (folder / "charts").iterdir()} == {".svg", ".png"}
+    _, report, _ = run(generated, run=("night-1",), examples=10)
+    golds, plug = labelled(generated, replies(generated, 0.8, 2))
+    assert len(report["examples"]) == 10
+    for example in report["examples"]:
+        assert [reply["method"] for reply in example["replies"]] == ["none", "plug", "plug:mean"]
+        assert len({reply["text"] for reply in example["replies"]}) > 1
+        assert all(reply["right"] == (reply["text"] == example["target"]) for reply in example["replies"])
+    again = run(generated, run=("night-1",), examples=5)[1]["examples"]
+    assert again == report["examples"][:5]
