@@ -29,6 +29,7 @@ JOBS = {
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
     "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "lamp": Job("pipelines.lamp", "a task of the LaMP benchmark from download to report, with the paper's settings"),
     "base-lm": Job(
         "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
     ),
