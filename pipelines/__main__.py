@@ -36,6 +36,7 @@ JOBS = {
     "erase": Job(
         "pipelines.erase", "users gone from every table, version, run and export, proved by opening all files"
     ),
+    "lamp": Job("pipelines.lamp", "a task of the LaMP benchmark from download to report, with the paper's settings"),
     "base-lm": Job(
         "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
     ),

@@ -16,11 +16,13 @@ from infra.report import RunReport, new_run_id
 from pipelines.methods import Method, parse_all
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.llm import LLMConfig
+from pplug.retrieval import RetrievalConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from infra.snapshot import Snapshot
+    from pplug.tasks import TaskEntry
 
 
 class Config(BaseModel):
@@ -32,9 +34,12 @@ class Config(BaseModel):
     """Folder or s3:// prefix of the population's tables."""
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
-    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, adapter, adapter:other-user, oracle."""
+    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, adapter, adapter:other-user, random, recency,
+    bm25, dense, oracle; also joined by +, such as plug+bm25."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """For random, recency, bm25 and dense: how many items, how much room."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: Literal["all", "open", "labelled"] = "all"
@@ -88,6 +93,7 @@ def run(config: Config) -> int:
     report.table_read("histories", histories.version)
     sources = _plug_sources(config, methods, llm, report)
     stored = _adapters(config, methods, llm, report)
+    _retrieval_sources(config, methods, entry, sources, report)
 
     session.start(
         need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
@@ -187,6 +193,45 @@ def _ready_for(stored: "Snapshot | None", buckets: int, llm: str) -> Any:
     return Adapters(stored, buckets, llm, rank, tuple(sorted(targets)))
 
 
+def _retrieval_sources(
+    config: Config, methods: list[Method], entry: "TaskEntry", sources: dict[str, Any], report: RunReport
+) -> None:
+    """Refuses what retrieval cannot do with this task, layout or encoder; adds the vectors that `dense` searches."""
+    from pipelines import tables
+    from pplug.encoder import encoder_id
+
+    found = [method.name for method in methods if method.retrieval]
+    if not found:
+        return
+    if entry.retrieval is None:
+        raise InputError(
+            f"methods {found}: task {entry.name} does not say how items stand in a prompt; give a task entry with "
+            "`retrieval` (--task FILE)"
+        )
+    budget, limit = config.retrieval.budget_tokens, config.llm.layout.max_input_tokens
+    if budget is not None and budget > limit:
+        raise InputError(
+            f"retrieval.budget_tokens={budget} is above llm.layout.max_input_tokens={limit}, where a prompt is cut: "
+            "lower the one or raise the other"
+        )
+    if not any(method.retrieval == "dense" for method in methods):
+        return
+    try:
+        rule = entry.item if config.retrieval.encoder.with_label else entry.item_without_label
+        name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"retrieval.encoder: {error}") from error
+    embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
+    held = sources["embeddings"]
+    if held is not None and held.table != embeddings.table:
+        raise InputError(
+            f"the plug was trained on the vectors of {held.table}, retrieval.encoder makes those of "
+            f"{embeddings.table}; give the plug's encoder, or run the dense methods by themselves"
+        )
+    report.table_read(name, embeddings.version)
+    sources["embeddings"] = embeddings
+
+
 def _generate(
     config: Config,
     report: RunReport,
@@ -254,6 +299,7 @@ def _generate(
                 config.engine.batch_rows,
                 threads,
                 sources["adapters"].snapshot if sources["adapters"] else None,
+                config.retrieval,
             ),
             batch_size=1,
             batch_format="pyarrow",

@@ -4,7 +4,8 @@ Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeB
 Unit of work: a history item, a request (derived ones included). Rows that cannot be used stand in `rejects`, with a
 reason and the place they came from. A second ingest into the same tables adds to them; see `mode`.
 
-LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile.
+LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile. With `download` it is
+fetched from the benchmark's site first, and `split` says which separation and part: time, user, time/dev, ...
 JSONL, Parquet: `source` has a history item a row (user_id, item_id, occurred_at, and either a mapping `fields` or the
 other columns as fields), `requests_source` a request a row (request_id, user_id, input, as_of, target).
 """
@@ -38,7 +39,13 @@ class IngestConfig(BaseModel):
     format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
     """Of source; auto goes by the names of its files."""
     split: str = "train"
-    """LaMP: which `<split>_questions.json`."""
+    """LaMP: which `<split>_questions.json`; with download also time, user, time/dev and the like."""
+    download: str | None = None
+    """A LaMP task to fetch from the benchmark's site, such as LaMP_2."""
+    address: str = "https://ciir.cs.umass.edu/downloads/LaMP"
+    """Of the benchmark's site."""
+    download_dir: str = "data/LaMP"
+    """Folder that downloads are kept in; a rerun fetches only what is missing."""
     task: str | None = None
     """A LaMP task's name or a YAML file; a LaMP folder with golds names its own."""
     columns: dict[str, str] = {}
@@ -62,8 +69,10 @@ class IngestConfig(BaseModel):
 
     @model_validator(mode="after")
     def _there_is_something_to_read(self) -> Self:
-        if self.source is None and self.requests_source is None:
-            raise ValueError("neither source nor requests_source is given: name what to read")
+        if self.download is not None and (self.source or self.requests_source):
+            raise ValueError("download is itself the source: leave source and requests_source out")
+        if self.source is None and self.requests_source is None and self.download is None:
+            raise ValueError("neither source nor requests_source nor download is given: name what to read")
         return self
 
 
@@ -88,6 +97,12 @@ def run(config: IngestConfig) -> int:
     from infra.report import RunReport, check_run_id, new_run_id
 
     run_id = check_run_id(config.run_id or new_run_id("ingest"))
+    if config.download is not None:
+        from pipelines.stages.download import fetch
+
+        source, part = fetch(config.download, config.split, config.address, config.download_dir)
+        change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
+        config = config.model_copy(update=change)
     pieces, entry = look(config)
     session.start()
     survey = _survey(pieces, entry, config)

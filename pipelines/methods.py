@@ -1,6 +1,10 @@
 """Methods of `generate`: what personalises a reply. A name is made of parts joined by +.
 
 none              the request alone
+random            items of the user's history before the request, drawn at random but the same in every run
+recency           the newest items before the request
+bm25              the items that share most words with the request (the benchmark's retriever)
+dense             the items whose vectors, as `refresh` stored them, are nearest to the request's
 plug              the plug's persona for this request, as the plug was trained (attention or mean)
 plug:attention    items weighed by likeness to the request
 plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
@@ -9,11 +13,14 @@ plug:other-user   control: the persona of another user, drawn at random but the 
 adapter           the user's own LoRA adapter, as `adapt` made it; a user without one gets the base's reply
 adapter:other-user  control: another person's adapter, drawn at random but the same in every run
 oracle            the user's preference in words before the request; where it is known (the embedded world)
+
+With a plug and retrieval (plug+bm25) the retrieved text stands before the persona rows, as in the paper.
 """
 
 from dataclasses import dataclass
 
 from infra.errors import InputError
+from pplug.retrieval import KINDS
 
 PARTS = {
     "none": "the request alone",
@@ -24,6 +31,7 @@ PARTS = {
     "plug:other-user": "control: another user's persona",
     "adapter": "the user's LoRA adapter",
     "adapter:other-user": "control: another person's adapter",
+    **KINDS,
     "oracle": "the user's preference in words",
 }
 
@@ -38,6 +46,8 @@ class Method:
     oracle: bool
     adapter: str | None = None
     """None, or whose: own, other-user."""
+    retrieval: str | None = None
+    """None, or how items are found: random, recency, bm25, dense."""
 
 
 def parse(name: str) -> Method:
@@ -47,17 +57,19 @@ def parse(name: str) -> Method:
         InputError: unknown, given twice, or parts that exclude each other.
     """
     parts = name.split("+")
-    known = f"known: {', '.join(PARTS)}; joined by +, such as oracle+plug"
+    known = f"known: {', '.join(PARTS)}; joined by +, such as plug+bm25"
     for part in parts:
         if part not in PARTS:
             raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
     plugs = [part for part in parts if part.startswith("plug")]
     adapters = [part for part in parts if part.startswith("adapter")]
-    if len(set(parts)) < len(parts) or max(len(plugs), len(adapters)) > 1 or ("none" in parts and len(parts) > 1):
+    found = [part for part in parts if part in KINDS]
+    alone = "none" in parts and len(parts) > 1
+    if len(set(parts)) < len(parts) or max(len(plugs), len(adapters), len(found)) > 1 or alone:
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
     kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
     whose = (adapters[0].partition(":")[2] or "own") if adapters else None
-    return Method(name, kind, "oracle" in parts, adapter=whose)
+    return Method(name, kind, "oracle" in parts, whose, found[0] if found else None)
 
 
 def parse_all(names: tuple[str, ...]) -> list[Method]:

@@ -116,3 +116,19 @@ def visible_count(
 def newest(count: int, cap: int) -> slice:
     """The newest `cap` of the first `count` items in `order`."""
     return slice(max(0, count - cap), count)
+
+
+def cosine_distance(vectors: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """1 - cosine of each mean vector of a history to another: how far users are from each other, or have moved.
+
+    Args:
+        vectors: (U, D).
+        other: (D,), or (U, D) row by row.
+
+    Returns:
+        (U,) float64 in [0, 2]; nan where either is all zeros.
+    """
+    vectors, other = vectors.astype(np.float64), other.astype(np.float64)
+    norms = np.linalg.norm(vectors, axis=-1) * np.linalg.norm(other, axis=-1)
+    products = (vectors * other).sum(axis=-1)
+    return np.clip(1 - np.divide(products, norms, out=np.full(len(vectors), np.nan), where=norms > 0), 0, 2)

@@ -27,6 +27,11 @@ NAMES = {"classification": ("accuracy", "f1"), "rating": ("mae", "rmse"), "text"
 LOWER_IS_BETTER = frozenset({"mae", "rmse"})
 
 
+def columns(entry: TaskEntry) -> int:
+    """K, the number of columns of `item_sums`. Column 0 counts, column 1 sums the first of `NAMES`, item by item."""
+    return 2 + 3 * len(entry.labels) if entry.metric == "classification" else 3
+
+
 def score(task: str | TaskEntry, golds: Mapping[str, str], predictions: Mapping[str, str]) -> dict[str, float]:
     """Official scores of the predictions: accuracy and f1, mae and rmse, or rouge1 and rougeL.
 

@@ -1,7 +1,10 @@
 """Where persona rows stand in a prompt: the same rule in training and in generation.
 
-Decoder-only:      [BOS | start of the user's turn] [I ; persona] [retrieved text + input] [suffix | end of the turn]
-Encoder-decoder:   [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
+Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
+Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
+
+Retrieved text stands before the rows as in the paper's hybrid; a form that inserts items into the request itself
+(LaMP_1), or puts them after it, keeps them behind the rows. Without rows all of it is one text.
 
 Only token ids and persona rows travel; token embeddings are looked up where the LLM is.
 Shapes: L prompt positions, R = 1+P rows (1 for a user without history, 0 without a plug), H LLM width.
@@ -62,16 +65,21 @@ class Splicer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def prompts(self, inputs: Sequence[str]) -> list[Prompt]:
-        """Prompts of inputs; an input over the limit is cut at its end, the suffix stays."""
+    def prompts(self, inputs: Sequence[str], leads: Sequence[str] | None = None) -> list[Prompt]:
+        """Prompts of inputs; an input over the limit is cut at its end, the suffix stays.
+
+        Args:
+            leads: texts that stand before the persona rows; they count for the limit.
+        """
         limit = self.layout.max_input_tokens
         whole = self.tokenizer([text + self._suffix for text in inputs], add_special_tokens=False)["input_ids"]
         suffix = self._ids(self._suffix)
         out = []
-        for text, ids in zip(inputs, whole, strict=True):
-            if len(ids) > limit + len(suffix):
-                ids = self._ids(text)[:limit] + suffix
-            out.append(Prompt(list(self._head), list(ids) + self._tail))
+        for text, ids, lead in zip(inputs, whole, leads or [""] * len(inputs), strict=True):
+            first = self._ids(lead)[:limit]
+            if len(first) + len(ids) > limit + len(suffix):
+                ids = self._ids(text)[: limit - len(first)] + suffix
+            out.append(Prompt(self._head + first, list(ids) + self._tail))
         return out
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

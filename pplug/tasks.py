@@ -59,6 +59,8 @@ class RetrievalForm(BaseModel):
 
     pattern: str
     """Template of one item."""
+    words: str | None = None
+    """Template of the text that BM25 reads of an item; None: the item without its label."""
     joiner: str = ", and "
     """Between two items."""
     wrap: str = "{items}. {input}"
@@ -68,7 +70,9 @@ class RetrievalForm(BaseModel):
 
     @model_validator(mode="after")
     def _wrap_keeps_items_and_input(self) -> Self:
-        slots(self.pattern)
+        for template in (self.pattern, self.words):
+            if template is not None and not slots(template):
+                raise ValueError(f"{template!r} names no field; write the field in braces, such as {{text}}")
         if sorted(slots(self.wrap)) != ["input", "items"]:
             raise ValueError(f"wrap={self.wrap!r} must hold {{items}} and {{input}} once each")
         return self

@@ -1,6 +1,7 @@
 """Stage: requests of a bucket, each with its user's history, become prompts with persona rows.
 
-Route: bucket -> requests x methods still owed -> visible items -> plug -> rows (1+P, H) beside token ids.
+Route: bucket -> requests x methods still owed -> visible items -> plug -> rows (1+P, H) beside token ids; or -> the
+items that retrieval finds -> the prompt's text.
 The vectors stay here; only persona rows and token ids travel on.
 Shapes: T items of a block's requests (ragged), D encoder width, P persona tokens, H LLM width.
 """
@@ -18,8 +19,10 @@ from infra.snapshot import Snapshot
 from pipelines.methods import Method
 from pipelines.stages.adapters import AdapterIndex, AdapterName
 from pipelines.stages.bucket import Histories, matrix, read_bucket, to_us
+from pipelines.stages.retrieve import Found, Retriever
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
+from pplug.retrieval import RetrievalConfig
 from pplug.splice import Splicer
 from pplug.tasks import TaskEntry, query
 
@@ -108,20 +111,29 @@ class BuildPrompts:
         block_rows: int,
         threads: int,
         adapters: Snapshot | None = None,
+        retrieval: RetrievalConfig | None = None,
     ) -> None:
         self.adapters = adapters
         self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
         self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
         self.cap, self.block_rows = cap, block_rows
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder)
+        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        self.splicer = Splicer(tokenizer, llm.layout, encoder_decoder)
         self.maker = PersonaMaker(plug_folder, threads) if plug_folder else None
+        kinds = frozenset(method.retrieval for method in methods if method.retrieval)
+        self.retriever: Retriever | None = None
+        if kinds:
+            retrieval = retrieval or RetrievalConfig()
+            budget = retrieval.budget_tokens or llm.layout.max_input_tokens
+            self.retriever = Retriever(retrieval, kinds, entry, tokenizer, budget)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             requests, answered, _ = self.owed.read(bucket)
             users = None
-            if self.maker is not None and self.histories is not None and requests.num_rows:
-                users = Users(self.histories, self.embeddings, self.personas, bucket, requests, self.cap)
+            if (self.maker or self.retriever) and self.histories is not None and requests.num_rows:
+                sources = (self.histories, self.embeddings, self.personas)
+                users = Users(*sources, bucket, requests, self.cap, with_fields=self.retriever is not None)
             index = None
             if self.adapters is not None:
                 owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
@@ -148,7 +160,16 @@ class BuildPrompts:
             if method.oracle and not words:
                 errors[i] = "no stated preference for this user in the oracle file"
             inputs.append(words + request["input"])
-        prompts = self.splicer.prompts(inputs)
+        leads: list[str] = [""] * len(requests)
+        if method.retrieval is not None:
+            assert self.retriever is not None and users is not None, "retrieval needs histories"
+            texts, problems = self.retriever.prompts(method.retrieval, requests, inputs, users)
+            errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
+            if method.plug is not None:  # the rows stand between the two parts
+                leads, inputs = [text.lead for text in texts], [text.rest for text in texts]
+            else:
+                inputs = [text.lead + text.rest for text in texts]
+        prompts = self.splicer.prompts(inputs, leads)
         empty = np.zeros(0, np.float32)
         rows: list[np.ndarray] = [empty] * len(requests)
         kinds = ["none"] * len(requests)
@@ -173,12 +194,20 @@ class BuildPrompts:
             "rows": ragged_f32(rows),
             "persona": kinds,
             "plug_id": [self.plug_id if with_plug else None] * n,
-            "encoder_id": [self.maker.plug.config.encoder_id if with_plug and self.maker else None] * n,
+            "encoder_id": [self._encoder_id(method)] * n,
             "adapter_id": [name and name.adapter_id for name in adapters],
             "adapter_key": [name and name.user_key for name in adapters],
             "error": errors,
         }
         return pa.table(columns, schema=PROMPTS)
+
+    def _encoder_id(self, method: Method) -> str | None:
+        """Of the vectors that the method reads: those of the table it was given."""
+        if method.plug is not None and self.maker is not None:
+            return self.maker.plug.config.encoder_id
+        if method.retrieval == "dense" and self.embeddings is not None:
+            return self.embeddings.metadata.get("encoder_id")
+        return None
 
 
 class Users:
@@ -192,8 +221,10 @@ class Users:
         bucket: int,
         requests: pa.Table,
         cap: int,
+        with_fields: bool = False,
     ) -> None:
-        self.own, self.cap = read_bucket(histories, embeddings, bucket), cap
+        self.own, self.cap = read_bucket(histories, embeddings, bucket, with_fields=with_fields), cap
+        self.found = Found()
         self._source, self._bucket = (histories, embeddings), bucket
         self._others: Histories | None = None
         self._owner = dict(zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True))
@@ -208,13 +239,16 @@ class Users:
             return None
         return self._stored.get(request["user_id"])
 
-    def items(self, request: Mapping[str, Any]) -> np.ndarray:
-        """(n, D) vectors of the items the request may see."""
+    def rows(self, request: Mapping[str, Any]) -> np.ndarray:
+        """Rows of `own` of the items the request may see, oldest first."""
         user = self.own.user(request["user_id"])
         if user is None:
-            return self.own.vectors[:0]
-        seen = self.own.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)
-        return self.own.vectors[self.own.with_vector(seen)]
+            return np.zeros(0, np.int64)
+        return self.own.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)
+
+    def items(self, request: Mapping[str, Any]) -> np.ndarray:
+        """(n, D) vectors of the items the request may see."""
+        return self.own.vectors[self.own.with_vector(self.rows(request))]
 
     def others_items(self, request: Mapping[str, Any]) -> np.ndarray:
         """(n, D) vectors of another person's items: drawn by the user's hash, so that every run draws alike."""

@@ -3,32 +3,33 @@
 Generations and requests of a user lie in the same bucket: the join needs no shuffle.
 """
 
+import dataclasses
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot, read_files
+from pipelines.stages import groups
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
-
-Repeat = tuple[str, str]
-"""(method, run_id): runs that differ only in a seed repeat a method."""
 
 
 @dataclass(frozen=True)
 class Replies:
     """One bucket's requests that have a target and were answered by any of the runs, and the answers."""
 
-    ids: list[str]
-    owner_ids: list[str]
-    targets: list[str]
-    texts: dict[Repeat, dict[str, str]]
-    """By method and run, by id; empty for a row with an error."""
-    errors: dict[Repeat, int]
+    rows: list[dict[str, Any]]
+    """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
+    texts: dict[str, dict[str, str]]
+    """By method, by id; empty for a row with an error."""
+    costs: dict[str, dict[str, tuple[int, ...]]]
+    """By method, by id: prompt tokens, output tokens, whether item vectors and a stored persona were read (COSTS)."""
+    errors: dict[str, int]
     labelled: int
     """Requests with a target, answered or not."""
     users: int
@@ -37,33 +38,42 @@ class Replies:
     """Distinct people with one history a question: their questions lie in many buckets."""
 
 
-def read_bucket(requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str]) -> Replies:
+def read_bucket(
+    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], with_input: bool = False
+) -> Replies:
     """Joins a bucket. Raises ValueError: a request was answered twice by one method, or ids are not unique."""
-    columns = ["request_id", "user_id", "owner_id", "target"]
+    columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
     asked = _read(requests, bucket, columns, pc.field("target").is_valid())
     wanted = pc.field("run_id").isin(list(runs))
-    rows = _read(generations, bucket, ["run_id", "request_id", "method", "text", "error"], wanted)
+    names = ["run_id", "request_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
+    rows = _read(generations, bucket, names, wanted)
     if pc.count_distinct(asked["request_id"]).as_py() < len(asked):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
     known = set(asked["request_id"].to_pylist())
-    texts: dict[Repeat, dict[str, str]] = {}
-    errors: dict[Repeat, int] = {}
+    texts: dict[str, dict[str, str]] = {}
+    costs: dict[str, dict[str, tuple[int, ...]]] = {}
+    errors: dict[str, int] = {}
     for row in rows.to_pylist():
         if row["request_id"] not in known:
             continue
-        repeat = (row["method"], row["run_id"])
-        of_repeat = texts.setdefault(repeat, {})
-        if row["request_id"] in of_repeat:
-            raise ValueError(f"request {row['request_id']!r} has two replies of method {repeat[0]} in run {repeat[1]}")
-        of_repeat[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
-        errors[repeat] = errors.get(repeat, 0) + (row["error"] is not None)
+        of_method = texts.setdefault(row["method"], {})
+        if row["request_id"] in of_method:
+            raise ValueError(
+                f"request {row['request_id']!r} has two replies of method {row['method']} in runs {', '.join(runs)}; "
+                "name one run a method, or give --pool when the runs repeat the same methods"
+            )
+        of_method[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
+        vectors = row["persona"] == "attention" or "dense" in row["method"].split("+")
+        costs.setdefault(row["method"], {})[row["request_id"]] = (
+            row["prompt_tokens"] or 0, row["output_tokens"] or 0, int(vectors), int(row["persona"] == "mean")
+        )  # fmt: skip
+        errors[row["method"]] = errors.get(row["method"], 0) + (row["error"] is not None)
     answered = set().union(*texts.values()) if texts else set()
     kept = [row for row in asked.to_pylist() if row["request_id"] in answered]
     return Replies(
-        ids=[row["request_id"] for row in kept],
-        owner_ids=[row["owner_id"] for row in kept],
-        targets=[row["target"] for row in kept],
+        rows=kept,
         texts=texts,
+        costs=costs,
         errors=errors,
         labelled=len(asked),
         users=len({row["owner_id"] for row in kept if row["owner_id"] == row["user_id"]}),
@@ -71,14 +81,43 @@ def read_bucket(requests: Snapshot, generations: Snapshot, bucket: int, runs: Se
     )
 
 
+COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona")
+BASELINE = "none"
+MOST_EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the columns of a tally stand: those of the scores first, then what is broken down, W in all."""
+
+    scores: int
+    """K of metrics.item_sums."""
+
+    def third(self, kind: str, third: int) -> slice:
+        """Two columns: requests of this third, and the sum of their first metric."""
+        start = self.scores + 2 * (3 * groups.KINDS.index(kind) + third)
+        return slice(start, start + 2)
+
+    @property
+    def users(self) -> slice:
+        """Four columns: users, those better, worse and as well off as with the baseline."""
+        start = self.scores + 6 * len(groups.KINDS)
+        return slice(start, start + 4)
+
+    @property
+    def costs(self) -> slice:
+        """As COSTS, summed over requests."""
+        return slice(self.users.stop, self.users.stop + len(COSTS))
+
+
 @dataclass
 class Tally:
     """What the driver adds up: sums of a method's items, plain and of every resample."""
 
     sums: np.ndarray
-    """(K,) of metrics.item_sums."""
+    """(W,) by `Columns`."""
     resampled: np.ndarray
-    """(R, K)."""
+    """(R, W)."""
     errors: int
     missing: list[str]
     """Some ids that other methods answered and this one did not."""
@@ -89,13 +128,17 @@ class Tally:
 class Scored:
     """The part of some buckets; grows with methods and resamples, not with users (but for split owners)."""
 
-    methods: dict[Repeat, Tally]
+    methods: dict[str, Tally]
     labelled: int = 0
     answered: int = 0
     users: int = 0
     split_owners: frozenset[bytes] = frozenset()
-    seen: frozenset[Repeat] = frozenset()
-    """What the runs have, asked for or not."""
+    seen: frozenset[str] = frozenset()
+    """Methods that the runs have, asked for or not."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """Requests with their replies, drawn at random: those of the smallest `draw`."""
+    left_out: int = 0
+    """Requests that the runs beside have not answered."""
     problem: str | None = None
 
 
@@ -111,6 +154,13 @@ class ScoreBuckets:
     """Those to score; None: every one there is."""
     resamples: int
     seed: int
+    facts: groups.Facts
+    cuts: dict[str, tuple[int, int]]
+    """Of each kind of group, where its thirds end; kinds that are not known here are left out."""
+    examples: int = 0
+    """Requests to show side by side."""
+    beside: tuple[str, ...] = ()
+    """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored({})
@@ -123,36 +173,94 @@ class ScoreBuckets:
 
     def score(self, bucket: int) -> Scored:
         """One bucket."""
-        found = read_bucket(self.requests, self.generations, bucket, self.runs)
-        golds = dict(zip(found.ids, found.targets, strict=True))
-        owner_of = dict(zip(found.ids, found.owner_ids, strict=True))
+        found = read_bucket(self.requests, self.generations, bucket, self.runs, with_input=self.examples > 0)
+        left = len(found.rows)
+        if self.beside:
+            others = read_bucket(self.requests, self.generations, bucket, self.beside)
+            shared = {row["request_id"] for row in others.rows}
+            found = dataclasses.replace(found, rows=[row for row in found.rows if row["request_id"] in shared])
+        left -= len(found.rows)
+        golds = {row["request_id"]: row["target"] for row in found.rows}
+        at = {request_id: i for i, request_id in enumerate(golds)}
+        base = self._first_metric(golds, found.texts.get(BASELINE, {}))
+        known = self.facts.read(bucket, found.rows) if found.rows and self.cuts else {}
+        thirds = {kind: groups.thirds(known[kind], cut) for kind, cut in self.cuts.items() if kind in known}
         tallies = {}
-        for repeat, texts in found.texts.items():
-            if self.methods is not None and repeat[0] not in self.methods:
-                continue
+        for method in found.texts if self.methods is None else self.methods:
+            texts = found.texts.get(method, {})
             missing = [i for i in golds if i not in texts]
             answered = {i: gold for i, gold in golds.items() if i in texts}
             if answered:
                 ids, sums = metrics.item_sums(self.entry, answered, texts)
-                owners = [owner_of[i] for i in ids]
-                resampled = intervals.resampled_sums(owners, sums, self.resamples, self.seed)
-                tally = Tally(sums.sum(axis=0), resampled, found.errors.get(repeat, 0), missing[:3], len(missing))
+                rows = np.array([at[i] for i in ids])
+                of_thirds = [
+                    sums[:, :2] * (thirds[kind][rows] == third)[:, None] if kind in thirds else np.zeros((len(ids), 2))
+                    for kind in groups.KINDS
+                    for third in range(3)
+                ]
+                users = self._users(
+                    [found.rows[row]["user_id"] for row in rows], sums[:, 1], [base.get(i) for i in ids]
+                )
+                costs = np.array([found.costs[method][i] for i in ids], dtype=np.float64)
+                wide = np.hstack([sums, *of_thirds, users, costs])
+                owners = [found.rows[row]["owner_id"] for row in rows]
+                resampled = intervals.resampled_sums(owners, wide, self.resamples, self.seed)
+                tally = Tally(wide.sum(axis=0), resampled, found.errors.get(method, 0), missing[:3], len(missing))
             else:
                 tally = Tally(np.zeros(1), np.zeros((self.resamples, 1)), 0, missing[:3], len(missing))
-            tallies[repeat] = tally
+            tallies[method] = tally
         split = frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners)
-        return Scored(tallies, found.labelled, len(golds), found.users, split, frozenset(found.texts))
+        seen = frozenset(found.texts)
+        return Scored(
+            tallies, found.labelled, len(golds), found.users, split, seen, self._examples(found, list(tallies))
+        )
+
+    def _examples(self, found: Replies, methods: list[str]) -> tuple[dict[str, Any], ...]:
+        """Requests that the methods answer differently, the first of a random order that is the same in every run."""
+        rows = []
+        for row in found.rows if self.examples else []:
+            replies = {name: found.texts.get(name, {}).get(row["request_id"], "") for name in methods}
+            if len(set(replies.values())) > 1:
+                draw = intervals.digest(f"example {row['request_id']}", self.seed)
+                rows.append({"draw": draw, "input": row["input"], "target": row["target"], "replies": replies})
+        return first(rows, self.examples)
+
+    def _first_metric(self, golds: dict[str, str], texts: dict[str, str]) -> dict[str, float]:
+        answered = {i: gold for i, gold in golds.items() if i in texts}
+        if not answered:
+            return {}
+        ids, sums = metrics.item_sums(self.entry, answered, texts)
+        return dict(zip(ids, sums[:, 1].tolist(), strict=True))
+
+    def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
+        """(N, 4): on each user's first row a 1, and whether the user does better, worse or as well over all rows."""
+        lower = metrics.NAMES[self.entry.metric][0] in metrics.LOWER_IS_BETTER
+        gain: dict[str, float] = {}
+        for user, value, without in zip(user_ids, values.tolist(), base, strict=True):
+            gain[user] = gain.get(user, 0.0) + (np.nan if without is None else value - without) * (-1 if lower else 1)
+        found, seen = np.zeros((len(user_ids), 4)), set()
+        for row, user in enumerate(user_ids):
+            if user not in seen and np.isfinite(gain[user]):
+                better, worse = gain[user] > 1e-9, gain[user] < -1e-9
+                found[row] = (1, better, worse, not better and not worse)
+            seen.add(user)
+        return found
+
+
+def first(examples: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
+    """Those that come first in the random order."""
+    return tuple(sorted(examples, key=lambda row: row["draw"])[:count])
 
 
 def merged(one: Scored, other: Scored) -> Scored:
     """Both together. A method that a part does not have misses everything that part answered."""
     methods = {}
-    for repeat in one.methods | other.methods:
-        parts = [part.methods[repeat] for part in (one, other) if repeat in part.methods]
-        absent = sum(part.answered for part in (one, other) if repeat not in part.methods)
+    for method in one.methods | other.methods:
+        parts = [part.methods[method] for part in (one, other) if method in part.methods]
+        absent = sum(part.answered for part in (one, other) if method not in part.methods)
         tally = parts[0] if len(parts) == 1 else added(*parts)
         tally.n_missing += absent
-        methods[repeat] = tally
+        methods[method] = tally
     return Scored(
         methods,
         one.labelled + other.labelled,
@@ -160,12 +268,14 @@ def merged(one: Scored, other: Scored) -> Scored:
         one.users + other.users,
         one.split_owners | other.split_owners,
         one.seen | other.seen,
+        first([*one.examples, *other.examples], MOST_EXAMPLES),
+        one.left_out + other.left_out,
         one.problem or other.problem,
     )
 
 
 def added(one: Tally, other: Tally) -> Tally:
-    """Both together; sums of repeats of a method add up like those of buckets."""
+    """Both together; the sums of a method's repeats add up like those of buckets."""
     return Tally(
         one.sums + other.sums,
         one.resampled + other.resampled,

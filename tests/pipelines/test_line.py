@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from infra.errors import InputError
@@ -17,12 +18,14 @@ from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import plug_id
+from pplug.retrieval import RetrievalConfig
 from tests.pplug.models import tiny_bert, tiny_llama
 
 WORLD = world.WorldConfig(
     train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2
 )
-METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+FOUND = ("random", "recency", "bm25", "dense", "plug+bm25", "plug+dense")
+METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle", *FOUND)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +73,7 @@ def asked(made, **more):
         "oracle": str(made.files["oracle"]),
         "decoding": Decoding(max_tokens=6),
         "engine": EngineConfig(batch_rows=16),
+        "retrieval": RetrievalConfig(k=2, budget_tokens=80, encoder=made.encoder),
     } | more
 
 
@@ -133,7 +137,13 @@ def test_every_request_has_one_reply_a_method(line):
     assert "no stated preference" in by_key["lonely", "oracle"]["error"]
     assert by_key["open-end", "plug:mean"]["persona"] == "mean"
     for (_, method), row in by_key.items():
-        assert (row["plug_id"] is None) == (method in ("none", "oracle"))
+        assert (row["plug_id"] is None) == ("plug" not in method)
+        assert (row["encoder_id"] is None) == ("plug" not in method and method != "dense")
+        # of somebody without an item, nothing can be shown
+        plain = by_key["lonely", "none" if "plug" not in method else "plug:no-history"]
+        if method in FOUND:
+            assert by_key["lonely", method]["prompt_tokens"] == plain["prompt_tokens"]
+            assert row["request_id"] == "lonely" or row["prompt_tokens"] > plain["prompt_tokens"]
         assert row["run_id"] == "generate"
     report = line.runs["generate"]
     assert report["planned"] == report["written"] == len(keys) and report["failed"] == 1
@@ -171,6 +181,43 @@ def test_replies_with_a_plug_are_those_of_transformers_from_the_same_history(lin
         same += replies[request["request_id"], "plug"]["text"].strip() == text
     # vectors are stored in 16 bits and queries encoded in bfloat16: a near tie may fall the other way
     assert same >= 0.9 * total
+
+
+def test_replies_from_found_items_are_those_of_transformers(line):
+    """`dense` and `plug+dense` rebuilt by hand: the text in the task's words, before the rows where there are any."""
+    llm, plug, encoder = FrozenLLM.load(line.llm), PersonaPlug.from_pretrained(line.plug), TextEncoder(line.encoder)
+    own = histories(line.test)
+    replies = {(row["request_id"], row["method"]): row for row in rows(line.test, "generations")}
+    asked = [r for r in rows(line.test, "requests") if r["request_id"] not in ("lonely", "open-end")][:12]
+    same = []
+    for request in asked:
+        items = [i for i in own[request["user_id"]] if i["occurred_at"] < request["as_of"]]
+        fields = [dict(i["fields"]) for i in items]
+        vectors = encoder.encode([f"{f['tag']} is my tag for {f['description']}" for f in fields])
+        vector = encoder.encode([request["input"].split("description: ")[1]])[0]
+        best = sorted(range(len(items)), key=lambda i: (-(vectors[i] @ vector), -i))[:2]
+        lead = ", and ".join(f'"{fields[i]["tag"]}" is the tag for "{fields[i]["description"]}"' for i in best) + ". "
+        query = encoder.tokenizer([request["input"].split("description: ")[1]], return_tensors="pt")
+        with torch.no_grad():
+            x = plug.embed_query(query["input_ids"], query["attention_mask"])[0]
+            rows_of = torch.from_numpy(vectors)
+            persona = torch.softmax(rows_of @ x, 0) @ plug.align_mlp(rows_of)
+            soft = torch.cat([plug.instruction(), plug.config.persona_scale * persona.view(2, llm.dim)])
+            first, last = (
+                llm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (lead, request["input"])
+            )
+            embed = llm.embedding
+            for method, parts in (
+                ("dense", [embed(torch.tensor([1, *first, *last]))]),
+                ("plug+dense", [embed(torch.tensor([1, *first])), soft, embed(torch.tensor(last))]),
+            ):
+                embeds = torch.cat(parts)[None]
+                mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+                out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False)
+                reply = replies[request["request_id"], method]
+                assert reply["prompt_tokens"] == embeds.shape[1]
+                same.append(llm.tokenizer.decode(out[0], skip_special_tokens=True) == reply["text"].strip())
+    assert sum(same) >= 0.9 * len(same)  # a near tie of vectors or tokens may fall the other way
 
 
 def test_a_second_refresh_encodes_nothing_and_rewrites_nothing(line):
@@ -229,10 +276,11 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
     def prompts(place):
         snapshots = [tables.open_table(place, name).snapshot(complete=True)
                      for name in ("requests", "histories", embeddings_name(line))]  # fmt: skip
-        methods = ("plug", "plug:mean")
+        methods = ("plug", "plug:mean", *FOUND)
         owed = Owed(snapshots[0], None, "x", methods, "all", None)
         sources = (snapshots[1], snapshots[2], None, line.plug, "p", line.llm, False)
-        stage = BuildPrompts(owed, parse_all(methods), *sources, load(task), {}, 512, 64, 2)
+        found = RetrievalConfig(encoder=line.encoder)
+        stage = BuildPrompts(owed, parse_all(methods), *sources, load(task), {}, 512, 64, 2, found)
         import pyarrow as pa
 
         found = pa.concat_tables(out for bucket in range(4) for out in stage(pa.table({"bucket": [bucket]})))
@@ -240,7 +288,7 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
 
     old, new = prompts(line.test), prompts(copy)
     shared = set(old) & set(new)
-    assert len(shared) == 2 * len(people) * WORLD.test_requests
+    assert len(shared) == (2 + len(FOUND)) * len(people) * WORLD.test_requests
     for key in shared:
         assert old[key][0] == new[key][0] and old[key][2] == new[key][2]
         np.testing.assert_allclose(old[key][1], new[key][1], rtol=1e-5, atol=1e-6)
@@ -294,6 +342,13 @@ def test_another_encoder_than_the_plugs_is_refused(line, tmp_path):
     [
         ({"methods": ("plug", "plugs")}, r"'plugs' in 'plugs' is not a method \(known: none, plug"),
         ({"methods": ("plug+plug:mean",)}, "joins parts that exclude each other"),
+        ({"methods": ("bm25+dense",)}, "joins parts that exclude each other"),
+        (
+            {"retrieval": RetrievalConfig(budget_tokens=300)},
+            "budget_tokens=300 is above llm.layout.max_input_tokens=256",
+        ),
+        ({"retrieval": RetrievalConfig(), "methods": ("dense",)}, "no table embeddings-.*run `refresh`"),
+        ({"task": "no-retrieval.yaml", "methods": ("bm25",)}, "does not say how items stand in a prompt"),
         ({"methods": ()}, "name at least one method"),
         ({"plug": None}, "need a plug; give its folder with --plug"),
         ({"plug": "no/such/plug"}, "no config.json; expected a plug folder"),
@@ -305,6 +360,10 @@ def test_another_encoder_than_the_plugs_is_refused(line, tmp_path):
     ],
 )
 def test_generate_says_what_is_wrong(line, change, message):
+    if "task" in change:
+        change = change | {"task": str(line.root / change["task"])}
+        entry = yaml.safe_load(line.files["task"].read_text())
+        (line.root / "no-retrieval.yaml").write_text(yaml.safe_dump(entry | {"retrieval": None}))
     with pytest.raises(InputError, match=message):
         generate.run(generate.Config(**({"tables": line.test} | asked(line) | change)))
 

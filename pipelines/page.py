@@ -1,0 +1,199 @@
+"""report.html: evaluate's figures as one page that opens anywhere, and its charts as files beside it.
+
+Route: report.json as a dict -> words and cells -> Jinja template; charts (pipelines.charts) stand in it as SVG.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infra.storage import Storage
+from pipelines import charts
+from pipelines.charts import between, gain, is_bound, is_control, percent, sign, size, value
+from pipelines.methods import PARTS
+
+DARK = {
+    "ink": "#e8eaed", "muted": "#a3acb8", "grid": "#3a414b", "paper": "#1c2025", "good": "#4fb985", "bad": "#e5816b",
+    "even": "#8b94a1", "one": "#7fb0f5", "two": "#e8a45c", "three": "#5cc596", "four": "#c79ae0", "five": "#a3acb8",
+}  # fmt: skip
+_BASELINE = "none"
+
+
+def write(folder: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """Writes report.html and charts/<name>.svg and .png below `folder`; returns name -> address."""
+    storage, drawn = Storage(folder), charts.draw_all(found)
+    files = {f"charts/{chart.name}.svg": chart.svg for chart in drawn}
+    files |= {f"charts/{chart.name}.png": chart.png for chart in drawn}
+    for name, data in files.items():
+        with storage.open_output(name) as out:  # without a sync to disk each: a rerun draws them again
+            out.write(data)
+    storage.write_bytes("report.html", render(found, drawn).encode())
+    return {name: storage.full(name) for name in ["report.html", *files]}
+
+
+def render(found: Mapping[str, Any], drawn: list[charts.Chart]) -> str:
+    """The page. `found`: report.json of evaluate."""
+    import jinja2
+
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
+    metric = next(iter(next(iter(found["methods"].values()))["scores"]))
+    best = _best(found, metric)
+    return page.render(
+        task=found["task"],
+        kicker=f"{found['n_requests']:,} requests of {found['n_users']:,} users",
+        verdict=_verdict(found, metric, best),
+        lead=_lead(found, metric, best),
+        figures=_figures(found, metric, best),
+        warnings=found["warnings"],
+        headline=_headline(found, best),
+        reading=_reading(found),
+        charts=drawn,
+        examples=found.get("examples", []),
+        facts=_facts(found),
+        light=charts.LIGHT,
+        dark=DARK,
+    )
+
+
+def _best(found: Mapping[str, Any], metric: str) -> str | None:
+    """The method with the greatest gain that neither is a control nor is told the truth."""
+    own = [
+        name
+        for name, row in found["methods"].items()
+        if "vs_none" in row and not is_control(name) and not is_bound(name)
+    ]
+    turn = sign(metric)
+    return max(own, key=lambda name: turn * found["methods"][name]["vs_none"][metric]["difference"], default=None)
+
+
+def _gain(found: Mapping[str, Any], metric: str, name: str) -> tuple[float, list[float]]:
+    row = found["methods"][name]["vs_none"][metric]
+    return gain(metric, row["difference"], row["ci95"])
+
+
+def _amount(metric: str, number: float) -> str:
+    """A gain in words: 4.2 points, 0.031."""
+    return f"{100 * number:.1f} points" if percent(metric) else f"{number:.3f}"
+
+
+def _verdict(found: Mapping[str, Any], metric: str, best: str | None) -> str:
+    if best is None:
+        return f"{found['task']}: scores of {', '.join(found['methods'])}"
+    middle, (low, high) = _gain(found, metric, best)
+    if low > 0:
+        return f"Personalisation helps: {best} gains {_amount(metric, middle)} of {metric}"
+    if high < 0:
+        return f"Personalisation does harm: even {best}, the best method, loses {_amount(metric, -middle)} of {metric}"
+    return f"No clear effect: the gain of {best}, the best method, may be chance"
+
+
+def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
+    if best is None:
+        return []
+    rows = found["methods"]
+    score, without = (value(metric, rows[name]["scores"][metric]) for name in (best, _BASELINE))
+    better = "lower is better" if sign(metric) < 0 else "higher is better"
+    said = [
+        f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
+    ]
+    for name in rows:
+        if is_control(name) and "vs_none" in rows[name]:
+            middle, interval = _gain(found, metric, name)
+            clear = interval[0] > 0 or interval[1] < 0
+            what = value(metric, middle, True) + (" points" if percent(metric) else "")
+            about = "another person's history" if name.endswith("other-user") else "no history at all"
+            said.append(f"The control {name} ({about}) changes it by {what}{'' if clear else ', which may be chance'}.")
+    return [" ".join(said)]
+
+
+def _figures(found: Mapping[str, Any], metric: str, best: str | None) -> list[dict[str, str]]:
+    if best is None:
+        return [
+            {"name": name, "value": value(metric, row["scores"][metric]), "note": metric}
+            for name, row in list(found["methods"].items())[:4]
+        ]
+    row = found["methods"][best]
+    middle, interval = _gain(found, metric, best)
+    users = row["users_vs_none"]
+    shares = {part: value("accuracy", users[part]["share"]) for part in ("better", "worse")}
+    ends = {part: f"{between('accuracy', users[part]['ci95'])} of users" for part in ("better", "worse")}
+    kept = row["cost"]["bytes_per_user"]
+    return [
+        {"name": f"gain of {best}", "value": value(metric, middle, True) + (" points" if percent(metric) else ""),
+         "note": f"95%: {between(metric, interval, True)}"},
+        {"name": "users better off", "value": shares["better"], "note": ends["better"]},
+        {"name": "users worse off", "value": shares["worse"], "note": ends["worse"]},
+        {"name": "cost", "value": f"{row['cost']['prompt_tokens']:.0f} tokens",
+         "note": f"a prompt; {size(kept)} kept a user" if kept is not None else "a prompt"},
+    ]  # fmt: skip
+
+
+def _headline(found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
+    names = list(next(iter(found["methods"].values()))["scores"])
+    compared = any("vs_none" in row for row in found["methods"].values())
+    columns = ["method", *names, *([f"gain in {name}" for name in names] if compared else [])]
+    columns += ["better / worse off"] * compared + ["prompt tokens", "kept a user"]
+    rows = []
+    for method, row in found["methods"].items():
+        cells = [
+            {"text": value(name, row["scores"][name]), "note": between(name, row["ci95"][name]), "tone": ""}
+            for name in names
+        ]
+        if compared:
+            cells += [_gain_cell(found, name, method) for name in names]
+            cells.append(_users_cell(row))
+        cells.append({"text": f"{row['cost']['prompt_tokens']:.0f}", "note": "", "tone": ""})
+        cells.append({"text": size(row["cost"]["bytes_per_user"]), "note": "", "tone": ""})
+        rows.append({"name": method, "about": _about(method), "cells": cells, "best": method == best})
+    return {"columns": columns, "rows": rows}
+
+
+def _gain_cell(found: Mapping[str, Any], metric: str, method: str) -> dict[str, str]:
+    if "vs_none" not in found["methods"][method]:
+        return {"text": "-", "note": "", "tone": ""}
+    middle, interval = _gain(found, metric, method)
+    tone = "good" if interval[0] > 0 else "bad" if interval[1] < 0 else ""
+    return {"text": value(metric, middle, True), "note": between(metric, interval, True), "tone": tone}
+
+
+def _users_cell(row: Mapping[str, Any]) -> dict[str, str]:
+    if not row.get("users_vs_none", {}).get("n"):
+        return {"text": "-", "note": "", "tone": ""}
+    better, worse = (100 * row["users_vs_none"][part]["share"] for part in ("better", "worse"))
+    return {"text": f"{better:.0f}% / {worse:.0f}%", "note": "", "tone": ""}
+
+
+def _about(method: str) -> str:
+    return "; ".join(PARTS.get(part, "") for part in method.split("+"))
+
+
+def _reading(found: Mapping[str, Any]) -> str:
+    config = found["config"]
+    turned = " Gains are turned so that more is better." if any(
+        sign(name) < 0 for name in next(iter(found["methods"].values()))["scores"]
+    ) else ""  # fmt: skip
+    return (
+        f"Small print: 95% intervals, from {config['resamples']:,} resamples of whole users; gains are differences to "
+        f"{_BASELINE} on the same requests. In colour: the interval leaves out zero.{turned} Kept a user: beside the "
+        "history itself."
+    )
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    facts = {
+        "evaluation": f"{found['run_id']}, {found['started_at']}",
+        "runs of generate": ", ".join(found["runs"]),
+        "requests": f"{found['n_requests']:,} answered; {found['not_generated']:,} with a target were not",
+        "errors": f"{sum(row['errors'] for row in found['methods'].values()):,} replies were errors",
+        "tables": ", ".join(f"{name} version {number}" for name, number in found["tables_read"].items()),
+        "identities": ", ".join(f"{name} {text}" for name, text in found["identities"].items() if text) or "-",
+        "versions": ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+        "seed of the resamples": str(found["config"]["seed"]),
+    }
+    if found.get("reference"):
+        best = found["reference"]
+        facts["best possible"] = (
+            f"{best['best_without_history']:.3f} without history, {best['best_with_history']:.3f} with it"
+        )
+    return facts

@@ -1,0 +1,101 @@
+"""Part of the prompt stage: the items that stand in a request's prompt, found among those it may see.
+
+Works on one bucket's histories as they lie in memory; the index of a user's words is made once for all requests that
+see the same items. What is found for a request is kept with its bucket, so that hybrids find it again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.stages.bucket import Histories, decode_fields
+from pplug import retrieval
+from pplug.retrieval import Composed, RetrievalConfig, WordIndex
+from pplug.tasks import TaskEntry, query
+
+if TYPE_CHECKING:
+    from pipelines.stages.prompt import Users
+
+
+@dataclass
+class Found:
+    """What retrieval has found in a bucket so far."""
+
+    picks: dict[tuple[str, str], list[Mapping[str, str]]] = field(default_factory=dict)
+    """By kind and request: fields of the items, best first."""
+    words: tuple[tuple[int, int], WordIndex] | None = None
+    """The last user's index, and the first and last item in it: requests come user by user."""
+
+
+class Retriever:
+    """Finds items and writes the prompts; loads the encoder once an actor, where a method is dense."""
+
+    def __init__(
+        self, config: RetrievalConfig, kinds: frozenset[str], entry: TaskEntry, tokenizer: Any, budget_tokens: int
+    ) -> None:
+        self.config, self.entry, self.tokenizer, self.budget_tokens = config, entry, tokenizer, budget_tokens
+        self.encoder = None
+        if "dense" in kinds:
+            from pplug.encoder import TextEncoder
+
+            self.encoder = TextEncoder(config.encoder)
+
+    def prompts(
+        self, kind: str, requests: Sequence[Mapping[str, Any]], inputs: Sequence[str], users: "Users"
+    ) -> tuple[list[Composed], list[str | None]]:
+        """The text of each request's prompt, and why one could not be written: an item lacks a field."""
+        composed, errors = [], []
+        texts = [query(request["input"], self.entry) for request in requests]
+        vectors = self._vectors(texts) if kind == "dense" else None
+        for i, (request, input) in enumerate(zip(requests, inputs, strict=True)):
+            key, prompt, error = (kind, request["request_id"]), Composed("", input), None
+            try:
+                if key not in users.found.picks:
+                    vector = None if vectors is None else vectors[i]
+                    users.found.picks[key] = self._find(kind, request, texts[i], vector, users)
+                prompt = retrieval.compose(
+                    users.found.picks[key], input, self.entry, self.tokenizer, self.budget_tokens,
+                    self.config.input_share,
+                )  # fmt: skip
+            except ValueError as problem:  # names the missing field, never a text
+                error = str(problem)
+            composed.append(prompt)
+            errors.append(error)
+        return composed, errors
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        assert self.encoder is not None, "a dense method needs the encoder"
+        return self.encoder.encode([self.config.query_prefix + text for text in texts])
+
+    def _find(
+        self, kind: str, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: "Users"
+    ) -> list[Mapping[str, str]]:
+        own, k = users.own, self.config.k
+        rows = users.rows(request)
+        if vector is not None:
+            rows = rows[own.vector_row[rows] >= 0]
+        if not len(rows):
+            return []
+        if vector is not None:
+            best = retrieval.nearest(own.vectors[own.vector_row[rows]], vector)
+        elif kind == "bm25":
+            best = self._index(rows, own, users.found).rank(text)
+        elif kind == "recency":
+            best = retrieval.recency(len(rows))
+        else:
+            best = retrieval.at_random(len(rows), k, request["request_id"])
+        return [_fields(own, row) for row in rows[best[:k]]]
+
+    def _index(self, rows: np.ndarray, own: Histories, found: Found) -> WordIndex:
+        key = (int(rows[0]), int(rows[-1]))
+        if found.words is None or found.words[0] != key:
+            texts = [retrieval.words(_fields(own, row), self.entry) for row in rows]
+            found.words = (key, WordIndex(texts))
+        return found.words[1]
+
+
+def _fields(own: Histories, row: int) -> Mapping[str, str]:
+    assert own.fields is not None, "retrieval reads the items' fields"
+    return decode_fields(own.fields[int(row)].as_py())

@@ -1,0 +1,204 @@
+"""Retrieval: which of a user's items stand in a prompt, and in what words [1].
+
+Route: query + the items a request may see (oldest first) -> indices, best first -> the k best -> each cut to its share
+of the token budget -> lead (what stands before the request) and rest (the request, with what belongs around it).
+
+The statistics of the words are those of the items the request may see and of no others: an item that comes later
+changes neither which items are found nor in what order.
+
+[1] "LaMP: When Large Language Models Meet Personalization", arXiv:2304.11406, and its published code: BM25 (Okapi) on
+    white-space words through the library rank_bm25, the newest items first, the wording, the budget.
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pplug.encoder import EncoderConfig
+from pplug.tasks import TaskEntry, fill, slots
+
+KINDS = {
+    "random": "items drawn at random, the same in every run",
+    "recency": "the newest items",
+    "bm25": "the items that share the most telling words with the request",
+    "dense": "the items whose stored vectors are nearest to the request's",
+}
+
+
+class RetrievalConfig(BaseModel):
+    """How many items a prompt shows, and how much room they have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    k: int = Field(4, gt=0)
+    """Items in a prompt; the paper uses 1 to 4. Fewer where they do not fit."""
+    budget_tokens: int | None = Field(None, gt=0)
+    """Of items and request together; default: llm.layout.max_input_tokens (256, as in the paper)."""
+    input_share: float = Field(0.6, gt=0, lt=1)
+    """Of the budget, what a long request may take; the items share the rest."""
+    encoder: EncoderConfig = EncoderConfig()
+    """For `dense`: the encoder of the refresh, whose vectors are searched."""
+    query_prefix: str = ""
+    """For `dense`: put before a request's text (BGE: `Represent this sentence for searching relevant passages:`)."""
+
+
+# --- which items ------------------------------------------------------------------------------------------------------
+
+
+class WordIndex:
+    """BM25 over some texts, oldest first; made once for all requests that see the same items."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        from rank_bm25 import BM25Okapi
+
+        words = [text.split() for text in texts]
+        self.size = len(words)
+        self._index = BM25Okapi(words) if any(words) else None  # the library divides by the number of words
+
+    def rank(self, query: str) -> np.ndarray:
+        """(N,) indices, best first; of equals the newer one."""
+        if self._index is None:
+            return recency(self.size)
+        return _best_first(self._index.get_scores(query.split()))
+
+
+def nearest(items_ND: np.ndarray, query_D: np.ndarray) -> np.ndarray:
+    """(N,) indices by dot product, best first; of equals the newer one."""
+    return _best_first(items_ND @ query_D)
+
+
+def recency(count: int) -> np.ndarray:
+    """(N,) indices, newest first."""
+    return np.arange(count - 1, -1, -1)
+
+
+def at_random(count: int, k: int, key: str) -> np.ndarray:
+    """k different indices of (N,), the same for the same key."""
+    seed = hashlib.blake2b(f"random:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.array(random.Random(seed).sample(range(count), min(k, count)), dtype=np.int64)
+
+
+def _best_first(scores: np.ndarray) -> np.ndarray:
+    return len(scores) - 1 - np.argsort(-scores[::-1], kind="stable")
+
+
+def words(fields: Mapping[str, str], entry: TaskEntry) -> str:
+    """The text of an item that BM25 reads. Raises ValueError: a field is missing."""
+    own = entry.retrieval.words if entry.retrieval else None
+    return fill(own or entry.item_without_label, fields, entry.name)
+
+
+# --- in what words ----------------------------------------------------------------------------------------------------
+
+
+class Composed(NamedTuple):
+    """A prompt's text in two parts; without persona rows they simply follow each other."""
+
+    lead: str
+    rest: str
+
+
+def compose(
+    items: Sequence[Mapping[str, str]],
+    input: str,
+    entry: TaskEntry,
+    tokenizer: Any,
+    budget_tokens: int,
+    input_share: float,
+) -> Composed:
+    """Puts items, best first, before a request as the task's retrieval form says.
+
+    The request may take `input_share` of the budget, the items share the rest: what one leaves over goes to the next,
+    and of each only the text that tells about it is cut, never its label. When not even a token of each would fit, the
+    least like is left out (the published code takes from the request then). Counted are whole texts, as they are
+    tokenized in the end: a request within its share is never cut, a longer one is cut at its end.
+
+    Args:
+        items: fields of each.
+        tokenizer: a fast tokenizer of the LLM.
+
+    Raises:
+        ValueError: an item lacks a field of the pattern; the task has no retrieval form.
+    """
+    if entry.retrieval is None:
+        raise ValueError(f"task {entry.name} does not say how items stand in a prompt: give its entry `retrieval`")
+    asked = _count(input, tokenizer)
+    room = budget_tokens - min(asked, int(input_share * budget_tokens))
+    for n in range(len(items), 0, -1):
+        bare = _together([_line(fields, entry, "") for fields in items[:n]], input, entry)
+        left = room - (_count(bare.lead + bare.rest, tokenizer) - asked)
+        while left >= n:
+            lines = _cut_lines(items[:n], entry, tokenizer, left)
+            found = _together(lines, input, entry)
+            taken = _count(found.lead + found.rest, tokenizer) - asked
+            if taken <= room:
+                return (
+                    found
+                    if asked + taken <= budget_tokens
+                    else _cut_request(lines, input, entry, tokenizer, taken, budget_tokens)
+                )
+            left -= taken - room  # the tokens of a whole are not the sum of those of its parts
+    return Composed("", input)
+
+
+def _cut_request(
+    lines: Sequence[str], input: str, entry: TaskEntry, tokenizer: Any, taken: int, budget_tokens: int
+) -> Composed:
+    limit = budget_tokens - taken
+    while True:
+        found = _together(lines, _cut(input, limit, tokenizer)[0], entry)
+        over = _count(found.lead + found.rest, tokenizer) - budget_tokens
+        if over <= 0 or limit <= 0:
+            return found
+        limit -= over
+
+
+def _cut_lines(items: Sequence[Mapping[str, str]], entry: TaskEntry, tokenizer: Any, left: int) -> list[str]:
+    each, used, lines = left // len(items), 0, []
+    for at, fields in enumerate(items, start=1):
+        text, tokens = _cut(fields.get(_long_field(fields, entry), ""), each * at - used, tokenizer)
+        used += tokens
+        lines.append(_line(fields, entry, text))
+    return lines
+
+
+def _line(fields: Mapping[str, str], entry: TaskEntry, text: str) -> str:
+    assert entry.retrieval is not None
+    name = _long_field(fields, entry)
+    shown = {**fields, name: text} if name in fields else fields
+    return fill(entry.retrieval.pattern, shown, entry.name)
+
+
+def _long_field(fields: Mapping[str, str], entry: TaskEntry) -> str:
+    """The field of the pattern that may be cut: the longest that is no label."""
+    assert entry.retrieval is not None
+    shown = slots(entry.retrieval.pattern)
+    telling = [name for name in shown if name in slots(entry.item_without_label)] or list(shown)
+    return max(telling, key=lambda name: len(fields.get(name, "")))
+
+
+def _together(lines: Sequence[str], input: str, entry: TaskEntry) -> Composed:
+    form = entry.retrieval
+    assert form is not None
+    items = form.joiner.join(lines)
+    if form.insert_before is not None:
+        at = input.find(form.insert_before)
+        return Composed("", input if at < 0 else input[:at] + form.joiner + items + input[at:])
+    head, _, tail = form.wrap.partition("{input}")
+    return Composed(head.format(items=items), input + tail.format(items=items))
+
+
+def _count(text: str, tokenizer: Any) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _cut(text: str, limit: int, tokenizer: Any) -> tuple[str, int]:
+    """The text up to the end of its token number `limit`, and how many tokens that is."""
+    ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(ends) <= limit:
+        return text, len(ends)
+    return (text[: ends[limit - 1][1]], limit) if limit > 0 else ("", 0)

@@ -1,0 +1,259 @@
+"""evaluate's breakdowns against the same worked out here: thirds of users, users helped and harmed, costs."""
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from infra import shards
+from infra.errors import InputError
+from pipelines import tables
+from pipelines.stages import groups
+from tests.pipelines.population import NOTES, Population
+from tests.pipelines.test_evaluate import run, write_generations
+
+USERS = 60
+NIGHT = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+# --- bins and thirds ------------------------------------------------------------------------------------------------
+
+
+def test_bins_keep_the_order_and_thirds_are_of_equal_size():
+    rng = np.random.default_rng(0)
+    for kind, values in {
+        "length": rng.integers(0, 300, 5000).astype(float),
+        "age": rng.exponential(90, 5000),
+        "distance": rng.random(5000),
+    }.items():
+        found = groups.bins(kind, values)
+        assert (np.diff(found[np.argsort(values)]) >= 0).all()
+        counts = np.bincount(found, minlength=groups.BINS[kind])
+        place = groups.thirds(found, groups.cuts(counts))
+        np.testing.assert_allclose(np.bincount(place) / 5000, [1 / 3] * 3, atol=0.02)
+        for third, (low, high) in enumerate(groups.ranges(kind, counts, groups.cuts(counts))):
+            own = values[place == third]
+            np.testing.assert_allclose([low, high], [own.min(), own.max()], rtol=0.03, atol=0.03)
+
+
+def test_equal_values_stay_together_and_unknown_ones_stay_out():
+    found = groups.bins("length", np.array([5, 5, 5, 5, 9, np.nan]))
+    counts = np.bincount(found[found >= 0], minlength=groups.BINS["length"])
+    assert groups.thirds(found, groups.cuts(counts)).tolist() == [0, 0, 0, 0, 2, groups.UNKNOWN]
+    assert groups.ranges("length", counts, groups.cuts(counts)) == [[5, 5], None, [9, 9]]
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory, ray_session) -> Population:
+    """Users with 1 to 60 dated items, two requests each, personas with made-up vectors, and two methods' replies."""
+    population = Population(tmp_path_factory.mktemp("groups"))
+    rng = random.Random(3)
+    items, asked = [], []
+    population.length, population.age, population.vector = {}, {}, {}
+    for user in range(USERS):
+        name, n, age = f"u{user:02d}", user + 1, rng.uniform(1, 400)
+        population.length[name], population.age[name] = n, age
+        population.vector[name] = np.random.default_rng(user).normal(0, 0.2 + user % 7, 8) + 1
+        newest = NIGHT - timedelta(days=age)
+        items += [
+            {"user_id": name, "item_id": f"{i}", "text": "x", "mood": "good",
+             "occurred_at": (newest - timedelta(days=i)).isoformat()}
+            for i in range(n)
+        ]  # fmt: skip
+        # later than both requests: counts nowhere
+        late = (NIGHT + timedelta(days=2)).isoformat()
+        items.append({"user_id": name, "item_id": "late", "text": "x", "mood": "good", "occurred_at": late})
+        asked += [
+            {"request_id": f"{name}-{n}", "user_id": name, "input": "How?", "target": rng.choice(["good", "bad"]),
+             "as_of": NIGHT.isoformat()}
+            for n in range(2)
+        ]  # fmt: skip
+    asked.append({"request_id": "stranger", "user_id": "stranger", "input": "How?", "target": "bad"})
+    for name, rows in (("items", items), ("requests", asked)):
+        (population.folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {name: str(population.folder / f"{name}.jsonl") for name in ("items", "requests")}
+    assert population.ingest(
+        source=source["items"], requests_source=source["requests"], task=population.task(NOTES)
+    ) == 0  # fmt: skip
+    write_personas(population, population.vector, "first")
+    # long histories are answered well by the method, and everybody half of the time without it
+    population.none = {row["request_id"]: rng.choice(["good", "bad"]) for row in asked}
+    population.plug = {
+        row["request_id"]: row["target"] if population.length.get(row["user_id"], 0) > 40 else rng.choice(["good", "x"])
+        for row in asked
+    }
+    write_generations(population, "night", {"none": population.none, "plug:mean": population.plug})
+    return population
+
+
+def write_personas(population: Population, vectors: dict[str, np.ndarray], run_id: str, encoder_id: str = "e") -> None:
+    table = tables.open_or_create(population.tables, "personas", 4)
+    rows = [
+        {"user_id": user, "n_items": 1, "mean_vector": vector.astype(np.float32).tolist(), "persona": [0.5] * 24}
+        for user, vector in vectors.items()
+    ]
+    schema = table.spec.schema
+    data = pa.Table.from_pylist(rows, schema=schema)
+    columns = shards.shard_columns(data["user_id"], 4)
+    for name, column in zip(("bucket", "user_key"), columns, strict=True):
+        at = schema.get_field_index(name)
+        data = data.set_column(at, schema.field(at), column)
+    before = table.snapshot()
+    held = {file.bucket for file in before.files}
+    table.commit(
+        table.write(data, run_id), run_id=run_id, group=0, mode="replace" if held else "append",
+        buckets=held | set(columns[0].to_pylist()) if held else set(), planned_on=before.version,
+        metadata={"encoder_id": encoder_id}, complete=True,
+    )  # fmt: skip
+
+
+def right(population: Population, texts: dict[str, str]) -> dict[str, float]:
+    return {i: float(texts[i] == row["target"]) for i, row in population.requests().items()}
+
+
+def test_thirds_are_those_of_the_users_and_score_as_they_do_alone(known):
+    code, report, _ = run(known)
+    assert code == 0
+    none, plug = right(known, known.none), right(known, known.plug)
+    average = np.mean(list(known.vector.values()), axis=0)
+    distance = {
+        user: 1 - vector @ average / np.linalg.norm(vector) / np.linalg.norm(average)
+        for user, vector in known.vector.items()
+    }
+    for kind, fact in (("length", known.length), ("age", known.age), ("distance", distance)):
+        found = report["groups"][kind]
+        assert found["unit"] and found["metric"] == "accuracy"
+        # the person without an item has no age and no vector, but a length: none
+        values = np.array([*fact.values(), *fact.values(), *([0.0] if kind == "length" else [])])
+        assert found["unknown"] == (0 if kind == "length" else 1)
+        assert sum(third["n"] for third in found["thirds"]) == len(values)
+        ends = [third["to"] for third in found["thirds"]]
+        np.testing.assert_allclose(ends[:2], np.quantile(values, [1 / 3, 2 / 3]), rtol=0.08, atol=0.02)
+        for third in found["thirds"]:
+            slack = 1.03 if kind == "age" else 1.0
+            width = {"length": 0, "age": 0.03, "distance": 0.001}[kind]
+            value = {i: fact.get(i[:3], 0.0 if kind == "length" else np.nan) for i in none}
+            inside = [i for i in none if third["from"] <= value[i] <= third["to"] * slack + width]
+            assert third["n"] == pytest.approx(len(inside), abs=2)
+            if third["n"] == len(inside):
+                want = np.mean([plug[i] for i in inside])
+                assert third["methods"]["plug:mean"]["score"] == pytest.approx(want)
+                want -= np.mean([none[i] for i in inside])
+                assert third["methods"]["plug:mean"]["difference"] == pytest.approx(want)
+                low, high = third["methods"]["plug:mean"]["difference_ci95"]
+                assert low <= want <= high and "difference" not in third["methods"]["none"]
+    long = report["groups"]["length"]["thirds"][-1]["methods"]["plug:mean"]
+    assert long["score"] == 1.0 and long["difference_ci95"][0] > 0.2
+
+
+def test_users_helped_and_harmed_are_counted_by_user_with_intervals(known):
+    _, report, _ = run(known)
+    none, plug = right(known, known.none), right(known, known.plug)
+    users = {row["user_id"] for row in known.requests().values()}
+    gain = {user: sum(plug[i] - none[i] for i in plug if i.startswith(user)) for user in users}
+    found = report["methods"]["plug:mean"]["users_vs_none"]
+    assert found["n"] == USERS + 1
+    signs = np.sign(list(gain.values()))
+    for name, sign in (("better", 1), ("worse", -1), ("equal", 0)):
+        share = (signs == sign).mean()
+        assert found[name]["share"] == pytest.approx(share)
+        drawn = np.random.default_rng(0).integers(0, len(signs), (4000, len(signs)))
+        want = np.percentile((signs[drawn] == sign).mean(axis=1), [2.5, 97.5])
+        np.testing.assert_allclose(found[name]["ci95"], want, atol=0.15 * (want[1] - want[0]))
+    assert "users_vs_none" not in report["methods"]["none"]
+
+
+def test_lower_is_better_for_ratings(tmp_path, ray_session):
+    population = Population(tmp_path)
+    entry = NOTES | {"metric": "rating", "labels": [1, 2, 3, 4, 5]}
+    asked = [{"request_id": f"r{n}", "user_id": f"u{n}", "input": "How?", "target": "3"} for n in range(3)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "2"}))
+    source = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(tmp_path / "asked.jsonl")}
+    assert population.ingest(task=population.task(entry), **source) == 0
+    write_generations(population, "night", {"none": {"r0": "5", "r1": "3", "r2": "1"},
+                                            "recency": {"r0": "4", "r1": "1", "r2": "5"}})  # fmt: skip
+    _, report, printed = run(population)
+    found = report["methods"]["recency"]["users_vs_none"]
+    assert [found[name]["share"] for name in ("better", "worse", "equal")] == pytest.approx([1 / 3] * 3)
+    assert list(report["groups"]) == ["length"]  # no times, no personas
+
+
+def test_costs_are_per_request_and_per_user(known, tmp_path):
+    reports = [tmp_path / "one.json", tmp_path / "two.json"]
+    for path, run_id, methods in ((reports[0], "night", ["none"]), (reports[1], "night", ["none", "plug:mean"])):
+        said = {"run_id": run_id, "config": {"methods": methods}, "stages": {"generate": {"rows": 40, "seconds": 8.0}}}
+        path.write_text(json.dumps(said))
+    _, report, _ = run(known, generate_reports=(str(reports[0]),))
+    cost = {name: row["cost"] for name, row in report["methods"].items()}
+    # written by hand: 11 and 3 tokens with none, 13 and 3 with a persona (tests.pipelines.test_evaluate)
+    assert (cost["none"]["prompt_tokens"], cost["none"]["output_tokens"]) == (11, 3)
+    assert cost["plug:mean"]["prompt_tokens"] == 13
+    assert cost["none"]["bytes_per_user"] == 0 and cost["plug:mean"]["bytes_per_user"] == 24 * 2
+    assert cost["none"]["seconds_per_reply"] == pytest.approx(0.2) and cost["plug:mean"]["seconds_per_reply"] is None
+    _, report, _ = run(known, generate_reports=(str(reports[1]),))  # several methods share the engine's time
+    assert report["methods"]["none"]["cost"]["seconds_per_reply"] is None
+    reports[0].write_text(json.dumps({"run_id": "other", "config": {"methods": ["none"]}, "stages": {}}))
+    with pytest.raises(InputError, match="is of run other, but scored is night"):
+        run(known, generate_reports=(str(reports[0]),))
+    with pytest.raises(InputError, match="there is no .*gone.json"):
+        run(known, generate_reports=(str(tmp_path / "gone.json"),))
+
+
+# --- two runs, two nights -------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_on_the_requests_that_both_answered(known, capsys):
+    better = {i: row["target"] for i, row in known.requests().items() if i not in ("u00-0", "u01-1")}
+    write_generations(known, "later", {"plug:mean": better, "bm25": better})
+    _, report, printed = run(known, capsys, compare=("night", "later"))
+    found = report["compare"]
+    assert found["left_out"] == {"night": 2} and found["n_requests"] == 2 * USERS + 1 - 2
+    assert list(found["methods"]) == ["plug:mean"]  # the only one that both have
+    old = right(known, known.plug)
+    one = found["methods"]["plug:mean"]["accuracy"]
+    want = 1 - np.mean([old[i] for i in better])
+    assert one["later"] == 1.0 and one["difference"] == pytest.approx(want)
+    gains: dict[str, list[float]] = {}
+    for i in better:
+        gains.setdefault(i.partition("-")[0], []).append(1 - old[i])
+    sums = np.array([[len(own), sum(own)] for own in gains.values()])
+    drawn = sums[np.random.default_rng(0).integers(0, len(sums), (4000, len(sums)))].sum(axis=1)
+    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+    np.testing.assert_allclose(one["ci95"], [low, high], atol=0.15 * (high - low))
+    assert "night -> later" in printed and "2 requests of night are not in the other run" in printed
+    with pytest.raises(InputError, match="share no method .*night has none, plug:mean; never has no reply"):
+        run(known, compare=("night", "never"))
+    _, same, _ = run(known, compare=("night", "night"))
+    assert same["compare"]["methods"]["none"]["f1"]["ci95"] == [0, 0]
+
+
+def test_drift_is_the_cosine_distance_of_each_users_two_vectors(known):
+    table, rng = tables.open_table(known.tables, "personas"), np.random.default_rng(5)
+    first = table.version
+    now = {user: vector + rng.normal(0, 1, 8) * (i % 2) for i, (user, vector) in enumerate(known.vector.items())}
+    now["new"] = now.pop("u07")  # one goes, one comes
+    write_personas(known, now, "second")
+    _, report, _ = run(known, drift=(first, first + 1), drift_threshold=0.2)
+    cosine = [
+        np.dot(vector, now[user]) / np.linalg.norm(vector) / np.linalg.norm(now[user])
+        for user, vector in known.vector.items()
+        if user != "u07"
+    ]
+    moved, found = 1 - np.array(cosine), report["drift"]
+    assert (found["users"], found["gone"], found["new"]) == (USERS - 1, 1, 1)
+    assert found["mean"] == pytest.approx(moved.mean(), abs=1e-3) and found["share_above"] == (moved > 0.2).mean()
+    assert 0 < found["share_above"] < 1
+    got = (found["median"], found["p95"])
+    np.testing.assert_allclose(got, np.quantile(moved, [0.5, 0.95], method="inverted_cdf"), atol=1.1e-3)
+    write_personas(known, known.vector, "third", encoder_id="another")
+    with pytest.raises(InputError, match="of encoder another: distances between their vectors say nothing"):
+        run(known, drift=(first, first + 2))
+    with pytest.raises(InputError, match="version 99 of table personas cannot be read"):
+        run(known, drift=(first, 99))

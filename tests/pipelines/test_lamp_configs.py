@@ -1,0 +1,56 @@
+"""The settings for LaMP: each file loads, and so does what it makes of every job."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import lamp, options
+from pipelines.__main__ import JOBS
+from pipelines.methods import parse_all
+from pplug import tasks
+
+FILES = sorted(Path(lamp.__file__).with_name("configs").glob("lamp_*.yaml"))
+
+
+def load(path: Path, *words: str) -> lamp.Config:
+    return options.check(lamp.Config, options.read(["--config", str(path), *words], lamp.Config))
+
+
+def test_there_is_one_for_each_public_task():
+    assert {load(path).task for path in FILES} == {entry.name for entry in tasks.lamp_entries()} - {"LaMP_6"}
+
+
+@pytest.mark.parametrize("use", ["flan-t5-xxl", "llama-2-7b-chat"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_job_takes_its_part(path, use, tmp_path):
+    config = load(path, "--use", use)
+    found = lamp.steps(config, tmp_path, "night")
+    assert [job for job, _ in found.values()] == [
+        "ingest", "refresh", "train", "ingest", "refresh", "generate", "evaluate"]  # fmt: skip
+    made = {}
+    for step, (job, values) in found.items():
+        module = importlib.import_module(JOBS[job].module)
+        file = tmp_path / f"{step}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        made[step] = options.check(module.Config, options.read(["--config", str(file)], module.Config))
+    generate, train = made["generate"], made["train"]
+    assert generate.engine.kind == ("transformers" if use == "flan-t5-xxl" else "vllm")
+    assert generate.decoding.beams == (4 if use == "flan-t5-xxl" else 1)
+    assert generate.llm == train.llm and generate.plug == train.plug == made["refresh-dev"].plug
+    assert generate.retrieval.encoder == train.encoder == made["refresh-train"].encoder
+    assert (made["ingest-train"].split, made["ingest-dev"].split) == ("time/train", "time/dev")
+    assert made["ingest-train"].tables == train.tables != generate.tables == made["evaluate"].tables
+    assert made["evaluate"].run == (generate.run_id,) and len(parse_all(generate.methods)) == 8
+    # the paper's own: method.md section 1
+    assert (train.fit.batch_size, train.fit.learning_rate, train.fit.epochs) == (
+        64, 1e-4, 1 if config.task == "LaMP_3" else 2)  # fmt: skip
+    assert generate.decoding.max_tokens == (10 if config.task == "LaMP_3" else 128)
+
+
+def test_a_model_that_is_not_there_is_named(capsys):
+    from pipelines.__main__ import main
+
+    assert main(["lamp", "--config", str(FILES[0]), "--use", "gpt"]) == 2
+    assert "use=gpt is none of the models flan-t5-xxl, llama-2-7b-chat" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The page and its charts from made-up figures, without a browser: self-contained, all numbers those of report.json."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from pipelines import charts, page
+from tests.pipelines.figures import METHODS, examples, made_up
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return charts.draw_all(made_up())
+
+
+def test_the_page_loads_nothing_and_shows_every_method(tmp_path):
+    files = page.write(str(tmp_path), made_up(warnings=["only 12 users: <rough>"]))
+    html = (tmp_path / "report.html").read_text()
+    assert set(files) == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:,)""", html) and "<script" not in html
+    assert not re.findall(r"url\((?!#)|@import", html)
+    assert set(re.findall(r"https?://[^\s\"']+", html)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    for target in re.findall(r'(?:href="|url\()#([^")]+)', html):
+        assert target in ids
+    assert all(f">{name}<" in html for name in METHODS)
+    assert "only 12 users: &lt;rough&gt;" in html and "Personalisation helps: plug+bm25 gains 48.3 points" in html
+    for name, (score, _, gain, wide, *_) in METHODS.items():
+        assert f"{100 * score:.1f}%" in html, name
+        if gain is not None:
+            low, high = (f"{100 * end:+.1f}".replace("-", "\N{MINUS SIGN}") for end in (gain - wide, gain + wide))
+            assert f"{low} to {high}" in html, name
+
+
+def test_charts_are_whole_files_and_name_themselves(drawn):
+    assert [chart.name for chart in drawn] == [
+        "forest", "gain-by-length", "gain-by-age", "gain-by-distance", "users", "cost"]  # fmt: skip
+    for chart in drawn:
+        root = ElementTree.fromstring(chart.svg)
+        assert root.tag.endswith("svg") and chart.png.startswith(b"\x89PNG\r\n") and len(chart.png) > 5000
+        inline = ElementTree.fromstring(chart.inline)
+        assert inline.get("role") == "img" and [child.text for child in inline][:2] == [chart.title, chart.says]
+        # every colour of the page's picture is the page's to choose
+        assert "var(--ink)" in chart.inline and not re.search(r": ?#[0-9a-f]{6}", chart.inline)
+        assert "var(" not in chart.svg.decode()
+        assert all(len(row) == len(chart.columns) for row in chart.rows) and chart.rows
+
+
+def test_colours_are_told_apart_by_their_role():
+    assert len(set(charts.LIGHT.values())) == len(charts.LIGHT) and set(page.DARK) == set(charts.LIGHT)
+
+
+def test_the_same_figures_give_the_same_files(drawn):
+    again = charts.draw_all(made_up())
+    assert [(chart.svg, chart.png, chart.inline) for chart in again] == [
+        (chart.svg, chart.png, chart.inline) for chart in drawn
+    ]
+
+
+def test_tables_beside_the_charts_hold_the_figures(drawn):
+    forest, length, *_, users, cost = drawn
+    assert ["plug", "+47.5", "+44.9 to +50.1"] in forest.rows and len(forest.rows) == len(METHODS) - 1
+    assert ["plug", "30\N{EN DASH}34 (n=655)", "+47.5", "+43.1 to +51.9"] in length.rows
+    assert (
+        users.rows[0][0] == "oracle"
+        and ["bm25", "41.0% (37.0 to 45.0%)"] == [row[:2] for row in users.rows if row[0] == "bm25"][0]
+    )
+    assert ["plug:mean", "77.1%", "29", "2.1", "-", "2.0 KB"] in cost.rows
+    assert "With plug+bm25, 72% of users do better" in users.says
+
+
+def test_a_lower_error_is_a_gain():
+    found = made_up()
+    for row in found["methods"].values():
+        for part in ("scores", "ci95", "vs_none"):
+            if part in row:
+                row[part] = {"mae": row[part]["accuracy"], "rmse": row[part]["f1"]}
+    found["methods"]["plug"]["vs_none"]["mae"] = {"difference": -0.2, "ci95": [-0.3, -0.1], "p_value": 0.001}
+    (row,) = [row for row in charts.draw_all(found | {"groups": {}})[0].rows if row[0] == "plug"]
+    assert row == ["plug", "+0.200", "+0.100 to +0.300"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "says"),
+    [
+        ((0.05, [0.02, 0.08]), "Personalisation helps: bm25 gains 5.0 points of accuracy"),
+        ((0.01, [-0.02, 0.04]), "No clear effect: the gain of bm25, the best method, may be chance"),
+        ((-0.05, [-0.08, -0.02]), "Personalisation does harm: even bm25"),
+    ],
+)
+def test_the_verdict_follows_the_interval(gain, says):
+    found = made_up()
+    found["methods"] = {name: found["methods"][name] for name in ("none", "bm25", "plug:no-history", "oracle")}
+    found["methods"]["bm25"]["vs_none"]["accuracy"] = {"difference": gain[0], "ci95": gain[1], "p_value": 0.1}
+    assert says in page.render(found | {"groups": {}}, [])
+
+
+def test_examples_stand_there_as_text_only_when_given():
+    assert "Examples side by side" not in page.render(made_up(), [])
+    html = page.render(made_up(examples=examples()), [])
+    assert html.count('<article class="example">') == 10 and "&lt;b&gt;romance&lt;/b&gt;" in html
