@@ -1,4 +1,7 @@
-"""Job adapt on small populations: whose adapter is made, from which items, again or not; and the base they stand on."""
+"""Adapters from histories: from which items, the same as alone, made again or not; and the base they stand on.
+
+Most tests call the stages themselves; two run the job, with its workers.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from pipelines import adapt, tables
-from pplug.adapter import AdapterShape, LoraConfig, base_shapes, from_bytes, to_bytes
+from pipelines.stages.adapt_base import BaseExamples
+from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples
+from pplug.adapter import AdapterShape, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.lora import StackedTrainer, UserExamples
@@ -21,6 +26,7 @@ from tests.pplug.models import tiny_llama
 
 LORA = LoraConfig(learning_rate=1e-2, stored="float32", batch_size=4)
 STRANGE = ("../../x", "ü" * 300, "a=b%2Fc", "'; --", "plain")
+BUCKETS = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,141 +39,129 @@ def ray(ray_session):
     """One local Ray for the file."""
 
 
-def item(user, number, mood="good"):
-    return {"user_id": user, "item_id": f"{number}", "fields": {"mood": mood, "text": f"the cat sat on mat {number}"}}
+def item(user, number, mood="good", text=None):
+    fields = {"mood": mood, "text": text or f"the cat sat on mat {number}"}
+    return {"user_id": user, "item_id": f"{number}", "fields": fields}
 
 
-def fill(population, rows, **more):
+def fill(population, rows, task=NOTES, **more):
     path = population.folder / f"items-{population.runs}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert population.ingest(source=str(path), task=population.task(NOTES), **more) == 0
+    assert population.ingest(source=str(path), task=population.task(task), **more) == 0
 
 
-def run(population, llm, name="adapt", **config):
-    config = {"lora": LORA, "threads": 1} | config
-    run_dir = population.folder / name
-    code = adapt.run(adapt.Config(tables=population.tables, llm=llm, run_id=name, run_dir=str(run_dir), **config))
-    population.report = json.loads((run_dir / "report.json").read_text())
-    return code
+# --- the stages by themselves --------------------------------------------------------------------------------------
 
 
-def adapters(population):
-    return {row["user_id"]: row for row in population.rows("adapters")}
+def owing(population, before=None, fit_id="fit", cut=True, users=None):
+    names = {
+        name: tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
+    }
+    requests = names["requests"] if cut else None
+    return OwedAdapters(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
 
 
-def alone(llm, user, items, lora=LORA):
-    """The user's adapter from texts put together by hand, trained with nobody else."""
+def examples(population, llm, **how):
+    owed = owing(population, **how)
+    stage = ReadExamples(owed, tables.task_entry(None, owed.histories), llm, 128)
+    return pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))})))
+
+
+def trained(population, llm, batch_users=1000, **how):
+    """Rows of adapters and rejects, trained here in batches of so many users."""
+    rows = examples(population, llm, **how)
+    fit = FitAdapters(llm, LORA, StackConfig(), llm_id(llm), how.get("fit_id", "fit"), threads=1)
+    return pa.concat_tables(fit(rows.slice(i, batch_users)) for i in range(0, len(rows), batch_users))
+
+
+def alone(llm, user, pairs):
+    """The adapter of a user's (input, answer), put together by hand and trained with nobody else."""
     frozen = FrozenLLM.load(llm)
 
     def ids(text):
         return frozen.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    examples = [
-        ([1, *ids(f"How do I feel? {row['fields']['text']}\n")], [*ids(row["fields"]["mood"]), 2]) for row in items
-    ]
     torch.set_num_threads(1)
-    (fitted,) = StackedTrainer(frozen.model, lora).fit([UserExamples(user, examples)])
+    made = [([1, *(ids(f"{words}\n") if words else [])], [*ids(answer), 2]) for words, answer in pairs]
+    (fitted,) = StackedTrainer(frozen.model, LORA).fit([UserExamples(user, made)])
     return fitted
+
+
+def feelings(rows):
+    return [(f"How do I feel? {row['fields']['text']}", row["fields"]["mood"]) for row in rows]
 
 
 def test_every_user_gets_the_adapter_of_training_alone(population, llm):
     people = {name: [item(name, i, ("good", "bad")[i % 2]) for i in range(n)] for n, name in enumerate(STRANGE, 1)}
     fill(population, [row for rows in people.values() for row in rows])
-    assert run(population, llm, batch_users=3) == 0
-    found = adapters(population)
-    assert found.keys() == people.keys() and population.report["written"] == population.report["planned"] == 5
+    found = {row["user_id"]: row for row in trained(population, llm, batch_users=3).to_pylist()}
+    assert found.keys() == people.keys()
     shapes = base_shapes(Path(llm.model), LORA.shape.targets)
     for user, items in people.items():
-        row, want = found[user], alone(llm, user, items)
-        assert row["bucket"] == bucket_of(user, 4) and row["user_key"] == user_key(user)
-        assert row["weights"] == to_bytes(want.weights, llm_id(llm))
-        assert (row["n_examples"], row["rank"], row["alpha"], row["targets"]) == (
-            len(items),
-            8,
-            8.0,
-            ["q_proj", "v_proj"],
-        )
+        row, want = found[user], alone(llm, user, feelings(items))
+        assert row["bucket"] == bucket_of(user, BUCKETS) and row["user_key"] == user_key(user)
+        assert row["weights"] == to_bytes(want.weights, llm_id(llm)) and row["reject_reason"] is None
+        assert (row["n_examples"], row["rank"], row["alpha"]) == (len(items), 8, 8.0)
+        assert row["targets"] == ["q_proj", "v_proj"] and row["adapter_id"].startswith("fit-")
         assert row["loss"] == pytest.approx(want.loss) and row["llm_id"] == llm_id(llm)
         assert from_bytes(row["weights"], LORA.shape, shapes, llm_id(llm)).keys() == shapes.keys()
-    named = "".join(str(path) for path in population.folder.rglob("*"))
-    assert not any(user in named for user in STRANGE[:4])  # no file is named after anybody
-
-
-def test_a_rerun_trains_only_who_is_new_or_has_changed(population, llm):
-    people = [f"user-{i}" for i in range(6)]
-    fill(population, [item(name, i) for name in people for i in range(3)])
-    assert run(population, llm) == 0
-    first, version = adapters(population), tables.open_table(population.tables, "adapters").version
-    assert run(population, llm) == 0
-    assert (population.report["written"], population.report["already_there"]) == (0, 6)
-    assert tables.open_table(population.tables, "adapters").version == version
-
-    fill(population, [item("user-2", 9, "bad"), item("new", 1)])
-    assert run(population, llm, "night", changed_only=True) == 0
-    report, second = population.report, adapters(population)
-    assert (report["planned"], report["written"], report["already_there"]) == (7, 2, 5)
-    assert second.keys() == {*people, "new"}
-    assert {name for name in people if first[name] != second[name]} == {"user-2"}
-    assert second["user-2"]["adapter_id"] != first["user-2"]["adapter_id"] and second["user-2"]["n_examples"] == 4
-    assert second["user-2"]["weights"] == to_bytes(
-        alone(llm, "user-2", [item("user-2", i) for i in range(3)] + [item("user-2", 9, "bad")]).weights, llm_id(llm)
-    )
-
-    other = LORA.model_copy(update={"epochs": 1})
-    with pytest.raises(InputError, match="settings .*, this run would make those of base .* train everybody anew"):
-        run(population, llm, "mixed", changed_only=True, lora=other)
-    assert run(population, llm, "anew", lora=other) == 0
-    assert population.report["written"] == 7 and len(adapters(population)) == 7
-    assert not {row["adapter_id"] for row in second.values()} & {
-        row["adapter_id"] for row in adapters(population).values()
-    }
+    assert len({row["adapter_id"] for row in found.values()}) == len(people)
 
 
 def test_what_a_request_may_not_see_is_not_trained_on(population, llm):
     """Two derived requests: the adapter knows what came before the first of them, whatever comes later."""
-    rows = [item(name, i) for name in ("ann", "bob") for i in range(5)]
-    fill(population, rows, derive_requests=2)
-    assert run(population, llm) == 0
-    before = adapters(population)
-    assert {row["n_examples"] for row in before.values()} == {3}
-    hashes = [row["text_hash"] for row in population.items()["ann"][:3]]
-    assert before["ann"]["history_hash"] == history_hash(hashes)
-    assert run(population, llm, "all", cut="none") == 0
-    assert {row["n_examples"] for row in adapters(population).values()} == {5}
+    people = {name: [item(name, i, text=f"{name} dog {i}") for i in range(5)] for name in ("ann", "bob")}
+    fill(population, [row for rows in people.values() for row in rows], derive_requests=2)
+    cut, whole = (examples(population, llm, cut=how).to_pylist() for how in (True, False))
+    assert {row["user_id"]: len(row["prompts"]) for row in cut} == {"ann": 3, "bob": 3}
+    assert {row["user_id"]: len(row["prompts"]) for row in whole} == {"ann": 5, "bob": 5}
+    ann = next(row for row in cut if row["user_id"] == "ann")
+    assert ann["history_hash"] == history_hash(row["text_hash"] for row in population.items()["ann"][:3])
+    longer = [item("ann", i, text="a later film") for i in range(5, 9)]
+    fill(population, longer)
+    (again,) = [row for row in examples(population, llm).to_pylist() if row["user_id"] == "ann"]
+    assert (again["prompts"], again["history_hash"]) == (ann["prompts"], ann["history_hash"])
 
 
-def test_users_without_anything_to_learn_are_rejected_and_the_rest_is_trained(population, llm, tmp_path):
+def test_users_without_anything_to_learn_are_rejected_with_a_reason(population, llm):
     fill(population, [item("ann", 1), item("mute", 1, " "), item("not-asked", 1)])
-    asked = tmp_path / "users"
-    asked.write_text("ann\nmute\nnobody\n")
-    assert run(population, llm, users=str(asked), max_reject_fraction=0.7) == 0
-    assert adapters(population).keys() == {"ann"}
-    assert population.report["rejected"] == {"no_usable_item": 1, "no_history": 1}
-    bad = {row["reason"]: row for row in population.rows("rejects") if row["job"] == "adapt"}
-    assert bad["no_usable_item"]["key"] == user_key("mute") and bad["no_history"]["key"] == user_key("nobody")
+    rows = trained(population, llm, users=frozenset({"ann", "mute", "nobody"})).to_pylist()
+    assert {row["user_key"]: row["reject_reason"] for row in rows} == {
+        user_key("ann"): None, user_key("mute"): "no_usable_item", user_key("nobody"): "no_history"}  # fmt: skip
 
 
 def test_an_item_that_is_its_own_answer(population, llm):
     """A tweet: no input, the text is what is learned."""
     task = {"name": "tweets", "item": "{text}", "item_without_label": "{text}", "target": "text", "metric": "text"}
-    path = population.folder / "items.jsonl"
-    path.write_text("".join(json.dumps(item("ann", i)) + "\n" for i in range(3)))
-    assert population.ingest(source=str(path), task=population.task(task)) == 0
-    assert run(population, llm) == 0
-    frozen = FrozenLLM.load(llm)
-    words = [
-        frozen.tokenizer(item("ann", i)["fields"]["text"], add_special_tokens=False)["input_ids"] for i in range(3)
-    ]
-    torch.set_num_threads(1)
-    (want,) = StackedTrainer(frozen.model, LORA).fit([UserExamples("ann", [([1], [*ids, 2]) for ids in words])])
-    assert adapters(population)["ann"]["weights"] == to_bytes(want.weights, llm_id(llm))
+    rows = [item("ann", i) for i in range(3)]
+    fill(population, rows, task)
+    want = alone(llm, "ann", [(None, row["fields"]["text"]) for row in rows])
+    (row,) = trained(population, llm).to_pylist()
+    assert row["weights"] == to_bytes(want.weights, llm_id(llm))
 
 
-def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(population, llm):
-    fill(population, [item("ann", 1)])
-    lora = LoraConfig(shape=AdapterShape(targets=("query",)))
-    with pytest.raises(InputError, match="llm: target 'query': the base has no module of this name"):
-        run(population, llm, lora=lora)
+def test_only_who_is_new_or_changed_or_made_otherwise_is_owed(population, llm):
+    people = [f"user-{i}" for i in range(6)]
+    fill(population, [item(name, i) for name in people for i in range(2)])
+    table = tables.open_or_create(population.tables, "adapters", BUCKETS)
+    rows = trained(population, llm).select(table.spec.schema.names)
+    table.commit(table.write(rows, "r"), run_id="r", group=0, mode="append", planned_on=0, complete=True)
+
+    def owed(**how):
+        found = [owing(population, before=table.snapshot(), **how).read(bucket) for bucket in range(BUCKETS)]
+        names = [one.own.user_ids[user] for one in found for user in one.users]
+        assert len(names) + sum(one.there for one in found) == len({name for one in found for name in one.own.user_ids})
+        return set(names), sorted(key for one in found for key in one.stays)
+
+    assert owed() == (set(), sorted(map(user_key, people)))
+    fill(population, [item("user-2", 9, "bad"), item("new", 1)])
+    assert owed() == ({"user-2", "new"}, sorted(user_key(name) for name in people if name != "user-2"))
+    assert owed(fit_id="other")[0] == {*people, "new"}
+    # what stays travels beside what is made anew, bit for bit
+    after = trained(population, llm, before=table.snapshot())
+    old = {row["user_id"]: row for row in rows.to_pylist()}
+    new = {row["user_id"]: row for row in after.select(table.spec.schema.names).to_pylist()}
+    assert new.keys() == {*people, "new"} and {name for name in people if old[name] != new[name]} == {"user-2"}
 
 
 def test_a_row_of_the_table_takes_little_more_than_its_weights(tmp_path):
@@ -185,27 +179,74 @@ def test_a_row_of_the_table_takes_little_more_than_its_weights(tmp_path):
     assert file.size / (20 * raw) < 1.1
 
 
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def run(population, llm, name, **config):
+    values = {"lora": LORA, "threads": 1} | config
+    run_dir = population.folder / name
+    code = adapt.run(adapt.Config(tables=population.tables, llm=llm, run_id=name, run_dir=str(run_dir), **values))
+    population.report = json.loads((run_dir / "report.json").read_text())
+    return code
+
+
+def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path):
+    people = [f"user-{i}" for i in range(6)]
+    fill(population, [item(name, i) for name in people for i in range(3)] + [item("mute", 1, " ")])
+    asked = tmp_path / "users"
+    asked.write_text("".join(f"{name}\n" for name in [*people, "mute", "nobody", "new"]))
+    values = {"users": str(asked), "max_reject_fraction": 0.5, "batch_users": 2}
+    assert run(population, llm, "first", **values) == 0
+    assert population.report["rejected"] == {"no_usable_item": 1, "no_history": 2} and population.report["written"] == 6
+    keys = {row["key"] for row in population.rows("rejects") if row["job"] == "adapt"}
+    assert keys == {user_key(name) for name in ("mute", "nobody", "new")}
+    first = {row["user_id"]: row for row in population.rows("adapters")}
+
+    fill(population, [item("user-2", 9, "bad"), item("new", 1)])
+    assert run(population, llm, "night", changed_only=True, **values) == 0
+    report = population.report
+    assert (report["planned"], report["written"], report["already_there"]) == (9, 2, 5)
+    second = {row["user_id"]: row for row in population.rows("adapters")}
+    assert second.keys() == {*people, "new"} and len(population.rows("adapters")) == 7
+    assert {name for name in people if first[name] != second[name]} == {"user-2"}
+    items = [item("user-2", i) for i in range(3)] + [item("user-2", 9, "bad")]
+    assert second["user-2"]["weights"] == to_bytes(alone(llm, "user-2", feelings(items)).weights, llm_id(llm))
+    named = "".join(str(path) for path in Path(population.tables).rglob("*"))
+    assert not any(user in named for user in second)  # no file is named after anybody
+
+    other = LORA.model_copy(update={"epochs": 1})
+    with pytest.raises(InputError, match="settings .*, this run would make those of base .* train everybody anew"):
+        run(population, llm, "mixed", changed_only=True, lora=other, **values)
+
+
+def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(population, llm):
+    fill(population, [item("ann", 1)])
+    lora = LoraConfig(shape=AdapterShape(targets=("query",)))
+    with pytest.raises(InputError, match="llm: target 'query': the base has no module of this name"):
+        run(population, llm, "refused", lora=lora)
+
+
 def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     made = small.make(tmp_path, train_users=8, test_users=2, train_requests=1, test_requests=1)
     made.ingest("train", buckets=2)
-    target = sorted({row["user_id"] for row in small.rows(made.tables, "histories")})[0]
+    items, requests = (small.rows(made.tables, name) for name in ("histories", "requests"))
+    target = min(row["user_id"] for row in items)
     (tmp_path / "targets").write_text(f"{target}\n")
     values = {"tables": made.tables, "llm": made.llm, "stage": "base", "users": str(tmp_path / "targets")}
     lora = LoraConfig(learning_rate=1e-2)
     assert made.run(adapt, "base", **values, lora=lora, output=str(tmp_path / "merged"), epochs=4) == 0
     report = made.report("base")
-    items = small.rows(made.tables, "histories")
     assert report["planned"] == report["written"] == len([row for row in items if row["user_id"] != target])
     merged = LLMConfig(model=str(tmp_path / "merged"))
     assert report["llm_id"] == llm_id(merged) != llm_id(made.llm)
     old, new = (AutoModelForCausalLM.from_pretrained(config.model).state_dict() for config in (made.llm, merged))
-    assert old.keys() == new.keys()
     moved = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
-    assert moved == {"q_proj", "v_proj"}
-    assert (
-        FrozenLLM.load(merged).tokenizer("the cat")["input_ids"]
-        == FrozenLLM.load(made.llm).tokenizer("the cat")["input_ids"]
-    )
-    with_requests = values | {"examples": "requests", "users": None}
-    assert made.run(adapt, "base-2", **with_requests, lora=lora, epochs=1) == 0
-    assert made.report("base-2")["written"] == 8
+    assert old.keys() == new.keys() and moved == {"q_proj", "v_proj"}
+    first, second = (FrozenLLM.load(config).tokenizer("the cat")["input_ids"] for config in (made.llm, merged))
+    assert first == second
+
+    snapshot = tables.open_table(made.tables, "requests").snapshot(complete=True)
+    entry = tables.task_entry(None, tables.open_table(made.tables, "histories").snapshot(complete=True))
+    stage = BaseExamples(snapshot, entry, frozenset({target}), made.llm, 128, str(tmp_path / "requests"))
+    counts = pa.concat_tables(stage(pa.table({"bucket": [0, 1]})))
+    assert sum(counts["examples"].to_pylist()) == len([row for row in requests if row["owner_id"] != target]) == 7
