@@ -28,7 +28,7 @@ JOBS = {
     "generate": Job(
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
-    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.html, report.json; or two runs compared"),
     "lamp": Job("pipelines.lamp", "a task of the LaMP benchmark from download to report, with the paper's settings"),
     "base-lm": Job(
         "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
