@@ -29,7 +29,7 @@ JOBS = {
     "generate": Job(
         "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
     ),
-    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.json, predictions in LaMP's format"),
+    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.html, report.json; or two runs compared"),
     "export": Job("pipelines.export", "a table -> plain Parquet, or one user's adapter -> a PEFT folder"),
     "compact": Job("pipelines.compact", "the tables' small files of many nights -> few, sorted by user"),
     "vacuum": Job("pipelines.vacuum", "deletes files that no version within the retention names"),

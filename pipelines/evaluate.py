@@ -35,7 +35,7 @@ class EvaluateConfig(BaseModel):
     run: tuple[str, ...] = ()
     """run_id of one or several runs of generate, no method in two of them but to pool them; the newest complete run
     when not given."""
-    methods: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = Field(None, min_length=1)
     """Those to score; all that the runs have when not given."""
     pool: bool = False
     """The runs repeat the same methods and differ in a seed: each method is scored over the replies of all of them."""
@@ -158,16 +158,15 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: Any) -
     with report.stage("score") as stage:
         for own, other in (runs, runs[::-1]):
             facts = Facts(snapshots["histories"], None)
-            scored = _score(config, entry, snapshots, (own,), facts, {}, beside=(other,))
-            if scored.seen:
-                _refuse_gaps(scored, (own,), config)
-            sides.append(scored)
+            sides.append(_score(config, entry, snapshots, (own,), facts, {}, beside=(other,)))
         stage.rows = sum(scored.answered * len(scored.methods) for scored in sides)
     earlier, later = sides
     shared = [name for name in later.methods if name in earlier.methods]
     if not shared:
         has = [f"{run} has {', '.join(sorted(side.seen)) or 'no reply'}" for run, side in zip(runs, sides, strict=True)]
         raise InputError(f"compare={list(runs)}: the runs share no method ({'; '.join(has)})")
+    for run, side in zip(runs, sides, strict=True):
+        _refuse_gaps(side, (run,), config)
     report.planned = report.written = stage.rows
     k, found = metrics.columns(entry), {}
     for name in shared:

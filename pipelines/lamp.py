@@ -47,9 +47,11 @@ class Config(BaseModel):
     encoder: EncoderConfig = EncoderConfig()
     fit: FitConfig = FitConfig()
     methods: tuple[str, ...] = ("none", "bm25", "plug", "plug:no-history", "plug:other-user")
+    """As in generate."""
     retrieval: RetrievalConfig = RetrievalConfig()
     """Its encoder is the one above."""
     separation: Literal["time", "user"] = "time"
+    """How the benchmark splits: the paper's figures are of the time separation."""
     address: str | None = None
     """Of the benchmark's site, where it has moved."""
     download_dir: str = "data/LaMP"

@@ -68,7 +68,9 @@ class WordIndex:
 
 def nearest(items_ND: np.ndarray, query_D: np.ndarray) -> np.ndarray:
     """(N,) indices by dot product, best first; of equals the newer one."""
-    return _best_first(items_ND @ query_D)
+    return _best_first(
+        np.round(items_ND @ query_D, 5)
+    )  # equal vectors tie, in whatever order their products are summed
 
 
 def recency(count: int) -> np.ndarray:

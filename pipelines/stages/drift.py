@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
@@ -49,12 +50,12 @@ def drift(buckets: Sequence[int], earlier: Snapshot, later: Snapshot, threshold:
     for bucket in buckets:
         sides = []
         for snapshot in (earlier, later):
-            found = snapshot.read(["user_key", "mean_vector", "n_items"], buckets=[bucket])
-            sides.append(found.filter(pc.greater(found["n_items"], 0)))
-        rows = pc.index_in(sides[0]["user_key"], value_set=sides[1]["user_key"])
-        both = pc.is_valid(rows)
-        first = matrix(sides[0]["mean_vector"].filter(both))
-        second = matrix(sides[1]["mean_vector"].take(rows.drop_null()))
+            wanted = pc.field("n_items") > 0
+            sides.append(snapshot.read(["user_key", "mean_vector"], buckets=[bucket], filter=wanted).combine_chunks())
+        place = pc.index_in(sides[0]["user_key"], value_set=pa.array(sides[1]["user_key"].to_pylist(), pa.string()))
+        rows = pc.fill_null(place, -1).to_numpy().astype(np.int64)
+        first = matrix(sides[0]["mean_vector"].take(pa.array(np.flatnonzero(rows >= 0))))
+        second = matrix(sides[1]["mean_vector"].take(pa.array(rows[rows >= 0])))
         moved = cosine_distance(first, second)
         moved = moved[np.isfinite(moved)]
         counts = np.bincount(groups.bins(KIND, moved), minlength=groups.BINS[KIND])

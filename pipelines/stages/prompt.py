@@ -125,7 +125,7 @@ class BuildPrompts:
         if kinds:
             retrieval = retrieval or RetrievalConfig()
             budget = retrieval.budget_tokens or llm.layout.max_input_tokens
-            self.retriever = Retriever(retrieval, kinds, entry, tokenizer, budget)
+            self.retriever = Retriever(retrieval, kinds, entry, tokenizer, budget, threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():

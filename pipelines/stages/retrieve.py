@@ -33,30 +33,43 @@ class Retriever:
     """Finds items and writes the prompts; loads the encoder once an actor, where a method is dense."""
 
     def __init__(
-        self, config: RetrievalConfig, kinds: frozenset[str], entry: TaskEntry, tokenizer: Any, budget_tokens: int
+        self,
+        config: RetrievalConfig,
+        kinds: frozenset[str],
+        entry: TaskEntry,
+        tokenizer: Any,
+        budget_tokens: int,
+        threads: int,
     ) -> None:
         self.config, self.entry, self.tokenizer, self.budget_tokens = config, entry, tokenizer, budget_tokens
         self.encoder = None
         if "dense" in kinds:
+            import torch
+
             from pplug.encoder import TextEncoder
 
+            torch.set_num_threads(threads)
             self.encoder = TextEncoder(config.encoder)
 
     def prompts(
         self, kind: str, requests: Sequence[Mapping[str, Any]], inputs: Sequence[str], users: "Users"
     ) -> tuple[list[Composed], list[str | None]]:
         """The text of each request's prompt, and why one could not be written: an item lacks a field."""
-        composed, errors = [], []
         texts = [query(request["input"], self.entry) for request in requests]
-        vectors = self._vectors(texts) if kind == "dense" else None
+        keys = [(kind, request["request_id"]) for request in requests]
+        new = [i for i, key in enumerate(keys) if key not in users.found.picks]
+        vectors: dict[int, np.ndarray] = {}
+        if kind == "dense" and new:
+            vectors = dict(zip(new, self._vectors([texts[i] for i in new]), strict=True))
+        composed: list[Composed] = []
+        errors: list[str | None] = []
         for i, (request, input) in enumerate(zip(requests, inputs, strict=True)):
-            key, prompt, error = (kind, request["request_id"]), Composed("", input), None
+            prompt, error = Composed("", input), None
             try:
-                if key not in users.found.picks:
-                    vector = None if vectors is None else vectors[i]
-                    users.found.picks[key] = self._find(kind, request, texts[i], vector, users)
+                if keys[i] not in users.found.picks:
+                    users.found.picks[keys[i]] = self._find(kind, request, texts[i], vectors.get(i), users)
                 prompt = retrieval.compose(
-                    users.found.picks[key], input, self.entry, self.tokenizer, self.budget_tokens,
+                    users.found.picks[keys[i]], input, self.entry, self.tokenizer, self.budget_tokens,
                     self.config.input_share,
                 )  # fmt: skip
             except ValueError as problem:  # names the missing field, never a text

@@ -32,10 +32,16 @@ class Replies:
     errors: dict[str, int]
     labelled: int
     """Requests with a target, answered or not."""
-    users: int
-    """Distinct people who are themselves a user."""
-    split_owners: list[str]
-    """Distinct people with one history a question: their questions lie in many buckets."""
+
+    @property
+    def users(self) -> int:
+        """Distinct people who are themselves a user."""
+        return len({row["owner_id"] for row in self.rows if row["owner_id"] == row["user_id"]})
+
+    @property
+    def split_owners(self) -> set[str]:
+        """Distinct people with one history a question: their questions lie in many buckets."""
+        return {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
 
 
 def read_bucket(
@@ -76,8 +82,6 @@ def read_bucket(
         costs=costs,
         errors=errors,
         labelled=len(asked),
-        users=len({row["owner_id"] for row in kept if row["owner_id"] == row["user_id"]}),
-        split_owners=sorted({row["owner_id"] for row in kept if row["owner_id"] != row["user_id"]}),
     )
 
 

@@ -118,7 +118,7 @@ def right(population: Population, texts: dict[str, str]) -> dict[str, float]:
 
 
 def test_thirds_are_those_of_the_users_and_score_as_they_do_alone(known):
-    code, report, _ = run(known)
+    code, report, _ = run(known, run=("night",))
     assert code == 0
     none, plug = right(known, known.none), right(known, known.plug)
     average = np.mean(list(known.vector.values()), axis=0)
@@ -153,7 +153,7 @@ def test_thirds_are_those_of_the_users_and_score_as_they_do_alone(known):
 
 
 def test_users_helped_and_harmed_are_counted_by_user_with_intervals(known):
-    _, report, _ = run(known)
+    _, report, _ = run(known, run=("night",))
     none, plug = right(known, known.none), right(known, known.plug)
     users = {row["user_id"] for row in known.requests().values()}
     gain = {user: sum(plug[i] - none[i] for i in plug if i.startswith(user)) for user in users}
@@ -190,20 +190,22 @@ def test_costs_are_per_request_and_per_user(known, tmp_path):
     for path, run_id, methods in ((reports[0], "night", ["none"]), (reports[1], "night", ["none", "plug:mean"])):
         said = {"run_id": run_id, "config": {"methods": methods}, "stages": {"generate": {"rows": 40, "seconds": 8.0}}}
         path.write_text(json.dumps(said))
-    _, report, _ = run(known, generate_reports=(str(reports[0]),))
+    _, report, _ = run(known, run=("night",), generate_reports=(str(reports[0]),))
     cost = {name: row["cost"] for name, row in report["methods"].items()}
     # written by hand: 11 and 3 tokens with none, 13 and 3 with a persona (tests.pipelines.test_evaluate)
     assert (cost["none"]["prompt_tokens"], cost["none"]["output_tokens"]) == (11, 3)
     assert cost["plug:mean"]["prompt_tokens"] == 13
     assert cost["none"]["bytes_per_user"] == 0 and cost["plug:mean"]["bytes_per_user"] == 24 * 2
     assert cost["none"]["seconds_per_reply"] == pytest.approx(0.2) and cost["plug:mean"]["seconds_per_reply"] is None
-    _, report, _ = run(known, generate_reports=(str(reports[1]),))  # several methods share the engine's time
+    _, report, _ = run(
+        known, run=("night",), generate_reports=(str(reports[1]),)
+    )  # several methods share the engine's time
     assert report["methods"]["none"]["cost"]["seconds_per_reply"] is None
     reports[0].write_text(json.dumps({"run_id": "other", "config": {"methods": ["none"]}, "stages": {}}))
     with pytest.raises(InputError, match="is of run other, but scored is night"):
-        run(known, generate_reports=(str(reports[0]),))
+        run(known, run=("night",), generate_reports=(str(reports[0]),))
     with pytest.raises(InputError, match="there is no .*gone.json"):
-        run(known, generate_reports=(str(tmp_path / "gone.json"),))
+        run(known, run=("night",), generate_reports=(str(tmp_path / "gone.json"),))
 
 
 # --- two runs, two nights -------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def test_drift_is_the_cosine_distance_of_each_users_two_vectors(known):
     got = (found["median"], found["p95"])
     np.testing.assert_allclose(got, np.quantile(moved, [0.5, 0.95], method="inverted_cdf"), atol=1.1e-3)
     write_personas(known, known.vector, "third", encoder_id="another")
-    with pytest.raises(InputError, match="of encoder another: distances between their vectors say nothing"):
+    with pytest.raises(InputError, match="of another: distances between their vectors say nothing"):
         run(known, drift=(first, first + 2))
     with pytest.raises(InputError, match="version 99 of table personas cannot be read"):
         run(known, drift=(first, 99))

@@ -3,12 +3,14 @@
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pplug import history, tasks, world
+from pplug import history, retrieval, tasks, world
+from tests.pplug.models import word_tokenizer
 
 SMALL = world.WorldConfig(train_users=6, test_users=8, corpus_users=10, corpus_items=6, items=(3, 5))
 
@@ -139,6 +141,23 @@ def test_corpus_items_state_or_show_or_say_nothing_in_the_shares_asked_for(tmp_p
             said = [theme for theme in preface.replace(",", " ").replace(".", " ").split() if theme in world.THEMES]
             assert said == [world.THEMES[theme] for theme in order[row["user_id"]]]
     assert [n / len(rows) for n in kinds.values()] == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
+
+
+def test_shown_texts_are_those_that_retrieval_writes(tmp_path):
+    """What the base LM learns from is, letter by letter, what a method such as bm25 puts before a request."""
+    config = world.WorldConfig(corpus_users=20, corpus_items=8, stated=0, shown=1, train_users=2, test_users=2)
+    files, entry = world.write(config, tmp_path), world.task_entry(config)
+    tokenizer, full = word_tokenizer(tmp_path / "words"), 0
+    for line in files["corpus/histories"].read_text().splitlines():
+        fields = json.loads(line)["fields"]
+        preface = fields.pop("preface")
+        shown = [
+            {"tag": tag, "description": text} for tag, text in re.findall(r'"(.+?)" is the tag for "(.+?)"', preface)
+        ]
+        request = world.INPUT.format(**fields)
+        assert "".join(retrieval.compose(shown, request, entry, tokenizer, 1000, 0.6)) == preface + request
+        full += len(shown) in (1, 2, 3, 4)
+    assert full == 160
 
 
 @pytest.mark.parametrize(
