@@ -28,6 +28,7 @@ ID_COLUMNS = ("user_id", "owner_id")
 _TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
 _BINARY_BYTES = 2**20
 """Of a binary value what is read as text: all names and notes of a safetensors file stand at its beginning."""
+_BLOCK_BYTES = 16 * 2**20
 _PARQUET_ROWS = 65_536
 
 
@@ -98,19 +99,21 @@ def search(storage: Storage, name: str, needles: Needles) -> Found:
             hits = sum(needles.hits(values, column) + _in_log(name, values, needles)
                        for column, values in _parquet(storage, name))  # fmt: skip
             return Found(named + hits, True)
-        raw = storage.read_bytes(name)
-        if name.endswith(".gz"):
-            raw = gzip.decompress(raw)
-        if plain.endswith(".npy"):
-            return Found(named + _in_array(raw, needles), True)
+        if plain.endswith(".npy") and not name.endswith(".gz"):
+            return Found(named + _in_array(storage, name, needles), True)
+        if name.endswith(".safetensors"):  # numbers behind a header of JSON
+            with storage.open_input(name) as source:
+                header = source.read(int.from_bytes(source.read(8), "little"))
+            return Found(named + _in_text(header.decode("utf-8"), needles), True)
         if plain.endswith(_TEXT) or "/_" in f"/{plain}":  # _SUCCESS, _last_checkpoint
-            of_log = "_delta_log/" in f"/{name}"
-            return Found(named + _in_text(raw.decode("utf-8"), needles, of_log), True)
+            raw = storage.read_bytes(name)
+            text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8")
+            return Found(named + _in_text(text, needles, "_delta_log/" in f"/{name}"), True)
     except FileNotFoundError:  # deleted since it was listed
         return Found(0, True)
-    except (pa.ArrowException, OSError, EOFError, ValueError):
-        raw = storage.read_bytes(name)
-    return Found(named + _in_bytes(raw, needles), False)
+    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, MemoryError):
+        pass  # not what its name says
+    return Found(named + _in_bytes(storage, name, needles), False)
 
 
 def _parquet(storage: Storage, name: str) -> Iterator[tuple[str, pa.Array]]:
@@ -210,10 +213,27 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(below)
 
 
-def _in_array(raw: bytes, needles: Needles) -> int:
-    found = np.load(io.BytesIO(raw), allow_pickle=False)
-    return needles.hits(pa.array(found.astype(str).ravel().tolist())) if found.dtype.kind in "US" else 0
+def _in_array(storage: Storage, name: str, needles: Needles) -> int:
+    """Numbers hold no words, and are not even read."""
+    with storage.open_input(name) as source:
+        major, _ = np.lib.format.read_magic(source)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        kind = read(source)[2].kind
+        if kind not in "USO":
+            return 0
+        source.seek(0)
+        found = np.load(io.BytesIO(source.read()), allow_pickle=False)
+    return needles.hits(pa.array(found.astype(str).ravel().tolist()))
 
 
-def _in_bytes(raw: bytes, needles: Needles) -> int:
-    return sum(value.encode("utf-8", "surrogatepass") in raw for value in needles.values if len(value) >= LEAST_INSIDE)
+def _in_bytes(storage: Storage, name: str, needles: Needles) -> int:
+    """How many of the longer values stand in a file as they are, some megabytes at a time."""
+    wanted = {value.encode("utf-8", "surrogatepass") for value in needles.values if len(value) >= LEAST_INSIDE}
+    overlap, tail = max(map(len, wanted), default=0), b""
+    found: set[bytes] = set()
+    with storage.open_input(name) as source:
+        while part := source.read(_BLOCK_BYTES):
+            tail += part
+            found |= {value for value in wanted - found if value in tail}
+            tail = tail[-overlap:] if overlap else b""
+    return len(found)

@@ -29,6 +29,7 @@ DUTIES = (
     "older versions of S3 objects, where the bucket keeps them",
     "what Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders (/dev/shm)",
     "the sources that ingest has read: another ingest would bring the users back",
+    "adapters exported as folders: they carry no name to find them by",
     "copies outside the folders named here, and the job's own command line where the id stood in it",
     "plugs trained on the users' data (named in this record): weights cannot be erased, train anew where that matters",
 )
@@ -260,7 +261,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     gone = [file for file in newest.files if file.path not in keep]
     group = next_group(table, report.run_id)
     try:
-        if gone or back or new:
+        if gone or back or new or newest.version != shown.version:
             below = dataclasses.replace(newest, metadata=shown.metadata)
             table.rewrite([*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False)
             group += 1

@@ -247,6 +247,7 @@ def _generate(
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
     import ray.data
 
+    from infra.shards import bucket_of
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pipelines.stages.reply import Reply
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
@@ -257,7 +258,11 @@ def _generate(
     )
     counts: dict[int, int] = {}
     with report.stage("plan") as stage:
-        plan = bucket_rows(list(requests.by_bucket())).map_batches(owed.count, batch_size=1, batch_format="pyarrow")
+        buckets = list(requests.by_bucket())
+        if owed.users is not None:  # a subset reads the buckets of its users only
+            theirs = {bucket_of(user, generations.buckets) for user in owed.users}
+            buckets = [bucket for bucket in buckets if bucket in theirs]
+        plan = bucket_rows(buckets).map_batches(owed.count, batch_size=1, batch_format="pyarrow")
         for row in plan.iter_rows():
             counts[row["bucket"]] = row["owed"]
             report.planned += row["owed"] + row["there"]

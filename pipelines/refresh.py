@@ -53,15 +53,24 @@ class Config(BaseModel):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, session
+    from infra import lease
     from pipelines import tables
-    from pplug.encoder import encoder_id
 
     run_id = config.run_id or new_run_id("refresh")
     report = RunReport(
         "refresh", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
     )
-    histories_table = tables.open_table(config.tables, "histories")
+    histories = tables.open_table(config.tables, "histories")
+    with lease.writing(config.tables, run_id):
+        _refresh(config, report, histories)
+    return report.finish()
+
+
+def _refresh(config: Config, report: RunReport, histories_table: "Table") -> None:
+    from infra import session
+    from pipelines import tables
+    from pplug.encoder import encoder_id
+
     # Looked at before the histories are: personas that another run commits from now on are newer than ours.
     before = tables.newest(config.tables, "personas")
     histories = histories_table.snapshot(complete=True)
@@ -74,19 +83,16 @@ def run(config: Config) -> int:
         raise InputError(f"encoder: {error}") from error
     identities = {"encoder_id": encoder, "plug_id": _check_plug(config, encoder)}
     made_from = _made_from(config, histories, identities)
-    with lease.writing(config.tables, run_id):
-        if not _nothing_changed(config, report, made_from, before):
-            need = {"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
-            session.start(need=need)
-            buckets = histories_table.buckets
-            embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
-            rejects = tables.open_or_create(config.tables, "rejects", 1)
-            _embed(config, report, histories, embeddings, rejects, entry, encoder)
-            if report.problem() is None:
-                personas = tables.open_or_create(config.tables, "personas", buckets)
-                _personas(config, report, histories, embeddings, personas, before, identities, made_from)
+    if not _nothing_changed(config, report, made_from, before):
+        session.start(need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker})
+        buckets = histories_table.buckets
+        embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
+        rejects = tables.open_or_create(config.tables, "rejects", 1)
+        _embed(config, report, histories, embeddings, rejects, entry, encoder)
+        if report.problem() is None:
+            personas = tables.open_or_create(config.tables, "personas", buckets)
+            _personas(config, report, histories, embeddings, personas, before, identities, made_from)
     report.extra["tables"] = tables.costs(config.tables, ["histories", tables.embeddings_name(encoder), "personas"])
-    return report.finish()
 
 
 def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str | None]) -> dict[str, str]:

@@ -16,11 +16,18 @@ from infra.table import Table, TableSpec
 from pplug import schemas, tasks
 from pplug.tasks import TaskEntry
 
-EMBEDDINGS_GROUP_ROWS = 512
-"""To be measured."""
-# Small row groups where one user's rows are fetched alone; `user_key` statistics prune the rest.
+GROUP_ROWS = 512
+"""Rows of texts or vectors that are read together. Reading 1% of users at random (20 items each, D=384) touches 24% of
+the bytes of `embeddings` with 512, 14% with 256; but 256 make the file 11% larger (1.98 for 1.79 bytes a value, random
+vectors)."""
 _SPECS = [
-    TableSpec("histories", schemas.HISTORIES, schemas.SCHEMA_VERSION, sort=("user_key", "position")),
+    TableSpec(
+        "histories",
+        schemas.HISTORIES,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key", "position"),
+        row_group_rows=GROUP_ROWS,
+    ),
     TableSpec("requests", schemas.REQUESTS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id")),
     TableSpec(
         "embeddings",
@@ -28,7 +35,7 @@ _SPECS = [
         schemas.SCHEMA_VERSION,
         sort=("user_key", "text_hash"),
         vectors=("vector",),
-        row_group_rows=EMBEDDINGS_GROUP_ROWS,
+        row_group_rows=GROUP_ROWS,
     ),
     TableSpec(
         "personas",

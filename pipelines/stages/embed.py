@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import decode_fields, list_f32, pair_keys
-from pipelines.stages.resolve import encode
 from pipelines.stages.write import DETAIL, REASON
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.history import item_text
@@ -21,14 +20,14 @@ BLOCK_TEXTS = 20_000
 """Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
 
 
-def owed_rows(histories: Snapshot, embeddings: Snapshot, bucket: int, columns: list[str]) -> tuple[pa.Table, int]:
-    """Rows of histories whose (user, text_hash) has no vector, one row a pair; and how many pairs there are in all."""
-    items = histories.read(list(dict.fromkeys(["user_key", "text_hash", *columns])), buckets=[bucket])
+def owed_pairs(histories: Snapshot, embeddings: Snapshot, bucket: int) -> tuple[pa.Array, pa.Array, int]:
+    """Pairs (user, text_hash) without a vector: each once, as `pair_keys`; their users; how many pairs there are."""
+    items = histories.read(["user_key", "text_hash"], buckets=[bucket])
     keys = pair_keys(items)
     have = pair_keys(embeddings.read(["user_key", "text_hash"], buckets=[bucket]))
-    new = np.flatnonzero(pc.invert(pc.is_in(keys, value_set=have)).to_numpy(zero_copy_only=False))
-    _, first = np.unique(encode(keys.take(pa.array(new))), return_index=True)
-    return items.take(pa.array(new[np.sort(first)])), pc.count_distinct(keys).as_py()
+    new = pc.invert(pc.is_in(keys, value_set=have))
+    users = pc.unique(items["user_key"].filter(new))
+    return pc.unique(keys.filter(new)), users, pc.count_distinct(keys).as_py()
 
 
 class CountOwed:
@@ -39,8 +38,8 @@ class CountOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            owed, live = owed_rows(self.histories, self.embeddings, bucket, [])
-            yield pa.table({"bucket": [bucket], "owed": [owed.num_rows], "there": [live - owed.num_rows]})
+            owed, _, live = owed_pairs(self.histories, self.embeddings, bucket)
+            yield pa.table({"bucket": [bucket], "owed": [len(owed)], "there": [live - len(owed)]})
 
 
 class ReadOwed:
@@ -55,9 +54,19 @@ class ReadOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            rows, _ = owed_rows(self.histories, self.embeddings, bucket, ["fields"])
-            for start in range(0, rows.num_rows, BLOCK_TEXTS):
-                yield self._texts(rows.slice(start, BLOCK_TEXTS), bucket)
+            owed, users, live = owed_pairs(self.histories, self.embeddings, bucket)
+            seen = np.zeros(len(owed), bool)
+            only = None if len(owed) == live else users.to_pylist()  # the first time it is everybody
+            for items in self.histories.of_users(["user_key", "text_hash", "fields"], bucket, only):
+                place = pc.fill_null(pc.index_in(pair_keys(items), value_set=owed), -1).to_numpy()
+                rows = np.flatnonzero(place >= 0)
+                _, first = np.unique(place[rows], return_index=True)
+                rows = rows[np.sort(first)]
+                rows = rows[~seen[place[rows]]]
+                seen[place[rows]] = True
+                texts = items.take(pa.array(rows))
+                for start in range(0, texts.num_rows, BLOCK_TEXTS):
+                    yield self._texts(texts.slice(start, BLOCK_TEXTS), bucket)
 
     def _texts(self, rows: pa.Table, bucket: int) -> pa.Table:
         texts, reasons, details = [], [], []

@@ -38,10 +38,14 @@ TASK = {
 
 
 class HashTexts:
-    """In the place of EmbedTexts, same columns: each word adds one to the value that its hash names."""
+    """In the place of EmbedTexts, same columns: each word adds one to the value that its hash names.
+
+    Turned by a fixed random matrix, so that the values are as dense, and compress as badly, as an encoder's.
+    """
 
     def __init__(self, config: object, encoder_id: str, threads: int) -> None:
         self.encoder_id = encoder_id
+        self.turn = np.random.default_rng(0).standard_normal((DIM, DIM)).astype(np.float32)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         words = pc.utf8_split_whitespace(batch["text"].combine_chunks())
@@ -49,7 +53,7 @@ class HashTexts:
         place = np.array([crc32(word.encode()) % DIM for word in coded.dictionary.to_pylist()])
         row = np.repeat(np.arange(len(batch)), pc.list_value_length(words).to_numpy())
         counts = np.bincount(row * DIM + place[coded.indices.to_numpy()], minlength=len(batch) * DIM)
-        vectors = counts.reshape(len(batch), DIM).astype(np.float32)
+        vectors = counts.reshape(len(batch), DIM).astype(np.float32) @ self.turn
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return pa.table(
             {

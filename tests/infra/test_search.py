@@ -68,6 +68,8 @@ def test_a_text_in_compressed_parquet_is_found_whatever_it_lies_in(tmp_path, kin
         ("_SUCCESS", json.dumps({"user": ID})),
         ("lines.jsonl.gz", gzip.compress(json.dumps({"text": TEXT}).encode())),
         ("names.npy", array(["x", "user-1"])),
+        ("weights.safetensors", (60).to_bytes(8, "little") + b'{"__metadata__": {"by": "user-1"}}'.ljust(60) + b"\xff"),
+        ("long.bin", b"\x00" * (16 * 2**20 - 9) + TEXT.encode()),  # over the end of a block
         ("weights.bin", b"\x00\x01" + TEXT.encode() + b"\xff"),
         ("broken.parquet", b"PAR1" + TEXT.encode()),
         ("user-1/model.bin", b""),
