@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
-from pplug.adapter import LoraConfig, StackConfig
+from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Config(BaseModel):
     epochs: int | None = Field(None, gt=0)
     """Default: lora.epochs for users; 3 for the base, as in the paper."""
     stack: StackConfig = StackConfig()
-    max_target_tokens: int = Field(128, gt=1)
-    """EOS included."""
+    rule: ExampleRule = ExampleRule()
+    """How an item becomes an example."""
     history_cap: int = Field(10_000, gt=0)
     """Newest items of a user to train on."""
     cut: Literal["requests", "none"] = "requests"
@@ -82,7 +82,7 @@ class Config(BaseModel):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import session
+    from infra import lease, session
     from pipelines import tables
     from pplug.adapter import base_shapes
     from pplug.identity import model_folder
@@ -96,6 +96,13 @@ def run(config: Config) -> int:
     entry = tables.task_entry(config.task, histories)
     if entry.target is None and (config.stage == "users" or config.examples == "items"):
         raise InputError(f"task {entry.name} names no target: its items have no answer that an adapter could learn")
+    if config.rule.retrieve != "none" and (config.stage == "base" or entry.retrieval is None):
+        why = (
+            "stage base has no history of its own" if config.stage == "base" else f"task {entry.name} has no such form"
+        )
+        raise InputError(
+            f"rule.retrieve={config.rule.retrieve}: {why}; leave it out or give the task entry `retrieval`"
+        )
     try:
         base = llm_id(config.llm)
         base_shapes(model_folder(config.llm.model, config.llm.revision), config.lora.shape.targets)
@@ -105,7 +112,8 @@ def run(config: Config) -> int:
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
         return _base(config, report, histories, entry, users or frozenset(), run_dir)
-    _adapters(config, report, histories, entry, users, base)
+    with lease.writing(config.tables, run_id):
+        _adapters(config, report, histories, entry, users, base)
     return report.finish()
 
 
@@ -151,7 +159,7 @@ def _adapters(
     from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples, fit_id
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
 
-    fit = fit_id(config.trained, base, entry, config.max_target_tokens, config.history_cap)
+    fit = fit_id(config.trained, base, entry, config.rule, config.history_cap)
     buckets = tables.open_table(config.tables, "histories").buckets
     adapters = tables.open_or_create(config.tables, "adapters", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
@@ -183,6 +191,7 @@ def _adapters(
         metadata={"llm_id": base, "fit_id": fit, "histories_version": str(histories.version)},
         planned_on=before.version,
         replace=True,
+        complete=made.get("complete") == "true",
     )
     report.extra |= {"llm_id": base, "fit_id": fit}
     if not todo:
@@ -193,7 +202,7 @@ def _adapters(
         stage.rows = sum(counts[bucket]["owed"] for bucket in todo)
         examples = bucket_rows(todo).map_batches(
             ReadExamples,
-            fn_constructor_args=(owed, entry, config.llm, config.max_target_tokens),
+            fn_constructor_args=(owed, entry, config.llm, config.rule),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=1),
@@ -233,7 +242,7 @@ def _base(
     if source is None:
         raise InputError(f"{config.tables} has no requests; ingest them, or use --examples items")
     folder = Storage(run_dir).join("examples").uri
-    prepare = BaseExamples(source, entry, left_out, config.llm, config.max_target_tokens, folder)
+    prepare = BaseExamples(source, entry, left_out, config.llm, config.rule.max_target_tokens, folder)
     with report.stage("prepare") as stage:
         rows = bucket_rows(list(source.by_bucket())).map_batches(prepare.__call__, batch_size=1, batch_format="pyarrow")
         for row in rows.iter_rows():

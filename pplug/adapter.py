@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pplug.retrieval import RetrievalConfig
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -76,6 +78,19 @@ class LoraConfig(BaseModel):
     stored: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights in the table; they are trained in float32."""
     seed: int = 0
+
+
+class ExampleRule(BaseModel):
+    """How an item becomes an example."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_target_tokens: int = Field(128, gt=1)
+    """EOS included."""
+    retrieve: Literal["none", "bm25", "recency"] = "none"
+    """What stands before an item's input: items before it, found so. Then ask for adapter+bm25 or adapter+recency."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """How many, and how much room; as in generate."""
 
 
 class StackConfig(BaseModel):

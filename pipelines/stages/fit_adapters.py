@@ -3,11 +3,12 @@
 Route: bucket -> users who are owed an adapter, each with the items that count -> token ids -> stacked training -> rows
 of `adapters`. A bucket's other adapters travel beside them, since a bucket is replaced as a whole.
 
-An item becomes an example by the task's own input and target. Where the table of requests is given, a user's items are
+An item becomes an example by the task's own input and target; where retrieval is on, with what it finds among the items
+before it, as the request would have been answered then. Where the table of requests is given, a user's items are
 cut at the earliest of the user's requests: what one of them may not see is trained on by none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,14 @@ from infra.shards import bucket_of, user_key
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import Histories, decode_fields, read_bucket, to_us
 from pipelines.stages.write import DETAIL, REASON
-from pplug import history
-from pplug.adapter import LoraConfig, StackConfig, to_bytes
+from pplug import history, retrieval
+from pplug.adapter import ExampleRule, LoraConfig, StackConfig, to_bytes
 from pplug.identity import model_folder, short_id
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.schemas import ADAPTERS
 from pplug.splice import Splicer
-from pplug.tasks import TaskEntry, fill
+from pplug.tasks import TaskEntry, fill, query
 
 ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.list_(pa.int32()))
@@ -34,9 +35,14 @@ EXAMPLES = pa.schema([*ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _
 BLOCK_USERS = 64
 
 
-def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, max_target_tokens: int, cap: int) -> str:
+RETRIEVAL_ITEMS = 512
+"""Newest items before an item among which retrieval looks, as in generate."""
+
+
+def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, cap: int) -> str:
     """Identity of all that decides an adapter beside the user's own items."""
-    rules = {"input": entry.input, "target": entry.target, "max_target_tokens": max_target_tokens, "cap": cap}
+    form = entry.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
+    rules = {"task": form, "rule": rule.model_dump(mode="json"), "cap": cap}
     return short_id({"lora": lora.model_dump(mode="json"), "llm_id": llm_id} | rules)
 
 
@@ -137,9 +143,11 @@ class OwedAdapters:
 class ReadExamples:
     """Stage: a bucket's users as token ids. in: bucket int. out: EXAMPLES, in blocks of users."""
 
-    def __init__(self, owed: OwedAdapters, entry: TaskEntry, llm: LLMConfig, max_target_tokens: int) -> None:
-        self.owed, self.entry, self.max_target_tokens = owed, entry, max_target_tokens
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+    def __init__(self, owed: OwedAdapters, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
+        self.owed, self.entry, self.rule = owed, entry, rule
+        self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        self.splicer = Splicer(self.tokenizer, llm.layout, False)
+        self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -151,22 +159,43 @@ class ReadExamples:
             rows: list[dict[str, Any]] = [{"user_key": user_key(name)} | nothing for name in owing.missing]
             for user, (items, digest) in owing.users.items():
                 names = {"bucket": bucket, "user_key": own.user_keys[user], "user_id": own.user_ids[user]}
-                rows.append(names | {"history_hash": digest} | self._examples(own, items))
+                rows.append(names | {"history_hash": digest} | self._examples(own, int(own.starts[user]), items))
                 if len(rows) == BLOCK_USERS:
                     yield pa.Table.from_pylist(rows, schema=EXAMPLES)
                     rows = []
             if rows:
                 yield pa.Table.from_pylist(rows, schema=EXAMPLES)
 
-    def _examples(self, own: Histories, items: range) -> dict[str, Any]:
+    def _examples(self, own: Histories, first: int, items: range) -> dict[str, Any]:
+        """Of the items in `items`; the user's oldest is at `first`."""
         assert own.fields is not None, "read with fields"
-        pairs = [item_example(decode_fields(own.fields[i].as_py()), self.entry) for i in items]
-        found = [pair for pair in pairs if pair is not None]
+        start = max(first, items.start - RETRIEVAL_ITEMS)
+        known = {i: decode_fields(own.fields[i].as_py()) for i in range(start, items.stop)}
+        pairs = [item_example(known[i], self.entry) for i in items]
+        found = [(i, pair) for i, pair in zip(items, pairs, strict=True) if pair is not None]
         if not found:
             detail = f"{len(items)} items before the user's first request, none with {self.entry.target}"
             return {REASON: "no_usable_item", DETAIL: detail}
-        prompts, answers = tokenised(self.splicer, found, self.max_target_tokens)
+        texts = []
+        for i, (words, answer) in found:
+            before = [known[j] for j in range(max(start, i - RETRIEVAL_ITEMS), i)]
+            texts.append((words if words is None else self._with_items(words, before), answer))
+        prompts, answers = tokenised(self.splicer, texts, self.rule.max_target_tokens)
         return {"prompts": prompts, "answers": answers}
+
+    def _with_items(self, words: str, before: Sequence[Mapping[str, str]]) -> str:
+        """The input with what retrieval finds among the items before it, oldest first."""
+        if self.rule.retrieve == "none" or not before:
+            return words
+        if self.rule.retrieve == "bm25":
+            index = retrieval.WordIndex([retrieval.words(fields, self.entry) for fields in before])
+            best = index.rank(query(words, self.entry))
+        else:
+            best = retrieval.recency(len(before))
+        chosen = [before[i] for i in best[: self.rule.retrieval.k]]
+        share = self.rule.retrieval.input_share
+        composed = retrieval.compose(chosen, words, self.entry, self.tokenizer, self.budget, share)
+        return composed.lead + composed.rest
 
 
 def item_example(fields: Any, entry: TaskEntry) -> tuple[str | None, str] | None:

@@ -16,7 +16,7 @@ from infra.shards import bucket_of, user_key
 from pipelines import adapt, tables
 from pipelines.stages.adapt_base import BaseExamples
 from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples
-from pplug.adapter import AdapterShape, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
+from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.lora import StackedTrainer, UserExamples
@@ -61,9 +61,9 @@ def owing(population, before=None, fit_id="fit", cut=True, users=None):
     return OwedAdapters(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
 
 
-def examples(population, llm, **how):
+def examples(population, llm, rule=None, **how):
     owed = owing(population, **how)
-    stage = ReadExamples(owed, tables.task_entry(None, owed.histories), llm, 128)
+    stage = ReadExamples(owed, tables.task_entry(None, owed.histories), llm, rule or ExampleRule())
     return pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))})))
 
 
@@ -121,6 +121,30 @@ def test_what_a_request_may_not_see_is_not_trained_on(population, llm):
     fill(population, longer)
     (again,) = [row for row in examples(population, llm).to_pylist() if row["user_id"] == "ann"]
     assert (again["prompts"], again["history_hash"]) == (ann["prompts"], ann["history_hash"])
+
+
+@pytest.mark.parametrize("retrieve", ["recency", "bm25"])
+def test_an_example_sees_only_items_before_it_and_later_ones_change_nothing(population, llm, retrieve):
+    task = NOTES | {"retrieval": {"pattern": '"{text}" is {mood} '}}
+    words = ["cat sat", "dog ran", "red tree", "dog film", "big cat"]
+    rows = [item("ann", i, text=text) for i, text in enumerate(words)]
+    fill(population, rows[:4], task)
+    rule = ExampleRule(retrieve=retrieve, retrieval={"k": 2})
+    (found,) = (row["prompts"] for row in examples(population, llm, rule).to_pylist())
+    nearest = {  # newest first; of bm25 those that share a word with the request, then the newest
+        "recency": [[], [0], [1, 0], [2, 1]],
+        "bm25": [[], [0], [1, 0], [1, 2]],
+    }[retrieve]
+    tokenizer = FrozenLLM.load(llm).tokenizer
+    for i, (ids, before) in enumerate(zip(found, nearest, strict=True)):
+        shown = ", and ".join(f'"{words[j]}" is good ' for j in before) + ". " if before else ""
+        text = f"{shown}How do I feel? {words[i]}\n"
+        assert ids == [1, *tokenizer(text, add_special_tokens=False)["input_ids"]], i
+    fill(population, rows, task)
+    (later,) = (row["prompts"] for row in examples(population, llm, rule).to_pylist())
+    assert later[:4] == found and len(later) == 5
+    (plain,) = (row["prompts"] for row in examples(population, llm).to_pylist())
+    assert plain[0] == found[0] and plain[1] != found[1]
 
 
 def test_users_without_anything_to_learn_are_rejected_with_a_reason(population, llm):
