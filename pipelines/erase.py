@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infra.table import Table
     from pipelines.stages.erase import Someone
 
-PENDING = "pending.json"
+PENDING = "erase-pending.json"
 """Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
 DUTIES = (
     "older versions of S3 objects, where the bucket keeps them",

@@ -24,7 +24,7 @@ from pipelines.stages.compact import listed
 
 _NOT_OF_THE_USER = frozenset(
     "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id decoding_id finish_reason "
-    "persona error job reason detail key".split()
+    "persona targets error job reason detail key".split()
 )
 """Columns whose values are the system's, or too common to be looked for; ids of users are looked for by themselves."""
 

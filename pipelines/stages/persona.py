@@ -121,7 +121,8 @@ class BuildPersonas:
         if n:
             users = users.with_vectors(self.embeddings, bucket, None if n == len(users.user_keys) else live)
         has = users.vector_row[live] >= 0
-        means, personas = self._vectors(users.vectors, users.vector_row[live[has]], owner_T[has], n)
+        vectors = users.vectors if has.any() else np.zeros((0, self._width()), np.float32)
+        means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n)
         head = heads.take(pa.array(changed))
         table = pa.table(
             {
@@ -138,6 +139,13 @@ class BuildPersonas:
             }
         )
         return table, int((~has).sum())
+
+    def _width(self) -> int:
+        """D, as any vector of the table has it: who has none gets as many zeros."""
+        for file in self.embeddings.files:
+            for part in self.embeddings.of_users(["vector"], file.bucket):
+                return len(part["vector"][0])
+        return 0
 
     def _vectors(
         self, vectors: np.ndarray, rows: np.ndarray, owner_T: np.ndarray, n: int
