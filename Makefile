@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(ENGINE)
 CODE := pplug infra pipelines
 
-.PHONY: help check setup demo test test-all lint format bench clean
+.PHONY: help check setup demo test test-all lint format bench bench-scale clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +50,9 @@ format: $(READY) ## Put the code into the agreed format
 bench: $(READY) ## Measure every speed claim beside a peer, in one run (still to come)
 	@test -f tests/benchmarks/__main__.py || { echo "make bench: there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-scale: $(READY) ## The table work at a million users, hours: ARGS="--users 1000000 --folder DIR"
+	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
 
 clean: ## Remove caches and build leftovers; .venv, data and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
