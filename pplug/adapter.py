@@ -153,7 +153,7 @@ def to_bytes(weights: "Mapping[str, tuple[Tensor, Tensor]]", llm_id: str) -> byt
     for name, (a, b) in weights.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    return save(tensors, metadata={"format": "pt", "llm_id": llm_id})
+    return save(tensors, metadata={"llm_id": llm_id})  # one entry: several come in any order, and bytes are identity
 
 
 def from_bytes(
