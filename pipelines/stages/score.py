@@ -195,7 +195,7 @@ class ScoreBuckets:
             missing = [i for i in golds if i not in texts]
             answered = {i: gold for i, gold in golds.items() if i in texts}
             if answered:
-                ids, sums = metrics.item_sums(self.entry, answered, texts)
+                ids, sums = metrics.item_sums(self.entry, answered, {i: texts[i] for i in answered})
                 rows = np.array([at[i] for i in ids])
                 of_thirds = [
                     sums[:, :2] * (thirds[kind][rows] == third)[:, None] if kind in thirds else np.zeros((len(ids), 2))
@@ -216,7 +216,14 @@ class ScoreBuckets:
         split = frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners)
         seen = frozenset(found.texts)
         return Scored(
-            tallies, found.labelled, len(golds), found.users, split, seen, self._examples(found, list(tallies))
+            tallies,
+            found.labelled,
+            len(golds),
+            found.users,
+            split,
+            seen,
+            self._examples(found, list(tallies)),
+            left,
         )
 
     def _examples(self, found: Replies, methods: list[str]) -> tuple[dict[str, Any], ...]:
@@ -233,7 +240,7 @@ class ScoreBuckets:
         answered = {i: gold for i, gold in golds.items() if i in texts}
         if not answered:
             return {}
-        ids, sums = metrics.item_sums(self.entry, answered, texts)
+        ids, sums = metrics.item_sums(self.entry, answered, {i: texts[i] for i in answered})
         return dict(zip(ids, sums[:, 1].tolist(), strict=True))
 
     def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
