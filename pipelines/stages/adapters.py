@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
-from pplug.adapter import AdapterShape, base_shapes, from_bytes, write_folder
+from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
 
 MEMORY = "/dev/shm"
 _PREFIX = "pplug-adapters-"
@@ -125,6 +125,20 @@ class AdapterShelf:
         from_bytes(row["weights"] or b"", shape, self._shapes[shape.targets], self._adapters.llm_id)
         path = self.folder / str(name)
         write_folder(path, row["weights"], shape, str(self._base))
+        return path
+
+    def put_nothing(self) -> Path:
+        """The folder of an adapter that adds nothing."""
+        import torch
+
+        targets = self._adapters.targets
+        shape = AdapterShape(targets=targets, rank=1, alpha=1.0)
+        weights = {
+            name: (torch.zeros(1, width_in), torch.zeros(width_out, 1))
+            for name, (width_in, width_out) in base_shapes(self._base, targets).items()
+        }
+        path = self.folder / "none"
+        write_folder(path, to_bytes(weights, self._adapters.llm_id), shape, str(self._base))
         return path
 
     def drop(self, name: AdapterName) -> None:

@@ -241,6 +241,8 @@ class VLLMEngine:
         threads: int,
         adapters: Adapters | None = None,
     ) -> None:
+        import torch
+
         if decoding.beams > 1:
             raise InputError("decoding.beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
@@ -254,8 +256,12 @@ class VLLMEngine:
         self.decoding = decoding
         self._numbers = 0
         self._adapters: LoadedAdapters | None = None
+        self._none: Any = None
         if adapters is not None:
-            self._adapters = LoadedAdapters(self._engine, AdapterShelf(adapters, folder), args["max_cpu_loras"])
+            shelf = AdapterShelf(adapters, folder)
+            self._adapters = LoadedAdapters(self._engine, shelf, args["max_cpu_loras"] - 1)
+            if not torch.cuda.is_available():
+                self._none = self._wait(self._adapters.none())
         self._probe(folder)
 
     def _engine_args(self, folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
@@ -334,7 +340,7 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._numbers += 1
-        number, final, lora = f"{self._numbers}", None, None
+        number, final, lora = f"{self._numbers}", None, self._none
         try:
             if prompt.adapter is not None:
                 assert self._adapters is not None, "prompts with adapters come with the table of adapters"
@@ -424,6 +430,19 @@ class LoadedAdapters:
         self._changed = asyncio.Condition()
         self._numbers = 0
 
+    async def none(self) -> Any:
+        """The engine's request for an adapter that adds nothing, which stays.
+
+        vLLM's CPU kernels index the slots of adapters with -1 for a row that has none: once all slots are taken, such a
+        row gets the adapter of the last one, which is somebody else's (seen with vLLM 0.32). So no row is without.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._numbers += 1
+        request = LoRARequest("none", self._numbers, str(self.shelf.put_nothing()))
+        await self.engine.add_lora(request)
+        return request
+
     async def hold(self, name: AdapterName) -> Any:
         """The engine's request for this adapter, which stays until `let_go`.
 
@@ -498,8 +517,8 @@ def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any
     return {
         "enable_lora": True,
         "max_lora_rank": rank,
-        "max_loras": min(ready, config.adapters_at_once),
-        "max_cpu_loras": ready,
+        "max_loras": min(ready, config.adapters_at_once) + 1,  # and one that adds nothing
+        "max_cpu_loras": ready + 1,
         "lora_target_modules": list(adapters.targets),
     }
 
