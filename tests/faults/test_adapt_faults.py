@@ -34,6 +34,7 @@ def trainers(job):
     return [process for process in job.below() if "FitAdapters" in process.name() + " ".join(process.cmdline())]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_leave_the_table_of_an_undisturbed_run(population, tmp_path):
     place, quiet = population.tables, str(population.root / "other")
     words = population.words(adapt, "night", **values(population, place))

@@ -214,6 +214,7 @@ def run(population, llm, name, **config):
     return code
 
 
+@pytest.mark.slow
 def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path):
     people = [f"user-{i}" for i in range(6)]
     fill(population, [item(name, i) for name in people for i in range(3)] + [item("mute", 1, " ")])
@@ -250,6 +251,7 @@ def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(populati
         run(population, llm, "refused", lora=lora)
 
 
+@pytest.mark.slow
 def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     made = small.make(tmp_path, train_users=8, test_users=2, train_requests=1, test_requests=1)
     made.ingest("train", buckets=2)

@@ -207,6 +207,7 @@ def test_one_new_item_encodes_that_text_and_touches_that_users_bucket(night):
     )
 
 
+@pytest.mark.slow
 def test_corrected_late_and_out_of_order_items_stand_where_they_belong(night):
     night.ingest_items([note("user-3", "1", "a big tree", day=11), note("user-5", "late", "the film of music", day=10),
                         note("user-5", "later", "one ran", day=1)])  # fmt: skip
@@ -271,6 +272,7 @@ def test_a_compaction_makes_few_files_of_many_and_leaves_a_table_whose_run_has_n
     assert code == 0 and json.loads((run_dir / "report.json").read_text())["written"] == 0  # all is younger
 
 
+@pytest.mark.slow
 def test_a_new_plug_projects_again_and_encodes_nothing(night):
     before = night.state()
     one, two = night.plug("one", 1), night.plug("two", 2)
@@ -289,6 +291,7 @@ def test_a_new_plug_projects_again_and_encodes_nothing(night):
     assert night.refresh("c", plug=two) == 0 and night.report["tables_written"] == {}
 
 
+@pytest.mark.slow
 def test_a_new_encoder_fills_a_table_beside_the_old_one_and_readers_switch_when_it_is_complete(night):
     old_name, old = night.embeddings, night.personas()
     new = Night(night.folder, bert(night.folder, "other", seed=5))
@@ -308,6 +311,7 @@ def test_a_new_encoder_fills_a_table_beside_the_old_one_and_readers_switch_when_
     assert new.table(old_name).snapshot(complete=True).rows == 60  # stays as it is
 
 
+@pytest.mark.slow
 def test_personas_that_another_run_published_since_the_start_are_not_overwritten(night, monkeypatch):
     """A slow run read the histories before the quick one did: it must not put the older state back."""
     night.ingest_items([note("user-1", "new", "news", day=20)])
