@@ -177,7 +177,8 @@ def test_a_worker_and_then_the_driver_killed_at_any_moment_cost_nothing(populati
     seen_only_complete(reader, population, undisturbed)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_the_same_on_s3_that_refuses_is_slow_and_cuts_answers(population, undisturbed, tmp_path, s3_server, s3, seed):
     name, rng = small.names(undisturbed, "embeddings"), random.Random(100 + seed)
     evening = Storage(population.tables)
