@@ -158,6 +158,7 @@ def test_only_what_may_pass_is_tried_again(monkeypatch):
     for error in (
         OSError("An error occurred (SlowDown) when calling PutObject"),
         OSError("Generic S3 error: Server returned error status code: 503"),
+        OSError("Generic S3 error: HTTP error: error reading a body from connection: end of file before message"),
         ConnectionResetError(104, "reset"),
         TimeoutError(),
     ):
