@@ -44,7 +44,7 @@ class Job:
             pass
         return [process for process in self._below.values() if _lives(process)]
 
-    def wait_until(self, true: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
+    def wait_until(self, true: Callable[[], bool], what: str, timeout_s: float = 400) -> None:
         """Polls while the job runs; an end before that, or no time left, is an error that shows the output."""
         until = time.monotonic() + timeout_s
         while not true():
@@ -54,7 +54,7 @@ class Job:
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.output[-4000:]}")
             time.sleep(0.002)
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """The exit code."""
         try:
             return self._process.wait(timeout_s)

@@ -59,6 +59,7 @@ def replies(population, complete):
     return Counter(zip(found["request_id"].to_pylist(), found["method"].to_pylist(), strict=True)), found
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_a_killed_engine_cost_no_reply_and_double_none(population, tmp_path):
     wanted = {(row["request_id"], method) for row in small.rows(population.tables, "requests") for method in METHODS}
     words = population.words(generate, "night", **values(population))
