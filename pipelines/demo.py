@@ -1,8 +1,9 @@
 """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
 Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user
-would (each command is printed): ingest, refresh, train, generate, evaluate. The last table shows how well people never
-seen in training are served, beside the best possible score without and with personalisation.
+would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last table shows how well people
+the plug was never trained on are served, by it, by retrieval and by adapters of their own, beside the best possible
+score without and with personalisation.
 """
 
 import json
@@ -20,7 +21,9 @@ from infra.errors import InputError
 MARK = ".pplug-demo"
 TOLD_WITHIN = 0.1
 """How close to the best possible score the oracle prompt has to come for the comparison to mean anything."""
-METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+METHODS = (
+    "none", "bm25", "plug", "plug:mean", "plug:no-history", "plug:other-user", "adapter", "adapter:other-user", "oracle",
+)  # fmt: skip
 
 
 class Config(BaseModel):
@@ -37,10 +40,10 @@ class Config(BaseModel):
     train_users: int = Field(360, gt=1)
     """People the plug learns from."""
     test_users: int = Field(400, gt=1)
-    """People that nothing was trained on; five requests each."""
+    """People that neither LM nor plug were trained on; five requests each, and an adapter from what came before."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(1800, gt=0)
+    lm_steps: int = Field(2600, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)
     """Of the plug."""
@@ -59,6 +62,9 @@ def run(config: Config) -> int:
         test_users=config.test_users,
         corpus_users=config.corpus_users,
         evenness=0.75,  # popular themes stand out enough for a tiny LM to know them without being told whose item it is
+        items=(14, 50),
+        stated=0.55,
+        shown=0.25,  # as a real LLM's training text would, the LM's shows what retrieval prompts look like
     )
     print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
     files = {name: str(path) for name, path in world.write(settings, root / "world").items()}
@@ -120,9 +126,12 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
          "fit.query_learning_rate=0", "fit.item_dropout=0.2", "shape.temperature=0.2"],
         ingest("test", *requests("test")),
         ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],
+        ["adapt", "--tables", f"{tables}/test", *own("adapt"), "--set", *layout, f"lora.seed={config.seed}",
+         "lora.learning_rate=0.015", "lora.epochs=3", "lora.batch_size=8"],
         ["generate", "--tables", f"{tables}/test", "--plug", plug, "--oracle", files["oracle"], *own("generate"),
          "--methods", f"[{', '.join(METHODS)}]", "--set", *layout, "decoding.max_tokens=8"],
         ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--reference", files["truth"],
+         "--examples", "10",
          "--run_id", config.run_id, "--run_dir", str(root)],
     ]  # fmt: skip
 
