@@ -14,6 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(ENGINE)
 CODE := pplug infra pipelines
 
+# Two at a time: most tests wait for one process or another to start. A file stays together, with what it has set up;
+# files go in their order, the long ones of faults/ first.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help check setup demo test test-all lint format bench bench-scale clean
 
 help: ## Show this list
@@ -33,10 +37,10 @@ demo: check $(READY) ## The whole line on an embedded world: no download, no GPU
 	$(BIN)/python -m pipelines demo $(ARGS)
 
 test: check $(READY) ## All tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-all: check $(READY) ## Every test, the slow ones too
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 lint: $(READY) ## Style, format and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What all tests share: one Ray session, and the real data where it is at hand."""
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 pytest_plugins = ["tests.ray_head", "tests.s3_server"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
+# Ray would write one into the home folder at its first start; two first starts at once would each write their own.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="session")
