@@ -52,7 +52,7 @@ class Job:
                 raise AssertionError(f"ended with {self._process.returncode} before: {what}\n{self.output[-4000:]}")
             if time.monotonic() > until:
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.output[-4000:]}")
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     def wait(self, timeout_s: float = 400) -> int:
         """The exit code."""

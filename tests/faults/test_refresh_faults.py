@@ -51,7 +51,7 @@ class Reader:
         try:
             last = False
             while not last:
-                last = self._stop.wait(0.02)  # one more look after the writers have ended
+                last = self._stop.wait(0.3)  # one more look after the writers have ended
                 for name in self.names:
                     snapshot = tables.open_table(self.place, name).snapshot(complete=True)
                     if snapshot.version not in self.seen[name]:
@@ -129,6 +129,7 @@ def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population
     assert stands["embeddings_version"] == str(tables.open_table(own.place, name).snapshot(complete=True).version)
 
 
+@pytest.mark.slow
 def test_of_two_refreshes_at_once_nothing_is_doubled_and_the_slower_says_so(population, undisturbed, tmp_path):
     """The slower one stands still between two of its commits while the other runs from start to end."""
     own = night(population, tmp_path)

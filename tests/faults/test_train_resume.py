@@ -94,6 +94,7 @@ def test_a_run_does_not_go_on_with_another_config(population, killed):
         population.run(train, "killed", **other)
 
 
+@pytest.mark.slow
 def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_only(population, killed):
     """The newest checkpoint is cut, and Ray's record of them is empty: by itself Ray would refuse the run for ever."""
     folder = population.root / "runs" / "cut" / "train" / "cut"
