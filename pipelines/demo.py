@@ -1,16 +1,18 @@
 """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
 Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user
-would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last table shows how well people
-the plug was never trained on are served, by it, by retrieval and by adapters of their own, beside the best possible
-score without and with personalisation.
+would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last tables show how well people
+the plug was never trained on are served, by it and by retrieval, beside the best possible score without and with
+personalisation; and for some of them, by adapters of their own.
 """
 
+import itertools
 import json
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from infra.errors import InputError
 MARK = ".pplug-demo"
 TOLD_WITHIN = 0.1
 """How close to the best possible score the oracle prompt has to come for the comparison to mean anything."""
-METHODS = (
-    "none", "bm25", "plug", "plug:mean", "plug:no-history", "plug:other-user", "adapter", "adapter:other-user", "oracle",
-)  # fmt: skip
+METHODS = ("none", "bm25", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
+"""Scored for those who own an adapter: training one for everybody would take as long as all the rest."""
 
 
 class Config(BaseModel):
@@ -40,7 +42,9 @@ class Config(BaseModel):
     train_users: int = Field(360, gt=1)
     """People the plug learns from."""
     test_users: int = Field(400, gt=1)
-    """People that neither LM nor plug were trained on; five requests each, and an adapter from what came before."""
+    """People that neither LM nor plug were trained on; five requests each."""
+    adapter_users: int = Field(120, gt=1)
+    """Of the test users, how many get an adapter, from what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
     lm_steps: int = Field(2600, gt=0)
@@ -68,6 +72,9 @@ def run(config: Config) -> int:
     )
     print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
     files = {name: str(path) for name, path in world.write(settings, root / "world").items()}
+    some = itertools.islice(world.population(settings, "test"), config.adapter_users)
+    files["adapter-users"] = str(root / "world" / "adapter-users.txt")
+    Path(files["adapter-users"]).write_text("".join(f"{person.user_id}\n" for person in some))
 
     session.start()  # once: the jobs below use this session
     for words in _line(config, root, files):
@@ -80,7 +87,10 @@ def run(config: Config) -> int:
     problem = weakness(json.loads((root / "report.json").read_text()))
     if problem:
         print(f"demo: {problem}", file=sys.stderr)
-    print(f"\ndemo {'ended' if problem else 'done'} in {minutes:.1f} minutes; report: {root / 'report.json'}")
+    print(
+        f"\ndemo {'ended' if problem else 'done'} in {minutes:.1f} minutes; report: {root / 'report.html'}, "
+        f"of those with an adapter: {root / 'adapters' / 'report.html'}"
+    )
     return int(bool(problem))
 
 
@@ -108,6 +118,9 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
     def own(job: str) -> list[str]:
         return ["--run_id", f"demo-{job}", "--run_dir", f"{root}/{job}"]
 
+    def named(methods: Iterable[str]) -> str:
+        return f"[{', '.join(methods)}]"
+
     def ingest(split: str, *more: str) -> list[str]:
         source = ["--tables", f"{tables}/{split}", "--source", files[f"{split}/histories"], "--task", files["task"]]
         return ["ingest", *source, *more, *own(f"ingest-{split}")]
@@ -126,12 +139,14 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
          "fit.query_learning_rate=0", "fit.item_dropout=0.2", "shape.temperature=0.2"],
         ingest("test", *requests("test")),
         ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],
-        ["adapt", "--tables", f"{tables}/test", *own("adapt"), "--set", *layout, f"lora.seed={config.seed}",
-         "lora.learning_rate=0.015", "lora.epochs=3", "lora.batch_size=8"],
+        ["adapt", "--tables", f"{tables}/test", "--users", files["adapter-users"], *own("adapt"), "--set", *layout,
+         f"lora.seed={config.seed}", "lora.learning_rate=0.015", "lora.epochs=3", "lora.batch_size=8"],
         ["generate", "--tables", f"{tables}/test", "--plug", plug, "--oracle", files["oracle"], *own("generate"),
-         "--methods", f"[{', '.join(METHODS)}]", "--set", *layout, "decoding.max_tokens=8"],
+         "--methods", named(dict.fromkeys(METHODS + WITH_ADAPTER)), "--set", *layout, "decoding.max_tokens=8"],
+        ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--methods", named(WITH_ADAPTER),
+         "--users", files["adapter-users"], *own("adapters")],
         ["evaluate", "--tables", f"{tables}/test", "--run", "[demo-generate]", "--reference", files["truth"],
-         "--examples", "10",
+         "--methods", named(METHODS), "--examples", "10",
          "--run_id", config.run_id, "--run_dir", str(root)],
     ]  # fmt: skip
 

@@ -37,6 +37,8 @@ class EvaluateConfig(BaseModel):
     when not given."""
     methods: tuple[str, ...] | None = Field(None, min_length=1)
     """Those to score; all that the runs have when not given."""
+    users: str | None = None
+    """File with a user id a line: only their requests, as for those who have an adapter."""
     pool: bool = False
     """The runs repeat the same methods and differ in a seed: each method is scored over the replies of all of them."""
     task: str | None = None
@@ -81,6 +83,7 @@ def _evaluate(config: EvaluateConfig) -> int:
 
     run_id = check_run_id(config.run_id or new_run_id("evaluate"))
     reference = read_reference(config.reference)
+    users = tables.read_users(config.users)
     found = {name: tables.open_table(config.tables, name) for name in ("histories", "requests", "generations")}
     snapshots = {name: table.snapshot(complete=True) for name, table in found.items()}
     entry = tables.task_entry(config.task, snapshots["histories"])
@@ -90,11 +93,11 @@ def _evaluate(config: EvaluateConfig) -> int:
     for name in ("requests", "generations"):
         report.table_read(name, snapshots[name].version)
     with report.stage("survey"):
-        survey, facts, cuts = _survey(config, snapshots, runs)
+        survey, facts, cuts = _survey(config, snapshots, runs, users)
     with report.stage("score") as stage:
         parts = {}
         for repeat in [(run,) for run in runs] if config.pool else [runs]:
-            parts[repeat] = _score(config, entry, snapshots, repeat, facts, cuts)
+            parts[repeat] = _score(config, entry, snapshots, repeat, facts, cuts, users=users)
             _refuse_gaps(parts[repeat], repeat, config)
         scored = _pooled(parts)
         stage.rows = scored.answered * len(scored.methods) * len(parts)
@@ -108,7 +111,12 @@ def _evaluate(config: EvaluateConfig) -> int:
         folder = config.predictions_dir or f"{report.run_dir}/predictions"
         files = {
             "+".join(repeat): write_predictions(
-                f"{folder}/{repeat[0]}" if len(parts) > 1 else folder, entry, snapshots, repeat, list(part.methods)
+                f"{folder}/{repeat[0]}" if len(parts) > 1 else folder,
+                entry,
+                snapshots,
+                repeat,
+                list(part.methods),
+                users,
             )
             for repeat, part in parts.items()
         }
@@ -292,7 +300,7 @@ def _shares(snapshots: "dict[str, Snapshot]", config: EvaluateConfig) -> list[li
 
 
 def _survey(
-    config: EvaluateConfig, snapshots: "dict[str, Snapshot]", runs: tuple[str, ...]
+    config: EvaluateConfig, snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], users: frozenset[str] | None
 ) -> "tuple[Survey, Facts, dict[str, tuple[int, int]]]":
     """Histograms of the users' facts, and where they fall into thirds. Where personas exist, a second look is needed:
     a distance from the average can be told only when the average is known."""
@@ -311,7 +319,7 @@ def _survey(
 
     def look(facts: groups.Facts) -> groups.Survey:
         parts = [
-            task.remote(share, snapshots["requests"], snapshots["generations"], runs, facts)
+            task.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
             for share in _shares(snapshots, config)
         ]
         return sum((ray.get(part) for part in parts), groups.Survey())
@@ -333,6 +341,7 @@ def _score(
     facts: "Facts",
     cuts: dict[str, tuple[int, int]],
     beside: tuple[str, ...] = (),
+    users: frozenset[str] | None = None,
 ) -> "Scored":
     """All buckets in a few dozen tasks."""
     import ray.data
@@ -344,7 +353,7 @@ def _score(
     shares = _shares(snapshots, config)
     tables = (snapshots["requests"], snapshots["generations"])
     draws = (config.resamples, config.seed)
-    score = ScoreBuckets(entry, *tables, runs, config.methods, *draws, facts, cuts, config.examples, beside)
+    score = ScoreBuckets(entry, *tables, runs, config.methods, *draws, facts, cuts, config.examples, beside, users)
     tasks = ray.data.from_items([{"buckets": share} for share in shares], override_num_blocks=len(shares))
     done = tasks.map_batches(lambda batch: score(batch), batch_size=1, batch_format="pyarrow")
     total = Scored({})
@@ -554,7 +563,12 @@ def _cell(value: float, interval: list[float], signed: bool = False) -> str:
 
 
 def write_predictions(
-    folder: str, entry: "TaskEntry", snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], methods: list[str]
+    folder: str,
+    entry: "TaskEntry",
+    snapshots: "dict[str, Snapshot]",
+    runs: tuple[str, ...],
+    methods: list[str],
+    users: frozenset[str] | None = None,
 ) -> dict[str, str]:
     """One file a method in LaMP's shape (its key is `golds` for predictions too), a bucket in memory at a time.
 
@@ -574,7 +588,7 @@ def write_predictions(
         for out in outs.values():
             out.write(f'{{"task": {json.dumps(entry.name)}, "golds": ['.encode())
         for bucket in sorted(snapshots["requests"].by_bucket()):
-            found = read_bucket(snapshots["requests"], snapshots["generations"], bucket, runs)
+            found = read_bucket(snapshots["requests"], snapshots["generations"], bucket, runs, users=users)
             for method, out in outs.items():
                 for i in (row["request_id"] for row in found.rows):
                     row = json.dumps({"id": i, "output": found.texts[method][i]}, ensure_ascii=False)

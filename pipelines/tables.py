@@ -122,6 +122,21 @@ def costs(tables: str, names: Iterable[str]) -> dict[str, dict[str, int]]:
     return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in found}
 
 
+def read_users(path: str | None) -> frozenset[str] | None:
+    """The ids in a file with one a line; None without a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return frozenset(line.rstrip("\n") for line in file if line.strip())
+    except OSError as error:
+        raise InputError(f"users={path}: cannot be read ({error}); expected a file with a user id a line") from error
+
+
 def embeddings_name(encoder_id: str) -> str:
     return f"embeddings-{encoder_id}"
 

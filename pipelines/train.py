@@ -42,6 +42,8 @@ class PlugShape(BaseModel):
     """Divides the likeness before the softmax; the paper uses 1."""
     query_prefix: str = ""
     """Put before a query; BGE wants its own sentence here."""
+    query_max_tokens: int | None = Field(None, gt=0)
+    """Where a query is cut; default: encoder.max_tokens. Fewer are quicker, in training and in generate."""
     persona_scale: float | None = Field(None, gt=0)
     """Default: the mean norm of the LLM's token embeddings."""
     instruction_scale: float | None = Field(None, gt=0)
@@ -393,7 +395,7 @@ def _models(config: Config, identities: dict[str, str]) -> tuple[Any, Any, Any]:
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
             query_pooling=pooling_of(folder, config.encoder.pooling),
             query_prefix=shape.query_prefix,
-            query_max_tokens=config.encoder.max_tokens,
+            query_max_tokens=shape.query_max_tokens or config.encoder.max_tokens,
             trained_without_history=shape.without_history,
             **identities,
         ),

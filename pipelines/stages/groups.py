@@ -107,13 +107,25 @@ class Facts:
         return found["user_id"].to_pylist(), matrix(found["mean_vector"])
 
 
+def of_users(requests: pa.Table, users: frozenset[str] | None) -> pa.Table:
+    """Those of these users; all when None."""
+    if users is None:
+        return requests
+    return requests.filter(pc.is_in(requests["user_id"], value_set=pa.array(sorted(users), pa.string())))
+
+
 def survey(
-    buckets: Sequence[int], requests: Snapshot, generations: Snapshot, runs: Sequence[str], facts: Facts
+    buckets: Sequence[int],
+    requests: Snapshot,
+    generations: Snapshot,
+    runs: Sequence[str],
+    facts: Facts,
+    users: frozenset[str] | None = None,
 ) -> Survey:
     """Histograms of the requests that any of the runs answered; with no average yet, what it is made from."""
     total = Survey()
     for bucket in buckets:
-        asked = _answered(requests, generations, bucket, runs)
+        asked = _answered(requests, generations, bucket, runs, users)
         if not asked:
             continue
         found = facts.read(bucket, asked)
@@ -128,9 +140,11 @@ def survey(
     return total
 
 
-def _answered(requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str]) -> list[dict[str, Any]]:
+def _answered(
+    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], users: frozenset[str] | None
+) -> list[dict[str, Any]]:
     columns = ["request_id", "user_id", "as_of", "as_of_position"]
-    asked = requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid())
+    asked = of_users(requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid()), users)
     wanted = pc.field("run_id").isin(list(runs))
     replied = generations.read(["request_id"], buckets=[bucket], filter=wanted)["request_id"]
     return asked.filter(pc.is_in(asked["request_id"], value_set=pc.unique(replied))).to_pylist()

@@ -45,11 +45,20 @@ class Replies:
 
 
 def read_bucket(
-    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], with_input: bool = False
+    requests: Snapshot,
+    generations: Snapshot,
+    bucket: int,
+    runs: Sequence[str],
+    with_input: bool = False,
+    users: frozenset[str] | None = None,
 ) -> Replies:
-    """Joins a bucket. Raises ValueError: a request was answered twice by one method, or ids are not unique."""
+    """Joins a bucket, of these users where they are given.
+
+    Raises:
+        ValueError: a request was answered twice by one method, or ids are not unique.
+    """
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
-    asked = _read(requests, bucket, columns, pc.field("target").is_valid())
+    asked = groups.of_users(_read(requests, bucket, columns, pc.field("target").is_valid()), users)
     wanted = pc.field("run_id").isin(list(runs))
     names = ["run_id", "request_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
     rows = _read(generations, bucket, names, wanted)
@@ -165,6 +174,8 @@ class ScoreBuckets:
     """Requests to show side by side."""
     beside: tuple[str, ...] = ()
     """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
+    users: frozenset[str] | None = None
+    """Where given, only their requests."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored({})
@@ -177,7 +188,8 @@ class ScoreBuckets:
 
     def score(self, bucket: int) -> Scored:
         """One bucket."""
-        found = read_bucket(self.requests, self.generations, bucket, self.runs, with_input=self.examples > 0)
+        tables = (self.requests, self.generations)
+        found = read_bucket(*tables, bucket, self.runs, with_input=self.examples > 0, users=self.users)
         left = len(found.rows)
         if self.beside:
             others = read_bucket(self.requests, self.generations, bucket, self.beside)

@@ -1,6 +1,9 @@
 """What the demo says of its own outcome; its jobs are tested one by one, and `make demo` runs them all."""
 
-from pipelines import demo
+from importlib import import_module
+
+from pipelines import demo, options
+from pipelines.__main__ import JOBS
 
 
 def report(oracle: float) -> dict:
@@ -10,3 +13,16 @@ def report(oracle: float) -> dict:
 def test_a_base_lm_that_cannot_use_a_stated_preference_is_a_failure():
     assert demo.weakness(report(0.95)) is None
     assert "accuracy 0.659, possible 0.980" in (demo.weakness(report(0.659)) or "")
+
+
+def test_the_commands_it_runs_are_ones_that_the_command_line_takes(tmp_path):
+    names = ("task", "truth", "oracle", "adapter-users", "corpus/histories", "train/histories", "train/requests",
+             "test/histories", "test/requests")  # fmt: skip
+    commands = demo._line(demo.Config(), tmp_path, {name: str(tmp_path / name) for name in names})
+    assert [words[0] for words in commands] == [
+        "ingest", "base-lm", "ingest", "refresh", "train", "ingest", "refresh", "adapt", "generate",
+        "evaluate", "evaluate",
+    ]  # fmt: skip
+    for job, *words in commands:
+        config = import_module(JOBS[job].module).Config
+        options.check(config, options.read(words, config))

@@ -112,6 +112,22 @@ def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsy
     assert list(report["methods"]) == ["none", "plug", "plug:mean"]
 
 
+def test_only_the_users_of_a_list_are_scored(generated, tmp_path):
+    some = {f"u{number}" for number in range(1, 31)}
+    (tmp_path / "users").write_text("".join(f"{user}\n" for user in sorted(some)))
+    _, report, _ = run(generated, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "p"))
+    asked = {i for i, row in generated.requests().items() if row["user_id"] in some and row["target"]}
+    assert (report["n_users"], report["n_requests"], report["not_generated"]) == (30, 90, 0) and len(asked) == 90
+    entry = tasks.TaskEntry.model_validate(NOTES)
+    golds, texts = labelled(generated, replies(generated, 0.8, 2))
+    want = metrics.score(entry, {i: golds[i] for i in asked}, {i: texts[i] for i in asked})
+    assert report["methods"]["plug"]["scores"] == pytest.approx(want, abs=1e-12)
+    written = json.loads((tmp_path / "p" / "plug.json").read_text())["golds"]
+    assert {row["id"] for row in written} == asked
+    with pytest.raises(InputError, match="users=no/such/file: cannot be read .* a user id a line"):
+        run(generated, users="no/such/file")
+
+
 def test_intervals_are_over_people_and_differences_are_paired(generated):
     _, report, _ = run(generated)
     golds, none = labelled(generated, replies(generated, 0.2, 1))
