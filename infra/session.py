@@ -71,6 +71,12 @@ def quiet_worker() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def go_back_to(folder: str) -> None:
+    """In a Ray Train worker, which Ray moves into a folder of its own: relative paths count from where the job began."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def stop() -> None:
     """Ends the session; a local Ray ends with it. Nothing happens when there is none."""
     import ray

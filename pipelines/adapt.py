@@ -281,6 +281,7 @@ def _train(config: Config, run_id: str, run_dir: str, examples: str) -> Any:
             "lora": config.trained.model_dump(),
             "examples": examples,
             "threads": _threads(config),
+            "started_in": os.getcwd(),
         },
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources

@@ -222,6 +222,7 @@ def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: di
             "identities": identities,
             "threads": threads,
             "left": _left_without_record(storage, run_id),
+            "started_in": os.getcwd(),
         },
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -280,8 +281,10 @@ def fit_worker(given: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from infra import session
     from pplug.fit import Fitter, run_epochs
 
+    session.go_back_to(given["started_in"])
     config = Config.model_validate(given["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

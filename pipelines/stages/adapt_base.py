@@ -76,13 +76,14 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
 
     Args:
-        given: llm, lora (LoraConfig), examples (folder), micro_tokens, threads.
+        given: llm, lora (LoraConfig), examples (folder), micro_tokens, threads, started_in (the driver's folder).
     """
     import peft
     import ray.train
     import torch
     from ray.train.torch import get_device
 
+    from infra import session
     from pplug.adapter import LoraConfig
     from pplug.fit import micro_batches, plan_epoch, sum_gradients
     from pplug.llm import FrozenLLM
@@ -90,6 +91,7 @@ def fit_base(given: dict[str, Any]) -> None:
     from pplug.objective import target_loss
     from pplug.splice import Prompt
 
+    session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
