@@ -72,7 +72,7 @@ def quiet_worker() -> None:
 
 
 def go_back_to(folder: str) -> None:
-    """In a Ray Train worker, which Ray moves into a folder of its own: relative paths count from where the job began."""
+    """In a worker of Ray Train, which moves it into a folder of its own: a config's relative paths count from this one."""
     if os.path.isdir(folder):
         os.chdir(folder)
 
