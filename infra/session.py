@@ -72,7 +72,7 @@ def quiet_worker() -> None:
 
 
 def go_back_to(folder: str) -> None:
-    """In a worker of Ray Train, which moves it into a folder of its own: a config's relative paths count from this one."""
+    """In a worker of Ray Train, which moves it elsewhere: a config's relative paths count from this folder."""
     if os.path.isdir(folder):
         os.chdir(folder)
 
