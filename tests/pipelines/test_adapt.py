@@ -15,7 +15,8 @@ from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from pipelines import adapt, tables
 from pipelines.stages.adapt_base import BaseExamples
-from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples
+from pipelines.stages.fit_adapters import FitAdapters, ReadExamples
+from pipelines.stages.owed import OwedUsers
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
@@ -58,7 +59,7 @@ def owing(population, before=None, fit_id="fit", cut=True, users=None):
         name: tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
     }
     requests = names["requests"] if cut else None
-    return OwedAdapters(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
+    return OwedUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
 
 
 def examples(population, llm, rule=None, **how):
