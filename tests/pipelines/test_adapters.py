@@ -1,5 +1,5 @@
-"""Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, both and nothing, beside bad
-adapters; and the exported folder in PEFT."""
+"""Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, a profile, two of them and
+nothing, beside bad adapters; and the exported folder in PEFT."""
 
 import json
 import os
@@ -26,11 +26,14 @@ from pplug.adapter import LoraConfig
 from pplug.encoder import TextEncoder, encoder_id
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.plug import PersonaPlug, PlugConfig
+from pplug.profile import ProfileConfig
 from pplug.tasks import load as load_task
 from tests.pipelines import small
 from tests.pplug.models import tiny_llama
 
-METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user")
+METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user", "adapter+profile",
+           "plug:mean+profile")  # fmt: skip
+PROFILE = ProfileConfig(items=3, prompt_tokens=100)
 LORA = LoraConfig(learning_rate=3e-2, epochs=20, stored="float32")
 TOKENS = 8
 
@@ -107,6 +110,11 @@ def served(tmp_path_factory, ray_session):
     made.ingest("test", "ingest-lonely", requests_source=str(lonely))
     assert made.run(refresh, "refresh", **made.common) == 0
     assert made.run(adapt, "adapt", tables=made.tables, llm=made.llm, lora=LORA) == 0
+    # another engine, the same reader of prompts: one start of vLLM is enough
+    by_hand = EngineConfig(kind="transformers", dtype="float32")
+    asked = {"decoding": Decoding(max_tokens=12), "profile": PROFILE, "engine": by_hand}
+    assert made.run(generate, "profiles", tables=made.tables, llm=made.llm, write_profiles=True, **asked) == 0
+    profiles = {row["user_id"]: row["text"] for row in small.rows(made.tables, "profiles")}
     llm, plug = FrozenLLM.load(made.llm), str(made.root / "plug")
     torch.manual_seed(0)
     PersonaPlug(
@@ -129,6 +137,7 @@ def served(tmp_path_factory, ray_session):
         llm=made.llm,
         plug=plug,
         methods=METHODS,
+        profile=PROFILE,
         decoding=Decoding(max_tokens=TOKENS),
         # fewer adapters ready than there are: they come and go
         engine=EngineConfig(dtype="float32", batch_rows=4, in_flight=4, adapters_ready=3, adapters_at_once=2),
@@ -136,8 +145,9 @@ def served(tmp_path_factory, ray_session):
     replies = {(row["request_id"], row["method"]): row for row in small.rows(made.tables, "generations")}
     requests = {row["request_id"]: row for row in small.rows(made.tables, "requests")}
     return SimpleNamespace(
-        made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests
-    )
+        made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests,
+        profiles=profiles,
+    )  # fmt: skip
 
 
 def spoil(made, users):
@@ -171,13 +181,14 @@ def spoil(made, users):
     return dict(zip(users, reasons, strict=True))
 
 
-def greedy(served, request, weights=None, persona=None):
+def greedy(served, request, weights=None, persona=None, profile=""):
     """transformers alone: the adapter added to the weights by hand, the persona between token embeddings."""
     llm = FrozenLLM.load(served.made.llm)
     for name, (a, b) in (weights or {}).items():
         llm.model.get_submodule(name).weight += LORA.shape.scale * b @ a
     prompt = llm.splicer.prompts([request["input"]])[0]
-    before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
+    told = llm.tokenizer(profile, add_special_tokens=False)["input_ids"]
+    before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before + told, prompt.after))
     embeds = torch.cat([before, *([] if persona is None else [persona]), after])[None]
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
@@ -219,13 +230,16 @@ def test_replies_are_those_of_transformers_with_this_users_adapter_and_persona(s
         request = served.requests[request_id]
         user = request["user_id"]
         weights = pairs(people[user]) if "adapter" in method and user in people else None
-        want = greedy(served, request, weights, own[user] if "plug" in method else None)
+        told = served.profiles.get(user, "") if "profile" in method else ""
+        told = told and f"User profile: {told}\n"
+        want = greedy(served, request, weights, own[user] if "plug" in method else None, told)
         compared += 1
         if row["text"].strip() != want:
             other.append((request_id, method, row["text"], want))
         moved += weights is not None and row["text"] != served.replies[request_id, "none"]["text"]
         assert row["adapter_id"] == (people[user]["adapter_id"] if weights else None)
-    assert compared == 4 * len(served.requests) - 2 * 2 * len(served.bad)
+    assert compared == 6 * len(served.requests) - 3 * 2 * len(served.bad)
+    assert len(served.profiles) == 14  # everybody's who has a history
     assert moved > 10  # the adapters say something, or the comparison would show nothing
     assert len(other) <= 0.02 * compared, other  # vectors are stored in 16 bits: a near tie may fall the other way
 
@@ -234,7 +248,7 @@ def test_a_bad_adapter_is_an_error_of_its_rows_and_nobody_elses(served):
     assert served.code == 1
     for (request_id, method), row in served.replies.items():
         user = served.requests[request_id]["user_id"]
-        if method in ("adapter", "adapter+plug:mean") and user in served.bad:
+        if method in ("adapter", "adapter+plug:mean", "adapter+profile") and user in served.bad:
             assert served.bad[user] in row["error"] and row["text"] == "" and row["finish_reason"] == "error"
         elif method != "adapter:other-user":
             assert row["error"] is None
