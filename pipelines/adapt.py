@@ -173,22 +173,25 @@ def _adapters(
             "leave changed_only out to train everybody anew"
         )
     requests = _requests(config, report) if config.cut == "requests" else None
+    # of some users only, the others' adapters stay as they were trained
+    mixed = users is not None and "none" in tables.said(adapters, "cut")
+    cut = "none" if requests is None or mixed else "requests"
     owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
     counts = plan(list(histories.by_bucket()) if users is None else list(range(buckets)), owed.count, report)
     todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
-    done = made.get("complete") == "true"
+    done = made.get("complete") == "true" and made.get("cut") == cut
     committer = Committer(
         table=adapters,
         rejects=rejects,
         report=report,
         owed={bucket: counts[bucket]["owed"] + counts[bucket]["stays"] for bucket in todo},
         group_rows=config.wave_users,
-        metadata={"llm_id": base, "fit_id": fit, "histories_version": str(histories.version)},
+        metadata={"llm_id": base, "fit_id": fit, "cut": cut, "histories_version": str(histories.version)},
         planned_on=before.version,
         replace=True,
         complete=done,
     )
-    report.extra |= {"llm_id": base, "fit_id": fit}
+    report.extra |= {"llm_id": base, "fit_id": fit, "cut": cut}
     if not todo:
         if not done:
             committer.finish()

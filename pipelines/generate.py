@@ -446,6 +446,7 @@ def _generate(
     )
     found = plan(_filled(requests, users, generations.buckets), owed.count, report)
     counts = {bucket: row["owed"] for bucket, row in found.items()}
+    _refuse_a_leak(config, methods, stored, sum(row["dated"] for row in found.values()))
     if profiles is not None:
         report.extra["requests_without_profile"] = sum(row["without_profile"] for row in found.values())
     todo = sorted(bucket for bucket, n in counts.items() if n)
@@ -528,6 +529,17 @@ def _generate(
 
         commit_stream(files, committer, "replies", seen)
         report.extra |= tokens
+
+
+def _refuse_a_leak(config: Config, methods: list[Method], stored: "Snapshot | None", dated: int) -> None:
+    """Of requests whose answers are known, none may be answered by an adapter that has learned them."""
+    own = [method.name for method in methods if method.adapter == "own"]
+    if own and dated and stored is not None and stored.metadata.get("cut") == "none":
+        raise InputError(
+            f"methods {own}: the adapters in {config.tables} were trained on items that {dated} of the requests may "
+            "not see, perhaps on the answers themselves (`adapt` with cut=none); run `adapt` with cut=requests, or ask "
+            "for --requests open"
+        )
 
 
 def _merged(reasons: list[str]) -> dict[str, int]:

@@ -82,16 +82,19 @@ class Owed:
         )
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: bucket, owed, there, without_profile (requests whose user has none)."""
+        """Stage of the plan. in: bucket. out: bucket, owed, there, dated (requests with a known answer that may not see
+        all items), without_profile (requests whose user has none)."""
         for bucket in batch["bucket"].to_pylist():
             requests, answered, asked = self.read(bucket)
             ids, wanted = requests["request_id"].to_pylist(), set(self.methods)
             there = sum(len(answered.get(request, set()) & wanted) for request in ids)
+            cut = pc.or_(pc.is_valid(requests["as_of"]), pc.is_valid(requests["as_of_position"]))
+            dated = pc.and_(cut, pc.is_valid(requests["target"]))
             bare = 0
             if self.profiles is not None:
                 known = self.profiles.read(["user_id"], buckets=[bucket])["user_id"]
                 bare = _true(pc.invert(pc.is_in(requests["user_id"], value_set=known)))
-            counts = {"owed": asked - there, "there": there, "without_profile": bare}
+            counts = {"owed": asked - there, "there": there, "dated": _true(dated), "without_profile": bare}
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
 

@@ -245,6 +245,25 @@ def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path):
         run(population, llm, "mixed", changed_only=True, lora=other, **values)
 
 
+@pytest.mark.slow
+def test_the_table_says_whether_its_adapters_are_cut(population, llm, tmp_path):
+    """Of a table that knows too much, only training everybody anew makes one that does not."""
+    fill(population, [item(name, i, text=f"{name} dog {i}") for name in ("ann", "bob") for i in range(3)],
+         derive_requests=1)  # fmt: skip
+    (tmp_path / "users").write_text("ann\n")
+    table = tables.open_or_create(population.tables, "adapters", BUCKETS)
+    for name, change, cut, written in (
+        ("open", {"cut": "none"}, "none", 2),
+        ("one", {"users": str(tmp_path / "users")}, "none", 1),  # bob's knows his answer still
+        ("all", {}, "requests", 1),
+        ("again", {}, "requests", 0),
+        ("open-again", {"cut": "none"}, "none", 2),
+    ):
+        assert run(population, llm, name, **change) == 0
+        assert table.snapshot(complete=True).metadata["cut"] == cut == population.report["cut"], name
+        assert population.report["written"] == written, name
+
+
 def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(population, llm):
     fill(population, [item("ann", 1)])
     lora = LoraConfig(shape=AdapterShape(targets=("query",)))

@@ -4,6 +4,7 @@ nothing, beside bad adapters; and the exported folder in PEFT."""
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def spoil(made, users):
     ):
         rows[user] |= {"weights": data, "adapter_id": f"{rows[user]['adapter_id']}-bad"}
     files = table.write(pa.Table.from_pylist(list(rows.values()), schema=table.spec.schema), "spoil")
-    named = {key: before.metadata[key] for key in ("llm_id", "fit_id")}
+    named = {key: before.metadata[key] for key in ("llm_id", "fit_id", "cut")}
     table.commit(files, run_id="spoil", group=0, mode="replace", buckets=set(before.by_bucket()),
                  planned_on=before.version, metadata=named, complete=True)  # fmt: skip
     reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another")
@@ -315,6 +316,24 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
         served.made.run(generate, "generate-2", **asked, llm=other)
     with pytest.raises(InputError, match="need engine.kind=vllm"):
         served.made.run(generate, "generate-3", **asked, llm=served.made.llm, engine=EngineConfig(kind="transformers"))
+
+
+def test_adapters_that_know_the_answers_are_not_scored(served, tmp_path):
+    """Trained with cut=none, they have learned what the requests may not see."""
+    assert tables.open_table(served.made.tables, "adapters").snapshot(complete=True).metadata["cut"] == "requests"
+    place = str(shutil.copytree(served.made.tables, tmp_path / "tables"))
+    adapters = tables.open_table(place, "adapters")
+    said = adapters.snapshot(complete=True).metadata | {"cut": "none"}
+    adapters.commit([], run_id="none", group=0, mode="append", planned_on=adapters.version, complete=True,
+                    metadata={name: said[name] for name in ("llm_id", "fit_id", "cut")})  # fmt: skip
+    asked = {"tables": place, "llm": served.made.llm, "methods": ("none", "adapter+plug:mean"), "plug": served.plug}
+    with pytest.raises(InputError, match="trained on items that 28 of the requests may not see"):
+        served.made.run(generate, "leak-1", **asked)
+    with pytest.raises(InputError, match="run `adapt` with cut=requests"):
+        served.made.run(generate, "leak-2", **asked, requests="labelled")
+    # nothing that such a request asks of them: refused by none
+    (tmp_path / "users").write_text("somebody else\n")
+    assert served.made.run(generate, "leak-3", **asked, users=str(tmp_path / "users")) == 0
 
 
 def test_no_folder_of_an_ended_engine_is_left_in_memory(served):
