@@ -156,8 +156,9 @@ def _adapters(
     import ray.data
 
     from pipelines import tables
-    from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples, fit_id
-    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
+    from pipelines.stages.fit_adapters import FitAdapters, ReadExamples, fit_id
+    from pipelines.stages.owed import OwedUsers
+    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
     fit = fit_id(config.trained, base, entry, config.rule, config.history_cap)
     buckets = tables.open_table(config.tables, "histories").buckets
@@ -172,30 +173,27 @@ def _adapters(
             "leave changed_only out to train everybody anew"
         )
     requests = _requests(config, report) if config.cut == "requests" else None
-    owed = OwedAdapters(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
-    counts: dict[int, dict[str, int]] = {}
-    places = list(histories.by_bucket()) if users is None else list(range(buckets))
-    with report.stage("plan") as stage:
-        for row in bucket_rows(places).map_batches(owed.count, batch_size=1, batch_format="pyarrow").iter_rows():
-            counts[row["bucket"]] = row
-            report.planned += row["owed"] + row["there"]
-            report.already_there += row["there"]
-        stage.rows = len(counts)
+    # of some users only, the others' adapters stay as they were trained
+    mixed = users is not None and "none" in tables.said(adapters, "cut")
+    cut = "none" if requests is None or mixed else "requests"
+    owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
+    counts = plan(list(histories.by_bucket()) if users is None else list(range(buckets)), owed.count, report)
     todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
+    done = made.get("complete") == "true" and made.get("cut") == cut
     committer = Committer(
         table=adapters,
         rejects=rejects,
         report=report,
         owed={bucket: counts[bucket]["owed"] + counts[bucket]["stays"] for bucket in todo},
         group_rows=config.wave_users,
-        metadata={"llm_id": base, "fit_id": fit, "histories_version": str(histories.version)},
+        metadata={"llm_id": base, "fit_id": fit, "cut": cut, "histories_version": str(histories.version)},
         planned_on=before.version,
         replace=True,
-        complete=made.get("complete") == "true",
+        complete=done,
     )
-    report.extra |= {"llm_id": base, "fit_id": fit}
+    report.extra |= {"llm_id": base, "fit_id": fit, "cut": cut}
     if not todo:
-        if made.get("complete") != "true":
+        if not done:
             committer.finish()
         return
     with report.stage("fit") as stage:

@@ -3,6 +3,9 @@
 Requests meet their users' vectors bucket by bucket; only persona rows and token ids reach the engine. A rerun with the
 same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as written
 and failed.
+With --write-profiles: histories + requests -> profiles, a text about each user who has a request, from the newest items
+that all of the user's requests may see. Who has one made by the same settings from the same items is not done again.
+Unit of work: a user; one whose prompt got no reply is a reject.
 """
 
 import json
@@ -16,6 +19,7 @@ from infra.report import RunReport, new_run_id
 from pipelines.methods import Method, parse_all
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.llm import LLMConfig
+from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
 
 if TYPE_CHECKING:
@@ -35,17 +39,22 @@ class Config(BaseModel):
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
     """Any of none, plug, plug:mean, plug:no-history, plug:other-user, adapter, adapter:other-user, random, recency,
-    bm25, dense, oracle; also joined by +, such as plug+bm25."""
+    bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or adapter+profile."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
     """For random, recency, bm25 and dense: how many items, how much room."""
+    write_profiles: bool = False
+    """Write the users' profiles instead of replies; methods, plug, oracle, retrieval and requests say nothing then.
+    decoding.max_tokens is a profile's length."""
+    profile: ProfileConfig = ProfileConfig()
+    """For write_profiles and the method profile: how one is asked for, and how it stands in a prompt."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: Literal["all", "open", "labelled"] = "all"
     """open: those without a target; labelled: those with one."""
     users: str | None = None
-    """File with a user id a line: only their requests."""
+    """File with a user id a line: only their requests, only their profiles."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     decoding: Decoding = Decoding()
@@ -91,13 +100,19 @@ def run(config: Config) -> int:
     entry = tables.task_entry(config.task, histories)
     report.table_read("requests", requests.version)
     report.table_read("histories", histories.version)
+    need = {"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
+    if config.write_profiles:
+        made_as = _profile_id(config, entry, llm)
+        session.start(need=need)
+        with lease.writing(config.tables, run_id):
+            _write_profiles(config, report, requests, histories, entry, llm, made_as, encoder_decoder)
+        return report.finish()
     sources = _plug_sources(config, methods, llm, report)
     stored = _adapters(config, methods, llm, report)
     _retrieval_sources(config, methods, entry, sources, report)
+    sources["profiles"] = _profiles(config, methods, llm, report)
 
-    session.start(
-        need={"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
-    )
+    session.start(need=need)
     generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
     sources["adapters"] = _ready_for(stored, requests_table.buckets, llm)
     with lease.writing(config.tables, run_id):
@@ -232,6 +247,173 @@ def _retrieval_sources(
     sources["embeddings"] = embeddings
 
 
+def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport) -> "Snapshot | None":
+    """The table of profiles, checked against the LLM; None when no method needs it."""
+    from pipelines import tables
+    from pplug.identity import model_folder
+    from pplug.llm import load_tokenizer
+    from pplug.profile import lead
+
+    with_profile = [method.name for method in methods if method.profile]
+    if not with_profile:
+        return None
+    found = tables.open_table(config.tables, "profiles").snapshot(complete=True)
+    if not found.files:
+        raise InputError(
+            f"methods {with_profile}: the table profiles in {config.tables} is empty; run `generate --write-profiles`"
+        )
+    made_by, wanted = found.metadata.get("llm_id"), config.profile.llm_id or llm
+    if made_by != wanted:
+        raise InputError(
+            f"the profiles in {config.tables} were written by LLM {made_by} (weights and prompt layout), but expected "
+            f"is {wanted}; run `generate --write-profiles` with that one, or give --profile.llm-id {made_by} to use "
+            "these all the same"
+        )
+    limit = config.llm.layout.max_input_tokens
+    tokenizer = load_tokenizer(model_folder(config.llm.model, config.llm.revision))
+    if not lead("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
+        raise InputError(
+            f"profile.max_tokens={config.profile.max_tokens} and llm.layout.max_input_tokens={limit} leave a profile "
+            "no room beside the words of profile.text; raise them or shorten it"
+        )
+    report.table_read("profiles", found.version)
+    return found
+
+
+def _profile_id(config: Config, entry: "TaskEntry", llm: str) -> str:
+    """Identity of the profiles to write; refuses a task without a form for items, and two kinds in one table."""
+    from infra.table import Table
+    from pipelines import tables
+    from pplug.profile import profile_id
+
+    if entry.retrieval is None:
+        raise InputError(
+            f"write_profiles: task {entry.name} does not say how items stand in a prompt; give a task entry with "
+            "`retrieval` (--task FILE)"
+        )
+    made_as = profile_id(config.profile, llm, config.decoding.decoding_id, entry)
+    place = tables.location(config.tables, "profiles")
+    there = set[str]()
+    if config.users is not None and Table.exists(place):
+        there = tables.said(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
+    if there:
+        raise InputError(
+            f"users={config.users}: the profiles in {config.tables} are of settings {', '.join(sorted(there))}, these "
+            f"would be of settings {made_as} (LLM, decoding, prompt, task); give the same settings, or leave users out "
+            "to write everybody's anew"
+        )
+    return made_as
+
+
+def _write_profiles(
+    config: Config,
+    report: RunReport,
+    requests: "Snapshot",
+    histories: "Snapshot",
+    entry: "TaskEntry",
+    llm: str,
+    made_as: str,
+    encoder_decoder: bool,
+) -> None:
+    """Plans what each bucket owes, asks for it in one stream, commits wave by wave."""
+    import ray.data
+
+    from pipelines import tables
+    from pipelines.stages.owed import OwedUsers
+    from pipelines.stages.profile import AskForProfiles, WriteProfiles
+    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
+
+    users, buckets = _users(config), tables.open_table(config.tables, "requests").buckets
+    profiles = tables.open_or_create(config.tables, "profiles", buckets)
+    rejects = tables.open_or_create(config.tables, "rejects", 1)
+    before = profiles.snapshot()
+    owed = OwedUsers(
+        histories,
+        requests,
+        before if before.files else None,
+        made_as,
+        config.profile.items,
+        users,
+        buckets,
+        id_column="profile_id",
+        only_asking=True,
+    )
+    counts = plan(_filled(requests, users, buckets), owed.count, report)
+    todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
+    identity = {"llm_id": llm, "profile_id": made_as, "decoding_id": config.decoding.decoding_id}
+    report.extra |= identity
+    complete = before.metadata.get("complete") == "true"
+    committer = Committer(
+        table=profiles,
+        rejects=rejects,
+        report=report,
+        owed={bucket: counts[bucket]["owed"] + counts[bucket]["stays"] for bucket in todo},
+        group_rows=config.wave_rows,
+        metadata=identity | {"histories_version": str(histories.version), "requests_version": str(requests.version)},
+        planned_on=before.version,
+        replace=True,
+        complete=complete,
+    )
+    if not todo:
+        if not complete:
+            committer.finish()
+        return
+    with report.stage("generate") as stage:
+        stage.rows = sum(counts[bucket]["owed"] for bucket in todo)
+        asked = bucket_rows(todo).map_batches(
+            AskForProfiles,
+            fn_constructor_args=(owed, entry, config.llm, config.profile, encoder_decoder),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=config.prompt_workers),
+        )
+        written = asked.map_batches(
+            WriteProfiles,
+            fn_constructor_args=(config.llm, config.engine, config.decoding, llm, report.run_id, _threads(config)),
+            **_on_engines(config),
+        )
+        known = rejects.snapshot()  # a user without an item is one every night, and stands there once
+        files = written.map_batches(
+            WriteFiles(profiles, rejects, "generate", report.run_id, key="user_key", rejected=known).__call__,
+            batch_size=config.wave_rows,
+            batch_format="pyarrow",
+        )
+        commit_stream(files, committer, "users")
+    report.written -= sum(counts[bucket]["stays"] for bucket in todo)  # they were there, and are again
+
+
+def _filled(requests: "Snapshot", users: frozenset[str] | None, buckets: int) -> list[int]:
+    """Buckets that have requests; of a subset, those of its users only."""
+    from infra.shards import bucket_of
+
+    theirs = None if users is None else {bucket_of(user, buckets) for user in users}
+    return [bucket for bucket in requests.by_bucket() if theirs is None or bucket in theirs]
+
+
+def _threads(config: Config) -> int:
+    return max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
+
+
+def _on_engines(config: Config) -> dict[str, Any]:
+    """How Ray Data runs a stage with an engine."""
+    import ray.data
+
+    return {
+        "batch_size": config.engine.batch_rows,
+        "batch_format": "pyarrow",
+        "num_gpus": config.gpus_per_worker or None,
+        "compute": ray.data.ActorPoolStrategy(
+            size=config.workers,
+            max_tasks_in_flight_per_actor=2 * config.engine.in_flight,
+            max_concurrent_calls_per_actor=config.engine.in_flight,
+            enable_true_multi_threading=True,
+        ),
+        # a batch that kills the engine again and again must end the job, not loop
+        "max_restarts": config.max_engine_restarts,
+        "max_task_retries": config.max_engine_restarts,
+    }
+
+
 def _generate(
     config: Config,
     report: RunReport,
@@ -247,27 +429,26 @@ def _generate(
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
     import ray.data
 
-    from infra.shards import bucket_of
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pipelines.stages.reply import Reply
-    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
+    from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
-    before = generations.snapshot()
+    before, profiles = generations.snapshot(), sources["profiles"]
+    users, stored = _users(config), sources["adapters"].snapshot if sources["adapters"] else None
     owed = Owed(
-        requests, before if before.files else None, report.run_id, config.methods, config.requests, _users(config)
+        requests,
+        before if before.files else None,
+        report.run_id,
+        config.methods,
+        config.requests,
+        users,
+        profiles,
     )
-    counts: dict[int, int] = {}
-    with report.stage("plan") as stage:
-        buckets = list(requests.by_bucket())
-        if owed.users is not None:  # a subset reads the buckets of its users only
-            theirs = {bucket_of(user, generations.buckets) for user in owed.users}
-            buckets = [bucket for bucket in buckets if bucket in theirs]
-        plan = bucket_rows(buckets).map_batches(owed.count, batch_size=1, batch_format="pyarrow")
-        for row in plan.iter_rows():
-            counts[row["bucket"]] = row["owed"]
-            report.planned += row["owed"] + row["there"]
-            report.already_there += row["there"]
-        stage.rows = len(counts)
+    found = plan(_filled(requests, users, generations.buckets), owed.count, report)
+    counts = {bucket: row["owed"] for bucket, row in found.items()}
+    _refuse_a_leak(config, methods, stored, sum(row["dated"] for row in found.values()))
+    if profiles is not None:
+        report.extra["requests_without_profile"] = sum(row["without_profile"] for row in found.values())
     todo = sorted(bucket for bucket, n in counts.items() if n)
     committer = Committer(
         table=generations,
@@ -275,7 +456,12 @@ def _generate(
         report=report,
         owed={bucket: counts[bucket] for bucket in todo},
         group_rows=config.wave_rows,
-        metadata={"llm_id": llm, "plug_id": sources["plug_id"] or "", "decoding_id": config.decoding.decoding_id},
+        metadata={
+            "llm_id": llm,
+            "plug_id": sources["plug_id"] or "",
+            "profile_id": profiles.metadata.get("profile_id", "") if profiles is not None else "",
+            "decoding_id": config.decoding.decoding_id,
+        },
         planned_on=before.version,
         strict=False,  # replies are keyed by run: another run's are none of this one's
     )
@@ -283,7 +469,7 @@ def _generate(
         if before.metadata.get("complete") != "true":
             committer.finish()
         return
-    threads = max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
+    threads = _threads(config)
     with report.stage("generate") as stage:
         stage.rows = sum(counts.values())
         prompts = bucket_rows(todo).map_batches(
@@ -303,8 +489,10 @@ def _generate(
                 config.history_cap,
                 config.engine.batch_rows,
                 threads,
-                sources["adapters"].snapshot if sources["adapters"] else None,
+                stored,
                 config.retrieval,
+                profiles,
+                config.profile,
             ),
             batch_size=1,
             batch_format="pyarrow",
@@ -321,18 +509,7 @@ def _generate(
                 threads,
                 sources["adapters"],
             ),
-            batch_size=config.engine.batch_rows,
-            batch_format="pyarrow",
-            num_gpus=config.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(
-                size=config.workers,
-                max_tasks_in_flight_per_actor=2 * config.engine.in_flight,
-                max_concurrent_calls_per_actor=config.engine.in_flight,
-                enable_true_multi_threading=True,
-            ),
-            # a batch that kills the engine again and again must end the job, not loop
-            max_restarts=config.max_engine_restarts,
-            max_task_retries=config.max_engine_restarts,
+            **_on_engines(config),
         )
         files = replies.map_batches(
             CountAndWrite(WriteFiles(generations, None, "generate", report.run_id)).__call__,
@@ -352,6 +529,17 @@ def _generate(
 
         commit_stream(files, committer, "replies", seen)
         report.extra |= tokens
+
+
+def _refuse_a_leak(config: Config, methods: list[Method], stored: "Snapshot | None", dated: int) -> None:
+    """Of requests whose answers are known, none may be answered by an adapter that has learned them."""
+    own = [method.name for method in methods if method.adapter == "own"]
+    if own and dated and stored is not None and stored.metadata.get("cut") == "none":
+        raise InputError(
+            f"methods {own}: the adapters in {config.tables} were trained on items that {dated} of the requests may "
+            "not see, perhaps on the answers themselves (`adapt` with cut=none); run `adapt` with cut=requests, or ask "
+            "for --requests open"
+        )
 
 
 def _merged(reasons: list[str]) -> dict[str, int]:

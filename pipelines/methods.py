@@ -12,9 +12,11 @@ plug:no-history   control: the instruction row alone, as for a user without hist
 plug:other-user   control: the persona of another user, drawn at random but the same in every run
 adapter           the user's own LoRA adapter, as `adapt` made it; a user without one gets the base's reply
 adapter:other-user  control: another person's adapter, drawn at random but the same in every run
+profile           the user's profile in words, as `generate --write-profiles` made it; a user without one gets the rest
 oracle            the user's preference in words before the request; where it is known (the embedded world)
 
-With a plug and retrieval (plug+bm25) the retrieved text stands before the persona rows, as in the paper.
+The profile stands first, then what retrieval found, then the request. With a plug (profile+plug+bm25) the persona rows
+stand right before the request, behind both texts, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ PARTS = {
     "plug:other-user": "control: another user's persona",
     "adapter": "the user's LoRA adapter",
     "adapter:other-user": "control: another person's adapter",
+    "profile": "the user's profile in words",
     **KINDS,
     "oracle": "the user's preference in words",
 }
@@ -48,6 +51,7 @@ class Method:
     """None, or whose: own, other-user."""
     retrieval: str | None = None
     """None, or how items are found: random, recency, bm25, dense."""
+    profile: bool = False
 
 
 def parse(name: str) -> Method:
@@ -69,7 +73,7 @@ def parse(name: str) -> Method:
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
     kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
     whose = (adapters[0].partition(":")[2] or "own") if adapters else None
-    return Method(name, kind, "oracle" in parts, whose, found[0] if found else None)
+    return Method(name, kind, "oracle" in parts, whose, found[0] if found else None, "profile" in parts)
 
 
 def parse_all(names: tuple[str, ...]) -> list[Method]:

@@ -46,6 +46,7 @@ _SPECS = [
     ),
     # one user's weights are fetched alone: a row group of few users
     TableSpec("adapters", schemas.ADAPTERS, schemas.SCHEMA_VERSION, sort=("user_key",), row_group_rows=4),
+    TableSpec("profiles", schemas.PROFILES, schemas.SCHEMA_VERSION, sort=("user_key",)),
     TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
 ]
@@ -56,6 +57,7 @@ _WRITERS = {
     "embeddings": "refresh",
     "personas": "refresh",
     "adapters": "adapt",
+    "profiles": "generate --write-profiles",
     "generations": "generate",
 }
 
@@ -100,6 +102,19 @@ def names(tables: str) -> list[str]:
     """The tables that a population has."""
     known = Storage(tables).folders()
     return [name for name in known if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
+
+
+def said(table: Table, key: str) -> set[str]:
+    """What the commits of the newest version and of the newest complete one say under a key.
+
+    They differ while a run that broke off has not been ended: rows of both are in the table then.
+    """
+    snapshots = [table.snapshot()]
+    try:
+        snapshots.append(table.snapshot(complete=True))
+    except InputError:  # no run has ended here yet
+        pass
+    return {snapshot.metadata[key] for snapshot in snapshots if key in snapshot.metadata}
 
 
 def chosen(tables: str, wanted: Iterable[str] | None) -> list[str]:

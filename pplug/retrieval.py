@@ -111,6 +111,7 @@ def compose(
     tokenizer: Any,
     budget_tokens: int,
     input_share: float,
+    reserved_tokens: int = 0,
 ) -> Composed:
     """Puts items, best first, before a request as the task's retrieval form says.
 
@@ -122,27 +123,26 @@ def compose(
     Args:
         items: fields of each.
         tokenizer: a fast tokenizer of the LLM.
+        reserved_tokens: of the budget, what is taken already by a text before all of this; the items get less for it,
+            the request's share stays as it is.
 
     Raises:
         ValueError: an item lacks a field of the pattern; the task has no retrieval form.
     """
     if entry.retrieval is None:
         raise ValueError(f"task {entry.name} does not say how items stand in a prompt: give its entry `retrieval`")
-    asked = _count(input, tokenizer)
-    room = budget_tokens - min(asked, int(input_share * budget_tokens))
+    asked = count_tokens(input, tokenizer)
+    budget = budget_tokens - reserved_tokens
+    room = budget - min(asked, int(input_share * budget_tokens))
     for n in range(len(items), 0, -1):
         bare = _together([_line(fields, entry, "") for fields in items[:n]], input, entry)
-        left = room - (_count(bare.lead + bare.rest, tokenizer) - asked)
+        left = room - (count_tokens(bare.lead + bare.rest, tokenizer) - asked)
         while left >= n:
             lines = _cut_lines(items[:n], entry, tokenizer, left)
             found = _together(lines, input, entry)
-            taken = _count(found.lead + found.rest, tokenizer) - asked
+            taken = count_tokens(found.lead + found.rest, tokenizer) - asked
             if taken <= room:
-                return (
-                    found
-                    if asked + taken <= budget_tokens
-                    else _cut_request(lines, input, entry, tokenizer, taken, budget_tokens)
-                )
+                return found if asked + taken <= budget else _cut_request(lines, input, entry, tokenizer, taken, budget)
             left -= taken - room  # the tokens of a whole are not the sum of those of its parts
     return Composed("", input)
 
@@ -152,8 +152,8 @@ def _cut_request(
 ) -> Composed:
     limit = budget_tokens - taken
     while True:
-        found = _together(lines, _cut(input, limit, tokenizer)[0], entry)
-        over = _count(found.lead + found.rest, tokenizer) - budget_tokens
+        found = _together(lines, cut(input, limit, tokenizer)[0], entry)
+        over = count_tokens(found.lead + found.rest, tokenizer) - budget_tokens
         if over <= 0 or limit <= 0:
             return found
         limit -= over
@@ -162,7 +162,7 @@ def _cut_request(
 def _cut_lines(items: Sequence[Mapping[str, str]], entry: TaskEntry, tokenizer: Any, left: int) -> list[str]:
     each, used, lines = left // len(items), 0, []
     for at, fields in enumerate(items, start=1):
-        text, tokens = _cut(fields.get(_long_field(fields, entry), ""), each * at - used, tokenizer)
+        text, tokens = cut(fields.get(_long_field(fields, entry), ""), each * at - used, tokenizer)
         used += tokens
         lines.append(_line(fields, entry, text))
     return lines
@@ -194,11 +194,12 @@ def _together(lines: Sequence[str], input: str, entry: TaskEntry) -> Composed:
     return Composed(head.format(items=items), input + tail.format(items=items))
 
 
-def _count(text: str, tokenizer: Any) -> int:
+def count_tokens(text: str, tokenizer: Any) -> int:
+    """Tokens of a text by itself."""
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _cut(text: str, limit: int, tokenizer: Any) -> tuple[str, int]:
+def cut(text: str, limit: int, tokenizer: Any) -> tuple[str, int]:
     """The text up to the end of its token number `limit`, and how many tokens that is."""
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(ends) <= limit:

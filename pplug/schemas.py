@@ -68,6 +68,16 @@ ADAPTERS = _schema(
     ("weights", pa.binary()),  # safetensors
 )
 
+PROFILES = _schema(
+    ("user_id", pa.string()),
+    ("profile_id", pa.string()),  # of the settings, LLM and decoding that made it
+    ("text", pa.string()),
+    ("n_items", pa.int64()),  # that it could be made from
+    ("llm_id", pa.string()),
+    ("decoding_id", pa.string()),
+    ("history_hash", pa.string()),  # of those items
+)
+
 GENERATIONS = _schema(
     ("run_id", pa.string()),
     ("request_id", pa.string()),

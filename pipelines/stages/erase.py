@@ -23,8 +23,8 @@ from infra.table import Table
 from pipelines.stages.compact import listed
 
 _NOT_OF_THE_USER = frozenset(
-    "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id decoding_id finish_reason "
-    "persona targets error job reason detail key".split()
+    "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id profile_id decoding_id "
+    "finish_reason persona targets error job reason detail key".split()
 )
 """Columns whose values are the system's, or too common to be looked for; ids of users are looked for by themselves."""
 

@@ -1,7 +1,7 @@
 """Stage: requests of a bucket, each with its user's history, become prompts with persona rows.
 
 Route: bucket -> requests x methods still owed -> visible items -> plug -> rows (1+P, H) beside token ids; or -> the
-items that retrieval finds -> the prompt's text.
+user's profile, the items that retrieval finds -> the prompt's text.
 The vectors stay here; only persona rows and token ids travel on.
 Shapes: T items of a block's requests (ragged), D encoder width, P persona tokens, H LLM width.
 """
@@ -22,7 +22,8 @@ from pipelines.stages.bucket import Histories, matrix, read_bucket, to_us
 from pipelines.stages.retrieve import Found, Retriever
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
-from pplug.retrieval import RetrievalConfig
+from pplug.profile import ProfileConfig, lead
+from pplug.retrieval import RetrievalConfig, count_tokens
 from pplug.splice import Splicer
 from pplug.tasks import TaskEntry, query
 
@@ -58,6 +59,8 @@ class Owed:
     only: str
     """all, open (without a target) or labelled."""
     users: frozenset[str] | None
+    profiles: Snapshot | None = None
+    """Where given, requests of users without one are counted."""
 
     def read(self, bucket: int) -> tuple[pa.Table, dict[str, set[str]], int]:
         """Requests of a bucket, for each the methods already answered, and the number of pairs asked for."""
@@ -79,12 +82,24 @@ class Owed:
         )
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: bucket, owed, there."""
+        """Stage of the plan. in: bucket. out: bucket, owed, there, dated (requests with a known answer that may not see
+        all items), without_profile (requests whose user has none)."""
         for bucket in batch["bucket"].to_pylist():
             requests, answered, asked = self.read(bucket)
             ids, wanted = requests["request_id"].to_pylist(), set(self.methods)
             there = sum(len(answered.get(request, set()) & wanted) for request in ids)
-            yield pa.table({"bucket": [bucket], "owed": [asked - there], "there": [there]})
+            cut = pc.or_(pc.is_valid(requests["as_of"]), pc.is_valid(requests["as_of_position"]))
+            dated = pc.and_(cut, pc.is_valid(requests["target"]))
+            bare = 0
+            if self.profiles is not None:
+                known = self.profiles.read(["user_id"], buckets=[bucket])["user_id"]
+                bare = _true(pc.invert(pc.is_in(requests["user_id"], value_set=known)))
+            counts = {"owed": asked - there, "there": there, "dated": _true(dated), "without_profile": bare}
+            yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+
+
+def _true(mask: pa.ChunkedArray) -> int:
+    return pc.sum(mask).as_py() or 0
 
 
 class BuildPrompts:
@@ -112,20 +127,23 @@ class BuildPrompts:
         threads: int,
         adapters: Snapshot | None = None,
         retrieval: RetrievalConfig | None = None,
+        profiles: Snapshot | None = None,
+        profile: ProfileConfig | None = None,
     ) -> None:
-        self.adapters = adapters
+        self.adapters, self.profiles = adapters, profiles
         self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
         self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
         self.cap, self.block_rows = cap, block_rows
-        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
-        self.splicer = Splicer(tokenizer, llm.layout, encoder_decoder)
+        self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        self.splicer = Splicer(self.tokenizer, llm.layout, encoder_decoder)
         self.maker = PersonaMaker(plug_folder, threads) if plug_folder else None
         kinds = frozenset(method.retrieval for method in methods if method.retrieval)
+        retrieval, self.profile = retrieval or RetrievalConfig(), profile or ProfileConfig()
+        self.limit, self.input_share = llm.layout.max_input_tokens, retrieval.input_share
         self.retriever: Retriever | None = None
         if kinds:
-            retrieval = retrieval or RetrievalConfig()
-            budget = retrieval.budget_tokens or llm.layout.max_input_tokens
-            self.retriever = Retriever(retrieval, kinds, entry, tokenizer, budget, threads)
+            budget = retrieval.budget_tokens or self.limit
+            self.retriever = Retriever(retrieval, kinds, entry, self.tokenizer, budget, threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -138,12 +156,16 @@ class BuildPrompts:
             if self.adapters is not None:
                 owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
                 index = AdapterIndex(self.adapters, bucket, dict(owners))
+            profiles: dict[str, str] = {}
+            if self.profiles is not None:
+                found = self.profiles.read(["user_id", "text"], buckets=[bucket])
+                profiles = dict(zip(found["user_id"].to_pylist(), found["text"].to_pylist(), strict=True))
             for start in range(0, requests.num_rows, self.block_rows):
                 rows = requests.slice(start, self.block_rows).to_pylist()
                 for method in self.methods:
                     open_rows = [row for row in rows if method.name not in answered.get(row["request_id"], ())]
                     if open_rows:
-                        yield self._block(bucket, open_rows, method, users, index)
+                        yield self._block(bucket, open_rows, method, users, index, profiles)
 
     def _block(
         self,
@@ -152,6 +174,7 @@ class BuildPrompts:
         method: Method,
         users: "Users | None",
         index: AdapterIndex | None,
+        profiles: Mapping[str, str],
     ) -> pa.Table:
         errors: list[str | None] = [None] * len(requests)
         inputs = []
@@ -161,14 +184,21 @@ class BuildPrompts:
                 errors[i] = "no stated preference for this user in the oracle file"
             inputs.append(words + request["input"])
         leads: list[str] = [""] * len(requests)
+        if method.profile:
+            leads = [
+                self._profile(profiles.get(request["user_id"]), input)
+                for request, input in zip(requests, inputs, strict=True)
+            ]
         if method.retrieval is not None:
             assert self.retriever is not None and users is not None, "retrieval needs histories"
-            texts, problems = self.retriever.prompts(method.retrieval, requests, inputs, users)
+            reserved = [self._reserved(text) for text in leads]
+            texts, problems = self.retriever.prompts(method.retrieval, requests, inputs, users, reserved)
             errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
-            if method.plug is not None:  # the rows stand between the two parts
-                leads, inputs = [text.lead for text in texts], [text.rest for text in texts]
-            else:
-                inputs = [text.lead + text.rest for text in texts]
+            leads = [first + text.lead for first, text in zip(leads, texts, strict=True)]
+            inputs = [text.rest for text in texts]
+        if method.plug is None:  # no rows stand between the two parts
+            inputs = [first + rest for first, rest in zip(leads, inputs, strict=True)]
+            leads = [""] * len(requests)
         prompts = self.splicer.prompts(inputs, leads)
         empty = np.zeros(0, np.float32)
         rows: list[np.ndarray] = [empty] * len(requests)
@@ -200,6 +230,17 @@ class BuildPrompts:
             "error": errors,
         }
         return pa.table(columns, schema=PROMPTS)
+
+    def _profile(self, text: str | None, input: str) -> str:
+        if text is None:
+            return ""
+        return lead(text, input, self.profile, self.tokenizer, self.limit, self.input_share)
+
+    def _reserved(self, text: str) -> int:
+        """What a text before retrieval's takes of retrieval's own budget, which may be below the prompt's."""
+        assert self.retriever is not None, "asked for retrieval only"
+        taken = count_tokens(text, self.tokenizer) if text else 0
+        return max(0, taken - (self.limit - self.retriever.budget_tokens))
 
     def _encoder_id(self, method: Method) -> str | None:
         """Of the vectors that the method reads: those of the table it was given."""

@@ -52,9 +52,18 @@ class Retriever:
             self.encoder = TextEncoder(config.encoder)
 
     def prompts(
-        self, kind: str, requests: Sequence[Mapping[str, Any]], inputs: Sequence[str], users: "Users"
+        self,
+        kind: str,
+        requests: Sequence[Mapping[str, Any]],
+        inputs: Sequence[str],
+        users: "Users",
+        reserved: Sequence[int],
     ) -> tuple[list[Composed], list[str | None]]:
-        """The text of each request's prompt, and why one could not be written: an item lacks a field."""
+        """The text of each request's prompt, and why one could not be written: an item lacks a field.
+
+        Args:
+            reserved: of the budget, the tokens that a text before it has taken already.
+        """
         texts = [query(request["input"], self.entry) for request in requests]
         keys = [(kind, request["request_id"]) for request in requests]
         new = [i for i, key in enumerate(keys) if key not in users.found.picks]
@@ -70,7 +79,7 @@ class Retriever:
                     users.found.picks[keys[i]] = self._find(kind, request, texts[i], vectors.get(i), users)
                 prompt = retrieval.compose(
                     users.found.picks[keys[i]], input, self.entry, self.tokenizer, self.budget_tokens,
-                    self.config.input_share,
+                    self.config.input_share, reserved[i],
                 )  # fmt: skip
             except ValueError as problem:  # names the missing field, never a text
                 error = str(problem)

@@ -5,7 +5,7 @@ owes; complete buckets are committed in groups, keyed by (run_id, group).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -266,6 +266,24 @@ class Replacer:
         )
         self._group, self.planned_on, self._files, self._buckets = self._group + 1, commit.version, [], []
         self.report.table_written(self.table.spec.name, commit.version)
+
+
+def plan(
+    buckets: list[int], count: Callable[[pa.Table], Iterator[pa.Table]], report: RunReport
+) -> dict[int, dict[str, Any]]:
+    """What each bucket owes and what is there already, counted by Ray tasks and noted in the report.
+
+    Args:
+        count: stage. in: bucket. out: a row a bucket: bucket, owed, there, and what else the job counts.
+    """
+    counts: dict[int, dict[str, Any]] = {}
+    with report.stage("plan") as stage:
+        for row in bucket_rows(buckets).map_batches(count, batch_size=1, batch_format="pyarrow").iter_rows():
+            counts[row["bucket"]] = row
+            report.planned += row["owed"] + row["there"]
+            report.already_there += row["there"]
+        stage.rows = len(counts)
+    return counts
 
 
 def commit_stream(

@@ -16,7 +16,8 @@ from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from pipelines import adapt, tables
 from pipelines.stages.adapt_base import BaseExamples
-from pipelines.stages.fit_adapters import FitAdapters, OwedAdapters, ReadExamples
+from pipelines.stages.fit_adapters import FitAdapters, ReadExamples
+from pipelines.stages.owed import OwedUsers
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
@@ -59,7 +60,7 @@ def owing(population, before=None, fit_id="fit", cut=True, users=None):
         name: tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
     }
     requests = names["requests"] if cut else None
-    return OwedAdapters(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
+    return OwedUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
 
 
 def examples(population, llm, rule=None, **how):
@@ -243,6 +244,25 @@ def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path):
     other = LORA.model_copy(update={"epochs": 1})
     with pytest.raises(InputError, match="settings .*, this run would make those of base .* train everybody anew"):
         run(population, llm, "mixed", changed_only=True, lora=other, **values)
+
+
+@pytest.mark.slow
+def test_the_table_says_whether_its_adapters_are_cut(population, llm, tmp_path):
+    """Of a table that knows too much, only training everybody anew makes one that does not."""
+    fill(population, [item(name, i, text=f"{name} dog {i}") for name in ("ann", "bob") for i in range(3)],
+         derive_requests=1)  # fmt: skip
+    (tmp_path / "users").write_text("ann\n")
+    table = tables.open_or_create(population.tables, "adapters", BUCKETS)
+    for name, change, cut, written in (
+        ("open", {"cut": "none"}, "none", 2),
+        ("one", {"users": str(tmp_path / "users")}, "none", 1),  # bob's knows his answer still
+        ("all", {}, "requests", 1),
+        ("again", {}, "requests", 0),
+        ("open-again", {"cut": "none"}, "none", 2),
+    ):
+        assert run(population, llm, name, **change) == 0
+        assert table.snapshot(complete=True).metadata["cut"] == cut == population.report["cut"], name
+        assert population.report["written"] == written, name
 
 
 def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(population, llm):

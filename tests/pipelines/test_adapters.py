@@ -1,9 +1,10 @@
-"""Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, both and nothing, beside bad
-adapters; and the exported folder in PEFT."""
+"""Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, a profile, two of them and
+nothing, beside bad adapters; and the exported folder in PEFT."""
 
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,14 @@ from pplug.adapter import LoraConfig
 from pplug.encoder import TextEncoder, encoder_id
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.plug import PersonaPlug, PlugConfig
+from pplug.profile import ProfileConfig
 from pplug.tasks import load as load_task
 from tests.pipelines import small
 from tests.pplug.models import tiny_llama
 
-METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user")
+METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user", "adapter+profile",
+           "plug:mean+profile")  # fmt: skip
+PROFILE = ProfileConfig(items=3, prompt_tokens=100)
 LORA = LoraConfig(learning_rate=3e-2, epochs=20, stored="float32")
 TOKENS = 8
 
@@ -107,6 +111,11 @@ def served(tmp_path_factory, ray_session):
     made.ingest("test", "ingest-lonely", requests_source=str(lonely))
     assert made.run(refresh, "refresh", **made.common) == 0
     assert made.run(adapt, "adapt", tables=made.tables, llm=made.llm, lora=LORA) == 0
+    # another engine, the same reader of prompts: one start of vLLM is enough
+    by_hand = EngineConfig(kind="transformers", dtype="float32")
+    asked = {"decoding": Decoding(max_tokens=12), "profile": PROFILE, "engine": by_hand}
+    assert made.run(generate, "profiles", tables=made.tables, llm=made.llm, write_profiles=True, **asked) == 0
+    profiles = {row["user_id"]: row["text"] for row in small.rows(made.tables, "profiles")}
     llm, plug = FrozenLLM.load(made.llm), str(made.root / "plug")
     torch.manual_seed(0)
     PersonaPlug(
@@ -129,6 +138,7 @@ def served(tmp_path_factory, ray_session):
         llm=made.llm,
         plug=plug,
         methods=METHODS,
+        profile=PROFILE,
         decoding=Decoding(max_tokens=TOKENS),
         # fewer adapters ready than there are: they come and go
         engine=EngineConfig(dtype="float32", batch_rows=4, in_flight=4, adapters_ready=3, adapters_at_once=2),
@@ -136,8 +146,9 @@ def served(tmp_path_factory, ray_session):
     replies = {(row["request_id"], row["method"]): row for row in small.rows(made.tables, "generations")}
     requests = {row["request_id"]: row for row in small.rows(made.tables, "requests")}
     return SimpleNamespace(
-        made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests
-    )
+        made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests,
+        profiles=profiles,
+    )  # fmt: skip
 
 
 def spoil(made, users):
@@ -164,20 +175,21 @@ def spoil(made, users):
     ):
         rows[user] |= {"weights": data, "adapter_id": f"{rows[user]['adapter_id']}-bad"}
     files = table.write(pa.Table.from_pylist(list(rows.values()), schema=table.spec.schema), "spoil")
-    named = {key: before.metadata[key] for key in ("llm_id", "fit_id")}
+    named = {key: before.metadata[key] for key in ("llm_id", "fit_id", "cut")}
     table.commit(files, run_id="spoil", group=0, mode="replace", buckets=set(before.by_bucket()),
                  planned_on=before.version, metadata=named, complete=True)  # fmt: skip
     reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another")
     return dict(zip(users, reasons, strict=True))
 
 
-def greedy(served, request, weights=None, persona=None):
+def greedy(served, request, weights=None, persona=None, profile=""):
     """transformers alone: the adapter added to the weights by hand, the persona between token embeddings."""
     llm = FrozenLLM.load(served.made.llm)
     for name, (a, b) in (weights or {}).items():
         llm.model.get_submodule(name).weight += LORA.shape.scale * b @ a
     prompt = llm.splicer.prompts([request["input"]])[0]
-    before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
+    told = llm.tokenizer(profile, add_special_tokens=False)["input_ids"]
+    before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before + told, prompt.after))
     embeds = torch.cat([before, *([] if persona is None else [persona]), after])[None]
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
@@ -219,13 +231,16 @@ def test_replies_are_those_of_transformers_with_this_users_adapter_and_persona(s
         request = served.requests[request_id]
         user = request["user_id"]
         weights = pairs(people[user]) if "adapter" in method and user in people else None
-        want = greedy(served, request, weights, own[user] if "plug" in method else None)
+        told = served.profiles.get(user, "") if "profile" in method else ""
+        told = told and f"User profile: {told}\n"
+        want = greedy(served, request, weights, own[user] if "plug" in method else None, told)
         compared += 1
         if row["text"].strip() != want:
             other.append((request_id, method, row["text"], want))
         moved += weights is not None and row["text"] != served.replies[request_id, "none"]["text"]
         assert row["adapter_id"] == (people[user]["adapter_id"] if weights else None)
-    assert compared == 4 * len(served.requests) - 2 * 2 * len(served.bad)
+    assert compared == 6 * len(served.requests) - 3 * 2 * len(served.bad)
+    assert len(served.profiles) == 14  # everybody's who has a history
     assert moved > 10  # the adapters say something, or the comparison would show nothing
     assert len(other) <= 0.02 * compared, other  # vectors are stored in 16 bits: a near tie may fall the other way
 
@@ -234,7 +249,7 @@ def test_a_bad_adapter_is_an_error_of_its_rows_and_nobody_elses(served):
     assert served.code == 1
     for (request_id, method), row in served.replies.items():
         user = served.requests[request_id]["user_id"]
-        if method in ("adapter", "adapter+plug:mean") and user in served.bad:
+        if method in ("adapter", "adapter+plug:mean", "adapter+profile") and user in served.bad:
             assert served.bad[user] in row["error"] and row["text"] == "" and row["finish_reason"] == "error"
         elif method != "adapter:other-user":
             assert row["error"] is None
@@ -301,6 +316,24 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
         served.made.run(generate, "generate-2", **asked, llm=other)
     with pytest.raises(InputError, match="need engine.kind=vllm"):
         served.made.run(generate, "generate-3", **asked, llm=served.made.llm, engine=EngineConfig(kind="transformers"))
+
+
+def test_adapters_that_know_the_answers_are_not_scored(served, tmp_path):
+    """Trained with cut=none, they have learned what the requests may not see."""
+    assert tables.open_table(served.made.tables, "adapters").snapshot(complete=True).metadata["cut"] == "requests"
+    place = str(shutil.copytree(served.made.tables, tmp_path / "tables"))
+    adapters = tables.open_table(place, "adapters")
+    said = adapters.snapshot(complete=True).metadata | {"cut": "none"}
+    adapters.commit([], run_id="none", group=0, mode="append", planned_on=adapters.version, complete=True,
+                    metadata={name: said[name] for name in ("llm_id", "fit_id", "cut")})  # fmt: skip
+    asked = {"tables": place, "llm": served.made.llm, "methods": ("none", "adapter+plug:mean"), "plug": served.plug}
+    with pytest.raises(InputError, match="trained on items that 28 of the requests may not see"):
+        served.made.run(generate, "leak-1", **asked)
+    with pytest.raises(InputError, match="run `adapt` with cut=requests"):
+        served.made.run(generate, "leak-2", **asked, requests="labelled")
+    # nothing that such a request asks of them: refused by none
+    (tmp_path / "users").write_text("somebody else\n")
+    assert served.made.run(generate, "leak-3", **asked, users=str(tmp_path / "users")) == 0
 
 
 def test_no_folder_of_an_ended_engine_is_left_in_memory(served):

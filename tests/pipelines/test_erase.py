@@ -62,6 +62,9 @@ class People:
         self.put("personas", "night", [
             {"user_id": user, "n_items": 4, "history_hash": history.history_hash(hashes[user]), "encoder_id": "e",
              "mean_vector": [0.5, 0.25]} for user in every])  # fmt: skip
+        self.put("profiles", "night", [
+            {"user_id": user, "profile_id": "p", "text": f"Has seen {own(user, 1)}.", "n_items": 3, "llm_id": "l",
+             "history_hash": history.history_hash(hashes[user][:3])} for user in every])  # fmt: skip
         self.put("rejects", "night", [
             {"job": "refresh", "run_id": "night", "key": hashes[user][3], "reason": "missing_field", "detail": "text"}
             for user in every])  # fmt: skip
@@ -165,6 +168,7 @@ def test_erased_users_are_nowhere_and_all_others_rows_are_unchanged(people):
     assert record["rows_dropped"] == {
         name: len(before[name]) - len(found) for name, found in people.everything().items()
     }
+    assert record["rows_dropped"]["profiles"] == 4  # with that of the question
     assert [plug["plug_id"] for plug in record["trained_on_their_data"]] == ["feed"]
     assert (people.report["planned"], people.report["written"]) == (3, 3)
     samples = people.folder / "runs" / "train" / "samples"

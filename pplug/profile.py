@@ -1,0 +1,92 @@
+"""A textual profile: what a user's newest items say about the person, in an LLM's words, as a part of prompts [1].
+
+Route: items that all of the user's requests may see -> `question` -> the LLM's reply, kept as the profile -> `lead`:
+what stands before the items that retrieval finds, and before the request.
+
+[1] PAG in "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401
+    (OPPU), after "Integrating Summarization and Retrieval for Enhanced Personalization via Large Language Models",
+    arXiv:2310.20081. There, a chat model writes the profiles; the LLM that replies may be another one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pplug.identity import short_id
+from pplug.retrieval import compose, count_tokens, cut
+from pplug.tasks import TaskEntry, slots
+
+
+class ProfileConfig(BaseModel):
+    """How a profile is asked for, and how it stands in a prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    items: int = Field(16, gt=0)
+    """Newest items that it is made from; fewer where they do not fit."""
+    prompt: str = "{items}. Describe in a few sentences the interests, preferences and style of this person."
+    """Asks for it; {items} are written as retrieval writes them, newest first."""
+    prompt_tokens: int | None = Field(None, gt=0)
+    """Of that prompt; default: llm.layout.max_input_tokens. May be more, as far as the engine's context goes."""
+    text: str = "User profile: {profile}\n"
+    """Puts {profile} before a request."""
+    max_tokens: int = Field(64, gt=0)
+    """Of that text; a longer profile is cut at its end."""
+    llm_id: str | None = None
+    """The LLM that wrote the profiles, where that is not the one that replies; default: they must be the same."""
+
+    @field_validator("prompt", "text")
+    @classmethod
+    def _one_slot(cls, template: str, info: Any) -> str:
+        wanted = "items" if info.field_name == "prompt" else "profile"
+        if slots(template) != (wanted,):
+            raise ValueError(f"{template!r} must hold {{{wanted}}} once and no other name in braces")
+        return template
+
+
+def profile_id(config: ProfileConfig, llm_id: str, decoding_id: str, entry: TaskEntry) -> str:
+    """Identity of all that decides a profile beside the user's own items."""
+    asked = config.model_dump(mode="json", include={"items", "prompt", "prompt_tokens"})
+    form = entry.model_dump(mode="json", include={"item_without_label": True, "retrieval": {"pattern", "joiner"}})
+    return short_id({"profile": asked, "task": form, "llm_id": llm_id, "decoding_id": decoding_id})
+
+
+def question(
+    items: Sequence[Mapping[str, str]], config: ProfileConfig, entry: TaskEntry, tokenizer: Any, budget_tokens: int
+) -> str:
+    """The text that asks for a profile; empty where the budget has no room for a single item.
+
+    Args:
+        items: fields of each, newest first: where not all fit, the oldest are left out.
+        tokenizer: a fast tokenizer of the LLM.
+
+    Raises:
+        ValueError: an item lacks a field of the task's retrieval pattern, or the task has none.
+    """
+    if entry.retrieval is not None:  # the items as it writes them, but in this prompt
+        form = entry.retrieval.model_copy(update={"wrap": config.prompt + "{input}", "insert_before": None})
+        entry = entry.model_copy(update={"retrieval": form})
+    return compose(items, "", entry, tokenizer, budget_tokens, 0.5).lead
+
+
+def lead(
+    profile: str, input: str, config: ProfileConfig, tokenizer: Any, budget_tokens: int, input_share: float
+) -> str:
+    """What a profile puts before a request; empty where there is no room.
+
+    It takes `max_tokens` at most, and never what a request within `input_share` of the budget needs.
+
+    Args:
+        budget_tokens: of the whole prompt.
+    """
+    asked = count_tokens(input, tokenizer)
+    room = min(config.max_tokens, budget_tokens - min(asked, int(input_share * budget_tokens)))
+    left = room - count_tokens(config.text.format(profile=""), tokenizer)
+    while left > 0:
+        text = config.text.format(profile=cut(profile, left, tokenizer)[0])
+        over = count_tokens(text, tokenizer) - room
+        if over <= 0:
+            return text
+        left -= over  # the tokens of a whole are not the sum of those of its parts
+    return ""
