@@ -108,25 +108,13 @@ def run(config: Config) -> int:
         base_shapes(model_folder(config.llm.model, config.llm.revision), config.lora.shape.targets)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
-    users = _users(config)
+    users = tables.read_users(config.users)
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
         return _base(config, report, histories, entry, users or frozenset(), run_dir)
     with lease.writing(config.tables, run_id):
         _adapters(config, report, histories, entry, users, base)
     return report.finish()
-
-
-def _users(config: Config) -> frozenset[str] | None:
-    if config.users is None:
-        return None
-    try:
-        with open(config.users, encoding="utf-8") as file:
-            return frozenset(line.rstrip("\n") for line in file if line.strip())
-    except OSError as error:
-        raise InputError(
-            f"users={config.users}: cannot be read ({error}); expected a file with a user id a line"
-        ) from error
 
 
 def _threads(config: Config) -> int:

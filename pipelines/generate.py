@@ -323,7 +323,7 @@ def _write_profiles(
     from pipelines.stages.profile import AskForProfiles, WriteProfiles
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
-    users, buckets = _users(config), tables.open_table(config.tables, "requests").buckets
+    users, buckets = tables.read_users(config.users), tables.open_table(config.tables, "requests").buckets
     profiles = tables.open_or_create(config.tables, "profiles", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = profiles.snapshot()
@@ -429,12 +429,13 @@ def _generate(
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
     import ray.data
 
+    from pipelines import tables
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pipelines.stages.reply import Reply
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
     before, profiles = generations.snapshot(), sources["profiles"]
-    users, stored = _users(config), sources["adapters"].snapshot if sources["adapters"] else None
+    users, stored = tables.read_users(config.users), sources["adapters"].snapshot if sources["adapters"] else None
     owed = Owed(
         requests,
         before if before.files else None,
@@ -567,18 +568,6 @@ class CountAndWrite:
         if files:
             files[0]["reasons"] = json.dumps(counts)
         return pa.Table.from_pylist(files)
-
-
-def _users(config: Config) -> frozenset[str] | None:
-    if config.users is None:
-        return None
-    try:
-        with open(config.users, encoding="utf-8") as file:
-            return frozenset(line.rstrip("\n") for line in file if line.strip())
-    except OSError as error:
-        raise InputError(
-            f"users={config.users}: cannot be read ({error}); expected a file with a user id a line"
-        ) from error
 
 
 def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
