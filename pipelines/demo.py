@@ -1,9 +1,9 @@
 """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
 Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a user
-would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last tables show how well people
-the plug was never trained on are served by it, beside the best possible score without and with personalisation; and some
-of them by adapters of their own.
+would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last table shows how well people
+the plug was never trained on are served by it, beside the best possible score without and with personalisation; the one
+before it shows the plug beside adapters, for some users who own one.
 """
 
 import itertools
