@@ -107,7 +107,7 @@ def run(given: Given) -> Found:
 
     torch.set_num_threads(given.threads)
     dtype, config = best_dtype(), LoraConfig()
-    users = people(given.size(32, 4), SIZES["vocab_size"])
+    users = people(given.size(16, 4), SIZES["vocab_size"])
     alone, shared = base(dtype), base(dtype)
     trainer = StackedTrainer(shared, config, StackConfig())
 
@@ -121,7 +121,7 @@ def run(given: Given) -> Found:
     one_by_one(alone, config, users[:1])
     few = users[: given.size(8, 2)]
     tokens = best_rate({size: partial(speed, len(few), size) for size in (1024, 4096, 16_384)})
-    counts = sorted({1, 4, 16, len(users)} if len(users) > 16 else {1, len(users)})
+    counts = sorted({1, 4, len(users)})
     sides = {"peft": lambda: len(users) / seconds(lambda: one_by_one(alone, config, users))}
     # several runs of a few users, so that every figure is of as many users
     sides |= {f"stack of {count}": partial(_of_all, users, count, tokens, stacked) for count in counts}

@@ -27,8 +27,8 @@ def run(given: Given) -> Found:
     from pplug.encoder import EncoderConfig, TextEncoder
 
     torch.set_num_threads(given.threads)
-    population = prepare.ingested(given.folder, given.size(60, 4), 5)
-    texts = population.texts()[: given.size(1500, 60)]
+    population = prepare.ingested(given.folder, given.size(prepare.USERS, 4))
+    texts = population.texts()[: given.size(600, 60)]
     encoder = TextEncoder(EncoderConfig())
     lengths = np.array([len(ids) for ids in encoder.tokenize(texts)])
     work = flops(encoder.model.config, lengths)

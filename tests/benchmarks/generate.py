@@ -84,9 +84,9 @@ class Job:
         return report["output_tokens" if self.per == "output_tokens" else "written"] / self.seconds[-1]
 
 
-def setting_of(given: Given, users: int, requests: int, inputs: int, tokens: int) -> tuple[dict[str, Any], Any]:
+def setting_of(given: Given, inputs: int, tokens: int) -> tuple[dict[str, Any], Any]:
     """The job's config but for the method, and the population."""
-    population = prepare.refreshed(given.folder, users, requests)
+    population = prepare.refreshed(given.folder, given.size(prepare.USERS, 4))
     llm = prepare.language_model(given.folder, "large", prepare.LARGE, population, inputs)
     return {
         "tables": population.tables,
@@ -104,7 +104,8 @@ def prompts_of(setting: dict[str, Any], population: Any, method: str = "plug") -
     from pplug.plug import plug_id
 
     requests = population.snapshot("requests")
-    owed = Owed(requests, None, "bench", (method,), "all", None)
+    users = Path(setting["users"]).read_text().split() if "users" in setting else None
+    owed = Owed(requests, None, "bench", (method,), "all", frozenset(users) if users is not None else None)
     build = BuildPrompts(
         owed, parse_all((method,)), population.snapshot("histories"),
         population.snapshot("embeddings-" + population.encoder_id), None, setting["plug"], plug_id(setting["plug"]),
@@ -194,7 +195,7 @@ def run(given: Given) -> Found:
 
     begin(given)
     tokens = given.size(64, 8)
-    setting, population = setting_of(given, given.size(60, 4), 5, INPUTS, tokens)
+    setting, population = setting_of(given, INPUTS, tokens)
     prompts = prompts_of(setting, population)
     (given.folder / "prompts.json").write_text(json.dumps(prompts))
     peer = Transformers(setting, prompts, given.threads)

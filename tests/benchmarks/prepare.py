@@ -35,6 +35,10 @@ TASK = {
 }
 
 
+USERS, REQUESTS = 40, 15
+"""People, and each one's newest items that are asked for: enough for runs of a minute on two cores."""
+
+
 @dataclass(frozen=True)
 class Population:
     """Tables of one population."""
@@ -61,11 +65,11 @@ class Population:
         return [item_text(dict(cell), self.entry, True) for cell in cells]
 
 
-def ingested(folder: Path, users: int, requests: int) -> Population:
+def ingested(folder: Path, users: int) -> Population:
     """Histories of the first users, and their newest items as requests with a known answer."""
     from pipelines import ingest
 
-    root = folder / f"population-{users}-{requests}"
+    root = folder / f"population-{users}"
     real = REAL.is_dir()
     entry = TaskEntry.model_validate(TASK) if real else _world_entry(root, users)
     data = f"u-boot commit messages of {users} people" if real else f"the embedded world's {users} people"
@@ -86,18 +90,18 @@ def ingested(folder: Path, users: int, requests: int) -> Population:
         golds["golds"] = [gold for gold in golds["golds"] if gold["id"] in wanted]
         (root / "lamp" / "dev_outputs.json").write_text(json.dumps(golds))
         source = {"source": str(root / "lamp"), "split": "dev", "questions": "skip"}
-    config = ingest.Config(tables=found.tables, task=str(task), derive_requests=requests, buckets=8,
+    config = ingest.Config(tables=found.tables, task=str(task), derive_requests=REQUESTS, buckets=8,
                            run_dir=str(root / "ingest"), **source)  # fmt: skip
     assert ingest.run(config) == 0
     (root / "ready").touch()
     return found
 
 
-def refreshed(folder: Path, users: int, requests: int) -> Population:
+def refreshed(folder: Path, users: int) -> Population:
     """The same with MiniLM's vectors."""
     from pipelines import refresh
 
-    found = ingested(folder, users, requests)
+    found = ingested(folder, users)
     ready = Path(found.tables).parent / "vectors-ready"
     if not ready.exists():
         run_dir = str(ready.with_name("refresh"))

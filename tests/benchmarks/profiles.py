@@ -89,7 +89,7 @@ def encode(given: Given) -> list[dict[str, Any]]:
     from pplug.encoder import EncoderConfig
     from tests.benchmarks.encoder import flops
 
-    population = prepare.ingested(given.folder, given.size(20, 4), 5)
+    population = prepare.ingested(given.folder, given.size(20, 4))
     histories = population.snapshot("histories")
     place = str(given.folder / "profile-encode")
     shutil.rmtree(place, ignore_errors=True)
@@ -142,7 +142,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
     from pplug.plug import plug_id
     from tests.benchmarks import generate as row
 
-    setting, population = row.setting_of(given, given.size(20, 4), 5, row.INPUTS, given.size(64, 8))
+    setting, population = row.setting_of(given, row.INPUTS, given.size(64, 8))
     requests, llm, engine = population.snapshot("requests"), setting["llm"], setting["engine"]
     build = prompt.BuildPrompts(
         prompt.Owed(requests, None, "bench", ("plug",), "all", None), parse_all(("plug",)),

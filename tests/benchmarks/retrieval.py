@@ -11,7 +11,11 @@ def run(given: Given) -> Found:
     from infra import session
 
     begin(given)
-    setting, population = setting_of(given, given.size(60, 4), 5, RETRIEVAL_INPUTS, given.size(8, 8))
+    setting, population = setting_of(given, RETRIEVAL_INPUTS, 8)
+    users = sorted(set(population.snapshot("requests").read(["user_id"])["user_id"].to_pylist()))
+    chosen = given.folder / "users.txt"
+    chosen.write_text("\n".join(users[::2]) + "\n")  # every other one: long prompts take their time
+    setting["users"] = str(chosen)
     jobs = {method: Job(given, setting, method, per="replies") for method in ("plug", "bm25")}
     found = in_turn(jobs, given.rounds)
     session.stop()

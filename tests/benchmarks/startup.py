@@ -19,5 +19,7 @@ def run(given: Given) -> Found:
     sides = {"--help": started, "refresh --help": lambda: started("refresh")}
     found = in_turn(sides, max(3, given.rounds))
     limit = [LIMIT_S] * len(found["--help"])
-    return Found([Line(f"python -m pipelines {name}", "the limit", "seconds", took, limit, most=1.0)
-                  for name, took in found.items()])  # fmt: skip
+    first = Line("python -m pipelines --help", "the limit", "seconds", found["--help"], limit, most=1.0)
+    return Found(
+        [first, Line("python -m pipelines refresh --help", "the same", "seconds", found["refresh --help"], limit)]
+    )

@@ -44,7 +44,7 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     from pplug.fit import FitConfig, Fitter, plan_epoch
     from pplug.llm import llm_id
 
-    population = prepare.refreshed(given.folder, given.size(60, 4), 5)
+    population = prepare.refreshed(given.folder, given.size(prepare.USERS, 4))
     llm_config = prepare.language_model(given.folder, name, sizes, population, INPUTS)
     samples = str(given.folder / "samples")
     names = ("histories", "embeddings-" + population.encoder_id, "requests")
@@ -58,7 +58,7 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     fitter = Fitter(plug, llm, config.fit, trained, validation, pad_id=tokenizer.pad_token_id or 0)
     size = config.fit.batch_size
     batch = next(batch for batch in plan_epoch(trained.lengths(), size, 0, 0) if len(batch) == size)
-    few = np.random.default_rng(0).permutation(batch)[: given.size(16, 2)]
+    few = np.random.default_rng(0).permutation(batch)[: given.size(8, 2)]
     return Setting(fitter, trained, batch, few), population
 
 
