@@ -118,7 +118,7 @@ def train(given: Given) -> list[dict[str, Any]]:
     for name, sizes in (("large", prepare.LARGE), ("demo", prepare.DEMO)):
         setting, _ = row.made(given, name, sizes)
         fitter, timer = setting.fitter, Timer()
-        step = partial(fitter.step, setting.batch, 0)
+        step = setting.ours
         step()
         floor = row.counted(step) / matmul_rate(fitter.dtype)
         by_kind = operators(step)
@@ -160,12 +160,9 @@ def generate(given: Given) -> list[dict[str, Any]]:
     buckets = pa.table({"bucket": sorted(requests.by_bucket())})
     out: list[pa.Table] = []
     spent = timer(lambda: out.append(reply_to(built(buckets))))
-    model = prepare.LARGE
-    block = 4 * model["width"] ** 2 + 3 * model["width"] * model["ffn_width"]
-    tokens = sum(sum(out[0][name].to_pylist()) for name in ("prompt_tokens", "output_tokens"))
-    head = model["width"] * model["vocab_size"] * sum(out[0]["output_tokens"].to_pylist())
+    prompt_tokens, output_tokens = (sum(out[0][name].to_pylist()) for name in ("prompt_tokens", "output_tokens"))
     dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else torch.float32
-    floor = 2 * (tokens * model["layers"] * block + head) / matmul_rate(dtype)
+    floor = row.llm_flops(prompt_tokens, output_tokens) / matmul_rate(dtype)
     answer.engine.shutdown()
     return [shares("generate with plug by part", spent, floor)]
 

@@ -39,7 +39,7 @@ def setting(tmp_path_factory):
     fitter = Fitter(plug, llm, FitConfig(precision="float32"), samples, samples)
     queries = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((COUNT, DIM)).astype(np.float32)))
     fitter._queries = lambda samples, indices: queries[torch.from_numpy(indices)]
-    return Setting(fitter, samples, np.arange(COUNT), np.arange(COUNT))
+    return Setting(fitter, samples, [np.arange(COUNT)], np.arange(COUNT))
 
 
 def gradients(fitter, loss):

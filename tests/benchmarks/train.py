@@ -10,7 +10,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,18 @@ class Setting:
 
     fitter: Any
     samples: Any
-    batch: np.ndarray
-    """Samples of our step."""
+    batches: list[np.ndarray]
+    """Our steps: of an epoch's batches, each of like length, some from the shortest to the longest."""
     few: np.ndarray
-    """Those of them that the published loop takes."""
+    """Those of their samples that the published loop takes in a step."""
+
+    def ours(self) -> None:
+        for batch in self.batches:
+            self.fitter.step(batch, 0)
+
+    @property
+    def samples_of_ours(self) -> np.ndarray:
+        return np.concatenate(self.batches)
 
 
 def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepare.Population]:
@@ -51,15 +58,17 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     tables = [population.snapshot(one) for one in names]
     stage = PrepareSamples(*tables, population.entry, SLOTS, samples)
     list(stage(pa.table({"bucket": sorted(tables[2].by_bucket())})))
-    config = train.Config(tables=population.tables, llm=llm_config, fit=FitConfig(batch_size=given.size(64, 8)))
+    config = train.Config(tables=population.tables, llm=llm_config, fit=FitConfig(batch_size=given.size(16, 4)))
     plug, llm, tokenizer = train._models(config, {"encoder_id": population.encoder_id, "llm_id": llm_id(llm_config)})
     with tempfile.TemporaryDirectory() as local:
         trained, validation = train._samples(config, samples, local, plug, llm, tokenizer)
     fitter = Fitter(plug, llm, config.fit, trained, validation, pad_id=tokenizer.pad_token_id or 0)
-    size = config.fit.batch_size
-    batch = next(batch for batch in plan_epoch(trained.lengths(), size, 0, 0) if len(batch) == size)
-    few = np.random.default_rng(0).permutation(batch)[: given.size(8, 2)]
-    return Setting(fitter, trained, batch, few), population
+    lengths, size, steps = trained.lengths(), config.fit.batch_size, given.size(4, 2)
+    full = [batch for batch in plan_epoch(lengths, size, 0, 0) if len(batch) == size]
+    full.sort(key=lambda batch: lengths[batch].sum())
+    batches = [full[(2 * i + 1) * len(full) // (2 * steps)] for i in range(steps)]
+    few = np.concatenate([batch[:: -(-size // given.size(2, 1))] for batch in batches])
+    return Setting(fitter, trained, batches, few), population
 
 
 @dataclass(frozen=True)
@@ -165,16 +174,16 @@ def lines(given: Given, name: str, sizes: dict[str, int]) -> tuple[list[Line], d
     """Our step, the published loop, and the loop with one change at a time."""
     setting, population = made(given, name, sizes)
     fitter, few = setting.fitter, len(setting.few)
-    ours = partial(fitter.step, setting.batch, 0)
-    ours()
+    setting.ours()
+    count = len(setting.samples_of_ours)
     fitter.schedule.base_lrs = [0.0 for _ in fitter.schedule.base_lrs]  # the figures of a step, not its effect
     at_once = best_rate({size: lambda s=size: few / seconds(lambda: Loop().step(setting, s)) for size in (2, 4, few)})
-    sides = {"ours": lambda: len(setting.batch) / seconds(ours)}
+    sides = {"ours": lambda: count / seconds(setting.ours)}
     for what, loop in {"published": Loop(), **CHANGES}.items():
         sides[what] = lambda loop=loop: few / seconds(lambda: loop.step(setting, at_once))
     found = in_turn(sides, given.rounds)
     work = counted(lambda: Loop().step(setting, at_once)) / few / 1e9
-    own = counted(ours) / len(setting.batch) / 1e9
+    own = counted(setting.ours) / count / 1e9
     size = sum(p.numel() for p in fitter.llm.model.parameters()) / 1e6
     peer = f"the published loop (its batch in parts of {at_once})"
     note = f"the aim is the ratio of the FLOPs, {work:.1f} to {own:.2f} GFLOP a sample"
@@ -182,13 +191,13 @@ def lines(given: Given, name: str, sizes: dict[str, int]) -> tuple[list[Line], d
                 least=LEAST, aim=round(work / own, 1), note=note)]  # fmt: skip
     out += [Line(f"the loop with {what}, LM of {size:.1f}M", "the published loop", "samples/s", found[what],
                  found["published"]) for what in CHANGES]  # fmt: skip
-    lengths = setting.samples.lengths()[setting.batch]
+    lengths = setting.samples.lengths()[setting.samples_of_ours]
     config = {
         f"{name} LM": f"{fitter.llm.model.config.vocab_size} tokens, width {fitter.llm.dim}, "
         f"{statistics.mean(lengths.tolist()):.0f} tokens a sample",
         "data": population.data,
-        "items a sample": round(float(np.diff(setting.samples.spans[setting.batch, 1:]).mean()), 1),
-        "our batch": len(setting.batch), "the loop's": few, "dtype": str(fitter.dtype), "threads": given.threads,
+        "items a sample": round(float(np.diff(setting.samples.spans[setting.samples_of_ours, 1:]).mean()), 1),
+        "our batch": len(setting.batches[0]), "the loop's": few, "dtype": str(fitter.dtype), "threads": given.threads,
     }  # fmt: skip
     return out, config
 
