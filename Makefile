@@ -1,5 +1,6 @@
 # `make demo` and `make test` are all a new user types; each installs what is missing into .venv first.
-# Choices: PYTHON=python3.12 (interpreter), ENGINE=cpu|gpu (default: gpu where nvidia-smi finds one), ARGS=... (passed on).
+# Choices: PYTHON=python3.12 (interpreter), ENGINE=cpu|gpu (default: gpu where nvidia-smi finds one), ARGS=... (passed on),
+# ONLY=encode,train (rows of bench).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 ARGS ?=
+ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(ENGINE)
@@ -51,9 +53,8 @@ format: $(READY) ## Put the code into the agreed format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Measure every speed claim beside a peer, in one run (still to come)
-	@test -f tests/benchmarks/__main__.py || { echo "make bench: there are no benchmarks yet" >&2; exit 1; }
-	$(BIN)/python -m tests.benchmarks $(ARGS)
+bench: check $(READY) ## Measure every speed claim beside a peer: 40 minutes; ONLY=encode: one row
+	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 bench-scale: $(READY) ## The table work at a million users, hours: ARGS="--users 1000000 --folder DIR"
 	$(BIN)/python -m tests.benchmarks.scale $(ARGS)

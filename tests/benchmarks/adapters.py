@@ -1,27 +1,26 @@
-"""Adapters a second: one stack of users against PEFT one user at a time, in one run, on the same data and steps.
+"""Training adapters: stacks of users against PEFT one user at a time, users a second; and what a stored adapter weighs.
 
-    python -m tests.benchmarks.adapters [--users 24] [--width 192] [--layers 4] [--vocab 4096] [--dtype float32]
-
-Histories of 10 to 50 short items. The peer is a plain loop over PEFT with the settings of the paper, batches padded to
-their longest row, the model's own loss: what the authors' code does, without its leak and without a trainer's overhead.
+The peer is a plain loop over PEFT with the settings of the paper, batches padded to their longest row, the model's own
+loss: what the authors' code does, without its leak and without a trainer's overhead. Data and steps are the same.
 """
 
-import argparse
-import json
-import os
-import statistics
-import time
+import shutil
+from functools import partial
+from typing import Any
 
 import numpy as np
-import peft
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from pplug.adapter import LoraConfig, StackConfig
-from pplug.lora import StackedTrainer, UserExamples, plan_steps, rate, user_seed
+from pplug.adapter import LoraConfig, StackConfig, to_bytes
+from pplug.lora import Fitted, StackedTrainer, UserExamples, plan_steps, rate, user_seed
+from tests.benchmarks.measure import Found, Given, Line, best_rate, in_turn, seconds
+
+LEAST = 3.0
+SIZES = {"vocab_size": 4096, "width": 192, "layers": 4, "heads": 6, "ffn_width": 512}
+"""The README's LM: 2.6M parameters."""
 
 
-def population(count: int, vocab: int) -> list[UserExamples]:
+def people(count: int, vocab: int) -> list[UserExamples]:
     """Users with 10 to 50 items of 24 to 64 tokens, targets of 2 to 6 tokens with EOS."""
     rng = np.random.default_rng(0)
 
@@ -34,22 +33,22 @@ def population(count: int, vocab: int) -> list[UserExamples]:
     ]
 
 
-def base(width: int, layers: int, vocab: int, dtype: torch.dtype) -> LlamaForCausalLM:
+def base(dtype: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=-(-8 * width // 3 // 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32),
-        num_key_value_heads=max(1, width // 32),
-        max_position_embeddings=512,
+        vocab_size=SIZES["vocab_size"], hidden_size=SIZES["width"], intermediate_size=SIZES["ffn_width"],
+        num_hidden_layers=SIZES["layers"], num_attention_heads=SIZES["heads"], num_key_value_heads=SIZES["heads"],
+        max_position_embeddings=512, tie_word_embeddings=True,
         attn_implementation="eager",  # quicker than the fused one in the backward of short rows
-    )
+    )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
 
 
-def one_by_one(model: LlamaForCausalLM, config: LoraConfig, users: list[UserExamples]) -> None:
+def one_by_one(model: Any, config: LoraConfig, users: list[UserExamples]) -> None:
+    import peft
+
     shape = config.shape
     model.requires_grad_(False)
     for user in users:
@@ -77,39 +76,69 @@ def one_by_one(model: LlamaForCausalLM, config: LoraConfig, users: list[UserExam
         model = wrapped.unload()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"users": 24, "width": 192, "layers": 4, "vocab": 4096, "rounds": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dtype, config = getattr(torch, args.dtype), LoraConfig()
-    users = population(args.users, args.vocab)
-    alone = base(args.width, args.layers, args.vocab, dtype)
-    budgets = (1024, 4096, 16_384)
-    stacks = {
-        tokens: StackedTrainer(base(args.width, args.layers, args.vocab, dtype), config, StackConfig(tokens=tokens))
-        for tokens in budgets
-    }
-    runs = {"peft": lambda: one_by_one(alone, config, users)}
-    runs |= {f"stack of {tokens} tokens": (lambda t=tokens: list(stacks[t].fit(users))) for tokens in budgets}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds):  # in turn: what else the machine does falls on all alike
-        for name, run in runs.items():
-            start = time.monotonic()
-            run()
-            seconds[name].append(time.monotonic() - start)
-    rates = {name: args.users / statistics.median(found) for name, found in seconds.items()}
-    print(json.dumps({
-        **vars(args),
-        "items": sum(len(user.examples) for user in users),
-        "users_per_second": {name: round(rate, 2) for name, rate in rates.items()},
-        "times_peft": {name: round(rate / rates["peft"], 2) for name, rate in rates.items()},
-        "seconds": {name: [round(one, 2) for one in found] for name, found in seconds.items()},
-    }, indent=2))  # fmt: skip
+def stored_bytes(given: Given, fitted: list[Fitted]) -> tuple[float, float]:
+    """Bytes a user in the table `adapters`, and of the raw weights in the type in which they are stored."""
+    import pyarrow as pa
+
+    from infra.shards import shard_columns
+    from pipelines import tables
+
+    place = given.folder / "adapters"
+    shutil.rmtree(place, ignore_errors=True)
+    table = tables.open_or_create(str(place), "adapters", 1)
+    kind = getattr(torch, LoraConfig().stored)
+    raw, cells = 0, []
+    for one in fitted:
+        weights = {name: (a.to(kind), b.to(kind)) for name, (a, b) in one.weights.items()}
+        raw += sum(part.nbytes for pair in weights.values() for part in pair)
+        cells.append(to_bytes(weights, "0" * 16))
+    users = pa.array([one.user_id for one in fitted])
+    buckets, keys = shard_columns(users, 1)
+    given_columns = {"bucket": buckets, "user_key": keys, "user_id": users, "weights": pa.array(cells, pa.binary())}
+    rows = pa.table({
+        field.name: given_columns.get(field.name, pa.nulls(len(users), field.type)) for field in table.spec.schema
+    })  # fmt: skip
+    files = table.write(rows.cast(table.spec.schema), "bench")
+    return sum(file.size for file in files) / len(fitted), raw / len(fitted)
 
 
-if __name__ == "__main__":
-    main()
+def run(given: Given) -> Found:
+    from pplug.encoder import best_dtype
+
+    torch.set_num_threads(given.threads)
+    dtype, config = best_dtype(), LoraConfig()
+    users = people(given.size(16, 4), SIZES["vocab_size"])
+    alone, shared = base(dtype), base(dtype)
+    trainer = StackedTrainer(shared, config, StackConfig())
+
+    def stacked(chosen: list[UserExamples], tokens: int) -> list[Fitted]:
+        trainer.stack = StackConfig(tokens=tokens)
+        return list(trainer.fit(chosen))
+
+    def speed(count: int, tokens: int) -> float:
+        return count / seconds(lambda: stacked(users[:count], tokens))
+
+    one_by_one(alone, config, users[:1])
+    few = users[: given.size(8, 2)]
+    tokens = best_rate({size: partial(speed, len(few), size) for size in (1024, 4096, 16_384)})
+    counts = sorted({1, 4, len(users)})
+    sides = {"peft": lambda: len(users) / seconds(lambda: one_by_one(alone, config, users))}
+    # several runs of a few users, so that every figure is of as many users
+    sides |= {f"stack of {count}": partial(_of_all, users, count, tokens, stacked) for count in counts}
+    found = in_turn(sides, given.rounds)
+    lines = [Line("adapters in a stack", "PEFT one by one", "users/s", found[f"stack of {len(users)}"], found["peft"],
+                  least=LEAST)]  # fmt: skip
+    lines += [Line(f"adapters, {count} users at once", "1 user at once", "users/s", found[f"stack of {count}"],
+                   found["stack of 1"]) for count in counts[1:]]  # fmt: skip
+    table, raw = stored_bytes(given, stacked(few, tokens))
+    lines.append(Line("an adapter in the table", "its weights", "bytes", [table], [raw]))
+    settings = {"users": len(users), "items": sum(len(user.examples) for user in users), "base": f"Llama {SIZES}",
+                "rank": config.shape.rank, "targets": "+".join(config.shape.targets), "dtype": str(dtype),
+                "stored": config.stored, "tokens a pass": tokens, "threads": given.threads}  # fmt: skip
+    return Found(lines, settings)
+
+
+def _of_all(users: list[UserExamples], count: int, tokens: int, stacked: Any) -> float:
+    """Users a second, `count` at a time until all have had their turn."""
+    groups = [users[start : start + count] for start in range(0, len(users) - count + 1, count)]
+    return sum(map(len, groups)) / seconds(lambda: [stacked(group, tokens) for group in groups])
