@@ -53,7 +53,7 @@ format: $(READY) ## Put the code into the agreed format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: check $(READY) ## Measure every speed claim beside a peer: 40 minutes; ONLY=encode: one row
+bench: check $(READY) ## Measure every speed claim beside a peer; ONLY=encode: one row
 	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 bench-scale: $(READY) ## The table work at a million users, hours: ARGS="--users 1000000 --folder DIR"
