@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from infra.errors import InputError
 from infra.shards import user_key
 from pipelines import compact, export, generate, tables
 from pipelines.methods import parse, parse_all
 from pipelines.stages.owed import OwedUsers
-from pipelines.stages.profile import AskForProfiles
+from pipelines.stages.profile import AskForProfiles, WriteProfiles
 from pipelines.stages.prompt import BuildPrompts, Owed
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.history import history_hash
@@ -31,12 +32,13 @@ from tests.pplug.models import WORDS, tiny_llama
 TASK = NOTES | {"retrieval": {"pattern": '"{text}" is {mood} ', "wrap": "{items}. {input}"}}
 PROFILE = ProfileConfig(items=2, prompt="{items}. the answer", prompt_tokens=60, text="likes {profile} .\n")
 DECODING, ENGINE = Decoding(max_tokens=8), EngineConfig(kind="transformers", dtype="float32", batch_rows=4)
-PEOPLE = ("ann", "bob", "cleo", "dan")
+PEOPLE = {"ann": "cat", "bob": "dog", "cleo": "film", "dan": "tree"}
 BUCKETS = 4
 
 
-def item(user, day, mood="good", text=None):
-    fields = {"mood": mood, "text": text or f"{user} cat on mat {('one', 'two', 'three', 'big', 'red')[day % 5]}"}
+def item(user, day, mood="good"):
+    text = f"the {PEOPLE.get(user, 'music')} on {('one', 'two', 'three', 'big', 'red', 'mat', 'nature', 'crime')[day]}"
+    fields = {"mood": mood, "text": text}
     at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=day)
     return {"user_id": user, "item_id": f"{day}", "occurred_at": at.isoformat(), "fields": fields}
 
@@ -70,16 +72,30 @@ def profiles(population):
     return found
 
 
+def talkative(folder, seed=0):
+    """A tiny model that never ends at once: no special token is ever likelier than all words."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(folder, seed=seed))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:4] = 0
+    model.save_pretrained(folder)
+    return LLMConfig(model=str(folder))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, ray_session):
-    """Four people with five items, of which the newest two are requests; one with a single item, one without any."""
+    """Four people with five items, of which the newest two are requests; one with a single item, one without any.
+
+    Later items come when the profiles are there: all that is tested below is tested beside them.
+    """
     folder = tmp_path_factory.mktemp("profiles")
-    population, llm = Population(folder), LLMConfig(model=str(tiny_llama(folder / "llm")))
+    population, llm = Population(folder), talkative(folder / "llm")
     rows = [item(user, day, ("good", "bad")[day % 2]) for user in PEOPLE for day in range(5)]
     put(population, [*rows, item("solo", 0)], derive_requests=2)
     put(population, requests=[{"request_id": "lonely", "user_id": "nobody", "input": "How do I feel? a film"}])
     assert run(population, "first", llm=llm, write_profiles=True) == 0
-    return SimpleNamespace(population=population, llm=llm, report=population.report, frozen=FrozenLLM.load(llm))
+    report = population.report
+    put(population, [item(user, day, "bad") for user in PEOPLE for day in (6, 7)])
+    return SimpleNamespace(population=population, llm=llm, report=report, frozen=FrozenLLM.load(llm))
 
 
 # --- how they are made -----------------------------------------------------------------------------------------------
@@ -88,7 +104,7 @@ def made(tmp_path_factory, ray_session):
 @torch.no_grad()
 def test_a_profile_is_the_llms_reply_to_the_newest_items_before_the_first_request(made):
     found, frozen = profiles(made.population), made.frozen
-    assert found.keys() == set(PEOPLE)
+    assert found.keys() == PEOPLE.keys() and len({row["text"] for row in found.values()}) > 1
     for user, row in found.items():
         items = made.population.items()[user]  # 3 and 4 are requests, so that 0, 1, 2 may be seen, and 2 of them count
         two, one = (items[i]["fields"] for i in (2, 1))
@@ -114,14 +130,22 @@ def test_who_has_nothing_to_tell_is_a_reject_without_a_word_of_a_text(made):
     rows = {row["key"]: row for row in made.population.rows("rejects") if row["job"] == "generate"}
     assert {key: row["reason"] for key, row in rows.items()} == {
         user_key("nobody"): "no_history", user_key("solo"): "no_usable_item"}  # fmt: skip
-    assert "cat" not in json.dumps([row["detail"] for row in rows.values()]) + json.dumps(made.report)
+    assert "the cat" not in json.dumps([row["detail"] for row in rows.values()]) + json.dumps(made.report)
 
 
-def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, ray_session):
-    """Later items change nothing, an earlier request does."""
+def test_later_items_change_no_profile(made):
+    before = profiles(made.population)
+    assert run(made.population, "later", llm=made.llm, write_profiles=True) == 0
+    assert (made.population.report["written"], made.population.report["already_there"]) == (0, 4)
+    assert profiles(made.population) == before
+    rejects = [row["key"] for row in made.population.rows("rejects") if row["job"] == "generate"]
+    assert sorted(rejects) == sorted({user_key("nobody"), user_key("solo")})  # known since the first time
+
+
+@pytest.mark.slow
+def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path):
     population = Population(tmp_path)
-    rows = [item(user, day) for user in PEOPLE for day in range(5)]
-    put(population, rows, derive_requests=2)
+    put(population, [item(user, day) for user in PEOPLE for day in range(5)], derive_requests=2)
     put(population, requests=[{"request_id": "open", "user_id": "cleo", "input": "How do I feel? a dog"}])
     asked = {"llm": made.llm, "write_profiles": True}
     (tmp_path / "users").write_text("ann\nnobody asks for me\n")
@@ -133,67 +157,71 @@ def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, ray_se
     buckets = {row["bucket"] for user, row in first.items() if user != "ann"}
     assert len(table.committed("all")) == len(buckets) + 1  # and the one that ends the run
 
-    put(population, [item(user, day, "bad") for user in PEOPLE for day in (6, 7)])
-    version = table.version
-    assert run(population, "later", **asked) == 0
-    assert (population.report["written"], population.report["already_there"]) == (0, 4)
-    assert table.version == version and profiles(population) == first
-
-    earlier = item("bob", 1)["occurred_at"]
+    earlier = item("bob", 2)["occurred_at"]
     requests = [{"request_id": "earlier", "user_id": "bob", "input": "How do I feel? a cat", "as_of": earlier},
                 {"request_id": "zoe", "user_id": "zoe", "input": "How do I feel? a tree"}]  # fmt: skip
     put(population, [item("zoe", 0), item("zoe", 1)], requests)
     assert run(population, "night", **asked) == 0
     assert (population.report["written"], population.report["already_there"]) == (2, 3)
     second = profiles(population)
-    assert second.keys() == {*PEOPLE, "zoe"} and second["bob"]["n_items"] == 1
-    assert {name for name in PEOPLE if first[name] != second[name]} == {"bob"}
-    # the same settings but for one word: everybody's anew, or nobody's
+    assert second.keys() == {*PEOPLE, "zoe"} and {name for name in PEOPLE if first[name] != second[name]} == {"bob"}
+    old = [row["text_hash"] for row in population.items()["bob"][:2]]
+    assert second["bob"]["history_hash"] == history_hash(old) != first["bob"]["history_hash"]
+    # other settings, by one word: everybody's anew, or nobody's
     other = PROFILE.model_copy(update={"prompt": "{items}. the music"})
     with pytest.raises(InputError, match="leave users out to write everybody's anew"):
         run(population, "mixed", users=str(tmp_path / "users"), **asked | {"profile": other})
-    assert run(population, "anew", **asked | {"profile": other}) == 0
-    assert population.report["written"] == 5
-    assert {row["profile_id"] for row in profiles(population).values()} == {population.report["profile_id"]}
+    before = table.snapshot(complete=True)
+    for made_as, owed in ((before.metadata["profile_id"], 0), ("other", 5)):
+        again = [one.read(bucket) for bucket in range(BUCKETS) for one in [owing(population, before, made_as)]]
+        assert sum(one.owed for one in again) == owed == 5 - sum(one.there for one in again)
 
 
-def test_a_prompt_that_gets_no_reply_makes_no_profile(made, tmp_path, ray_session):
-    population = Population(tmp_path)
-    put(population, [item("ann", day) for day in range(3)] + [item("bob", 0)])
-    put(population, requests=[{"request_id": name, "user_id": name, "input": "?"} for name in ("ann", "bob")])
-    asked = {"llm": made.llm, "write_profiles": True, "max_reject_fraction": 0.9}
-    # ann's prompt of two items is longer than this engine takes, bob's is not
-    assert run(population, "long", engine=ENGINE.model_copy(update={"context": 30}), **asked) == 0
-    assert population.report["rejected"] == {"no_reply": 1} and profiles(population).keys() == {"bob"}
-    (row,) = [row for row in population.rows("rejects") if row["key"] == user_key("ann")]
-    assert "the engine's context of 30 leaves 22" in row["detail"] and "cat" not in row["detail"]
-    # every word ends the reply before it has begun
-    stopped = Decoding(max_tokens=8, stop=tuple(WORDS))
-    assert run(population, "empty", decoding=stopped, **asked | {"max_reject_fraction": 0.5}) == 3
-    assert population.report["rejected"] == {"empty_profile": 2}
-    with pytest.raises(InputError, match="the table profiles in .* is empty; run `generate --write-profiles`"):
-        run(population, "none", llm=made.llm, methods=("profile",))
+def owing(population, before=None, made_as="x"):
+    names = ("histories", "requests")
+    known = {name: tables.open_table(population.tables, name).snapshot(complete=True) for name in names}
+    return OwedUsers(**known, before=before, made_as=made_as, cap=PROFILE.items, users=None, buckets=BUCKETS,
+                     id_column="profile_id", only_asking=True)  # fmt: skip
 
 
 def asking(made, entry=None, **config):
     """The stage that asks, over all buckets."""
-    place = made.population.tables
-    names = {name: tables.open_table(place, name).snapshot(complete=True) for name in ("histories", "requests")}
-    owed = OwedUsers(**names, before=None, made_as="x", cap=2, users=None, buckets=BUCKETS, id_column="profile_id",
-                     only_asking=True)  # fmt: skip
-    entry = entry or tables.task_entry(None, names["histories"])
+    owed = owing(made.population)
+    entry = entry or tables.task_entry(None, owed.histories)
     stage = AskForProfiles(owed, entry, made.llm, PROFILE.model_copy(update=config), False)
-    rows = pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))}))).to_pylist()
-    return {row["user_id"]: row for row in rows if row["user_id"]}
+    return pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))})))
+
+
+def by_user(rows):
+    return {row["user_id"]: row for row in rows.to_pylist() if row["user_id"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "said"),
+    [
+        # the prompt has 22 tokens; and every word ends the reply before it has begun
+        ({"engine": ENGINE.model_copy(update={"context": 29})}, "no_reply", "the engine's context of 29 leaves 21"),
+        ({"decoding": DECODING.model_copy(update={"stop": tuple(WORDS)})}, "empty_profile", "the reply has no text"),
+    ],
+)
+def test_a_prompt_that_gets_no_reply_makes_no_profile(made, change, reason, said):
+    how = {"engine": ENGINE, "decoding": DECODING} | change
+    asked = asking(made)
+    rows = WriteProfiles(made.llm, how["engine"], how["decoding"], "llm", "run", 1)(asked)
+    assert len(rows) == len(asked) == 6
+    for user, row in by_user(rows).items():
+        if user in PEOPLE:
+            assert row["reject_reason"] == reason and said in row["reject_detail"] and row["text"] is None
+            assert PEOPLE[user] not in row["reject_detail"]
 
 
 def test_items_that_cannot_be_shown_are_a_reject(made):
-    assert asking(made, prompt_tokens=9)["ann"]["reject_reason"] == "no_room"
+    assert by_user(asking(made, prompt_tokens=7))["ann"]["reject_reason"] == "no_room"
     entry = tables.task_entry(None, tables.open_table(made.population.tables, "histories").snapshot(complete=True))
     form = entry.retrieval.model_copy(update={"pattern": "{remark} {text}"})
-    row = asking(made, entry.model_copy(update={"retrieval": form}))["ann"]
+    row = by_user(asking(made, entry.model_copy(update={"retrieval": form})))["ann"]
     assert row["reject_reason"] == "missing_field" and "'remark'" in row["reject_detail"]
-    assert "cat" not in row["reject_detail"] and row["before"] is None
+    assert "the cat" not in row["reject_detail"] and row["before"] is None
 
 
 # --- where they stand ------------------------------------------------------------------------------------------------
@@ -268,23 +296,25 @@ def test_replies_with_profiles_are_written_and_users_without_one_are_counted(mad
 
 def test_what_generate_refuses_before_an_engine_starts(made, tmp_path):
     place = made.population
-    other = LLMConfig(model=str(tiny_llama(tmp_path / "llm", seed=3)))
+    other = talkative(tmp_path / "llm", seed=3)
     with pytest.raises(InputError, match="were written by LLM .* or give --profile.llm-id"):
         run(place, "other", llm=other, methods=("profile",))
+    # but taken where it is named; nobody asks, so that no engine starts
+    (tmp_path / "users").write_text("somebody else\n")
+    named = PROFILE.model_copy(update={"llm_id": llm_id(made.llm)})
+    assert run(place, "named", llm=other, methods=("profile",), profile=named, users=str(tmp_path / "users")) == 0
     with pytest.raises(InputError, match="leave a profile no room beside the words of profile.text"):
         run(place, "room", llm=made.llm, methods=("profile",), profile=PROFILE.model_copy(update={"max_tokens": 2}))
     bare = Population(tmp_path)
     put(bare, [item("ann", day) for day in range(3)], derive_requests=1)
     with pytest.raises(InputError, match="no table profiles in .*run `generate --write-profiles`"):
         run(bare, "none", llm=made.llm, methods=("profile",))
+    empty = tables.open_or_create(bare.tables, "profiles", BUCKETS)
+    empty.commit([], run_id="first", group=0, mode="append", planned_on=empty.version, complete=True)
+    with pytest.raises(InputError, match="the table profiles in .* is empty; run `generate --write-profiles`"):
+        run(bare, "empty", llm=made.llm, methods=("profile",))
     with pytest.raises(InputError, match="does not say how items stand in a prompt"):
         run(bare, "form", llm=made.llm, write_profiles=True, task=bare.task(NOTES))
-
-
-def test_profiles_of_another_llm_are_used_when_it_is_named(made, tmp_path):
-    other = LLMConfig(model=str(tiny_llama(tmp_path / "llm", seed=3)))
-    named = PROFILE.model_copy(update={"llm_id": llm_id(made.llm)})
-    assert run(made.population, "named", llm=other, methods=("profile",), profile=named) == 0
 
 
 def test_profiles_are_exported_and_compacted_as_any_table(made, tmp_path):
