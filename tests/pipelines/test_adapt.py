@@ -257,8 +257,6 @@ def test_the_table_says_whether_its_adapters_are_cut(population, llm, tmp_path):
         ("open", {"cut": "none"}, "none", 2),
         ("one", {"users": str(tmp_path / "users")}, "none", 1),  # bob's knows his answer still
         ("all", {}, "requests", 1),
-        ("again", {}, "requests", 0),
-        ("open-again", {"cut": "none"}, "none", 2),
     ):
         assert run(population, llm, name, **change) == 0
         assert table.snapshot(complete=True).metadata["cut"] == cut == population.report["cut"], name
