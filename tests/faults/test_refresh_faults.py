@@ -97,6 +97,7 @@ def undisturbed(population, tmp_path_factory):
     return own.place
 
 
+@pytest.mark.slow
 def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population, undisturbed, tmp_path):
     own = night(population, tmp_path)
     words = population.words(refresh, "night", **own.values)

@@ -14,6 +14,7 @@ from tests.pipelines import small
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-3, held_out=0.2)
 EVERY = 2
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,6 @@ def test_a_run_does_not_go_on_with_another_config(population, killed):
         population.run(train, "killed", **other)
 
 
-@pytest.mark.slow
 def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_only(population, killed):
     """The newest checkpoint is cut, and Ray's record of them is empty: by itself Ray would refuse the run for ever."""
     folder = population.root / "runs" / "cut" / "train" / "cut"

@@ -15,11 +15,8 @@ def population(tmp_path_factory):
     return small.make(tmp_path_factory.mktemp("submit"), train_users=12, test_users=2, train_requests=2)
 
 
-def test_ingest_refresh_train_and_generate_run_as_submitted_jobs(population, ray_head):
-    fit = FitConfig(epochs=1, batch_size=16, precision="float32", held_out=0.3)
-    plug = str(population.root / "plug")
-    llm = {"tables": population.tables, "llm": population.llm}
-
+@pytest.fixture(scope="module")
+def submit(population, ray_head):
     def submit(job, run_id, **values):
         done = ray_head.submit("python", *population.words(job, run_id, **values))
         assert done.returncode == 0, done.stdout[-4000:]
@@ -28,16 +25,31 @@ def test_ingest_refresh_train_and_generate_run_as_submitted_jobs(population, ray
         assert report["planned"] == report["written"] > 0
         return report
 
+    return submit
+
+
+@pytest.fixture(scope="module")
+def refreshed(population, submit):
+    """What the submitted ingest and refresh report."""
     source = {name: str(population.files[f"train/{kind}"]) for name, kind in
               (("source", "histories"), ("requests_source", "requests"))}  # fmt: skip
     submit(ingest, "ingest", tables=population.tables, task=str(population.files["task"]), buckets=2, **source)
-    report = submit(refresh, "refresh", **population.common)
+    return submit(refresh, "refresh", **population.common)
+
+
+def test_ingest_and_refresh_run_as_submitted_jobs(population, refreshed):
     embeddings = small.names(population.tables, "embeddings")
-    assert report["tables_written"] == {embeddings: 1, "personas": 1}
+    assert refreshed["tables_written"] == {embeddings: 1, "personas": 1}
     items = {(row["user_key"], row["text_hash"]) for row in small.rows(population.tables, "histories")}
-    assert len(small.rows(population.tables, embeddings)) == len(items) == report["written"]
+    assert len(small.rows(population.tables, embeddings)) == len(items) == refreshed["written"]
     assert len(small.rows(population.tables, "personas")) == 12
 
+
+@pytest.mark.slow
+def test_train_and_generate_run_as_submitted_jobs(population, refreshed, submit):
+    fit = FitConfig(epochs=1, batch_size=16, precision="float32", held_out=0.3)
+    plug = str(population.root / "plug")
+    llm = {"tables": population.tables, "llm": population.llm}
     report = submit(train, "train", **llm, encoder=population.encoder, plug=plug, fit=fit)
     assert report["planned"] == 12 * 2 and (population.root / "plug" / "model.safetensors").exists()
 
