@@ -23,7 +23,7 @@ from infra.errors import InputError
 MARK = ".pplug-demo"
 TOLD_WITHIN = 0.1
 """How close to the best possible score the oracle prompt has to come for the comparison to mean anything."""
-METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
+METHODS = ("none", "bm25", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
 WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
 """Scored for those who own an adapter: training one for everybody would take as long as all the rest."""
 
@@ -47,7 +47,7 @@ class Config(BaseModel):
     """Of the test users, how many get an adapter, from what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(1800, gt=0)
+    lm_steps: int = Field(2400, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)
     """Of the plug."""
@@ -65,6 +65,8 @@ def run(config: Config) -> int:
         train_users=config.train_users,
         test_users=config.test_users,
         corpus_users=config.corpus_users,
+        stated=0.55,
+        shown=0.25,
         evenness=0.75,  # popular themes stand out enough for a tiny LM to know them without being told whose item it is
         items=(14, 50),
     )
@@ -129,7 +131,8 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
     return [
         ingest("corpus"),
         ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"),
-         "--set", f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}"],
+         "--set", f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}",
+         "lm.short_first=0.5"],  # else reading a stated preference comes late, or not at all, beside reading items
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,

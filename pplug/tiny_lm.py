@@ -52,6 +52,10 @@ class TinyLMConfig(BaseModel):
     """None: as many as fit into max_minutes."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget. It shortens the schedule, so two runs that hit it need not be equal."""
+    short_first: float = Field(0.0, ge=0, lt=1)
+    """Share of the run that reads only texts of at most `short_tokens`: a skill that short texts teach comes sooner."""
+    short_tokens: int = Field(64, ge=16)
+    """Longest text of that first part."""
     lr: float = Field(3e-3, gt=0)
     """Peak; warmed up over the first twentieth of the run, then a cosine to a hundredth of it."""
     weight_decay: float = Field(0.05, ge=0)
@@ -116,7 +120,7 @@ def train_lm(
         suffix: stands between input and target; the prompt layout's, or prompts will look foreign to the model.
 
     Raises:
-        ValueError: there are no texts, or none is left to train on after holding some out.
+        ValueError: there are no texts, or none is left to train on after holding some out, or none is short.
     """
     import torch
 
@@ -132,10 +136,14 @@ def train_lm(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(tokenizer, config).to(device).train()
     optimizer = _optimizer(model, config)
-    batches = _endless([rows[i] for i in rest], config, tokenizer.pad_token_id)
+    kept = [rows[i] for i in rest]
+    short = [row for row in kept if len(row[0]) <= config.short_tokens] if config.short_first else kept
+    if not short:
+        raise ValueError(f"no text has at most short_tokens={config.short_tokens} tokens, but short_first is above 0")
+    batches, first = (_endless(list(part), config, tokenizer.pad_token_id) for part in (kept, short))
     start, step, done, seen = time.monotonic(), 0, 0.0, 0
     while done < 1:
-        ids, is_target, real = (tensor.to(device) for tensor in next(batches))
+        ids, is_target, real = (tensor.to(device) for tensor in next(first if done < config.short_first else batches))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(done)
         with _autocast(config, device):
