@@ -98,6 +98,23 @@ def test_a_budget_of_minutes_ends_the_training_and_progress_reaches_one():
     assert [now.done for now in seen] == sorted(now.done for now in seen)
 
 
+def test_the_first_part_of_a_run_reads_short_texts_only():
+    """Long texts have an answer of their own here: who has not read them gives that of the short ones."""
+    long = [("so " * 12 + f"say {word}", "grey") for word in random.Random(1).choices(WORDS, k=200)]
+    sizes = TINY.model_copy(update={"short_tokens": 24})
+    exact = {}
+    for share in (0.0, 0.99):
+        made = train_lm(echoes(200) + long, sizes.model_copy(update={"short_first": share}))
+        rows = encode(long[:50], made.tokenizer, 64)
+        assert (
+            min(len(ids) for ids, _ in rows) > 24 > max(len(ids) for ids, _ in encode(echoes(50), made.tokenizer, 64))
+        )
+        exact[share] = score(made.model, rows, sizes, made.tokenizer.pad_token_id)["heldout_target_exact"]
+    assert exact[0.0] > 0.9 and exact[0.99] < 0.1
+    with pytest.raises(ValueError, match="no text has at most short_tokens=24 tokens"):
+        train_lm(long, sizes.model_copy(update={"short_first": 0.5}))
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
