@@ -49,8 +49,8 @@ def sign(metric: str) -> int:
 
 
 def is_control(method: str) -> bool:
-    """Whether a method shows what is not the user: another user's history, or none of it."""
-    return any(part.partition(":")[2] in ("no-history", "other-user") for part in method.split("+"))
+    """Whether a method shows what is not the user: another user's history, none of it, or a training without any."""
+    return any(part.partition(":")[2] in ("no-history", "other-user", "soft-prompt") for part in method.split("+"))
 
 
 def is_bound(method: str) -> bool:

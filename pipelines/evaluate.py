@@ -98,6 +98,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         parts = {}
         for repeat in [(run,) for run in runs] if config.pool else [runs]:
             parts[repeat] = _score(config, entry, snapshots, repeat, facts, cuts, users=users)
+            _refuse_strangers(parts[repeat], repeat, config)
             _refuse_gaps(parts[repeat], repeat, config)
         scored = _pooled(parts)
         stage.rows = scored.answered * len(scored.methods) * len(parts)
@@ -123,8 +124,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         report.extra["predictions"] = files if len(parts) > 1 else next(iter(files.values()))
     if config.examples:
         report.extra["examples"] = examples(scored, entry, config.examples)
-    said = snapshots["generations"].metadata
-    report.extra["identities"] = {name: said.get(name) for name in ("llm_id", "plug_id", "decoding_id")}
+    report.extra["identities"] = identities(list(parts.values()))
     with report.stage("page"):
         page.write(report.run_dir, report.to_dict())
     print(table_text(report.extra), flush=True)
@@ -191,6 +191,8 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: Any) -
     left = {run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out}
     warnings = [f"only {n_users} users: the intervals are wide and rough"] * (n_users < intervals.FEW_OWNERS)
     warnings += [f"{n} requests of {run} are not in the other run" for run, n in left.items()]
+    gone = {run: side.n_strangers for run, side in zip(runs, sides, strict=True) if side.n_strangers}
+    warnings += [f"{n} requests that {run} answered are in the table requests no more" for run, n in gone.items()]
     return {
         "task": entry.name,
         "runs": list(runs),
@@ -293,9 +295,10 @@ def read_seconds(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, flo
 def _shares(snapshots: "dict[str, Snapshot]", config: EvaluateConfig) -> list[list[int]]:
     from infra.errors import InputError
 
-    buckets = sorted(snapshots["requests"].by_bucket())
-    if not buckets:
+    asked = snapshots["requests"].by_bucket()
+    if not asked:
         raise InputError(f"{config.tables}: the table requests is empty; ingest requests with targets first")
+    buckets = sorted({*asked, *snapshots["generations"].by_bucket()})  # a reply without its request counts too
     return [buckets[start::SHARES] for start in range(min(SHARES, len(buckets)))]
 
 
@@ -372,7 +375,7 @@ def _pooled(parts: "dict[tuple[str, ...], Scored]") -> "Scored":
     """Repeats of the same methods added up; what is counted in requests and users stays that of one of them.
 
     Raises:
-        InputError: the runs do not repeat the same methods on as many requests.
+        InputError: the runs do not repeat the same methods on the same requests.
     """
     import dataclasses
     import functools
@@ -382,13 +385,15 @@ def _pooled(parts: "dict[tuple[str, ...], Scored]") -> "Scored":
 
     (repeat, one), *others = parts.items()
     for name, other in others:
-        if list(other.methods) != list(one.methods) or other.answered != one.answered:
+        alike = list(other.methods) == list(one.methods) and other.answered == one.answered
+        if not alike or other.which != one.which:
             has = [
                 f"{', '.join(run)} has {', '.join(part.methods)} on {part.answered} requests"
                 for run, part in ((repeat, one), (name, other))
             ]
             raise InputError(
                 f"pool: the runs must repeat the same methods on the same requests, but {has[0]}, and {has[1]}"
+                f"{', not all of them the same' if alike else ''}"
             )
     methods = {name: functools.reduce(added, (part.methods[name] for part in parts.values())) for name in one.methods}
     return dataclasses.replace(one, methods=methods)
@@ -403,6 +408,18 @@ def _scores(scored: "Scored", entry: "TaskEntry") -> dict[str, dict[str, float]]
         name: {metric: float(values[0]) for metric, values in metrics.from_sums(entry, tally.sums[None, :k]).items()}
         for name, tally in scored.methods.items()
     }
+
+
+def _refuse_strangers(scored: "Scored", runs: tuple[str, ...], config: EvaluateConfig) -> None:
+    """The official rule: predictions are of the same requests as the golds."""
+    from infra.errors import InputError
+
+    if scored.n_strangers:
+        raise InputError(
+            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_strangers} requests that the table "
+            f"requests does not have, such as {', '.join(map(repr, scored.strangers))}; ingest those requests again, "
+            "or score the users that are left with --users"
+        )
 
 
 def _refuse_gaps(scored: "Scored", runs: tuple[str, ...], config: EvaluateConfig) -> None:
@@ -480,6 +497,14 @@ def summary(
         "groups": breakdown.of_thirds(scored, entry, survey, cuts, repeats),
         "warnings": _warnings(scored, n_users),
     }
+
+
+def identities(parts: "list[Scored]") -> dict[str, str | None]:
+    """Which models and decoding the replies are by; two plugs in two runs stand side by side."""
+    from pipelines.stages.score import IDENTITIES
+
+    made_by = {(kind, said) for part in parts for method, kind, said in part.made_by if method in part.methods}
+    return {name: ", ".join(sorted(said for kind, said in made_by if kind == name)) or None for name in IDENTITIES}
 
 
 def examples(scored: "Scored", entry: "TaskEntry", count: int) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ class Config(BaseModel):
     """Folder or s3:// prefix of the population's tables."""
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
-    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, adapter, adapter:other-user, random, recency,
-    bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or adapter+profile."""
+    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter, adapter:other-user,
+    random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or adapter+profile."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -153,6 +153,9 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
             f"{config.llm.model} with this layout is {llm}; give the LLM and llm.layout it was trained with, or train "
             "a new plug"
         )
+    _refuse_a_mixture(config.plug, made_for.trained_without_history, methods)
+    if made_for.trained_without_history:
+        return {"plug_id": plug_id(config.plug), "embeddings": None, "personas": None}
     name = tables.embeddings_name(made_for.encoder_id or "")
     embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
     report.table_read(name, embeddings.version)
@@ -166,6 +169,21 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
                 personas = stored
                 report.table_read("personas", stored.version)
     return {"plug_id": identity, "embeddings": embeddings, "personas": personas}
+
+
+def _refuse_a_mixture(plug: str, without_history: bool, methods: list[Method]) -> None:
+    """A soft prompt has a row of its own in a report: it is never scored as a plug, nor a plug as it."""
+    wrong = [method.name for method in methods if method.plug and (method.plug == "soft-prompt") != without_history]
+    if wrong and without_history:
+        raise InputError(
+            f"plug {plug} was trained without any history, so methods {wrong} say nothing of it; ask for "
+            "plug:soft-prompt, or give a plug that was trained with histories"
+        )
+    if wrong:
+        raise InputError(
+            f"methods {wrong} need a plug that was trained without any history, but {plug} was trained with histories; "
+            "train one with --set shape.without_history=true, or ask for plug:no-history of this one"
+        )
 
 
 def _adapters(config: Config, methods: list[Method], llm: str, report: RunReport) -> "Snapshot | None":

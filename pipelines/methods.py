@@ -10,6 +10,7 @@ plug:attention    items weighed by likeness to the request
 plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
 plug:no-history   control: the instruction row alone, as for a user without history
 plug:other-user   control: the persona of another user, drawn at random but the same in every run
+plug:soft-prompt  control: a plug that was trained without any history, so that its gain is the task's and nobody's
 adapter           the user's own LoRA adapter, as `adapt` made it; a user without one gets the base's reply
 adapter:other-user  control: another person's adapter, drawn at random but the same in every run
 profile           the user's profile in words, as `generate --write-profiles` made it; a user without one gets the rest
@@ -31,6 +32,7 @@ PARTS = {
     "plug:mean": "persona rows, items weighed alike",
     "plug:no-history": "control: the instruction row alone",
     "plug:other-user": "control: another user's persona",
+    "plug:soft-prompt": "control: a soft prompt trained without any history",
     "adapter": "the user's LoRA adapter",
     "adapter:other-user": "control: another person's adapter",
     "profile": "the user's profile in words",
@@ -45,7 +47,7 @@ class Method:
 
     name: str
     plug: str | None
-    """None, or how the persona is made: trained, attention, mean, no-history, other-user."""
+    """None, or how the persona is made: trained, attention, mean, no-history, other-user, soft-prompt."""
     oracle: bool
     adapter: str | None = None
     """None, or whose: own, other-user."""

@@ -17,6 +17,12 @@ DARK = {
     "even": "#8b94a1", "one": "#7fb0f5", "two": "#e8a45c", "three": "#5cc596", "four": "#c79ae0", "five": "#a3acb8",
 }  # fmt: skip
 _BASELINE = "none"
+_CONTROLS = {
+    "adapter:other-user": "another person's adapter",
+    "other-user": "another person's history",
+    "no-history": "no history at all",
+    "soft-prompt": "a soft prompt trained without any history",
+}
 
 
 def write(folder: str, found: Mapping[str, Any]) -> dict[str, str]:
@@ -102,7 +108,7 @@ def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
             middle, interval = _gain(found, metric, name)
             clear = interval[0] > 0 or interval[1] < 0
             what = value(metric, middle, True) + (" points" if percent(metric) else "")
-            about = "another person's history" if name.endswith("other-user") else "no history at all"
+            about = next(text for part, text in _CONTROLS.items() if part in name)
             said.append(f"The control {name} ({about}) changes it by {what}{'' if clear else ', which may be chance'}.")
     return [" ".join(said)]
 

@@ -126,14 +126,19 @@ def _check_plug(config: Config, encoder: str) -> str | None:
     path = os.path.join(config.plug, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            made_for = PlugConfig.model_validate_json(file.read()).encoder_id
+            made_for = PlugConfig.model_validate_json(file.read())
         identity = plug_id(config.plug)
     except (OSError, ValueError) as error:
         raise InputError(f"plug {config.plug}: not a plug folder, as `train` writes it ({error})") from error
-    if made_for != encoder:
+    if made_for.trained_without_history:
         raise InputError(
-            f"plug {config.plug} was trained on vectors of encoder {made_for}, but this refresh makes those of encoder "
-            f"{encoder}; refresh with the plug's encoder and history text, or train a new plug"
+            f"plug {config.plug} was trained without any history: it makes no personas that could be stored; "
+            "refresh without it, or with a plug that was trained with histories"
+        )
+    if made_for.encoder_id != encoder:
+        raise InputError(
+            f"plug {config.plug} was trained on vectors of encoder {made_for.encoder_id}, but this refresh makes "
+            f"those of encoder {encoder}; refresh with the plug's encoder and history text, or train a new plug"
         )
     return identity
 

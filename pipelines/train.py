@@ -49,7 +49,8 @@ class PlugShape(BaseModel):
     instruction_scale: float | None = Field(None, gt=0)
     """Default: the same."""
     without_history: bool = False
-    """A soft prompt only, the control that shows how much of a gain is the task."""
+    """A soft prompt only, the control that shows how much of a gain is the task (method plug:soft-prompt). No vectors
+    are read, and the encoder says how wide the plug is, nothing else."""
 
 
 class Config(BaseModel):
@@ -105,14 +106,16 @@ def run(config: Config) -> int:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder or llm: {error}") from error
-    embeddings_name = tables.embeddings_name(encoder)
-    begun = _begun(config, run_id, run_dir, {"encoder_id": encoder, "llm_id": llm})
+    blind = config.shape.without_history
+    identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
+    embeddings_name = "" if blind else tables.embeddings_name(encoder)
+    begun = _begun(config, run_id, run_dir, identities)
     snapshots = {}
-    for name in ("histories", embeddings_name, "requests"):
+    for name in filter(None, ("histories", embeddings_name, "requests")):
         snapshots[name] = tables.open_table(config.tables, name).snapshot(begun.get(name), complete=True)
         report.table_read(name, snapshots[name].version)
-    _begin(config, run_id, run_dir, {"encoder_id": encoder, "llm_id": llm}, snapshots)
-    histories, embeddings, requests = snapshots.values()
+    _begin(config, run_id, run_dir, identities, snapshots)
+    histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
 
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     samples = Storage(run_dir).join("samples").uri
@@ -129,7 +132,7 @@ def run(config: Config) -> int:
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, samples, {"encoder_id": encoder, "llm_id": llm})
+        facts = _fit(config, run_id, run_dir, samples, identities)
         stage.rows = counts["samples"] * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -143,7 +146,7 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
          "max_reject_fraction"}  # fmt: skip
 
 
-def _decisive(config: Config, identities: dict[str, str]) -> dict[str, Any]:
+def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
     decisive = config.model_dump(mode="json", exclude=_FREE)
     del decisive["fit"]["micro_tokens"]
     return decisive | identities
@@ -155,7 +158,7 @@ def _record(run_id: str, run_dir: str) -> tuple["Storage", str]:
     return Storage(run_dir), f"{run_id}.begun.json"
 
 
-def _begun(config: Config, run_id: str, run_dir: str, identities: dict[str, str]) -> dict[str, int]:
+def _begun(config: Config, run_id: str, run_dir: str, identities: dict[str, str | None]) -> dict[str, int]:
     """Versions of the tables that this run began with; empty when it begins now.
 
     Raises:
@@ -178,7 +181,7 @@ def _begun(config: Config, run_id: str, run_dir: str, identities: dict[str, str]
 
 
 def _begin(
-    config: Config, run_id: str, run_dir: str, identities: dict[str, str], snapshots: "dict[str, Snapshot]"
+    config: Config, run_id: str, run_dir: str, identities: dict[str, str | None], snapshots: "dict[str, Snapshot]"
 ) -> None:
     """Records what a later start of this run goes on with."""
     storage, name = _record(run_id, run_dir)
@@ -204,7 +207,7 @@ def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, ent
     return counts
 
 
-def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: dict[str, str]) -> dict[str, Any]:
+def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: dict[str, str | None]) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -370,7 +373,7 @@ class _Resume:
         Path(self.folder, "history.json").write_text(json.dumps(self._history))
 
 
-def _models(config: Config, identities: dict[str, str]) -> tuple[Any, Any, Any]:
+def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
     import torch
     from transformers import AutoModel, AutoTokenizer

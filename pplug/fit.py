@@ -158,23 +158,22 @@ class Fitter:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         import torch
 
-        config = self.config
+        config, plug = self.config, self.plug.config
         users = len(indices)
         items, owner = [], []
         for row, index in enumerate(indices):
-            vectors = samples.items(index)
-            if epoch is not None:
+            vectors = samples.items(index).reshape(-1, plug.encoder_dim)  # a shard without any vector has no width
+            if plug.trained_without_history:
+                vectors = vectors[:0]
+            elif epoch is not None:
                 vectors = vectors[kept_items(len(vectors), config.item_dropout, config.seed, epoch, int(index))]
             items.append(vectors)
             owner.append(np.full(len(vectors), row))
-        if self.plug.config.trained_without_history:
-            items, owner = [v[:0] for v in items], [o[:0] for o in owner]
-        flat = np.concatenate(items).astype(np.float32)
-        items_TD = torch.from_numpy(flat.reshape(-1, self.plug.config.encoder_dim)).to(self.device)
+        items_TD = torch.from_numpy(np.concatenate(items).astype(np.float32)).to(self.device)
         owner_T = torch.from_numpy(np.concatenate(owner)).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             rows = self.plug.forward_ragged(items_TD, owner_T, users, self._queries(samples, indices))
-        counts = [1 + self.plug.config.persona_tokens * bool(len(v)) for v in items]
+        counts = [1 + plug.persona_tokens * bool(len(v)) for v in items]
         return rows, counts
 
     def _queries(self, samples: Samples, indices: np.ndarray) -> Any:

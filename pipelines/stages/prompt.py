@@ -244,10 +244,10 @@ class BuildPrompts:
 
     def _encoder_id(self, method: Method) -> str | None:
         """Of the vectors that the method reads: those of the table it was given."""
-        if method.plug is not None and self.maker is not None:
-            return self.maker.plug.config.encoder_id
         if method.retrieval == "dense" and self.embeddings is not None:
             return self.embeddings.metadata.get("encoder_id")
+        if method.plug is not None and self.maker is not None:
+            return self.maker.plug.config.encoder_id
         return None
 
 
@@ -350,7 +350,7 @@ class PersonaMaker:
         ]
         items = []
         for request, ready in zip(requests, stored, strict=True):
-            if kind == "no-history" or config.trained_without_history or ready is not None:
+            if kind in ("no-history", "soft-prompt") or ready is not None:
                 items.append(np.zeros((0, config.encoder_dim), np.float32))
             else:
                 items.append(users.others_items(request) if kind == "other-user" else users.items(request))

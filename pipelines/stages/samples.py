@@ -27,7 +27,8 @@ class PrepareSamples:
     """in: bucket int. out: bucket, samples, without_history, without_vector (items that `refresh` has not seen)."""
 
     histories: Snapshot
-    embeddings: Snapshot
+    embeddings: Snapshot | None
+    """None: for a plug without history, whose samples have no items."""
     requests: Snapshot
     entry: TaskEntry
     cap: int
@@ -44,7 +45,7 @@ class PrepareSamples:
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
         rows, lonely, missing = [], 0, 0
         for request in requests.to_pylist():
-            user = users.user(request["user_id"])
+            user = users.user(request["user_id"]) if self.embeddings is not None else None
             start = stop = 0
             if user is not None:
                 seen = users.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)

@@ -32,6 +32,10 @@ class Replies:
     errors: dict[str, int]
     labelled: int
     """Requests with a target, answered or not."""
+    strangers: list[str]
+    """Ids of replies to no request that there is."""
+    made_by: frozenset[tuple[str, str, str]]
+    """Method, kind of identity (IDENTITIES), identity: of all replies there are."""
 
     @property
     def users(self) -> int:
@@ -58,13 +62,14 @@ def read_bucket(
         ValueError: a request was answered twice by one method, or ids are not unique.
     """
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
-    asked = groups.of_users(_read(requests, bucket, columns, pc.field("target").is_valid()), users)
+    everything = groups.of_users(_read(requests, bucket, columns), users)
+    asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
-    names = ["run_id", "request_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
-    rows = _read(generations, bucket, names, wanted)
-    if pc.count_distinct(asked["request_id"]).as_py() < len(asked):
+    names = ["request_id", "user_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
+    rows = groups.of_users(_read(generations, bucket, [*names, *IDENTITIES], wanted), users)
+    if pc.count_distinct(everything["request_id"]).as_py() < len(everything):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
-    known = set(asked["request_id"].to_pylist())
+    known, there = set(asked["request_id"].to_pylist()), set(everything["request_id"].to_pylist())
     texts: dict[str, dict[str, str]] = {}
     costs: dict[str, dict[str, tuple[int, ...]]] = {}
     errors: dict[str, int] = {}
@@ -91,9 +96,17 @@ def read_bucket(
         costs=costs,
         errors=errors,
         labelled=len(asked),
+        strangers=sorted({i for i in rows["request_id"].to_pylist() if i not in there}),
+        made_by=frozenset(
+            (row["method"], name, row[name])
+            for row in rows.group_by(["method", *IDENTITIES]).aggregate([]).to_pylist()
+            for name in IDENTITIES
+            if row[name]
+        ),
     )
 
 
+IDENTITIES = ("llm_id", "plug_id", "decoding_id")
 COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona")
 BASELINE = "none"
 MOST_EXAMPLES = 100
@@ -152,6 +165,13 @@ class Scored:
     """Requests with their replies, drawn at random: those of the smallest `draw`."""
     left_out: int = 0
     """Requests that the runs beside have not answered."""
+    which: int = 0
+    """Sum of digests of the ids of the requests answered: runs that answered the same have the same."""
+    strangers: tuple[str, ...] = ()
+    """Some ids of replies to no request that there is."""
+    n_strangers: int = 0
+    made_by: frozenset[tuple[str, str, str]] = frozenset()
+    """As in `Replies`."""
     problem: str | None = None
 
 
@@ -236,6 +256,10 @@ class ScoreBuckets:
             seen,
             self._examples(found, list(tallies)),
             left,
+            sum(int.from_bytes(intervals.digest(i, self.seed), "big") for i in golds),
+            tuple(found.strangers[:3]),
+            len(found.strangers),
+            found.made_by,
         )
 
     def _examples(self, found: Replies, methods: list[str]) -> tuple[dict[str, Any], ...]:
@@ -293,6 +317,10 @@ def merged(one: Scored, other: Scored) -> Scored:
         one.seen | other.seen,
         first([*one.examples, *other.examples], MOST_EXAMPLES),
         one.left_out + other.left_out,
+        one.which + other.which,
+        (one.strangers + other.strangers)[:3],
+        one.n_strangers + other.n_strangers,
+        one.made_by | other.made_by,
         one.problem or other.problem,
     )
 

@@ -6,10 +6,6 @@ import pytest
 
 from pipelines import generate, refresh, tables
 from pipelines.stages.reply import Decoding, EngineConfig
-from pplug.encoder import encoder_id
-from pplug.llm import FrozenLLM, llm_id
-from pplug.plug import PersonaPlug, PlugConfig
-from pplug.tasks import load
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
@@ -18,22 +14,11 @@ METHODS = ("none", "plug:mean")
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory, ray_session):
-    """Histories with vectors, requests, and a plug as it is before training: what it says does not matter here."""
+    """Histories with vectors, requests, and a plug as it is before training."""
     made = small.make(tmp_path_factory.mktemp("generate"), train_users=2, test_users=40, test_requests=5)
     made.ingest("test", buckets=16)
     assert made.run(refresh, "refresh", **made.common) == 0
-    llm = FrozenLLM.load(made.llm)
-    PersonaPlug(
-        PlugConfig(
-            encoder_dim=16,
-            llm_dim=llm.dim,
-            aggregation="mean",
-            persona_scale=llm.embedding_norm,
-            instruction_scale=llm.embedding_norm,
-            encoder_id=encoder_id(made.encoder, load(str(made.files["task"])).item),
-            llm_id=llm_id(made.llm),
-        )
-    ).save_pretrained(made.root / "plug")
+    made.untrained_plug()
     return made
 
 

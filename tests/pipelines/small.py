@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from infra.errors import InputError
 from pipelines import ingest, tables
 from pplug import world
-from pplug.encoder import EncoderConfig
-from pplug.llm import LLMConfig
+from pplug.encoder import EncoderConfig, encoder_id
+from pplug.llm import FrozenLLM, LLMConfig, llm_id
+from pplug.plug import PersonaPlug, PlugConfig
+from pplug.tasks import load
 from tests.pplug.models import tiny_bert, tiny_llama
 
 LOG = "_delta_log"
@@ -57,6 +59,22 @@ class Small:
         source = {"source": str(self.files[f"{split}/histories"])}
         source["requests_source"] = str(self.files[f"{split}/requests"])
         assert self.run(ingest, run_id, tables=self.tables, task=str(self.files["task"]), **source | values) == 0
+
+    def untrained_plug(self) -> str:
+        """A plug for this encoder and LLM as it is before training, where what it says does not matter; its folder."""
+        import torch
+
+        llm, folder = FrozenLLM.load(self.llm), self.root / "plug"
+        torch.manual_seed(0)
+        made_for = {
+            "encoder_id": encoder_id(self.encoder, load(str(self.files["task"])).item),
+            "llm_id": llm_id(self.llm),
+        }
+        scales = dict.fromkeys(("persona_scale", "instruction_scale"), llm.embedding_norm)
+        PersonaPlug(
+            PlugConfig(encoder_dim=16, llm_dim=llm.dim, aggregation="mean", **scales, **made_for)
+        ).save_pretrained(folder)
+        return str(folder)
 
 
 def make(root: Path, *, width: int = 64, **sizes: Any) -> Small:

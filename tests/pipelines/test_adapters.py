@@ -24,11 +24,10 @@ from pipelines.methods import parse
 from pipelines.stages.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.adapter import LoraConfig
-from pplug.encoder import TextEncoder, encoder_id
+from pplug.encoder import TextEncoder
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
-from pplug.plug import PersonaPlug, PlugConfig
+from pplug.plug import PersonaPlug
 from pplug.profile import ProfileConfig
-from pplug.tasks import load as load_task
 from tests.pipelines import small
 from tests.pplug.models import tiny_llama
 
@@ -116,19 +115,7 @@ def served(tmp_path_factory, ray_session):
     asked = {"decoding": Decoding(max_tokens=12), "profile": PROFILE, "engine": by_hand}
     assert made.run(generate, "profiles", tables=made.tables, llm=made.llm, write_profiles=True, **asked) == 0
     profiles = {row["user_id"]: row["text"] for row in small.rows(made.tables, "profiles")}
-    llm, plug = FrozenLLM.load(made.llm), str(made.root / "plug")
-    torch.manual_seed(0)
-    PersonaPlug(
-        PlugConfig(
-            encoder_dim=16,
-            llm_dim=llm.dim,
-            aggregation="mean",
-            persona_scale=llm.embedding_norm,
-            instruction_scale=llm.embedding_norm,
-            encoder_id=encoder_id(made.encoder, load_task(str(made.files["task"])).item),
-            llm_id=llm_id(made.llm),
-        )
-    ).save_pretrained(plug)
+    llm, plug = FrozenLLM.load(made.llm), made.untrained_plug()
     good = {row["user_id"]: row for row in small.rows(made.tables, "adapters")}
     bad = spoil(made, sorted(good)[:4])
     code = made.run(

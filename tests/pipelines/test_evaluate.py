@@ -11,6 +11,7 @@ import pytest
 from infra import shards
 from infra.errors import InputError
 from pipelines import evaluate, tables
+from pipelines.__main__ import main
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
 
@@ -59,7 +60,7 @@ def write_generations(population, run_id: str, by_method: dict[str, dict[str, st
     asked = population.requests()
     table = tables.open_or_create(population.tables, "generations", 4)
     rows = [
-        {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"],
+        {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"] if i in asked else "gone",
          "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
          "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none"}
         for method, texts in by_method.items() for i, text in texts.items()
@@ -254,6 +255,61 @@ def test_runs_that_do_not_repeat_the_same_methods_are_not_pooled(generated):
     write_generations(generated, "other-methods", {"none": replies(generated, 0.2, 1)})
     with pytest.raises(InputError, match="pool: .* night-1 has none, .*:mean on 120 .*other-methods has none"):
         run(generated, run=("night-1", "other-methods"), pool=True)
+
+
+def test_runs_on_as_many_but_other_requests_are_not_pooled(generated):
+    texts = replies(generated, 0.2, 1)
+    for run_id, gap in (("all-but-one", "r7-0"), ("all-but-another", "r8-0")):
+        write_generations(generated, run_id, {"none": {i: text for i, text in texts.items() if i != gap}})
+    with pytest.raises(InputError, match="none on 119 requests, and .*none on 119 requests, not all of them the same"):
+        run(generated, run=("all-but-one", "all-but-another"), pool=True)
+    write_generations(generated, "once-more", {"none": {i: text for i, text in texts.items() if i != "r7-0"}})
+    assert run(generated, run=("all-but-one", "once-more"), pool=True)[1]["methods"]["none"]["n"] == 2 * 119
+
+
+def test_replies_to_requests_that_are_not_there_are_refused_by_name(generated, tmp_path, capsys):
+    texts = replies(generated, 0.2, 1)
+    write_generations(generated, "strangers", {"none": texts | {"r-gone": "good", "r-past": "bad"}})
+    with pytest.raises(InputError, match="replies to 2 requests that the table requests does not have.*'r-gone'"):
+        run(generated, run=("strangers",))
+    (tmp_path / "users").write_text("".join(f"u{number}\n" for number in range(1, USERS)))
+    _, report, _ = run(generated, run=("strangers",), users=str(tmp_path / "users"))
+    assert report["methods"]["none"]["n"] == (USERS - 1) * EACH
+    # open requests are there, though nobody knows their answers
+    assert any(i.startswith("open") for i in texts)
+    _, compared, printed = run(generated, capsys, compare=("strangers", "night-1"))
+    assert "2 requests that strangers answered are in the table requests no more" in printed
+    assert compared["compare"]["n_requests"] == USERS * EACH
+
+
+def test_ratings_that_are_no_number_follow_the_rule_and_ten_users_are_said_to_be_few(tmp_path, capsys):
+    population = Population(tmp_path)
+    entry = NOTES | {"metric": "rating", "labels": [1, 2, 3, 4, 5]}
+    asked = [{"request_id": f"r{n}", "user_id": f"u{n}", "input": "How?", "target": str(n % 5 + 1)} for n in range(10)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "2"}))
+    source = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(tmp_path / "asked.jsonl")}
+    assert population.ingest(task=population.task(entry), **source) == 0
+    words = ["five stars", "", "nan", "4 of 5", "-"]
+    by_method = {
+        "none": {f"r{n}": words[n % 5] for n in range(10)},
+        "bm25": {f"r{n}": f" {n % 5 + 1}.0 " for n in range(10)},
+    }
+    write_generations(population, "night", by_method)
+    code, report, printed = run(population, capsys)
+    # the end of the scale that is further away, the upper one for a 3: 5 5 5 1 1 for golds 1 to 5
+    mae, squared = (4 + 3 + 2 + 3 + 4) / 5, (16 + 9 + 4 + 9 + 16) / 5
+    assert code == 0
+    assert report["methods"]["none"]["scores"] == pytest.approx({"mae": mae, "rmse": squared**0.5})
+    assert report["methods"]["bm25"]["scores"] == {"mae": 0.0, "rmse": 0.0}
+    wide = "only 10 users: the intervals are wide and rough"
+    assert report["warnings"] == [wide] and wide in printed
+    assert wide in Path(report["config"]["run_dir"], "report.html").read_text()
+
+
+def test_an_empty_list_of_methods_is_wrong_usage(generated, capsys):
+    assert main(["evaluate", "--tables", generated.tables, "--set", "methods=[]"]) == 2
+    assert "methods" in capsys.readouterr().err
 
 
 def test_a_subset_of_the_requests_is_scored_and_said(generated, capsys):

@@ -1,5 +1,7 @@
 """Fitting: the plan of an epoch, the held-out users, what a seed fixes, and that a plug learns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,9 +73,10 @@ def samples(llm, n, seed=0):
     )
 
 
-def fitter(llm, config, train, validation, **more):
+def fitter(llm, config, train, validation, shape=None, **more):
     torch.manual_seed(0)
-    shape = PlugConfig(encoder_dim=D, llm_dim=llm.dim, aggregation="mean", persona_scale=llm.embedding_norm)
+    made_as = {"aggregation": "mean", "persona_scale": llm.embedding_norm} | (shape or {})
+    shape = PlugConfig(encoder_dim=D, llm_dim=llm.dim, **made_as)
     return Fitter(PersonaPlug(shape).eval(), llm, config, train, validation, **more)
 
 
@@ -88,6 +91,40 @@ def test_a_plug_learns_what_only_the_history_tells(llm):
     run_epochs(run, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     assert before["val_exact"] < 0.6 < 0.95 < seen[-1]["val_exact"]
     assert seen[-1]["val_loss"] < 0.5 * before["val_loss"]
+
+
+def test_a_soft_prompt_does_not_depend_on_anybodys_history(llm):
+    """Other items, more of them, none at all: the same plug bit for bit, which still learns the task's share."""
+    train = samples(llm, 96)
+    others = np.random.default_rng(7).normal(size=(400, D)).astype(np.float16)
+    histories = (
+        train,
+        replace(train, spans=np.array([(0, i, i + 1 + i % 5) for i in range(96)]), shards=[others]),
+        replace(train, spans=np.zeros((96, 3), np.int64), shards=[np.zeros((0, 0), np.float16)]),
+    )
+    config, found = CONFIG.model_copy(update={"epochs": 3}), []
+    for of_users in histories:
+        run = fitter(llm, config, of_users, of_users, {"trained_without_history": True})
+        before = run.validate()
+        run_epochs(run, 0, np.inf, lambda *a: None, lambda *a: None, 0)
+        found.append((run.plug.state_dict(), run.validate()))
+        assert run.validate()["val_loss"] < 0.9 * before["val_loss"]
+    for state, scores in found[1:]:
+        assert scores == found[0][1]
+        assert all(torch.equal(state[name], tensor) for name, tensor in found[0][0].items())
+    # the same training with histories does depend on them
+    with_history = [fitter(llm, config, of_users, of_users) for of_users in histories[:2]]
+    losses = [run.step(np.arange(16), epoch=0) for run in with_history]
+    assert losses[0] != losses[1]
+
+
+def test_people_without_a_vector_train_beside_others(llm):
+    """A bucket in which nobody has a vector is a shard without a width."""
+    train = samples(llm, 32)
+    spans = train.spans.copy()
+    spans[::4] = (1, 0, 0)
+    mixed = replace(train, spans=spans, shards=[*train.shards, np.zeros((0, 0), np.float16)])
+    assert fitter(llm, CONFIG, mixed, mixed).step(np.arange(16), epoch=0) > 0
 
 
 def test_micro_batches_change_no_gradient(llm):

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer, scoring
-from sklearn.metrics import classification_report
+from sklearn.metrics import classification_report, mean_absolute_error, root_mean_squared_error
 
 from pplug import metrics, tasks
 
@@ -64,6 +64,10 @@ def test_rating_follows_the_lamp_3_rule():
     got = metrics.score("LaMP_3", golds, guesses)
     assert got["mae"] == pytest.approx(math.fsum(map(abs, errors)) / 1000, abs=1e-12)
     assert got["rmse"] == pytest.approx(math.sqrt(math.fsum(e * e for e in errors) / 1000), abs=1e-12)
+    gold = [float(golds[i]) for i in golds]
+    values = [a + b for a, b in zip(gold, errors, strict=True)]
+    assert got["mae"] == pytest.approx(mean_absolute_error(gold, values), abs=1e-12)
+    assert got["rmse"] == pytest.approx(root_mean_squared_error(gold, values), abs=1e-12)
 
 
 def test_another_rating_scale_takes_its_own_ends():
