@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from pipelines.__main__ import JOBS
 from pipelines.methods import parse_all
 from pplug import tasks
 
-FILES = sorted(Path(lamp.__file__).with_name("configs").glob("lamp_*.yaml"))
+FILES, TINY = (sorted(Path(lamp.__file__).with_name("configs").glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml"))
 
 
 def load(path: Path, *words: str) -> lamp.Config:
@@ -22,19 +23,24 @@ def test_there_is_one_for_each_public_task():
     assert {load(path).task for path in FILES} == {entry.name for entry in tasks.lamp_entries()} - {"LaMP_6"}
 
 
+def jobs(config: lamp.Config, folder: Path) -> dict[str, Any]:
+    """Step -> its job's config, read as the job would read it."""
+    made = {}
+    for step, (job, values) in lamp.steps(config, folder, "night").items():
+        module = importlib.import_module(JOBS[job].module)
+        file = folder / f"{step}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        made[step] = options.check(module.Config, options.read(["--config", str(file)], module.Config))
+    return made
+
+
 @pytest.mark.parametrize("use", ["flan-t5-xxl", "llama-2-7b-chat"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_job_takes_its_part(path, use, tmp_path):
     config = load(path, "--use", use)
-    found = lamp.steps(config, tmp_path, "night")
-    assert [job for job, _ in found.values()] == [
+    made = jobs(config, tmp_path)
+    assert [job for job, _ in lamp.steps(config, tmp_path, "night").values()] == [
         "ingest", "refresh", "train", "ingest", "refresh", "generate", "evaluate"]  # fmt: skip
-    made = {}
-    for step, (job, values) in found.items():
-        module = importlib.import_module(JOBS[job].module)
-        file = tmp_path / f"{step}.yaml"
-        file.write_text(yaml.safe_dump(values))
-        made[step] = options.check(module.Config, options.read(["--config", str(file)], module.Config))
     generate, train = made["generate"], made["train"]
     assert generate.engine.kind == ("transformers" if use == "flan-t5-xxl" else "vllm")
     assert generate.decoding.beams == (4 if use == "flan-t5-xxl" else 1)
@@ -47,6 +53,29 @@ def test_every_job_takes_its_part(path, use, tmp_path):
     assert (train.fit.batch_size, train.fit.learning_rate, train.fit.epochs) == (
         64, 1e-4, 1 if config.task == "LaMP_3" else 2)  # fmt: skip
     assert generate.decoding.max_tokens == (10 if config.task == "LaMP_3" else 128)
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_a_folder_of_ones_own_with_its_own_tiny_llm(path, tmp_path):
+    made = jobs(load(path, "--source", "somewhere"), tmp_path)
+    assert list(made) == ["ingest-train", "base-lm", "refresh-train", "train", "ingest-dev", "refresh-dev", "generate",
+                          "train-soft", "generate-soft", "evaluate"]  # fmt: skip
+    assert (made["ingest-train"].split, made["ingest-dev"].split) == ("train", "dev")
+    assert made["ingest-dev"].derive_requests > 0 and made["ingest-dev"].questions == "skip"
+    assert {made[step].llm.model for step in ("train", "train-soft", "generate", "generate-soft")} == {
+        made["base-lm"].output}  # fmt: skip
+    assert made["base-lm"].tables == made["train"].tables != made["generate"].tables
+    assert made["train-soft"].shape.without_history and not made["train"].shape.without_history
+    assert made["generate-soft"].plug == made["train-soft"].plug != made["train"].plug == made["generate"].plug
+    assert made["generate-soft"].methods == ("plug:soft-prompt",)
+    assert made["evaluate"].run == (made["generate"].run_id, made["generate-soft"].run_id)
+
+
+def test_adapters_are_trained_where_a_method_has_them(tmp_path):
+    made = jobs(load(TINY[0], "--source", "somewhere", "--methods", "[none, adapter+bm25]"), tmp_path)
+    steps = list(made)
+    assert steps.index("ingest-dev") < steps.index("adapt") < steps.index("generate")
+    assert made["adapt"].tables == made["generate"].tables and made["adapt"].llm == made["generate"].llm
 
 
 def test_a_model_that_is_not_there_is_named(capsys):
