@@ -43,11 +43,11 @@ class Config(BaseModel):
     """People the plug learns from."""
     test_users: int = Field(400, gt=1)
     """People that neither LM nor plug were trained on; five requests each."""
-    adapter_users: int = Field(120, gt=1)
+    adapter_users: int = Field(80, gt=1)
     """Of the test users, how many get an adapter, from what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(2400, gt=0)
+    lm_steps: int = Field(2000, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)
     """Of the plug."""
@@ -132,7 +132,7 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
         ingest("corpus"),
         ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"),
          "--set", f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}",
-         "lm.short_first=0.5"],  # else reading a stated preference comes late, or not at all, beside reading items
+         "lm.short_first=0.6"],  # else reading a stated preference comes late, or not at all, beside reading items
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
