@@ -78,14 +78,28 @@ class FrozenLLM:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, with a padding token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer_class(folder).from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token, so no reply could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer, or at once the class that it would choose: it loads all of transformers, 10 s of a slow core."""
+    import json
+
+    said = folder / "tokenizer_config.json"
+    if said.is_file() and (folder / "tokenizer.json").is_file():
+        config = json.loads(said.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in config:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def embedding_rows(folder: Path, ids: list[int]) -> "Tensor":

@@ -176,8 +176,8 @@ class PersonaPlug(nn.Module):
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "PersonaPlug":
-        """Loads a plug folder.
+    def from_pretrained(cls, folder: str | Path, queries: bool = True) -> "PersonaPlug":
+        """Loads a plug folder. `queries=False`: without its query encoder, for personas of uniform weights alone.
 
         Raises:
             FileNotFoundError: not a plug folder.
@@ -189,13 +189,16 @@ class PersonaPlug(nn.Module):
                 raise FileNotFoundError(f"{folder}: no {name}; expected a plug folder, as `train` writes it")
         config = PlugConfig.model_validate_json((folder / "config.json").read_text())
         query_encoder = None
-        if (folder / "query_encoder" / "config.json").is_file():
+        if queries and (folder / "query_encoder" / "config.json").is_file():
             from transformers import AutoConfig, AutoModel
 
             query_encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder / "query_encoder")).float()
         plug = cls(config, query_encoder)
         try:
-            plug.load_state_dict(load_file(folder / "model.safetensors"))
+            weights = load_file(folder / "model.safetensors")
+            plug.load_state_dict(
+                {name: weights[name] for name in weights if queries or not name.startswith("emb_model.")}
+            )
         except RuntimeError as error:
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         return plug.eval()

@@ -51,7 +51,7 @@ class BuildPersonas:
 
         torch.set_num_threads(threads)
         self.histories, self.embeddings, self.personas, self.before = histories, embeddings, personas, before
-        self.plug = PersonaPlug.from_pretrained(plug_folder).to(_device()) if plug_folder else None
+        self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

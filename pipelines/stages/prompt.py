@@ -136,7 +136,8 @@ class BuildPrompts:
         self.cap, self.block_rows = cap, block_rows
         self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.splicer = Splicer(self.tokenizer, llm.layout, encoder_decoder)
-        self.maker = PersonaMaker(plug_folder, threads) if plug_folder else None
+        queries = any(method.plug in ("trained", "attention", "other-user") for method in methods)
+        self.maker = PersonaMaker(plug_folder, threads, queries) if plug_folder else None
         kinds = frozenset(method.retrieval for method in methods if method.retrieval)
         retrieval, self.profile = retrieval or RetrievalConfig(), profile or ProfileConfig()
         self.limit, self.input_share = llm.layout.max_input_tokens, retrieval.input_share
@@ -324,18 +325,22 @@ class Users:
 class PersonaMaker:
     """The plug at work: query vectors, weights, persona rows, for a block of requests at a time."""
 
-    def __init__(self, folder: str, threads: int) -> None:
+    def __init__(self, folder: str, threads: int, queries: bool) -> None:
+        """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
         import torch
-        from transformers import AutoTokenizer
 
         from pplug.encoder import best_dtype
         from pplug.plug import PersonaPlug
 
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.plug = PersonaPlug.from_pretrained(folder).to(self.device)
+        self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
         self.dtype = best_dtype()
-        self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder") if self.plug.emb_model else None
+        self.tokenizer = None
+        if self.plug.emb_model is not None:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
         with torch.inference_mode():
             self.instruction = self.plug.instruction().float().cpu().numpy()
 

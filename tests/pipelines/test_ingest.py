@@ -104,6 +104,7 @@ def test_a_real_folder_with_its_own_labels_and_derived_requests(population, shar
     assert stored == tasks.load(task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "task"), [("acl_titles_LaMP_5", "LaMP_5"), ("movielens_rating_LaMP_3", "LaMP_3")])
 def test_other_real_folders_name_their_task(population, shared_data, folder, task):
     assert population.ingest(source=str(shared_data / folder), split="dev") == 0

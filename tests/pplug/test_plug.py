@@ -126,6 +126,8 @@ def test_folder_gives_the_same_plug_back(tmp_path):
         x, y = (p.embed_query(query, torch.ones_like(query)) for p in (plug, again))
         assert torch.equal(x, y)
         assert torch.equal(plug(items, mask, x), again(items, mask, y))
+    light = PersonaPlug.from_pretrained(tmp_path / "plug", queries=False)
+    assert light.emb_model is None and torch.equal(plug(items, mask, None), light(items, mask, None))
     assert again.config == plug.config
     assert not list((tmp_path / "plug").rglob("*.bin")) + list((tmp_path / "plug").rglob("*.pt"))
 
