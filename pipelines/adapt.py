@@ -12,10 +12,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pipelines.options import ResumableConfig
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
 
@@ -24,13 +25,9 @@ if TYPE_CHECKING:
     from pplug.tasks import TaskEntry
 
 
-class Config(BaseModel):
+class Config(ResumableConfig):
     """What to train on, and how."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     stage: Literal["users", "base"] = "users"
     """users: an adapter for each user; base: a base model adapted to the task on other people's examples."""
     llm: LLMConfig
@@ -67,11 +64,6 @@ class Config(BaseModel):
     """Users in one commit."""
     max_failures: int = Field(2, ge=0)
     """Stage base: times a lost worker group is started again within one run."""
-    max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    run_id: str | None = None
-    """Give the id of a run that broke off to go on with it."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
     @property
     def trained(self) -> LoraConfig:

@@ -8,10 +8,11 @@ Unit of work: a history item.
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id, progress
+from pipelines.options import JobConfig
 from pplug.tiny_lm import TinyLMConfig
 
 if TYPE_CHECKING:
@@ -20,13 +21,9 @@ if TYPE_CHECKING:
     from pplug.tiny_lm import Progress
 
 
-class Config(BaseModel):
+class Config(JobConfig):
     """Which items, and how large a model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     output: str
     """Folder the model is written to."""
     prompt: str | None = None
@@ -42,10 +39,6 @@ class Config(BaseModel):
     """Torch threads; default: all cores."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
     """More rejects than this share of the items end the run with exit code 3."""
-    run_id: str | None = None
-    """Name of the run."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

@@ -8,9 +8,10 @@ there until a vacuum. Unit of work: a file that the tables hold.
 import dataclasses
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.report import RunReport, new_run_id
+from pipelines.options import JobConfig
 
 if TYPE_CHECKING:
     from infra.snapshot import DataFile, Snapshot
@@ -20,23 +21,15 @@ TRIES = 3
 """Plans for one table before it is left to the next compaction."""
 
 
-class Config(BaseModel):
+class Config(JobConfig):
     """Which tables, and how large a file is large enough."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     names: tuple[str, ...] | None = None
     """Tables to compact; all when not given."""
     target_mb: int = Field(128, gt=0)
     """Files of this size stay as they are; smaller ones of a bucket are put together up to it."""
     wave_files: int = Field(1000, gt=0)
     """Old files whose replacement is one commit."""
-    run_id: str | None = None
-    """Name of this run; a new one when not given."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

@@ -10,10 +10,11 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pipelines.options import JobConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,13 +36,9 @@ DUTIES = (
 )
 
 
-class Config(BaseModel):
+class Config(JobConfig):
     """Whom to erase, and where."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     user_id: str | None = None
     """One user; a command line may be logged, so that a file of users is the quieter way."""
     users: str | None = None
@@ -50,8 +47,6 @@ class Config(BaseModel):
     """Run folders and exports: all below them is rewritten without the users, and searched."""
     run_id: str | None = None
     """Give the id of an erase that broke off, to end it."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
     @model_validator(mode="after")
     def _somebody_is_named(self) -> Self:

@@ -14,10 +14,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pipelines.options import JobConfig
 from pplug.llm import LLMConfig
 
 if TYPE_CHECKING:
@@ -27,16 +28,12 @@ if TYPE_CHECKING:
 DONE = "_SUCCESS"
 
 
-class Config(BaseModel):
+class Config(JobConfig):
     """Which table or whose adapter, which version, and where to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     positional: ClassVar[str] = "table"
     """The key that may stand without its name, right after the job."""
 
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     table: str = "personas"
     """Its name, e.g. personas, histories, generations."""
     user_id: str | None = None
@@ -49,10 +46,6 @@ class Config(BaseModel):
     """Of a table; an adapter is always safetensors."""
     as_of_version: int | None = Field(None, ge=0)
     """An old version of the table, complete or not, as long as a vacuum has left it; the newest complete by default."""
-    run_id: str | None = None
-    """Name of this run; a new one when not given."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
     @model_validator(mode="after")
     def _adapter_or_table(self) -> Self:

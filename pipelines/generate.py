@@ -12,11 +12,12 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
 from pipelines.methods import Method, parse_all
+from pipelines.options import ResumableConfig
 from pipelines.stages.reply import Decoding, EngineConfig
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig
@@ -29,13 +30,9 @@ if TYPE_CHECKING:
     from pplug.tasks import TaskEntry
 
 
-class Config(BaseModel):
+class Config(ResumableConfig):
     """Which requests, methods, models and decoding."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
     """Any of none, plug, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter, adapter:other-user,
@@ -71,11 +68,6 @@ class Config(BaseModel):
     """Times a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
     """Replies in one commit."""
-    max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    run_id: str | None = None
-    """Give the id of a run that broke off to go on with it."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

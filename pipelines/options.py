@@ -2,7 +2,7 @@
 
 Route: words of the command line -> values and where each came from -> the job's pydantic `Config`.
 Precedence: config file < `--set key=value` and `--key value`, the later of these wins. Dotted keys reach nested models.
-Nothing here knows a job; nothing heavy is imported, so that `--help` stays quick.
+Nothing here knows a job, only the keys that most of them share; nothing heavy is imported: `--help` stays quick.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -25,6 +25,27 @@ from infra.errors import InputError
 Key = tuple[str, ...]
 _LISTS = (list, tuple, set, frozenset, Sequence)
 _DICTS = (dict, Mapping)
+
+
+class JobConfig(BaseModel):
+    """What a job on a population's tables is told, whatever it does. `describe` shows its own keys before these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    run_id: str | None = None
+    """Name of this run; a new one when not given."""
+    run_dir: str | None = None
+    """Default: runs/<run_id>."""
+
+
+class ResumableConfig(JobConfig):
+    """Of a job that a rerun goes on with, and that sets aside what it cannot use."""
+
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    run_id: str | None = None
+    """Give the id of a run that broke off to go on with it."""
 
 
 @dataclass
@@ -277,7 +298,8 @@ def fields_of(config: type[BaseModel]) -> Iterator[tuple[Key, Any, str, Any]]:
 
 def _fields(config: type[BaseModel], above: Key, instance: BaseModel | None) -> Iterator[tuple[Key, Any, str, Any]]:
     docs = _attribute_docs(config)
-    for name, info in config.model_fields.items():
+    for name in _in_order(config):
+        info = config.model_fields[name]
         key = (*above, name)
         default = getattr(instance, name, None) if instance is not None else info.get_default(call_default_factory=True)
         models = _models(info.annotation)
@@ -285,6 +307,13 @@ def _fields(config: type[BaseModel], above: Key, instance: BaseModel | None) -> 
             yield key, _with_bounds(info), info.description or docs.get(name, ""), default
         for model in models:
             yield from _fields(model, key, default if isinstance(default, model) else None)
+
+
+def _in_order(config: type[BaseModel]) -> list[str]:
+    """Names of the fields: inherited ones that must be given, then those of the class itself, then its bases'."""
+    own = [[name for name in inspect.get_annotations(owner) if name in config.model_fields] for owner in config.__mro__]
+    needed = [name for names in own[1:] for name in names if config.model_fields[name].is_required()]
+    return list(dict.fromkeys([*needed, *(name for names in own for name in names)]))
 
 
 def _with_bounds(info: FieldInfo) -> Any:

@@ -12,10 +12,11 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pipelines.options import ResumableConfig
 from pplug.encoder import EncoderConfig
 
 if TYPE_CHECKING:
@@ -24,13 +25,9 @@ if TYPE_CHECKING:
     from pplug.tasks import TaskEntry
 
 
-class Config(BaseModel):
+class Config(ResumableConfig):
     """What to refresh, with which encoder and plug."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     encoder: EncoderConfig = EncoderConfig()
     plug: str | None = None
     """Plug folder; without one, personas hold mean vectors only."""
@@ -44,11 +41,6 @@ class Config(BaseModel):
     """1 on a GPU cluster."""
     wave_texts: int = Field(200_000, gt=0)
     """Texts, or personas, in one commit: one wave. What a killed run has committed is not done again."""
-    max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    run_id: str | None = None
-    """Give the id of a run that broke off to go on with it."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from pipelines.options import ResumableConfig
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import LLMConfig
@@ -53,13 +54,9 @@ class PlugShape(BaseModel):
     are read, and the encoder says how wide the plug is, nothing else."""
 
 
-class Config(BaseModel):
+class Config(ResumableConfig):
     """What to train on, with which encoder and LLM."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     llm: LLMConfig
     encoder: EncoderConfig = EncoderConfig()
     """As in refresh: its vectors are the history, a trained copy encodes the query."""
@@ -81,11 +78,6 @@ class Config(BaseModel):
     """Steps between checkpoints; 0: one at each epoch's end."""
     max_failures: int = Field(2, ge=0)
     """Times a lost worker group is started again within one run."""
-    max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    run_id: str | None = None
-    """Give the id of a run that broke off to go on with it."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

@@ -4,26 +4,19 @@ The newest complete version and all younger than the retention stay readable, an
 when they are older than it. Unit of work: a file that the newest version does not name.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.report import RunReport, new_run_id
+from pipelines.options import JobConfig
 
 
-class Config(BaseModel):
+class Config(JobConfig):
     """Which tables, and what stays."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
     names: tuple[str, ...] | None = None
     """Tables to vacuum; all when not given."""
     retention_hours: float = Field(168.0, ge=1)
     """Versions and files younger than this stay: more than the longest job and the oldest reader take."""
-    run_id: str | None = None
-    """Name of this run; a new one when not given."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
 
 
 def run(config: Config) -> int:

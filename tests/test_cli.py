@@ -280,6 +280,20 @@ def test_help_shows_every_key_with_type_default_and_purpose(job, capsys):
     assert "--run-id  text or null  [default null]" in out
 
 
+def test_keys_that_jobs_share_stand_around_a_jobs_own(capsys):
+    for name, first, last in (
+        ("vacuum", ["tables", "names"], ["retention-hours", "run-id", "run-dir"]),
+        ("refresh", ["tables", "encoder.model"], ["wave-texts", "max-reject-fraction", "run-id", "run-dir"]),
+        ("erase", ["tables", "user-id"], ["folders", "run-id", "run-dir"]),
+    ):
+        assert cli.main([name, "--help"]) == 0
+        out = capsys.readouterr().out
+        keys = re.findall(r"^  --(\S+)", out, re.M)
+        assert keys[:2] == first and keys[-len(last) :] == last and len(keys) == len(set(keys))
+        assert re.search(r"--tables  text  \[required\]\n +Folder or s3:// prefix of the population's tables\.", out)
+    assert "Give the id of an erase that broke off, to end it." in out  # a job's own words for a shared key
+
+
 def test_overview_lists_every_job(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
