@@ -5,7 +5,7 @@ Generations and requests of a user lie in the same bucket: the join needs no shu
 
 import dataclasses
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.snapshot import Snapshot, read_files
+from infra.shards import of_bucket
+from infra.snapshot import Snapshot
 from pipelines.stages import groups
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
@@ -50,18 +51,19 @@ def read_bucket(
     bucket: int,
     runs: Sequence[str],
     with_input: bool = False,
-    users: frozenset[str] | None = None,
+    users: Mapping[int, list[str]] | None = None,
 ) -> Replies:
-    """Joins a bucket, of these users where they are given.
+    """Joins a bucket, of these users where they are given (`shards.keys_by_bucket`).
 
     Raises:
         ValueError: a request was answered twice by one method, or ids are not unique.
     """
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
-    asked = groups.of_users(_read(requests, bucket, columns, pc.field("target").is_valid()), users)
+    keys = of_bucket(users, bucket)
+    asked = requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid(), user_keys=keys)
     wanted = pc.field("run_id").isin(list(runs))
     names = ["run_id", "request_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
-    rows = _read(generations, bucket, names, wanted)
+    rows = generations.read(names, buckets=[bucket], filter=wanted, user_keys=keys)
     if pc.count_distinct(asked["request_id"]).as_py() < len(asked):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
     known = set(asked["request_id"].to_pylist())
@@ -174,8 +176,8 @@ class ScoreBuckets:
     """Requests to show side by side."""
     beside: tuple[str, ...] = ()
     """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
-    users: frozenset[str] | None = None
-    """Where given, only their requests."""
+    users: Mapping[int, list[str]] | None = None
+    """Keys by bucket; where given, only their requests."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored({})
@@ -306,7 +308,3 @@ def added(one: Tally, other: Tally) -> Tally:
         (one.missing + other.missing)[:3],
         one.n_missing + other.n_missing,
     )
-
-
-def _read(snapshot: Snapshot, bucket: int, columns: Sequence[str], filter: pc.Expression | None = None) -> pa.Table:
-    return read_files(snapshot.by_bucket().get(bucket, []), list(columns), filter, spec=snapshot.spec)
