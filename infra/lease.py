@@ -1,9 +1,11 @@
-"""Who is at work on the tables of one root: many writers at once, or one that must be alone.
+"""Who is at work on the tables of one root: many at once, or one that must be alone.
 
 A lease is a small object `_leases/<kind>-<owner>.json` with an owner and an end, renewed while its holder lives: after
 a kill it runs out by itself. A writer holds `writing`; what removes files that a writer may just have written holds
-`alone`. Each puts its own lease down first and then looks at the others', so that of two that come at once at least one
-sees the other. Every commit looks, too (`Table.commit`), so that a job without a lease cannot get in between.
+`alone`. A job that writes no table but makes files of what it reads holds `reading`: what an erase has taken out of the
+tables must not come to light in a model or an export afterwards. Each puts its own lease down first and then looks at
+the others', so that of two that come at once at least one sees the other. Every commit looks, too (`Table.commit`), so
+that a job without a lease cannot get in between.
 """
 
 import json
@@ -11,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 
 from infra.errors import Overtaken
@@ -23,26 +25,33 @@ LASTS_S = 120.0
 RENEW_S = 20.0
 
 
-@contextmanager
-def writing(root: str, owner: str) -> Iterator[None]:
+def writing(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by a job while it writes tables of this root; any number at once.
 
     Raises:
-        Overtaken: somebody is alone at work here.
+        Overtaken: on entering, somebody is alone at work here.
     """
-    with _held(root, owner, "writing"):
-        yield
+    return _held(root, owner, "writing")
 
 
-@contextmanager
-def alone(root: str, owner: str) -> Iterator[None]:
+def reading(root: str, owner: str) -> AbstractContextManager[None]:
+    """Held by a job while it makes a model, an export or a report of what it reads here; any number at once.
+
+    Nothing is laid down where there is no root: what is missing is the job's to say.
+
+    Raises:
+        Overtaken: on entering, somebody is alone at work here.
+    """
+    return _held(root, owner, "reading") if Storage(root).exists() else nullcontext()
+
+
+def alone(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by the only job that may work on this root.
 
     Raises:
-        Overtaken: somebody else is at work here.
+        Overtaken: on entering, somebody else is at work here.
     """
-    with _held(root, owner, "alone"):
-        yield
+    return _held(root, owner, "alone")
 
 
 def refuse_if_not_alone(root: str, owner: str) -> None:

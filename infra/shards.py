@@ -4,6 +4,7 @@ user_key = the first 16 bytes of blake2b(user_id), as 32 hex digits; bucket = it
 So the bucket follows from the key, and no file name, statistic or log line ever needs the id itself.
 """
 
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
 import numpy as np
@@ -26,6 +27,24 @@ def bucket_of(user_id: str, buckets: int) -> int:
 def bucket_of_key(key: str, buckets: int) -> int:
     """The partition of the user whom a user_key stands for."""
     return int(key[:16], 16) % buckets
+
+
+def keys_by_bucket(user_ids: Iterable[str] | None, buckets: int) -> dict[int, list[str]] | None:
+    """Of each bucket that has any of these users their keys, sorted; None, which is everybody, for None.
+
+    A subset is parted once, on the driver: among the keys of a whole subset no row group of a bucket could be skipped.
+    """
+    if user_ids is None:
+        return None
+    found: dict[int, list[str]] = {}
+    for key in sorted(map(user_key, user_ids)):
+        found.setdefault(bucket_of_key(key, buckets), []).append(key)
+    return found
+
+
+def of_bucket(users: Mapping[int, list[str]] | None, bucket: int) -> list[str] | None:
+    """A bucket's part of `keys_by_bucket`."""
+    return None if users is None else users.get(bucket, [])
 
 
 def shard_columns(user_ids: pa.Array | pa.ChunkedArray, buckets: int) -> tuple[pa.Array, pa.Array]:

@@ -87,6 +87,10 @@ class Snapshot:
             found.setdefault(-1 if file.bucket is None else file.bucket, []).append(file)
         return found
 
+    def filled(self, users: Mapping[int, Sequence[str]] | None = None) -> list[int]:
+        """Buckets that have any file, in order; of a subset (`shards.keys_by_bucket`) those of its users only."""
+        return [bucket for bucket in self.by_bucket() if users is None or bucket in users]
+
     @property
     def stamp(self) -> str:
         """A name for exactly these files: equal stamps, equal rows, also after a table was made anew."""
@@ -111,10 +115,21 @@ class Snapshot:
         columns: list[str] | None = None,
         buckets: Iterable[int] | None = None,
         filter: pc.Expression | None = None,
+        user_keys: Sequence[str] | None = None,
     ) -> pa.Table:
-        """All of it in memory: for tests and tables known to be small; jobs read file by file in Ray tasks."""
+        """All of it in memory: for tests and tables known to be small; jobs read bucket by bucket in Ray tasks.
+
+        Args:
+            filter: as in `read_file`.
+            user_keys: only the rows of these users; files and row groups that can hold none of them are not read.
+        """
         wanted = None if buckets is None else set(buckets)
         chosen = [file for file in self.files if wanted is None or file.bucket in wanted]
+        if user_keys is not None:
+            keys = np.array(sorted(user_keys), dtype=str)
+            chosen = [file for file in chosen if _between(keys, file.min_key, file.max_key)]
+            theirs = pc.field("user_key").isin(pa.array(keys.tolist(), pa.string()))
+            filter = theirs if filter is None else theirs & filter
         return read_files(chosen, columns, filter, spec=self.spec)
 
 

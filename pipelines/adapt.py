@@ -103,7 +103,8 @@ def run(config: Config) -> int:
     users = tables.read_users(config.users)
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
-        return _base(config, report, histories, entry, users or frozenset(), run_dir)
+        with lease.reading(config.tables, run_id):
+            return _base(config, report, histories, entry, users or frozenset(), run_dir)
     with lease.writing(config.tables, run_id):
         _adapters(config, report, histories, entry, users, base)
     return report.finish()
@@ -135,6 +136,7 @@ def _adapters(
     """Plans what each bucket owes, trains it in one stream, commits wave by wave."""
     import ray.data
 
+    from infra.shards import keys_by_bucket
     from pipelines import tables
     from pipelines.stages.fit_adapters import FitAdapters, ReadExamples, fit_id
     from pipelines.stages.owed import OwedUsers
@@ -157,7 +159,8 @@ def _adapters(
     mixed = users is not None and "none" in tables.said(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
-    counts = plan(list(histories.by_bucket()) if users is None else list(range(buckets)), owed.count, report)
+    asked = keys_by_bucket(users, buckets)
+    counts = plan(list(histories.by_bucket() if asked is None else asked), owed.count, report)
     todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
     done = made.get("complete") == "true" and made.get("cut") == cut
     committer = Committer(
@@ -193,8 +196,9 @@ def _adapters(
             num_gpus=config.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=config.workers),
         )
+        known = rejects.snapshot()  # a user without an example is one in every run, and stands there once
         files = fitted.map_batches(
-            WriteFiles(adapters, rejects, "adapt", report.run_id, key="user_key").__call__,
+            WriteFiles(adapters, rejects, "adapt", report.run_id, key="user_key", rejected=known).__call__,
             batch_size=None,
             batch_format="pyarrow",
         )

@@ -43,6 +43,14 @@ class Config(JobConfig):
 
 def run(config: Config) -> int:
     """Trains and saves; returns the exit code."""
+    from infra import lease
+
+    run_id = config.run_id or new_run_id("base-lm")
+    with lease.reading(config.tables, run_id):
+        return _run(config, run_id)
+
+
+def _run(config: Config, run_id: str) -> int:
     import os
 
     import torch
@@ -50,7 +58,6 @@ def run(config: Config) -> int:
     from pipelines import tables
     from pplug.tiny_lm import train_lm
 
-    run_id = config.run_id or new_run_id("base-lm")
     report = RunReport(
         "base-lm", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
     )

@@ -267,23 +267,24 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
 
 
 def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
-    """Trainings on these tables, by their reports: what they learned cannot be taken out of the weights."""
+    """Trainings on these tables, by what they have left: what they learned cannot be taken out of the weights."""
     from infra.storage import Storage
 
-    found = []
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         for name in folder.list():
-            if not name.endswith("report.json"):
+            if not name.endswith(("report.json", ".begun.json")):  # a killed training has checkpoints and no report
                 continue
             try:
                 said = json.loads(folder.read_bytes(name))
                 same = Storage(said["config"]["tables"]).uri == Storage(place).uri
             except (ValueError, KeyError, TypeError, InputError):
                 continue
-            if same and said.get("job") in ("train", "adapt"):
+            if same and said.get("job") in ("train", "adapt", "base-lm"):
                 names = ("job", "run_id", "plug", "plug_id", "adapter_id", "tables_read")
-                found.append({name: said[name] for name in names if name in said})
-    return found
+                one = found.setdefault((said["job"], said.get("run_id", "")), {})
+                one |= {name: said[name] for name in names if name in said}
+    return list(found.values())
 
 
 def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[list[str], list[str], int]:

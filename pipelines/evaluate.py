@@ -10,9 +10,9 @@ import json
 import math
 import pickle
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
@@ -39,6 +39,8 @@ class EvaluateConfig(BaseModel):
     """Those to score; all that the runs have when not given."""
     users: str | None = None
     """File with a user id a line: only their requests, as for those who have an adapter."""
+    as_of_version: dict[Literal["histories", "requests", "generations", "personas"], NonNegativeInt] = {}
+    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
     pool: bool = False
     """The runs repeat the same methods and differ in a seed: each method is scored over the replies of all of them."""
     task: str | None = None
@@ -73,21 +75,27 @@ Config = EvaluateConfig
 
 def run(config: EvaluateConfig) -> int:
     """Scores the replies, or compares two runs or two nights' personas; returns the exit code."""
-    return _compare(config) if config.compare or config.drift else _evaluate(config)
-
-
-def _evaluate(config: EvaluateConfig) -> int:
-    from infra import session
-    from infra.report import RunReport, check_run_id, new_run_id
-    from pipelines import page, tables
+    from infra import lease
+    from infra.report import check_run_id, new_run_id
 
     run_id = check_run_id(config.run_id or new_run_id("evaluate"))
+    with lease.reading(config.tables, run_id):
+        return (_compare if config.compare or config.drift else _evaluate)(config, run_id)
+
+
+def _evaluate(config: EvaluateConfig, run_id: str) -> int:
+    from infra import session
+    from infra.report import RunReport
+    from infra.shards import keys_by_bucket
+    from pipelines import page, tables
+
     reference = read_reference(config.reference)
-    users = tables.read_users(config.users)
-    found = {name: tables.open_table(config.tables, name) for name in ("histories", "requests", "generations")}
-    snapshots = {name: table.snapshot(complete=True) for name, table in found.items()}
+    names = ("histories", "requests", "generations")
+    snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
+    buckets = tables.open_table(config.tables, "requests").buckets
+    users = keys_by_bucket(tables.read_users(config.users), buckets)
     entry = tables.task_entry(config.task, snapshots["histories"])
-    runs = config.run or (snapshots["generations"].metadata["run_id"],)
+    runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
     session.start()
     report = RunReport("evaluate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     for name in ("requests", "generations"):
@@ -131,12 +139,11 @@ def _evaluate(config: EvaluateConfig) -> int:
     return report.finish()
 
 
-def _compare(config: EvaluateConfig) -> int:
+def _compare(config: EvaluateConfig, run_id: str) -> int:
     """Differences between two runs and between two versions of the personas: report.json and lines on the screen."""
     from infra import session
-    from infra.report import RunReport, check_run_id, new_run_id
+    from infra.report import RunReport
 
-    run_id = check_run_id(config.run_id or new_run_id("evaluate"))
     report = RunReport("evaluate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     session.start()
     if config.compare:
@@ -158,7 +165,7 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: Any) -
     from pplug import intervals, metrics
 
     names = ("histories", "requests", "generations")
-    snapshots = {name: tables.open_table(config.tables, name).snapshot(complete=True) for name in names}
+    snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     entry = tables.task_entry(config.task, snapshots["histories"])
     for name in names[1:]:
         report.table_read(name, snapshots[name].version)
@@ -292,18 +299,23 @@ def read_seconds(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, flo
     return found
 
 
-def _shares(snapshots: "dict[str, Snapshot]", config: EvaluateConfig) -> list[list[int]]:
+def _shares(
+    snapshots: "dict[str, Snapshot]", config: EvaluateConfig, users: dict[int, list[str]] | None
+) -> list[list[int]]:
     from infra.errors import InputError
 
-    asked = snapshots["requests"].by_bucket()
-    if not asked:
+    requests = snapshots["requests"]
+    if not requests.files:
         raise InputError(f"{config.tables}: the table requests is empty; ingest requests with targets first")
-    buckets = sorted({*asked, *snapshots["generations"].by_bucket()})  # a reply without its request counts too
+    asked = requests.filled(users)
+    if not asked:
+        raise InputError(f"users={config.users}: none of them has a request in {config.tables}")
+    buckets = sorted({*asked, *snapshots["generations"].filled(users)})  # a reply without its request counts too
     return [buckets[start::SHARES] for start in range(min(SHARES, len(buckets)))]
 
 
 def _survey(
-    config: EvaluateConfig, snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], users: frozenset[str] | None
+    config: EvaluateConfig, snapshots: "dict[str, Snapshot]", runs: tuple[str, ...], users: dict[int, list[str]] | None
 ) -> "tuple[Survey, Facts, dict[str, tuple[int, int]]]":
     """Histograms of the users' facts, and where they fall into thirds. Where personas exist, a second look is needed:
     a distance from the average can be told only when the average is known."""
@@ -317,13 +329,13 @@ def _survey(
 
     personas = None
     if Table.exists(tables.location(config.tables, "personas")):
-        personas = tables.open_table(config.tables, "personas").snapshot(complete=True)
+        personas = tables.snapshot(config.tables, "personas", config.as_of_version)
     task = ray.remote(groups.survey)
 
     def look(facts: groups.Facts) -> groups.Survey:
         parts = [
             task.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
-            for share in _shares(snapshots, config)
+            for share in _shares(snapshots, config, users)
         ]
         return sum((ray.get(part) for part in parts), groups.Survey())
 
@@ -344,7 +356,7 @@ def _score(
     facts: "Facts",
     cuts: dict[str, tuple[int, int]],
     beside: tuple[str, ...] = (),
-    users: frozenset[str] | None = None,
+    users: dict[int, list[str]] | None = None,
 ) -> "Scored":
     """All buckets in a few dozen tasks."""
     import ray.data
@@ -353,7 +365,7 @@ def _score(
     from infra.report import progress
     from pipelines.stages.score import ScoreBuckets, Scored, merged
 
-    shares = _shares(snapshots, config)
+    shares = _shares(snapshots, config, users)
     tables = (snapshots["requests"], snapshots["generations"])
     draws = (config.resamples, config.seed)
     score = ScoreBuckets(entry, *tables, runs, config.methods, *draws, facts, cuts, config.examples, beside, users)
@@ -593,7 +605,7 @@ def write_predictions(
     snapshots: "dict[str, Snapshot]",
     runs: tuple[str, ...],
     methods: list[str],
-    users: frozenset[str] | None = None,
+    users: dict[int, list[str]] | None = None,
 ) -> dict[str, str]:
     """One file a method in LaMP's shape (its key is `golds` for predictions too), a bucket in memory at a time.
 
@@ -612,7 +624,7 @@ def write_predictions(
         first = dict.fromkeys(methods, True)
         for out in outs.values():
             out.write(f'{{"task": {json.dumps(entry.name)}, "golds": ['.encode())
-        for bucket in sorted(snapshots["requests"].by_bucket()):
+        for bucket in snapshots["requests"].filled(users):
             found = read_bucket(snapshots["requests"], snapshots["generations"], bucket, runs, users=users)
             for method, out in outs.items():
                 for i in (row["request_id"] for row in found.rows):

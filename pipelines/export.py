@@ -58,13 +58,16 @@ class Config(JobConfig):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
+    from infra import lease
+
     run_id = config.run_id or new_run_id("export")
     # the config may name a user: the report does not
     shown = config.model_dump(exclude={"user_id"})
     report = RunReport("export", run_id, shown, config.run_dir or f"runs/{run_id}")
-    if config.user_id is not None and config.llm is not None:
-        return _adapter(config, config.user_id, config.llm, report)
-    return _table(config, report)
+    with lease.reading(config.tables, run_id):
+        if config.user_id is not None and config.llm is not None:
+            return _adapter(config, config.user_id, config.llm, report)
+        return _table(config, report)
 
 
 def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) -> int:

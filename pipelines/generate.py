@@ -12,7 +12,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
@@ -52,6 +52,10 @@ class Config(ResumableConfig):
     """open: those without a target; labelled: those with one."""
     users: str | None = None
     """File with a user id a line: only their requests, only their profiles."""
+    as_of_version: dict[
+        Literal["histories", "requests", "embeddings", "personas", "adapters", "profiles"], NonNegativeInt
+    ] = {}
+    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     decoding: Decoding = Decoding()
@@ -87,8 +91,8 @@ def run(config: Config) -> int:
         raise InputError(f"llm: {error}") from error
     encoder_decoder = _encoder_decoder(config)
     requests_table = tables.open_table(config.tables, "requests")
-    requests = requests_table.snapshot(complete=True)
-    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    requests = tables.snapshot(config.tables, "requests", config.as_of_version)
+    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     entry = tables.task_entry(config.task, histories)
     report.table_read("requests", requests.version)
     report.table_read("histories", histories.version)
@@ -149,14 +153,14 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
     if made_for.trained_without_history:
         return {"plug_id": plug_id(config.plug), "embeddings": None, "personas": None}
     name = tables.embeddings_name(made_for.encoder_id or "")
-    embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
+    embeddings = tables.snapshot(config.tables, name, config.as_of_version)
     report.table_read(name, embeddings.version)
     identity, personas = plug_id(config.plug), None
     if any(method.plug == "mean" for method in methods) or made_for.aggregation == "mean":
         from infra.table import Table
 
         if Table.exists(tables.location(config.tables, "personas")):
-            stored = tables.open_table(config.tables, "personas").snapshot(complete=True)
+            stored = tables.snapshot(config.tables, "personas", config.as_of_version)
             if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
                 personas = stored
                 report.table_read("personas", stored.version)
@@ -187,7 +191,7 @@ def _adapters(config: Config, methods: list[Method], llm: str, report: RunReport
         return None
     if config.engine.kind != "vllm":
         raise InputError(f"methods {with_adapter} need engine.kind=vllm, which serves many adapters in one batch")
-    found = tables.open_table(config.tables, "adapters").snapshot(complete=True)
+    found = tables.snapshot(config.tables, "adapters", config.as_of_version)
     if not found.files:
         raise InputError(f"methods {with_adapter}: the table adapters in {config.tables} is empty; run `adapt`")
     if found.metadata.get("llm_id") != llm:
@@ -246,7 +250,7 @@ def _retrieval_sources(
         name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"retrieval.encoder: {error}") from error
-    embeddings = tables.open_table(config.tables, name).snapshot(complete=True)
+    embeddings = tables.snapshot(config.tables, name, config.as_of_version)
     held = sources["embeddings"]
     if held is not None and held.table != embeddings.table:
         raise InputError(
@@ -267,7 +271,7 @@ def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport
     with_profile = [method.name for method in methods if method.profile]
     if not with_profile:
         return None
-    found = tables.open_table(config.tables, "profiles").snapshot(complete=True)
+    found = tables.snapshot(config.tables, "profiles", config.as_of_version)
     if not found.files:
         raise InputError(
             f"methods {with_profile}: the table profiles in {config.tables} is empty; run `generate --write-profiles`"
@@ -328,6 +332,7 @@ def _write_profiles(
     """Plans what each bucket owes, asks for it in one stream, commits wave by wave."""
     import ray.data
 
+    from infra.shards import keys_by_bucket
     from pipelines import tables
     from pipelines.stages.owed import OwedUsers
     from pipelines.stages.profile import AskForProfiles, WriteProfiles
@@ -348,7 +353,7 @@ def _write_profiles(
         id_column="profile_id",
         only_asking=True,
     )
-    counts = plan(_filled(requests, users, buckets), owed.count, report)
+    counts = plan(requests.filled(keys_by_bucket(users, buckets)), owed.count, report)
     todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
     identity = {"llm_id": llm, "profile_id": made_as, "decoding_id": config.decoding.decoding_id}
     report.extra |= identity
@@ -392,14 +397,6 @@ def _write_profiles(
     report.written -= sum(counts[bucket]["stays"] for bucket in todo)  # they were there, and are again
 
 
-def _filled(requests: "Snapshot", users: frozenset[str] | None, buckets: int) -> list[int]:
-    """Buckets that have requests; of a subset, those of its users only."""
-    from infra.shards import bucket_of
-
-    theirs = None if users is None else {bucket_of(user, buckets) for user in users}
-    return [bucket for bucket in requests.by_bucket() if theirs is None or bucket in theirs]
-
-
 def _threads(config: Config) -> int:
     return max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
 
@@ -439,13 +436,15 @@ def _generate(
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
     import ray.data
 
+    from infra.shards import keys_by_bucket
     from pipelines import tables
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pipelines.stages.reply import Reply
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
     before, profiles = generations.snapshot(), sources["profiles"]
-    users, stored = tables.read_users(config.users), sources["adapters"].snapshot if sources["adapters"] else None
+    users = keys_by_bucket(tables.read_users(config.users), generations.buckets)
+    stored = sources["adapters"].snapshot if sources["adapters"] else None
     owed = Owed(
         requests,
         before if before.files else None,
@@ -455,7 +454,7 @@ def _generate(
         users,
         profiles,
     )
-    found = plan(_filled(requests, users, generations.buckets), owed.count, report)
+    found = plan(requests.filled(users), owed.count, report)
     counts = {bucket: row["owed"] for bucket, row in found.items()}
     _refuse_a_leak(config, methods, stored, sum(row["dated"] for row in found.values()))
     if profiles is not None:

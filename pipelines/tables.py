@@ -6,7 +6,8 @@ bucket by bucket, without a shuffle. Vectors of another encoder stand in a table
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from infra import upkeep
 from infra.errors import InputError
@@ -28,7 +29,13 @@ _SPECS = [
         sort=("user_key", "position"),
         row_group_rows=GROUP_ROWS,
     ),
-    TableSpec("requests", schemas.REQUESTS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id")),
+    TableSpec(
+        "requests",
+        schemas.REQUESTS,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key", "request_id"),
+        row_group_rows=GROUP_ROWS,
+    ),
     TableSpec(
         "embeddings",
         schemas.EMBEDDINGS,
@@ -43,10 +50,17 @@ _SPECS = [
         schemas.SCHEMA_VERSION,
         sort=("user_key",),
         vectors=("mean_vector", "persona"),
+        row_group_rows=GROUP_ROWS,
     ),
     # one user's weights are fetched alone: a row group of few users
     TableSpec("adapters", schemas.ADAPTERS, schemas.SCHEMA_VERSION, sort=("user_key",), row_group_rows=4),
-    TableSpec("profiles", schemas.PROFILES, schemas.SCHEMA_VERSION, sort=("user_key",)),
+    TableSpec(
+        "profiles",
+        schemas.PROFILES,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key",),
+        row_group_rows=GROUP_ROWS,
+    ),
     TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
 ]
@@ -90,6 +104,18 @@ def open_table(tables: str, name: str) -> Table:
 def open_or_create(tables: str, name: str, buckets: int) -> Table:
     """A table to write to; made when it is not there yet."""
     return Table.open_or_create(location(tables, name), spec_of(name), buckets)
+
+
+def snapshot(tables: str, name: str, versions: Mapping[Any, int]) -> Snapshot:
+    """What a job reads of a table: the version asked for, else the newest complete one.
+
+    Args:
+        versions: by table; `embeddings` stands for those of any encoder.
+
+    Raises:
+        InputError: no such table, or no such version (any more).
+    """
+    return open_table(tables, name).snapshot(versions.get(name.partition("-")[0]), complete=True)
 
 
 def newest(tables: str, name: str) -> Snapshot | None:

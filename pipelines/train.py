@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
@@ -64,6 +64,10 @@ class Config(ResumableConfig):
     """Folder the plug is written to; default: <run_dir>/plug."""
     shape: PlugShape = PlugShape()
     fit: FitConfig = FitConfig()
+    users: str | None = None
+    """File with a user id a line: only their requests are learned from."""
+    as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}
+    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     history_cap: int = Field(512, gt=0)
@@ -82,16 +86,23 @@ class Config(ResumableConfig):
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
+    from infra import lease
+
+    run_id = config.run_id or new_run_id("train")
+    with lease.reading(config.tables, run_id):
+        return _run(config, run_id)
+
+
+def _run(config: Config, run_id: str) -> int:
     from infra import session
     from infra.storage import Storage
     from pipelines import tables
     from pplug.encoder import encoder_id
     from pplug.llm import llm_id
 
-    run_id = config.run_id or new_run_id("train")
     run_dir = config.run_dir or f"runs/{run_id}"
     report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
-    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     entry = tables.task_entry(config.task, histories)
     rule = entry.item if config.encoder.with_label else entry.item_without_label
     try:
@@ -102,9 +113,11 @@ def run(config: Config) -> int:
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
     begun = _begun(config, run_id, run_dir, identities)
+    versions: dict[Any, int] = {**config.as_of_version}
+    versions |= {name.partition("-")[0]: version for name, version in begun.items()}
     snapshots = {}
     for name in filter(None, ("histories", embeddings_name, "requests")):
-        snapshots[name] = tables.open_table(config.tables, name).snapshot(begun.get(name), complete=True)
+        snapshots[name] = tables.snapshot(config.tables, name, versions)
         report.table_read(name, snapshots[name].version)
     _begin(config, run_id, run_dir, identities, snapshots)
     histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
@@ -139,8 +152,13 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
 
 
 def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
+    from pipelines.tables import read_users
+    from pplug.identity import short_id
+
     decisive = config.model_dump(mode="json", exclude=_FREE)
     del decisive["fit"]["micro_tokens"]
+    if config.users is not None:  # who is in the file counts, not its name
+        decisive["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return decisive | identities
 
 
@@ -179,18 +197,21 @@ def _begin(
     storage, name = _record(run_id, run_dir)
     if not storage.exists(name):
         versions = {table: snapshot.version for table, snapshot in snapshots.items()}
-        content = {"config": _decisive(config, identities), "tables": versions}
+        content = {"job": "train", "run_id": run_id, "config": _decisive(config, identities), "tables": versions}
         storage.write_bytes(name, json.dumps(content, indent=2).encode())
 
 
 def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str) -> dict[str, int]:
+    from infra.shards import keys_by_bucket
+    from pipelines import tables
     from pipelines.stages.samples import PrepareSamples
     from pipelines.stages.write import bucket_rows
 
-    stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder)
+    users = keys_by_bucket(tables.read_users(config.users), tables.open_table(config.tables, "requests").buckets)
+    stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
     for row in (
-        bucket_rows(list(requests.by_bucket()))
+        bucket_rows(requests.filled(users))
         .map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
         .iter_rows()
     ):

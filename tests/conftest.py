@@ -9,6 +9,8 @@ import pytest
 pytest_plugins = ["tests.ray_head", "tests.s3_server"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
+# Ray's own choice is 15: beside a test that polls, workers would get a tenth of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Ray would write one into the home folder at its first start; two first starts at once would each write their own.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

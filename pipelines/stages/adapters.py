@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,18 @@ def facts(snapshot: Snapshot, batch: pa.Table) -> pa.Table:
 class AdapterIndex:
     """Who of a bucket has which adapter."""
 
-    def __init__(self, adapters: Snapshot, bucket: int, owners: Mapping[str, str]) -> None:
-        """`owners`: user_id -> the person, where they differ."""
+    def __init__(
+        self, adapters: Snapshot, bucket: int, owners: Mapping[str, str], user_keys: Sequence[str] | None = None
+    ) -> None:
+        """`owners`: user_id -> the person, where they differ. `user_keys`: whose are read; all for `other`."""
         self._adapters, self._bucket, self._owners = adapters, bucket, owners
-        self._here = self._read(bucket)
+        self._here = self._read(bucket, user_keys)
         self._far: dict[int, dict[str, AdapterName]] = {}
 
-    def _read(self, bucket: int) -> dict[str, AdapterName]:
-        rows = self._adapters.read(["user_id", "user_key", "adapter_id"], buckets=[bucket]).sort_by("user_key")
-        return {row["user_id"]: AdapterName(row["user_key"], row["adapter_id"]) for row in rows.to_pylist()}
+    def _read(self, bucket: int, user_keys: Sequence[str] | None = None) -> dict[str, AdapterName]:
+        columns = ["user_id", "user_key", "adapter_id"]
+        rows = self._adapters.read(columns, buckets=[bucket], user_keys=user_keys).sort_by("user_key").to_pylist()
+        return {row["user_id"]: AdapterName(row["user_key"], row["adapter_id"]) for row in rows}
 
     def own(self, request: Mapping[str, Any]) -> AdapterName | None:
         return self._here.get(request["user_id"])
@@ -114,8 +117,7 @@ class AdapterShelf:
         """
         bucket = bucket_of_key(name.user_key, self._adapters.buckets)
         columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
-        mine = pc.field("user_key") == name.user_key
-        found = self._adapters.snapshot.read(columns, buckets=[bucket], filter=mine).to_pylist()
+        found = self._adapters.snapshot.read(columns, buckets=[bucket], user_keys=[name.user_key]).to_pylist()
         row = next((row for row in found if row["adapter_id"] == name.adapter_id), None)
         if row is None:
             raise ValueError(f"adapter {name.adapter_id}: no longer in the table's version")

@@ -6,7 +6,7 @@ Shapes: U users, T items of all users (ragged), V vectors, D encoder width.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,16 @@ class Histories:
 
 
 def read_bucket(
-    histories: Snapshot, embeddings: Snapshot | None, bucket: int, *, with_fields: bool = False
+    histories: Snapshot,
+    embeddings: Snapshot | None,
+    bucket: int,
+    *,
+    with_fields: bool = False,
+    user_keys: Sequence[str] | None = None,
 ) -> Histories:
-    """Reads a bucket of both tables and joins them on (user, text_hash)."""
+    """Reads a bucket of both tables, of these users where they are given, and joins them on (user, text_hash)."""
     columns = ["user_key", "user_id", "position", "occurred_at", "text_hash"] + ["fields"] * with_fields
-    items = histories.read(columns, buckets=[bucket]).combine_chunks()
+    items = histories.read(columns, buckets=[bucket], user_keys=user_keys).combine_chunks()
     items = items.take(_ordered(items))
     starts = _starts(items["user_key"])
     occurred_at, last_item_at = _times(items["occurred_at"], starts)
@@ -98,7 +103,9 @@ def read_bucket(
         vector_row=np.full(items.num_rows, -1, np.int64),
         vectors=np.zeros((0, 0), np.float32),
     )
-    return found if embeddings is None else found.with_vectors(embeddings, bucket)
+    if embeddings is None:
+        return found
+    return found.with_vectors(embeddings, bucket, None if user_keys is None else np.arange(items.num_rows))
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

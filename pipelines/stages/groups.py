@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.shards import of_bucket, user_key
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import matrix, read_bucket, to_us
 from pplug import history
@@ -78,7 +78,8 @@ class Facts:
 
     def read(self, bucket: int, requests: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Bins (N,) of each kind for a bucket's requests (user_id, as_of, as_of_position)."""
-        users = read_bucket(self.histories, None, bucket)
+        keys = sorted({user_key(request["user_id"]) for request in requests})
+        users = read_bucket(self.histories, None, bucket, user_keys=keys)
         length, age = np.zeros(len(requests)), np.full(len(requests), np.nan)
         for i, request in enumerate(requests):
             user = users.user(request["user_id"])
@@ -101,17 +102,10 @@ class Facts:
     def vectors(self, bucket: int, requests: Sequence[Mapping[str, Any]]) -> tuple[list[str], np.ndarray]:
         """Mean vectors (U, D) of those of the requests' users that have one."""
         assert self.personas is not None
-        asked = pa.array(sorted({request["user_id"] for request in requests}), pa.string())
-        wanted = pc.field("user_id").isin(asked) & (pc.field("n_items") > 0)
-        found = self.personas.read(["user_id", "mean_vector"], buckets=[bucket], filter=wanted)
+        keys = {user_key(request["user_id"]) for request in requests}
+        wanted = pc.field("n_items") > 0
+        found = self.personas.read(["user_id", "mean_vector"], buckets=[bucket], filter=wanted, user_keys=sorted(keys))
         return found["user_id"].to_pylist(), matrix(found["mean_vector"])
-
-
-def of_users(requests: pa.Table, users: frozenset[str] | None) -> pa.Table:
-    """Those of these users; all when None."""
-    if users is None:
-        return requests
-    return requests.filter(pc.is_in(requests["user_id"], value_set=pa.array(sorted(users), pa.string())))
 
 
 def survey(
@@ -120,9 +114,13 @@ def survey(
     generations: Snapshot,
     runs: Sequence[str],
     facts: Facts,
-    users: frozenset[str] | None = None,
+    users: Mapping[int, list[str]] | None = None,
 ) -> Survey:
-    """Histograms of the requests that any of the runs answered; with no average yet, what it is made from."""
+    """Histograms of the requests that any of the runs answered; with no average yet, what it is made from.
+
+    Args:
+        users: keys by bucket (`shards.keys_by_bucket`); everybody when None.
+    """
     total = Survey()
     for bucket in buckets:
         asked = _answered(requests, generations, bucket, runs, users)
@@ -141,12 +139,12 @@ def survey(
 
 
 def _answered(
-    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], users: frozenset[str] | None
+    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], users: Mapping[int, list[str]] | None
 ) -> list[dict[str, Any]]:
-    columns = ["request_id", "user_id", "as_of", "as_of_position"]
-    asked = of_users(requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid()), users)
+    columns, keys = ["request_id", "user_id", "as_of", "as_of_position"], of_bucket(users, bucket)
+    asked = requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid(), user_keys=keys)
     wanted = pc.field("run_id").isin(list(runs))
-    replied = generations.read(["request_id"], buckets=[bucket], filter=wanted)["request_id"]
+    replied = generations.read(["request_id"], buckets=[bucket], filter=wanted, user_keys=keys)["request_id"]
     return asked.filter(pc.is_in(asked["request_id"], value_set=pc.unique(replied))).to_pylist()
 
 

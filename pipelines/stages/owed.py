@@ -64,20 +64,22 @@ class OwedUsers:
     """Only users who have a request."""
 
     def read(self, bucket: int) -> Owing:
-        own = read_bucket(self.histories, None, bucket, with_fields=True)
-        asked = self._asked(bucket)
-        cuts = _cuts(own, asked)
-        wanted = self.users
+        wanted: set[str] | None = None
+        keys: list[str] | None = None
+        if self.users is not None:
+            wanted = {name for name in self.users if bucket_of(name, self.buckets) == bucket}
+            keys = sorted(map(user_key, wanted))
+        asked = self._asked(bucket, keys)
         if self.only_asking:
-            asking = frozenset(request["user_id"] for request in asked)
-            wanted = asking if wanted is None else asking & wanted
+            wanted = {request["user_id"] for request in asked}
+            keys = sorted({request["user_key"] for request in asked})
+        own = read_bucket(self.histories, None, bucket, with_fields=True, user_keys=keys)
+        cuts = _cuts(own, asked)
         names = ["user_id", "user_key", self.id_column, "history_hash"]
         held = [] if self.before is None else self.before.read(names, buckets=[bucket]).to_pylist()
         stays = {row["user_id"]: row for row in held}
         owed, there = {}, 0
         for user, name in enumerate(own.user_ids):
-            if wanted is not None and name not in wanted:
-                continue
             start = int(own.starts[user])
             count = cuts.get(user, int(own.starts[user + 1]) - start)
             kept = history.newest(count, self.cap)
@@ -89,14 +91,14 @@ class OwedUsers:
                 continue
             owed[user] = (rows, digest)
             stays.pop(name, None)
-        strangers = (wanted or frozenset()) - set(own.user_ids)
-        missing = sorted(name for name in strangers if bucket_of(name, self.buckets) == bucket)
-        return Owing(own, owed, missing, there, sorted(row["user_key"] for row in stays.values()))
+        missing = (wanted or set()) - set(own.user_ids)
+        return Owing(own, owed, sorted(missing), there, sorted(row["user_key"] for row in stays.values()))
 
-    def _asked(self, bucket: int) -> list[dict[str, Any]]:
+    def _asked(self, bucket: int, keys: list[str] | None) -> list[dict[str, Any]]:
         if self.requests is None:
             return []
-        return self.requests.read(["user_id", "as_of", "as_of_position"], buckets=[bucket]).to_pylist()
+        columns = ["user_id", "user_key", "as_of", "as_of_position"]
+        return self.requests.read(columns, buckets=[bucket], user_keys=keys).to_pylist()
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: bucket, owed, there, stays (rows that travel with the owed)."""

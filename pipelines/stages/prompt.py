@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from pipelines.methods import Method
 from pipelines.stages.adapters import AdapterIndex, AdapterName
@@ -58,22 +59,23 @@ class Owed:
     methods: tuple[str, ...]
     only: str
     """all, open (without a target) or labelled."""
-    users: frozenset[str] | None
+    users: Mapping[int, list[str]] | None
+    """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
     profiles: Snapshot | None = None
     """Where given, requests of users without one are counted."""
 
     def read(self, bucket: int) -> tuple[pa.Table, dict[str, set[str]], int]:
         """Requests of a bucket, for each the methods already answered, and the number of pairs asked for."""
-        requests = self.requests.read(buckets=[bucket])
+        keys = of_bucket(self.users, bucket)
+        requests = self.requests.read(buckets=[bucket], user_keys=keys)
         if self.only != "all":
             has = pc.is_valid(requests["target"])
             requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
-        if self.users is not None:
-            requests = requests.filter(pc.is_in(requests["user_id"], value_set=pa.array(sorted(self.users))))
         answered: dict[str, set[str]] = {}
         if self.done is not None:
             mine = pc.field("run_id") == self.run_id
-            for row in self.done.read(["request_id", "method"], buckets=[bucket], filter=mine).to_pylist():
+            done = self.done.read(["request_id", "method"], buckets=[bucket], filter=mine, user_keys=keys)
+            for row in done.to_pylist():
                 answered.setdefault(row["request_id"], set()).add(row["method"])
         return (
             requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")]),
@@ -92,7 +94,8 @@ class Owed:
             dated = pc.and_(cut, pc.is_valid(requests["target"]))
             bare = 0
             if self.profiles is not None:
-                known = self.profiles.read(["user_id"], buckets=[bucket])["user_id"]
+                theirs = pc.unique(requests["user_key"]).to_pylist()
+                known = self.profiles.read(["user_id"], buckets=[bucket], user_keys=theirs)["user_id"]
                 bare = _true(pc.invert(pc.is_in(requests["user_id"], value_set=known)))
             counts = {"owed": asked - there, "there": there, "dated": _true(dated), "without_profile": bare}
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
@@ -149,17 +152,21 @@ class BuildPrompts:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             requests, answered, _ = self.owed.read(bucket)
+            keys = pc.unique(requests["user_key"]).to_pylist()  # all that is read is theirs, but for other-user
             users = None
             if (self.maker or self.retriever) and self.histories is not None and requests.num_rows:
                 sources = (self.histories, self.embeddings, self.personas)
-                users = Users(*sources, bucket, requests, self.cap, with_fields=self.retriever is not None)
+                others = any(method.plug == "other-user" for method in self.methods)
+                with_fields = self.retriever is not None
+                users = Users(*sources, bucket, requests, keys, self.cap, others=others, with_fields=with_fields)
             index = None
             if self.adapters is not None:
                 owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
-                index = AdapterIndex(self.adapters, bucket, dict(owners))
+                others = any(method.adapter == "other-user" for method in self.methods)
+                index = AdapterIndex(self.adapters, bucket, dict(owners), None if others else keys)
             profiles: dict[str, str] = {}
             if self.profiles is not None:
-                found = self.profiles.read(["user_id", "text"], buckets=[bucket])
+                found = self.profiles.read(["user_id", "text"], buckets=[bucket], user_keys=keys)
                 profiles = dict(zip(found["user_id"].to_pylist(), found["text"].to_pylist(), strict=True))
             for start in range(0, requests.num_rows, self.block_rows):
                 rows = requests.slice(start, self.block_rows).to_pylist()
@@ -262,17 +269,24 @@ class Users:
         personas: Snapshot | None,
         bucket: int,
         requests: pa.Table,
+        keys: Sequence[str],
         cap: int,
-        with_fields: bool = False,
+        *,
+        others: bool,
+        with_fields: bool,
     ) -> None:
-        self.own, self.cap = read_bucket(histories, embeddings, bucket, with_fields=with_fields), cap
+        """`keys`: of the requests' users; `others`: another user's items will be asked for, so that all are read."""
+        theirs = None if others else keys
+        self.own = read_bucket(histories, embeddings, bucket, with_fields=with_fields, user_keys=theirs)
+        self.cap = cap
         self.found = Found()
         self._source, self._bucket = (histories, embeddings), bucket
         self._others: Histories | None = None
         self._owner = dict(zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True))
         self._stored: dict[str, np.ndarray] = {}
         if personas is not None:
-            found = personas.read(["user_id", "persona"], buckets=[bucket], filter=pc.field("persona").is_valid())
+            made = pc.field("persona").is_valid()
+            found = personas.read(["user_id", "persona"], buckets=[bucket], filter=made, user_keys=keys)
             self._stored = dict(zip(found["user_id"].to_pylist(), matrix(found["persona"]), strict=True))
 
     def stored(self, request: Mapping[str, Any]) -> np.ndarray | None:

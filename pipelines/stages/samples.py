@@ -6,7 +6,7 @@ Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, sto
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.stages.bucket import read_bucket, to_us
@@ -33,14 +34,18 @@ class PrepareSamples:
     entry: TaskEntry
     cap: int
     folder: str
+    users: Mapping[int, list[str]] | None = None
+    """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             yield pa.Table.from_pylist([self._bucket(bucket)])
 
     def _bucket(self, bucket: int) -> dict[str, int]:
-        requests = self.requests.read(buckets=[bucket], filter=pc.field("target").is_valid()).sort_by("request_id")
-        users = read_bucket(self.histories, self.embeddings, bucket)
+        known, keys = pc.field("target").is_valid(), of_bucket(self.users, bucket)
+        requests = self.requests.read(buckets=[bucket], filter=known, user_keys=keys).sort_by("request_id")
+        theirs = pc.unique(requests["user_key"]).to_pylist()  # who asks nothing with a target is not read
+        users = read_bucket(self.histories, self.embeddings, bucket, user_keys=theirs)
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
         rows, lonely, missing = [], 0, 0

@@ -5,7 +5,7 @@ Generations and requests of a user lie in the same bucket: the join needs no shu
 
 import dataclasses
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.snapshot import Snapshot, read_files
+from infra.shards import of_bucket
+from infra.snapshot import Snapshot
 from pipelines.stages import groups
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
@@ -54,19 +55,20 @@ def read_bucket(
     bucket: int,
     runs: Sequence[str],
     with_input: bool = False,
-    users: frozenset[str] | None = None,
+    users: Mapping[int, list[str]] | None = None,
 ) -> Replies:
-    """Joins a bucket, of these users where they are given.
+    """Joins a bucket, of these users where they are given (`shards.keys_by_bucket`).
 
     Raises:
         ValueError: a request was answered twice by one method, or ids are not unique.
     """
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
-    everything = groups.of_users(_read(requests, bucket, columns), users)
+    keys = of_bucket(users, bucket)
+    everything = requests.read(columns, buckets=[bucket], user_keys=keys)
     asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
     names = ["request_id", "user_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
-    rows = groups.of_users(_read(generations, bucket, [*names, *IDENTITIES], wanted), users)
+    rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
     if pc.count_distinct(everything["request_id"]).as_py() < len(everything):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
     known, there = set(asked["request_id"].to_pylist()), set(everything["request_id"].to_pylist())
@@ -194,8 +196,8 @@ class ScoreBuckets:
     """Requests to show side by side."""
     beside: tuple[str, ...] = ()
     """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
-    users: frozenset[str] | None = None
-    """Where given, only their requests."""
+    users: Mapping[int, list[str]] | None = None
+    """Keys by bucket; where given, only their requests."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored({})
@@ -334,7 +336,3 @@ def added(one: Tally, other: Tally) -> Tally:
         (one.missing + other.missing)[:3],
         one.n_missing + other.n_missing,
     )
-
-
-def _read(snapshot: Snapshot, bucket: int, columns: Sequence[str], filter: pc.Expression | None = None) -> pa.Table:
-    return read_files(snapshot.by_bucket().get(bucket, []), list(columns), filter, spec=snapshot.spec)

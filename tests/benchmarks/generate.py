@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.shards import keys_by_bucket
+from pipelines import tables
 from pipelines.stages import prompt, reply
 from pipelines.stages.prompt import BuildPrompts, Owed
 from pipelines.stages.reply import Decoding, EngineConfig
@@ -106,7 +108,8 @@ def prompts_of(setting: dict[str, Any], population: Any, method: str = "plug") -
 
     requests = population.snapshot("requests")
     users = Path(setting["users"]).read_text().split() if "users" in setting else None
-    owed = Owed(requests, None, "bench", (method,), "all", frozenset(users) if users is not None else None)
+    buckets = tables.open_table(population.tables, "requests").buckets
+    owed = Owed(requests, None, "bench", (method,), "all", keys_by_bucket(users, buckets))
     build = BuildPrompts(
         owed, parse_all((method,)), population.snapshot("histories"),
         population.snapshot("embeddings-" + population.encoder_id), None, setting["plug"], plug_id(setting["plug"]),

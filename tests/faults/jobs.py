@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[2]
 
 
 class Job:
-    """`python WORDS...` with a Ray of its own; ends, with every process below it, when the `with` ends."""
+    """`python WORDS...` with a Ray of its own; ends, with every process below it, when the `with` ends.
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    With the address of the tests' own Ray it is a driver beside theirs, as on a cluster, and sooner at work.
+    """
+
+    def __init__(self, words: list[str], log: Path, address: str | None = None) -> None:
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         env |= {"PPLUG_WORKER_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-        self.log = log
+        env |= {} if address is None else {"RAY_ADDRESS": address}
+        self.log, self._others = log, {process.pid for process in _ray_workers()}
         with log.open("a") as out:
             self._process = subprocess.Popen(
                 [sys.executable, *words],
@@ -43,6 +47,10 @@ class Job:
         except psutil.NoSuchProcess:
             pass
         return [process for process in self._below.values() if _lives(process)]
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray's worker processes that have been started since it was."""
+        return [process for process in _ray_workers() if process.pid not in self._others]
 
     def wait_until(self, true: Callable[[], bool], what: str, timeout_s: float = 400) -> None:
         """Polls while the job runs; an end before that, or no time left, is an error that shows the output."""
@@ -97,6 +105,18 @@ class Job:
             self._process.wait()
         for process in self.below():
             process.kill()
+
+
+def _ray_workers() -> list[psutil.Process]:
+    """Ray names a worker's process after what it does; all Rays of the tests and their jobs are below the tests."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if _lives(process) and (process.cmdline() or [""])[0].startswith("ray::"):
+                found.append(process)
+        except psutil.Error:  # gone while we looked
+            pass
+    return found
 
 
 def _lives(process: psutil.Process) -> bool:

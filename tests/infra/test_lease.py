@@ -79,3 +79,22 @@ def test_any_owners_lease_stays_in_the_folder(tmp_path, owner):
     with lease.writing(str(tmp_path / "root"), owner):
         assert len(held(str(tmp_path / "root"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_who_makes_files_of_what_he_reads_keeps_away_who_must_be_alone_and_nobody_else(place):
+    with lease.writing(place, "night"), lease.reading(place, "train"), lease.reading(place, "export"):
+        assert len(held(place)) == 3
+    Storage(place).write_bytes("histories/x", b"")
+    with lease.reading(place, "train"):
+        with pytest.raises(Overtaken, match=r"run train is at work here \(reading; "):
+            with lease.alone(place, "erase"):
+                pytest.fail("both are at work")
+    with lease.alone(place, "erase"):
+        with pytest.raises(Overtaken, match=r"run erase is at work here \(alone"):
+            with lease.reading(place, "train"):
+                pytest.fail("both are at work")
+
+
+def test_a_reader_lays_nothing_down_where_there_is_nothing_to_read(tmp_path):
+    with lease.reading(str(tmp_path / "mistyped"), "train"):
+        assert not (tmp_path / "mistyped").exists()

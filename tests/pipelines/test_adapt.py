@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from infra.errors import InputError
+from infra import lease
+from infra.errors import InputError, Overtaken
 from infra.shards import bucket_of, user_key
 from pipelines import adapt, tables
 from pipelines.stages.adapt_base import BaseExamples
@@ -268,6 +269,12 @@ def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(populati
     lora = LoraConfig(shape=AdapterShape(targets=("query",)))
     with pytest.raises(InputError, match="llm: target 'query': the base has no module of this name"):
         run(population, llm, "refused", lora=lora)
+
+
+def test_no_base_is_adapted_beside_an_erase(population, llm):
+    fill(population, [item("ann", 1)])
+    with lease.alone(population.tables, "erase"), pytest.raises(Overtaken, match="run erase is at work here"):
+        run(population, llm, "base", stage="base")
 
 
 @pytest.mark.slow

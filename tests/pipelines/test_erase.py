@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +14,9 @@ from infra.errors import InputError, Overtaken
 from infra.search import Needles
 from infra.storage import Storage
 from infra.table import Table
-from pipelines import erase, tables
+from pipelines import base_lm, erase, evaluate, export, tables, train
 from pplug import history
+from tests.faults.jobs import Job
 
 ODD, LONG, SHORT = "a/b=c .. 😀", "x" * 300, "7"
 USERS = [ODD, LONG, SHORT, "user-1", "user-10", "other"]
@@ -32,8 +34,8 @@ def place_of(user: str) -> dict:
 class People:
     """Everybody in every table, in old versions, in orphans, and in what runs and exports have left."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.tables = folder, str(folder / "tables")
+    def __init__(self, folder: Path, root: str | None = None) -> None:
+        self.folder, self.tables = folder, f"{root or folder}/tables"
 
     def put(self, name: str, run_id: str, rows: list[dict], **said: str) -> None:
         """Commits rows that are given by their user and the columns that matter; of users, bucket and key follow."""
@@ -90,8 +92,9 @@ class People:
             rows = pa.table({"request_id": ["q"], "owner_id": [user], "input": [own(user, 0)]})
             pq.write_table(rows, samples / f"samples-{USERS.index(user)}.parquet", compression="zstd")
             np.save(samples / f"vectors-{USERS.index(user)}.npy", np.zeros((3, 2), np.float16))
-        said = {"job": "train", "run_id": "train", "plug_id": "feed", "config": {"tables": self.tables}}
-        (runs / "train" / "report.json").write_text(json.dumps(said))
+        said = {"job": "train", "plug_id": "feed", "config": {"tables": self.tables}}
+        for run_id, name in (("train", "train.begun.json"), ("killed", "killed.begun.json"), ("train", "report.json")):
+            (runs / "train" / name).write_text(json.dumps(said | {"run_id": run_id}))
         golds = [{"id": f"q{i}", "output": f"re {own(user, 0)}"} for i, user in enumerate(USERS)]
         (runs / "night").mkdir()
         (runs / "night" / "none.json").write_text(json.dumps({"task": "x", "golds": golds}))
@@ -147,6 +150,19 @@ def others(rows: dict[str, list[dict]], gone: list[str]) -> dict[str, list[dict]
             for name, found in rows.items()}  # fmt: skip
 
 
+def assert_nowhere(folder: Path, gone: list[str]) -> None:
+    """Neither ids nor keys nor words of these users, nor the words of user-1's question, below tables, runs, export."""
+    for root in ("tables", "runs", "export"):
+        said = decoded(folder / root)
+        for user in gone:
+            assert not [i for i in range(3) if own(user, i) in said], root
+            assert f"'{user}'" not in said and f'"{user}"' not in said, root
+            assert shards.user_key(user) not in said, root
+            assert history.text_hash({"mood": "bad", "remark": own(user, 2)}) not in said
+        assert own("q9", 0) not in said, root
+    assert "user-10" in decoded(folder / "tables") and "everybody" in decoded(folder / "tables")
+
+
 def test_erased_users_are_nowhere_and_all_others_rows_are_unchanged(people):
     gone = [ODD, LONG, "user-1"]
     before = people.everything()
@@ -154,22 +170,14 @@ def test_erased_users_are_nowhere_and_all_others_rows_are_unchanged(people):
     assert people.erase(users=str(people.folder / "gone.txt")) == 0
     (people.folder / "gone.txt").unlink()
     assert people.everything() == others(before, [*gone, "q9"])
-    for root in ("tables", "runs", "export"):
-        said = decoded(people.folder / root)
-        for user in gone:
-            assert not [i for i in range(3) if own(user, i) in said], root
-            assert f"'{user}'" not in said and f'"{user}"' not in said, root
-            assert shards.user_key(user) not in said, root
-            assert history.text_hash({"mood": "bad", "remark": own(user, 2)}) not in said
-        assert own("q9", 0) not in said, root
-    assert "user-10" in decoded(people.folder / "tables") and "everybody" in decoded(people.folder / "tables")
+    assert_nowhere(people.folder, gone)
     record = people.report["erasure"]
     assert record["survivors"] == [] and record["not_decoded"] == []
     assert record["rows_dropped"] == {
         name: len(before[name]) - len(found) for name, found in people.everything().items()
     }
     assert record["rows_dropped"]["profiles"] == 4  # with that of the question
-    assert [plug["plug_id"] for plug in record["trained_on_their_data"]] == ["feed"]
+    assert sorted(plug["run_id"] for plug in record["trained_on_their_data"]) == ["killed", "train"]
     assert (people.report["planned"], people.report["written"]) == (3, 3)
     samples = people.folder / "runs" / "train" / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["samples-5.parquet", "vectors-5.npy"]
@@ -180,6 +188,40 @@ def test_erased_users_are_nowhere_and_all_others_rows_are_unchanged(people):
     ]
     golds = json.loads((people.folder / "runs" / "night" / "none.json").read_text())["golds"]
     assert [gold["id"] for gold in golds] == ["q2", "q4", "q5"]
+
+
+def copy(of: str, to: str) -> None:
+    """All files below one folder into another, on a disk or on S3."""
+    source, target = Storage(of), Storage(to)
+    for name in source.list():
+        target.write_bytes(name, source.read_bytes(name))
+
+
+@pytest.mark.slow
+def test_the_same_on_s3_where_older_versions_of_objects_are_the_operators_duty(tmp_path, s3_server):
+    """Tables, runs and exports in a bucket that keeps versions; the job is a process of its own, with its own Ray."""
+    client = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
+    client.create_bucket(Bucket="versioned")
+    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+    root, gone = "s3://versioned/population", [ODD, LONG, "user-1"]
+    people = People(tmp_path / "made", root).fill()
+    for name in ("runs", "export"):
+        copy(str(people.folder / name), f"{root}/{name}")
+    before = people.everything()
+    (tmp_path / "gone.txt").write_text("".join(user + "\n" for user in gone))
+    words = ["--tables", people.tables, "--users", str(tmp_path / "gone.txt"), "--run-id", "erase"]
+    words += ["--run-dir", f"{root}/runs/erase", "--folders", f"{root}/runs,{root}/export"]
+    with Job(["-m", "pipelines", "erase", *words], tmp_path / "log") as job:
+        assert job.wait() == 0, job.output[-4000:]
+    assert people.everything() == others(before, [*gone, "q9"])
+    copy(root, str(tmp_path / "left"))
+    assert_nowhere(tmp_path / "left", gone)
+    record = json.loads((tmp_path / "left/runs/erase/report.json").read_text())["erasure"]
+    assert record["survivors"] == [] and record["not_decoded"] == []
+    assert record["files_searched"] >= len([path for path in (tmp_path / "left/tables").rglob("*") if path.is_file()])
+    assert any("older versions of S3 objects" in duty for duty in record["duties"])
+    old = [one for one in client.list_object_versions(Bucket="versioned")["Versions"] if not one["IsLatest"]]
+    assert any(one["Key"].endswith(".parquet") for one in old)  # the erase cannot reach them, so it says so
 
 
 def test_a_user_with_a_short_id_goes_too_and_somebody_unknown_is_no_error(people):
@@ -280,9 +322,10 @@ def test_a_run_that_broke_off_loses_what_nobody_saw_and_readers_see_the_complete
 
 
 def test_nobody_erases_beside_a_writer_and_no_writer_goes_on_from_before(people):
-    with lease.writing(people.tables, "night"):
-        with pytest.raises(Overtaken, match="run night is at work here"):
-            people.erase(user_id="user-1")
+    for held in (lease.writing, lease.reading):
+        with held(people.tables, "night"):
+            with pytest.raises(Overtaken, match="run night is at work here"):
+                people.erase(user_id="user-1")
     table = tables.open_table(people.tables, "generations")
     planned, file = table.version, table.write(table.snapshot().read(buckets=[0]), "slow")
     assert people.erase(user_id="user-1") == 0
@@ -290,6 +333,17 @@ def test_nobody_erases_beside_a_writer_and_no_writer_goes_on_from_before(people)
 
     with pytest.raises(TableMoved):  # its files are no more
         table.commit(file, run_id="slow", group=0, mode="append", planned_on=planned)
+
+
+@pytest.mark.parametrize(
+    ("job", "more"),
+    [(train, {"llm": {"model": "m"}}), (base_lm, {"output": "x"}), (export, {"output": "x"}), (evaluate, {})],
+)
+def test_nobody_makes_a_model_an_export_or_a_report_beside_an_erase(tmp_path, job, more):
+    place = str(tmp_path / "tables")
+    with lease.alone(place, "erase"):
+        with pytest.raises(Overtaken, match="run erase is at work here"):
+            job.run(job.Config(tables=place, run_dir=str(tmp_path / "run"), **more))
 
 
 def test_the_record_and_the_output_hold_neither_ids_nor_texts(people, capsys):

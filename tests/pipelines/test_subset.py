@@ -1,0 +1,216 @@
+"""A subset of users is read from their buckets and row groups alone, and comes out as it does among everybody.
+
+On S3, whose server sees every range that is asked of a file.
+"""
+
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra import shards
+from pipelines import tables
+from pipelines.methods import parse_all
+from pipelines.stages import groups, score
+from pipelines.stages.owed import OwedUsers
+from pipelines.stages.prompt import BuildPrompts, Owed
+from pipelines.stages.samples import PrepareSamples
+from pplug.llm import LLMConfig
+from pplug.plug import PersonaPlug, PlugConfig
+from pplug.tasks import TaskEntry
+from tests.pipelines.population import NOTES
+from tests.pplug.models import WORDS, tiny_llama
+
+BUCKETS, DIM, ITEMS = 2, 64, 8
+USERS = [f"user-{i}" for i in range(3000)]
+ENTRY = TaskEntry.model_validate(NOTES)
+METHODS = ("none", "plug")
+
+
+def put(place: str, name: str, owners: list[str], **columns) -> None:
+    """Commits rows of these owners; columns that are not given are null."""
+    table = tables.open_or_create(place, name, BUCKETS)
+    bucket, key = shards.shard_columns(pa.array(owners), BUCKETS)
+    given = {"bucket": bucket, "user_key": key, "user_id": pa.array(owners)} | columns
+    schema = table.spec.schema
+    data = pa.table(
+        [given.get(field.name, pa.nulls(len(owners), field.type)) for field in schema], names=schema.names
+    ).cast(schema)
+    table.commit(table.write(data, "run"), run_id="run", group=0, mode="append", planned_on=table.version,
+                 complete=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(_s3_server, tmp_path_factory) -> str:
+    """Everybody with eight items, a vector each, a persona, two requests and a reply."""
+    place, rng = "s3://tables/subset", random.Random(0)
+    owners = [user for user in USERS for _ in range(ITEMS)]
+    texts = [f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randbytes(60).hex()}" for _ in owners]
+    hashes = pa.array([f"{i:032x}" for i in range(len(owners))])
+    fields = pa.array([[("mood", "good"), ("text", text)] for text in texts], pa.map_(pa.string(), pa.string()))
+    put(place, "histories", owners, item_id=hashes, position=pa.array([i % ITEMS for i in range(len(owners))]),
+        fields=fields, text_hash=hashes)  # fmt: skip
+    vectors = np.random.default_rng(0).standard_normal((len(owners), DIM), np.float32)
+    put(place, "embeddings-e", owners, text_hash=hashes, vector=pa.array(list(vectors)))
+    put(place, "personas", USERS, n_items=pa.array([ITEMS] * len(USERS)),
+        mean_vector=pa.array(list(vectors[: len(USERS)])))  # fmt: skip
+    asking = [user for user in USERS for _ in range(2)]
+    ids = [f"{user}/{i % 2}" for i, user in enumerate(asking)]
+    inputs = [f"{rng.choice(WORDS)} {rng.randbytes(60).hex()}" for _ in ids]
+    put(place, "requests", asking, request_id=pa.array(ids), owner_id=pa.array(asking), input=pa.array(inputs),
+        as_of_position=pa.array([3] * len(ids)), target=pa.array(["good", None] * len(USERS)))  # fmt: skip
+    put(place, "generations", asking, run_id=pa.array(["one"] * len(ids)), request_id=pa.array(ids),
+        method=pa.array(["none"] * len(ids)), text=pa.array([rng.choice(["good", "bad"]) for _ in ids]))  # fmt: skip
+    return place
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[LLMConfig, str]:
+    folder = tmp_path_factory.mktemp("subset")
+    plug = PersonaPlug(PlugConfig(encoder_dim=DIM, llm_dim=64, aggregation="mean"))
+    plug.save_pretrained(folder / "plug")
+    return LLMConfig(model=str(tiny_llama(folder / "llm"))), str(folder / "plug")
+
+
+@pytest.fixture
+def some() -> list[str]:
+    """Two users of one bucket, far from each other."""
+    keys = sorted((shards.user_key(user), user) for user in USERS if shards.bucket_of(user, BUCKETS) == 1)
+    return [keys[len(keys) // 5][1], keys[-3][1]]
+
+
+@pytest.fixture
+def read(s3_server) -> Counter:
+    """Bytes that were asked of each bucket of each table since the test began, by (table, bucket)."""
+    counted: Counter = Counter()
+
+    def look(environ):
+        found = re.fullmatch(r"/tables/subset/([^/]+)/bucket=(\d+)/.*\.parquet", environ["PATH_INFO"])
+        if found and environ["REQUEST_METHOD"] == "GET":
+            span = re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))
+            counted[found[1], int(found[2])] += int(span[2]) - int(span[1]) + 1 if span else 2**40  # all of it
+        return None
+
+    s3_server.fault = look
+    return counted
+
+
+def snapshot(place: str, name: str):
+    return tables.open_table(place, name).snapshot(complete=True)
+
+
+def taken(read: Counter) -> Counter:
+    """What has been read so far; counts from nothing again."""
+    so_far = Counter(read)
+    read.clear()
+    return so_far
+
+
+def assert_little(little: Counter, whole: Counter, *names: str) -> None:
+    """Of the other bucket nothing; of the two users' little more than a file's end and two row groups of 24."""
+    assert {bucket for _, bucket in little} == {1} and {bucket for _, bucket in whole} == {0, 1}
+    for name in names:
+        assert 0 < little[name, 1] < 0.4 * whole[name, 1], name
+
+
+def prompts(place: str, models, users: list[str] | None, methods=METHODS) -> dict:
+    """What generate would ask, by request and method: the plan's count, then the prompts."""
+    llm, plug = models
+    requests, histories, embeddings = (snapshot(place, name) for name in ("requests", "histories", "embeddings-e"))
+    keys = shards.keys_by_bucket(users, BUCKETS)
+    owed = Owed(requests, snapshot(place, "generations"), "new", methods, "all", keys)
+    buckets = pa.table({"bucket": requests.filled(keys)})
+    planned = pa.concat_tables(owed.count(buckets)).to_pylist()
+    build = BuildPrompts(owed, parse_all(methods), histories, embeddings, None, plug, "p", llm, False, ENTRY, {}, 512,
+                         64, 1)  # fmt: skip
+    rows = pa.concat_tables(build(buckets)).to_pylist()
+    assert sum(row["owed"] for row in planned) == len(rows)
+    return {(row["request_id"], row["method"]): (row["before"], row["rows"], row["after"]) for row in rows}
+
+
+def test_generate_reads_of_a_subset_its_row_groups_and_asks_what_it_asks_among_all(place, models, some, read):
+    mine = prompts(place, models, some)
+    little = taken(read)
+    every = prompts(place, models, None)
+    assert_little(little, read, "histories", "embeddings-e")
+    assert len(every) == 2 * 2 * len(USERS)
+    asked = {(f"{user}/{i}", method) for user in some for i in range(2) for method in METHODS}
+    assert mine == {key: every[key] for key in asked}
+    assert any(rows for _, rows, _ in mine.values())
+
+
+def test_another_users_history_is_drawn_from_all_for_a_subset_too(place, models, some):
+    methods = ("plug:other-user",)
+    more = prompts(place, models, [*some, *USERS[:40]], methods)
+    asked = {(f"{user}/{i}", *methods) for user in some for i in range(2)}
+    assert prompts(place, models, some, methods) == {key: more[key] for key in asked}
+
+
+def samples(place: str, folder: str, users: list[str] | None) -> dict:
+    """What train would learn from, by request: query, target, vectors of the items."""
+    names = ("histories", "embeddings-e", "requests")
+    histories, embeddings, requests = (snapshot(place, name) for name in names)
+    keys = shards.keys_by_bucket(users, BUCKETS)
+    stage = PrepareSamples(histories, embeddings, requests, ENTRY, 512, folder, keys)
+    buckets = requests.filled(keys)
+    counts = pa.concat_tables(stage(pa.table({"bucket": buckets}))).to_pylist()
+    found = {}
+    for bucket in buckets:
+        vectors = np.load(f"{folder}/vectors-{bucket}.npy")
+        for row in pq.read_table(f"{folder}/samples-{bucket}.parquet").to_pylist():
+            own = vectors[row["start"] : row["stop"]].tolist()
+            found[row["request_id"]] = (row["query"], row["target"], own)
+    assert sum(row["samples"] for row in counts) == len(found)
+    return found
+
+
+def test_train_reads_of_a_subset_its_row_groups_and_learns_from_what_it_has_among_all(place, some, read, tmp_path):
+    mine = samples(place, str(tmp_path / "some"), some)
+    little = taken(read)
+    every = samples(place, str(tmp_path / "all"), None)
+    assert_little(little, read, "histories", "embeddings-e")
+    assert len(every) == len(USERS)
+    assert mine == {f"{user}/0": every[f"{user}/0"] for user in some}
+    assert all(len(vectors) == 3 for _, _, vectors in mine.values())  # of eight items come before the request
+
+
+def owing(place: str, users: list[str] | None, only_asking: bool) -> dict:
+    histories, requests = snapshot(place, "histories"), snapshot(place, "requests")
+    asked = None if users is None else frozenset(users)
+    owed = OwedUsers(histories, requests, None, "fit", 512, asked, BUCKETS, only_asking=only_asking)
+    found = {}
+    for bucket in requests.filled(shards.keys_by_bucket(users, BUCKETS)):
+        one = owed.read(bucket)
+        texts = {user: [one.own.text_hash[at].as_py() for at in rows] for user, (rows, _) in one.users.items()}
+        found |= {one.own.user_ids[user]: texts[user] for user in texts} | dict.fromkeys(one.missing, [])
+    return found
+
+
+@pytest.mark.parametrize("only_asking", [False, True])
+def test_adapters_and_profiles_of_a_subset_are_made_from_its_row_groups(place, some, read, only_asking):
+    mine = owing(place, some, only_asking)
+    little = taken(read)
+    every = owing(place, None, only_asking)
+    assert_little(little, read, "histories")
+    assert len(every) == len(USERS) and mine == {user: every[user] for user in some}
+    # who has neither item nor request is named where an adapter was asked for
+    assert owing(place, [*some, "nobody"], only_asking) == mine | ({} if only_asking else {"nobody": []})
+
+
+def test_evaluate_reads_of_a_subset_its_row_groups(place, some, read):
+    requests, generations = snapshot(place, "requests"), snapshot(place, "generations")
+    facts = groups.Facts(snapshot(place, "histories"), snapshot(place, "personas"))
+    keys = shards.keys_by_bucket(some, BUCKETS)
+    found = groups.survey(requests.filled(keys), requests, generations, ["one"], facts, keys)
+    assert (found.requests, found.users, found.items) == (2, 2, 6)
+    little = taken(read)
+    assert groups.survey([0, 1], requests, generations, ["one"], facts).requests == len(USERS)
+    assert_little(little, read, "histories")
+    scored = score.read_bucket(requests, generations, 1, ["one"], users=keys)
+    every = score.read_bucket(requests, generations, 1, ["one"])
+    assert {row["request_id"] for row in scored.rows} == {f"{user}/0" for user in some}
+    assert all(every.texts["none"][row["request_id"]] == scored.texts["none"][row["request_id"]] for row in scored.rows)
