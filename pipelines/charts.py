@@ -129,8 +129,10 @@ def _forest(found: Mapping[str, Any], metric: str) -> Chart:
         unit = ", percentage points" if percent(metric) else ""
         axes.set_xlabel(f"gain in {metric}{unit}" if paired else metric)
 
-    clear = [name for name in names if paired and rows[name][1][0] > 0]
-    says = f"{len(clear)} of {len(names)} methods are clearly better than no personalisation."
+    own = [name for name in names if not is_control(name) and not is_bound(name)] or names
+    clear = [name for name in own if paired and rows[name][1][0] > 0]
+    aside = ", controls and the oracle left aside" if len(own) < len(names) else ""
+    says = f"{len(clear)} of {len(own)} methods are clearly better than no personalisation{aside}."
     table = [
         [name, value(metric, rows[name][0], bool(paired)), between(metric, rows[name][1], bool(paired))]
         for name in reversed(names)
@@ -247,10 +249,16 @@ def _cost(found: Mapping[str, Any], metric: str) -> Chart:
         axes.margins(x=0.12, y=0.12)
         left, right = axes.get_xlim()
         low, high = axes.get_ylim()
-        for name, place in _spread(points, (right - left) / 3, (high - low) / 15).items():
-            axes.annotate(name, (points[name][0], place), xytext=(8, 0), textcoords="offset points", va="center",
-                          color=LIGHT["ink"], fontsize=9)  # fmt: skip
+        step = (high - low) / 15
+        places = _spread(points, (right - left) / 3, step)
+        for name, place in places.items():
+            beside = place[0] + 0.04 * (right - left), place[1]
+            if place != points[name]:  # a name that stands apart is led to its point
+                axes.plot(*zip(points[name], beside, strict=True), color=LIGHT["muted"], linewidth=0.6, zorder=1)
+            axes.annotate(name, beside, va="center", color=LIGHT["ink"], fontsize=9)
         axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+        heights = [height for _, height in places.values()]
+        axes.set_ylim(min(low, min(heights) - step), max(high, max(heights) + step))
         axes.set_xlabel("prompt tokens a request")
         axes.set_ylabel(f"{metric}{' (%)' if percent(metric) else ''}")
         if sign(metric) < 0:
@@ -271,8 +279,8 @@ def _cost(found: Mapping[str, Any], metric: str) -> Chart:
     return _chart("cost", "Cost against quality", says, columns, table, 3.6, paint)
 
 
-def _spread(points: Mapping[str, tuple[float, float]], near: float, step: float) -> dict[str, float]:
-    """Heights of the points' names: beside their points, moved apart where points are close to each other."""
+def _spread(points: Mapping[str, tuple[float, float]], near: float, step: float) -> dict[str, tuple[float, float]]:
+    """Where the points' names go: at their points; in a column at the rightmost where points are close together."""
     groups: list[list[str]] = []
     for name in sorted(points, key=lambda name: points[name][1]):
         groups.append([name])
@@ -280,9 +288,10 @@ def _spread(points: Mapping[str, tuple[float, float]], near: float, step: float)
             groups[-2:] = [groups[-2] + groups[-1]]
     found = {}
     for group in groups:
+        edge = max(points[name][0] for name in group)
         middle = sum(points[name][1] for name in group) / len(group)
         for at, name in enumerate(group):
-            found[name] = middle + step * (at - (len(group) - 1) / 2)
+            found[name] = (edge, middle + step * (at - (len(group) - 1) / 2))
     return found
 
 

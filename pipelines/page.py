@@ -100,9 +100,7 @@ def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
     rows = found["methods"]
     score, without = (value(metric, rows[name]["scores"][metric]) for name in (best, _BASELINE))
     better = "lower is better" if sign(metric) < 0 else "higher is better"
-    said = [
-        f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
-    ]
+    said = []
     for name in rows:
         if is_control(name) and "vs_none" in rows[name]:
             middle, interval = _gain(found, metric, name)
@@ -110,7 +108,10 @@ def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
             what = value(metric, middle, True) + (" points" if percent(metric) else "")
             about = next(text for part, text in _CONTROLS.items() if part in name)
             said.append(f"The control {name} ({about}) changes it by {what}{'' if clear else ', which may be chance'}.")
-    return [" ".join(said)]
+    first = (
+        f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
+    )
+    return [first, *([" ".join(said)] if said else [])]
 
 
 def _figures(found: Mapping[str, Any], metric: str, best: str | None) -> list[dict[str, str]]:

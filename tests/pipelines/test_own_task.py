@@ -4,6 +4,7 @@ Scores are worked out here from the replies as they stand in the table.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -109,13 +110,14 @@ def test_a_task_with_free_text_is_scored_by_rouge(made):
     found = report(made, "names")
     assert found["task"] == "names" and list(found["methods"]) == list(METHODS)
     for method in METHODS:
-        rows = [(gold.replace(",", "").split(), reply.split()) for gold, reply in replies(made, "names", method)]
-        assert all(word.isalpha() and word.islower() for _, words in rows for word in words)
+        rows = [
+            tuple(re.findall("[a-z0-9]+", text.lower()) for text in pair) for pair in replies(made, "names", method)
+        ]
         want = {"rouge1": 0.0, "rougeL": 0.0}
         for gold, words in rows:
             shared = sum(min(gold.count(word), words.count(word)) for word in set(words))
             for name, hits in (("rouge1", shared), ("rougeL", longest_common(gold, words))):
-                want[name] += 2 * hits / (len(gold) + len(words)) / len(rows)
+                want[name] += 2 * hits / (len(gold) + len(words)) / len(rows)  # F of precision and recall
         assert found["methods"][method]["scores"] == pytest.approx(want)
     assert found["methods"]["none"]["scores"]["rouge1"] > 0.1  # the tastes stand in the titles
 

@@ -30,6 +30,12 @@ def test_the_page_loads_nothing_and_shows_every_method(tmp_path):
         assert target in ids
     assert all(f">{name}<" in html for name in METHODS)
     assert "only 12 users: &lt;rough&gt;" in html and "Personalisation helps: plug+bm25 gains 48.3 points" in html
+    for control in (
+        "plug:soft-prompt (a soft prompt trained without any history) changes it by +2.1 points.",
+        "plug:other-user (another person&#39;s history) changes it by \N{MINUS SIGN}3.6 points.",
+        "plug:no-history (no history at all) changes it by +0.6 points, which may be chance.",
+    ):
+        assert f"The control {control}" in html
     for name, (score, _, gain, wide, *_) in METHODS.items():
         assert f"{100 * score:.1f}%" in html, name
         if gain is not None:
