@@ -50,7 +50,7 @@ def place(_s3_server, tmp_path_factory) -> str:
     place, rng = "s3://tables/subset", random.Random(0)
     owners = [user for user in USERS for _ in range(ITEMS)]
     texts = [f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randbytes(60).hex()}" for _ in owners]
-    hashes = pa.array([f"{i:032x}" for i in range(len(owners))])
+    hashes = pa.array([rng.randbytes(16).hex() for _ in owners])  # as hashes are: none of it can be compressed
     fields = pa.array([[("mood", "good"), ("text", text)] for text in texts], pa.map_(pa.string(), pa.string()))
     put(place, "histories", owners, item_id=hashes, position=pa.array([i % ITEMS for i in range(len(owners))]),
         fields=fields, text_hash=hashes)  # fmt: skip
