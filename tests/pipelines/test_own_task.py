@@ -50,6 +50,9 @@ def histories() -> list[dict]:
     return found
 
 
+pytestmark = pytest.mark.slow  # two tiny LMs
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, ray_session):
     """Both tasks through the whole line, with one tiny LM that has read the first task's items."""

@@ -20,6 +20,7 @@ from tests.pipelines.test_evaluate import write_generations
 
 SOFT = "plug:soft-prompt"
 TOKENS = 6
+pytestmark = pytest.mark.slow  # four jobs
 
 
 @pytest.fixture(scope="module")
