@@ -133,6 +133,7 @@ def test_a_prompt_longer_than_the_context_is_one_row_with_an_error(refreshed):
     assert report["failed"] == 2 and report["planned"] == report["written"] == len(rows)
 
 
+@pytest.mark.slow
 def test_an_item_of_10_mb_a_clock_in_the_future_and_an_encoder_that_gives_nan(tmp_path, ray_session):
     """Each is named or handled, and everybody else comes through."""
     from safetensors.torch import load_file, save_file

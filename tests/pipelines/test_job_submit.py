@@ -37,6 +37,7 @@ def refreshed(population, submit):
     return submit(refresh, "refresh", **population.common)
 
 
+@pytest.mark.slow
 def test_ingest_and_refresh_run_as_submitted_jobs(population, refreshed):
     embeddings = small.names(population.tables, "embeddings")
     assert refreshed["tables_written"] == {embeddings: 1, "personas": 1}

@@ -306,6 +306,7 @@ def test_training_facts_and_held_out_people(line):
     assert config.encoder_id == report["encoder_id"] and config.llm_id == report["llm_id"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_give_the_same_plug_as_one(line):
     plugs = []

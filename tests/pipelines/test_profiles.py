@@ -282,6 +282,7 @@ def test_the_request_keeps_its_room(made):
     assert sizes[24] < sizes[28] < sizes[34] < sizes[256]
 
 
+@pytest.mark.slow
 def test_replies_with_profiles_are_written_and_users_without_one_are_counted(made):
     assert run(made.population, "replies", llm=made.llm, methods=("none", "profile")) == 0
     mine = [row for row in made.population.rows("generations") if row["run_id"] == "replies"]
