@@ -68,7 +68,7 @@ def run(config: Config) -> int:
         stated=0.55,
         shown=0.25,
         evenness=0.75,  # popular themes stand out enough for a tiny LM to know them without being told whose item it is
-        items=(14, 50),
+        items=(20, 50),
     )
     print(f"demo: writes a world of {config.train_users} people to learn from and {config.test_users} unseen ones")
     files = {name: str(path) for name, path in world.write(settings, root / "world").items()}
@@ -136,7 +136,7 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
-         "shape.persona_tokens=4", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=3e-3",
+         "shape.persona_tokens=8", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=3e-3",
          "fit.query_learning_rate=0", "fit.item_dropout=0.2", "shape.temperature=0.2"],
         ingest("test", *requests("test")),
         ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],

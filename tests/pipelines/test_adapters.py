@@ -29,7 +29,7 @@ from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.plug import PersonaPlug
 from pplug.profile import ProfileConfig
 from tests.pipelines import small
-from tests.pplug.models import tiny_llama
+from tests.pplug.models import WORDS, tiny_llama
 
 METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user", "adapter+profile",
            "plug:mean+profile")  # fmt: skip
@@ -103,18 +103,13 @@ def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkey
 def served(tmp_path_factory, ray_session):
     """A population with adapters (four of them spoilt), a plug that was never trained, and one run of generate."""
     made = small.make(tmp_path_factory.mktemp("served"), train_users=2, test_users=14, test_requests=2)
-    made.ingest("test", buckets=4)
-    lonely = made.root / "lonely.jsonl"
-    row = {"request_id": "lonely", "user_id": "nobody", "input": "Tag this for me. description: a film"}
-    lonely.write_text(json.dumps(row) + "\n")
-    made.ingest("test", "ingest-lonely", requests_source=str(lonely))
+    asked = made.root / "requests.jsonl"
+    lonely = {"request_id": "lonely", "user_id": "nobody", "input": "Tag this for me. description: a film"}
+    asked.write_text(f"{made.files['test/requests'].read_text()}{json.dumps(lonely)}\n")
+    made.ingest("test", buckets=4, requests_source=str(asked))
     assert made.run(refresh, "refresh", **made.common) == 0
     assert made.run(adapt, "adapt", tables=made.tables, llm=made.llm, lora=LORA) == 0
-    # another engine, the same reader of prompts: one start of vLLM is enough
-    by_hand = EngineConfig(kind="transformers", dtype="float32")
-    asked = {"decoding": Decoding(max_tokens=12), "profile": PROFILE, "engine": by_hand}
-    assert made.run(generate, "profiles", tables=made.tables, llm=made.llm, write_profiles=True, **asked) == 0
-    profiles = {row["user_id"]: row["text"] for row in small.rows(made.tables, "profiles")}
+    profiles = write_profiles(made)
     llm, plug = FrozenLLM.load(made.llm), made.untrained_plug()
     good = {row["user_id"]: row for row in small.rows(made.tables, "adapters")}
     bad = spoil(made, sorted(good)[:4])
@@ -136,6 +131,24 @@ def served(tmp_path_factory, ray_session):
         made=made, llm=llm, plug=plug, good=good, bad=bad, code=code, replies=replies, requests=requests,
         profiles=profiles,
     )  # fmt: skip
+
+
+def write_profiles(made):
+    """A few words on everybody with a history, as another LLM run would have left them (made by one in test_profiles);
+    user_id -> text."""
+    texts = {
+        user: f"{WORDS[at % len(WORDS)]} likes {WORDS[3 * at % len(WORDS)]}"
+        for at, user in enumerate(sorted({row["user_id"] for row in small.rows(made.tables, "histories")}))
+    }
+    table = tables.open_or_create(made.tables, "profiles", 4)
+    rows = [
+        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, 4), "text": text}
+        for user, text in texts.items()
+    ]
+    files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), "profiles")
+    table.commit(files, run_id="profiles", group=0, mode="append", planned_on=0, complete=True,
+                 metadata={"llm_id": llm_id(made.llm)})  # fmt: skip
+    return texts
 
 
 def spoil(made, users):

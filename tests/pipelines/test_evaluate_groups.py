@@ -169,22 +169,6 @@ def test_users_helped_and_harmed_are_counted_by_user_with_intervals(known):
     assert "users_vs_none" not in report["methods"]["none"]
 
 
-def test_lower_is_better_for_ratings(tmp_path, ray_session):
-    population = Population(tmp_path)
-    entry = NOTES | {"metric": "rating", "labels": [1, 2, 3, 4, 5]}
-    asked = [{"request_id": f"r{n}", "user_id": f"u{n}", "input": "How?", "target": "3"} for n in range(3)]
-    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "2"}))
-    source = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(tmp_path / "asked.jsonl")}
-    assert population.ingest(task=population.task(entry), **source) == 0
-    write_generations(population, "night", {"none": {"r0": "5", "r1": "3", "r2": "1"},
-                                            "recency": {"r0": "4", "r1": "1", "r2": "5"}})  # fmt: skip
-    _, report, printed = run(population)
-    found = report["methods"]["recency"]["users_vs_none"]
-    assert [found[name]["share"] for name in ("better", "worse", "equal")] == pytest.approx([1 / 3] * 3)
-    assert list(report["groups"]) == ["length"]  # no times, no personas
-
-
 def test_costs_are_per_request_and_per_user(known, tmp_path):
     reports = [tmp_path / "one.json", tmp_path / "two.json"]
     for path, run_id, methods in ((reports[0], "night", ["none"]), (reports[1], "night", ["none", "plug:mean"])):

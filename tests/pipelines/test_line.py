@@ -3,6 +3,7 @@
 import json
 import os
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ WORLD = world.WorldConfig(
     train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2
 )
 FOUND = ("random", "recency", "bm25", "dense", "plug+bm25", "plug+dense")
+LATE = 5
 METHODS = ("none", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle", *FOUND)
 
 
@@ -45,17 +47,16 @@ def line(tmp_path_factory, ray_session):
         return code
 
     made.run = run
-    for split, place in (("train", made.train), ("test", made.test)):
-        source = {"source": str(files[f"{split}/histories"]), "requests_source": str(files[f"{split}/requests"])}
-        assert run(ingest, f"ingest-{split}", tables=place, task=str(files["task"]), buckets=4, **source) == 0
-    # one person who asks without any history, and without a cut-off
-    lonely = root / "lonely.jsonl"
-    asks = {"input": "Tag this for me. description: a film", "target": "crime"}
-    people = {"lonely": "nobody-yet", "open-end": "test-00000"}
-    lonely.write_text(
-        "".join(json.dumps({"request_id": name, "user_id": user} | asks) + "\n" for name, user in people.items())
-    )
-    assert run(ingest, "ingest-lonely", tables=made.test, requests_source=str(lonely), task=str(files["task"])) == 0
+    asked_too = root / "requests.jsonl"
+    asked_too.write_text(files["test/requests"].read_text() + beside())
+    known = root / "histories.jsonl"
+    known.write_text(files["test/histories"].read_text() + later(LATE))
+    for place, source in (
+        (made.train, {"source": str(files["train/histories"]), "requests_source": str(files["train/requests"])}),
+        (made.test, {"source": str(known), "requests_source": str(asked_too)}),
+    ):
+        name = f"ingest-{os.path.basename(place)}"
+        assert run(ingest, name, tables=place, task=str(files["task"]), buckets=4, **source) == 0
     assert run(refresh, "refresh-train", tables=made.train, encoder=encoder) == 0
     fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
     assert run(train, "train", tables=made.train, llm=llm, encoder=encoder, plug=made.plug, fit=fit,
@@ -64,6 +65,24 @@ def line(tmp_path_factory, ray_session):
     # 1: one reply is missing, that of the method `oracle` for somebody whose preference nobody stated
     assert run(generate, "generate", tables=made.test, **asked(made)) == 1
     return made
+
+
+def beside():
+    """One person who asks without any history, and one without a cut-off."""
+    asks = {"input": "Tag this for me. description: a film", "target": "crime"}
+    people = {"lonely": "nobody-yet", "open-end": "test-00000"}
+    return "".join(json.dumps({"request_id": name, "user_id": user} | asks) + "\n" for name, user in people.items())
+
+
+def later(people):
+    """An item a person that is later than all requests with a cut-off; of the first so many people."""
+    day = datetime(2031, 1, 1, tzinfo=UTC)
+    return "".join(
+        json.dumps({"user_id": person.user_id, "item_id": f"new-{person.user_id}",
+                    "occurred_at": (day + timedelta(days=i)).isoformat(),
+                    "fields": {"description": "a film of music and crime", "tag": "music"}}) + "\n"
+        for i, person in enumerate(islice(world.population(WORLD, "test"), people))
+    )  # fmt: skip
 
 
 def asked(made, **more):
@@ -252,29 +271,22 @@ def test_evaluate_scores_the_run(line):
     assert 0 < report["reference"]["best_without_history"] < report["reference"]["best_with_history"] <= 1
 
 
+@pytest.mark.slow
 def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
     """The same requests over histories that have grown since: the prompts are equal to the bit."""
     from pipelines.methods import parse_all
     from pipelines.stages.prompt import BuildPrompts, Owed
     from pplug.tasks import load
 
-    later = tmp_path / "later.jsonl"
-    day = datetime(2031, 1, 1, tzinfo=UTC)
-    people = [person.user_id for person in world.population(WORLD, "test")]
-    later.write_text(
-        "".join(
-            json.dumps({"user_id": user, "item_id": f"new-{user}", "occurred_at": (day + timedelta(days=i)).isoformat(),
-                        "fields": {"description": "a film of music and crime", "tag": "music"}}) + "\n"
-            for i, user in enumerate(people)
-        )
-    )  # fmt: skip
+    grown = tmp_path / "later.jsonl"
+    grown.write_text(later(WORLD.test_users))
     copy = str(tmp_path / "grown")
     source = {"source": str(line.files["test/histories"]), "requests_source": str(line.files["test/requests"])}
     task = str(line.files["task"])
     assert line.run(ingest, "grow-1", tables=copy, task=task, buckets=4, **source) == 0
-    assert line.run(ingest, "grow-2", tables=copy, task=task, source=str(later)) == 0
+    assert line.run(ingest, "grow-2", tables=copy, task=task, source=str(grown)) == 0
     assert line.run(refresh, "grow-3", tables=copy, encoder=line.encoder) == 0
-    assert len(rows(copy, "histories")) == len(rows(line.test, "histories")) + len(people)
+    assert len(rows(copy, "histories")) == len(rows(line.test, "histories")) + WORLD.test_users - LATE
 
     def prompts(place):
         snapshots = [tables.open_table(place, name).snapshot(complete=True)
@@ -291,7 +303,7 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
 
     old, new = prompts(line.test), prompts(copy)
     shared = set(old) & set(new)
-    assert len(shared) == (2 + len(FOUND)) * len(people) * WORLD.test_requests
+    assert len(shared) == (2 + len(FOUND)) * WORLD.test_users * WORLD.test_requests
     for key in shared:
         assert old[key][0] == new[key][0] and old[key][2] == new[key][2]
         np.testing.assert_allclose(old[key][1], new[key][1], rtol=1e-5, atol=1e-6)

@@ -168,6 +168,7 @@ def test_a_night_on_which_nothing_changed_encodes_nothing_writes_nothing_and_nee
     assert report["personas"] == {"users": 20, "changed": 0, "gone": 0, "buckets_rewritten": 0}
 
 
+@pytest.mark.slow  # the quick one is in test_bad_input
 def test_the_rerun_of_a_refresh_writes_its_rejects_once(night):
     assert [row["run_id"] for row in night.rows("rejects")] == ["evening"]
     assert night.refresh("evening", history_cap=100) == 0  # another cap: looked at anew

@@ -133,6 +133,7 @@ def test_who_has_nothing_to_tell_is_a_reject_without_a_word_of_a_text(made):
     assert "the cat" not in json.dumps([row["detail"] for row in rows.values()]) + json.dumps(made.report)
 
 
+@pytest.mark.slow
 def test_later_items_change_no_profile(made):
     before = profiles(made.population)
     assert run(made.population, "later", llm=made.llm, write_profiles=True) == 0

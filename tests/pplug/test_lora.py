@@ -148,8 +148,15 @@ def test_training_lowers_the_loss_and_the_loss_is_that_of_the_last_epoch(folder)
 # --- nobody's texts change another's adapter -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("count", [1, 2], ids=["one_thread", "two_threads"])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        pytest.param(1, torch.float32, id="one_thread-float32", marks=pytest.mark.slow),
+        pytest.param(1, torch.bfloat16, id="one_thread-bfloat16"),
+        pytest.param(2, torch.float32, id="two_threads-float32"),
+        pytest.param(2, torch.bfloat16, id="two_threads-bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_another_users_texts_change_no_bit_of_an_adapter(folder, dtype, count):
     torch.set_num_threads(count)
     users, config = people(), LoraConfig(learning_rate=1e-3)

@@ -98,6 +98,7 @@ def test_a_budget_of_minutes_ends_the_training_and_progress_reaches_one():
     assert [now.done for now in seen] == sorted(now.done for now in seen)
 
 
+@pytest.mark.slow
 def test_the_first_part_of_a_run_reads_short_texts_only():
     """Long texts have an answer of their own here: who has not read them gives that of the short ones."""
     rng = random.Random(1)
