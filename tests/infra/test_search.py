@@ -66,7 +66,7 @@ def test_a_text_in_compressed_parquet_is_found_whatever_it_lies_in(tmp_path, kin
         ("_delta_log/1.json", json.dumps({"commitInfo": {"predicate": "user_id = 'user-1'"}})),
         ("_delta_log/2.json", json.dumps({"add": {"stats": json.dumps({"minValues": {"user_id": "7"}})}})),
         ("_SUCCESS", json.dumps({"user": ID})),
-        ("lines.jsonl.gz", gzip.compress(json.dumps({"text": TEXT}).encode())),
+        ("lines.jsonl.gz", gzip.compress(json.dumps({"text": TEXT}).encode(), mtime=0)),
         ("names.npy", array(["x", "user-1"])),
         ("weights.safetensors", (60).to_bytes(8, "little") + b'{"__metadata__": {"by": "user-1"}}'.ljust(60) + b"\xff"),
         ("long.bin", b"\x00" * (16 * 2**20 - 9) + TEXT.encode()),  # over the end of a block
