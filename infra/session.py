@@ -14,6 +14,14 @@ from collections.abc import Mapping
 from infra.errors import InputError
 
 LEAST_LOCAL_CPUS = 4
+_LOCAL = {
+    # Ray's second is shorter than the pause between two stages: their workers would be started and fill their imports
+    # anew for each (two cores, a night of refreshes: 197 s of processor time, with these settings 140).
+    "idle_worker_killing_time_threshold_ms": 60_000,
+    "prestart_worker_first_driver": False,  # workers that then stand idle
+    "enable_metrics_collection": False,  # for a dashboard that a local session does not have
+}
+"""Of Ray itself, where the session is this job's alone."""
 _NO_CLUSTER = (
     "RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to run on this "
     "machine alone"
@@ -56,6 +64,7 @@ def start(
                 num_cpus=local_cpus(cpus, need),
                 include_dashboard=False,
                 object_store_memory=object_store_bytes,
+                _system_config=_LOCAL,
                 **quiet,
             )
     check(need)

@@ -123,11 +123,15 @@ def prompts_of(setting: dict[str, Any], population: Any, method: str = "plug") -
     return out
 
 
-def bare(folder: Path, setting: dict[str, Any], threads: int) -> float:
-    """vllm.LLM.generate in a process of its own, on prompts.json."""
+def bare(folder: Path, setting: dict[str, Any], threads: int, adapters: dict[str, Any] | None = None) -> float:
+    """vllm.LLM.generate in a process of its own, on prompts.json.
+
+    Args:
+        adapters: args, more arguments of the engine; folders, PEFT's; of, which of them each prompt is for.
+    """
     asked = {"llm": setting["llm"].model_dump(), "engine": setting["engine"].model_dump(),
              "decoding": setting["decoding"].model_dump(), "prompts": str(folder / "prompts.json"),
-             "threads": threads}  # fmt: skip
+             "threads": threads, "adapters": adapters}  # fmt: skip
     command = [sys.executable, "-m", "tests.benchmarks.generate", json.dumps(asked)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(re.findall(r"^rate (\S+)$", done.stdout, re.MULTILINE)[-1])
@@ -138,13 +142,21 @@ def _bare(asked: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
 
     config, llm = EngineConfig.model_validate(asked["engine"]), LLMConfig.model_validate(asked["llm"])
-    engine = LLM(**reply.VLLMEngine._engine_args(None, llm.model, config, asked["threads"]))  # type: ignore[arg-type]
+    args = reply.VLLMEngine._engine_args(None, llm.model, config, asked["threads"])  # type: ignore[arg-type]
+    loras, adapters = None, asked["adapters"]
+    if adapters:
+        from vllm.lora.request import LoRARequest
+
+        args |= adapters["args"]
+        made = [LoRARequest(f"adapter-{i}", i + 1, folder) for i, folder in enumerate(adapters["folders"])]
+        loras = [made[i] for i in adapters["of"]]
+    engine = LLM(**args)
     tokens = Decoding.model_validate(asked["decoding"]).max_tokens
     engine.generate([{"prompt_token_ids": list(range(300, 324))}] * 2, SamplingParams(temperature=0, max_tokens=8),
                     use_tqdm=False)  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(Path(asked["prompts"]).read_text())]
     start = time.perf_counter()
-    out = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
+    out = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False, lora_request=loras)
     took = time.perf_counter() - start
     return sum(len(one.outputs[0].token_ids) for one in out) / took
 

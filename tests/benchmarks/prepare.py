@@ -65,11 +65,11 @@ class Population:
         return [item_text(dict(cell), self.entry, True) for cell in cells]
 
 
-def ingested(folder: Path, users: int) -> Population:
-    """Histories of the first users, and their newest items as requests with a known answer."""
+def ingested(folder: Path, users: int, requests: int = REQUESTS) -> Population:
+    """Histories of the first users, and so many of their newest items as requests with a known answer."""
     from pipelines import ingest
 
-    root = folder / f"population-{users}"
+    root = folder / (f"population-{users}" if requests == REQUESTS else f"population-{users}x{requests}")
     real = REAL.is_dir()
     entry = TaskEntry.model_validate(TASK) if real else _world_entry(root, users)
     data = f"u-boot commit messages of {users} people" if real else f"the embedded world's {users} people"
@@ -90,7 +90,7 @@ def ingested(folder: Path, users: int) -> Population:
         golds["golds"] = [gold for gold in golds["golds"] if gold["id"] in wanted]
         (root / "lamp" / "dev_outputs.json").write_text(json.dumps(golds))
         source = {"source": str(root / "lamp"), "split": "dev", "questions": "skip"}
-    config = ingest.Config(tables=found.tables, task=str(task), derive_requests=REQUESTS, buckets=8,
+    config = ingest.Config(tables=found.tables, task=str(task), derive_requests=requests, buckets=8,
                            run_dir=str(root / "ingest"), **source)  # fmt: skip
     assert ingest.run(config) == 0
     (root / "ready").touch()
