@@ -8,6 +8,7 @@ the others', so that of two that come at once at least one sees the other. Every
 that a job without a lease cannot get in between.
 """
 
+import errno
 import json
 import re
 import threading
@@ -37,7 +38,8 @@ def writing(root: str, owner: str) -> AbstractContextManager[None]:
 def reading(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by a job while it makes a model, an export or a report of what it reads here; any number at once.
 
-    Nothing is laid down where there is no root: what is missing is the job's to say.
+    Nothing is laid down where there is no root: what is missing is the job's to say. Whoever may only read the root
+    goes on without a lease and says so.
 
     Raises:
         Overtaken: on entering, somebody is alone at work here.
@@ -92,7 +94,16 @@ def _held(root: str, owner: str, kind: str) -> Iterator[None]:
             except Exception as error:  # the next turn tries again; when none succeeds the lease runs out, as it should
                 print(f"lease {name}: not renewed ({type(error).__name__})", flush=True)
 
-    put()
+    try:
+        put()
+    except OSError as error:
+        if kind != "reading" or error.errno not in (None, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"{root}: no lease, these credentials may only read here: no erase will see this run, so start none "
+              "before its end", flush=True)  # fmt: skip
+        _refuse(root, owner, "alone")
+        yield
+        return
     thread = threading.Thread(target=renew, daemon=True, name=f"lease {name}")
     thread.start()
     try:

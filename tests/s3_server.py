@@ -10,7 +10,10 @@ import pytest
 
 
 class S3Server:
-    """moto behind a door: `fault(environ)` may spoil an answer ("503", "slow", "cut", "lost answer") or not (None)."""
+    """moto behind a door: `fault(environ)` may spoil an answer or not (None).
+
+    Kinds: "503", "403", "slow", "cut", "lost answer".
+    """
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -33,6 +36,11 @@ class S3Server:
             return [
                 b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
             ]
+        if kind == "403":
+            self.failed += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         if kind == "cut":  # half of the body that was promised, then the connection closes
             self.failed += 1
             body = b"".join(self.moto(environ, lambda status, headers, exc_info=None: None))

@@ -98,3 +98,20 @@ def test_who_makes_files_of_what_he_reads_keeps_away_who_must_be_alone_and_nobod
 def test_a_reader_lays_nothing_down_where_there_is_nothing_to_read(tmp_path):
     with lease.reading(str(tmp_path / "mistyped"), "train"):
         assert not (tmp_path / "mistyped").exists()
+
+
+def test_who_may_only_read_goes_on_without_a_lease_and_says_so(s3_server, s3, capsys):
+    Storage(s3).write_bytes("things/x", b"x")
+    s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE") else None
+    with lease.reading(s3, "export"):
+        assert Storage(s3).read_bytes("things/x") == b"x" and held(s3) == []
+    assert "no lease, these credentials may only read here" in capsys.readouterr().out
+    with pytest.raises(PermissionError):
+        with lease.writing(s3, "night"):
+            pytest.fail("it cannot write")
+    s3_server.fault = lambda environ: None
+    with lease.alone(s3, "erase"):
+        s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] == "PUT" else None
+        with pytest.raises(Overtaken, match="run erase is at work here"):
+            with lease.reading(s3, "export"):
+                pytest.fail("an erase is at work")
