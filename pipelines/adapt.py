@@ -8,6 +8,7 @@ stage base: one adapter on the examples of people who are not target users, on R
 folder; give that folder as llm.model to stage users and to generate. Unit of work: an example.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -224,6 +225,9 @@ def _base(
     if source is None:
         raise InputError(f"{config.tables} has no requests; ingest them, or use --examples items")
     folder = Storage(run_dir).join("examples").uri
+    # a killed run leaves checkpoints and no report: an erase has to know whom they learned from
+    begun = {"job": "adapt", "run_id": report.run_id, "config": config.model_dump(mode="json")}
+    Storage(run_dir).write_bytes(f"{report.run_id}.begun.json", json.dumps(begun, indent=2).encode())
     prepare = BaseExamples(source, entry, left_out, config.llm, config.rule.max_target_tokens, folder)
     with report.stage("prepare") as stage:
         rows = bucket_rows(list(source.by_bucket())).map_batches(prepare.__call__, batch_size=1, batch_format="pyarrow")

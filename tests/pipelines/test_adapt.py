@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from infra import lease
 from infra.errors import InputError, Overtaken
 from infra.shards import bucket_of, user_key
-from pipelines import adapt, tables
+from infra.storage import Storage
+from pipelines import adapt, erase, tables
 from pipelines.stages.adapt_base import BaseExamples
 from pipelines.stages.fit_adapters import FitAdapters, ReadExamples
 from pipelines.stages.owed import OwedUsers
@@ -291,6 +292,9 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     assert made.run(adapt, "base", **values, lora=lora, output=str(tmp_path / "merged"), epochs=4) == 0
     report = made.report("base")
     assert report["planned"] == report["written"] == len([row for row in items if row["user_id"] != target])
+    run_dir = Path(made.root / "runs" / "base")
+    (run_dir / "report.json").rename(run_dir / "report")  # as when it was killed
+    assert [one["job"] for one in erase._trained(made.tables, [Storage(str(run_dir))])] == ["adapt"]
     merged = LLMConfig(model=str(tmp_path / "merged"))
     assert report["llm_id"] == llm_id(merged) != llm_id(made.llm)
     old, new = (AutoModelForCausalLM.from_pretrained(config.model).state_dict() for config in (made.llm, merged))
