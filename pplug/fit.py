@@ -36,6 +36,9 @@ class FitConfig(BaseModel):
     """Gradient norm over all parameters."""
     item_dropout: float = Field(0.5, ge=0, lt=1)
     """Each epoch int(n*U(0, this)) + 1 random items of a sample with more than two are left out; 0: none."""
+    history_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an epoch's samples that see none of their history, so that the instruction alone serves who has none
+    as well as the LLM itself does; 0, as published: never."""
     max_target_tokens: int = Field(128, gt=1)
     """EOS included."""
     micro_tokens: int = Field(16_384, gt=0)
@@ -90,12 +93,15 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def kept_items(n: int, share: float, seed: int, epoch: int, sample: int) -> np.ndarray:
+def kept_items(n: int, config: FitConfig, epoch: int, sample: int) -> np.ndarray:
     """Which of n items a sample keeps in an epoch (the authors' augmentation, drawn on line), in order."""
-    if share == 0 or n <= 2:
+    if config.history_dropout:
+        if np.random.default_rng((config.seed, epoch, sample, 1)).random() < config.history_dropout:
+            return np.arange(0)
+    if config.item_dropout == 0 or n <= 2:
         return np.arange(n)
-    rng = np.random.default_rng((seed, epoch, sample))
-    dropped = min(n - 1, int(n * rng.uniform(0, share)) + 1)
+    rng = np.random.default_rng((config.seed, epoch, sample))
+    dropped = min(n - 1, int(n * rng.uniform(0, config.item_dropout)) + 1)
     return np.sort(rng.permutation(n)[dropped:])
 
 
@@ -166,7 +172,7 @@ class Fitter:
             if plug.trained_without_history:
                 vectors = vectors[:0]
             elif epoch is not None:
-                vectors = vectors[kept_items(len(vectors), config.item_dropout, config.seed, epoch, int(index))]
+                vectors = vectors[kept_items(len(vectors), config, epoch, int(index))]
             items.append(vectors)
             owner.append(np.full(len(vectors), row))
         items_TD = torch.from_numpy(np.concatenate(items).astype(np.float32)).to(self.device)

@@ -108,7 +108,7 @@ class Loop:
             kept = []
             for index in part:
                 own = setting.samples.items(index)
-                kept.append(own[kept_items(len(own), config.item_dropout, config.seed, 0, int(index))])
+                kept.append(own[kept_items(len(own), config, 0, int(index))])
             slots = max(map(len, kept)) if self.ragged else SLOTS
             items = np.zeros((len(part), slots, plug.config.encoder_dim), np.float32)
             mask = torch.zeros(len(part), slots, dtype=torch.bool)

@@ -57,9 +57,11 @@ def test_every_job_takes_its_part(path, use, tmp_path):
 
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
 def test_a_folder_of_ones_own_with_its_own_tiny_llm(path, tmp_path):
-    made = jobs(load(path, "--source", "somewhere"), tmp_path)
-    assert list(made) == ["ingest-train", "base-lm", "refresh-train", "train", "ingest-dev", "refresh-dev", "generate",
-                          "train-soft", "generate-soft", "evaluate"]  # fmt: skip
+    config = load(path, "--source", "somewhere")
+    made = jobs(config, tmp_path)
+    adapt = ["adapt"] * any(method.adapter for method in parse_all(config.methods))
+    assert list(made) == ["ingest-train", "base-lm", "refresh-train", "train", "ingest-dev", "refresh-dev", *adapt,
+                          "generate", "train-soft", "generate-soft", "evaluate"]  # fmt: skip
     assert (made["ingest-train"].split, made["ingest-dev"].split) == ("train", "dev")
     assert made["ingest-dev"].derive_requests > 0 and made["ingest-dev"].questions == "skip"
     assert {made[step].llm.model for step in ("train", "train-soft", "generate", "generate-soft")} == {

@@ -26,12 +26,23 @@ def test_an_epoch_holds_every_sample_once_in_batches_of_like_length():
 
 
 def test_item_dropout_is_the_papers_and_depends_on_the_sample_alone():
-    sizes = [len(kept_items(10, 0.5, seed=0, epoch=0, sample=i)) for i in range(2000)]
+    half = FitConfig(item_dropout=0.5)
+    sizes = [len(kept_items(10, half, epoch=0, sample=i)) for i in range(2000)]
     assert set(sizes) == {5, 6, 7, 8, 9}  # int(10 * U(0, .5)) + 1 of 10 are left out
     assert np.bincount(sizes)[5:].min() > 300
-    assert np.array_equal(kept_items(10, 0.5, 0, 3, 7), kept_items(10, 0.5, 0, 3, 7))
-    assert np.array_equal(kept_items(2, 0.5, 0, 0, 0), [0, 1])
-    assert np.array_equal(kept_items(10, 0.0, 0, 0, 0), np.arange(10))
+    assert np.array_equal(kept_items(10, half, 3, 7), kept_items(10, half, 3, 7))
+    assert np.array_equal(kept_items(2, half, 0, 0), [0, 1])
+    assert np.array_equal(kept_items(10, FitConfig(item_dropout=0), 0, 0), np.arange(10))
+
+
+def test_history_dropout_leaves_out_all_items_of_its_share_and_changes_no_other_sample():
+    some = FitConfig(history_dropout=0.2)
+    kept = [[kept_items(10, some, epoch, i) for i in range(2000)] for epoch in (0, 1)]
+    without = np.array([[not len(items) for items in epoch] for epoch in kept])
+    assert without.mean(1) == pytest.approx([0.2, 0.2], abs=0.03)
+    assert (without[0] & without[1]).mean() == pytest.approx(0.04, abs=0.015)  # drawn anew each epoch
+    others = [i for i in range(2000) if not without[0, i]]
+    assert all(np.array_equal(kept[0][i], kept_items(10, FitConfig(), 0, i)) for i in others)
 
 
 def test_held_out_users_are_a_fixed_share():
@@ -91,6 +102,17 @@ def test_a_plug_learns_what_only_the_history_tells(llm):
     run_epochs(run, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     assert before["val_exact"] < 0.6 < 0.95 < seen[-1]["val_exact"]
     assert seen[-1]["val_loss"] < 0.5 * before["val_loss"]
+
+
+def test_history_dropout_teaches_the_instruction_to_serve_who_has_no_history(llm):
+    train, nobody = samples(llm, 160), samples(llm, 80, seed=1)
+    nobody = replace(nobody, spans=np.zeros((80, 3), np.int64))
+    found = {}
+    for share in (0.0, 0.2):
+        run = fitter(llm, CONFIG.model_copy(update={"history_dropout": share}), train, nobody)
+        run_epochs(run, 0, np.inf, lambda *a: None, lambda *a: None, 0)
+        found[share] = run.validate()["val_loss"]
+    assert found[0.2] < 0.8 * found[0.0]
 
 
 def test_a_soft_prompt_does_not_depend_on_anybodys_history(llm):
