@@ -2,10 +2,14 @@
 
 It is there so that the line can be tried where no model can be downloaded, and that is all it is for: a model of some
 million parameters that has read nothing but these items knows its one task and nothing else.
-Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is.
+Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is. A rerun that would
+train the same model on the same texts finds it there and leaves it.
 Unit of work: a history item.
 """
 
+import hashlib
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -56,7 +60,7 @@ def _run(config: Config, run_id: str) -> int:
     import torch
 
     from pipelines import tables
-    from pplug.tiny_lm import train_lm
+    from pplug.tiny_lm import RECORD_FILE, train_lm
 
     report = RunReport(
         "base-lm", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
@@ -67,6 +71,13 @@ def _run(config: Config, run_id: str) -> int:
     with report.stage("read") as stage:
         texts = _texts(config, histories, entry, report)
         stage.rows = len(texts)
+    made_from = _made_from(config, texts)
+    record = Path(config.output) / RECORD_FILE
+    if record.exists() and json.loads(record.read_text()).get("made_from") == made_from:
+        report.already_there = len(texts)
+        code = report.finish()
+        print(f"model: {config.output}, already there")
+        return code
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     with report.stage("train") as stage, progress(config.lm.steps, "base-lm steps") as bar:
 
@@ -77,6 +88,7 @@ def _run(config: Config, run_id: str) -> int:
 
         trained = train_lm(texts, config.lm, show, config.suffix)
         stage.rows = int(trained.facts["steps"])
+    trained.facts["made_from"] = made_from
     trained.save(config.output)
     report.written = len(texts)
     report.extra["lm"] = trained.facts
@@ -84,6 +96,17 @@ def _run(config: Config, run_id: str) -> int:
     code = report.finish()
     print(f"model: {config.output}")
     return code
+
+
+def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
+    """Identity of all that decides the model: the texts in their order, and how it is trained on them."""
+    from pplug.identity import short_id
+
+    digest = hashlib.blake2b()
+    for pair in texts:
+        digest.update(json.dumps(pair).encode())
+    settings = {"lm": config.lm.model_dump(mode="json"), "suffix": config.suffix}
+    return short_id({"texts": digest.hexdigest(), **settings})
 
 
 def _texts(config: Config, histories: "Snapshot", entry: "TaskEntry", report: RunReport) -> list[tuple[str, str]]:

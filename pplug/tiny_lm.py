@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+RECORD_FILE = "training.json"
 Row = tuple[list[int], int]  # ids of a text, and how many of the last are the target's (eos included)
 Batch = tuple["Tensor", "Tensor", "Tensor"]  # ids (B, L); masks (B, L-1) over ids[:, 1:]: target, real
 
@@ -103,10 +104,10 @@ class Trained:
     facts: dict[str, float | int | str]  # parameters, tokens, steps, seconds, losses, held-out losses and accuracy
 
     def save(self, folder: str | Path) -> None:
-        """A folder for AutoModelForCausalLM, AutoTokenizer and vLLM, with training.json beside the weights."""
+        """A folder for AutoModelForCausalLM, AutoTokenizer and vLLM, with its record beside the weights, written last."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "training.json").write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / RECORD_FILE).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
 
 
 def train_lm(

@@ -50,6 +50,22 @@ def test_it_leaves_a_model_that_loads_and_a_report_that_adds_up(filled, tmp_path
     assert str(tmp_path / "lm") in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_rerun_leaves_the_model_unless_texts_or_settings_are_others(filled, tmp_path, capsys):
+    tables, weights = filled(notes(60)), tmp_path / "lm" / "model.safetensors"
+
+    def again(**more) -> tuple[int, int, int]:
+        weights.write_bytes(b"")  # so that a training shows
+        code, report = job(tables, tmp_path, **more)
+        return code, report["already_there"], weights.stat().st_size
+
+    assert job(tables, tmp_path)[0] == 0
+    assert again() == (0, 60, 0) and "already there" in capsys.readouterr().out
+    for other in ({"lm": TINY.model_copy(update={"seed": 1})}, {"suffix": " ="}, {"max_items": 59}, {"prompt": "{mood}"}):
+        code, found, size = again(**other)
+        assert (code, found) == (0, 0) and size > 0
+        assert again(**other) == (0, 60 - ("max_items" in other), 0)
+
+
 def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkeypatch):
     seen = {}
     import pplug.tiny_lm
