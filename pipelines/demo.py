@@ -47,7 +47,7 @@ class Config(BaseModel):
     """Of the test users, how many get an adapter, from what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
-    lm_steps: int = Field(2000, gt=0)
+    lm_steps: int = Field(1500, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)
     """Of the plug."""
@@ -137,7 +137,7 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
          "shape.persona_tokens=8", f"fit.epochs={config.epochs}", f"fit.seed={config.seed}", "fit.learning_rate=3e-3",
-         "fit.query_learning_rate=0", "fit.item_dropout=0.2", "shape.temperature=0.2"],
+         "fit.query_learning_rate=0", "fit.item_dropout=0.2", "fit.history_dropout=0.1", "shape.temperature=0.2"],
         ingest("test", *requests("test")),
         ["refresh", "--tables", f"{tables}/test", "--plug", plug, *own("refresh-test")],
         ["adapt", "--tables", f"{tables}/test", "--users", files["adapter-users"], *own("adapt"), "--set", *layout,
