@@ -11,6 +11,7 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -412,9 +413,10 @@ class VLLMEngine:
             self._loop.call_soon_threadsafe(self._engine.shutdown)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=30)
-            self._engine = None
         if self._adapters is not None:
             self._adapters.shelf.close()
+        self._engine = self._adapters = None
+        gc.collect()  # left to the interpreter's end, the engine's own __del__ fails and prints a traceback
 
 
 @dataclass
