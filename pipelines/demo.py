@@ -132,7 +132,7 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
         ingest("corpus"),
         ["base-lm", "--tables", f"{tables}/corpus", "--output", lm, "--prompt", "{preface}" + INPUT, *own("base-lm"),
          "--set", f"lm.steps={config.lm_steps}", f"lm.seed={config.seed}",
-         "lm.short_first=0.6"],  # else reading a stated preference comes late, or not at all, beside reading items
+         "lm.short_first=0.6", "lm.init_std=0.09"],  # without, to read a stated preference is learnt late, or never
         ingest("train", *requests("train")),
         ["refresh", "--tables", f"{tables}/train", *own("refresh-train")],
         ["train", "--tables", f"{tables}/train", "--plug", plug, *own("train"), "--set", *layout,
