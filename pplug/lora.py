@@ -316,14 +316,14 @@ class StackedTrainer:
         stack = self._pass
         if stack is None:
             return out
-        dropout, deltas = self.config.dropout, []
+        dropout, scale, deltas = self.config.dropout, self.config.shape.scale, []
         for user, pieces, x in zip(stack.users, stack.pieces, given[0][0].split(stack.sizes), strict=True):
             x = x.float()
             if dropout:
                 kept = torch.empty_like(x).bernoulli_(1 - dropout, generator=user.generator)
                 x = x * kept.div_(1 - dropout)
-            deltas.append(F.linear(F.linear(x, pieces[2 * place]), pieces[2 * place + 1]))
-        return (out + torch.cat(deltas)[None] * self.config.shape.scale).to(out.dtype)
+            deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
+        return (out + torch.cat(deltas)[None]).to(out.dtype)
 
     def _losses(self, stack: _Pass) -> list[Tensor]:
         """Each user's summed cross-entropy over the labels of this pass."""
