@@ -254,7 +254,10 @@ def _drift(config: EvaluateConfig, versions: tuple[int, int], report: Any) -> di
 
 
 def read_reference(path: str | None) -> dict[str, float] | None:
-    """The known best scores. Raises InputError: no such file, or not both numbers in it."""
+    """The known best scores, and that of another user's history if it is known.
+
+    Raises InputError: no such file, or not both best numbers in it.
+    """
     from infra.errors import InputError
 
     if path is None:
@@ -263,6 +266,7 @@ def read_reference(path: str | None) -> dict[str, float] | None:
         with open(path, encoding="utf-8") as stream:
             found = json.load(stream)
         known = {name: float(found[name]) for name in ("best_without_history", "best_with_history")}
+        known |= {name: float(found[name]) for name in ("other_user",) if name in found}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"reference {path}: expected a JSON file with the numbers best_without_history and best_with_history "
@@ -559,6 +563,8 @@ def _warnings(scored: "Scored", n_users: int) -> list[str]:
 
 def table_text(found: dict[str, Any]) -> str:
     """The figures as a table for the screen; * marks a difference whose interval leaves out zero."""
+    from pipelines import page
+
     methods = found["methods"]
     names = list(next(iter(methods.values()))["scores"])
     head = ["method", "n", *(f"{name} [95%]" for name in names), *(f"{name} - {BASELINE} [95%]" for name in names)]
@@ -583,9 +589,7 @@ def table_text(found: dict[str, Any]) -> str:
     ]
     text.insert(0, f"{found['task']}: {found['n_requests']} requests of {found['n_users']} users")
     if found.get("reference"):
-        best = found["reference"]
-        without, with_it = best["best_without_history"], best["best_with_history"]
-        text.append(f"best possible: {without:.3f} without history, {with_it:.3f} with it")
+        text.append(f"best possible: {page.best_possible(found['reference'])}")
     return "\n".join([*text, *(f"note: {warning}" for warning in found["warnings"])])
 
 

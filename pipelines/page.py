@@ -199,8 +199,15 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "seed of the resamples": str(found["config"]["seed"]),
     }
     if found.get("reference"):
-        best = found["reference"]
-        facts["best possible"] = (
-            f"{best['best_without_history']:.3f} without history, {best['best_with_history']:.3f} with it"
-        )
+        facts["best possible"] = best_possible(found["reference"])
     return facts
+
+
+def best_possible(reference: Mapping[str, float]) -> str:
+    """The known scores in words."""
+    known = {
+        "without history": reference["best_without_history"],
+        "with it": reference["best_with_history"],
+        "expected with another user's": reference.get("other_user"),
+    }
+    return ", ".join(f"{score:.3f} {what}" for what, score in known.items() if score is not None)

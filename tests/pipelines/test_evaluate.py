@@ -179,7 +179,10 @@ def test_a_reference_stands_in_report_and_table(generated, tmp_path, capsys):
     path.write_text(json.dumps({"best_without_history": 0.34, "best_with_history": 0.97, "users": 40}))
     _, report, printed = run(generated, capsys, reference=str(path))
     assert report["reference"]["best_without_history"] == 0.34
-    assert "best possible: 0.340 without history, 0.970 with it" in printed
+    assert "best possible: 0.340 without history, 0.970 with it\n" in printed
+    path.write_text(json.dumps({"best_without_history": 0.34, "best_with_history": 0.97, "other_user": 0.3}))
+    _, _, printed = run(generated, capsys, reference=str(path))
+    assert "0.970 with it, 0.300 expected with another user's\n" in printed
     path.write_text("{}")
     with pytest.raises(InputError, match="truth.json: expected a JSON file with the numbers best_without_history"):
         run(generated, reference=str(path))
