@@ -104,7 +104,7 @@ class Trained:
     facts: dict[str, float | int | str]  # parameters, tokens, steps, seconds, losses, held-out losses and accuracy
 
     def save(self, folder: str | Path) -> None:
-        """A folder for AutoModelForCausalLM, AutoTokenizer and vLLM, with its record beside the weights, written last."""
+        """A folder for AutoModelForCausalLM, AutoTokenizer and vLLM, and a record of it, written last."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / RECORD_FILE).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")

@@ -60,7 +60,8 @@ def test_a_rerun_leaves_the_model_unless_texts_or_settings_are_others(filled, tm
 
     assert job(tables, tmp_path)[0] == 0
     assert again() == (0, 60, 0) and "already there" in capsys.readouterr().out
-    for other in ({"lm": TINY.model_copy(update={"seed": 1})}, {"suffix": " ="}, {"max_items": 59}, {"prompt": "{mood}"}):
+    seeded = TINY.model_copy(update={"seed": 1})
+    for other in ({"lm": seeded}, {"suffix": " ="}, {"max_items": 59}, {"prompt": "{mood}"}):
         code, found, size = again(**other)
         assert (code, found) == (0, 0) and size > 0
         assert again(**other) == (0, 60 - ("max_items" in other), 0)
