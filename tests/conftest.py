@@ -11,6 +11,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
 # Ray's own choice is 15: beside a test that polls, workers would get a tenth of a core.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Two test processes share the cores: a thread that spins for its next piece of work takes the other's time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray would write one into the home folder at its first start; two first starts at once would each write their own.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
