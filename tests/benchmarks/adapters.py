@@ -78,17 +78,20 @@ def published(model: Any, config: LoraConfig, users: list[UserExamples]) -> None
         for user in users:
             trainer = transformers.Trainer(
                 model=with_adapter(model, config), args=arguments, data_collator=_padded,
-                train_dataset=[{"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
-                               for prompt, target in user.examples],
+                train_dataset=_rows(user),
             )  # fmt: skip
             trainer.train()
             assert trainer.state.global_step == len(plan_steps(len(user.examples), config, 0))
             model = trainer.model.unload()
 
 
-def _padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def _rows(user: UserExamples) -> list[dict[str, list[int]]]:
+    return [{"input_ids": prompt + target, "labels": [-100] * len(prompt) + target} for prompt, target in user.examples]
+
+
+def _padded(rows: list[dict[str, list[int]]], multiple: int = 8) -> dict[str, torch.Tensor]:
     """DataCollatorForSeq2Seq of ids that are there already: pad_to_multiple_of=8, on the left."""
-    width = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+    width = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
     ids, mask, labels = (torch.full((len(rows), width), fill) for fill in (0, 0, -100))
     for i, row in enumerate(rows):
         start = width - len(row["input_ids"])
@@ -103,16 +106,9 @@ def lean(model: Any, config: LoraConfig, users: list[UserExamples]) -> None:
         wrapped = with_adapter(model, config)
         trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        batches = plan_steps(len(user.examples), config, user_seed(0, user.user_id))
+        rows, batches = _rows(user), plan_steps(len(user.examples), config, user_seed(0, user.user_id))
         for step, batch in enumerate(batches):
-            rows = [user.examples[i] for i in batch]
-            width = max(len(prompt) + len(target) for prompt, target in rows)
-            ids, mask, labels = (torch.full((len(rows), width), fill) for fill in (0, 0, -100))
-            for i, (prompt, target) in enumerate(rows):
-                whole = torch.tensor(prompt + target)
-                ids[i, : len(whole)], mask[i, : len(whole)] = whole, 1
-                labels[i, len(prompt) : len(whole)] = whole[len(prompt) :]
-            wrapped(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+            wrapped(**_padded([rows[i] for i in batch], multiple=1), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
             optimizer.param_groups[0]["lr"] = config.learning_rate * rate(step, len(batches), config.warmup)
             optimizer.step()
