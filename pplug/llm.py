@@ -52,6 +52,8 @@ class FrozenLLM:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+        from pplug.norms import quicken_norms
+
         folder = model_folder(config.model, config.revision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
@@ -59,6 +61,7 @@ class FrozenLLM:
         encoder_decoder = bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
         kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
+        quicken_norms(model)
         tokenizer = load_tokenizer(folder)
         return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
 

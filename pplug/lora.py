@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
+from pplug.norms import quicken_norms
 from pplug.objective import IGNORED
 
 ALIGN = 16
@@ -88,6 +89,18 @@ def rate(step: int, steps: int, warmup: float) -> float:
     """Share of the learning rate at step 0, 1, ...: up over the warm-up, then linear to zero."""
     warm = max(1, round(warmup * steps))
     return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+
+
+def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """1 where a value of x (T, H) is kept, else 0, float32; dropout is exact to 1 / 65,536.
+
+    Two draws come out of one of the generator's 32-bit numbers: a third of the time of bernoulli_.
+    """
+    draws = torch.empty(-(-x.numel() // 2), dtype=torch.int32, device=x.device).random_(
+        -(2**31), None, generator=generator
+    )
+    limit = round(dropout * 2**16) - 2**15
+    return (draws.view(torch.int16)[: x.numel()] >= limit).to(torch.float32).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,8 @@ class _Block:
         self.labels = torch.tensor(labels + [IGNORED] * spare, device=device)
         self.into = torch.from_numpy(into.ravel()).to(device)
         self.out_of = torch.from_numpy(out_of).to(device)
-        self.causal = torch.ones(self.longest, self.longest, dtype=torch.bool, device=device).tril()
+        later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=device).triu(1)
+        self.causal = torch.zeros(later.shape, device=device).masked_fill_(later, -1e30)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention within each row, (T, H, d). Rows are padded at their ends, which no real token sees."""
@@ -209,8 +223,11 @@ class _Block:
         else:  # on a CPU the fused backward is several times slower than plain products for short rows
             share = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
-            weights = (q @ k.transpose(2, 3) * scale).masked_fill(~self.causal, torch.finfo(q.dtype).min)
-            out = torch.softmax(weights, -1, dtype=torch.float32).to(q.dtype) @ v
+            scores = torch.baddbmm(
+                self.causal.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
+            )
+            weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+            out = (weights @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
         return out.transpose(1, 2).flatten(0, 1).index_select(0, self.out_of)
 
 
@@ -260,6 +277,7 @@ class StackedTrainer:
     def __init__(self, model: Any, config: LoraConfig, stack: StackConfig | None = None) -> None:
         """Raises ValueError: the base lacks a target module, or computes attention in a way of its own."""
         self.model, self.config, self.stack = model.requires_grad_(False).eval(), config, stack or StackConfig()
+        quicken_norms(model)
         self.modules = target_modules(model, config.shape.targets)
         self.device = next(model.parameters()).device
         self._pass: _Pass | None = None
@@ -316,12 +334,12 @@ class StackedTrainer:
         stack = self._pass
         if stack is None:
             return out
-        dropout, scale, deltas = self.config.dropout, self.config.shape.scale, []
+        dropout, deltas = self.config.dropout, []
+        scale = self.config.shape.scale / (1 - dropout)
         for user, pieces, x in zip(stack.users, stack.pieces, given[0][0].split(stack.sizes), strict=True):
             x = x.float()
             if dropout:
-                kept = torch.empty_like(x).bernoulli_(1 - dropout, generator=user.generator)
-                x = x * kept.div_(1 - dropout)
+                x = x * kept_mask(x, dropout, user.generator)
             deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
         return (out + torch.cat(deltas)[None]).to(out.dtype)
 

@@ -128,6 +128,8 @@ def train_lm(
     """
     import torch
 
+    from pplug.norms import quicken_norms
+
     order = list(range(len(texts)))
     random.Random(config.seed).shuffle(order)
     heldout = order[: int(len(order) * config.heldout)]
@@ -139,6 +141,7 @@ def train_lm(
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(tokenizer, config).to(device).train()
+    quicken_norms(model)
     optimizer = _optimizer(model, config)
     kept = [rows[i] for i in rest]
     short = [row for row in kept if len(row[0]) <= config.short_tokens] if config.short_first else kept

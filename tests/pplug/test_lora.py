@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
-from pplug.lora import StackedTrainer, UserExamples, _Pass, initial_weights, plan_steps, user_seed
+from pplug.lora import StackedTrainer, UserExamples, _Pass, initial_weights, kept_mask, plan_steps, user_seed
 from tests.pplug.models import tiny_llama
 
 VOCAB = 26
@@ -91,6 +91,20 @@ def one_by_one(model, config, user):
 
 def same_bits(one, two):
     return all(torch.equal(a, b) for name in one for a, b in zip(one[name], two[name], strict=True))
+
+
+def test_dropout_keeps_its_share_of_values_each_by_itself():
+    n, dropout = 400_000, 0.05
+    kept = kept_mask(torch.zeros(n // 8, 8), dropout, torch.Generator().manual_seed(0)).flatten().double()
+    assert set(kept.tolist()) == {0.0, 1.0}
+    assert abs(kept.mean().item() - 0.95) < 5 * math.sqrt(dropout * (1 - dropout) / n)
+    for lag in (1, 2, 3, 8):  # two draws share a number of the generator
+        both = ((1 - kept[:-lag]) * (1 - kept[lag:])).mean().item()
+        assert abs(both - dropout**2) < 5 * dropout / math.sqrt(n)
+    again = kept_mask(torch.zeros(n // 8, 8), dropout, torch.Generator().manual_seed(1)).flatten().double()
+    assert abs(((1 - kept) * (1 - again)).mean().item() - dropout**2) < 5 * dropout / math.sqrt(n)
+    odd = kept_mask(torch.zeros(7, 3), dropout, torch.Generator().manual_seed(0)).flatten().double()
+    assert torch.equal(odd, kept[:21])
 
 
 # --- the values ----------------------------------------------------------------------------------------------------
