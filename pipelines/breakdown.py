@@ -78,19 +78,21 @@ def users(tally: "Tally", entry: "TaskEntry") -> dict[str, Any]:
 
 
 def cost(tally: "Tally", entry: "TaskEntry", survey: groups.Survey, seconds: float | None) -> dict[str, Any]:
-    """Tokens a request, seconds a reply, bytes a user: a stored persona, or the item vectors that the method reads."""
+    """Tokens a request, seconds a reply, and bytes a user of all that the method reads beside the history: item vectors
+    or a stored persona, an adapter, a profile."""
     sums = dict(zip(COSTS, tally.sums[Columns(metrics.columns(entry)).costs].tolist(), strict=True))
     n = tally.sums[0]
     width = len(survey.vectors) if survey.users else 0
-    kept = 0.0
-    if sums["vectors"] and width:
-        kept = width * VALUE_BYTES * survey.items / survey.requests
-    elif sums["stored_persona"]:
-        kept = survey.persona_values * VALUE_BYTES
-    known = not (sums["vectors"] and not width) and not (sums["stored_persona"] and not kept)
+    sizes = {
+        "vectors": width * VALUE_BYTES * survey.items / max(1, survey.requests),
+        "stored_persona": survey.persona_values * VALUE_BYTES,
+        **survey.row_bytes,
+    }
+    read = [name for name in COSTS[2:] if sums[name] and not (name == "stored_persona" and sums["vectors"])]
+    kept = [sizes.get(name, 0.0) for name in read]
     return {
         "prompt_tokens": sums["prompt_tokens"] / n,
         "output_tokens": sums["output_tokens"] / n,
         "seconds_per_reply": seconds,
-        "bytes_per_user": kept if known else None,
+        "bytes_per_user": sum(kept) if all(kept) else None,
     }

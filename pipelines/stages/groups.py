@@ -55,6 +55,8 @@ class Survey:
     requests: int = 0
     persona_values: int = 0
     """P*H of a stored persona; 0 where none is."""
+    row_bytes: dict[str, float] = field(default_factory=dict)
+    """Bytes in storage of a row of the tables `adapters` and `profiles`, where there are any."""
 
     def __add__(self, other: "Survey") -> "Survey":
         nothing = np.zeros(1, np.int64)
@@ -65,6 +67,7 @@ class Survey:
             self.items + other.items,
             self.requests + other.requests,
             max(self.persona_values, other.persona_values),
+            self.row_bytes | other.row_bytes,
         )
 
 

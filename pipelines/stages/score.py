@@ -29,7 +29,7 @@ class Replies:
     texts: dict[str, dict[str, str]]
     """By method, by id; empty for a row with an error."""
     costs: dict[str, dict[str, tuple[int, ...]]]
-    """By method, by id: prompt tokens, output tokens, whether item vectors and a stored persona were read (COSTS)."""
+    """By method, by id: prompt tokens, output tokens, whether each kind of thing kept for a user was read (COSTS)."""
     errors: dict[str, int]
     labelled: int
     """Requests with a target, answered or not."""
@@ -67,7 +67,8 @@ def read_bucket(
     everything = requests.read(columns, buckets=[bucket], user_keys=keys)
     asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
-    names = ["request_id", "user_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona"]
+    names = ["request_id", "user_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona",
+             "adapter_id"]  # fmt: skip
     rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
     if pc.count_distinct(everything["request_id"]).as_py() < len(everything):
         raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
@@ -85,10 +86,15 @@ def read_bucket(
                 "name one run a method, or give --pool when the runs repeat the same methods"
             )
         of_method[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
-        vectors = row["persona"] == "attention" or "dense" in row["method"].split("+")
+        parts = row["method"].split("+")
         costs.setdefault(row["method"], {})[row["request_id"]] = (
-            row["prompt_tokens"] or 0, row["output_tokens"] or 0, int(vectors), int(row["persona"] == "mean")
-        )  # fmt: skip
+            row["prompt_tokens"] or 0,
+            row["output_tokens"] or 0,
+            int(row["persona"] == "attention" or "dense" in parts),
+            int(row["persona"] == "mean"),
+            int(row["adapter_id"] is not None),
+            int("profile" in parts),
+        )
         errors[row["method"]] = errors.get(row["method"], 0) + (row["error"] is not None)
     answered = set().union(*texts.values()) if texts else set()
     kept = [row for row in asked.to_pylist() if row["request_id"] in answered]
@@ -109,7 +115,7 @@ def read_bucket(
 
 
 IDENTITIES = ("llm_id", "plug_id", "decoding_id")
-COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona")
+COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona", "adapters", "profiles")
 BASELINE = "none"
 MOST_EXAMPLES = 100
 

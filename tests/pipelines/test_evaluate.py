@@ -62,7 +62,8 @@ def write_generations(population, run_id: str, by_method: dict[str, dict[str, st
     rows = [
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"] if i in asked else "gone",
          "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
-         "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none"}
+         "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none",
+         "adapter_id": "fit-hash" if "adapter" in method else None}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip
     users = pa.array([row["user_id"] for row in rows], pa.string())

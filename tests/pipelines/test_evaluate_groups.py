@@ -3,6 +3,7 @@
 import json
 import random
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -243,3 +244,28 @@ def test_drift_is_the_cosine_distance_of_each_users_two_vectors(known):
         run(known, drift=(first, first + 2))
     with pytest.raises(InputError, match="version 99 of table personas cannot be read"):
         run(known, drift=(first, 99))
+
+
+def test_an_adapter_and_a_profile_cost_what_a_row_of_their_tables_takes(known):
+    texts = {f"u{user:02d}-0": "good" for user in range(USERS)}
+    methods = ("none", "adapter", "adapter+profile", "plug:mean+adapter")
+    write_generations(known, "owned", dict.fromkeys(methods, texts))
+    size = {}
+    for name, of_all in (("adapters", {"weights": bytes(range(256)) * 40}), ("profiles", {"text": "likes tests"})):
+        table = tables.open_or_create(known.tables, name, 4)
+        users = pa.array([f"u{user:02d}" for user in range(USERS)])
+        bucket, user_key = shards.shard_columns(users, 4)
+        schema = table.spec.schema
+        data = pa.Table.from_pylist([{"user_id": user} | of_all for user in users.to_pylist()], schema=schema)
+        for column, values in (("bucket", bucket), ("user_key", user_key)):
+            data = data.set_column(schema.get_field_index(column), column, values)
+        files = table.write(data, "made")
+        table.commit(files, run_id="made", group=0, mode="append", planned_on=table.version, complete=True)
+        on_disk = (Path(known.tables) / name).rglob("*.parquet")
+        size[name] = sum(path.stat().st_size for path in on_disk) / USERS
+    _, report, _ = run(known, run=("owned",))
+    kept = {name: row["cost"]["bytes_per_user"] for name, row in report["methods"].items()}
+    assert kept["none"] == 0
+    assert kept["adapter"] == pytest.approx(size["adapters"])
+    assert kept["adapter+profile"] == pytest.approx(size["adapters"] + size["profiles"])
+    assert kept["plug:mean+adapter"] == pytest.approx(24 * 2 + size["adapters"])
