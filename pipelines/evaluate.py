@@ -349,8 +349,8 @@ def _survey(
         facts = dataclasses.replace(facts, average=found.vectors / found.users)
         found.counts |= {"distance": look(facts).counts["distance"]}
     for name in ("adapters", "profiles"):
-        if Table.exists(tables.location(config.tables, name)):
-            stored = tables.snapshot(config.tables, name, config.as_of_version)
+        stored = tables.newest(config.tables, name)  # a run that has not ended must not end this one
+        if stored is not None:
             found.row_bytes[name] = sum(file.size for file in stored.files) / max(1, stored.rows)
     known = {kind: counts for kind, counts in found.counts.items() if counts.sum()}
     return found, facts, {kind: groups.cuts(counts) for kind, counts in known.items()}

@@ -94,7 +94,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
     """1 where a value of x (T, H) is kept, else 0, float32; dropout is exact to 1 / 65,536.
 
-    Two draws come out of one of the generator's 32-bit numbers: a third of the time of bernoulli_.
+    Two draws come out of one of the generator's 32-bit numbers: less than half the time of bernoulli_.
     """
     draws = torch.empty(-(-x.numel() // 2), dtype=torch.int32, device=x.device).random_(
         -(2**31), None, generator=generator

