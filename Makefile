@@ -20,7 +20,7 @@ CODE := pplug infra pipelines
 # files go in their order, the long ones of faults/ first.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help check setup demo test test-all lint format bench bench-scale clean
+.PHONY: help check setup demo test test-all lint format bench bench-scale bench-night clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -58,6 +58,9 @@ bench: check $(READY) ## Measure every speed claim beside a peer; ONLY=encode: o
 
 bench-scale: $(READY) ## The table work at a million users, hours: ARGS="--users 1000000 --folder DIR"
 	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
+
+bench-night: $(READY) ## A night with the real encoder, 100,000 items, minutes: ARGS="--folder DIR"
+	$(BIN)/python -m tests.benchmarks.night $(ARGS)
 
 clean: ## Remove caches and build leftovers; .venv, data and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -28,7 +28,7 @@ from tests.benchmarks import prepare
 from tests.benchmarks.generate import INPUTS, Job, bare, begin
 from tests.benchmarks.measure import Found, Given, Line, in_turn, seconds
 
-USERS, REQUESTS = 64, 4
+USERS, REQUESTS = 64, 8
 BUCKETS = 8
 
 
