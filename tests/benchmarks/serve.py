@@ -115,20 +115,18 @@ def run(given: Given) -> Found:
         whole.append((time.perf_counter() - start) / len(users))
         return rate
 
-    sides = in_turn({
-        "the job": ours,
-        "bare engine": engine,
+    mixed, raw = in_turn({"the job": ours, "bare engine": engine}, given.rounds).values()
+    plain, alone = in_turn({  # once: minutes a round, and no close call
         "bare engine without adapters": lambda: engine(with_adapters=False),
         "an engine a user, seconds": lambda: seconds(lambda: engine(users[0])),
-    }, given.rounds)  # fmt: skip
+    }, 1).values()  # fmt: skip
     session.stop()
-    mixed, raw, plain, alone = sides.values()
     unit, what = "output tokens/s", f"{len(users)} adapters mixed"
     lines = [
         Line(what, "vllm.LLM.generate, the same adapters", unit, mixed, raw, least=0.95),
-        Line("vllm.LLM.generate with adapters", "without", unit, raw, plain,
+        Line("vllm.LLM.generate with adapters", "without", unit, raw[-1:], plain,
              note="the engine's own kernels: on a CPU it has no quick ones for adapters"),
-        Line(f"{what}, start and end too", "an engine a user", "seconds a user", whole, alone, most=1 / 5),
+        Line(f"{what}, start and end too", "an engine a user", "seconds a user", whole[-1:], alone, most=1 / 5),
     ]  # fmt: skip
     dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else "float32"
     config = {"data": population.data, "requests": len(prompts), "tokens a reply": tokens, "rank": shape.rank,
