@@ -572,6 +572,7 @@ def table_text(found: dict[str, Any]) -> str:
     methods = found["methods"]
     names = list(next(iter(methods.values()))["scores"])
     head = ["method", "n", *(f"{name} [95%]" for name in names), *(f"{name} - {BASELINE} [95%]" for name in names)]
+    head.append("users better / worse")
     lines = []
     for method, row in methods.items():
         cells = [method, str(row["n"])]
@@ -579,7 +580,7 @@ def table_text(found: dict[str, Any]) -> str:
         for name in names:
             gain = row.get("vs_none", {}).get(name)
             cells.append("" if gain is None else _cell(gain["difference"], gain["ci95"], signed=True))
-        lines.append(cells)
+        lines.append([*cells, page.better_worse(row)])
     widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
     if not any(line[2 + len(names)] for line in lines):
         head, widths, lines = (

@@ -149,7 +149,7 @@ def _headline(found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
         ]
         if compared:
             cells += [_gain_cell(found, name, method) for name in names]
-            cells.append(_users_cell(row))
+            cells.append({"text": better_worse(row) or "-", "note": "", "tone": ""})
         cells.append({"text": f"{row['cost']['prompt_tokens']:.0f}", "note": "", "tone": ""})
         cells.append({"text": size(row["cost"]["bytes_per_user"]), "note": "", "tone": ""})
         rows.append({"name": method, "about": _about(method), "cells": cells, "best": method == best})
@@ -164,11 +164,12 @@ def _gain_cell(found: Mapping[str, Any], metric: str, method: str) -> dict[str, 
     return {"text": value(metric, middle, True), "note": between(metric, interval, True), "tone": tone}
 
 
-def _users_cell(row: Mapping[str, Any]) -> dict[str, str]:
+def better_worse(row: Mapping[str, Any]) -> str:
+    """Shares of users who do better and worse than with `none`; empty of a method that is not compared."""
     if not row.get("users_vs_none", {}).get("n"):
-        return {"text": "-", "note": "", "tone": ""}
+        return ""
     better, worse = (100 * row["users_vs_none"][part]["share"] for part in ("better", "worse"))
-    return {"text": f"{better:.0f}% / {worse:.0f}%", "note": "", "tone": ""}
+    return f"{better:.0f}% / {worse:.0f}%"
 
 
 def _about(method: str) -> str:

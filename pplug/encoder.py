@@ -7,7 +7,8 @@ Shapes: n texts, B texts of a batch, L tokens, D encoder width.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,14 +40,15 @@ class EncoderConfig(BaseModel):
     """Per text, special tokens included; a longer text is cut at its end."""
     with_label: bool = True
     """Whether the history text holds the item's label (tag, score, ...)."""
-    batch_tokens: int = Field(4096, gt=0)
-    """Padded tokens a forward pass. Speed only, not part of the identity. 2,048 to 4,096 suit a CPU's caches."""
+    batch_tokens: int | None = Field(None, gt=0)
+    """Padded tokens a forward pass; default: 1,024 on a CPU, whose caches it suits, 16,384 on a GPU. Speed only, not
+    part of the identity."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the processor multiplies it natively. Speed only: cosine to float32 above .9995."""
 
     @model_validator(mode="after")
     def _a_full_text_fits(self) -> "EncoderConfig":
-        if self.batch_tokens < self.max_tokens:
+        if self.batch_tokens is not None and self.batch_tokens < self.max_tokens:
             raise ValueError(
                 f"batch_tokens={self.batch_tokens} is below max_tokens={self.max_tokens}: a text of full length would "
                 "never fit; raise batch_tokens or lower max_tokens"
@@ -105,6 +107,41 @@ def batches_by_tokens(lengths: Sequence[int] | np.ndarray, budget: int) -> Itera
         start += rows
 
 
+_AT_ONCE = 8
+"""Threads in Python: beyond these they wait for each other."""
+
+
+def default_batch_tokens(device: "Any", longest: int) -> int:
+    """Tokens of a batch that suit a device; at least one text's."""
+    return max(longest, 1024 if device.type == "cpu" else 16_384)
+
+
+def each_batch(
+    lengths: Sequence[int] | np.ndarray, budget: int, device: "Any", work: Callable[[np.ndarray], None]
+) -> None:
+    """Calls `work` on the indices of each batch of `batches_by_tokens`, and returns when all are done.
+
+    On a CPU several batches are worked on at once, each by a thread of its own with its share of torch's threads: at
+    these sizes a second batch gains more than a second thread within a product (114 GFLOP/s against 99, MiniLM in
+    float32 on two cores with AVX2, torch 2.13). `work` sets torch's thread-local modes itself.
+    """
+    import torch
+
+    batches = list(batches_by_tokens(lengths, budget))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    at_once = min(threads, len(batches), _AT_ONCE)
+    if at_once < 2:
+        for rows in batches:
+            work(rows)
+        return
+    share = max(1, threads // at_once)
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            list(pool.map(work, batches))
+    finally:
+        torch.set_num_threads(threads)  # a thread's setting is also what threads that start later begin with
+
+
 class TextEncoder:
     """Frozen text encoder; loads once, then `encode`."""
 
@@ -157,12 +194,16 @@ class TextEncoder:
             return out, np.ones(0, bool)
         ids = self.tokenize([self.config.text_prefix + text for text in texts])
         lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
-        with torch.inference_mode():
-            for rows in batches_by_tokens(lengths, self.config.batch_tokens):
+
+        def work(rows: np.ndarray) -> None:
+            with torch.inference_mode():
                 tokens, mask = pad([ids[row] for row in rows], self.tokenizer.pad_token_id or 0)
                 tokens, mask = tokens.to(self.device), mask.to(self.device)
                 hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
                 out[rows] = pool(hidden, mask, self.pooling).cpu().numpy()
+
+        budget = self.config.batch_tokens or default_batch_tokens(self.device, self.config.max_tokens)
+        each_batch(lengths, budget, self.device, work)
         return out, np.asarray(np.isfinite(out).all(axis=1))
 
 

@@ -392,25 +392,40 @@ class PersonaMaker:
     ) -> np.ndarray:
         import torch
 
-        from pplug.encoder import pad
-
         config = self.plug.config
         flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
         if not len(flat):
             return np.zeros((len(requests), config.persona_tokens * config.llm_dim), np.float32)
         owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
         x = None
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if aggregation == "attention" and self.tokenizer is not None:
-                texts = [config.query_prefix + query(request["input"], entry) for request in requests]
-                ids = self.tokenizer(texts, truncation=True, max_length=config.query_max_tokens)["input_ids"]
-                tokens, mask = pad(ids, self.tokenizer.pad_token_id or 0)
-                x = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+        if aggregation == "attention" and self.tokenizer is not None:
+            x = self._queries([config.query_prefix + query(request["input"], entry) for request in requests])
         with torch.inference_mode():
             built = self.plug.personas(
                 torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(requests), x
             )
         return built.flatten(1).float().cpu().numpy()
+
+    def _queries(self, texts: list[str]) -> Any:
+        """Vectors (B, D) of the requests, in batches of like length."""
+        import torch
+
+        from pplug.encoder import default_batch_tokens, each_batch, pad
+
+        config, tokenizer = self.plug.config, self.tokenizer
+        assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
+        ids = tokenizer(texts, truncation=True, max_length=config.query_max_tokens)["input_ids"]
+        out = torch.empty(len(ids), config.encoder_dim, device=self.device)
+
+        def work(rows: np.ndarray) -> None:
+            half = self.dtype != torch.float32
+            with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=half):
+                tokens, mask = pad([ids[row] for row in rows], tokenizer.pad_token_id or 0)
+                out[rows] = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+
+        budget = default_batch_tokens(self.device, config.query_max_tokens)
+        each_batch([len(row) for row in ids], budget, self.device, work)
+        return out
 
 
 def ragged_f32(rows: Sequence[np.ndarray]) -> pa.Array:

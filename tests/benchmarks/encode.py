@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.stages import embed
-from pplug.encoder import EncoderConfig, TextEncoder
+from pplug.encoder import EncoderConfig, TextEncoder, default_batch_tokens
 from tests.benchmarks import prepare
 from tests.benchmarks.encoder import flops
 from tests.benchmarks.measure import Found, Given, Line, best_rate, in_turn, matmul_rate
@@ -115,7 +115,7 @@ def run(given: Given) -> Found:
         "characters an item": round(statistics.mean(map(len, texts))),
         "encoder": own.model,
         "our dtype": str(encoder.dtype).removeprefix("torch."),
-        "batch_tokens": own.batch_tokens,
+        "batch_tokens": default_batch_tokens(encoder.device, own.max_tokens),
         "threads": given.threads,
     }
     line = Line("refresh, encoding", peer, "items/s", *found.values(), least=LEAST, aim=AIM)

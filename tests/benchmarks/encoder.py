@@ -24,7 +24,7 @@ def flops(config: Any, lengths: np.ndarray) -> float:
 def run(given: Given) -> Found:
     import torch
 
-    from pplug.encoder import EncoderConfig, TextEncoder
+    from pplug.encoder import EncoderConfig, TextEncoder, default_batch_tokens
 
     torch.set_num_threads(given.threads)
     population = prepare.ingested(given.folder, given.size(prepare.USERS, 4))
@@ -41,6 +41,7 @@ def run(given: Given) -> Found:
     dtype = str(encoder.dtype).removeprefix("torch.")
     line = Line("the encoder alone", f"matrix products in {dtype}", "GFLOP/s", *found.values(), least=LEAST, aim=AIM)
     config = {"data": population.data, "texts": len(texts), "tokens a text": round(float(lengths.mean()), 1),
-              "encoder": encoder.config.model, "dtype": dtype, "batch_tokens": encoder.config.batch_tokens,
+              "encoder": encoder.config.model, "dtype": dtype,
+              "batch_tokens": default_batch_tokens(encoder.device, encoder.config.max_tokens),
               "threads": given.threads}  # fmt: skip
     return Found([line], config)

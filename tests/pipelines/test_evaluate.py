@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,20 @@ def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsy
     assert report["planned"] == report["written"] == 3 * USERS * EACH
     assert "plug: 1 replies were errors" in printed and "120 requests of 40 users" in printed
     assert list(report["methods"]) == ["none", "plug", "plug:mean"]
+
+
+def test_the_table_on_the_screen_says_how_many_users_do_better_and_worse(generated, capsys):
+    _, _, printed = run(generated, capsys)
+    golds, none = labelled(generated, replies(generated, 0.2, 1))
+    plug = labelled(generated, replies(generated, 0.8, 2))[1]
+    gain = Counter()
+    for i, row in generated.requests().items():
+        gain[row["user_id"]] += (plug[i] == golds[i]) - (none[i] == golds[i]) if i in golds else 0
+    asked = {row["user_id"] for i, row in generated.requests().items() if i in golds}
+    better, worse = (sum(sign * gain[user] > 0 for user in asked) / len(asked) for sign in (1, -1))
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.split()}
+    assert lines["plug"].endswith(f"  {100 * better:.0f}% / {100 * worse:.0f}%") and better > worse > 0
+    assert "%" not in lines["none"].split("]")[-1] and lines["method"].endswith("users better / worse")
 
 
 def test_only_the_users_of_a_list_are_scored(generated, tmp_path):

@@ -1,5 +1,7 @@
 """The text encoder against sentence-by-sentence transformers, its batches, its identity."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,35 @@ def test_batches_hold_every_text_once_within_the_budget():
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert all(len(batch) * lengths[batch].max() <= 128 for batch in batches)
     assert sum(len(b) * lengths[b].max() for b in batches) < 1.1 * lengths.sum()
+
+
+def test_batches_at_once_give_what_one_after_the_other_gives_and_leave_the_threads_as_they_were(tmp_path):
+    folder = tiny_bert(tmp_path)
+    texts = [" ".join(["word", "other", "third"][: 1 + i % 3] * (1 + i % 7)) for i in range(60)]
+    encoder = TextEncoder(EncoderConfig(model=str(folder), dtype="float32", max_tokens=32, batch_tokens=32))
+    before = torch.get_num_threads()
+    try:
+        found = {}
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found[threads] = encoder.encode(texts)
+            assert torch.get_num_threads() == threads
+            seen = []
+            starts_with = threading.Thread(target=lambda seen=seen: seen.append(torch.get_num_threads()))
+            starts_with.start()
+            starts_with.join()
+            assert seen == [threads]
+    finally:
+        torch.set_num_threads(before)
+    for vectors in found.values():
+        np.testing.assert_allclose(vectors, one_by_one(folder, texts, "cls"), atol=1e-5)
+
+
+def test_a_batch_that_fails_fails_the_whole(tmp_path):
+    encoder = TextEncoder(EncoderConfig(model=str(tiny_bert(tmp_path)), max_tokens=32, batch_tokens=32))
+    encoder.model.embeddings.word_embeddings.weight.data = encoder.model.embeddings.word_embeddings.weight.data[:1]
+    with pytest.raises(IndexError):
+        encoder.encode(["word other third"] * 40)
 
 
 def test_nothing_to_encode_gives_an_empty_matrix(tmp_path):
