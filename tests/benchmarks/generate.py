@@ -223,6 +223,7 @@ def run(given: Given) -> Found:
         "transformers, one at a time": lambda: peer.rate(1, given.size(8, 2)),
         "transformers, best batch": lambda: peer.rate(size, 2),
     }, given.rounds)  # fmt: skip
+    (by_mean,) = in_turn({"plug:mean": Job(given, setting, "plug:mean")}, 1).values()
     session.stop()
     ours, raw, single, batched = found.values()
     what, unit = "generate with plug", "output tokens/s"
@@ -230,6 +231,7 @@ def run(given: Given) -> Found:
     note = f"beside the engine the plug's query encoder works, with {100 * share:.0f}% of the LLM's FLOPs"
     lines = [
         Line(what, "vllm.LLM.generate on token ids", unit, ours, raw, least=0.90, aim=0.98, note=note),
+        Line("generate with plug:mean, no query encoder", "vllm.LLM.generate on token ids", unit, by_mean, raw[-1:]),
         Line(what, "transformers generate, batch 1", unit, ours, single, least=15.0),
         Line(what, f"transformers generate, its best batch ({size})", unit, ours, batched, least=2.0),
     ]
