@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> dict:
 
     users, new = given.items // ITEMS_A_USER, int(given.items * NEW)
     config = world.WorldConfig(
-        train_users=0, test_users=users, test_requests=0, corpus_users=0, items=(ITEMS_A_USER, ITEMS_A_USER)
+        train_users=0, test_users=users, test_requests=1, corpus_users=0, items=(ITEMS_A_USER, ITEMS_A_USER)
     )
     files = world.write(config, given.folder / "world")
     known, late = held_back(files["test/histories"], new)
