@@ -156,7 +156,7 @@ def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, An
     from pplug.identity import short_id
 
     decisive = config.model_dump(mode="json", exclude=_FREE)
-    del decisive["fit"]["micro_tokens"]
+    del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]
     if config.users is not None:  # who is in the file counts, not its name
         decisive["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return decisive | identities
