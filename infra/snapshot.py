@@ -173,9 +173,7 @@ def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression 
 
     table = _read(read, uri)
     if bucket is not None and (columns is None or "bucket" in columns):
-        table = table.add_column(
-            0, pa.field("bucket", pa.int32()), pa.repeat(pa.scalar(bucket, pa.int32()), len(table))
-        )
+        table = _with_bucket(table, bucket)
     missing = [column for column in columns or [] if column not in table.column_names]
     if missing:
         raise ValueError(f"{uri}: has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
@@ -188,6 +186,11 @@ def _read(action: Callable[[], T], uri: str) -> T:
         return retrying(action, f"read {uri}")
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri}: not a readable Parquet file ({error}); restore it or rewrite its bucket") from error
+
+
+def _with_bucket(table: pa.Table, bucket: int) -> pa.Table:
+    """With the column that the path alone holds."""
+    return table.add_column(0, pa.field("bucket", pa.int32()), pa.repeat(pa.scalar(bucket, pa.int32()), len(table)))
 
 
 READ_ROWS = 32_768
@@ -215,7 +218,9 @@ def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None) -> 
             return pq.ParquetFile(source, metadata=facts, pre_buffer=True).read_row_groups(groups, columns=stored)
 
     facts = _read(look, file.uri)
-    stored = columns if keys is None else list(dict.fromkeys([*columns, "user_key"]))
+    stored = [name for name in columns if name != "bucket"]
+    if keys is not None:
+        stored = list(dict.fromkeys([*stored, "user_key"]))
     chosen: list[int] = []
     rows = 0
     for group in [*_groups_with(facts, keys), None]:
@@ -223,6 +228,8 @@ def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None) -> 
             table = _read(partial(read, chosen), file.uri)
             if keys is not None:
                 table = table.filter(pc.is_in(table["user_key"], value_set=pa.array(keys.tolist())))
+            if "bucket" in columns and file.bucket is not None:
+                table = _with_bucket(table, file.bucket)
             yield table.select(columns)
             chosen, rows = [], 0
         if group is not None:

@@ -179,11 +179,13 @@ class Table:
         data = conform(data, self.spec)
         order = [(column, "ascending") for column in (["bucket"] if self.spec.bucketed else []) + list(self.spec.sort)]
         data = data.sort_by(order) if order else data
+        if not len(data):
+            return []
         if not self.spec.bucketed:
-            return [self._write_file(data, None, run_id)] if len(data) else []
+            return [self._write_file(data, None, run_id)]
         # Rows lie by bucket now: each bucket is one slice, however many buckets a block touches.
         found, starts = np.unique(data["bucket"].to_numpy(), return_index=True)
-        if len(found) and not 0 <= found[0] <= found[-1] < self.buckets:
+        if not 0 <= found[0] <= found[-1] < self.buckets:
             raise ValueError(
                 f"table {self.spec.name}: buckets {found[0]} to {found[-1]} in the data, but the table has "
                 f"{self.buckets}; compute bucket with the table's own count"
@@ -295,6 +297,7 @@ class Table:
         group: int,
         mode: Literal["append", "replace"],
         buckets: Iterable[int] = (),
+        more: Iterable[DataFile] = (),
         planned_on: int,
         metadata: Mapping[str, str] | None = None,
         complete: bool = False,
@@ -306,6 +309,7 @@ class Table:
             files: of `write`; none is allowed, e.g. to mark a run complete.
             group: 0, 1, 2, ... within the run. A rerun goes on at `len(committed(run_id))`.
             mode: "append", or "replace": all files of `buckets` go, these come.
+            more: replace only: files that other buckets grow by in the same commit.
             planned_on: the version the plan was made on; after a commit of one's own, that commit's version.
             metadata: identities and the like; never anything of a user.
             complete: this commit ends the run.
@@ -321,7 +325,7 @@ class Table:
             Overtaken: somebody is alone at work on the tables of this root (`lease.alone`).
             ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
         """
-        files, wanted = list(files), set(buckets)
+        files, wanted, beside = list(files), set(buckets), list(more)
         if mode not in ("append", "replace"):
             raise ValueError(f"table {self.spec.name}: mode {mode!r}; expected append or replace")
         if (mode == "replace") != bool(wanted):
@@ -329,13 +333,17 @@ class Table:
                 f"table {self.spec.name}: mode {mode!r} with buckets {sorted(wanted)}; only replace names buckets"
             )
         self._check_files(files, wanted if mode == "replace" else None)
+        self._check_files(beside, None)
+        twice = wanted & {file.bucket for file in beside}
+        if twice:
+            raise ValueError(f"table {self.spec.name}: bucket {min(twice)} is to be replaced and to grow in one commit")
         said = log.metadata_for(metadata or {}, run_id, group, complete)
         harmless = {"append", "same rows"} if mode == "append" and not strict else {"same rows"}
 
         def removed(delta: "DeltaTable") -> list[DataFile]:
             return [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
 
-        return self._commit(files, removed, said, run_id, group, planned_on, harmless, data_change=True)
+        return self._commit(files + beside, removed, said, run_id, group, planned_on, harmless, data_change=True)
 
     def rewrite(
         self,

@@ -116,8 +116,8 @@ def run(config: IngestConfig) -> int:
         extra={"task": entry.name},
     )
     with lease.writing(config.tables, run_id):
-        files = _files(plan, config, run_id, survey, report)
-        _commit(plan, config, files, report)
+        files, anew = _files(plan, config, run_id, survey, report)
+        _commit(plan, config, files, anew, report)
     return report.finish()
 
 
@@ -248,8 +248,10 @@ def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-def _files(plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport") -> "list[DataFile]":
-    """Runs the stages; the driver sees one small row a bucket."""
+def _files(
+    plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport"
+) -> "tuple[list[DataFile], dict[str, set[int]]]":
+    """Runs the stages; the driver sees one small row a bucket: its files, and the tables that it is made anew in."""
     import ray.data
 
     from infra.report import progress
@@ -258,11 +260,7 @@ def _files(plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "
     from pipelines.stages.parse import ParsePieces
 
     buckets = plan.histories.buckets
-    held = {
-        name: {bucket: [file.uri for file in files] for bucket, files in snapshot.by_bucket().items()}
-        for name, snapshot in plan.before.items()
-        if config.mode == "upsert" and name != "rejects"
-    }
+    held = {name: snapshot for name, snapshot in plan.before.items() if config.mode == "upsert" and name != "rejects"}
     parse = ParsePieces(plan.entry, buckets, plan.pieces, config.columns, survey, config.questions == "keep")
     merge = MergeBucket(plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held)
     pieces = ray.data.from_items(
@@ -272,17 +270,20 @@ def _files(plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "
     shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
     done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
     files: list[DataFile] = []
+    anew: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()
     with report.stage("parse and merge") as stage, progress(buckets, "buckets") as bar:
         for row in done.iter_rows():
             files += [DataFile.from_row(file) for file in json.loads(row["files"])]
+            for name in json.loads(row["anew"]):
+                anew.setdefault(name, set()).add(row["bucket"])
             found = Counter(json.loads(row["counts"]))
             report.worker_memory(found.pop("peak_memory_bytes"))
             counts += found
             bar.update(row["bucket"] >= 0)
         stage.rows = counts["planned"]
     _count(counts, report)
-    return files
+    return files, anew
 
 
 def _count(counts: "Counter[str]", report: "RunReport") -> None:
@@ -298,7 +299,9 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.extra |= {name: counts[name] for name in parts}
 
 
-def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "RunReport") -> None:
+def _commit(
+    plan: Plan, config: IngestConfig, files: "list[DataFile]", anew: dict[str, set[int]], report: "RunReport"
+) -> None:
     """Rejects first, then histories, then requests: whoever sees the requests finds the histories they need."""
     from infra.errors import Overtaken
     from infra.table import TableMoved
@@ -309,19 +312,17 @@ def _commit(plan: Plan, config: IngestConfig, files: "list[DataFile]", report: "
         own = [file for file in files if file.table == name]
         if name == "rejects" and not own:
             continue
-        before = plan.before[name]
-        everything = name != "rejects" and config.mode == "replace"
-        held = set(before.by_bucket()) if name != "rejects" else set()
-        touched = {file.bucket for file in own if file.bucket is not None}
-        gone = held if everything else held & touched
-        buckets = touched | gone if gone else set()
+        before, buckets = plan.before[name], anew.get(name, set())
+        if name != "rejects" and config.mode == "replace":
+            buckets = set(before.by_bucket())  # a table that holds nothing yet only grows
         try:
             commit = table.commit(
-                own,
+                [file for file in own if not buckets or file.bucket in buckets],
                 run_id=report.run_id,
                 group=0,
                 mode="replace" if buckets else "append",
                 buckets=buckets,
+                more=[file for file in own if buckets and file.bucket not in buckets],
                 planned_on=before.version,
                 metadata={} if name == "rejects" else metadata,
                 complete=True,

@@ -1,7 +1,8 @@
 """Job `refresh`: histories (+ plug) -> embeddings, personas. The nightly job.
 
 Only texts without a vector under this encoder's identity are encoded; only users whose history changed get a new
-persona; a night on which nothing changed reads nothing and writes nothing. Another plug makes all personas anew from
+persona; a night on which nothing changed reads nothing and writes nothing, and one on which rows were only added reads
+the histories and vectors of their users only. Another plug makes all personas anew from
 the vectors; another encoder fills a table of its own beside the old one, and readers switch when its personas are
 complete. Embeddings are committed first, then personas, which name the embeddings version they were made from; both
 wave by wave.
@@ -10,6 +11,7 @@ Unit of work: a text of a user.
 
 import json
 import os
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -22,6 +24,7 @@ from pplug.encoder import EncoderConfig
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
     from infra.table import Table
+    from pipelines.stages.since import Since
     from pplug.tasks import TaskEntry
 
 
@@ -80,10 +83,11 @@ def _refresh(config: Config, report: RunReport, histories_table: "Table") -> Non
         buckets = histories_table.buckets
         embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
         rejects = tables.open_or_create(config.tables, "rejects", 1)
-        _embed(config, report, histories, embeddings, rejects, entry, encoder)
+        since = _since(before, histories_table, histories, embeddings, encoder)
+        settled = _embed(config, report, histories, embeddings, rejects, since, entry, encoder)
         if report.problem() is None:
             personas = tables.open_or_create(config.tables, "personas", buckets)
-            _personas(config, report, histories, embeddings, personas, before, identities, made_from)
+            _personas(config, report, histories, embeddings, personas, before, since, identities, made_from, settled)
     report.extra["tables"] = tables.costs(config.tables, ["histories", tables.embeddings_name(encoder), "personas"])
 
 
@@ -107,6 +111,24 @@ def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str
     report.already_there = report.planned - report.rejected.total()
     report.extra["personas"] = {"users": before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
     return True
+
+
+def _since(
+    before: "Snapshot | None", table: "Table", histories: "Snapshot", embeddings: "Table", encoder: str
+) -> "Since":
+    """What has come since the stored personas, if they are whole, this encoder's, and their histories can be read."""
+    from pipelines.stages.since import SETTLED, Since
+
+    said = before.metadata if before is not None else {}
+    if said.get("complete") != "true" or said.get("encoder_id") != encoder or SETTLED not in said:
+        return Since()
+    if int(said["embeddings_version"]) > embeddings.version:  # another table stands there now
+        return Since()
+    try:
+        then = table.snapshot(version=int(said["histories_version"]))
+    except InputError:  # older than the log
+        return Since()
+    return Since.of(said, then, histories) if then.stamp == said["histories_files"] else Since()
 
 
 def _check_plug(config: Config, encoder: str) -> str | None:
@@ -146,27 +168,37 @@ def _embed(
     histories: "Snapshot",
     embeddings: "Table",
     rejects: "Table",
+    since: "Since",
     entry: "TaskEntry",
     encoder: str,
-) -> None:
-    """Plans what each bucket owes, encodes it in one stream, commits wave by wave."""
+) -> str:
+    """Plans what each bucket owes, encodes it in one stream, commits wave by wave; returns what `Since.of` needs."""
     import ray.data
 
     from pipelines.stages.embed import BLOCK_TEXTS, CountOwed, EmbedTexts, ReadOwed
+    from pipelines.stages.since import stamp
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream
 
     before = embeddings.snapshot()
     there = list(histories.by_bucket())
+    texts = {bucket: since.texts[bucket] for bucket in there if since.unmoved(bucket)}
+    owed = dict.fromkeys(texts, 0)
+    rejected = {bucket: Counter(since.rejected[bucket]) for bucket in texts}
     with report.stage("plan") as stage:
-        plan = bucket_rows(there).map_batches(
-            CountOwed(histories, before).__call__, batch_size=1, batch_format="pyarrow"
+        moved = [bucket for bucket in there if bucket not in texts]
+        plan = bucket_rows(moved).map_batches(
+            CountOwed(histories, before, since).__call__, batch_size=1, batch_format="pyarrow"
         )
-        owed: dict[int, int] = {}
-        for row in plan.iter_rows():
-            owed[row["bucket"]] = row["owed"]
-            report.planned += row["owed"] + row["there"]
-            report.already_there += row["there"]
-        stage.rows = len(owed)
+        for row in plan.iter_rows() if moved else ():
+            bucket = row["bucket"]
+            owed[bucket], texts[bucket] = row["owed"], row["texts"]
+            rejected[bucket] = Counter(since.rejected[bucket] if row["settled"] else {})
+        stage.rows = len(moved)
+    report.planned = sum(texts.values())
+    for found in rejected.values():
+        for reason, n in found.items():
+            report.reject(reason, n)
+    report.already_there = report.planned - report.rejected.total() - sum(owed.values())
     todo = sorted(bucket for bucket, n in owed.items() if n)
     committer = Committer(
         table=embeddings,
@@ -181,12 +213,12 @@ def _embed(
     with report.stage("embed") as stage:
         stage.rows = sum(owed.values())
         if todo:
-            texts = bucket_rows(todo).map_batches(
-                ReadOwed(histories, before, entry, config.encoder.with_label).__call__,
+            read = bucket_rows(todo).map_batches(
+                ReadOwed(histories, before, since, entry, config.encoder.with_label).__call__,
                 batch_size=1,
                 batch_format="pyarrow",
             )
-            vectors = texts.map_batches(
+            vectors = read.map_batches(
                 EmbedTexts,
                 fn_constructor_args=(config.encoder, encoder, _threads(config)),
                 batch_size=BLOCK_TEXTS,
@@ -204,6 +236,9 @@ def _embed(
             commit_stream(files, committer, "texts")
         else:
             committer.finish()  # nothing to encode, but perhaps no version says complete yet
+    for bucket, reasons in committer.rejected.items():
+        rejected[bucket] += reasons
+    return stamp(texts, rejected)
 
 
 def _personas(
@@ -213,26 +248,34 @@ def _personas(
     embeddings: "Table",
     personas: "Table",
     before: "Snapshot | None",
+    since: "Since",
     identities: dict[str, str | None],
     made_from: dict[str, str],
+    settled: str,
 ) -> None:
     """Replaces the buckets in which a user changed or went, wave by wave; the last commit shows them to readers."""
     import ray.data
 
     from infra.table import DataFile
     from pipelines.stages.persona import BuildPersonas
+    from pipelines.stages.since import SETTLED, Since
     from pipelines.stages.write import Replacer, bucket_rows
 
     vectors = embeddings.snapshot(complete=True)
     report.table_read(embeddings.spec.name, vectors.version)
-    todo = sorted(set(histories.by_bucket()) | set(before.by_bucket() if before is not None else ()))
+    stored = before.by_bucket() if before is not None else {}
+    there = set(histories.by_bucket()) | set(stored)
+    said = before.metadata if before is not None else {}
+    if any(said.get(name) != made_from[name] for name in ("encoder_id", "plug_id", "history_cap")):
+        since = Since()  # all are to be made anew, whoever's history has changed
+    todo = sorted(bucket for bucket in there if not since.unmoved(bucket))
     wave = Replacer(
         table=personas,
         report=report,
         wave_rows=config.wave_texts,
         metadata=made_from
         | {"embeddings_version": str(vectors.version), "histories_version": str(histories.version)}
-        | {"texts": str(report.planned), "rejected": json.dumps(report.rejected)},
+        | {"texts": str(report.planned), "rejected": json.dumps(report.rejected), SETTLED: settled},
         planned_on=before.version if before is not None else 0,
     )
     with report.stage("personas") as stage:
@@ -243,6 +286,7 @@ def _personas(
                 vectors,
                 personas,
                 before if before is not None and before.files else None,
+                since,
                 config.plug,
                 identities,
                 config.history_cap,
@@ -256,7 +300,8 @@ def _personas(
         )
         names = ("users", "changed", "gone", "items_without_vector", "users_ahead_of_clock")
         counts = dict.fromkeys(names, 0)
-        for row in built.iter_rows():
+        counts["users"] = sum(file.rows for bucket in there - set(todo) for file in stored.get(bucket, ()))
+        for row in built.iter_rows() if todo else ():
             for name in counts:
                 counts[name] += row[name]
             if row["changed"] or row["gone"]:

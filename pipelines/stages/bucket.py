@@ -86,7 +86,8 @@ def read_bucket(
 ) -> Histories:
     """Reads a bucket of both tables, of these users where they are given, and joins them on (user, text_hash)."""
     columns = ["user_key", "user_id", "position", "occurred_at", "text_hash"] + ["fields"] * with_fields
-    items = histories.read(columns, buckets=[bucket], user_keys=user_keys).combine_chunks()
+    none = pa.schema([histories.spec.schema.field(name) for name in columns]).empty_table()
+    items = pa.concat_tables([none, *histories.of_users(columns, bucket, user_keys)]).combine_chunks()
     items = items.take(_ordered(items))
     starts = _starts(items["user_key"])
     occurred_at, last_item_at = _times(items["occurred_at"], starts)

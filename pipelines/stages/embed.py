@@ -1,9 +1,11 @@
 """Stages of the refresh: which texts have no vector yet, and the vectors.
 
-Route: bucket -> its live (user, text_hash) pairs minus those in `embeddings` -> texts -> one vector each.
+Route: bucket -> its live (user, text_hash) pairs minus those in `embeddings` -> texts -> one vector each. Of a bucket
+that was only added to since a finished refresh, only what was added is looked at (`since`).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import decode_fields, list_f32, pair_keys
+from pipelines.stages.since import Since
 from pipelines.stages.write import DETAIL, REASON
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.history import item_text
@@ -20,26 +23,65 @@ BLOCK_TEXTS = 20_000
 """Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
 
 
-def owed_pairs(histories: Snapshot, embeddings: Snapshot, bucket: int) -> tuple[pa.Array, pa.Array, int]:
-    """Pairs (user, text_hash) without a vector: each once, as `pair_keys`; their users; how many pairs there are."""
-    items = histories.read(["user_key", "text_hash"], buckets=[bucket])
-    keys = pair_keys(items)
-    have = pair_keys(embeddings.read(["user_key", "text_hash"], buckets=[bucket]))
-    new = pc.invert(pc.is_in(keys, value_set=have))
-    users = pc.unique(items["user_key"].filter(new))
-    return pc.unique(keys.filter(new)), users, pc.count_distinct(keys).as_py()
+@dataclass(frozen=True)
+class Owed:
+    """What a bucket owes: pairs (user, text_hash) without a vector."""
+
+    pairs: pa.Array
+    """Each once, as `pair_keys`."""
+    source: Snapshot
+    """Where their texts stand: the histories, or what has come to them."""
+    users: list[str] | None
+    """Whose they are; None: nobody has a vector yet."""
+    texts: int
+    """Live pairs of the bucket, with and without a vector."""
+    settled: bool
+    """Only what has come was looked at; else the whole bucket was."""
+
+
+def owed_of(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int) -> Owed:
+    """The plan of one bucket."""
+    if bucket in since.come and since.before is not None:
+        come = since.part(histories, bucket)
+        pairs, users = _pairs(come, bucket, None)
+        have, _ = _pairs(embeddings, bucket, users)
+        known, _ = _pairs(since.before, bucket, users)
+        owed = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
+        # A text that was set aside then and comes again would be counted twice: then the bucket is looked at whole.
+        if not pc.any(pc.is_in(owed, value_set=known), min_count=0).as_py():
+            new = pc.sum(pc.invert(pc.is_in(pairs, value_set=known))).as_py() or 0
+            return Owed(owed, come, users, since.texts[bucket] + new, settled=True)
+    pairs, users = _pairs(histories, bucket, None)
+    have, _ = _pairs(embeddings, bucket, None)
+    owed = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
+    theirs = pc.unique(pc.utf8_slice_codeunits(owed, 0, len(users[0]))).to_pylist() if users else []
+    return Owed(owed, histories, None if len(owed) == len(pairs) else theirs, len(pairs), settled=False)
+
+
+def _pairs(table: Snapshot, bucket: int, users: list[str] | None) -> tuple[pa.Array, list[str]]:
+    """(user, text_hash) of a bucket, each once, as `pair_keys`; and whose they are."""
+    columns = ["user_key", "text_hash"]
+    none = pa.schema([table.spec.schema.field(name) for name in columns]).empty_table()
+    rows = pa.concat_tables([none, *table.of_users(columns, bucket, users)])
+    return pc.unique(pair_keys(rows)), pc.unique(rows["user_key"]).to_pylist()
 
 
 class CountOwed:
-    """Stage of the plan. in: bucket int. out: bucket, owed (texts without a vector), there (texts with one)."""
+    """Stage of the plan.
 
-    def __init__(self, histories: Snapshot, embeddings: Snapshot) -> None:
-        self.histories, self.embeddings = histories, embeddings
+    in:  bucket int
+    out: bucket; owed, texts without a vector; texts, all that live in it; settled bool (`Owed`)
+    """
+
+    def __init__(self, histories: Snapshot, embeddings: Snapshot, since: Since) -> None:
+        self.histories, self.embeddings, self.since = histories, embeddings, since
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            owed, _, live = owed_pairs(self.histories, self.embeddings, bucket)
-            yield pa.table({"bucket": [bucket], "owed": [len(owed)], "there": [live - len(owed)]})
+            owed = owed_of(self.histories, self.embeddings, self.since, bucket)
+            yield pa.table(
+                {"bucket": [bucket], "owed": [len(owed.pairs)], "texts": [owed.texts], "settled": [owed.settled]}
+            )
 
 
 class ReadOwed:
@@ -49,16 +91,18 @@ class ReadOwed:
     out: bucket, user_key, text_hash, text str; a row whose item has no text carries reject_reason
     """
 
-    def __init__(self, histories: Snapshot, embeddings: Snapshot, entry: TaskEntry, with_label: bool) -> None:
-        self.histories, self.embeddings, self.entry, self.with_label = histories, embeddings, entry, with_label
+    def __init__(
+        self, histories: Snapshot, embeddings: Snapshot, since: Since, entry: TaskEntry, with_label: bool
+    ) -> None:
+        self.histories, self.embeddings, self.since = histories, embeddings, since
+        self.entry, self.with_label = entry, with_label
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            owed, users, live = owed_pairs(self.histories, self.embeddings, bucket)
-            seen = np.zeros(len(owed), bool)
-            only = None if len(owed) == live else users.to_pylist()  # the first time it is everybody
-            for items in self.histories.of_users(["user_key", "text_hash", "fields"], bucket, only):
-                place = pc.fill_null(pc.index_in(pair_keys(items), value_set=owed), -1).to_numpy()
+            owed = owed_of(self.histories, self.embeddings, self.since, bucket)
+            seen = np.zeros(len(owed.pairs), bool)
+            for items in owed.source.of_users(["user_key", "text_hash", "fields"], bucket, owed.users):
+                place = pc.fill_null(pc.index_in(pair_keys(items), value_set=owed.pairs), -1).to_numpy()
                 rows = np.flatnonzero(place >= 0)
                 _, first = np.unique(place[rows], return_index=True)
                 rows = rows[np.sort(first)]

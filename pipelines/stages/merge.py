@@ -1,5 +1,7 @@
-"""Stage: a bucket's new rows and those its tables hold already become the bucket's new files.
+"""Stage: a bucket's new rows beside those that its tables hold already become the bucket's new files.
 
+A night that only brings new items or requests adds a small file to the bucket and reads no other user's rows; a row
+that takes the place of a held one makes the bucket's files anew.
 An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again is already there;
 other content replaces the old and keeps its place in the user's order; within one source the last given wins, and each
 earlier one that differs is a reject.
@@ -7,7 +9,7 @@ earlier one that differs is a reject.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,19 +17,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.report import peak_memory_bytes
-from infra.table import DataFile, Table, read_file
+from infra.snapshot import Snapshot
+from infra.table import DataFile, Table
 from pipelines.stages.derive import derive_requests
-from pipelines.stages.resolve import NEW, OLD, REPLACED, SAME, WORK, resolve
+from pipelines.stages.resolve import NEW, OLD, REPLACED, SAME, WORK, flat, resolve
 from pipelines.stages.rows import COUNT, ITEM, REJECT, REQUEST, ROWS
 from pplug.tasks import TaskEntry
 
-RESULT = pa.schema([("bucket", pa.int32()), ("files", pa.large_string()), ("counts", pa.string())])
+RESULT = pa.schema(
+    [("bucket", pa.int32()), ("files", pa.large_string()), ("anew", pa.string()), ("counts", pa.string())]
+)
 _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
 
 
 @dataclass(frozen=True)
 class MergeBucket:
-    """in: all rows (`rows.ROWS`) of one bucket; out: one row, `RESULT`: files written and counts, both as JSON."""
+    """in: all rows (`rows.ROWS`) of one bucket; out: one row, `RESULT`: the files written, the tables whose bucket
+    they are to replace and not to grow, and counts, all as JSON."""
 
     entry: TaskEntry
     histories: Table
@@ -35,41 +41,44 @@ class MergeBucket:
     rejects: Table
     run_id: str
     derive_requests: int
-    held: Mapping[str, Mapping[int, Sequence[str]]]
-    """Addresses of the files that a table's buckets have now; none where the source replaces everything."""
+    held: Mapping[str, Snapshot]
+    """What the tables hold now; nothing where the source replaces everything."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
         counts: Counter[str] = Counter()
         files: list[DataFile] = []
+        anew: list[str] = []
         counts["planned"] = pc.sum(_of_kind(rows, COUNT)["seq"]).as_py() or 0
         items, asked = _of_kind(rows, ITEM), _of_kind(rows, REQUEST)
         bad = [_of_kind(rows, REJECT)]
         if len(items):
-            live, rejects, new = self._merged("histories", bucket, items, counts)
-            bad.append(rejects)
-            if new:
-                files += self.histories.write(_history_rows(live), self.run_id)
+            merged = self._merged("histories", bucket, items, counts)
+            bad.append(merged.rejects)
+            files += self.histories.write(_history_rows(merged.rows), self.run_id)
+            anew += ["histories"] * merged.anew
             if self.derive_requests:
-                derived = derive_requests(live, pc.unique(items["user_key"]), self.derive_requests, self.entry)
+                derived = derive_requests(merged.live, pc.unique(items["user_key"]), self.derive_requests, self.entry)
                 counts["planned"] += len(derived)
                 counts["derived"] += len(derived)
                 asked = pa.concat_tables([asked, derived])
         if len(asked):
-            live, rejects, new = self._merged("requests", bucket, asked, counts)
-            bad.append(rejects)
-            if new:
-                files += self.requests.write(_request_rows(live, self.entry.name), self.run_id)
+            merged = self._merged("requests", bucket, asked, counts)
+            bad.append(merged.rejects)
+            files += self.requests.write(_request_rows(merged.rows, self.entry.name), self.run_id)
+            anew += ["requests"] * merged.anew
         files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
         counts["peak_memory_bytes"] = peak_memory_bytes()
         listed = json.dumps([file.to_row() for file in files])
-        return pa.table({"bucket": [bucket], "files": [listed], "counts": [json.dumps(counts)]}, schema=RESULT)
+        row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts)}
+        return pa.Table.from_pylist([row], schema=RESULT)
 
-    def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> tuple[pa.Table, pa.Table, int]:
-        """Live rows of a table's bucket, rejects, and how many of the live rows are new; counts them."""
-        held = [_as_work(read_file(uri), name) for uri in self.held.get(name, {}).get(bucket, ())]
+    def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> "Merged":
+        """The new rows and what the table holds of their users, as one; counts them."""
+        users = pc.unique(new["user_key"])
+        held = self._held(name, bucket, users.to_pylist())
         rows = pa.concat_tables([WORK.empty_table(), *held, new])
-        live, state = resolve(rows, _CONTENT[name], ranked=name == "histories")
+        live, known, state = resolve(rows, _CONTENT[name], ranked=name == "histories")
         written, same = int((state == NEW).sum()), int((state == SAME).sum())
         counts["written"] += written
         counts["already_there"] += same
@@ -82,13 +91,36 @@ class MergeBucket:
         }.items():
             at = WORK.get_field_index(column)
             rejects = rejects.set_column(at, WORK.field(at), pa.repeat(value, len(rejects)))
-        return live, rejects, written
+        fresh = live.filter(pa.array(~known))
+        if written == len(fresh):
+            return Merged(live, fresh, rejects, anew=False)
+        whole = self._held(name, bucket, None)
+        others = [part.filter(pc.invert(pc.is_in(part["user_key"], value_set=flat(users)))) for part in whole]
+        return Merged(live, pa.concat_tables([live, *others]), rejects, anew=True)
+
+    def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
+        """Working rows of the table's bucket, of these users or of all."""
+        if name not in self.held:
+            return []
+        columns = self.held[name].spec.schema.names
+        return [_as_work(part, name) for part in self.held[name].of_users(columns, bucket, users)]
 
     def _reject_rows(self, bad: pa.Table, counts: Counter[str]) -> pa.Table:
         for reason in bad["reason"].to_pylist():
             counts[f"rejected:{reason}"] += 1
         given = {"job": pa.repeat("ingest", len(bad)), "run_id": pa.repeat(self.run_id, len(bad))}
         return pa.table(given | {"key": bad["place"], "reason": bad["reason"], "detail": bad["detail"]})
+
+
+@dataclass(frozen=True)
+class Merged:
+    """New rows joined to a bucket: `live`, all rows of their users; `rows`, those that a new file is to hold."""
+
+    live: pa.Table
+    rows: pa.Table
+    rejects: pa.Table
+    anew: bool
+    """Whether the file takes the place of the bucket's files."""
 
 
 def _of_kind(rows: pa.Table, kind: int) -> pa.Table:

@@ -1,7 +1,8 @@
 """Stage of the refresh: one persona a user, from the vectors of all the user's items.
 
-Only users whose history (or encoder, or plug) changed are made anew; the rows of the others are copied, and of a bucket
-without a changed user nothing is read but hashes.
+Only users whose history (or encoder, or plug) changed are made anew; the rows of the others are copied. Of a bucket
+that was only added to since the stored personas were made, no other user's history is read (`since`); of any other
+bucket without a changed user nothing is read but hashes.
 persona = scale * (W2 mean_i GELU(W1 h_i + b1) + b2): exact for a plug with aggregation `mean`, the uniform-weight
 persona for `attention`. It depends on the user alone, so it can be stored.
 """
@@ -17,10 +18,13 @@ from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.stages.bucket import Histories, list_f32, read_bucket
 from pipelines.stages.resolve import encode
+from pipelines.stages.since import Since
 from pipelines.stages.write import files_table
 from pplug.history import history_hashes
 from pplug.plug import PersonaPlug
 
+HEAD = ("user_key", "history_hash", "encoder_id", "plug_id", "n_items", "last_item_at")
+"""What a persona follows from, without a vector: a user whose row is stored with the same needs no new one."""
 CLOCKS_DIFFER_BY = timedelta(hours=1)
 BLOCK_ITEMS = 65_536
 """Items through the projector at a time: bounds memory at 2.1 GB for F=8,192 in float32."""
@@ -41,6 +45,7 @@ class BuildPersonas:
         embeddings: Snapshot,
         personas: Table,
         before: Snapshot | None,
+        since: Since,
         plug_folder: str | None,
         identities: dict[str, str | None],
         cap: int,
@@ -50,32 +55,41 @@ class BuildPersonas:
         import torch
 
         torch.set_num_threads(threads)
-        self.histories, self.embeddings, self.personas, self.before = histories, embeddings, personas, before
+        self.histories, self.embeddings, self.personas = histories, embeddings, personas
+        self.before, self.since = before, since
         self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            users = read_bucket(self.histories, None, bucket)
+            looked_at = self.since.users(self.histories, bucket)
+            users = read_bucket(self.histories, None, bucket, user_keys=looked_at)
             heads = self._heads(users)
-            same, gone = self._unchanged(heads, bucket)
+            old = self._stored(bucket)
+            same, known = _unchanged(heads, old)
             changed = np.flatnonzero(~same)
-            rows, missing = self._rows(users, heads, changed, bucket)
+            everybody = looked_at is None and len(changed) == len(same)
+            rows, missing = self._rows(users, heads, changed, bucket, everybody)
+            # Who was not looked at stays; who was, and is as stored, too.
+            stays = pc.is_in(old["user_key"], value_set=heads["user_key"].filter(pa.array(same)))
+            if looked_at is not None:
+                stays = pc.or_(stays, pc.invert(pc.is_in(old["user_key"], value_set=heads["user_key"])))
+            kept = old.filter(stays)
+            gone = old.num_rows - kept.num_rows - int((known & ~same).sum())
             files: list[DataFile] = []
             if len(changed) or gone:
-                if same.any() and self.before is not None:  # the others' rows as they are: nothing is computed for them
-                    keep = heads["user_key"].filter(pa.array(same))
-                    old = self.before.read(buckets=[bucket])
-                    old = old.filter(pc.is_in(old["user_key"], value_set=keep))
-                    rows = pa.concat_tables([old, rows.cast(old.schema)])
+                if kept.num_rows and self.before is not None:  # rows as they are: nothing is computed for them
+                    stored = self.before.read(buckets=[bucket])
+                    stored = stored.filter(pc.is_in(stored["user_key"], value_set=kept["user_key"]))
+                    rows = pa.concat_tables([stored, rows.cast(stored.schema)])
                 files = self.personas.write(rows, self.run_id) if rows.num_rows else []
             facts = {
                 "for_bucket": bucket,
-                "users": len(users.user_keys),
+                "users": kept.num_rows + len(changed),
                 "changed": len(changed),
                 "gone": gone,
                 "items_without_vector": missing,
-                "users_ahead_of_clock": _ahead(heads["last_item_at"]),
+                "users_ahead_of_clock": _ahead(kept["last_item_at"]) + _ahead(heads["last_item_at"].take(pa.array(changed))),
             }
             out = files_table(files) if files else pa.Table.from_pylist([{}], schema=files_table([]).schema)
             for name, value in facts.items():
@@ -83,7 +97,7 @@ class BuildPersonas:
             yield out
 
     def _heads(self, users: Histories) -> pa.Table:
-        """What a persona follows from, without a vector: a user whose row is stored with the same needs no new one."""
+        """`HEAD` of these users."""
         n, starts = len(users.user_keys), users.starts
         from_item = np.maximum(starts[:-1], starts[1:] - self.cap)
         return pa.table(
@@ -97,29 +111,22 @@ class BuildPersonas:
             }
         )
 
-    def _unchanged(self, heads: pa.Table, bucket: int) -> tuple[np.ndarray, int]:
-        """Per user whether the stored persona stands (U,) bool, and how many stored ones have no user any more."""
-        n = heads.num_rows
+    def _stored(self, bucket: int) -> pa.Table:
+        """What `_heads` gives, of the personas that are stored."""
         if self.before is None:
-            return np.zeros(n, bool), 0
-        old = self.before.read(heads.column_names, buckets=[bucket])
-        at = pc.index_in(heads["user_key"], value_set=old["user_key"])
-        found = pc.is_valid(at).to_numpy(zero_copy_only=False)
-        same = found.copy()
-        for name in heads.column_names[1:] if found.any() else ():
-            both = pa.chunked_array([*heads[name].chunks, *old[name].take(pc.fill_null(at, 0)).chunks])
-            codes = encode(both)  # equal values, equal codes; null is a value
-            same &= codes[:n] == codes[n:]
-        return same, old.num_rows - int(found.sum())
+            return pa.schema([self.personas.spec.schema.field(name) for name in HEAD]).empty_table()
+        return self.before.read(list(HEAD), buckets=[bucket])
 
-    def _rows(self, users: Histories, heads: pa.Table, changed: np.ndarray, bucket: int) -> tuple[pa.Table, int]:
+    def _rows(
+        self, users: Histories, heads: pa.Table, changed: np.ndarray, bucket: int, everybody: bool
+    ) -> tuple[pa.Table, int]:
         """Rows of the changed users (C), and how many of their items have no vector."""
         starts, n = users.starts, len(changed)
         spans = [np.arange(max(starts[user], starts[user + 1] - self.cap), starts[user + 1]) for user in changed]
         live = np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
         owner_T = np.repeat(np.arange(n), [len(span) for span in spans]).astype(np.int64)
         if n:
-            users = users.with_vectors(self.embeddings, bucket, None if n == len(users.user_keys) else live)
+            users = users.with_vectors(self.embeddings, bucket, None if everybody else live)
         has = users.vector_row[live] >= 0
         vectors = users.vectors if has.any() else np.zeros((0, self._width()), np.float32)
         means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n)
@@ -176,6 +183,19 @@ class BuildPersonas:
                         personas[user:last] = built.flatten(1).float().cpu().numpy()
                 user = last
         return means, personas
+
+
+def _unchanged(heads: pa.Table, old: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Per user whether the stored persona stands, and whether there is a stored one; both (U,) bool."""
+    n = heads.num_rows
+    at = pc.index_in(heads["user_key"], value_set=old["user_key"])
+    known = pc.is_valid(at).to_numpy(zero_copy_only=False)
+    same = known.copy()
+    for name in HEAD[1:] if known.any() else ():
+        both = pa.chunked_array([*heads[name].chunks, *old[name].take(pc.fill_null(at, 0)).chunks])
+        codes = encode(both)  # equal values, equal codes; null is a value
+        same &= codes[:n] == codes[n:]
+    return same, known
 
 
 def _ahead(last_item_at: pa.ChunkedArray) -> int:

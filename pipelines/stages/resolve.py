@@ -18,7 +18,7 @@ OLD = -1
 HELD, NEW, SAME, REPLACED = range(4)
 
 
-def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Table, np.ndarray]:
+def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """The last row of each (user_key, id), and what became of every row.
 
     Args:
@@ -27,7 +27,8 @@ def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Ta
         ranked: fill in `position`: the old one, or the next ones of the user in the order as given.
 
     Returns:
-        Live rows, and per row of `rows` its state: held before, new, same as another, replaced by a later one.
+        Live rows; per live row whether its key was held before (K,) bool; per row of `rows` its state (N,): held
+        before, new, same as another, replaced by a later one.
     """
     order = pc.sort_indices(rows, sort_keys=[("file", "ascending"), ("seq", "ascending")]).to_numpy()
     rows = rows.take(pa.array(order))
@@ -48,7 +49,7 @@ def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Ta
         live = live.set_column(at, WORK.field(at), pa.array(_positions(rows, first, held[first])))
     unsorted = np.empty(count, dtype=np.int64)
     unsorted[order] = state
-    return live, unsorted
+    return live, held[first], unsorted
 
 
 def _positions(rows: pa.Table, first: np.ndarray, held: np.ndarray) -> np.ndarray:

@@ -159,6 +159,8 @@ class Committer:
     """Whether the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
     replace: bool = False
     """Whether a bucket's new files take the place of those it has; else the table only grows."""
+    rejected: dict[int, Counter[str]] = field(default_factory=dict)
+    """Rows set aside, by bucket and reason."""
     _got: Counter[int] = field(default_factory=Counter)
     _files: dict[int, list[DataFile]] = field(default_factory=dict)
     _ready: list[DataFile] = field(default_factory=list)
@@ -195,6 +197,8 @@ class Committer:
             self._reject_group += 1
             self.report.table_written("rejects", version)
         for file in bad:
+            assert file.bucket is not None
+            self.rejected.setdefault(file.bucket, Counter()).update(file.reasons)
             for reason, n in file.reasons.items():
                 self.report.reject(reason, n)
         # a bucket whose rows all became rejects is replaced by nothing

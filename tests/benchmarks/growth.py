@@ -21,7 +21,7 @@ def run(given: Given) -> Found:
     from infra import session
     from pipelines.stages import embed
 
-    users = given.size(2000, 50)
+    users = given.size(1200, 50)
     embed.EmbedTexts = scale.HashTexts  # type: ignore[misc, assignment]
     session.start(cpus=4, object_store_bytes=512 * 2**20)
     root = given.folder / "growth"

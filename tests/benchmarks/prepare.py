@@ -35,7 +35,7 @@ TASK = {
 }
 
 
-USERS, REQUESTS = 40, 15
+USERS, REQUESTS = 32, 15
 """People, and each one's newest items that are asked for: enough for runs of a minute on two cores."""
 
 

@@ -85,6 +85,7 @@ def shares(title: str, parts: dict[str, float], floor_s: float | None = None) ->
 def encode(given: Given) -> list[dict[str, Any]]:
     from pipelines import tables
     from pipelines.stages.embed import EmbedTexts, ReadOwed
+    from pipelines.stages.since import Since
     from pipelines.stages.write import WriteFiles
     from pplug.encoder import EncoderConfig
     from tests.benchmarks.encoder import flops
@@ -98,7 +99,7 @@ def encode(given: Given) -> list[dict[str, Any]]:
     stage = EmbedTexts(EncoderConfig(), population.encoder_id, given.threads)
     stage.encoder.encode(population.texts()[:100])
     stage.encoder.tokenize = timer.timed("tokenising", stage.encoder.tokenize)  # type: ignore[method-assign]
-    reading = ReadOwed(histories, made.snapshot(), population.entry, True)
+    reading = ReadOwed(histories, made.snapshot(), Since(), population.entry, True)
     read = timer.timed("reading histories", lambda buckets: pa.concat_tables(list(reading(buckets))))
     embed = timer.timed("encoder", stage)
     write = timer.timed("writing Parquet", WriteFiles(made, None, "refresh", "bench"))

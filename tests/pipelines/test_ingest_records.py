@@ -226,6 +226,7 @@ def test_a_user_with_a_million_items_comes_through_in_bounded_memory(population,
 
     from pipelines.stages.bucket import list_f32
     from pipelines.stages.persona import BuildPersonas
+    from pipelines.stages.since import Since
 
     count = 1_000_000
     numbers = pa.array(np.arange(count)).cast(pa.string())
@@ -249,8 +250,8 @@ def test_a_user_with_a_million_items_comes_through_in_bounded_memory(population,
     personas = tables.open_or_create(population.tables, "personas", 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = pa.total_allocated_bytes()
-    stage = BuildPersonas(histories, table.snapshot(), personas, None, None, {"encoder_id": "e", "plug_id": None},
-                          512, "night", 1)  # fmt: skip
+    stage = BuildPersonas(histories, table.snapshot(), personas, None, Since(), None,
+                          {"encoder_id": "e", "plug_id": None}, 512, "night", 1)  # fmt: skip
     (out,) = stage(pa.table({"bucket": [shards.bucket_of("heavy", 2)]}))
     assert pa.total_allocated_bytes() - held < 64 * 2**20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 800 * 1024  # all vectors alone: 256 MB more
@@ -385,9 +386,11 @@ def test_which_rows_live_equals_a_dictionary_filled_row_by_row():
                for n in range(rng.randint(1, 30))]  # fmt: skip
         rows = [row | {"seq": seq} for seq, row in enumerate(held + new)]
         shuffled = rng.sample(rows, len(rows))
-        got, states = resolve(pa.Table.from_pylist(shuffled, schema=WORK), ("text_hash",), ranked=True)
+        got, known, states = resolve(pa.Table.from_pylist(shuffled, schema=WORK), ("text_hash",), ranked=True)
         want = by_hand(rows)
         assert {(r["user_key"], r["id"]): (r["position"], r["text_hash"]) for r in got.to_pylist()} == want
         before = by_hand(held)
+        live = [(r["user_key"], r["id"]) for r in got.to_pylist()]
+        assert known.tolist() == [key in before for key in live]
         changed = sum(before.get(key, (0, None))[1] != content for key, (_, content) in want.items())
         assert (np.sum(states == HELD), np.sum(states == NEW)) == (len(held), changed)
