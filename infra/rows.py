@@ -94,7 +94,7 @@ def _to_16_bits(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArr
         if values.null_count:
             raise ValueError(f"table {table}: column {name!r} has {values.null_count} null values inside its vectors")
         with np.errstate(over="ignore"):  # what is too large becomes inf and is refused below
-            rounded = values.to_numpy(zero_copy_only=False).astype(np.float16)
+            rounded = values.to_numpy(zero_copy_only=False).astype(np.float16).astype(np.float32)
         bad = int(np.count_nonzero(~np.isfinite(rounded)))
         if bad:
             raise ValueError(
@@ -104,9 +104,7 @@ def _to_16_bits(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArr
         lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), pa.int32())
         mask = pc.is_null(chunk) if chunk.null_count else None
-        chunks.append(
-            pa.ListArray.from_arrays(offsets, pa.array(rounded.astype(np.float32)), type=column.type, mask=mask)
-        )
+        chunks.append(pa.ListArray.from_arrays(offsets, pa.array(rounded), type=column.type, mask=mask))
     return pa.chunked_array(chunks, column.type)
 
 

@@ -184,6 +184,7 @@ def _embed(
     texts = {bucket: since.texts[bucket] for bucket in there if since.unmoved(bucket)}
     owed = dict.fromkeys(texts, 0)
     rejected = {bucket: Counter(since.rejected[bucket]) for bucket in texts}
+    settled, every = set[int](), set[int]()
     with report.stage("plan") as stage:
         moved = [bucket for bucket in there if bucket not in texts]
         plan = bucket_rows(moved).map_batches(
@@ -193,6 +194,8 @@ def _embed(
             bucket = row["bucket"]
             owed[bucket], texts[bucket] = row["owed"], row["texts"]
             rejected[bucket] = Counter(since.rejected[bucket] if row["settled"] else {})
+            settled |= {bucket} if row["settled"] else set()
+            every |= {bucket} if row["every"] else set()
         stage.rows = len(moved)
     report.planned = sum(texts.values())
     for found in rejected.values():
@@ -213,8 +216,9 @@ def _embed(
     with report.stage("embed") as stage:
         stage.rows = sum(owed.values())
         if todo:
+            since = since.only(settled)
             read = bucket_rows(todo).map_batches(
-                ReadOwed(histories, before, since, entry, config.encoder.with_label).__call__,
+                ReadOwed(histories, before, since, frozenset(every), entry, config.encoder.with_label).__call__,
                 batch_size=1,
                 batch_format="pyarrow",
             )

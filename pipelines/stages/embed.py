@@ -37,6 +37,8 @@ class Owed:
     """Live pairs of the bucket, with and without a vector."""
     settled: bool
     """Only what has come was looked at; else the whole bucket was."""
+    every: bool
+    """Nothing that was looked at has a vector yet."""
 
 
 def owed_of(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int) -> Owed:
@@ -50,12 +52,13 @@ def owed_of(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int
         # A text that was set aside then and comes again would be counted twice: then the bucket is looked at whole.
         if not pc.any(pc.is_in(owed, value_set=known), min_count=0).as_py():
             new = pc.sum(pc.invert(pc.is_in(pairs, value_set=known))).as_py() or 0
-            return Owed(owed, come, users, since.texts[bucket] + new, settled=True)
+            return Owed(owed, come, users, since.texts[bucket] + new, settled=True, every=len(owed) == len(pairs))
     pairs, users = _pairs(histories, bucket, None)
     have, _ = _pairs(embeddings, bucket, None)
     owed = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
     theirs = pc.unique(pc.utf8_slice_codeunits(owed, 0, len(users[0]))).to_pylist() if users else []
-    return Owed(owed, histories, None if len(owed) == len(pairs) else theirs, len(pairs), settled=False)
+    every = len(owed) == len(pairs)
+    return Owed(owed, histories, None if every else theirs, len(pairs), settled=False, every=every)
 
 
 def _pairs(table: Snapshot, bucket: int, users: list[str] | None) -> tuple[pa.Array, list[str]]:
@@ -70,7 +73,7 @@ class CountOwed:
     """Stage of the plan.
 
     in:  bucket int
-    out: bucket; owed, texts without a vector; texts, all that live in it; settled bool (`Owed`)
+    out: bucket; owed, texts without a vector; texts, all that live in it; settled and every, bool (`Owed`)
     """
 
     def __init__(self, histories: Snapshot, embeddings: Snapshot, since: Since) -> None:
@@ -79,30 +82,35 @@ class CountOwed:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             owed = owed_of(self.histories, self.embeddings, self.since, bucket)
-            yield pa.table(
-                {"bucket": [bucket], "owed": [len(owed.pairs)], "texts": [owed.texts], "settled": [owed.settled]}
-            )
+            row = {"owed": len(owed.pairs), "texts": owed.texts, "settled": owed.settled, "every": owed.every}
+            yield pa.Table.from_pylist([{"bucket": bucket} | row])
 
 
 class ReadOwed:
-    """Stage: the texts that have no vector yet.
+    """Stage: the texts that have no vector yet; of a bucket in `every`, as the plan found it, all that has come.
 
     in:  bucket int
     out: bucket, user_key, text_hash, text str; a row whose item has no text carries reject_reason
     """
 
     def __init__(
-        self, histories: Snapshot, embeddings: Snapshot, since: Since, entry: TaskEntry, with_label: bool
+        self,
+        histories: Snapshot,
+        embeddings: Snapshot,
+        since: Since,
+        every: frozenset[int],
+        entry: TaskEntry,
+        with_label: bool,
     ) -> None:
-        self.histories, self.embeddings, self.since = histories, embeddings, since
+        self.histories, self.embeddings, self.since, self.every = histories, embeddings, since, every
         self.entry, self.with_label = entry, with_label
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            owed = owed_of(self.histories, self.embeddings, self.since, bucket)
-            seen = np.zeros(len(owed.pairs), bool)
-            for items in owed.source.of_users(["user_key", "text_hash", "fields"], bucket, owed.users):
-                place = pc.fill_null(pc.index_in(pair_keys(items), value_set=owed.pairs), -1).to_numpy()
+            source, pairs, users = self._owed(bucket)
+            seen = np.zeros(len(pairs), bool)
+            for items in source.of_users(["user_key", "text_hash", "fields"], bucket, users):
+                place = pc.fill_null(pc.index_in(pair_keys(items), value_set=pairs), -1).to_numpy()
                 rows = np.flatnonzero(place >= 0)
                 _, first = np.unique(place[rows], return_index=True)
                 rows = rows[np.sort(first)]
@@ -111,6 +119,14 @@ class ReadOwed:
                 texts = items.take(pa.array(rows))
                 for start in range(0, texts.num_rows, BLOCK_TEXTS):
                     yield self._texts(texts.slice(start, BLOCK_TEXTS), bucket)
+
+    def _owed(self, bucket: int) -> tuple[Snapshot, pa.Array, list[str] | None]:
+        """Where the texts stand, their pairs, whose they are (None: everybody's there)."""
+        if bucket in self.every:  # as the plan found it: there is nothing to compare with
+            source = self.since.part(self.histories, bucket) if bucket in self.since.come else self.histories
+            return source, _pairs(source, bucket, None)[0], None
+        owed = owed_of(self.histories, self.embeddings, self.since, bucket)
+        return owed.source, owed.pairs, owed.users
 
     def _texts(self, rows: pa.Table, bucket: int) -> pa.Table:
         texts, reasons, details = [], [], []

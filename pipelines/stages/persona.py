@@ -89,7 +89,8 @@ class BuildPersonas:
                 "changed": len(changed),
                 "gone": gone,
                 "items_without_vector": missing,
-                "users_ahead_of_clock": _ahead(kept["last_item_at"]) + _ahead(heads["last_item_at"].take(pa.array(changed))),
+                "users_ahead_of_clock": _ahead(kept["last_item_at"])
+                + _ahead(heads["last_item_at"].take(pa.array(changed))),
             }
             out = files_table(files) if files else pa.Table.from_pylist([{}], schema=files_table([]).schema)
             for name, value in facts.items():

@@ -7,7 +7,7 @@ gone, a user erased, a compaction) is looked at whole.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
@@ -49,6 +49,12 @@ class Since:
     def unmoved(self, bucket: int) -> bool:
         """Whether nothing at all has come to the bucket."""
         return bucket in self.come and not self.come[bucket]
+
+    def only(self, buckets: Collection[int]) -> "Since":
+        """Without the other buckets: these are looked at whole."""
+        return dataclasses.replace(
+            self, come={bucket: files for bucket, files in self.come.items() if bucket in buckets}
+        )
 
     def part(self, histories: Snapshot, bucket: int) -> Snapshot:
         """What has come to a settled bucket, as a snapshot of its own."""

@@ -99,7 +99,7 @@ def encode(given: Given) -> list[dict[str, Any]]:
     stage = EmbedTexts(EncoderConfig(), population.encoder_id, given.threads)
     stage.encoder.encode(population.texts()[:100])
     stage.encoder.tokenize = timer.timed("tokenising", stage.encoder.tokenize)  # type: ignore[method-assign]
-    reading = ReadOwed(histories, made.snapshot(), Since(), population.entry, True)
+    reading = ReadOwed(histories, made.snapshot(), Since(), frozenset(), population.entry, True)
     read = timer.timed("reading histories", lambda buckets: pa.concat_tables(list(reading(buckets))))
     embed = timer.timed("encoder", stage)
     write = timer.timed("writing Parquet", WriteFiles(made, None, "refresh", "bench"))
