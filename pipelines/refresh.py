@@ -311,7 +311,8 @@ def _personas(
             if row["changed"] or row["gone"]:
                 wave.add(row["for_bucket"], DataFile.from_row(row) if row["path"] is not None else None)
         stage.rows = counts["changed"]
-        if wave.replaced or before is None or before.metadata.get("complete") != "true":
+        # Also where the same rows lie in other files now: the next night then goes on from these.
+        if wave.replaced or not {"complete": "true", **made_from}.items() <= said.items():
             wave.flush(complete=True)
     if counts["users_ahead_of_clock"]:
         print(

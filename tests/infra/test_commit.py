@@ -53,6 +53,19 @@ def test_a_replacement_is_refused_when_the_version_moved(table, rows):
     assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]
 
 
+def test_a_replacement_may_let_other_buckets_grow_in_the_same_commit(table, rows):
+    append(table, [*table.write(rows(bucket=1), "one"), *table.write(rows(bucket=2), "one")], run="one")
+    new, more = table.write(rows(bucket=1, n=1), "two"), table.write(rows(bucket=2, n=1), "two")
+    how = {"run_id": "two", "group": 0, "mode": "replace", "buckets": [1], "planned_on": 1}
+    with pytest.raises(ValueError, match="bucket 1 is to be replaced and to grow in one commit"):
+        table.commit(new, more=table.write(rows(bucket=1, n=1), "two"), **how)
+    assert table.commit(new, more=more, **how) == Commit(2, already=False)
+    assert table.commit(new, more=more, **how) == Commit(2, already=True)
+    found = table.snapshot().read()
+    assert sorted(zip(found["bucket"].to_pylist(), found["n"].to_pylist(), strict=True)) == [
+        (1, 1), (1, 1), (2, 0), (2, 0), (2, 1), (2, 1)]  # fmt: skip
+
+
 def test_a_stale_replacement_does_not_keep_both_writers_files(table, rows):
     append(table, table.write(rows(bucket=1), "one"), run="one")
     stale, old = table._load(), table.snapshot().files
