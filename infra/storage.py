@@ -38,7 +38,7 @@ _TRANSIENT_TEXT = re.compile(
     r"|slow ?down|internal ?error|service ?unavailable|request ?timeout|timed out"
     r"|connection (reset|closed|refused|aborted)|broken pipe|server disconnected|reduce your request rate|try again"
     r"|incompleteread|incomplete message|error sending request|error decoding response body"
-    r"|response payload is not completed|error reading a body|end of file before message length",
+    r"|response payload is not completed|error reading a body|end of file before message length|response body error",
     re.IGNORECASE,
 )
 _FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)

@@ -16,8 +16,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file", "read_files"]
 
+T = TypeVar("T")
 COMMIT_TRIES = 8
 """For appends that lose the race for a version number, and for answers lost on the way."""
 
@@ -167,6 +169,10 @@ class Table:
             lambda: DeltaTable(self.uri, version=version, storage_options=options), f"open table {self.spec.name}"
         )
 
+    def _asked(self, question: Callable[[], T]) -> T:
+        """What the library answers about a version it has loaded: it may read the log once more for it."""
+        return retrying(question, f"read the log of table {self.spec.name}")
+
     # -- worker side: files
 
     def write(self, data: pa.Table, run_id: str) -> list[DataFile]:
@@ -240,7 +246,7 @@ class Table:
         return self._snapshot_of(delta)
 
     def _snapshot_of(self, delta: "DeltaTable") -> Snapshot:
-        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+        actions = self._asked(lambda: pa.table(delta.get_add_actions(flatten=True))).to_pylist()
         keys = "user_key" in self.spec.schema.names
         unknown = [action["path"] for action in actions if action["num_records"] is None]
         if unknown:
@@ -284,7 +290,8 @@ class Table:
 
     def committed(self, run_id: str) -> range:
         """Groups this run has committed: 0 to the last; empty before its first. A rerun starts at their number."""
-        last = self._load().transaction_version(run_id)
+        delta = self._load()
+        last = self._asked(lambda: delta.transaction_version(run_id))
         return range(0 if last is None else last + 1)
 
     # -- driver side: commits
@@ -391,7 +398,7 @@ class Table:
         """Once for each (run_id, group), on the planned version or over commits that did no more than `harmless`."""
         for attempt in range(COMMIT_TRIES):
             delta = self._load()
-            last = delta.transaction_version(run_id)
+            last = self._asked(partial(delta.transaction_version, run_id))
             if last is not None and last >= group:  # 0 is a group too
                 version = self._version_of(run_id, group)
                 ours = attempt > 0 and log.added(self.storage, version) == {file.path for file in files}

@@ -48,6 +48,10 @@ class Job:
             pass
         return [process for process in self._below.values() if _lives(process)]
 
+    def named(self, name: str) -> list[psutil.Process]:
+        """Those below it that have this in their name or command."""
+        return [process for process in self.below() if name in _called(process)]
+
     def workers(self) -> list[psutil.Process]:
         """Ray's worker processes that have been started since it was."""
         return [process for process in _ray_workers() if process.pid not in self._others]
@@ -105,6 +109,13 @@ class Job:
             self._process.wait()
         for process in self.below():
             process.kill()
+
+
+def _called(process: psutil.Process) -> str:
+    try:
+        return process.name() + " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # has ended since it was listed
+        return ""
 
 
 def _ray_workers() -> list[psutil.Process]:

@@ -31,7 +31,7 @@ def contents(place):
 
 
 def trainers(job):
-    return [process for process in job.below() if "FitAdapters" in process.name() + " ".join(process.cmdline())]
+    return job.named("FitAdapters")
 
 
 @pytest.mark.slow

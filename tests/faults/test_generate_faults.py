@@ -35,7 +35,7 @@ def values(population, **more):
 
 
 def engine_cores(job):
-    return [process for process in job.below() if "EngineCore" in process.name() + " ".join(process.cmdline())]
+    return job.named("EngineCore")
 
 
 def replies(population, complete):

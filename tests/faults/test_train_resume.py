@@ -100,7 +100,7 @@ def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_on
     folder = population.root / "runs" / "cut" / "train" / "cut"
     assert (folder / RECORD).exists()
     (folder / RECORD).write_bytes(b"")
-    newest = max(folder.glob("checkpoint_2*"))
+    newest = max(folder.glob("checkpoint_2*/state.pt")).parent  # the kill may have cut one already
     later = shutil.copytree(newest, folder / "checkpoint_2999-01-01_00-00-00.000000")
     (later / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:100])
     assert population.run(train, "cut", **killed) == 0

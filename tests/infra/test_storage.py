@@ -112,6 +112,26 @@ def test_a_cut_body_is_read_again(s3_server, s3):
     assert s3_server.failed == 1
 
 
+def test_a_body_cut_at_any_one_of_its_requests_costs_no_commit_and_no_reading(s3_server, s3, spec, rows):
+    """Also where the library asks for the log once more by itself, on a version that is loaded already."""
+
+    def failed_at(turn: int) -> bool:
+        s3_server.fault = lambda environ: None
+        table = Table.create(f"{s3}/things-{turn}", spec, 4)
+        files = table.write(rows(bucket=1), "run")
+        asked = iter([None] * turn + ["cut"])
+        before = s3_server.failed
+        s3_server.fault = lambda environ: next(asked, None) if environ["REQUEST_METHOD"] == "GET" else None
+        assert not table.commit(files, run_id="run", group=0, mode="append", planned_on=0, complete=True).already
+        assert table.committed("run") == range(1) and table.snapshot(complete=True).rows == 2
+        return s3_server.failed > before
+
+    turn = 0
+    while failed_at(turn):
+        turn += 1
+    assert turn > 10
+
+
 def test_a_commit_whose_answer_was_lost_stands_once(s3_server, s3, spec, rows):
     table = Table.create(f"{s3}/things", spec, 4)
     files = table.write(rows(bucket=1), "run")
