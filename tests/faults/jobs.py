@@ -119,11 +119,15 @@ def _called(process: psutil.Process) -> str:
 
 
 def _ray_workers() -> list[psutil.Process]:
-    """Ray names a worker's process after what it does; all Rays of the tests and their jobs are below the tests."""
+    """Ray names a worker's process after what it does; all Rays of the tests and their jobs are below the tests.
+
+    Not its agents, which are named alike: a node does not outlive one, and the job on it ends.
+    """
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if _lives(process) and (process.cmdline() or [""])[0].startswith("ray::"):
+            name = (process.cmdline() or [""])[0]
+            if _lives(process) and name.startswith("ray::") and not name.endswith("Agent"):
                 found.append(process)
         except psutil.Error:  # gone while we looked
             pass
