@@ -3,6 +3,7 @@
 Nothing here knows where a table lies. A message names columns and types, never a value: values are users' data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,10 @@ class TableSpec:
     """list<float32> columns: finite, rounded to 16 bits, BYTE_STREAM_SPLIT."""
     bucketed: bool = True
     row_group_rows: int = 65_536
+
+    def empty(self, columns: Sequence[str]) -> pa.Table:
+        """No rows of these columns."""
+        return pa.schema([self.schema.field(name) for name in columns]).empty_table()
 
 
 def conform(data: pa.Table, spec: TableSpec) -> pa.Table:

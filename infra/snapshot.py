@@ -145,8 +145,7 @@ def read_files(
     unknown = [name for name in names if name not in spec.schema.names]
     if unknown:
         raise ValueError(f"table {spec.name} has no column {unknown[0]!r}; it has {', '.join(spec.schema.names)}")
-    empty = pa.schema([spec.schema.field(name) for name in names]).empty_table()
-    return pa.concat_tables([empty] + [read_file(file.uri, names, filter) for file in files])
+    return pa.concat_tables([spec.empty(names)] + [read_file(file.uri, names, filter) for file in files])
 
 
 def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:

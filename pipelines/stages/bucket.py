@@ -86,8 +86,9 @@ def read_bucket(
 ) -> Histories:
     """Reads a bucket of both tables, of these users where they are given, and joins them on (user, text_hash)."""
     columns = ["user_key", "user_id", "position", "occurred_at", "text_hash"] + ["fields"] * with_fields
-    none = pa.schema([histories.spec.schema.field(name) for name in columns]).empty_table()
-    items = pa.concat_tables([none, *histories.of_users(columns, bucket, user_keys)]).combine_chunks()
+    items = pa.concat_tables(
+        [histories.spec.empty(columns), *histories.of_users(columns, bucket, user_keys)]
+    ).combine_chunks()
     items = items.take(_ordered(items))
     starts = _starts(items["user_key"])
     occurred_at, last_item_at = _times(items["occurred_at"], starts)

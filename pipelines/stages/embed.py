@@ -64,8 +64,7 @@ def owed_of(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int
 def _pairs(table: Snapshot, bucket: int, users: list[str] | None) -> tuple[pa.Array, list[str]]:
     """(user, text_hash) of a bucket, each once, as `pair_keys`; and whose they are."""
     columns = ["user_key", "text_hash"]
-    none = pa.schema([table.spec.schema.field(name) for name in columns]).empty_table()
-    rows = pa.concat_tables([none, *table.of_users(columns, bucket, users)])
+    rows = pa.concat_tables([table.spec.empty(columns), *table.of_users(columns, bucket, users)])
     return pc.unique(pair_keys(rows)), pc.unique(rows["user_key"]).to_pylist()
 
 

@@ -115,7 +115,7 @@ class BuildPersonas:
     def _stored(self, bucket: int) -> pa.Table:
         """What `_heads` gives, of the personas that are stored."""
         if self.before is None:
-            return pa.schema([self.personas.spec.schema.field(name) for name in HEAD]).empty_table()
+            return self.personas.spec.empty(HEAD)
         return self.before.read(list(HEAD), buckets=[bucket])
 
     def _rows(
