@@ -343,6 +343,7 @@ class PersonaMaker:
         """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
         import torch
 
+        from pplug.bert import forward_of
         from pplug.encoder import best_dtype
         from pplug.plug import PersonaPlug
 
@@ -355,6 +356,7 @@ class PersonaMaker:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
+            self.forward = forward_of(self.plug.emb_model, self.dtype)
         with torch.inference_mode():
             self.instruction = self.plug.instruction().float().cpu().numpy()
 
@@ -410,7 +412,7 @@ class PersonaMaker:
         """Vectors (B, D) of the requests, in batches of like length."""
         import torch
 
-        from pplug.encoder import default_batch_tokens, each_batch, pad
+        from pplug.encoder import default_batch_tokens, each_batch, pad, pool
 
         config, tokenizer = self.plug.config, self.tokenizer
         assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
@@ -418,12 +420,12 @@ class PersonaMaker:
         out = torch.empty(len(ids), config.encoder_dim, device=self.device)
 
         def work(rows: np.ndarray) -> None:
-            half = self.dtype != torch.float32
-            with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=half):
+            with torch.inference_mode():
                 tokens, mask = pad([ids[row] for row in rows], tokenizer.pad_token_id or 0)
-                out[rows] = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
+                tokens, mask = tokens.to(self.device), mask.to(self.device)
+                out[rows] = pool(self.forward(tokens, mask), mask, config.query_pooling)
 
-        budget = default_batch_tokens(self.device, config.query_max_tokens)
+        budget = default_batch_tokens(self.device, self.dtype, config.query_max_tokens)
         each_batch([len(row) for row in ids], budget, self.device, work)
         return out
 

@@ -115,7 +115,7 @@ def run(given: Given) -> Found:
         "characters an item": round(statistics.mean(map(len, texts))),
         "encoder": own.model,
         "our dtype": str(encoder.dtype).removeprefix("torch."),
-        "batch_tokens": default_batch_tokens(encoder.device, own.max_tokens),
+        "batch_tokens": default_batch_tokens(encoder.device, encoder.dtype, own.max_tokens),
         "threads": given.threads,
     }
     line = Line("refresh, encoding", peer, "items/s", *found.values(), least=LEAST, aim=AIM)

@@ -42,6 +42,6 @@ def run(given: Given) -> Found:
     line = Line("the encoder alone", f"matrix products in {dtype}", "GFLOP/s", *found.values(), least=LEAST, aim=AIM)
     config = {"data": population.data, "texts": len(texts), "tokens a text": round(float(lengths.mean()), 1),
               "encoder": encoder.config.model, "dtype": dtype,
-              "batch_tokens": default_batch_tokens(encoder.device, encoder.config.max_tokens),
+              "batch_tokens": default_batch_tokens(encoder.device, encoder.dtype, encoder.config.max_tokens),
               "threads": given.threads}  # fmt: skip
     return Found([line], config)
