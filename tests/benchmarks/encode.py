@@ -94,7 +94,7 @@ def bound_rate(encoder: TextEncoder, texts: list[str]) -> float:
 def run(given: Given) -> Found:
     from infra import session
 
-    users = given.size(prepare.USERS, 4)
+    users = prepare.people(given)
     os.environ[READY] = str(given.folder / "encode-ready")  # before Ray starts: its workers inherit it
     session.start(cpus=4, object_store_bytes=512 * 2**20)
     embed.EmbedTexts = TimedEmbed  # type: ignore[misc]

@@ -27,7 +27,7 @@ def run(given: Given) -> Found:
     from pplug.encoder import EncoderConfig, TextEncoder, default_batch_tokens
 
     torch.set_num_threads(given.threads)
-    population = prepare.ingested(given.folder, given.size(prepare.USERS, 4))
+    population = prepare.ingested(given.folder, prepare.people(given))
     texts = population.texts()[: given.size(600, 60)]
     encoder = TextEncoder(EncoderConfig())
     lengths = np.array([len(ids) for ids in encoder.tokenize(texts)])

@@ -89,7 +89,7 @@ class Job:
 
 def setting_of(given: Given, inputs: int, tokens: int) -> tuple[dict[str, Any], Any]:
     """The job's config but for the method, and the population."""
-    population = prepare.refreshed(given.folder, given.size(prepare.USERS, 4))
+    population = prepare.refreshed(given.folder, prepare.people(given))
     llm = prepare.language_model(given.folder, "large", prepare.LARGE, population, inputs)
     return {
         "tables": population.tables,

@@ -17,6 +17,7 @@ from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import LLMConfig, llm_id
 from pplug.splice import PromptLayout
 from pplug.tasks import TaskEntry
+from tests.benchmarks.measure import Given
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "uboot_subsystem_LaMP_2"
 LABELS = ("arch/arm, board, include, configs, common, tools, drivers/net, top level, lib, doc, cmd, drivers/mtd, "
@@ -35,8 +36,15 @@ TASK = {
 }
 
 
-USERS, REQUESTS = 32, 15
-"""People, and each one's newest items that are asked for: enough for runs of a minute on two cores."""
+REQUESTS = 15
+"""Each one's newest items that are asked for."""
+
+
+def people(given: Given) -> int:
+    """So many that a run of `generate` takes a minute on two cores."""
+    from pplug.bert import native_bf16
+
+    return given.size(96 if native_bf16() else 32, 4)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     from pplug.fit import FitConfig, Fitter, plan_epoch
     from pplug.llm import llm_id
 
-    population = prepare.refreshed(given.folder, given.size(prepare.USERS, 4))
+    population = prepare.refreshed(given.folder, prepare.people(given))
     llm_config = prepare.language_model(given.folder, name, sizes, population, INPUTS)
     samples = str(given.folder / "samples")
     names = ("histories", "embeddings-" + population.encoder_id, "requests")

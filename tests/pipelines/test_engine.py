@@ -22,8 +22,9 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reply(llama):
-    """One engine for all tests of this file."""
-    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", threads=2)
+    """One engine for the tests of this file, in float32: random weights leave ties that bfloat16 would turn."""
+    config = EngineConfig(kv_cache_gib=1, dtype="float32")
+    stage = Reply(llama, config, Decoding(max_tokens=12), "llm-x", "run-x", threads=2)
     yield stage
     stage.engine.shutdown()
 
@@ -86,8 +87,34 @@ def test_greedy_replies_with_prompt_embeddings_equal_those_of_transformers(reply
     assert len(set(want)) > 1
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="engines are in bfloat16 only where there is AMX")
+def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm):
+    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", threads=2)
+    try:
+        assert stage.engine._dtype == torch.bfloat16
+        asked = prompts(llm, [4, 1, 2, 0, 3])
+        replies = stage.engine.replies(asked)
+    finally:
+        stage.engine.shutdown()
+    compared = 0
+    for prompt, reply in zip(asked, replies, strict=True):
+        written = torch.tensor(llm.tokenizer(reply.text, add_special_tokens=False)["input_ids"])
+        if len(written) != reply.output_tokens - (reply.finish_reason == "stop"):
+            continue  # a special token within the reply, which the text does not show
+        parts = [torch.tensor(prompt.before), torch.from_numpy(prompt.rows), torch.tensor(prompt.after), written]
+        embeds = torch.cat([part if part.ndim == 2 else llm.embedding(part) for part in parts])[None]
+        with torch.no_grad():
+            logits = llm.model(inputs_embeds=embeds).logits[0, -len(written) - 1 : -1]
+        short = logits.amax(1) - logits.gather(1, written[:, None])[:, 0]
+        assert (short < 0.02 * (logits.amax(1) - logits.amin(1))).all()
+        compared += len(written)
+    assert compared >= 12
+
+
 def test_the_second_engine_gives_the_same_replies(llama, reply, llm):
-    second = TransformersEngine(llama, EngineConfig(kind="transformers"), Decoding(max_tokens=12), threads=2)
+    second = TransformersEngine(
+        llama, EngineConfig(kind="transformers", dtype="float32"), Decoding(max_tokens=12), threads=2
+    )
     asked = prompts(llm, [4, 1, 2, 0, 3])
     first = reply.engine.replies(asked)
     for a, b in zip(first, second.replies(asked), strict=True):
