@@ -48,6 +48,10 @@ PROMPTS = pa.schema(
 )
 
 
+AHEAD = 8
+"""Blocks whose queries are encoded together: the more there are, the more alike are those of a batch."""
+
+
 @dataclass(frozen=True)
 class Owed:
     """Which requests and methods a run still has to answer: one answer for plan and work."""
@@ -150,6 +154,7 @@ class BuildPrompts:
             self.retriever = Retriever(retrieval, kinds, entry, self.tokenizer, budget, threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        names = {method.name for method in self.methods}
         for bucket in batch["bucket"].to_pylist():
             requests, answered, _ = self.owed.read(bucket)
             keys = pc.unique(requests["user_key"]).to_pylist()  # all that is read is theirs, but for other-user
@@ -169,6 +174,10 @@ class BuildPrompts:
                 found = self.profiles.read(["user_id", "text"], buckets=[bucket], user_keys=keys)
                 profiles = dict(zip(found["user_id"].to_pylist(), found["text"].to_pylist(), strict=True))
             for start in range(0, requests.num_rows, self.block_rows):
+                if self.maker is not None and start % (AHEAD * self.block_rows) == 0:
+                    coming = requests.slice(start, AHEAD * self.block_rows).select(["request_id", "input"]).to_pylist()
+                    owed = [row for row in coming if names - answered.get(row["request_id"], set())]
+                    self.maker.read_ahead([query(row["input"], self.entry) for row in owed])
                 rows = requests.slice(start, self.block_rows).to_pylist()
                 for method in self.methods:
                     open_rows = [row for row in rows if method.name not in answered.get(row["request_id"], ())]
@@ -351,6 +360,7 @@ class PersonaMaker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
         self.dtype = best_dtype()
+        self.ahead: dict[str, Any] = {}
         self.tokenizer = None
         if self.plug.emb_model is not None:
             from transformers import AutoTokenizer
@@ -401,21 +411,35 @@ class PersonaMaker:
         owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
         x = None
         if aggregation == "attention" and self.tokenizer is not None:
-            x = self._queries([config.query_prefix + query(request["input"], entry) for request in requests])
+            x = self._queries([query(request["input"], entry) for request in requests])
         with torch.inference_mode():
             built = self.plug.personas(
                 torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(requests), x
             )
         return built.flatten(1).float().cpu().numpy()
 
+    def read_ahead(self, texts: list[str]) -> None:
+        """Encodes the queries of requests to come, instead of those it was given before."""
+        if self.tokenizer is not None and texts:
+            self.ahead = dict(zip(texts, self._encoded(texts), strict=True))
+
     def _queries(self, texts: list[str]) -> Any:
-        """Vectors (B, D) of the requests, in batches of like length."""
+        """Vectors (B, D) of the requests."""
+        import torch
+
+        if all(text in self.ahead for text in texts):
+            return torch.stack([self.ahead[text] for text in texts])
+        return self._encoded(texts)
+
+    def _encoded(self, queries: list[str]) -> Any:
+        """Vectors (B, D), in batches of like length."""
         import torch
 
         from pplug.encoder import default_batch_tokens, each_batch, pad, pool
 
         config, tokenizer = self.plug.config, self.tokenizer
         assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
+        texts = [config.query_prefix + text for text in queries]
         ids = tokenizer(texts, truncation=True, max_length=config.query_max_tokens)["input_ids"]
         out = torch.empty(len(ids), config.encoder_dim, device=self.device)
 
