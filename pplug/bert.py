@@ -4,7 +4,7 @@ A layer is four products with packed weights, bias, GELU and residual sum inside
 mask made once a batch, two norms. Beside transformers' modules: 1.3 times the texts a second (MiniLM, u-boot's texts,
 two cores with AMX, torch 2.13), and fewer roundings, since GELU and sum see the product's float32. In float32 it gains
 next to nothing, and the model's own forward is used.
-Shapes: B texts, L tokens of the longest, D width, A heads.
+Shapes: B texts, L tokens of the longest, D width.
 """
 
 from collections.abc import Callable
