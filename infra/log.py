@@ -17,9 +17,11 @@ _LIBRARY_KEYS = frozenset(
 )
 ERASED = "erased"
 """In what a commit said: everything written before it has been deleted if no version named it."""
+OWN_ROWS = "own_rows"
+"""In what a commit said: it took away rows of its own run, and of no other."""
 _NOT_ROWS = ("metaData", "protocol")
 _REWRITTEN_BY = "rewritten_by"
-_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED})
+_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, OWN_ROWS})
 
 
 def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
@@ -58,7 +60,8 @@ def added(storage: Storage, version: int | None) -> set[str]:
 
 
 def kinds(storage: Storage, since: int, until: int) -> set[str]:
-    """What the commits after `since` up to `until` did: "append", "same rows" in other files, or "other"."""
+    """What the commits after `since` up to `until` did: "append", "same rows" in other files, "own rows" (some of the
+    committing run's own rows are gone), or "other"."""
     found: set[str] = set() if since <= until else {"other"}
     for version in range(since + 1, until + 1):
         said = entries(storage, version)
@@ -68,6 +71,8 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
         actions = [entry[kind] for entry in said for kind in ("add", "remove") if kind in entry]
         if actions and not any(action.get("dataChange", True) for action in actions):
             found.add("same rows")
+        elif OWN_ROWS in _info(said):
+            found.add("own rows")
         else:
             found.add("other" if any("remove" in entry for entry in said) else "append")
     return found
@@ -102,7 +107,7 @@ def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bo
 
 def rewritten(below: Mapping[str, str], by: str, group: int, more: Mapping[str, str]) -> dict[str, str]:
     """What a commit says that puts the rows of a complete version into other files: all that the run below had said."""
-    kept = {key: value for key, value in below.items() if key != ERASED}
+    kept = {key: value for key, value in below.items() if key not in (ERASED, OWN_ROWS)}
     return kept | {"group": str(group), "complete": "true", _REWRITTEN_BY: by} | dict(more)
 
 

@@ -25,6 +25,9 @@ class TableSpec:
     """list<float32> columns: finite, rounded to 16 bits, BYTE_STREAM_SPLIT."""
     bucketed: bool = True
     row_group_rows: int = 65_536
+    added: tuple[str, ...] = ()
+    """Columns that came after the first release of this schema version. They may be null: tables and files that were
+    written without them are read with nulls."""
 
     def empty(self, columns: Sequence[str]) -> pa.Table:
         """No rows of these columns."""

@@ -108,7 +108,7 @@ class Snapshot:
         wanted = None if user_keys is None else np.array(sorted(user_keys), dtype=str)
         for file in self.files:
             if file.bucket == bucket and (wanted is None or _between(wanted, file.min_key, file.max_key)):
-                yield from _row_groups(file, columns, wanted)
+                yield from _row_groups(file, columns, wanted, self.spec)
 
     def read(
         self,
@@ -145,16 +145,19 @@ def read_files(
     unknown = [name for name in names if name not in spec.schema.names]
     if unknown:
         raise ValueError(f"table {spec.name} has no column {unknown[0]!r}; it has {', '.join(spec.schema.names)}")
-    return pa.concat_tables([spec.empty(names)] + [read_file(file.uri, names, filter) for file in files])
+    return pa.concat_tables([spec.empty(names)] + [read_file(file.uri, names, filter, spec) for file in files])
 
 
-def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
+def read_file(
+    uri: str, columns: list[str] | None = None, filter: pc.Expression | None = None, spec: TableSpec | None = None
+) -> pa.Table:
     """Reads one file of a table, with `bucket` (int32, first) put back from its path where it is asked for.
 
     Args:
         uri: `DataFile.uri`.
         columns: all when None; the result has this order.
         filter: skips row groups by their statistics, then rows; e.g. `pc.field("user_key") == key`.
+        spec: the table's; columns that it has got since the file was written (`TableSpec.added`) are null.
 
     Raises:
         ValueError: the file is damaged or has no such column.
@@ -173,6 +176,7 @@ def read_file(uri: str, columns: list[str] | None = None, filter: pc.Expression 
     table = _read(read, uri)
     if bucket is not None and (columns is None or "bucket" in columns):
         table = _with_bucket(table, bucket)
+    table = _with_added(table, columns, spec)
     missing = [column for column in columns or [] if column not in table.column_names]
     if missing:
         raise ValueError(f"{uri}: has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
@@ -192,6 +196,17 @@ def _with_bucket(table: pa.Table, bucket: int) -> pa.Table:
     return table.add_column(0, pa.field("bucket", pa.int32()), pa.repeat(pa.scalar(bucket, pa.int32()), len(table)))
 
 
+def _with_added(table: pa.Table, columns: Sequence[str] | None, spec: TableSpec | None) -> pa.Table:
+    """With nulls in the columns asked for that the spec has got since the file was written."""
+    if spec is None:
+        return table
+    for name in spec.added:
+        if name not in table.column_names and (columns is None or name in columns):
+            field = spec.schema.field(name)
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
+
+
 READ_ROWS = 32_768
 """Rows read at a time by `of_users`: 50 MB of vectors at D=384."""
 
@@ -203,7 +218,7 @@ def _between(keys: np.ndarray, low: str, high: str) -> bool:
     return bool(np.searchsorted(keys, low, side="left") < np.searchsorted(keys, high, side="right"))
 
 
-def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None) -> Iterator[pa.Table]:
+def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None, spec: TableSpec) -> Iterator[pa.Table]:
     """The rows of these users (sorted keys; None: all), a few row groups at a time."""
     folder, _, name = file.uri.rpartition("/")
     storage = Storage(folder)
@@ -229,7 +244,7 @@ def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None) -> 
                 table = table.filter(pc.is_in(table["user_key"], value_set=pa.array(keys.tolist())))
             if "bucket" in columns and file.bucket is not None:
                 table = _with_bucket(table, file.bucket)
-            yield table.select(columns)
+            yield _with_added(table, columns, spec).select(columns)
             chosen, rows = [], 0
         if group is not None:
             chosen.append(group)

@@ -155,7 +155,29 @@ class Table:
             except InputError:
                 if not cls.exists(uri):  # else another driver was quicker, and its table is as good
                     raise
-        return cls.open(uri, spec)
+        table = cls.open(uri, spec)
+        table._add_columns()
+        return table
+
+    def _add_columns(self) -> None:
+        """Gives an older table the columns that its spec has since got; its rows have nulls there.
+
+        The commit says what the one before it said, but belongs to no group: a complete version stays complete.
+        """
+        from deltalake import CommitProperties, Schema
+
+        delta = self._load()
+        known = {field.name for field in delta.schema().fields}
+        missing = [field for field in Schema.from_arrow(self.spec.schema).fields if field.name not in known]
+        if not missing:
+            return
+        said = {key: value for key, value in log.metadata_of(self.storage, delta.version()).items() if key != "group"}
+        try:
+            delta.alter.add_columns(missing, commit_properties=CommitProperties(custom_metadata=said))
+        except Exception:
+            known = {field.name for field in self._load().schema().fields}
+            if any(field.name not in known for field in missing):  # else another driver was quicker
+                raise
 
     @property
     def storage(self) -> Storage:
@@ -288,6 +310,13 @@ class Table:
         """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
         return list(islice(log.back_from(self.storage, self.version), limit))
 
+    def said_by(self, run_id: str) -> dict[str, str]:
+        """What the newest commit of a run said; empty where it has committed nothing, or the log no longer says."""
+        for entry in log.back_from(self.storage, self.version) if len(self.committed(run_id)) else ():
+            if entry.get("run_id") == run_id:
+                return log.metadata_of(self.storage, entry["version"])
+        return {}
+
     def committed(self, run_id: str) -> range:
         """Groups this run has committed: 0 to the last; empty before its first. A rerun starts at their number."""
         delta = self._load()
@@ -345,7 +374,7 @@ class Table:
         if twice:
             raise ValueError(f"table {self.spec.name}: bucket {min(twice)} is to be replaced and to grow in one commit")
         said = log.metadata_for(metadata or {}, run_id, group, complete)
-        harmless = {"append", "same rows"} if mode == "append" and not strict else {"same rows"}
+        harmless = {"append", "same rows", "own rows"} if mode == "append" and not strict else {"same rows"}
 
         def removed(delta: "DeltaTable") -> list[DataFile]:
             return [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
@@ -383,6 +412,29 @@ class Table:
         self._check_files(new, None)
         said = log.rewritten(below.metadata, run_id, group, more or {})
         return self._commit(new, lambda delta: old, said, run_id, group, below.version, set(), not same_rows)
+
+    def drop_own(
+        self,
+        new: Iterable[DataFile],
+        old: Iterable[DataFile],
+        *,
+        run_id: str,
+        group: int,
+        planned_on: int,
+        metadata: Mapping[str, str],
+    ) -> Commit:
+        """Puts files in the place of others that hold more rows: all rows of other runs, fewer of this one.
+
+        The run goes on afterwards, so the version is not complete. Runs that only append go on over this commit.
+
+        Raises:
+            TableMoved: the old files may no longer be there: plan again. Appends in between do no harm.
+            ValueError: a file is of another table.
+        """
+        new, old = list(new), list(old)
+        self._check_files(new, None)
+        said = log.metadata_for(metadata, run_id, group, complete=False) | {log.OWN_ROWS: "true"}
+        return self._commit(new, lambda delta: old, said, run_id, group, planned_on, {"append"}, data_change=True)
 
     def _commit(
         self,
@@ -479,6 +531,9 @@ def _check_columns(uri: str, spec: TableSpec, delta: "DeltaTable") -> None:
 
     wanted = {field.name: str(field.type) for field in Schema.from_arrow(spec.schema).fields}
     found = {field.name: str(field.type) for field in delta.schema().fields}
+    for column in spec.added:
+        if column not in found:
+            del wanted[column]
     for column in [*wanted, *found]:
         if wanted.get(column) != found.get(column):
             raise InputError(

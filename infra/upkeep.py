@@ -15,7 +15,7 @@ import pyarrow as pa
 from infra import log
 from infra.errors import InputError
 from infra.rows import conform
-from infra.snapshot import DataFile, read_file
+from infra.snapshot import DataFile, read_file, read_files
 from infra.table import Table
 
 TARGET_BYTES = 128 * 2**20
@@ -77,7 +77,7 @@ def rewrite(
     Raises:
         ValueError: the files hold other rows than the log says, or the new file than the old ones.
     """
-    data = pa.concat_tables([read_file(file.uri) for file in files])
+    data = read_files(files, spec=table.spec)
     if data.num_rows != sum(file.rows for file in files):
         raise ValueError(
             f"table {table.spec.name}: {files[0].path} and {len(files) - 1} more hold {data.num_rows} rows, the log "

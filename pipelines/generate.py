@@ -8,8 +8,10 @@ that all of the user's requests may see. Who has one made by the same settings f
 Unit of work: a user; one whose prompt got no reply is a reject.
 """
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt
@@ -19,6 +21,7 @@ from infra.report import RunReport, new_run_id
 from pipelines.methods import Method, parse_all
 from pipelines.options import ResumableConfig
 from pipelines.stages.reply import Decoding, EngineConfig
+from pplug.identity import short_id
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
     from infra.snapshot import Snapshot
     from pplug.tasks import TaskEntry
+
+
+NOTE = "note"
 
 
 class Config(ResumableConfig):
@@ -438,7 +444,8 @@ def _generate(
 
     from infra.shards import keys_by_bucket
     from pipelines import tables
-    from pipelines.stages.prompt import BuildPrompts, Owed
+    from pipelines.stages.drop_errors import drop_errors
+    from pipelines.stages.prompt import NOTES, BuildPrompts, Owed
     from pipelines.stages.reply import Reply
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
@@ -453,10 +460,24 @@ def _generate(
         config.requests,
         users,
         profiles,
+        stored if any(method.adapter == "own" for method in methods) else None,
     )
+    identities = {
+        "llm_id": llm,
+        "plug_id": sources["plug_id"] or "",
+        "profile_id": profiles.metadata.get("profile_id", "") if profiles is not None else "",
+        "decoding_id": config.decoding.decoding_id,
+        "settings_id": _settings_id(config, entry),
+    }
+    _refuse_another_run(generations.said_by(report.run_id), identities, report.run_id)
     found = plan(requests.filled(users), owed.count, report)
     counts = {bucket: row["owed"] for bucket, row in found.items()}
-    _refuse_a_leak(config, methods, stored, sum(row["dated"] for row in found.values()))
+    _refuse_a_leak(config, methods, {name: sum(row[f"{name}_leaks"] for row in found.values()) for name in KEPT})
+    failed = [bucket for bucket, row in found.items() if row["failed"]]
+    if failed:
+        report.extra["errors_tried_again"] = sum(found[bucket]["failed"] for bucket in failed)
+        before = drop_errors(generations, before, failed, report, identities)
+        owed = dataclasses.replace(owed, done=before)
     if profiles is not None:
         report.extra["requests_without_profile"] = sum(row["without_profile"] for row in found.values())
     todo = sorted(bucket for bucket, n in counts.items() if n)
@@ -466,12 +487,7 @@ def _generate(
         report=report,
         owed={bucket: counts[bucket] for bucket in todo},
         group_rows=config.wave_rows,
-        metadata={
-            "llm_id": llm,
-            "plug_id": sources["plug_id"] or "",
-            "profile_id": profiles.metadata.get("profile_id", "") if profiles is not None else "",
-            "decoding_id": config.decoding.decoding_id,
-        },
+        metadata=identities,
         planned_on=before.version,
         strict=False,  # replies are keyed by run: another run's are none of this one's
     )
@@ -530,8 +546,11 @@ def _generate(
 
         def seen(batch: "pa.Table") -> None:
             for reason, n in _merged(batch["reasons"].to_pylist()).items():
+                kind, _, name = reason.rpartition(" ")
                 if reason in tokens:
                     tokens[reason] += n
+                elif kind == NOTE and name in NOTES:
+                    report.extra.setdefault("notes", dict.fromkeys(NOTES, 0))[name] += n
                 else:
                     report.failed += n
                     report.extra.setdefault("errors", {}).setdefault(reason, 0)
@@ -541,14 +560,48 @@ def _generate(
         report.extra |= tokens
 
 
-def _refuse_a_leak(config: Config, methods: list[Method], stored: "Snapshot | None", dated: int) -> None:
-    """Of requests whose answers are known, none may be answered by an adapter that has learned them."""
-    own = [method.name for method in methods if method.adapter == "own"]
-    if own and dated and stored is not None and stored.metadata.get("cut") == "none":
+KEPT = {
+    "adapter": "run `adapt` again with cut=requests (the default), which cuts them at the requests that there are now",
+    "profile": "run `generate --write-profiles` again, which cuts them at the requests that there are now",
+}
+"""What is kept per user and made from the user's items, and what to do where it knows too much."""
+
+
+def _refuse_a_leak(config: Config, methods: list[Method], leaks: Mapping[str, int]) -> None:
+    """Refuses to answer a request whose answer is known by an adapter or a profile that may have learned it."""
+    for kept, remedy in KEPT.items():
+        if leaks[kept]:
+            using = [method.name for method in methods if method.profile or method.adapter == "own"]
+            raise InputError(
+                f"methods {using}: the {kept}s in {config.tables} were made from items that {leaks[kept]} of the "
+                f"requests with a known answer may not see, perhaps from the answers themselves; {remedy}, or ask for "
+                "--requests open"
+            )
+
+
+def _settings_id(config: Config, entry: "TaskEntry") -> str:
+    """Identity of what decides a prompt beside the models, the decoding and the tables."""
+    return short_id(
+        {
+            "retrieval": config.retrieval.model_dump(mode="json"),
+            "profile": config.profile.model_dump(mode="json"),
+            "history_cap": config.history_cap,
+            "task": entry.model_dump(mode="json"),
+        }
+    )
+
+
+def _refuse_another_run(said: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:
+    """Refuses to go on with a run whose replies were made otherwise: one run_id stands for one way of answering."""
+    differ = [
+        f"{name} {said[name]}, now {value}"
+        for name, value in identities.items()
+        if value and said.get(name, value) not in ("", value)
+    ]
+    if differ:
         raise InputError(
-            f"methods {own}: the adapters in {config.tables} were trained on items that {dated} of the requests may "
-            "not see, perhaps on the answers themselves (`adapt` with cut=none); run `adapt` with cut=requests, or ask "
-            "for --requests open"
+            f"run_id={run_id}: this run has replies of other models or settings ({'; '.join(differ)}); give those "
+            "again, or another run_id"
         )
 
 
@@ -574,6 +627,8 @@ class CountAndWrite:
         counts: dict[str, int] = {name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "output_tokens")}
         for error in batch["error"].drop_null().to_pylist():
             counts[error] = counts.get(error, 0) + 1
+        for note in pc.list_flatten(batch["notes"]).to_pylist():
+            counts[f"{NOTE} {note}"] = counts.get(f"{NOTE} {note}", 0) + 1
         if files:
             files[0]["reasons"] = json.dumps(counts)
         return pa.Table.from_pylist(files)

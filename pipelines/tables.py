@@ -53,13 +53,21 @@ _SPECS = [
         row_group_rows=GROUP_ROWS,
     ),
     # one user's weights are fetched alone: a row group of few users
-    TableSpec("adapters", schemas.ADAPTERS, schemas.SCHEMA_VERSION, sort=("user_key",), row_group_rows=4),
+    TableSpec(
+        "adapters",
+        schemas.ADAPTERS,
+        schemas.SCHEMA_VERSION,
+        sort=("user_key",),
+        row_group_rows=4,
+        added=schemas.LAST_ITEM,
+    ),
     TableSpec(
         "profiles",
         schemas.PROFILES,
         schemas.SCHEMA_VERSION,
         sort=("user_key",),
         row_group_rows=GROUP_ROWS,
+        added=schemas.LAST_ITEM,
     ),
     TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),

@@ -113,6 +113,16 @@ def visible_count(
     return int(late.argmax()) if late.any() else len(position)
 
 
+def is_visible(occurred_at: int | None, position: int, as_of: int | None, as_of_position: int | None) -> bool:
+    """Whether a request may see one item; the same rule as `visible_count`.
+
+    Args:
+        occurred_at: microseconds, or None where the item's user is untimed.
+    """
+    times = None if occurred_at is None else np.array([occurred_at], np.int64)
+    return visible_count(times, np.array([position], np.int64), as_of, as_of_position) == 1
+
+
 def newest(count: int, cap: int) -> slice:
     """The newest `cap` of the first `count` items in `order`."""
     return slice(max(0, count - cap), count)

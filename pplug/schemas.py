@@ -12,6 +12,11 @@ SCHEMA_VERSION = 1
 _TIME = pa.timestamp("us", tz="UTC")
 _VECTOR = pa.list_(pa.float32())
 _SHARD = [pa.field("bucket", pa.int32()), pa.field("user_key", pa.string())]
+_LAST_ITEM = [
+    ("last_item_at", _TIME),  # of the newest item it was made from; null: the user's items have no times
+    ("last_item_position", pa.int64()),  # null: written before these two columns were there
+]
+LAST_ITEM = tuple(name for name, _ in _LAST_ITEM)
 
 
 def _schema(*fields: tuple[str, pa.DataType], shard: bool = True) -> pa.Schema:
@@ -66,6 +71,7 @@ ADAPTERS = _schema(
     ("loss", pa.float32()),  # of the last epoch, per target token
     ("history_hash", pa.string()),  # of the items it was trained on
     ("weights", pa.binary()),  # safetensors
+    *_LAST_ITEM,
 )
 
 PROFILES = _schema(
@@ -76,6 +82,7 @@ PROFILES = _schema(
     ("llm_id", pa.string()),
     ("decoding_id", pa.string()),
     ("history_hash", pa.string()),  # of those items
+    *_LAST_ITEM,
 )
 
 GENERATIONS = _schema(

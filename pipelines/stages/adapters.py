@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
+from pipelines.stages.learned import last_items
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
 
 MEMORY = "/dev/shm"
@@ -65,6 +66,7 @@ class AdapterIndex:
         """`owners`: user_id -> the person, where they differ. `user_keys`: whose are read; all for `other`."""
         self._adapters, self._bucket, self._owners = adapters, bucket, owners
         self._here = self._read(bucket, user_keys)
+        self._made_from = last_items(adapters, bucket, user_keys)
         self._far: dict[int, dict[str, AdapterName]] = {}
 
     def _read(self, bucket: int, user_keys: Sequence[str] | None = None) -> dict[str, AdapterName]:
@@ -73,7 +75,13 @@ class AdapterIndex:
         return {row["user_id"]: AdapterName(row["user_key"], row["adapter_id"]) for row in rows}
 
     def own(self, request: Mapping[str, Any]) -> AdapterName | None:
-        return self._here.get(request["user_id"])
+        """The user's adapter; None where there is none, or where it `knows_too_much`."""
+        return None if self.knows_too_much(request) else self._here.get(request["user_id"])
+
+    def knows_too_much(self, request: Mapping[str, Any]) -> bool:
+        """Whether the user's adapter was trained on items that the request may not see."""
+        made_from = self._made_from.get(request["user_id"])
+        return made_from is not None and not made_from.is_visible_to(request)
 
     def other(self, request: Mapping[str, Any]) -> AdapterName | None:
         """Another person's adapter: drawn by the person's hash, so that every run draws alike."""

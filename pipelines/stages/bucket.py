@@ -8,6 +8,7 @@ Shapes: U users, T items of all users (ragged), V vectors, D encoder width.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -199,9 +200,12 @@ def list_f32(rows: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(rows, np.float32).reshape(-1)))
 
 
-def to_us(value: Any) -> int | None:
-    """A timestamp as int64 microseconds."""
-    return None if value is None else int(value.timestamp() * 1_000_000)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_us(value: datetime | None) -> int | None:
+    """A timestamp as int64 microseconds, exact: `datetime.timestamp` is a float, which cannot hold them all."""
+    return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
 
 
 def decode_fields(value: Any) -> Mapping[str, str]:

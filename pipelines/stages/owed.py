@@ -17,8 +17,10 @@ import pyarrow.compute as pc
 from infra.shards import bucket_of, user_key
 from infra.snapshot import Snapshot
 from pipelines.stages.bucket import Histories, read_bucket, to_us
+from pipelines.stages.learned import LastItem, last_item
 from pipelines.stages.write import DETAIL, REASON
 from pplug import history
+from pplug.schemas import LAST_ITEM
 
 BLOCK_USERS = 64
 
@@ -75,7 +77,7 @@ class OwedUsers:
             keys = sorted({request["user_key"] for request in asked})
         own = read_bucket(self.histories, None, bucket, with_fields=True, user_keys=keys)
         cuts = _cuts(own, asked)
-        names = ["user_id", "user_key", self.id_column, "history_hash"]
+        names = ["user_id", "user_key", self.id_column, "history_hash", *LAST_ITEM]
         held = [] if self.before is None else self.before.read(names, buckets=[bucket]).to_pylist()
         stays = {row["user_id"]: row for row in held}
         owed, there = {}, 0
@@ -86,7 +88,13 @@ class OwedUsers:
             rows = range(start + kept.start, start + kept.stop)
             digest = history.history_hash(own.text_hash[rows.start : rows.stop].to_pylist())
             old = stays.get(name)
-            if old and old[self.id_column].partition("-")[0] == self.made_as and old["history_hash"] == digest:
+            # The newest item too: where it stands decides which requests the row may answer.
+            if (
+                old is not None
+                and old["history_hash"] == digest
+                and last_item(old) == newest_of(own, user, rows)
+                and old[self.id_column].partition("-")[0] == self.made_as
+            ):
                 there += 1
                 continue
             owed[user] = (rows, digest)
@@ -124,7 +132,9 @@ class OwedUsers:
         rows: list[dict[str, Any]] = [{"user_key": user_key(name)} | nothing for name in owing.missing]
         for user, (items, digest) in owing.users.items():
             names = {"bucket": bucket, "user_key": own.user_keys[user], "user_id": own.user_ids[user]}
-            rows.append(names | {"history_hash": digest} | make(own, user, items))
+            newest = newest_of(own, user, items)
+            made_from = {"last_item_at": newest.occurred_at, "last_item_position": newest.position}
+            rows.append(names | {"history_hash": digest} | made_from | make(own, user, items))
             if len(rows) >= BLOCK_USERS:
                 yield pa.Table.from_pylist(rows, schema=schema)
                 rows = []
@@ -139,6 +149,14 @@ class OwedUsers:
             near = (place >= some[0]) & (place <= some[-1])  # by which row groups are skipped
             assert self.before is not None, "what stays was read from there"
             yield self.before.read(buckets=[bucket], filter=near & place.isin(some))
+
+
+def newest_of(own: Histories, user: int, items: range) -> LastItem:
+    """The newest of a user's items that count."""
+    if not items:
+        return LastItem(None, None)
+    times, last = own.occurred_at[user], items.stop - 1
+    return LastItem(None if times is None else int(times[last - own.starts[user]]), int(own.position[last]))
 
 
 def _cuts(own: Histories, asked: list[dict[str, Any]]) -> dict[int, int]:

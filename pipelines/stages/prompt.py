@@ -20,11 +20,14 @@ from infra.snapshot import Snapshot
 from pipelines.methods import Method
 from pipelines.stages.adapters import AdapterIndex, AdapterName
 from pipelines.stages.bucket import Histories, matrix, read_bucket, to_us
+from pipelines.stages.learned import LastItem, last_item, last_items
 from pipelines.stages.retrieve import Found, Retriever
+from pplug import history
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.profile import ProfileConfig, lead
 from pplug.retrieval import RetrievalConfig, count_tokens
+from pplug.schemas import LAST_ITEM
 from pplug.splice import Splicer
 from pplug.tasks import TaskEntry, query
 
@@ -44,8 +47,15 @@ PROMPTS = pa.schema(
         "adapter_id": pa.string(),
         "adapter_key": pa.string(),  # user_key of the adapter's owner
         "error": pa.string(),
+        "notes": pa.list_(pa.string()),  # what the run's report has to count (NOTES)
     }
 )
+NOTES = {
+    "adapter_not_used": "the user's adapter was made from items that the request may not see",
+    "profile_not_used": "the user's profile was made from items that the request may not see",
+    "persona_made_anew": "the stored persona was made from another history, or from another number of newest items",
+    "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
+}
 
 
 AHEAD = 8
@@ -66,47 +76,70 @@ class Owed:
     users: Mapping[int, list[str]] | None
     """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
     profiles: Snapshot | None = None
-    """Where given, requests of users without one are counted."""
+    """Where given, requests of users without one are counted, and those that the user's profile knows too much for."""
+    adapters: Snapshot | None = None
+    """Where given, requests that the user's adapter knows too much for are counted."""
 
-    def read(self, bucket: int) -> tuple[pa.Table, dict[str, set[str]], int]:
-        """Requests of a bucket, for each the methods already answered, and the number of pairs asked for."""
+    def read(self, bucket: int) -> "Asked":
+        """Requests of a bucket, and what the run has already answered of them."""
         keys = of_bucket(self.users, bucket)
         requests = self.requests.read(buckets=[bucket], user_keys=keys)
         if self.only != "all":
             has = pc.is_valid(requests["target"])
             requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
-        answered: dict[str, set[str]] = {}
+        answered: dict[tuple[str, str], set[str]] = {}
+        failed = 0
         if self.done is not None:
+            columns = ["user_id", "request_id", "method", "error"]
             mine = pc.field("run_id") == self.run_id
-            done = self.done.read(["request_id", "method"], buckets=[bucket], filter=mine, user_keys=keys)
-            for row in done.to_pylist():
-                answered.setdefault(row["request_id"], set()).add(row["method"])
-        return (
-            requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")]),
-            answered,
-            (requests.num_rows * len(self.methods)),
-        )
+            for row in self.done.read(columns, buckets=[bucket], filter=mine, user_keys=keys).to_pylist():
+                if row["error"] is None:
+                    answered.setdefault(request_key(row), set()).add(row["method"])
+                else:
+                    failed += 1
+        requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
+        return Asked(requests, answered, failed)
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: bucket, owed, there, dated (requests with a known answer that may not see
-        all items), without_profile (requests whose user has none)."""
+        """Stage of the plan. in: bucket. out: one row per bucket.
+
+        owed, there: pairs of a request and a method. failed: replies of this run that are errors. without_adapter,
+        without_profile: requests whose user has none. adapter_leaks, profile_leaks: requests with a known answer whose
+        user's adapter or profile was made from items that they may not see.
+        """
         for bucket in batch["bucket"].to_pylist():
-            requests, answered, asked = self.read(bucket)
-            ids, wanted = requests["request_id"].to_pylist(), set(self.methods)
-            there = sum(len(answered.get(request, set()) & wanted) for request in ids)
-            cut = pc.or_(pc.is_valid(requests["as_of"]), pc.is_valid(requests["as_of_position"]))
-            dated = pc.and_(cut, pc.is_valid(requests["target"]))
-            bare = 0
-            if self.profiles is not None:
-                theirs = pc.unique(requests["user_key"]).to_pylist()
-                known = self.profiles.read(["user_id"], buckets=[bucket], user_keys=theirs)["user_id"]
-                bare = _true(pc.invert(pc.is_in(requests["user_id"], value_set=known)))
-            counts = {"owed": asked - there, "there": there, "dated": _true(dated), "without_profile": bare}
+            asked, wanted = self.read(bucket), set(self.methods)
+            rows = asked.requests.select(["user_id", "request_id", "as_of", "as_of_position", "target"]).to_pylist()
+            keys = pc.unique(asked.requests["user_key"]).to_pylist()
+            there = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
+            counts = {"owed": len(rows) * len(self.methods) - there, "there": there, "failed": asked.failed}
+            for name, table in (("adapter", self.adapters), ("profile", self.profiles)):
+                made_from = {} if table is None else last_items(table, bucket, keys)
+                counts[f"{name}_leaks"] = sum(
+                    row["target"] is not None
+                    and row["user_id"] in made_from
+                    and not made_from[row["user_id"]].is_visible_to(row)
+                    for row in rows
+                )
+                counts[f"without_{name}"] = sum(row["user_id"] not in made_from for row in rows)
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
 
-def _true(mask: pa.ChunkedArray) -> int:
-    return pc.sum(mask).as_py() or 0
+@dataclass(frozen=True)
+class Asked:
+    """What a run is asked in one bucket."""
+
+    requests: pa.Table
+    """Sorted by user_key and request_id."""
+    answered: dict[tuple[str, str], set[str]]
+    """By `request_key`: the methods with a reply. A reply with an error is none: it is asked for again."""
+    failed: int
+    """Replies of this run that are errors."""
+
+
+def request_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a request is known by: two users may have requests of one request_id."""
+    return row["user_id"], row["request_id"]
 
 
 class BuildPrompts:
@@ -156,7 +189,8 @@ class BuildPrompts:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         names = {method.name for method in self.methods}
         for bucket in batch["bucket"].to_pylist():
-            requests, answered, _ = self.owed.read(bucket)
+            asked = self.owed.read(bucket)
+            requests, answered = asked.requests, asked.answered
             keys = pc.unique(requests["user_key"]).to_pylist()  # all that is read is theirs, but for other-user
             users = None
             if (self.maker or self.retriever) and self.histories is not None and requests.num_rows:
@@ -169,18 +203,19 @@ class BuildPrompts:
                 owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
                 others = any(method.adapter == "other-user" for method in self.methods)
                 index = AdapterIndex(self.adapters, bucket, dict(owners), None if others else keys)
-            profiles: dict[str, str] = {}
+            profiles: dict[str, tuple[str, LastItem]] = {}
             if self.profiles is not None:
-                found = self.profiles.read(["user_id", "text"], buckets=[bucket], user_keys=keys)
-                profiles = dict(zip(found["user_id"].to_pylist(), found["text"].to_pylist(), strict=True))
+                found = self.profiles.read(["user_id", "text", *LAST_ITEM], buckets=[bucket], user_keys=keys)
+                profiles = {row["user_id"]: (row["text"], last_item(row)) for row in found.to_pylist()}
             for start in range(0, requests.num_rows, self.block_rows):
                 if self.maker is not None and start % (AHEAD * self.block_rows) == 0:
-                    coming = requests.slice(start, AHEAD * self.block_rows).select(["request_id", "input"]).to_pylist()
-                    owed = [row for row in coming if names - answered.get(row["request_id"], set())]
+                    coming = requests.slice(start, AHEAD * self.block_rows)
+                    coming = coming.select(["user_id", "request_id", "input"]).to_pylist()
+                    owed = [row for row in coming if names - answered.get(request_key(row), set())]
                     self.maker.read_ahead([query(row["input"], self.entry) for row in owed])
                 rows = requests.slice(start, self.block_rows).to_pylist()
                 for method in self.methods:
-                    open_rows = [row for row in rows if method.name not in answered.get(row["request_id"], ())]
+                    open_rows = [row for row in rows if method.name not in answered.get(request_key(row), ())]
                     if open_rows:
                         yield self._block(bucket, open_rows, method, users, index, profiles)
 
@@ -191,9 +226,10 @@ class BuildPrompts:
         method: Method,
         users: "Users | None",
         index: AdapterIndex | None,
-        profiles: Mapping[str, str],
+        profiles: Mapping[str, tuple[str, LastItem]],
     ) -> pa.Table:
         errors: list[str | None] = [None] * len(requests)
+        notes: list[list[str]] = [[] for _ in requests]
         inputs = []
         for i, request in enumerate(requests):
             words = self.oracle.get(request["user_id"], "") if method.oracle else ""
@@ -202,10 +238,12 @@ class BuildPrompts:
             inputs.append(words + request["input"])
         leads: list[str] = [""] * len(requests)
         if method.profile:
-            leads = [
-                self._profile(profiles.get(request["user_id"]), input)
-                for request, input in zip(requests, inputs, strict=True)
-            ]
+            for i, request in enumerate(requests):
+                text, made_from = profiles.get(request["user_id"], (None, None))
+                if made_from is not None and not made_from.is_visible_to(request):
+                    text = None
+                    notes[i].append("profile_not_used")
+                leads[i] = self._profile(text, inputs[i])
         if method.retrieval is not None:
             assert self.retriever is not None and users is not None, "retrieval needs histories"
             reserved = [self._reserved(text) for text in leads]
@@ -223,11 +261,17 @@ class BuildPrompts:
         if method.plug is not None:
             assert self.maker is not None and users is not None, "a method with a plug needs a plug and histories"
             rows, kinds = self.maker.rows(requests, method.plug, users, self.entry)
+            if method.plug not in ("no-history", "soft-prompt", "other-user"):
+                for i, request in enumerate(requests):
+                    notes[i] += users.notes(request, stored=kinds[i] == "mean")
         adapters: list[AdapterName | None] = [None] * len(requests)
         if method.adapter is not None:
             assert index is not None, "a method with an adapter needs the table of adapters"
             choose = index.own if method.adapter == "own" else index.other
             adapters = [choose(request) for request in requests]
+            for i, request in enumerate(requests):
+                if adapters[i] is None and method.adapter == "own" and index.knows_too_much(request):
+                    notes[i].append("adapter_not_used")
         n = len(requests)
         with_plug = method.plug is not None
         columns = {
@@ -245,6 +289,7 @@ class BuildPrompts:
             "adapter_id": [name and name.adapter_id for name in adapters],
             "adapter_key": [name and name.user_key for name in adapters],
             "error": errors,
+            "notes": notes,
         }
         return pa.table(columns, schema=PROMPTS)
 
@@ -293,16 +338,40 @@ class Users:
         self._others: Histories | None = None
         self._owner = dict(zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True))
         self._stored: dict[str, np.ndarray] = {}
+        self._made_from: dict[str, str] = {}
         if personas is not None:
             made = pc.field("persona").is_valid()
-            found = personas.read(["user_id", "persona"], buckets=[bucket], filter=made, user_keys=keys)
-            self._stored = dict(zip(found["user_id"].to_pylist(), matrix(found["persona"]), strict=True))
+            columns = ["user_id", "persona", "history_hash"]
+            found = personas.read(columns, buckets=[bucket], filter=made, user_keys=keys)
+            ids = found["user_id"].to_pylist()
+            self._stored = dict(zip(ids, matrix(found["persona"]), strict=True))
+            self._made_from = dict(zip(ids, found["history_hash"].to_pylist(), strict=True))
+        self._current: dict[str, bool] = {}
 
     def stored(self, request: Mapping[str, Any]) -> np.ndarray | None:
-        """The persona that refresh stored, (P*H,), where the request has no cut-off."""
-        if request["as_of"] is not None or request["as_of_position"] is not None:
+        """The persona that refresh stored, (P*H,), where it was made from just the items that this request may see."""
+        if not self._undated(request):
             return None
-        return self._stored.get(request["user_id"])
+        user_id = request["user_id"]
+        if user_id in self._stored and user_id not in self._current:
+            rows = self.rows(request)
+            digest = history.history_hash(self.own.text_hash.take(pa.array(rows)).to_pylist())
+            self._current[user_id] = digest == self._made_from[user_id]
+        return self._stored[user_id] if self._current.get(user_id) else None
+
+    def notes(self, request: Mapping[str, Any], stored: bool) -> list[str]:
+        """What the report has to count about a persona (NOTES). `stored`: one that `refresh` stored would have done."""
+        ready = self.stored(request) if stored else None
+        if ready is not None:
+            return []
+        rows = self.rows(request)
+        found = ["items_without_vector"] if len(self.own.with_vector(rows)) < len(rows) else []
+        if stored and self._current.get(request["user_id"]) is False and self._undated(request):
+            found.append("persona_made_anew")
+        return found
+
+    def _undated(self, request: Mapping[str, Any]) -> bool:
+        return request["as_of"] is None and request["as_of_position"] is None
 
     def rows(self, request: Mapping[str, Any]) -> np.ndarray:
         """Rows of `own` of the items the request may see, oldest first."""

@@ -12,6 +12,7 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import threading
@@ -49,7 +50,7 @@ class Decoding(BaseModel):
     stop: tuple[str, ...] = ()
     """A reply ends before the first of these."""
     seed: int = 0
-    """Of sampling; each request draws by its own id, whatever batch it is in."""
+    """Seed of sampling. Each reply draws by its own user, request and method, whatever batch it is in."""
 
     @property
     def decoding_id(self) -> str:
@@ -89,7 +90,8 @@ class EngineConfig(BaseModel):
 class EnginePrompt:
     """Token ids around persona rows (R, H) float32 (R may be 0)."""
 
-    request_id: str
+    key: str
+    """What a sampled reply draws by: no two prompts of a run share it."""
     before: list[int]
     rows: np.ndarray
     after: list[int]
@@ -138,9 +140,11 @@ REPLIES = pa.schema(
         "encoder_id": pa.string(),
         "decoding_id": pa.string(),
         "error": pa.string(),
+        "notes": pa.list_(pa.string()),  # counted in the report, not stored
     }
 )
-_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id")
+_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id",
+            "notes")  # fmt: skip
 
 
 class Reply:
@@ -173,13 +177,13 @@ class Reply:
         prompts, errors = [], batch["error"].to_pylist()
         before, after = batch["before"].to_pylist(), batch["after"].to_pylist()
         keys, adapter_ids = batch["adapter_key"].to_pylist(), batch["adapter_id"].to_pylist()
-        names = zip(batch["request_id"].to_pylist(), batch["method"].to_pylist(), strict=True)
-        for i, (request, method) in enumerate(names):
+        keys_of = zip(*(batch[name].to_pylist() for name in ("user_id", "request_id", "method")), strict=True)
+        for i, key in enumerate(keys_of):
             flat = batch["rows"][i].values.to_numpy()
             error = check_rows(flat, self.engine.dim, self.engine.max_row_norm)
             rows = np.zeros((0, self.engine.dim), np.float32) if error else flat.reshape(-1, self.engine.dim)
             adapter = None if adapter_ids[i] is None else AdapterName(keys[i], adapter_ids[i])
-            prompt = EnginePrompt(f"{request}/{method}", before[i], rows, after[i], adapter)
+            prompt = EnginePrompt(json.dumps(key), before[i], rows, after[i], adapter)
             errors[i] = errors[i] or error or self._too_long(prompt)
             prompts.append(prompt)
         good = [i for i, error in enumerate(errors) if error is None]
@@ -403,7 +407,7 @@ class VLLMEngine:
             top_p=decoding.top_p,
             max_tokens=decoding.max_tokens,
             stop=list(decoding.stop) or None,
-            seed=own_seed(decoding.seed, prompt.request_id) if decoding.temperature else None,
+            seed=own_seed(decoding.seed, prompt.key) if decoding.temperature else None,
             output_kind=last_only,
         )
 
@@ -532,6 +536,6 @@ def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any
     }
 
 
-def own_seed(seed: int, request_id: str) -> int:
-    """A request's own sampling seed: the same in any batch."""
-    return int(short_id({"seed": seed, "request": request_id})[:8], 16)
+def own_seed(seed: int, key: str) -> int:
+    """A reply's own sampling seed: the same in any batch. `key`: of the `EnginePrompt`."""
+    return int(short_id({"seed": seed, "reply": key})[:8], 16)

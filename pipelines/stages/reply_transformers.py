@@ -60,7 +60,7 @@ class TransformersEngine:
         )
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if decoding.temperature:
-            torch.manual_seed(own_seed(decoding.seed, prompts[0].request_id))
+            torch.manual_seed(own_seed(decoding.seed, prompts[0].key))
             sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         with torch.inference_mode():
             out = self.llm.model.generate(

@@ -4,6 +4,7 @@ Works on one bucket's histories as they lie in memory; the index of a user's wor
 see the same items. What is found for a request is kept with its bucket, so that hybrids find it again.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Found:
     """What retrieval has found in a bucket so far."""
 
-    picks: dict[tuple[str, str], list[Mapping[str, str]]] = field(default_factory=dict)
-    """By kind and request: fields of the items, best first."""
+    picks: dict[tuple[str, str, str], list[Mapping[str, str]]] = field(default_factory=dict)
+    """By kind, user and request: fields of the items, best first. Two users may call their requests alike."""
     words: tuple[tuple[int, int], WordIndex] | None = None
     """The last user's index, and the first and last item in it: requests come user by user."""
 
@@ -65,7 +66,7 @@ class Retriever:
             reserved: of the budget, the tokens that a text before it has taken already.
         """
         texts = [query(request["input"], self.entry) for request in requests]
-        keys = [(kind, request["request_id"]) for request in requests]
+        keys = [(kind, request["user_id"], request["request_id"]) for request in requests]
         new = [i for i, key in enumerate(keys) if key not in users.found.picks]
         vectors: dict[int, np.ndarray] = {}
         if kind == "dense" and new:
@@ -107,7 +108,7 @@ class Retriever:
         elif kind == "recency":
             best = retrieval.recency(len(rows))
         else:
-            best = retrieval.at_random(len(rows), k, request["request_id"])
+            best = retrieval.at_random(len(rows), k, json.dumps([request["user_id"], request["request_id"]]))
         return [_fields(own, row) for row in rows[best[:k]]]
 
     def _index(self, rows: np.ndarray, own: Histories, found: Found) -> WordIndex:

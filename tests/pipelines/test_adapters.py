@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def test_another_persons_adapter_is_a_strangers_and_the_same_each_time(tmp_path)
     snapshot = snapshot_of(tmp_path, people)
     owners = {user: "ann" if int(user[5:]) < 25 else user for user in people}
     for user in people:
-        request = {"user_id": user, "owner_id": owners[user]}
+        request = {"user_id": user, "owner_id": owners[user], "as_of": None, "as_of_position": None}
         index = AdapterIndex(snapshot, bucket_of(user, 4), owners)
         drawn = index.other(request)
         assert index.own(request) == AdapterName(user_key(user), people[user]["adapter_id"])
@@ -319,21 +320,63 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
 
 
 def test_adapters_that_know_the_answers_are_not_scored(served, tmp_path):
-    """Trained with cut=none, they have learned what the requests may not see."""
-    assert tables.open_table(served.made.tables, "adapters").snapshot(complete=True).metadata["cut"] == "requests"
+    """Made from all of a user's items, as with cut=none, or before these requests were there: they know the answers."""
     place = str(shutil.copytree(served.made.tables, tmp_path / "tables"))
+    newest = {}
+    for row in small.rows(place, "histories"):
+        if row["position"] >= newest.get(row["user_id"], row)["position"]:
+            newest[row["user_id"]] = row
     adapters = tables.open_table(place, "adapters")
-    said = adapters.snapshot(complete=True).metadata | {"cut": "none"}
-    adapters.commit([], run_id="none", group=0, mode="append", planned_on=adapters.version, complete=True,
-                    metadata={name: said[name] for name in ("llm_id", "fit_id", "cut")})  # fmt: skip
+    before = adapters.snapshot(complete=True)
+    rows = before.read().to_pylist()
+    cut = [row for row in rows if row["last_item_position"] < newest[row["user_id"]]["position"]]
+    assert len(rows) == 14 and cut  # the requests are on the newest items
+    for row in rows:
+        row["last_item_at"] = newest[row["user_id"]]["occurred_at"]
+        row["last_item_position"] = newest[row["user_id"]]["position"]
+    files = adapters.write(pa.Table.from_pylist(rows, schema=adapters.spec.schema), "all")
+    said = {name: before.metadata[name] for name in ("llm_id", "fit_id", "cut")}
+    adapters.commit(files, run_id="all", group=0, mode="replace", buckets=set(before.by_bucket()), metadata=said,
+                    planned_on=before.version, complete=True)  # fmt: skip
+    know = sum(
+        (newest[row["user_id"]]["occurred_at"], newest[row["user_id"]]["position"])
+        >= (row["as_of"], -1 if row["as_of_position"] is None else row["as_of_position"])
+        for row in small.rows(place, "requests")
+        if row["user_id"] in newest and row["as_of"] is not None
+    )
+    assert know > 0
     asked = {"tables": place, "llm": served.made.llm, "methods": ("none", "adapter+plug:mean"), "plug": served.plug}
-    with pytest.raises(InputError, match="trained on items that 28 of the requests may not see"):
+    with pytest.raises(InputError, match=f"made from items that {know} of the requests with a known answer may not"):
         served.made.run(generate, "leak-1", **asked)
-    with pytest.raises(InputError, match="run `adapt` with cut=requests"):
+    with pytest.raises(InputError, match="run `adapt` again with cut=requests"):
         served.made.run(generate, "leak-2", **asked, requests="labelled")
     # nothing that such a request asks of them: refused by none
     (tmp_path / "users").write_text("somebody else\n")
     assert served.made.run(generate, "leak-3", **asked, users=str(tmp_path / "users")) == 0
+
+
+def test_an_adapter_is_chosen_only_for_requests_that_may_see_what_it_was_made_from(tmp_path):
+    day = datetime(2026, 1, 3, tzinfo=UTC)
+    last = {"ann": (day, 7), "bob": (None, 7), "cleo": (None, None)}
+    rows = {
+        user: {"adapter_id": f"f-{user}", "last_item_at": at, "last_item_position": position}
+        for user, (at, position) in last.items()
+    }
+    snapshot = snapshot_of(tmp_path, rows, buckets=1)
+    index = AdapterIndex(snapshot, 0, {})
+    # user, as_of, as_of_position: whether the newest item comes before both, which cleo's row does not say
+    cases = [
+        ("ann", None, None, True), ("ann", day, None, False), ("ann", day + timedelta(microseconds=1), None, True),
+        ("ann", day, 7, False), ("ann", day, 8, True), ("bob", day, None, False), ("bob", None, 7, False),
+        ("bob", None, 8, True), ("cleo", None, None, True), ("cleo", None, 99, False),
+    ]  # fmt: skip
+    for user, as_of, position, good in cases:
+        request = {"user_id": user, "owner_id": user, "as_of": as_of, "as_of_position": position}
+        assert (index.own(request) is not None, index.knows_too_much(request)) == (good, not good), (
+            user,
+            as_of,
+            position,
+        )
 
 
 def test_no_folder_of_an_ended_engine_is_left_in_memory(served):

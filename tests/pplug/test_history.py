@@ -114,3 +114,14 @@ def test_history_hash_changes_with_items_and_with_their_order():
     hashes = {history.history_hash(one) for one in ([], [a], [a, b], [b, a], [a, a])}
     assert len(hashes) == 5
     assert history.history_hash([a, b]) == history.history_hash(iter([a, b]))
+
+
+def test_one_item_is_visible_as_it_is_among_others():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        times = np.sort(rng.integers(0, 5, 6)) if rng.random() < 0.7 else None
+        position = np.arange(6)
+        as_of = None if rng.random() < 0.3 else int(rng.integers(0, 6))
+        at = None if rng.random() < 0.5 else int(rng.integers(0, 7))
+        alone = [history.is_visible(None if times is None else int(times[i]), i, as_of, at) for i in range(6)]
+        assert sum(alone) == history.visible_count(times, position, as_of, at)

@@ -1,0 +1,109 @@
+"""plug:mean answers with a stored persona only where it was made from just the items that the request may see."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines import ingest, refresh, tables
+from pipelines.methods import parse_all
+from pipelines.stages.bucket import to_us
+from pipelines.stages.prompt import BuildPrompts, Owed
+from pplug.plug import PersonaPlug
+from tests.pipelines import small
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_session):
+    """Four users, personas of an untrained plug that weighs all items alike, one request each that sees everything."""
+    made = small.make(tmp_path_factory.mktemp("stored"), train_users=1, test_users=4, test_requests=1, items=(4, 6))
+    users = sorted({json.loads(line)["user_id"] for line in made.files["test/histories"].read_text().splitlines()})
+    asked = made.root / "asked.jsonl"
+    lines = [{"request_id": "r", "user_id": user, "input": "Tag this for me. description: a film"} for user in users]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.ingest("test", buckets=1, requests_source=str(asked))
+    plug = made.untrained_plug()
+    assert made.run(refresh, "refresh", **made.common, plug=plug) == 0
+    return made, plug, users
+
+
+def built(made, plug: str, cap: int) -> dict[str, dict]:
+    """Each user's row of the prompt stage."""
+    histories, requests, personas = (
+        tables.open_table(made.tables, name).snapshot(complete=True) for name in ("histories", "requests", "personas")
+    )
+    vectors = tables.open_table(made.tables, small.names(made.tables, "embeddings")).snapshot(complete=True)
+    owed, methods = Owed(requests, None, "x", ("plug:mean",), "all", None), parse_all(("plug:mean",))
+    build = BuildPrompts(owed, methods, histories, vectors, personas, plug, "p", made.llm, False,
+                         tables.task_entry(None, histories), {}, cap, 64, 1)  # fmt: skip
+    return {row["user_id"]: row for row in pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()}
+
+
+@torch.no_grad()
+def by_hand(made, folder: str, newest: int) -> dict[str, np.ndarray]:
+    """Instruction and persona of each user from the published equations, over the newest items that have a vector."""
+    plug = PersonaPlug.from_pretrained(folder)
+    vectors = {
+        row["text_hash"]: row["vector"] for row in small.rows(made.tables, small.names(made.tables, "embeddings"))
+    }
+    items: dict[str, list] = {}
+    for row in sorted(small.rows(made.tables, "histories"), key=lambda row: (row["occurred_at"], row["position"])):
+        items.setdefault(row["user_id"], []).append(vectors.get(row["text_hash"]))
+    found = {}
+    for user, own in items.items():
+        known = torch.tensor([vector for vector in own[-newest:] if vector is not None])
+        persona = plug.config.persona_scale * plug.align_mlp(known).mean(0, keepdim=True)
+        found[user] = torch.cat([plug.instruction(), persona]).flatten().numpy()
+    return found
+
+
+def assert_made_from(made, plug, cap: int, notes: list[str]) -> None:
+    rows, want = built(made, plug, cap), by_hand(made, plug, cap)
+    assert rows.keys() == want.keys() and len(rows) == 4
+    for user, row in rows.items():
+        assert row["notes"] == notes, user
+        np.testing.assert_allclose(row["rows"], want[user], rtol=2e-3, atol=2e-3)  # stored in 16 bits
+
+
+def test_the_stored_persona_is_taken_where_its_items_are_the_requests(made):
+    made, plug, _ = made
+    assert_made_from(made, plug, 512, [])
+
+
+def test_another_number_of_newest_items_is_another_persona(made):
+    made, plug, _ = made
+    assert_made_from(made, plug, 2, ["persona_made_anew"])
+
+
+def test_a_history_that_has_changed_since_is_not_answered_with_the_old_persona(made, tmp_path):
+    made, plug, users = made
+    # the first user's newest item takes the place of an older one: the same texts in another order are another history
+    known = [row for row in small.rows(made.tables, "histories") if row["user_id"] == users[0]]
+    again = tmp_path / "again.jsonl"
+    fields = dict(min(known, key=lambda row: row["position"])["fields"])
+    late = {"user_id": users[0], "item_id": "late", "fields": fields, "occurred_at": "2031-01-01T00:00:00Z"}
+    again.write_text(json.dumps(late) + "\n")
+    assert made.run(ingest, "again", tables=made.tables, source=str(again), task=str(made.files["task"])) == 0
+    rows, want = built(made, plug, 512), by_hand(made, plug, 512)
+    for user in users:
+        assert rows[user]["notes"] == (["persona_made_anew"] if user == users[0] else [])
+        np.testing.assert_allclose(rows[user]["rows"], want[user], rtol=2e-3, atol=2e-3)
+    # an item without a vector is said, too
+    late |= {"item_id": "later", "fields": fields | {"description": "a text that nobody has encoded"}}
+    again.write_text(json.dumps(late) + "\n")
+    assert made.run(ingest, "later", tables=made.tables, source=str(again), task=str(made.files["task"])) == 0
+    assert sorted(built(made, plug, 512)[users[0]]["notes"]) == ["items_without_vector", "persona_made_anew"]
+
+
+def test_times_are_exact_to_the_microsecond():
+    """Also before 1970, and where a float of seconds cannot hold the microseconds."""
+    rng = np.random.default_rng(0)
+    wanted = [*rng.integers(-(2**55), 2**55, 20_000).tolist(), 0, -1, 1_761_234_567_890_123]
+    stored = pa.array(wanted, pa.timestamp("us", tz="UTC")).to_pylist()
+    assert [to_us(value) for value in stored] == wanted
+    assert to_us(datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)) == -1
+    assert to_us(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=3)) == 3
+    assert to_us(None) is None
