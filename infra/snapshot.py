@@ -168,10 +168,16 @@ def read_file(
     bucket = bucket_of_path(uri)
     stored = None if columns is None else [column for column in columns if bucket is None or column != "bucket"]
 
+    late = set(spec.added) & set(stored or ()) if spec is not None else set()
+
     def read() -> pa.Table:
         with storage.open_input(name) as source:
+            names = stored
+            if late and stored is not None:  # the library refuses a column that the file does not have
+                there = set(pq.read_schema(source).names)
+                names = [column for column in stored if column in there or column not in late]
             # partitioning=None: the path would otherwise give bucket as a dictionary or a string
-            return pq.read_table(source, columns=stored, filters=filter, partitioning=None)
+            return pq.read_table(source, columns=names, filters=filter, partitioning=None)
 
     table = _read(read, uri)
     if bucket is not None and (columns is None or "bucket" in columns):
