@@ -571,7 +571,8 @@ def _refuse_a_leak(config: Config, methods: list[Method], leaks: Mapping[str, in
     """Refuses to answer a request whose answer is known by an adapter or a profile that may have learned it."""
     for kept, remedy in KEPT.items():
         if leaks[kept]:
-            using = [method.name for method in methods if method.profile or method.adapter == "own"]
+            by_profile = kept == "profile"
+            using = [m.name for m in methods if (m.profile if by_profile else m.adapter == "own")]
             raise InputError(
                 f"methods {using}: the {kept}s in {config.tables} were made from items that {leaks[kept]} of the "
                 f"requests with a known answer may not see, perhaps from the answers themselves; {remedy}, or ask for "

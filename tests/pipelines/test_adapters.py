@@ -137,15 +137,16 @@ def served(tmp_path_factory, ray_session):
 def write_profiles(made):
     """A few words on everybody with a history, as another LLM run would have left them (made by one in test_profiles);
     user_id -> text."""
+    first = {row["user_id"]: row for row in small.rows(made.tables, "histories") if row["position"] == 0}
     texts = {
-        user: f"{WORDS[at % len(WORDS)]} likes {WORDS[3 * at % len(WORDS)]}"
-        for at, user in enumerate(sorted({row["user_id"] for row in small.rows(made.tables, "histories")}))
+        user: f"{WORDS[at % len(WORDS)]} likes {WORDS[3 * at % len(WORDS)]}" for at, user in enumerate(sorted(first))
     }
     table = tables.open_or_create(made.tables, "profiles", 4)
     rows = [
-        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, 4), "text": text}
+        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, 4), "text": text,
+         "last_item_at": first[user]["occurred_at"], "last_item_position": 0}
         for user, text in texts.items()
-    ]
+    ]  # fmt: skip
     files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), "profiles")
     table.commit(files, run_id="profiles", group=0, mode="append", planned_on=0, complete=True,
                  metadata={"llm_id": llm_id(made.llm)})  # fmt: skip
