@@ -21,7 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pplug.encoder import pool
+from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
+
+PLUG_FILES = ("model.safetensors", "config.json", "query_encoder")
+"""Names in a plug folder."""
 
 
 class PlugConfig(BaseModel):
@@ -163,16 +167,22 @@ class PersonaPlug(nn.Module):
     # --- the folder ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """Writes model.safetensors and config.json (and query_encoder/: config and tokenizer of the trained copy)."""
+        """Writes model.safetensors and config.json (and query_encoder/: config and tokenizer of the trained copy).
+
+        The folder takes the place of a former plug as a whole.
+
+        Raises:
+            ValueError: there is a folder that holds something else than a plug.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-        if self.emb_model is not None:
-            self.emb_model.config.save_pretrained(folder / "query_encoder")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder / "query_encoder")
+        with whole_folder(folder, PLUG_FILES) as draft:
+            save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+            if self.emb_model is not None:
+                self.emb_model.config.save_pretrained(draft / "query_encoder")
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(draft / "query_encoder")
         return folder
 
     @classmethod
@@ -184,6 +194,10 @@ class PersonaPlug(nn.Module):
             ValueError: weights and config do not fit each other.
         """
         folder = Path(folder)
+        return read_whole(folder, lambda: cls._read(folder, queries))
+
+    @classmethod
+    def _read(cls, folder: Path, queries: bool) -> "PersonaPlug":
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: no {name}; expected a plug folder, as `train` writes it")
@@ -259,4 +273,5 @@ class PersonaPlug(nn.Module):
 def plug_id(folder: str | Path) -> str:
     """Identity of a plug folder: its weights and its config."""
     folder = Path(folder)
-    return short_id({name: file_digest(folder / name) for name in ("model.safetensors", "config.json")})
+    names = ("model.safetensors", "config.json")
+    return read_whole(folder, lambda: short_id({name: file_digest(folder / name) for name in names}))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pplug.encoder import best_dtype
+from pplug.folder import MODEL_FILES, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +105,17 @@ class Trained:
     facts: dict[str, float | int | str]  # parameters, tokens, steps, seconds, losses, held-out losses and accuracy
 
     def save(self, folder: str | Path) -> None:
-        """A folder for AutoModelForCausalLM, AutoTokenizer and vLLM, and a record of it, written last."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        (Path(folder) / RECORD_FILE).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+        """Writes a folder for AutoModelForCausalLM, AutoTokenizer and vLLM, with a record of the training.
+
+        The folder takes the place of a former model as a whole.
+
+        Raises:
+            ValueError: there is a folder that holds something else than a model.
+        """
+        with whole_folder(folder, MODEL_FILES) as draft:
+            self.model.save_pretrained(draft)
+            self.tokenizer.save_pretrained(draft)
+            (draft / RECORD_FILE).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
 
 
 def train_lm(
