@@ -8,10 +8,13 @@ import logging
 import os
 import socket
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Mapping
 
 from infra.errors import InputError
+from infra.storage import Storage
 
 LEAST_LOCAL_CPUS = 4
 _LOCAL = {
@@ -127,6 +130,70 @@ def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) ->
         print(f"{message} (waiting for it to grow)", file=sys.stderr, flush=True)
         return
     raise InputError(f"{message}. If it grows by itself, set PPLUG_CLUSTER_GROWS=1")
+
+
+SHARED_WAIT_S = 10.0
+"""A network file system may show a new file on another node some seconds later."""
+
+
+def check_shared(folder: str, key: str) -> None:
+    """Refuses a local folder that another node of the cluster does not see: what is written here is looked for there.
+
+    Args:
+        key: what the user calls the folder, for the message.
+
+    Raises:
+        InputError: names the folder and the nodes.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    storage, here = Storage(folder), ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
+    if storage.is_s3 or not others:
+        return
+    name, content = f".shared-{uuid.uuid4().hex}", uuid.uuid4().hex
+    storage.write_bytes(name, content.encode())
+    try:
+        look = ray.remote(num_cpus=0)(sees)
+        asked = {
+            node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                storage.uri, name, content
+            )
+            for node in others
+        }
+        blind = []
+        for node, answer in asked.items():
+            try:
+                if not ray.get(answer):
+                    blind.append(others[node]["NodeManagerHostname"])
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # a node that went away meanwhile does no work either
+    finally:
+        storage.delete(name)
+    refuse_unshared(folder, key, blind, len(others) + 1)
+
+
+def sees(folder: str, name: str, content: str, wait_s: float = SHARED_WAIT_S) -> bool:
+    """Task: whether the file is on this node, with this content."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return Storage(folder).read_bytes(name) == content.encode()
+        except OSError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(0.2)
+
+
+def refuse_unshared(folder: str, key: str, blind: list[str], nodes: int) -> None:
+    """Raises InputError when a node is blind for the folder."""
+    if blind:
+        raise InputError(
+            f"{key}={folder}: {len(blind)} of the cluster's {nodes} nodes do not see this folder (the first is "
+            f"{blind[0]}), but their workers read what the job writes there; give a folder that all nodes share, or "
+            "s3://bucket/prefix"
+        )
 
 
 def _answers(address: str) -> None:

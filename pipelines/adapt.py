@@ -4,11 +4,17 @@ stage users: Ray Data spreads users over workers, each of which trains many adap
 wave by wave as their users are finished; a rerun trains only who is missing or whose items have changed. Where there
 are requests, a user's items are cut at the earliest of them: an adapter never knows what a request may not see.
 Unit of work: a user.
-stage base: one adapter on the examples of people who are not target users, on Ray Train, merged into a new base model
+stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
 folder; give that folder as llm.model to stage users and to generate. Unit of work: an example.
+
+A base must not know the answers that it is scored on. Best is a population of its own, with other people than those
+who are evaluated (`--cut none` then lets it learn all of their items), or `--users FILE` with the people to be
+evaluated, who are left out. Else the base learns only items that all requests of their user may see (`--cut requests`);
+the targets of requests (`--examples requests`) are always answers. The base's folder records what it was made from
+(made_from.json), and `generate` refuses requests whose answers the base may have learned.
+A rerun with the same run_id goes on with the tables' versions that the run began with, and with no other config.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +28,10 @@ from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from infra.snapshot import Snapshot
+    from pipelines.stages.adapt_base import BaseShard
     from pplug.tasks import TaskEntry
 
 
@@ -44,13 +53,15 @@ class Config(ResumableConfig):
     """Newest items of a user to train on."""
     cut: Literal["requests", "none"] = "requests"
     """requests: items that one of the user's requests may not see are left out, as an evaluation needs; none: all
-    count, as for requests that are yet to come."""
+    count, as for requests that are yet to come, or for a base made from other people than those who are evaluated."""
     changed_only: bool = False
     """Go on from the adapters there, for new and changed users; refused where base or settings have changed."""
     examples: Literal["requests", "items"] = "items"
-    """Stage base: what people's examples are; requests: those with a target."""
+    """Stage base: what the examples are. items: each item that `cut` lets pass; requests: each request with a target,
+    whose answer the base then knows."""
     output: str | None = None
-    """Stage base: folder of the merged model; default: <run_dir>/base."""
+    """Stage base: folder of the merged model; default: <run_dir>/base. It takes the place of a former model as a
+    whole."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
@@ -105,7 +116,7 @@ def run(config: Config) -> int:
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
         with lease.reading(config.tables, run_id):
-            return _base(config, report, histories, entry, users or frozenset(), run_dir)
+            return _base(config, run_id, run_dir, report, entry, base)
     with lease.writing(config.tables, run_id):
         _adapters(config, report, histories, entry, users, base)
     return report.finish()
@@ -155,12 +166,13 @@ def _adapters(
             f"this run would make those of base {base} and settings {fit}; give the settings they were made with, or "
             "leave changed_only out to train everybody anew"
         )
+    asked = keys_by_bucket(users, buckets)
+    _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
     requests = _requests(config, report) if config.cut == "requests" else None
     # of some users only, the others' adapters stay as they were trained
     mixed = users is not None and "none" in tables.said(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
-    asked = keys_by_bucket(users, buckets)
     counts = plan(list(histories.by_bucket() if asked is None else asked), owed.count, report)
     todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
     done = made.get("complete") == "true" and made.get("cut") == cut
@@ -207,51 +219,176 @@ def _adapters(
     report.written -= sum(counts[bucket]["stays"] for bucket in todo)  # they were there, and are again
 
 
-def _base(
+def _refuse_a_mixture(
     config: Config,
     report: RunReport,
+    adapters: "Snapshot",
     histories: "Snapshot",
-    entry: "TaskEntry",
-    left_out: frozenset[str],
-    run_dir: str,
-) -> int:
-    """Prepares examples, runs Ray Train, merges what it learned into the base."""
-    from infra.storage import Storage
-    from pipelines.stages.adapt_base import BaseExamples, merge
+    users: "Mapping[int, list[str]] | None",
+    made_as: tuple[str, str],
+) -> None:
+    """Refuses to make adapters of one base or settings beside other users' adapters of another.
+
+    Where all users are trained, adapters of users without items may still stay; they are counted.
+    """
+    from collections import Counter
+
+    from pipelines.stages.mixed import OtherSettings
     from pipelines.stages.write import bucket_rows
+
+    stage = OtherSettings(adapters, histories, made_as[1], users)
+    found: Counter[tuple[str, str]] = Counter()
+    if adapters.files:
+        rows = bucket_rows(adapters.filled()).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+        for row in rows.iter_rows():
+            found[row["llm_id"], row["fit_id"]] += row["rows"]
+    if not found:
+        return
+    report.extra["adapters_of_other_settings"] = found.total()
+    (base, settings), _ = found.most_common(1)[0]
+    if users is None:
+        print(f"adapt: {found.total()} adapters of users who have no item any more stay as they are, the most of base "
+              f"{base} and settings {settings}", flush=True)  # fmt: skip
+        return
+    raise InputError(
+        f"users={config.users}: {found.total()} adapters of other users would stay in {config.tables}, of base {base} "
+        f"and settings {settings} (the most of them), beside new ones of base {made_as[0]} and settings {made_as[1]}: "
+        "a table has adapters of one base and of one kind of settings. Give those that they were made with, "
+        "name these users in the file too, or leave `users` out to train everybody anew"
+    )
+
+
+def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "TaskEntry", base: str) -> int:
+    """Prepares examples, runs Ray Train, merges what it learned into the base."""
+    from infra import session
+    from infra.storage import Storage
+    from pipelines import begun, made_from, tables
+    from pipelines.stages.adapt_base import merge
+    from pplug.folder import MODEL_FILES, check_replaceable
+    from pplug.identity import model_folder
     from pplug.llm import llm_id
 
-    source = histories if config.examples == "items" else _requests(config, report)
-    if source is None:
-        raise InputError(f"{config.tables} has no requests; ingest them, or use --examples items")
-    folder = Storage(run_dir).join("examples").uri
-    # a killed run leaves checkpoints and no report: an erase has to know whom they learned from
-    begun = {"job": "adapt", "run_id": report.run_id, "config": config.model_dump(mode="json")}
-    Storage(run_dir).write_bytes(f"{report.run_id}.begun.json", json.dumps(begun, indent=2).encode())
-    prepare = BaseExamples(source, entry, left_out, config.llm, config.rule.max_target_tokens, folder)
-    with report.stage("prepare") as stage:
-        rows = bucket_rows(list(source.by_bucket())).map_batches(prepare.__call__, batch_size=1, batch_format="pyarrow")
-        for row in rows.iter_rows():
-            stage.rows += row["examples"]
-            report.planned += row["examples"] + row["rejected"]
-            report.reject("no_answer", row["rejected"])
-    if not stage.rows:
-        raise InputError(f"{config.tables}: no example with an answer is left to adapt the base to the task")
-    output = config.output or os.path.join(run_dir, "base")
+    output = Path(config.output or os.path.join(run_dir, "base"))
+    folder = model_folder(config.llm.model, config.llm.revision)
+    if output.exists() and output.samefile(folder):
+        raise InputError(f"output={output}: is the folder of the base itself; give another folder")
+    try:
+        check_replaceable(output, MODEL_FILES)
+    except ValueError as error:
+        raise InputError(f"output: {error}") from error
+    left_out = tables.read_users(config.users) or frozenset()
+    decisive = _decisive(config, entry, left_out, base)
+    known = begun.read(run_dir, "adapt", run_id, decisive)
+    snapshots = _base_snapshots(config, report, known)
+    begun.write(run_dir, "adapt", run_id, decisive, snapshots)
+    session.check_shared(run_dir, "run_dir")
+    examples = Storage(run_dir).join("examples", run_id).uri  # another run's examples may lie in the same run_dir
+    shards, counts = _examples(config, report, snapshots, entry, left_out, examples)
+    record = made_from.MadeFrom(
+        job="adapt",
+        run_id=run_id,
+        tables=Storage(config.tables).uri,
+        versions={name: snapshot.version for name, snapshot in snapshots.items()},
+        examples=config.examples,
+        cut=_cut(config, snapshots),
+        left_out=made_from.users_id(left_out),
+        **counts,
+    )
     with report.stage("fit") as fit:
-        fit.rows = stage.rows * config.trained.epochs
-        result = _train(config, report.run_id, run_dir, folder)
+        fit.rows = sum(shard.examples for shard in shards) * config.trained.epochs
+        result = _train(config, run_id, run_dir, examples, shards)
         with result.checkpoint.as_directory() as checkpoint:
-            merge(config.llm, str(Path(checkpoint) / "adapter"), output)
-    report.written = stage.rows
-    merged = llm_id(config.llm.model_copy(update={"model": output, "revision": None}))
-    report.extra |= {"base": output, "llm_id": merged, "loss": result.metrics.get("loss")}
+            merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
+    report.written = sum(shard.examples for shard in shards)
+    merged = llm_id(config.llm.model_copy(update={"model": str(output), "revision": None}))
+    report.extra |= {"base": str(output), "llm_id": merged, "loss": result.metrics.get("loss")}
+    report.extra["examples"] = result.metrics["examples"]
+    report.extra["made_from"] = record.model_dump(mode="json")
     code = report.finish()
     print(f"base {merged}: {output}", flush=True)
     return code
 
 
-def _train(config: Config, run_id: str, run_dir: str, examples: str) -> Any:
+# What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
+_FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads", "max_failures", "max_reject_fraction",
+         "stack", "changed_only", "batch_users", "wave_users", "history_cap", "lora", "epochs"}  # fmt: skip
+
+
+def _decisive(config: Config, entry: "TaskEntry", left_out: frozenset[str], base: str) -> dict[str, Any]:
+    """All that decides what a base learns, beside the tables' versions."""
+    from pipelines.made_from import users_id
+
+    decisive = config.model_dump(mode="json", exclude=_FREE) | {"task": entry.model_dump(mode="json"), "llm_id": base}
+    decisive["lora"] = config.trained.model_dump(mode="json", exclude={"micro_tokens"})
+    decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
+    return decisive
+
+
+def _cut(config: Config, snapshots: "Mapping[str, Snapshot]") -> Literal["requests", "none"]:
+    """The cut in force: without requests there is none, and those that come later are not known."""
+    return config.cut if config.examples == "items" and "requests" in snapshots else "none"
+
+
+def _base_snapshots(config: Config, report: RunReport, known: dict[str, int]) -> "dict[str, Snapshot]":
+    """The tables a base learns from: in the versions that the run began with, else the newest complete ones."""
+    from infra.table import Table
+    from pipelines import tables
+
+    snapshots = {"histories": tables.snapshot(config.tables, "histories", known)}
+    if "requests" in known or (not known and Table.exists(tables.location(config.tables, "requests"))):
+        snapshots["requests"] = tables.snapshot(config.tables, "requests", known)
+    for name, snapshot in snapshots.items():
+        report.table_read(name, snapshot.version)
+    if config.examples == "requests" and "requests" not in snapshots:
+        raise InputError(f"{config.tables} has no requests; ingest them, or use --examples items")
+    return snapshots
+
+
+def _examples(
+    config: Config,
+    report: RunReport,
+    snapshots: "Mapping[str, Snapshot]",
+    entry: "TaskEntry",
+    left_out: frozenset[str],
+    folder: str,
+) -> "tuple[list[BaseShard], dict[str, Any]]":
+    """Writes the examples; returns their files, and what the base's record says of them."""
+    from datetime import UTC, datetime, timedelta
+
+    from pipelines.stages.adapt_base import BaseExamples, BaseShard
+    from pipelines.stages.write import bucket_rows
+
+    histories, requests = snapshots["histories"], snapshots.get("requests")
+    cut = _cut(config, snapshots) == "requests"
+    prepare = BaseExamples(
+        histories, requests, config.examples, cut, entry, left_out, config.llm, config.rule.max_target_tokens, folder
+    )
+    buckets = snapshots["histories" if config.examples == "items" else "requests"].filled()
+    shards, counts, latest = [], {"items_cut_off": 0, "users_left_out": 0}, None
+    with report.stage("prepare") as stage:
+        rows = bucket_rows(buckets).map_batches(prepare.__call__, batch_size=1, batch_format="pyarrow")
+        for row in rows.iter_rows():
+            stage.rows += row["examples"]
+            report.planned += row["examples"] + row["rejected"]
+            report.reject("no_answer", row["rejected"])
+            for name in counts:
+                counts[name] += row[name]
+            if row["latest_us"] is not None:
+                latest = max(row["latest_us"], row["latest_us"] if latest is None else latest)
+            if row["examples"]:
+                shards.append(BaseShard(row["bucket"], row["examples"]))
+    if not shards:
+        raise InputError(
+            f"{config.tables}: no example with an answer is left to adapt the base to the task "
+            f"({counts['items_cut_off']} items are cut off by requests, {counts['users_left_out']} users are left out)"
+        )
+    if counts["items_cut_off"]:
+        print(f"adapt: {counts['items_cut_off']} items left out, which a request of their user may not see", flush=True)
+    at = None if latest is None else (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=latest)).isoformat()
+    return sorted(shards), counts | {"latest_item_at": at}
+
+
+def _train(config: Config, run_id: str, run_dir: str, examples: str, shards: "list[BaseShard]") -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -266,6 +403,7 @@ def _train(config: Config, run_id: str, run_dir: str, examples: str) -> Any:
             "llm": config.llm.model_dump(),
             "lora": config.trained.model_dump(),
             "examples": examples,
+            "shards": shards,
             "threads": _threads(config),
             "started_in": os.getcwd(),
         },

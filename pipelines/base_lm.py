@@ -2,15 +2,17 @@
 
 It is there so that the line can be tried where no model can be downloaded, and that is all it is for: a model of some
 million parameters that has read nothing but these items knows its one task and nothing else.
-Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is. A rerun that would
-train the same model on the same texts finds it there and leaves it.
+Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is. Items that a
+request of their user may not see are left out, since they hold answers that the model would be scored on; with tables
+of other people than those who are evaluated, `--cut none` uses all items. A rerun that would train the same model on
+the same texts finds it there and leaves it.
 Unit of work: a history item.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -36,6 +38,9 @@ class Config(JobConfig):
     """Between prompt and target; give the same as llm.layout.suffix."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
+    cut: Literal["requests", "none"] = "requests"
+    """requests: items that one of the user's requests may not see are left out; none: all count, for a model made from
+    other people than those who are evaluated."""
     max_items: int = Field(200_000, gt=0)
     """Items to train on, at most. Those of the first buckets are taken, whole users by chance; the rest is not read."""
     lm: TinyLMConfig = TinyLMConfig()
@@ -59,7 +64,11 @@ def _run(config: Config, run_id: str) -> int:
 
     import torch
 
+    from infra.storage import Storage
+    from infra.table import Table
+    from pipelines import made_from as origin
     from pipelines import tables
+    from pplug.folder import MODEL_FILES, check_replaceable
     from pplug.tiny_lm import RECORD_FILE, train_lm
 
     report = RunReport(
@@ -68,12 +77,20 @@ def _run(config: Config, run_id: str) -> int:
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
     entry = tables.task_entry(config.task, histories)
+    try:
+        check_replaceable(config.output, MODEL_FILES)
+    except ValueError as error:
+        raise InputError(f"output: {error}") from error
+    requests = None
+    if config.cut == "requests" and Table.exists(tables.location(config.tables, "requests")):
+        requests = tables.snapshot(config.tables, "requests", {})
+        report.table_read("requests", requests.version)
     with report.stage("read") as stage:
-        texts = _texts(config, histories, entry, report)
+        texts = _texts(config, histories, requests, entry, report)
         stage.rows = len(texts)
     made_from = _made_from(config, texts)
-    record = Path(config.output) / RECORD_FILE
-    if record.exists() and json.loads(record.read_text()).get("made_from") == made_from:
+    facts = Path(config.output) / RECORD_FILE
+    if facts.exists() and json.loads(facts.read_text()).get("made_from") == made_from:
         report.already_there = len(texts)
         code = report.finish()
         print(f"model: {config.output}, already there")
@@ -89,7 +106,17 @@ def _run(config: Config, run_id: str) -> int:
         trained = train_lm(texts, config.lm, show, config.suffix)
         stage.rows = int(trained.facts["steps"])
     trained.facts["made_from"] = made_from
-    trained.save(config.output)
+    versions = {"histories": histories.version} | ({"requests": requests.version} if requests else {})
+    record = origin.MadeFrom(
+        job="base-lm",
+        run_id=run_id,
+        tables=Storage(config.tables).uri,
+        versions=versions,
+        examples="items",
+        cut="requests" if requests else "none",
+        items_cut_off=report.extra["items_cut_off"],
+    )
+    trained.save(config.output, {origin.FILE: origin.text(record)})
     report.written = len(texts)
     report.extra["lm"] = trained.facts
     print(f"base-lm: {trained.facts['parameters']:,} parameters, held-out loss {trained.facts.get('heldout_loss')}")
@@ -109,16 +136,31 @@ def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
     return short_id({"texts": digest.hexdigest(), **settings})
 
 
-def _texts(config: Config, histories: "Snapshot", entry: "TaskEntry", report: RunReport) -> list[tuple[str, str]]:
-    """(prompt, target) of each item; items that lack a field of the template are counted and left out."""
+def _texts(
+    config: Config, histories: "Snapshot", requests: "Snapshot | None", entry: "TaskEntry", report: RunReport
+) -> list[tuple[str, str]]:
+    """(prompt, target) of each item; items that lack a field of the template are counted and left out.
+
+    Args:
+        requests: where given, items that one of them may not see are left out too.
+    """
+    import pyarrow as pa
+
+    from pipelines.stages.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
     from pplug.tasks import fill
 
     template = config.prompt or entry.input
     if template is None or entry.target is None:
         raise InputError(f"task {entry.name} does not say how an item becomes a prompt with a target; give --prompt")
     texts: list[tuple[str, str]] = []
+    cut_off = 0
     for bucket in sorted(histories.by_bucket()):
-        cells = histories.read(["fields"], buckets=[bucket])["fields"].slice(0, config.max_items - report.planned)
+        items = histories.read(["fields", *ITEM_COLUMNS], buckets=[bucket])
+        if requests is not None:
+            visible = visible_to_all(items, requests.read(REQUEST_COLUMNS, buckets=[bucket]))
+            cut_off += int((~visible).sum())
+            items = items.filter(pa.array(visible))
+        cells = items["fields"].slice(0, config.max_items - report.planned)
         report.planned += len(cells)
         for cell in cells.to_pylist():
             fields = dict(cell or [])
@@ -129,6 +171,12 @@ def _texts(config: Config, histories: "Snapshot", entry: "TaskEntry", report: Ru
         if report.planned >= config.max_items:
             break
     report.extra["items"] = {"in_table": histories.rows, "used": len(texts)}
+    report.extra["items_cut_off"] = cut_off
+    if cut_off:
+        print(f"base-lm: {cut_off} items left out, which a request of their user may not see", flush=True)
     if not texts:
-        raise InputError(f"{config.tables}: no item has the fields of the prompt {template!r} and of {entry.target!r}")
+        raise InputError(
+            f"{config.tables}: no item has the fields of the prompt {template!r} and of {entry.target!r} ({cut_off} "
+            "items are cut off by requests; cut=none takes them)"
+        )
     return texts

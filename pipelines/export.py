@@ -11,6 +11,7 @@ no name of anybody. Unit of work: a user.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from infra.storage import Storage
 
 DONE = "_SUCCESS"
+PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
+"""Names of files that a killed export may have left."""
 
 
 class Config(JobConfig):
@@ -99,6 +102,9 @@ def _table(config: Config, report: RunReport) -> int:
     output = Storage(config.output)
     if output.exists(DONE):
         raise InputError(f"{config.output}: holds a complete export, which is never changed; give another folder")
+    strange = [name for name in output.list() if not re.fullmatch(PART_FILE, name)]
+    if strange:  # files that this export does not write are deleted at its end
+        raise InputError(f"{config.output}: holds {strange[0]}, which no export wrote; give an empty or a new folder")
     session.start()
     report.table_read(name, snapshot.version)
     report.planned = snapshot.rows

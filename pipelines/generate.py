@@ -473,6 +473,7 @@ def _generate(
     found = plan(requests.filled(users), owed.count, report)
     counts = {bucket: row["owed"] for bucket, row in found.items()}
     _refuse_a_leak(config, methods, {name: sum(row[f"{name}_leaks"] for row in found.values()) for name in KEPT})
+    _check_base(config, requests, found, report)
     failed = [bucket for bucket, row in found.items() if row["failed"]]
     if failed:
         report.extra["errors_tried_again"] = sum(found[bucket]["failed"] for bucket in failed)
@@ -604,6 +605,18 @@ def _refuse_another_run(said: Mapping[str, str], identities: Mapping[str, str], 
             f"run_id={run_id}: this run has replies of other models or settings ({'; '.join(differ)}); give those "
             "again, or another run_id"
         )
+
+
+def _check_base(config: Config, requests: "Snapshot", found: dict[int, dict[str, Any]], report: RunReport) -> None:
+    """Refuses an LLM that has learned the answers of the requests; warns where that cannot be told."""
+    from pipelines import made_from, tables
+    from pplug.identity import model_folder
+
+    counts = (sum(row[name] for row in found.values()) for name in ("dated", "with_target"))
+    base, users = model_folder(config.llm.model, config.llm.revision), tables.read_users(config.users)
+    for warning in made_from.check(base, config.tables, requests, users, *counts):
+        print(f"generate: {warning}", flush=True)
+        report.extra.setdefault("warnings", []).append(warning)
 
 
 def _merged(reasons: list[str]) -> dict[str, int]:

@@ -145,7 +145,8 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
 
     ingest("train", 0)
     if base_lm:
-        add(BASE_LM, "base-lm", "train", lm=model["lm"], output=str(root / BASE_LM))
+        # dev, which is evaluated, has tables of its own: all items of train may be learned
+        add(BASE_LM, "base-lm", "train", lm=model["lm"], output=str(root / BASE_LM), cut="none")
     add("refresh-train", "refresh", "train", encoder=encoder, **gpus)
     train("train")
     ingest("dev", 1)

@@ -25,8 +25,8 @@ from pplug.llm import LLMConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from infra.snapshot import Snapshot
     from infra.storage import Storage
+    from pipelines.stages.samples import Shard
     from pplug.fit import Samples
 
 
@@ -61,7 +61,7 @@ class Config(ResumableConfig):
     encoder: EncoderConfig = EncoderConfig()
     """As in refresh: its vectors are the history, a trained copy encodes the query."""
     plug: str | None = None
-    """Folder the plug is written to; default: <run_dir>/plug."""
+    """Folder the plug is written to; default: <run_dir>/plug. It takes the place of a former plug as a whole."""
     shape: PlugShape = PlugShape()
     fit: FitConfig = FitConfig()
     users: str | None = None
@@ -96,9 +96,11 @@ def run(config: Config) -> int:
 def _run(config: Config, run_id: str) -> int:
     from infra import session
     from infra.storage import Storage
-    from pipelines import tables
+    from pipelines import begun, tables
     from pplug.encoder import encoder_id
+    from pplug.folder import check_replaceable
     from pplug.llm import llm_id
+    from pplug.plug import PLUG_FILES
 
     run_dir = config.run_dir or f"runs/{run_id}"
     report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
@@ -112,20 +114,27 @@ def _run(config: Config, run_id: str) -> int:
     blind = config.shape.without_history
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
-    begun = _begun(config, run_id, run_dir, identities)
+    target = _target(config, run_dir)
+    try:
+        check_replaceable(target, PLUG_FILES)
+    except ValueError as error:
+        raise InputError(f"plug: {error}") from error
+    decisive = _decisive(config, identities)
     versions: dict[Any, int] = {**config.as_of_version}
-    versions |= {name.partition("-")[0]: version for name, version in begun.items()}
+    known = begun.read(run_dir, "train", run_id, decisive)
+    versions |= {name.partition("-")[0]: version for name, version in known.items()}
     snapshots = {}
     for name in filter(None, ("histories", embeddings_name, "requests")):
         snapshots[name] = tables.snapshot(config.tables, name, versions)
         report.table_read(name, snapshots[name].version)
-    _begin(config, run_id, run_dir, identities, snapshots)
+    begun.write(run_dir, "train", run_id, decisive, snapshots)
     histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
 
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
-    samples = Storage(run_dir).join("samples").uri
+    session.check_shared(run_dir, "run_dir")
+    samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
-        counts = _prepare(config, histories, embeddings, requests, entry, samples)
+        counts, shards = _prepare(config, histories, embeddings, requests, entry, samples)
         stage.rows = counts["samples"]
     report.planned = counts["samples"]
     report.extra["samples"] = counts
@@ -137,7 +146,7 @@ def _run(config: Config, run_id: str) -> int:
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, samples, identities)
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target)
         stage.rows = counts["samples"] * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -162,54 +171,26 @@ def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, An
     return decisive | identities
 
 
-def _record(run_id: str, run_dir: str) -> tuple["Storage", str]:
+def _target(config: Config, run_dir: str) -> Path:
+    """Folder the plug is written to."""
     from infra.storage import Storage
 
-    return Storage(run_dir), f"{run_id}.begun.json"
+    return Path(config.plug or os.path.join(tempfile.mkdtemp() if Storage(run_dir).is_s3 else run_dir, "plug"))
 
 
-def _begun(config: Config, run_id: str, run_dir: str, identities: dict[str, str | None]) -> dict[str, int]:
-    """Versions of the tables that this run began with; empty when it begins now.
-
-    Raises:
-        InputError: it began with another config, whose checkpoint would not fit or would mix two trainings.
-    """
-    storage, name = _record(run_id, run_dir)
-    if not storage.exists(name):
-        return {}
-    found = json.loads(storage.read_bytes(name))
-    now = _decisive(config, identities)
-    changed = [key for key in now if found["config"].get(key) != now[key]]
-    if changed:
-        key = changed[0]
-        raise InputError(
-            f"run {run_id} in {run_dir} began with another {key}: {json.dumps(found['config'].get(key))}, now "
-            f"{json.dumps(now[key])}; go on with the config it began with, or give another --run-id"
-        )
-    versions: dict[str, int] = found["tables"]
-    return versions
-
-
-def _begin(
-    config: Config, run_id: str, run_dir: str, identities: dict[str, str | None], snapshots: "dict[str, Snapshot]"
-) -> None:
-    """Records what a later start of this run goes on with."""
-    storage, name = _record(run_id, run_dir)
-    if not storage.exists(name):
-        versions = {table: snapshot.version for table, snapshot in snapshots.items()}
-        content = {"job": "train", "run_id": run_id, "config": _decisive(config, identities), "tables": versions}
-        storage.write_bytes(name, json.dumps(content, indent=2).encode())
-
-
-def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str) -> dict[str, int]:
+def _prepare(
+    config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str
+) -> tuple[dict[str, int], "list[Shard]"]:
+    """Counts over all buckets, and the files that hold samples."""
     from infra.shards import keys_by_bucket
     from pipelines import tables
-    from pipelines.stages.samples import PrepareSamples
+    from pipelines.stages.samples import PrepareSamples, Shard
     from pipelines.stages.write import bucket_rows
 
     users = keys_by_bucket(tables.read_users(config.users), tables.open_table(config.tables, "requests").buckets)
     stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
+    shards = []
     for row in (
         bucket_rows(requests.filled(users))
         .map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
@@ -217,16 +198,26 @@ def _prepare(config: Config, histories: Any, embeddings: Any, requests: Any, ent
     ):
         for name in counts:
             counts[name] += row[name]
-    return counts
+        if row["samples"]:
+            shards.append(Shard(row["bucket"], row["samples"], row["vectors"]))
+    return counts, sorted(shards)
 
 
-def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: dict[str, str | None]) -> dict[str, Any]:
+def _fit(
+    config: Config,
+    run_id: str,
+    run_dir: str,
+    samples: "tuple[str, list[Shard]]",
+    identities: dict[str, str | None],
+    target: Path,
+) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from infra.storage import Storage
-    from pplug.plug import plug_id
+    from pplug.folder import whole_folder
+    from pplug.plug import PLUG_FILES, plug_id
 
     storage = Storage(run_dir).join("train")
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
@@ -257,9 +248,9 @@ def _fit(config: Config, run_id: str, run_dir: str, samples: str, identities: di
     if result.error is not None:
         raise result.error
     assert result.checkpoint is not None, "the last step always reports a checkpoint"
-    target = Path(config.plug or os.path.join(tempfile.mkdtemp() if storage.is_s3 else run_dir, "plug"))
     with result.checkpoint.as_directory() as folder:
-        shutil.copytree(Path(folder) / "best", target, dirs_exist_ok=True)
+        with whole_folder(target, PLUG_FILES) as draft:
+            shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
         history = json.loads((Path(folder) / "history.json").read_text())
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
@@ -425,16 +416,21 @@ def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _samples(
-    config: Config, folder: str, local: str, plug: Any, llm: Any, tokenizer: Any
+    config: Config, samples: "tuple[str, list[Shard]]", local: str, plug: Any, llm: Any, tokenizer: Any
 ) -> tuple["Samples", "Samples"]:
-    """Train and validation samples, tokenised; validation users never train."""
+    """Train and validation samples, tokenised; validation users never train.
+
+    Args:
+        samples: the folder that PrepareSamples wrote to, and the files it wrote.
+    """
     import numpy as np
     import pyarrow as pa
 
     from pipelines.stages.samples import load_samples
     from pplug.fit import Samples, held_out
 
-    table, shards = load_samples(folder, local)
+    folder, files = samples
+    table, shards = load_samples(folder, files, local)
     fit = config.fit
     out = np.array([held_out(owner, fit.held_out, fit.seed) for owner in table["owner_id"].to_pylist()])
     if out.all() or not out.any():

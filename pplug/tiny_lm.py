@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -104,10 +104,13 @@ class Trained:
     tokenizer: "PreTrainedTokenizerFast"
     facts: dict[str, float | int | str]  # parameters, tokens, steps, seconds, losses, held-out losses and accuracy
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, records: Mapping[str, str] | None = None) -> None:
         """Writes a folder for AutoModelForCausalLM, AutoTokenizer and vLLM, with a record of the training.
 
         The folder takes the place of a former model as a whole.
+
+        Args:
+            records: other files of the folder, by name.
 
         Raises:
             ValueError: there is a folder that holds something else than a model.
@@ -115,7 +118,9 @@ class Trained:
         with whole_folder(folder, MODEL_FILES) as draft:
             self.model.save_pretrained(draft)
             self.tokenizer.save_pretrained(draft)
-            (draft / RECORD_FILE).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+            facts = json.dumps(self.facts, indent=2) + "\n"
+            for name, content in {RECORD_FILE: facts, **(records or {})}.items():
+                (draft / name).write_text(content, encoding="utf-8")
 
 
 def train_lm(

@@ -7,12 +7,10 @@ folder as checkpoint -> merged model folder with its tokenizer.
 """
 
 import io
-import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +19,12 @@ import pyarrow.parquet as pq
 
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines.stages.bucket import decode_fields
+from pipelines import made_from
+from pipelines.stages.bucket import decode_fields, to_us
+from pipelines.stages.cut import visible_to_all
 from pipelines.stages.fit_adapters import item_example, tokenised
+from pipelines.stages.samples import read_written, refuse_another_count
+from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.splice import Splicer
@@ -31,15 +33,35 @@ from pplug.tasks import TaskEntry
 _EXAMPLES = pa.schema([("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
 
 
+class BaseShard(NamedTuple):
+    """The file of one bucket, and the examples that it holds."""
+
+    bucket: int
+    examples: int
+
+    @property
+    def file(self) -> str:
+        return f"examples-{self.bucket}.parquet"
+
+
 @dataclass
 class BaseExamples:
-    """in: bucket int. out: bucket, examples, rejected (rows without an answer). Writes examples-<bucket>.parquet."""
+    """Stage of the preparation, which writes a bucket's examples as a file.
 
-    source: Snapshot
-    """histories or requests."""
+    in:  bucket int
+    out: bucket, examples, rejected (rows without an answer), items_cut_off (items that a request of their user may not
+         see), users_left_out (users with such rows of whom nothing is read), latest_us (time of the newest item)
+    """
+
+    histories: Snapshot
+    requests: Snapshot | None
+    """None where there is no such table."""
+    examples: Literal["items", "requests"]
+    cut: bool
+    """Whether items that a request of their user may not see are left out."""
     entry: TaskEntry
     left_out: frozenset[str]
-    """Target users: nothing of theirs is read."""
+    """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read."""
     llm: LLMConfig
     max_target_tokens: int
     folder: str
@@ -48,35 +70,54 @@ class BaseExamples:
         llm = self.llm
         splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         for bucket in batch["bucket"].to_pylist():
-            pairs = list(self._pairs(bucket))
+            rows, counts = self._rows(bucket)
+            pairs = [self._pair(row) for row in rows.to_pylist()]
             found = [pair for pair in pairs if pair is not None]
             prompts, answers = tokenised(splicer, found, self.max_target_tokens)
+            shard = BaseShard(bucket, len(found))
             if found:
                 out = io.BytesIO()
                 pq.write_table(pa.table({"prompt": prompts, "answer": answers}, schema=_EXAMPLES), out)
-                Storage(self.folder).write_bytes(f"examples-{bucket}.parquet", out.getvalue())
-            counts = {"bucket": bucket, "examples": len(found), "rejected": len(pairs) - len(found)}
-            yield pa.Table.from_pylist([counts])
+                Storage(self.folder).write_bytes(shard.file, out.getvalue())
+            yield pa.Table.from_pylist([shard._asdict() | {"rejected": len(pairs) - len(found)} | counts])
 
-    def _pairs(self, bucket: int) -> Iterator[tuple[str | None, str] | None]:
-        """(input, answer) of each row of the people who are not left out, in a fixed order."""
-        of_requests = self.source.spec.name == "requests"
-        person, key = ("owner_id", "request_id") if of_requests else ("user_id", "item_id")
-        rows = self.source.read(buckets=[bucket]).sort_by([("user_key", "ascending"), (key, "ascending")])
-        if self.left_out:
-            rows = rows.filter(pc.invert(pc.is_in(rows[person], value_set=pa.array(sorted(self.left_out)))))
-        for row in rows.to_pylist():
-            if of_requests:
-                yield (row["input"], row["target"]) if (row["target"] or "").strip() else None
-            else:
-                yield item_example(decode_fields(row["fields"]), self.entry)
+    def _rows(self, bucket: int) -> tuple[pa.Table, dict[str, int | None]]:
+        """Rows of items or requests to learn from, in a fixed order, and what was counted on the way."""
+        requests = None if self.requests is None else self.requests.read(buckets=[bucket])
+        if self.examples == "requests":
+            assert requests is not None, "the job has refused this without the table"
+            rows = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
+        else:
+            rows = self.histories.read(buckets=[bucket])
+            rows = rows.sort_by([("user_key", "ascending"), ("item_id", "ascending")])
+        left_out = set(self.left_out)
+        if requests is not None and left_out:  # each user of a person who is left out
+            pairs = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
+            left_out |= {user for user, owner in pairs if owner in self.left_out}
+        theirs = pc.is_in(rows["user_id"], value_set=pa.array(sorted(left_out), pa.string()))
+        users = pc.count_distinct(rows["user_key"].filter(theirs)).as_py()
+        rows, cut_off, latest = rows.filter(pc.invert(theirs)), 0, None
+        if self.examples == "items":
+            if self.cut and requests is not None:
+                visible = visible_to_all(rows, requests)
+                cut_off = int((~visible).sum())
+                rows = rows.filter(pa.array(visible))
+            latest = pc.max(rows["occurred_at"]).as_py()
+        return rows, {"items_cut_off": cut_off, "users_left_out": users, "latest_us": to_us(latest)}
+
+    def _pair(self, row: dict[str, Any]) -> tuple[str | None, str] | None:
+        """(input, answer) of a row; None without an answer."""
+        if self.examples == "requests":
+            return (row["input"], row["target"]) if (row["target"] or "").strip() else None
+        return item_example(decode_fields(row["fields"]), self.entry)
 
 
 def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
 
     Args:
-        given: llm, lora (LoraConfig), examples (folder), micro_tokens, threads, started_in (the driver's folder).
+        given: llm, lora (LoraConfig), examples (folder), shards (what was written there), threads, started_in (the
+            driver's folder).
     """
     import peft
     import ray.train
@@ -113,7 +154,7 @@ def fit_base(given: dict[str, Any]) -> None:
     llm.model = model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    prompts, answers = _load(given["examples"])
+    prompts, answers = load_examples(given["examples"], given["shards"])
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
     per_epoch = -(-len(lengths) // config.batch_size)
     nothing = torch.zeros(1, 1, llm.dim, device=llm.embedding.weight.device)
@@ -144,12 +185,12 @@ def fit_base(given: dict[str, Any]) -> None:
             optimizer.zero_grad(set_to_none=True)
         if world > 1:
             torch.distributed.all_reduce(total)
-        metrics = {"epoch": epoch + 1, "loss": float(total)}
+        metrics = {"epoch": epoch + 1, "loss": float(total), "examples": len(lengths)}
         if rank == 0:
             print(f"adapt: base, epoch {epoch + 1} of {config.epochs}, loss {float(total):.4f}", flush=True)
         _report(model, optimizer, metrics, rank)
     if start == config.epochs:  # the run had ended before; report again, so that the driver finds its checkpoint
-        _report(model, optimizer, {"epoch": start}, rank)
+        _report(model, optimizer, {"epoch": start, "examples": len(lengths)}, rank)
 
 
 def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> None:
@@ -182,26 +223,40 @@ def _resume(model: Any, optimizer: Any) -> int:
     return int(state["epoch"])
 
 
-def _load(folder: str) -> tuple[list[list[int]], list[list[int]]]:
-    storage = Storage(folder)
-    names = sorted(name for name in storage.list("") if name.rpartition("/")[2].startswith("examples-"))
-    table = pa.concat_tables(pq.read_table(io.BytesIO(storage.read_bytes(name))) for name in names)
+def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and answers.
+
+    Args:
+        folder: where BaseExamples wrote.
+        shards: what it wrote there; other files in the folder are not read.
+
+    Raises:
+        ValueError: a file is not there, or holds another number of examples than was written.
+    """
+    storage, tables = Storage(folder), []
+    for shard in map(BaseShard._make, shards):
+        table = pq.read_table(io.BytesIO(read_written(storage, shard.file, shard.examples)))
+        refuse_another_count(storage, shard.file, shard.examples, table.num_rows)
+        tables.append(table)
+    table = pa.concat_tables(tables)
     return table["prompt"].to_pylist(), table["answer"].to_pylist()
 
 
-def merge(llm: LLMConfig, adapter: str, output: str) -> None:
-    """The base with the adapter added to its weights, as a model folder with its tokenizer."""
+def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
+    """Writes the base with the adapter added to its weights, as a model folder with its tokenizer.
+
+    The folder takes the place of a former model as a whole: shards and an index of that would be loaded instead.
+
+    Args:
+        record: content of made_from.json.
+    """
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_folder(llm.model, llm.revision)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    # never half a model under the name that other jobs are given
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(output).parent) as draft:
+    with whole_folder(output, MODEL_FILES) as draft:
         merged.save_pretrained(draft)
         AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
-        os.makedirs(output, exist_ok=True)
-        for path in sorted(Path(draft).iterdir()):
-            os.replace(path, Path(output) / path.name)
+        (draft / made_from.FILE).write_text(record, encoding="utf-8")

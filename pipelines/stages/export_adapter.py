@@ -7,11 +7,14 @@ import pyarrow.compute as pc
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from infra.table import Table
-from pplug.adapter import AdapterShape, base_shapes, from_bytes, write_folder
+from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterShape, base_shapes, from_bytes, write_folder
+from pplug.folder import whole_folder
 
 
 def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_id: str) -> str:
     """Writes adapter_model.safetensors and adapter_config.json; returns the adapter's id.
+
+    The folder takes the place of a former adapter as a whole.
 
     Args:
         adapters: the table; its newest complete version is read, and of that the user's rows alone.
@@ -19,7 +22,7 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
         llm_id: identity of that base with its prompt layout.
 
     Raises:
-        InputError: the user has no adapter, or it is not one of this base.
+        InputError: the user has no adapter, or it is not one of this base, or the folder holds something else.
     """
     mine = pc.field("user_key") == user_key(user_id)
     columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
@@ -33,5 +36,9 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
         from_bytes(row["weights"] or b"", shape, base_shapes(base, shape.targets), llm_id)
     except ValueError as error:
         raise InputError(f"{adapters.uri}: {error}") from error
-    write_folder(output, row["weights"], shape, str(base))
+    try:
+        with whole_folder(output, (CONFIG_FILE, WEIGHTS_FILE)) as draft:
+            write_folder(draft, row["weights"], shape, str(base))
+    except ValueError as error:
+        raise InputError(f"output: {error}") from error
     return row["adapter_id"]

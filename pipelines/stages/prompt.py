@@ -103,7 +103,7 @@ class Owed:
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        owed, there: pairs of a request and a method. failed: replies of this run that are errors. without_adapter,
+        owed, there: pairs of a request and a method. with_target: requests with a known answer. failed: replies of this run that are errors. without_adapter,
         without_profile: requests whose user has none. adapter_leaks, profile_leaks: requests with a known answer whose
         user's adapter or profile was made from items that they may not see.
         """
@@ -113,6 +113,7 @@ class Owed:
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
             there = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"owed": len(rows) * len(self.methods) - there, "there": there, "failed": asked.failed}
+            counts["with_target"] = sum(row["target"] is not None for row in rows)
             for name, table in (("adapter", self.adapters), ("profile", self.profiles)):
                 made_from = {} if table is None else last_items(table, bucket, keys)
                 counts[f"{name}_leaks"] = sum(

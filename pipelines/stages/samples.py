@@ -6,8 +6,9 @@ Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, sto
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,29 @@ from pplug.tasks import TaskEntry, query
 NPY_HEADER_BYTES = 128
 
 
+class Shard(NamedTuple):
+    """The files of one bucket, and the rows that they hold."""
+
+    bucket: int
+    samples: int
+    vectors: int
+
+    @property
+    def samples_file(self) -> str:
+        return f"samples-{self.bucket}.parquet"
+
+    @property
+    def vectors_file(self) -> str:
+        return f"vectors-{self.bucket}.npy"
+
+
 @dataclass
 class PrepareSamples:
-    """in: bucket int. out: bucket, samples, without_history, without_vector (items that `refresh` has not seen)."""
+    """Stage of the preparation, which writes a bucket's two files.
+
+    in:  bucket int
+    out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen)
+    """
 
     histories: Snapshot
     embeddings: Snapshot | None
@@ -69,33 +90,64 @@ class PrepareSamples:
                     "stop": stop,
                 }
             )
+        shard = Shard(bucket, len(rows), int(has.sum()))
         if rows:
             storage, out, table = Storage(self.folder), io.BytesIO(), io.BytesIO()
             np.save(out, users.vectors[users.vector_row[has]].astype(np.float16))
             pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
-            storage.write_bytes(f"vectors-{bucket}.npy", out.getvalue())
-            storage.write_bytes(f"samples-{bucket}.parquet", table.getvalue())
-        return {"bucket": bucket, "samples": len(rows), "without_history": lonely, "without_vector": missing}
+            storage.write_bytes(shard.vectors_file, out.getvalue())
+            storage.write_bytes(shard.samples_file, table.getvalue())
+        return shard._asdict() | {"without_history": lonely, "without_vector": missing}
 
 
-def load_samples(folder: str, local: str) -> tuple[pa.Table, list[np.ndarray]]:
+def load_samples(folder: str, shards: Sequence[Shard], local: str) -> tuple[pa.Table, list[np.ndarray]]:
     """All samples of a run (with column `shard`) and their memory-mapped vectors.
 
     Args:
         folder: where PrepareSamples wrote; files that are not on this machine are copied to `local` first.
+        shards: what it wrote there; other files in the folder are not read.
+
+    Raises:
+        ValueError: a file is not there, or holds another number of rows than was written.
     """
-    storage, tables, shards = Storage(folder), [], []
-    names = sorted(name for name in storage.list("") if name.rpartition("/")[2].startswith("samples-"))
-    for shard, name in enumerate(name.rpartition("/")[2] for name in names):
-        vectors = name.replace("samples-", "vectors-").replace(".parquet", ".npy")
+    storage, tables, vectors = Storage(folder), [], []
+    for place, shard in enumerate(map(Shard._make, shards)):
+        table = pq.read_table(io.BytesIO(read_written(storage, shard.samples_file, shard.samples)))
+        refuse_another_count(storage, shard.samples_file, shard.samples, table.num_rows)
         if storage.is_s3:
-            path = f"{local}/{vectors}"
+            path = f"{local}/{shard.vectors_file}"
             with open(path, "wb") as file:
-                file.write(storage.read_bytes(vectors))
+                file.write(read_written(storage, shard.vectors_file, shard.vectors))
         else:
-            path = f"{storage.path}/{vectors}"
-        table = pq.read_table(io.BytesIO(storage.read_bytes(name)))
-        tables.append(table.append_column("shard", pa.array([shard] * table.num_rows, pa.int64())))
+            path = f"{storage.path}/{shard.vectors_file}"
+            if not os.path.exists(path):
+                refuse_another_count(storage, shard.vectors_file, shard.vectors, None)
         empty = os.path.getsize(path) <= NPY_HEADER_BYTES  # nothing cannot be mapped
-        shards.append(np.load(path, mmap_mode=None if empty else "r"))
-    return pa.concat_tables(tables), shards
+        mapped = np.load(path, mmap_mode=None if empty else "r")
+        refuse_another_count(storage, shard.vectors_file, shard.vectors, len(mapped))
+        tables.append(table.append_column("shard", pa.array([place] * table.num_rows, pa.int64())))
+        vectors.append(mapped)
+    return pa.concat_tables(tables), vectors
+
+
+def read_written(storage: Storage, name: str, rows: int) -> bytes:
+    """Bytes of a file that the preparation wrote.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        return storage.read_bytes(name)
+    except FileNotFoundError:
+        refuse_another_count(storage, name, rows, None)
+        raise
+
+
+def refuse_another_count(storage: Storage, name: str, written: int, read: int | None) -> None:
+    """Raises ValueError when a train worker reads another number of rows than the preparation wrote; None: no file."""
+    if read != written:
+        found = "no such file" if read is None else f"{read} rows"
+        raise ValueError(
+            f"{storage.full(name)}: the preparation wrote {written} rows, this train worker finds {found}; give each "
+            "run a run_dir that all nodes share, or s3://bucket/prefix, and start no second driver with the same run_id"
+        )

@@ -291,7 +291,10 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     lora = LoraConfig(learning_rate=1e-2)
     assert made.run(adapt, "base", **values, lora=lora, output=str(tmp_path / "merged"), epochs=4) == 0
     report = made.report("base")
-    assert report["planned"] == report["written"] == len([row for row in items if row["user_id"] != target])
+    earliest = {row["user_id"]: row["as_of"] for row in requests}  # one request each
+    learned = [row for row in items if row["user_id"] != target and row["occurred_at"] < earliest[row["user_id"]]]
+    assert report["planned"] == report["written"] == report["examples"] == len(learned)
+    assert report["made_from"]["users_left_out"] == 1
     run_dir = Path(made.root / "runs" / "base")
     (run_dir / "report.json").rename(run_dir / "report")  # as when it was killed
     assert [one["job"] for one in erase._trained(made.tables, [Storage(str(run_dir))])] == ["adapt"]
@@ -305,6 +308,9 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
 
     snapshot = tables.open_table(made.tables, "requests").snapshot(complete=True)
     entry = tables.task_entry(None, tables.open_table(made.tables, "histories").snapshot(complete=True))
-    stage = BaseExamples(snapshot, entry, frozenset({target}), made.llm, 128, str(tmp_path / "requests"))
+    histories = tables.open_table(made.tables, "histories").snapshot(complete=True)
+    stage = BaseExamples(
+        histories, snapshot, "requests", False, entry, frozenset({target}), made.llm, 128, str(tmp_path / "requests")
+    )
     counts = pa.concat_tables(stage(pa.table({"bucket": [0, 1]})))
     assert sum(counts["examples"].to_pylist()) == len([row for row in requests if row["owner_id"] != target]) == 7

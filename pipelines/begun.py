@@ -1,0 +1,50 @@
+"""What a training began with: its config, the tables' versions. A later start of the same run goes on with the same.
+
+`<run_dir>/<run_id>.begun.json` is written before the first worker starts. `erase` reads it too: a killed training
+leaves checkpoints and no report, but has learned from the users of these tables.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from infra.errors import InputError
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+
+
+def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> dict[str, int]:
+    """Versions of the tables that this run began with; empty when it begins now.
+
+    Args:
+        decisive: all that decides what comes out of the run, as JSON.
+
+    Raises:
+        InputError: it began as another job or with another config, whose checkpoint would not fit or would mix two
+            trainings.
+    """
+    storage, name = Storage(run_dir), f"{run_id}.begun.json"
+    if not storage.exists(name):
+        return {}
+    known = json.loads(storage.read_bytes(name))
+    if known.get("job") != job:
+        raise InputError(f"run {run_id} in {run_dir} began as job {known.get('job')}, not {job}; give another --run-id")
+    before, now = known["config"], json.loads(json.dumps(dict(decisive)))
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed or "tables" not in known:
+        key = (changed or ["version"])[0]
+        raise InputError(
+            f"run {run_id} in {run_dir} began with another {key}: {json.dumps(before.get(key))}, now "
+            f"{json.dumps(now.get(key))}; go on with the config it began with, or give another --run-id"
+        )
+    versions: dict[str, int] = known["tables"]
+    return versions
+
+
+def write(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any], snapshots: Mapping[str, Snapshot]) -> None:
+    """Records what a later start of this run goes on with; a record that is there stays."""
+    storage, name = Storage(run_dir), f"{run_id}.begun.json"
+    if not storage.exists(name):
+        versions = {table: snapshot.version for table, snapshot in snapshots.items()}
+        content = {"job": job, "run_id": run_id, "config": dict(decisive), "tables": versions}
+        storage.write_bytes(name, json.dumps(content, indent=2).encode())

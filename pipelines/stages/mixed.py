@@ -1,0 +1,45 @@
+"""Stage of adapt's plan: which adapters of other settings would stay in the table beside those that the run makes.
+
+Readers know base and settings of all adapters by the table's metadata, which names those of the last run only.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from infra.shards import of_bucket
+from infra.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class OtherSettings:
+    """in: bucket int. out: llm_id, fit_id, rows (adapters of that base and settings that this run does not replace)."""
+
+    adapters: Snapshot
+    histories: Snapshot
+    fit_id: str
+    """Settings of this run, the base among them; their rows are not counted."""
+    users: Mapping[int, list[str]] | None
+    """Keys by bucket (`shards.keys_by_bucket`) of the users whose adapters are made; None: of all that have items."""
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        (bucket,) = batch["bucket"].to_pylist()
+        rows = self.adapters.read(["user_key", "adapter_id", "llm_id"], buckets=[bucket]).to_pylist()
+        other = {row["user_key"]: row for row in rows if row["adapter_id"].partition("-")[0] != self.fit_id}
+        asked = of_bucket(self.users, bucket)
+        keys = sorted(other if asked is None else other.keys() & set(asked))
+        made: set[str] = set()
+        for items in self.histories.of_users(["user_key"], bucket, keys) if keys else ():
+            made.update(items["user_key"].to_pylist())
+        found = Counter(
+            (row["llm_id"], row["adapter_id"].partition("-")[0]) for key, row in other.items() if key not in made
+        )
+        yield pa.table(
+            {
+                "llm_id": pa.array([base for base, _ in found], pa.string()),
+                "fit_id": pa.array([settings for _, settings in found], pa.string()),
+                "rows": pa.array(list(found.values()), pa.int64()),
+            }
+        )
