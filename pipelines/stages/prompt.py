@@ -103,9 +103,10 @@ class Owed:
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        owed, there: pairs of a request and a method. with_target: requests with a known answer. failed: replies of this run that are errors. without_adapter,
-        without_profile: requests whose user has none. adapter_leaks, profile_leaks: requests with a known answer whose
-        user's adapter or profile was made from items that they may not see.
+        owed, there: pairs of a request and a method. failed: replies of this run that are errors. with_target, dated:
+        requests with a known answer, and those of them that may not see all items. without_adapter, without_profile:
+        requests whose user has none. adapter_leaks, profile_leaks: requests with a known answer whose user's adapter or
+        profile was made from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked, wanted = self.read(bucket), set(self.methods)
@@ -113,14 +114,13 @@ class Owed:
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
             there = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"owed": len(rows) * len(self.methods) - there, "there": there, "failed": asked.failed}
-            counts["with_target"] = sum(row["target"] is not None for row in rows)
+            labelled = [row for row in rows if row["target"] is not None]
+            counts["with_target"] = len(labelled)
+            counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
             for name, table in (("adapter", self.adapters), ("profile", self.profiles)):
                 made_from = {} if table is None else last_items(table, bucket, keys)
                 counts[f"{name}_leaks"] = sum(
-                    row["target"] is not None
-                    and row["user_id"] in made_from
-                    and not made_from[row["user_id"]].is_visible_to(row)
-                    for row in rows
+                    row["user_id"] in made_from and not made_from[row["user_id"]].is_visible_to(row) for row in labelled
                 )
                 counts[f"without_{name}"] = sum(row["user_id"] not in made_from for row in rows)
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})

@@ -153,8 +153,8 @@ def test_adapters_of_some_users_are_not_made_beside_those_of_another_base(popula
     config = {"tables": population.tables, "llm": llm, "run_id": "r", "run_dir": str(tmp_path / "r"), "threads": 1}
     with pytest.raises(
         InputError,
-        match=rf"2 adapters of other users would stay in .*, of base oldbase and settings oldfit .*of base {llm_id(llm)} "
-        r"and settings \w+: .* name these users in the file too",
+        match=rf"2 adapters of other users would stay in .*, of base oldbase and settings oldfit .*of base "
+        rf"{llm_id(llm)} and settings \w+: .* name these users in the file too",
     ):
         adapt.run(adapt.Config(**config, users=str(tmp_path / "users"), lora=LoraConfig(epochs=1)))
     assert {row["llm_id"] for row in population.rows("adapters")} == {"oldbase"}
