@@ -6,6 +6,7 @@ which therefore stand in no config, log or pickle. What storage breaks for a mom
 is tried again with backoff and jitter, within a budget of seconds.
 """
 
+import hashlib
 import os
 import random
 import re
@@ -209,6 +210,22 @@ class Storage:
 
         found = retrying(look, f"list {self.full(name)}")
         return {path.removeprefix(self.path + "/"): found[path] for path in sorted(found)}
+
+    def state_of(self, name: str) -> str:
+        """What changes when a file is written again, unread: its size, and its ETag on S3 or its time on a disk."""
+        if self.is_s3:
+            found = retrying(lambda: self.filesystem.handler.fs.info(self._at(name)), f"look at {self.full(name)}")
+            return f"{found['size']} bytes, etag {found['ETag'].strip(chr(34))}"
+        info = retrying(lambda: self._info(name), f"look at {self.full(name)}")
+        return f"{info.size} bytes, written at {info.mtime_ns} ns"
+
+    def content_of(self, name: str) -> str:
+        """What tells one content of a file from another: its size, and its ETag on S3 or its digest on a disk."""
+        if self.is_s3:
+            return self.state_of(name)
+        with open(self._at(name), "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            return f"{file.tell()} bytes, digest {digest}"
 
     def read_bytes(self, name: str) -> bytes:
         def read() -> bytes:

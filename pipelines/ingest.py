@@ -3,6 +3,7 @@
 Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeBucket (files) -> one commit a table.
 Unit of work: a history item, a request (derived ones included). Rows that cannot be used stand in `rejects`, with a
 reason and the place they came from. A second ingest into the same tables adds to them; see `mode`.
+A run_id stands for its sources and config: the same again goes on where the run stopped, and other ones are refused.
 
 LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile. With `download` it is
 fetched from the benchmark's site first, and `split` says which separation and part: time, user, time/dev, ...
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from pipelines.stages.lamp import LampFiles
     from pipelines.stages.records import Piece
     from pplug.tasks import TaskEntry
+
+WITHHELD = "withheld"
+"""Reason of rows that could be used, in a run that may replace nothing."""
+LISTED_FILES = 100
+"""Files that the record of a run lists by name; the digest of all is in it."""
 
 
 class IngestConfig(BaseModel):
@@ -57,13 +63,15 @@ class IngestConfig(BaseModel):
     derive_requests: int = Field(0, ge=0)
     """Each user's newest items that also become requests with a known answer."""
     mode: Literal["upsert", "replace"] = "upsert"
-    """upsert: add to what the tables hold; replace: the source is all there is, other rows go."""
+    """upsert: rows are added to what the tables hold. replace: the sources are all there is, other rows go; a table
+    that no source feeds stays as it is. A run with more rejects than max_reject_fraction, or with an unreadable file,
+    replaces nothing; an upsert adds its good rows all the same."""
     buckets: int | None = Field(None, gt=0, le=65_536)
     """Partitions of new tables; from the source's size when not given."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
     """More rejects than this share of the rows end the run with exit code 3."""
     run_id: str | None = None
-    """The same id again goes on where that run stopped."""
+    """The same id again goes on where that run stopped, with the same sources and config only."""
     run_dir: str | None = None
     """Folder of report.json; runs/<run_id> when not given."""
 
@@ -89,12 +97,24 @@ class Plan:
     requests: "Table"
     rejects: "Table"
     before: "dict[str, Snapshot]"
+    fed: "frozenset[str]"
+    """Tables that the sources have rows for."""
+    whole: "frozenset[str]"
+    """Those of them whose rows of before go, all of them."""
+
+    @property
+    def tables(self) -> "tuple[Table, ...]":
+        """In the order of their commits: rejects first, then histories, then requests: whoever sees the requests finds
+        the histories they need."""
+        return self.rejects, self.histories, self.requests
 
 
 def run(config: IngestConfig) -> int:
     """Reads the source into the tables; returns the exit code."""
-    from infra import lease, session
+    from infra import lease, runs, session
     from infra.report import RunReport, check_run_id, new_run_id
+    from pipelines.stages import sources
+    from pipelines.stages.write import next_group
 
     run_id = check_run_id(config.run_id or new_run_id("ingest"))
     if config.download is not None:
@@ -104,6 +124,7 @@ def run(config: IngestConfig) -> int:
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
     pieces, entry = look(config)
+    states = sources.states(pieces)
     session.start()
     survey = _survey(pieces, entry, config)
     plan = _open_tables(config, pieces, entry)
@@ -116,8 +137,11 @@ def run(config: IngestConfig) -> int:
         extra={"task": entry.name},
     )
     with lease.writing(config.tables, run_id):
+        kept = {"groups": {table.spec.name: next_group(table, run_id) for table in plan.tables}}
+        kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, entry), _addresses(config), kept)
         files, anew = _files(plan, config, run_id, survey, report)
-        _commit(plan, config, files, anew, report)
+        sources.refuse_changed(states, pieces)
+        _commit(plan, config, files, anew, report, kept["groups"])
     return report.finish()
 
 
@@ -232,7 +256,23 @@ def _open_tables(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", 
         )
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
-    return Plan(entry, pieces, histories, requests, rejects, before)
+    return Plan(entry, pieces, histories, requests, rejects, before, *_fed(config, pieces))
+
+
+def _fed(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]") -> tuple[frozenset[str], frozenset[str]]:
+    """The tables that the sources have rows for, and those of them that are replaced as a whole.
+
+    Derived requests have their place in the user's history: with replaced histories they are made anew or go, and the
+    requests that were given stay.
+    """
+    from pipelines.stages.lamp import LampFiles
+
+    asks = config.questions == "keep" and any(isinstance(piece, LampFiles) for piece in pieces)
+    given = {"histories"} if config.source is not None else set()
+    given |= {"requests"} if config.requests_source is not None or asks else set()
+    replace = config.mode == "replace"
+    derived = {"requests"} if "histories" in given and (replace or config.derive_requests) else set()
+    return frozenset(given | derived), frozenset(given if replace else ())
 
 
 def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
@@ -243,6 +283,24 @@ def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
     names = {(p.folder, p.questions if isinstance(p, LampFiles) else p.name) for p in pieces}
     size = sum(Storage(folder).size(name) * (4 if name.endswith(".gz") else 1) for folder, name in names)
     return min(4096, max(16, 1 << (size // (128 * 2**20)).bit_length()))
+
+
+def _addresses(config: IngestConfig) -> list[str]:
+    return [address for address in (config.source, config.requests_source) if address is not None]
+
+
+def _given(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> dict[str, str]:
+    """Everything that decides the rows, in words: files by name and content, wherever they lie, and the config."""
+    from pipelines.stages import sources
+    from pplug.identity import short_id
+
+    files = sources.contents(pieces)
+    given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
+    given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
+    given["task"] = f"{entry.name}, digest {short_id(entry.model_dump(mode='json'))}"
+    for key in ("mode", "columns", "history_scope", "questions", "derive_requests"):
+        given[key] = json.dumps(getattr(config, key), sort_keys=True)
+    return given
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
@@ -258,15 +316,21 @@ def _files(
     from infra.table import DataFile
     from pipelines.stages.merge import MergeBucket
     from pipelines.stages.parse import ParsePieces
+    from pipelines.stages.rows import nothing_in
 
     buckets = plan.histories.buckets
-    held = {name: snapshot for name, snapshot in plan.before.items() if config.mode == "upsert" and name != "rejects"}
+    derived_anew = "histories" in plan.whole and "requests" not in plan.whole
+    held = {name: plan.before[name] for name in plan.fed - plan.whole}
     parse = ParsePieces(plan.entry, buckets, plan.pieces, config.columns, survey, config.questions == "keep")
-    merge = MergeBucket(plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held)
+    merge = MergeBucket(
+        plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held, derived_anew
+    )
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
     )
     rows = pieces.map_batches(lambda batch: parse(batch), batch_size=1, batch_format="pyarrow")
+    if derived_anew:  # these buckets are merged too where the source has no row of theirs
+        rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
     shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
     done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
     files: list[DataFile] = []
@@ -300,26 +364,33 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
 
 
 def _commit(
-    plan: Plan, config: IngestConfig, files: "list[DataFile]", anew: dict[str, set[int]], report: "RunReport"
+    plan: Plan,
+    config: IngestConfig,
+    files: "list[DataFile]",
+    anew: dict[str, set[int]],
+    report: "RunReport",
+    groups: dict[str, int],
 ) -> None:
-    """Rejects first, then histories, then requests: whoever sees the requests finds the histories they need."""
+    """The rejects, then the tables that are fed, if the rows that could be used may take the place of others."""
     from infra.errors import Overtaken
     from infra.table import TableMoved
 
     metadata = {"task_entry": plan.entry.to_json()}
-    for table in (plan.rejects, plan.histories, plan.requests):
+    for table in plan.tables:
         name = table.spec.name
         own = [file for file in files if file.table == name]
-        if name == "rejects" and not own:
-            continue
         before, buckets = plan.before[name], anew.get(name, set())
-        if name != "rejects" and config.mode == "replace":
+        if name == "rejects" and not own or name != "rejects" and _stays(plan, name):
+            continue
+        if name in plan.whole:
             buckets = set(before.by_bucket())  # a table that holds nothing yet only grows
+        if name != "rejects" and config.mode == "replace" and _withheld(plan, config, report):
+            return
         try:
             commit = table.commit(
                 [file for file in own if not buckets or file.bucket in buckets],
                 run_id=report.run_id,
-                group=0,
+                group=groups[name],
                 mode="replace" if buckets else "append",
                 buckets=buckets,
                 more=[file for file in own if buckets and file.bucket not in buckets],
@@ -332,5 +403,46 @@ def _commit(
             raise Overtaken(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
+            _refuse_lost(config, before, name, report)
             report.written -= report.extra[f"{name}_written"]
             report.already_there += report.extra[f"{name}_written"]
+
+
+def _stays(plan: Plan, name: str) -> bool:
+    """Whether no source has rows for a table; a new one still needs a version that readers may take."""
+    return name not in plan.fed and plan.before[name].metadata.get("complete") == "true"
+
+
+def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
+    """Whether nothing may be replaced: then all rows count as rejected, and the tables stay as they are.
+
+    Raises:
+        InputError: a table that holds rows would be replaced by nothing at all.
+    """
+    from infra.errors import InputError
+
+    if report.problem() is not None:
+        report.reject(WITHHELD, report.written + report.already_there)
+        report.written = report.already_there = 0
+        report.extra |= {f"{name}_written": 0 for name in plan.whole} | {"derived": 0}
+        print("ingest: mode=replace has replaced nothing, all tables but rejects are as they were", flush=True)
+        return True
+    for name in sorted(plan.whole):
+        if plan.before[name].rows and not report.extra[f"{name}_written"]:
+            raise InputError(
+                f"{', '.join(_addresses(config))}: no row for table {name}, which holds {plan.before[name].rows}: "
+                "mode=replace would empty it; look at what was exported"
+            )
+    return False
+
+
+def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "RunReport") -> None:
+    """Refuses a run whose commit is in the table, but not its rows: other runs have replaced them since."""
+    from infra.errors import InputError
+
+    lost, newest = report.extra[f"{name}_written"], before.metadata.get("run_id")
+    if lost and (config.mode == "upsert" or newest != report.run_id):
+        raise InputError(
+            f"run {report.run_id} has committed to {name} before, and since then others have, run {newest} last: "
+            f"{lost} rows of the sources are not there as they were given; ingest them under another run_id"
+        )

@@ -42,7 +42,9 @@ class MergeBucket:
     run_id: str
     derive_requests: int
     held: Mapping[str, Snapshot]
-    """What the tables hold now; nothing where the source replaces everything."""
+    """What the tables hold now, and keep; without a table that the source replaces."""
+    derived_anew: bool = False
+    """Whether the derived requests that are held go: the histories that they have their place in are replaced."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
@@ -62,7 +64,7 @@ class MergeBucket:
                 counts["planned"] += len(derived)
                 counts["derived"] += len(derived)
                 asked = pa.concat_tables([asked, derived])
-        if len(asked):
+        if len(asked) or self.derived_anew:
             merged = self._merged("requests", bucket, asked, counts)
             bad.append(merged.rejects)
             files += self.requests.write(_request_rows(merged.rows, self.entry.name), self.run_id)
@@ -92,7 +94,7 @@ class MergeBucket:
             at = WORK.get_field_index(column)
             rejects = rejects.set_column(at, WORK.field(at), pa.repeat(value, len(rejects)))
         fresh = live.filter(pa.array(~known))
-        if written == len(fresh):
+        if written == len(fresh) and not (self.derived_anew and name == "requests"):
             return Merged(live, fresh, rejects, anew=False)
         whole = self._held(name, bucket, None)
         others = [part.filter(pc.invert(pc.is_in(part["user_key"], value_set=flat(users)))) for part in whole]
@@ -103,7 +105,10 @@ class MergeBucket:
         if name not in self.held:
             return []
         columns = self.held[name].spec.schema.names
-        return [_as_work(part, name) for part in self.held[name].of_users(columns, bucket, users)]
+        parts = self.held[name].of_users(columns, bucket, users)
+        if self.derived_anew and name == "requests":  # only a derived request has a place in the history
+            parts = (part.filter(pc.is_null(part["as_of_position"])) for part in parts)
+        return [_as_work(part, name) for part in parts]
 
     def _reject_rows(self, bad: pa.Table, counts: Counter[str]) -> pa.Table:
         for reason in bad["reason"].to_pylist():

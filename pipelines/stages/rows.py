@@ -5,7 +5,7 @@ a place, never the user's text; nothing is dropped without one.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -124,6 +124,13 @@ class RowWriter:
         table = table.set_column(0, ROWS.field(0), pa.array([pair[0] for pair in pairs], pa.int32()))
         column = ROWS.get_field_index("user_key")
         return table.set_column(column, ROWS.field(column), pa.array([pair[1] for pair in pairs], pa.string()))
+
+
+def nothing_in(buckets: Sequence[int]) -> pa.Table:
+    """A row per bucket that counts nothing: with it, the bucket is merged although no source has a row for it."""
+    return pa.Table.from_pylist(
+        [{"bucket": bucket, "kind": COUNT, "file": 0, "seq": 0} for bucket in buckets], schema=ROWS
+    )
 
 
 def identifier(value: object, name: str) -> str:
