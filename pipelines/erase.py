@@ -86,6 +86,7 @@ def _ids(config: Config) -> frozenset[str]:
 
 
 def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> None:
+    from infra import runs
     from infra.search import Needles, digest
     from infra.storage import Storage
     from pipelines import tables
@@ -113,7 +114,9 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     record["values_that_others_have"] = len(shared)
     record["trained_on_their_data"] = _trained(config.tables, folders)
     with report.stage("folders") as stage:
-        files = [(folder.uri, name) for folder in folders for name in folder.list() if not name.endswith(PENDING)]
+        begun = Storage(config.tables).join(runs.FOLDER)  # what runs have read: a file may be called after a user
+        places = [*folders, begun]
+        files = [(place.uri, name) for place in places for name in place.list() if not name.endswith(PENDING)]
         what = [row["what"] for row in _over(files, Scrub(needles, requests))]
         record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
         stage.rows = len(files)

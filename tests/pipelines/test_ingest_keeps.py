@@ -11,8 +11,8 @@ from infra import runs
 from infra.errors import InputError
 from infra.storage import Storage
 from infra.table import Table
+from pipelines import erase, tables
 from pipelines import ingest as job
-from pipelines import tables
 from pipelines.stages import sources
 from tests.pipelines.population import NOTES
 
@@ -243,3 +243,17 @@ def test_on_s3_a_source_is_known_by_its_etag(population, s3):
     with pytest.raises(InputError, match="items.jsonl has changed while it was read"):
         sources.refuse_changed(first[1], job.look(config)[0])
     assert len(Storage(s3).list("_runs")) == 1
+
+
+def test_a_file_called_after_a_user_is_forgotten_with_the_user(population, tmp_path):
+    """The record of what a run has read names its files, and lies beside the tables."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for user in ("ann-smith", "bob-brown"):
+        (folder / f"{user}.jsonl").write_bytes(jsonl([note(user, "1")]))
+    assert population.ingest(source=str(folder), task=population.task(NOTES), run_id="night") == 0
+    config = {"tables": population.tables, "folders": (str(tmp_path / "run1"),), "run_dir": str(tmp_path / "erase")}
+    assert erase.run(erase.Config(user_id="ann-smith", **config)) == 0
+    assert {row["user_id"] for row in population.rows("histories")} == {"bob-brown"}
+    (record,) = [path.read_text() for path in (tmp_path / "tables" / runs.FOLDER).rglob("*.json")]
+    assert "ann-smith" not in record and "bob-brown" in record
