@@ -119,6 +119,11 @@ class RunReport:
         if n:
             self.rejected[reason] += n
 
+    @property
+    def too_many_rejects(self) -> bool:
+        """Whether more units were set aside than the run may lose: then it ends with 3, whatever comes after."""
+        return self.rejected.total() > self.max_reject_fraction * self.planned
+
     def problem(self) -> str | None:
         """Why this run is not a full success, in one sentence; None when it is."""
         if self._ended_by:
@@ -132,7 +137,7 @@ class RunReport:
             )
         if self.failed:
             return f"{self.failed} of {self.planned} failed"
-        if rejects > self.max_reject_fraction * self.planned:
+        if self.too_many_rejects:
             reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(5))
             return (
                 f"{rejects} of {self.planned} rejected, more than max_reject_fraction={self.max_reject_fraction:g} "

@@ -102,9 +102,12 @@ def _table(config: Config, report: RunReport) -> int:
     output = Storage(config.output)
     if output.exists(DONE):
         raise InputError(f"{config.output}: holds a complete export, which is never changed; give another folder")
-    strange = [name for name in output.list() if not re.fullmatch(PART_FILE, name)]
-    if strange:  # files that this export does not write are deleted at its end
-        raise InputError(f"{config.output}: holds {strange[0]}, which no export wrote; give an empty or a new folder")
+    others = [there for there in output.list() if not re.fullmatch(PART_FILE, there)]
+    if others:  # all that is not of this export goes, as the halves of a killed one have to
+        raise InputError(
+            f"{config.output}: holds {others[0]} and {len(others) - 1} more files that no export has written; what an "
+            "export finds in its folder it replaces: give a folder of its own"
+        )
     session.start()
     report.table_read(name, snapshot.version)
     report.planned = snapshot.rows

@@ -2,6 +2,8 @@
 
 Only file metadata reaches the driver. A bucket is complete when its rows and rejects make up what the plan says it
 owes; complete buckets are committed in groups, keyed by (run_id, group).
+More rejects than allowed: what was only added stays, each row is right by itself; what would replace other rows is
+committed for a rerun to go on from, but never as a complete version, so that readers keep the version of before.
 """
 
 from collections import Counter
@@ -201,6 +203,8 @@ class Committer:
             self.rejected.setdefault(file.bucket, Counter()).update(file.reasons)
             for reason, n in file.reasons.items():
                 self.report.reject(reason, n)
+        # Waves that replace rows are there for a rerun; to readers the last one shows them, or nothing does.
+        complete = complete and not (self.replace and self.report.too_many_rejects)
         # a bucket whose rows all became rejects is replaced by nothing
         replaced = {file.bucket for file in self._ready if file.bucket is not None} if self.replace else set()
         if good or replaced or (complete and not self.complete):
@@ -223,7 +227,8 @@ class Committer:
         self._ready = []
 
     def finish(self) -> None:
-        """Commits the rest. Complete only when every bucket has paid what it owes."""
+        """Commits the rest. Complete only when every bucket has paid what it owes, and a replacement only when no more
+        rows than allowed were rejected on the way."""
         paid = not self._files and sum(self._got.values()) == sum(self.owed.values())
         if self._ready or not self.complete:
             self.flush(complete=paid)

@@ -115,6 +115,17 @@ def test_a_complete_export_is_never_changed_and_a_broken_off_one_is_ended(place,
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_folder_with_files_that_no_export_has_written_is_refused_and_left_as_it_is(place, tmp_path):
+    out = tmp_path / "thesis"
+    (out / "data").mkdir(parents=True)
+    (out / "chapter.txt").write_text("years of work")
+    (out / "data" / "part-00000.parquet").write_bytes(b"somebody's own")
+    with pytest.raises(InputError, match="thesis: holds chapter.txt and 1 more .* give a folder of its own"):
+        run(place, out)
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert names == {"chapter.txt", "data/part-00000.parquet"}
+
+
 def test_the_table_may_stand_without_its_name():
     given = options.read(["generations", "--tables", "t", "--output", "o"], export.Config)
     assert options.check(export.Config, given).table == "generations"

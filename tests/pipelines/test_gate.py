@@ -1,0 +1,63 @@
+"""What replaces rows is shown to readers only when no more rows were rejected than the config allows."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from infra.report import RunReport
+from infra.table import DataFile
+from pipelines import adapt, tables
+from pipelines.stages.write import Committer
+from pplug.adapter import LoraConfig
+from pplug.llm import LLMConfig
+from tests.pipelines.population import NOTES
+from tests.pplug.models import tiny_llama
+
+BUCKETS = 4
+
+
+def vectors(table, run_id: str, buckets, value: float) -> list[DataFile]:
+    rows = [
+        {"bucket": bucket, "user_key": f"{bucket:032x}", "text_hash": run_id, "encoder_id": "e", "vector": [value]}
+        for bucket in buckets
+    ]
+    return table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), run_id)
+
+
+@pytest.mark.parametrize(("allowed", "shown"), [(0.5, ["old"] * 4), (0.75, ["new"])])
+def test_replaced_buckets_are_shown_only_within_the_limit_of_rejects(tmp_path, allowed, shown):
+    """One bucket of four gets its new row, the rows of the others became rejects."""
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", BUCKETS)
+    old = vectors(table, "old", range(BUCKETS), 1.0)
+    version = table.commit(old, run_id="old", group=0, mode="append", planned_on=0, complete=True).version
+    report = RunReport("adapt", "new", {}, str(tmp_path / "run"), allowed, planned=BUCKETS)
+    committer = Committer(table, None, report, dict.fromkeys(range(BUCKETS), 1), group_rows=2, metadata={},
+                          planned_on=version, replace=True, complete=True)  # fmt: skip
+    committer.add(*vectors(table, "new", [0], 2.0))
+    for bucket in range(1, BUCKETS):
+        committer.add(DataFile("rejects", "", 0, 1, bucket, "", "", reasons={"not_finite": 1}))
+    committer.finish()
+    assert report.finish() == (3 if allowed < 0.75 else 0) and report.rejected == {"not_finite": 3}
+    assert table.snapshot(complete=True).read(["text_hash"])["text_hash"].to_pylist() == shown
+
+
+def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population, tmp_path, ray_session):
+    llm = LLMConfig(model=str(tiny_llama(tmp_path / "llm")))
+    rows = [
+        {"user_id": user, "item_id": str(i), "fields": {"mood": "good", "text": f"the cat {i}"}}
+        for user in ("ann", "bob") for i in range(2)
+    ]  # fmt: skip
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert population.ingest(source=str(tmp_path / "items.jsonl"), task=population.task(NOTES)) == 0
+
+    def run(name: str, rate: float) -> int:
+        lora = LoraConfig(learning_rate=rate, stored="float32", batch_size=1, epochs=3)
+        config = {"tables": population.tables, "run_id": name, "run_dir": str(tmp_path / name), "threads": 1}
+        return adapt.run(adapt.Config(llm=llm, lora=lora, **config))
+
+    assert run("good", 1e-2) == 0
+    good = population.rows("adapters")
+    assert len(good) == 2
+    assert run("bad", 1e36) == 3  # every weight overflows
+    assert population.rows("adapters") == good
