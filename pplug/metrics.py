@@ -14,7 +14,8 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -25,6 +26,8 @@ from pplug.tasks import TaskEntry
 
 NAMES = {"classification": ("accuracy", "f1"), "rating": ("mae", "rmse"), "text": ("rouge1", "rougeL")}
 LOWER_IS_BETTER = frozenset({"mae", "rmse"})
+Id = TypeVar("Id", bound=Hashable)
+"""What a request is known by: a plain id, or a pair of user and id."""
 
 
 def columns(entry: TaskEntry) -> int:
@@ -32,7 +35,7 @@ def columns(entry: TaskEntry) -> int:
     return 2 + 3 * len(entry.labels) if entry.metric == "classification" else 3
 
 
-def score(task: str | TaskEntry, golds: Mapping[str, str], predictions: Mapping[str, str]) -> dict[str, float]:
+def score(task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> dict[str, float]:
     """Official scores of the predictions: accuracy and f1, mae and rmse, or rouge1 and rougeL.
 
     Args:
@@ -57,8 +60,8 @@ def score(task: str | TaskEntry, golds: Mapping[str, str], predictions: Mapping[
 
 
 def per_item(
-    task: str | TaskEntry, golds: Mapping[str, str], predictions: Mapping[str, str]
-) -> dict[str, dict[str, float]]:
+    task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]
+) -> dict[Id, dict[str, float]]:
     """What each item adds: accuracy 0/1, absolute and squared error, or the two ROUGE values.
 
     Returns:
@@ -71,8 +74,8 @@ def per_item(
 
 
 def item_sums(
-    task: str | TaskEntry, golds: Mapping[str, str], predictions: Mapping[str, str]
-) -> tuple[list[str], np.ndarray]:
+    task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]
+) -> tuple[list[Id], np.ndarray]:
     """Per-item columns that may be added up; `from_sums` knows them.
 
     Returns:
@@ -116,11 +119,22 @@ def from_sums(task: str | TaskEntry, sums: np.ndarray) -> dict[str, np.ndarray]:
         return {name: sums[:, 1 + at] / sums[:, 0] for at, name in enumerate(NAMES["text"])}
 
 
+def understood(task: str | TaskEntry, prediction: str) -> bool:
+    """Whether a prediction is an answer at all: one of the labels, or a finite number; any text is one.
+
+    Scoring counts what is no answer as wrong, so that a score alone does not tell a bad guess from no guess.
+    """
+    entry = _entry(task)
+    if entry.metric == "classification":
+        return prediction.strip() in entry.labels
+    return entry.metric == "text" or _number(prediction) is not None
+
+
 def _entry(task: str | TaskEntry) -> TaskEntry:
     return task if isinstance(task, TaskEntry) else tasks.find(task)
 
 
-def _same_ids(golds: Mapping[str, str], predictions: Mapping[str, str]) -> list[str]:
+def _same_ids(golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> list[Id]:
     wrong = {
         "golds have no prediction": [i for i in golds if i not in predictions],
         "predictions have no gold": [i for i in predictions if i not in golds],
@@ -134,7 +148,7 @@ def _same_ids(golds: Mapping[str, str], predictions: Mapping[str, str]) -> list[
 
 
 def _label_indices(
-    entry: TaskEntry, ids: Sequence[str], golds: Mapping[str, str], predictions: Mapping[str, str]
+    entry: TaskEntry, ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 each; a prediction outside the labels is -1."""
     index = {label: at for at, label in enumerate(entry.labels)}
@@ -149,7 +163,7 @@ def _label_indices(
 
 
 def _ratings(
-    entry: TaskEntry, ids: Sequence[str], golds: Mapping[str, str], predictions: Mapping[str, str]
+    entry: TaskEntry, ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) float64 each."""
     scale = [float(label) for label in entry.labels]
@@ -174,7 +188,7 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _rouge(ids: Sequence[str], golds: Mapping[str, str], predictions: Mapping[str, str]) -> np.ndarray:
+def _rouge(ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> np.ndarray:
     """(N, 2): rouge1 and rougeL F-measures."""
     scorer = RougeScorer(list(NAMES["text"]), use_stemmer=False)
     rows = [scorer.score(golds[i].strip(), predictions[i].strip()) for i in ids]

@@ -60,6 +60,52 @@ def test_a_95_percent_interval_holds_the_truth_about_95_times_in_100():
     assert 178 <= inside <= 198  # 200 draws of .92 to .95 (a skewed law covers a little less)
 
 
+def normal(rng, people: int, methods: int, shared: float) -> np.ndarray:
+    """(people, methods) without any true mean; the methods have this share of their variance in common."""
+    return np.sqrt(shared) * rng.normal(size=(people, 1)) + np.sqrt(1 - shared) * rng.normal(size=(people, methods))
+
+
+@pytest.mark.parametrize(("people", "methods", "shared"), [(12, 3, 0.0), (40, 10, 0.0), (150, 10, 0.8), (150, 1, 0.0)])
+def test_simultaneous_intervals_leave_out_any_truth_in_2_5_percent_of_cases_at_each_end(people, methods, shared):
+    rng, trials = np.random.default_rng(4), 1000
+    weights = intervals.weights([f"u{i}" for i in range(people)], 400, seed=0).astype(float)
+    count = weights.sum(axis=0)[:, None]
+    above = below = apart = 0
+    for _ in range(trials):
+        values = normal(rng, people, methods, shared)
+        drawn = weights.T @ values / count
+        ends = intervals.simultaneous(values.mean(axis=0), drawn, people)
+        above += (ends[:, 0] > 0).any()
+        below += (ends[:, 1] < 0).any()
+        apart += (np.percentile(drawn, 2.5, axis=0) > 0).any()
+    # 25 of 1000 are right; 3.3 standard deviations of chance are left on top, and it must not be far too wide either
+    assert max(above, below) <= 42 and above + below >= 15
+    assert methods == 1 or shared or apart > 60  # one by one, the best of several looks good far too often
+
+
+def test_a_single_simultaneous_interval_is_about_the_percentile_one():
+    rng = np.random.default_rng(5)
+    values = rng.exponential(1.0, 400)
+    sums = np.stack([np.ones(400), values], 1)
+    drawn = intervals.resampled_sums([f"u{i}" for i in range(400)], sums, 4000, 0)
+    means = drawn[:, 1] / drawn[:, 0]
+    (got,) = intervals.simultaneous(np.array([values.mean()]), means[:, None], 400)
+    low, high = intervals.ci95(means)
+    np.testing.assert_allclose(got, [low, high], atol=0.06 * (high - low))
+
+
+def test_equal_methods_widen_nothing_and_resamples_without_anyone_are_left_out():
+    rng = np.random.default_rng(6)
+    one = rng.normal(0.3, 0.1, (2000, 1))
+    alone = intervals.simultaneous(np.array([0.3]), one, 50)
+    beside = intervals.simultaneous(np.array([0.3, 0.3, 0.0]), np.hstack([one, one, np.zeros((2000, 1))]), 50)
+    np.testing.assert_allclose(beside, [alone[0], alone[0], [0, 0]])
+    np.testing.assert_allclose(
+        intervals.simultaneous(np.array([0.3]), np.vstack([one, [[np.nan]]]), 50), alone)  # fmt: skip
+    assert np.isnan(intervals.simultaneous(np.array([0.3]), np.array([[np.nan]]), 50)).all()
+    assert intervals.simultaneous(np.zeros(0), np.zeros((10, 0)), 50).shape == (0, 2)
+
+
 def test_p_values():
     assert intervals.p_value(np.full(1999, 0.5)) == pytest.approx(2 / 2000)
     assert intervals.p_value(np.tile([-1.0, 1.0], 1000)) == 1.0

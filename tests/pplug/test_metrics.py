@@ -128,6 +128,18 @@ def test_per_item_values_average_to_the_score():
 
 
 @pytest.mark.parametrize(
+    ("task", "replies", "want"),
+    [
+        ("LaMP_2", ["comedy", " comedy\n", "Comedy", "a comedy", "", "sci-fi"], [1, 1, 0, 0, 0, 1]),
+        ("LaMP_3", ["3", " 4.0 ", "7", "four", "nan", "inf", "", "4/5"], [1, 1, 1, 0, 0, 0, 0, 0]),
+        ("LaMP_5", ["", "a title"], [1, 1]),
+    ],
+)
+def test_a_reply_that_is_no_answer_is_told_from_a_wrong_one(task, replies, want):
+    assert [metrics.understood(task, reply) for reply in replies] == [bool(one) for one in want]
+
+
+@pytest.mark.parametrize(
     ("task", "golds", "guesses", "says"),
     [
         ("LaMP_2", {"q1": "comedy", "q2": "action"}, {"q2": "action", "q9": "comedy"}, "'q1'.*'q9'"),
