@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.stages import groups
-from pipelines.stages.score import BASELINE, COSTS, Columns
+from pipelines.stages.replies import COSTS
+from pipelines.stages.score import BASELINE, Columns
 from pplug import intervals, metrics
 
 if TYPE_CHECKING:

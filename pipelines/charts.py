@@ -79,6 +79,11 @@ def gain(metric: str, difference: float, interval: Sequence[float]) -> tuple[flo
     return turn * difference, sorted(turn * end for end in interval)
 
 
+def ends(row: Mapping[str, Any]) -> list[float]:
+    """A difference's interval: the one that holds for all methods at once where the method is one of several."""
+    return row.get("ci95_corrected", row["ci95"])
+
+
 def draw_all(found: Mapping[str, Any]) -> list[Chart]:
     """All charts that these figures (report.json of evaluate) can fill."""
     metric = next(iter(next(iter(found["methods"].values()))["scores"]))
@@ -98,7 +103,7 @@ def draw_all(found: Mapping[str, Any]) -> list[Chart]:
 def _forest(found: Mapping[str, Any], metric: str) -> Chart:
     """Gains over the baseline with their paired intervals; plain scores where it was not run."""
     paired = {name: row["vs_none"][metric] for name, row in found["methods"].items() if "vs_none" in row}
-    rows = {name: gain(metric, row["difference"], row["ci95"]) for name, row in paired.items()}
+    rows = {name: gain(metric, row["difference"], ends(row)) for name, row in paired.items()}
     if not rows:
         rows = {name: (row["scores"][metric], row["ci95"][metric]) for name, row in found["methods"].items()}
     names = sorted(rows, key=lambda name: rows[name][0])
@@ -201,7 +206,9 @@ def _thirds(found: Mapping[str, Any], metric: str, kind: str) -> Chart:
 
 
 def _users(found: Mapping[str, Any]) -> Chart:
-    rows = {name: row["users_vs_none"] for name, row in found["methods"].items() if "users_vs_none" in row}
+    rows = {
+        name: row["users_vs_none"] for name, row in found["methods"].items() if row.get("users_vs_none", {}).get("n")
+    }
     names = sorted(rows, key=lambda name: rows[name]["better"]["share"] - rows[name]["worse"]["share"])
     parts = (("better", "good"), ("equal", "grid"), ("worse", "bad"))
 

@@ -1,6 +1,7 @@
 """report.html: evaluate's figures as one page that opens anywhere, and its charts as files beside it.
 
-Route: report.json as a dict -> words and cells -> Jinja template; charts (pipelines.charts) stand in it as SVG.
+Route: report.json as a dict -> words and cells -> Jinja template; charts (pipelines.charts) stand in it as SVG. What
+the page claims is the verdict's (pipelines.verdict), word by word.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from typing import Any
 
 from infra.storage import Storage
 from pipelines import charts
-from pipelines.charts import between, gain, is_bound, is_control, percent, sign, size, value
+from pipelines.charts import between, ends, gain, is_control, percent, sign, size, value
 from pipelines.methods import PARTS
+from pipelines.verdict import MOST_UNCLEAR
 
 DARK = {
     "ink": "#e8eaed", "muted": "#a3acb8", "grid": "#3a414b", "paper": "#1c2025", "good": "#4fb985", "bad": "#e5816b",
@@ -44,16 +46,19 @@ def render(found: Mapping[str, Any], drawn: list[charts.Chart]) -> str:
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     metric = next(iter(next(iter(found["methods"].values()))["scores"]))
-    best = _best(found, metric)
+    said = found["verdict"]
+    best = said["best"] if said["gain"] else None
     return page.render(
         task=found["task"],
         kicker=f"{found['n_requests']:,} requests of {found['n_users']:,} users",
-        verdict=_verdict(found, metric, best),
+        verdict=said["headline"],
         lead=_lead(found, metric, best),
         figures=_figures(found, metric, best),
         warnings=found["warnings"],
         headline=_headline(found, best),
         reading=_reading(found),
+        references=_references(found),
+        unclear=_unclear(found),
         charts=drawn,
         examples=found.get("examples", []),
         facts=_facts(found),
@@ -62,41 +67,15 @@ def render(found: Mapping[str, Any], drawn: list[charts.Chart]) -> str:
     )
 
 
-def _best(found: Mapping[str, Any], metric: str) -> str | None:
-    """The method with the greatest gain that neither is a control nor is told the truth."""
-    own = [
-        name
-        for name, row in found["methods"].items()
-        if "vs_none" in row and not is_control(name) and not is_bound(name)
-    ]
-    turn = sign(metric)
-    return max(own, key=lambda name: turn * found["methods"][name]["vs_none"][metric]["difference"], default=None)
-
-
 def _gain(found: Mapping[str, Any], metric: str, name: str) -> tuple[float, list[float]]:
     row = found["methods"][name]["vs_none"][metric]
-    return gain(metric, row["difference"], row["ci95"])
-
-
-def _amount(metric: str, number: float) -> str:
-    """A gain in words: 4.2 points, 0.031."""
-    return f"{100 * number:.1f} points" if percent(metric) else f"{number:.3f}"
-
-
-def _verdict(found: Mapping[str, Any], metric: str, best: str | None) -> str:
-    if best is None:
-        return f"{found['task']}: scores of {', '.join(found['methods'])}"
-    middle, (low, high) = _gain(found, metric, best)
-    if low > 0:
-        return f"Personalisation helps: {best} gains {_amount(metric, middle)} of {metric}"
-    if high < 0:
-        return f"Personalisation does harm: even {best}, the best method, loses {_amount(metric, -middle)} of {metric}"
-    return f"No clear effect: the gain of {best}, the best method, may be chance"
+    return gain(metric, row["difference"], ends(row))
 
 
 def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
+    because = list(found["verdict"]["because"])
     if best is None:
-        return []
+        return because
     rows = found["methods"]
     score, without = (value(metric, rows[name]["scores"][metric]) for name in (best, _BASELINE))
     better = "lower is better" if sign(metric) < 0 else "higher is better"
@@ -111,7 +90,7 @@ def _lead(found: Mapping[str, Any], metric: str, best: str | None) -> list[str]:
     first = (
         f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
     )
-    return [first, *([" ".join(said)] if said else [])]
+    return [first, *because, *([" ".join(said)] if said else [])]
 
 
 def _figures(found: Mapping[str, Any], metric: str, best: str | None) -> list[dict[str, str]]:
@@ -128,7 +107,7 @@ def _figures(found: Mapping[str, Any], metric: str, best: str | None) -> list[di
     kept = row["cost"]["bytes_per_user"]
     return [
         {"name": f"gain of {best}", "value": value(metric, middle, True) + (" points" if percent(metric) else ""),
-         "note": f"95%: {between(metric, interval, True)}"},
+         "note": f"95%: {between(metric, interval, True)}, of {found['verdict']['n_methods']} methods at once"},
         {"name": "users better off", "value": shares["better"], "note": ends["better"]},
         {"name": "users worse off", "value": shares["worse"], "note": ends["worse"]},
         {"name": "cost", "value": f"{row['cost']['prompt_tokens']:.0f} tokens",
@@ -139,8 +118,9 @@ def _figures(found: Mapping[str, Any], metric: str, best: str | None) -> list[di
 def _headline(found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
     names = list(next(iter(found["methods"].values()))["scores"])
     compared = any("vs_none" in row for row in found["methods"].values())
+    unclear = any(row["not_understood"] for row in found["methods"].values())
     columns = ["method", *names, *([f"gain in {name}" for name in names] if compared else [])]
-    columns += ["better / worse off"] * compared + ["prompt tokens", "kept a user"]
+    columns += ["better / worse off"] * compared + ["not understood"] * unclear + ["prompt tokens", "kept a user"]
     rows = []
     for method, row in found["methods"].items():
         cells = [
@@ -150,6 +130,9 @@ def _headline(found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
         if compared:
             cells += [_gain_cell(found, name, method) for name in names]
             cells.append({"text": better_worse(row) or "-", "note": "", "tone": ""})
+        if unclear:
+            many = bool(row["not_understood"]) and row["not_understood"]["share"] > MOST_UNCLEAR
+            cells.append({"text": unclear_share(row) or "-", "note": "", "tone": "bad" * many})
         cells.append({"text": f"{row['cost']['prompt_tokens']:.0f}", "note": "", "tone": ""})
         cells.append({"text": size(row["cost"]["bytes_per_user"]), "note": "", "tone": ""})
         rows.append({"name": method, "about": _about(method), "cells": cells, "best": method == best})
@@ -172,6 +155,33 @@ def better_worse(row: Mapping[str, Any]) -> str:
     return f"{better:.0f}% / {worse:.0f}%"
 
 
+def unclear_share(row: Mapping[str, Any]) -> str:
+    """Share of a method's replies that are no answer; empty where any text is one."""
+    found = row["not_understood"]
+    return "" if not found else f"{100 * found['share']:.1f}%"
+
+
+def _unclear(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Methods with replies that are no answer: name, how many, some of them with their user's id."""
+    return [
+        {"name": name, "share": unclear_share(row), "n": row["not_understood"]["n"],
+         "replies": row["not_understood"]["replies"]}
+        for name, row in found["methods"].items()
+        if row["not_understood"] and row["not_understood"]["n"]
+    ]  # fmt: skip
+
+
+def _references(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of its own: what needs no LLM is no method."""
+    names = list(next(iter(found["methods"].values()))["scores"])
+    rows = [
+        {"name": reference, "about": row.get("about", ""), "cells": [
+            {"text": value(name, row["scores"][name]), "note": between(name, row["ci95"][name])} for name in names]}
+        for reference, row in found["references"].items()
+    ]  # fmt: skip
+    return {"columns": ["reference", *names], "rows": rows}
+
+
 def _about(method: str) -> str:
     return "; ".join(PARTS.get(part, "") for part in method.split("+"))
 
@@ -183,8 +193,9 @@ def _reading(found: Mapping[str, Any]) -> str:
     ) else ""  # fmt: skip
     return (
         f"Small print: 95% intervals, from {config['resamples']:,} resamples of whole users; gains are differences to "
-        f"{_BASELINE} on the same requests. In colour: the interval leaves out zero.{turned} Kept a user: beside the "
-        "history itself."
+        f"{_BASELINE} on the same requests. Intervals of gains hold for all {found['verdict']['n_methods']} methods at "
+        "once; those of controls and of the oracle stand by themselves. In colour: the interval leaves out zero."
+        f"{turned} Kept a user: beside the history itself."
     )
 
 

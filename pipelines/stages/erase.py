@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -185,7 +186,12 @@ class Scrub:
             return False
         found = json.loads(storage.read_bytes(name))
         golds = found.get("golds") if isinstance(found, dict) else None
-        return isinstance(golds, list) and any(one.get("id") in self.requests for one in golds)
+        return isinstance(golds, list) and any(self._asked(one.get("id")) for one in golds)
+
+    def _asked(self, name: Any) -> bool:
+        """Whether a name in predictions is of one of the users' requests: its id, or `user_id/request_id`."""
+        user = unquote(name.partition("/")[0]) if isinstance(name, str) and "/" in name else None
+        return name in self.requests or user in self.needles.ids
 
     def _parquet(self, storage: Storage, name: str) -> str:
         with storage.open_input(name) as source:
@@ -210,7 +216,7 @@ class Scrub:
     def _has(self, value: Any) -> bool:
         if isinstance(value, dict):
             ids = [str(value[name]) for name in ID_COLUMNS if name in value]
-            mine = value.get("id") in self.requests and "output" in value
+            mine = "output" in value and self._asked(value.get("id"))
             return (
                 mine
                 or not self.needles.ids.isdisjoint(ids)

@@ -147,8 +147,9 @@ def _answered(
     columns, keys = ["request_id", "user_id", "as_of", "as_of_position"], of_bucket(users, bucket)
     asked = requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid(), user_keys=keys)
     wanted = pc.field("run_id").isin(list(runs))
-    replied = generations.read(["request_id"], buckets=[bucket], filter=wanted, user_keys=keys)["request_id"]
-    return asked.filter(pc.is_in(asked["request_id"], value_set=pc.unique(replied))).to_pylist()
+    rows = generations.read(["user_id", "request_id"], buckets=[bucket], filter=wanted, user_keys=keys)
+    replied = set(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+    return [row for row in asked.to_pylist() if (row["user_id"], row["request_id"]) in replied]
 
 
 def _persona_values(personas: Snapshot, bucket: int, user_id: str) -> int:

@@ -1,123 +1,33 @@
 """Stage: the replies of some buckets scored against their targets, as sums that add up over buckets.
 
-Generations and requests of a user lie in the same bucket: the join needs no shuffle.
+References that need no LLM are scored by the same resamples as the methods, so that differences to them are paired, and
+are kept apart from the methods.
 """
 
 import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from pipelines.stages import groups
+from pipelines.stages.replies import COSTS, Key, Replies, key, read_bucket, shown
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
 
+if TYPE_CHECKING:
+    from pipelines.stages.references import References
 
-@dataclass(frozen=True)
-class Replies:
-    """One bucket's requests that have a target and were answered by any of the runs, and the answers."""
-
-    rows: list[dict[str, Any]]
-    """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
-    texts: dict[str, dict[str, str]]
-    """By method, by id; empty for a row with an error."""
-    costs: dict[str, dict[str, tuple[int, ...]]]
-    """By method, by id: prompt tokens, output tokens, whether each kind of thing kept for a user was read (COSTS)."""
-    errors: dict[str, int]
-    labelled: int
-    """Requests with a target, answered or not."""
-    strangers: list[str]
-    """Ids of replies to no request that there is."""
-    made_by: frozenset[tuple[str, str, str]]
-    """Method, kind of identity (IDENTITIES), identity: of all replies there are."""
-
-    @property
-    def users(self) -> int:
-        """Distinct people who are themselves a user."""
-        return len({row["owner_id"] for row in self.rows if row["owner_id"] == row["user_id"]})
-
-    @property
-    def split_owners(self) -> set[str]:
-        """Distinct people with one history a question: their questions lie in many buckets."""
-        return {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
-
-
-def read_bucket(
-    requests: Snapshot,
-    generations: Snapshot,
-    bucket: int,
-    runs: Sequence[str],
-    with_input: bool = False,
-    users: Mapping[int, list[str]] | None = None,
-) -> Replies:
-    """Joins a bucket, of these users where they are given (`shards.keys_by_bucket`).
-
-    Raises:
-        ValueError: a request was answered twice by one method, or ids are not unique.
-    """
-    columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
-    keys = of_bucket(users, bucket)
-    everything = requests.read(columns, buckets=[bucket], user_keys=keys)
-    asked = everything.filter(pc.is_valid(everything["target"]))
-    wanted = pc.field("run_id").isin(list(runs))
-    names = ["request_id", "user_id", "method", "text", "error", "prompt_tokens", "output_tokens", "persona",
-             "adapter_id"]  # fmt: skip
-    rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
-    if pc.count_distinct(everything["request_id"]).as_py() < len(everything):
-        raise ValueError("two users have a request of the same request_id; ids must be unique to be scored")
-    known, there = set(asked["request_id"].to_pylist()), set(everything["request_id"].to_pylist())
-    texts: dict[str, dict[str, str]] = {}
-    costs: dict[str, dict[str, tuple[int, ...]]] = {}
-    errors: dict[str, int] = {}
-    for row in rows.to_pylist():
-        if row["request_id"] not in known:
-            continue
-        of_method = texts.setdefault(row["method"], {})
-        if row["request_id"] in of_method:
-            raise ValueError(
-                f"request {row['request_id']!r} has two replies of method {row['method']} in runs {', '.join(runs)}; "
-                "name one run a method, or give --pool when the runs repeat the same methods"
-            )
-        of_method[row["request_id"]] = row["text"] or "" if row["error"] is None else ""
-        parts = row["method"].split("+")
-        costs.setdefault(row["method"], {})[row["request_id"]] = (
-            row["prompt_tokens"] or 0,
-            row["output_tokens"] or 0,
-            int(row["persona"] == "attention" or "dense" in parts),
-            int(row["persona"] == "mean"),
-            int(row["adapter_id"] is not None),
-            int("profile" in parts),
-        )
-        errors[row["method"]] = errors.get(row["method"], 0) + (row["error"] is not None)
-    answered = set().union(*texts.values()) if texts else set()
-    kept = [row for row in asked.to_pylist() if row["request_id"] in answered]
-    return Replies(
-        rows=kept,
-        texts=texts,
-        costs=costs,
-        errors=errors,
-        labelled=len(asked),
-        strangers=sorted({i for i in rows["request_id"].to_pylist() if i not in there}),
-        made_by=frozenset(
-            (row["method"], name, row[name])
-            for row in rows.group_by(["method", *IDENTITIES]).aggregate([]).to_pylist()
-            for name in IDENTITIES
-            if row[name]
-        ),
-    )
-
-
-IDENTITIES = ("llm_id", "plug_id", "decoding_id")
-COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona", "adapters", "profiles")
 BASELINE = "none"
 MOST_EXAMPLES = 100
+MOST_UNCLEAR = 3
+"""Replies that were not understood, shown per method."""
+UNCLEAR_CHARACTERS = 60
+"""Characters shown of each of them."""
 
 
 @dataclass(frozen=True)
@@ -152,17 +62,25 @@ class Tally:
     """(W,) by `Columns`."""
     resampled: np.ndarray
     """(R, W)."""
-    errors: int
-    missing: list[str]
-    """Some ids that other methods answered and this one did not."""
-    n_missing: int
+    errors: int = 0
+    missing: list[str] = field(default_factory=list)
+    """Some requests, as messages name them, that other methods answered and this one did not."""
+    n_missing: int = 0
+    cut: int = 0
+    """Replies that ended at the limit of tokens."""
+    n_unclear: int = 0
+    """Replies without an error that are no label or no number."""
+    unclear: tuple[dict[str, Any], ...] = ()
+    """Some of them, drawn at random: draw, user_id and cut text."""
 
 
 @dataclass
 class Scored:
     """The part of some buckets; grows with methods and resamples, not with users (but for split owners)."""
 
-    methods: dict[str, Tally]
+    methods: dict[str, Tally] = field(default_factory=dict)
+    references: dict[str, Tally] = field(default_factory=dict)
+    """References that need no LLM."""
     labelled: int = 0
     answered: int = 0
     users: int = 0
@@ -174,9 +92,9 @@ class Scored:
     left_out: int = 0
     """Requests that the runs beside have not answered."""
     which: int = 0
-    """Sum of digests of the ids of the requests answered: runs that answered the same have the same."""
+    """Sum of digests of the users and ids of the requests answered: equal for runs that answered the same ones."""
     strangers: tuple[str, ...] = ()
-    """Some ids of replies to no request that there is."""
+    """Some replies, as messages name them, to no request that there is."""
     n_strangers: int = 0
     made_by: frozenset[tuple[str, str, str]] = frozenset()
     """As in `Replies`."""
@@ -204,9 +122,11 @@ class ScoreBuckets:
     """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
     users: Mapping[int, list[str]] | None = None
     """Keys by bucket; where given, only their requests."""
+    references: "References | None" = None
+    """Where given, its texts are scored beside the replies."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        total = Scored({})
+        total = Scored()
         for bucket in batch["buckets"].to_pylist()[0]:
             try:
                 total = merged(total, self.score(bucket))
@@ -216,71 +136,110 @@ class ScoreBuckets:
 
     def score(self, bucket: int) -> Scored:
         """One bucket."""
-        tables = (self.requests, self.generations)
-        found = read_bucket(*tables, bucket, self.runs, with_input=self.examples > 0, users=self.users)
+        tables, with_input = (self.requests, self.generations), self.examples > 0 or self.references is not None
+        found = read_bucket(*tables, bucket, self.runs, with_input=with_input, users=self.users)
         left = len(found.rows)
         if self.beside:
-            others = read_bucket(self.requests, self.generations, bucket, self.beside)
-            shared = {row["request_id"] for row in others.rows}
-            found = dataclasses.replace(found, rows=[row for row in found.rows if row["request_id"] in shared])
+            others = read_bucket(*tables, bucket, self.beside)
+            shared = {key(row) for row in others.rows}
+            found = dataclasses.replace(found, rows=[row for row in found.rows if key(row) in shared])
         left -= len(found.rows)
-        golds = {row["request_id"]: row["target"] for row in found.rows}
-        at = {request_id: i for i, request_id in enumerate(golds)}
+        golds = {key(row): row["target"] for row in found.rows}
         base = self._first_metric(golds, found.texts.get(BASELINE, {}))
         known = self.facts.read(bucket, found.rows) if found.rows and self.cuts else {}
         thirds = {kind: groups.thirds(known[kind], cut) for kind, cut in self.cuts.items() if kind in known}
         tallies = {}
         for method in found.texts if self.methods is None else self.methods:
             texts = found.texts.get(method, {})
-            missing = [i for i in golds if i not in texts]
-            answered = {i: gold for i, gold in golds.items() if i in texts}
-            if answered:
-                ids, sums = metrics.item_sums(self.entry, answered, {i: texts[i] for i in answered})
-                rows = np.array([at[i] for i in ids])
-                of_thirds = [
-                    sums[:, :2] * (thirds[kind][rows] == third)[:, None] if kind in thirds else np.zeros((len(ids), 2))
-                    for kind in groups.KINDS
-                    for third in range(3)
-                ]
-                users = self._users(
-                    [found.rows[row]["user_id"] for row in rows], sums[:, 1], [base.get(i) for i in ids]
-                )
-                costs = np.array([found.costs[method][i] for i in ids], dtype=np.float64)
-                wide = np.hstack([sums, *of_thirds, users, costs])
-                owners = [found.rows[row]["owner_id"] for row in rows]
-                resampled = intervals.resampled_sums(owners, wide, self.resamples, self.seed)
-                tally = Tally(wide.sum(axis=0), resampled, found.errors.get(method, 0), missing[:3], len(missing))
-            else:
-                tally = Tally(np.zeros(1), np.zeros((self.resamples, 1)), 0, missing[:3], len(missing))
+            tally = self._tally(found.rows, texts, found.costs.get(method, {}), base, thirds)
+            missing = [one for one in golds if one not in texts]
+            tally.missing, tally.n_missing = [shown(one) for one in missing[:3]], len(missing)
+            tally.errors, tally.cut = (len(of.get(method, set()) & golds.keys()) for of in (found.errors, found.cut))
+            said = {one: texts[one] for one in golds if one in texts and one not in found.errors.get(method, ())}
+            tally.n_unclear, tally.unclear = self._unclear(said)
             tallies[method] = tally
-        split = frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners)
-        seen = frozenset(found.texts)
         return Scored(
-            tallies,
-            found.labelled,
-            len(golds),
-            found.users,
-            split,
-            seen,
-            self._examples(found, list(tallies)),
-            left,
-            sum(int.from_bytes(intervals.digest(i, self.seed), "big") for i in golds),
-            tuple(found.strangers[:3]),
-            len(found.strangers),
-            found.made_by,
+            methods=tallies,
+            references={
+                name: self._tally(found.rows, texts, {}, {}, {}) for name, texts in self._referred(bucket, found)
+            },
+            labelled=found.labelled,
+            answered=len(golds),
+            users=found.users,
+            split_owners=frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners),
+            seen=frozenset(found.texts),
+            examples=self._examples(found, list(tallies)),
+            left_out=left,
+            which=sum(int.from_bytes(intervals.digest("\0".join(one), self.seed), "big") for one in golds),
+            strangers=tuple(map(shown, found.strangers[:3])),
+            n_strangers=len(found.strangers),
+            made_by=found.made_by,
         )
+
+    def _tally(
+        self,
+        rows: list[dict[str, Any]],
+        texts: Mapping[Key, str],
+        costs: Mapping[Key, tuple[int, ...]],
+        base: Mapping[Key, float],
+        thirds: Mapping[str, np.ndarray],
+    ) -> Tally:
+        """Sums over the requests that have a text; thirds (N,) are of all rows."""
+        answered = {key(row): row["target"] for row in rows if key(row) in texts}
+        if not answered:
+            return Tally(np.zeros(1), np.zeros((self.resamples, 1)))
+        ids, sums = metrics.item_sums(self.entry, answered, {one: texts[one] for one in answered})
+        place = {key(row): at for at, row in enumerate(rows)}
+        at = np.array([place[one] for one in ids])
+        of_thirds = [
+            sums[:, :2] * (thirds[kind][at] == third)[:, None] if kind in thirds else np.zeros((len(ids), 2))
+            for kind in groups.KINDS
+            for third in range(3)
+        ]
+        users = self._users([user for user, _ in ids], sums[:, 1], [base.get(one) for one in ids])
+        spent = np.array([costs.get(one, (0,) * len(COSTS)) for one in ids], dtype=np.float64)
+        wide = np.hstack([sums, *of_thirds, users, spent])
+        owners = [rows[row]["owner_id"] for row in at]
+        return Tally(wide.sum(axis=0), intervals.resampled_sums(owners, wide, self.resamples, self.seed))
+
+    def _referred(self, bucket: int, found: Replies) -> list[tuple[str, dict[Key, str]]]:
+        """The references' texts by name; they are made without a look at the targets."""
+        if self.references is None or not found.rows:
+            return []
+        asked = [row | {"target": None} for row in found.rows]
+        texts = self.references.predict(bucket, asked)
+        ids = [key(row) for row in asked]
+        return [(name, dict(zip(ids, of_name, strict=True))) for name, of_name in texts.items()]
+
+    def _unclear(self, texts: Mapping[Key, str]) -> tuple[int, tuple[dict[str, Any], ...]]:
+        """How many replies are no answer at all, and some of them, different ones, first in a random order."""
+        found = [(one, text) for one, text in texts.items() if not metrics.understood(self.entry, text)]
+        rows = [
+            {"draw": self._draw("unclear", one), "user_id": one[0], "text": " ".join(text.split())[:UNCLEAR_CHARACTERS]}
+            for one, text in found
+        ]
+        return len(found), _different(rows)
+
+    def _draw(self, what: str, one: Key) -> bytes:
+        return intervals.digest("\0".join((what, *one)), self.seed)
 
     def _examples(self, found: Replies, methods: list[str]) -> tuple[dict[str, Any], ...]:
         """Requests that the methods answer differently, the first of a random order that is the same in every run."""
         rows = []
         for row in found.rows if self.examples else []:
-            replies = {name: found.texts.get(name, {}).get(row["request_id"], "") for name in methods}
+            replies = {name: found.texts.get(name, {}).get(key(row), "") for name in methods}
             if len(set(replies.values())) > 1:
-                draw = intervals.digest(f"example {row['request_id']}", self.seed)
-                rows.append({"draw": draw, "input": row["input"], "target": row["target"], "replies": replies})
+                rows.append(
+                    {
+                        "draw": self._draw("example", key(row)),
+                        "input": row["input"],
+                        "target": row["target"],
+                        "replies": replies,
+                    }
+                )
         return first(rows, self.examples)
 
-    def _first_metric(self, golds: dict[str, str], texts: dict[str, str]) -> dict[str, float]:
+    def _first_metric(self, golds: dict[Key, str], texts: dict[Key, str]) -> dict[Key, float]:
         answered = {i: gold for i, gold in golds.items() if i in texts}
         if not answered:
             return {}
@@ -307,38 +266,54 @@ def first(examples: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any
     return tuple(sorted(examples, key=lambda row: row["draw"])[:count])
 
 
+def _different(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Those that come first in the random order, each text once."""
+    by_text: dict[str, dict[str, Any]] = {}
+    for row in first(rows, len(rows)):
+        by_text.setdefault(row["text"], row)
+    return tuple(by_text.values())[:MOST_UNCLEAR]
+
+
 def merged(one: Scored, other: Scored) -> Scored:
     """Both together. A method that a part does not have misses everything that part answered."""
-    methods = {}
-    for method in one.methods | other.methods:
-        parts = [part.methods[method] for part in (one, other) if method in part.methods]
-        absent = sum(part.answered for part in (one, other) if method not in part.methods)
-        tally = parts[0] if len(parts) == 1 else added(*parts)
-        tally.n_missing += absent
-        methods[method] = tally
+    methods = _both(one.methods, other.methods)
+    for method, tally in methods.items():
+        tally.n_missing += sum(part.answered for part in (one, other) if method not in part.methods)
     return Scored(
-        methods,
-        one.labelled + other.labelled,
-        one.answered + other.answered,
-        one.users + other.users,
-        one.split_owners | other.split_owners,
-        one.seen | other.seen,
-        first([*one.examples, *other.examples], MOST_EXAMPLES),
-        one.left_out + other.left_out,
-        one.which + other.which,
-        (one.strangers + other.strangers)[:3],
-        one.n_strangers + other.n_strangers,
-        one.made_by | other.made_by,
-        one.problem or other.problem,
+        methods=methods,
+        references=_both(one.references, other.references),
+        labelled=one.labelled + other.labelled,
+        answered=one.answered + other.answered,
+        users=one.users + other.users,
+        split_owners=one.split_owners | other.split_owners,
+        seen=one.seen | other.seen,
+        examples=first([*one.examples, *other.examples], MOST_EXAMPLES),
+        left_out=one.left_out + other.left_out,
+        which=one.which + other.which,
+        strangers=(one.strangers + other.strangers)[:3],
+        n_strangers=one.n_strangers + other.n_strangers,
+        made_by=one.made_by | other.made_by,
+        problem=one.problem or other.problem,
     )
+
+
+def _both(one: dict[str, Tally], other: dict[str, Tally]) -> dict[str, Tally]:
+    found = {}
+    for name in one | other:
+        parts = [part[name] for part in (one, other) if name in part]
+        found[name] = parts[0] if len(parts) == 1 else added(*parts)
+    return found
 
 
 def added(one: Tally, other: Tally) -> Tally:
     """Both together; the sums of a method's repeats add up like those of buckets."""
     return Tally(
-        one.sums + other.sums,
-        one.resampled + other.resampled,
-        one.errors + other.errors,
-        (one.missing + other.missing)[:3],
-        one.n_missing + other.n_missing,
+        sums=one.sums + other.sums,
+        resampled=one.resampled + other.resampled,
+        errors=one.errors + other.errors,
+        missing=(one.missing + other.missing)[:3],
+        n_missing=one.n_missing + other.n_missing,
+        cut=one.cut + other.cut,
+        n_unclear=one.n_unclear + other.n_unclear,
+        unclear=_different([*one.unclear, *other.unclear]),
     )

@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+import numpy as np
+
+from pipelines import verdict
+
 METHODS = {  # accuracy, half width of its interval, gain, half width, better, worse, prompt tokens, bytes
     "none": (0.341, 0.021, None, None, None, None, 24, 0),
     "random": (0.402, 0.022, 0.061, 0.020, 0.22, 0.14, 83, 0),
@@ -17,6 +21,12 @@ METHODS = {  # accuracy, half width of its interval, gain, half width, better, w
     "plug:soft-prompt": (0.362, 0.021, 0.021, 0.018, 0.14, 0.10, 25, 0),
     "oracle": (0.906, 0.013, 0.565, 0.025, 0.79, 0.02, 41, 0),
 }
+REFERENCES = {  # accuracy, half width of its interval
+    "own most frequent label": (0.362, 0.022),
+    "linear classifier": (0.541, 0.023),
+}
+UNCLEAR = {"none": 0.041, "plug:no-history": 0.012}
+"""Share of replies that are no label; none of other methods'."""
 
 
 def made_up(**change: Any) -> dict[str, Any]:
@@ -28,6 +38,14 @@ def made_up(**change: Any) -> dict[str, Any]:
             "scores": {"accuracy": score, "f1": score - 0.03},
             "ci95": {"accuracy": _around(score, half), "f1": _around(score - 0.03, half)},
             "errors": 0,
+            "not_understood": {
+                "n": round(2000 * UNCLEAR.get(name, 0)),
+                "share": UNCLEAR.get(name, 0.0),
+                "replies": [{"user_id": "user-7", "text": f"The tag is <i>crime</i>, {n}"} for n in range(3)]
+                if name in UNCLEAR
+                else [],
+            },
+            "cut_at_the_limit": 0,
             "cost": {
                 "prompt_tokens": tokens,
                 "output_tokens": 2.1,
@@ -41,6 +59,9 @@ def made_up(**change: Any) -> dict[str, Any]:
                 metric: {"difference": gain - less, "ci95": _around(gain - less, wide), "p_value": p}
                 for metric, less in (("accuracy", 0.0), ("f1", 0.008))
             }
+            if name in verdict.candidates(METHODS):
+                for figures in row["vs_none"].values():
+                    figures["ci95_corrected"] = _around(figures["difference"], 1.2 * wide)
             row["users_vs_none"] = {
                 "n": 400,
                 "better": {"share": better, "ci95": _around(better, 0.04)},
@@ -76,6 +97,15 @@ def made_up(**change: Any) -> dict[str, Any]:
         "n_requests": 2000,
         "not_generated": 0,
         "methods": methods,
+        "verdict": claim({name: (row[0], (row[3] or 0.02) / 1.96) for name, row in METHODS.items()}),
+        "references": {
+            name: {
+                "scores": {"accuracy": score, "f1": score - 0.04},
+                "ci95": {"accuracy": _around(score, half), "f1": _around(score - 0.04, half)},
+                "about": f"what {name} is",
+            }
+            for name, (score, half) in REFERENCES.items()
+        },
         "groups": groups,
         "warnings": [],
         "runs": ["generate-20260301T010000-11aa"],
@@ -85,6 +115,18 @@ def made_up(**change: Any) -> dict[str, Any]:
         "versions": {"python": "3.11.9", "ray": "2.60.0", "vllm": "0.32.0"},
     }
     return found | change
+
+
+def claim(scores: dict[str, tuple[float, float]], metric: str = "accuracy", **unclear: float) -> dict[str, Any]:
+    """The verdict on made-up scores, each with the standard deviation of its difference to another method."""
+    rng = np.random.default_rng(0)
+
+    def drawn(of: dict[str, tuple[float, float]]) -> dict[str, verdict.Figure]:
+        return {name: verdict.Figure(score, rng.normal(score, sd / 2**0.5, 2000)) for name, (score, sd) in of.items()}
+
+    references = {name: (score, half / 1.96) for name, (score, half) in REFERENCES.items()}
+    found = verdict.judge(metric, drawn(scores), drawn(references), 400)
+    return verdict.say(found, "world", list(scores), UNCLEAR | unclear, "label of the task")
 
 
 def examples(count: int = 10) -> list[dict[str, Any]]:

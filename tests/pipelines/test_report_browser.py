@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from pipelines import page
-from tests.pipelines.figures import examples, made_up
+from tests.pipelines.figures import METHODS, REFERENCES, claim, examples, made_up
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -20,7 +20,12 @@ PHONE, DESK = 390, 1280
 VARIANTS = {
     "full": made_up(examples=examples(), warnings=["only 12 users: the intervals are wide and rough"]),
     "bare": made_up(
-        methods={"none": made_up()["methods"]["none"]}, groups={}, reference=None, task="a_task_with_a_very_long_name_x"
+        methods={"none": made_up()["methods"]["none"]},
+        verdict=claim({"none": METHODS["none"][:2]}),
+        references={},
+        groups={},
+        reference=None,
+        task="a_task_with_a_very_long_name_x",
     ),
     "rouge": json.loads(
         json.dumps(made_up(task="LaMP_5")).replace('"accuracy"', '"rouge1"').replace('"f1"', '"rougeL"')
@@ -127,6 +132,9 @@ def test_the_page_is_quiet_full_and_fits(browser, pages, name, width):
     assert all(table.is_displayed() for table in browser.find_elements("css selector", "details table"))
     found = browser.execute_script(WIDE)
     assert found["wide"] == [] and found["scroll"] <= found["client"] == width
+    tables = browser.find_elements("css selector", "table.headline tbody")
+    rows = [len(table.find_elements("css selector", "tr")) for table in tables]
+    assert rows == ([1] if name == "bare" else [len(METHODS), len(REFERENCES)])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

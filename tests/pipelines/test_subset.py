@@ -15,7 +15,7 @@ import pytest
 from infra import shards
 from pipelines import tables
 from pipelines.methods import parse_all
-from pipelines.stages import groups, score
+from pipelines.stages import groups, replies
 from pipelines.stages.owed import OwedUsers
 from pipelines.stages.prompt import BuildPrompts, Owed
 from pipelines.stages.samples import PrepareSamples
@@ -220,7 +220,7 @@ def test_evaluate_reads_of_a_subset_its_row_groups(place, some, read):
     little = taken(read)
     assert groups.survey([0, 1], requests, generations, ["one"], facts).requests == len(USERS)
     assert_little(little, read, "histories")
-    scored = score.read_bucket(requests, generations, 1, ["one"], users=keys)
-    every = score.read_bucket(requests, generations, 1, ["one"])
+    scored = replies.read_bucket(requests, generations, 1, ["one"], users=keys)
+    every = replies.read_bucket(requests, generations, 1, ["one"])
     assert {row["request_id"] for row in scored.rows} == {f"{user}/0" for user in some}
-    assert all(every.texts["none"][row["request_id"]] == scored.texts["none"][row["request_id"]] for row in scored.rows)
+    assert all(every.texts["none"][replies.key(row)] == scored.texts["none"][replies.key(row)] for row in scored.rows)

@@ -1,0 +1,145 @@
+"""Replies beside the requests they answer: one bucket, joined by user_id and request_id.
+
+Generations and requests of a user lie in the same bucket: the join needs no shuffle. Two users may call their requests
+alike, so an id alone is no key.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.shards import of_bucket
+from infra.snapshot import Snapshot
+
+Key: TypeAlias = tuple[str, str]
+"""user_id and request_id."""
+IDENTITIES = ("llm_id", "plug_id", "decoding_id")
+COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona", "adapters", "profiles")
+
+
+def key(row: Mapping[str, Any]) -> Key:
+    return row["user_id"], row["request_id"]
+
+
+def shown(one: Key) -> str:
+    """A request as messages name it."""
+    return f"{one[1]!r} of user {one[0]!r}"
+
+
+@dataclass(frozen=True)
+class Replies:
+    """One bucket's requests that have a target and were answered by any of the runs, and the answers."""
+
+    rows: list[dict[str, Any]]
+    """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
+    texts: dict[str, dict[Key, str]]
+    """By method, by user and id; empty for a row with an error."""
+    costs: dict[str, dict[Key, tuple[int, ...]]]
+    """Likewise: prompt tokens, output tokens, whether each kind of thing kept for a user was read (COSTS)."""
+    errors: dict[str, set[Key]]
+    """By method, the requests whose reply is an error."""
+    cut: dict[str, set[Key]]
+    """By method, the requests whose reply ended at the limit of tokens."""
+    labelled: int
+    """Requests with a target, answered or not."""
+    strangers: list[Key]
+    """Replies to no request that there is."""
+    made_by: frozenset[tuple[str, str, str]]
+    """Method, kind of identity (IDENTITIES), identity: of all replies there are."""
+
+    @property
+    def users(self) -> int:
+        """Distinct people who are themselves a user."""
+        return len({row["owner_id"] for row in self.rows if row["owner_id"] == row["user_id"]})
+
+    @property
+    def split_owners(self) -> set[str]:
+        """Distinct people with one history a question: their questions lie in many buckets."""
+        return {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
+
+
+def read_bucket(
+    requests: Snapshot,
+    generations: Snapshot,
+    bucket: int,
+    runs: Sequence[str],
+    with_input: bool = False,
+    users: Mapping[int, list[str]] | None = None,
+) -> Replies:
+    """Joins a bucket, of these users where they are given (`shards.keys_by_bucket`).
+
+    Raises:
+        ValueError: a request was answered twice by one method, or a user has two requests of one id.
+    """
+    columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
+    keys = of_bucket(users, bucket)
+    everything = requests.read(columns, buckets=[bucket], user_keys=keys)
+    asked = everything.filter(pc.is_valid(everything["target"]))
+    wanted = pc.field("run_id").isin(list(runs))
+    names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
+             "persona", "adapter_id"]  # fmt: skip
+    rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
+    there = set(_keys(everything))
+    if len(there) < len(everything):
+        twice = next(one for one, times in Counter(_keys(everything)).items() if times > 1)
+        raise ValueError(f"request {shown(twice)} stands twice in the table requests; ingest the requests anew")
+    replies = _by_method(rows, set(_keys(asked)), runs)
+    answered: set[Key] = set().union(*replies["texts"].values())
+    kept = [row for row in asked.to_pylist() if key(row) in answered]
+    return Replies(
+        rows=kept,
+        **replies,
+        labelled=len(asked),
+        strangers=sorted(set(_keys(rows)) - there, key=lambda stranger: stranger[::-1]),
+        made_by=frozenset(
+            (row["method"], name, row[name])
+            for row in rows.group_by(["method", *IDENTITIES]).aggregate([]).to_pylist()
+            for name in IDENTITIES
+            if row[name]
+        ),
+    )
+
+
+def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> dict[str, Any]:
+    """texts, costs, errors and cut of `Replies`."""
+    texts: dict[str, dict[Key, str]] = {}
+    costs: dict[str, dict[Key, tuple[int, ...]]] = {}
+    errors: dict[str, set[Key]] = {}
+    cut: dict[str, set[Key]] = {}
+    for row in rows.to_pylist():
+        if key(row) not in known:
+            continue
+        of_method = texts.setdefault(row["method"], {})
+        if key(row) in of_method:
+            raise ValueError(
+                f"request {shown(key(row))} has two replies of method {row['method']} in runs {', '.join(runs)}; "
+                "name one run a method, or give --pool when the runs repeat the same methods"
+            )
+        of_method[key(row)] = row["text"] or "" if row["error"] is None else ""
+        costs.setdefault(row["method"], {})[key(row)] = _costs(row)
+        if row["error"] is not None:
+            errors.setdefault(row["method"], set()).add(key(row))
+        elif row["finish_reason"] == "length":
+            cut.setdefault(row["method"], set()).add(key(row))
+    return {"texts": texts, "costs": costs, "errors": errors, "cut": cut}
+
+
+def _keys(rows: pa.Table) -> list[Key]:
+    return list(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[int, ...]:
+    """As COSTS."""
+    parts = row["method"].split("+")
+    return (
+        row["prompt_tokens"] or 0,
+        row["output_tokens"] or 0,
+        int(row["persona"] == "attention" or "dense" in parts),
+        int(row["persona"] == "mean"),
+        int(row["adapter_id"] is not None),
+        int("profile" in parts),
+    )
