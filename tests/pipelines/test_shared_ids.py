@@ -155,6 +155,27 @@ def test_two_runs_are_compared_by_user_and_request(alike):
     assert report["compare"]["methods"]["plug"]["accuracy"]["difference"] == 0
 
 
+def test_replies_cut_at_the_limit_of_tokens_are_counted_and_many_of_them_said(alike):
+    own = [row for row in alike.replies if row["method"] == "none"]
+    cut = [row | {"method": "bm25", "finish_reason": "length" if at % 3 == 0 else "stop"} for at, row in enumerate(own)]
+    few = [row | {"method": "dense", "finish_reason": "length" if at < 5 else "stop"} for at, row in enumerate(own)]
+    write(alike, "cut", own + cut + few)
+    _, report, _ = run(alike, run=("cut",), resamples=100)
+    got = {method: row["cut_at_the_limit"] for method, row in report["methods"].items()}
+    assert got == {"none": 0, "bm25": USERS, "dense": 5}
+    said = [warning for warning in report["warnings"] if "limit of tokens" in warning]
+    assert said == ["bm25: 33% of the replies were cut at the limit of tokens"]
+
+
+def test_an_erased_users_reply_that_was_not_understood_leaves_the_report(tmp_path):
+    replies = [{"user_id": user, "text": "I like what"} for user in ("u1", "u2")]
+    (tmp_path / "report.json").write_text(json.dumps({"methods": {"none": {"not_understood": {"replies": replies}}}}))
+    scrub = Scrub(Needles(frozenset(), ids=frozenset({"u1"})), frozenset())
+    scrub(pa.table({"root": [str(tmp_path)], "name": ["report.json"]}))
+    left = json.loads((tmp_path / "report.json").read_text())["methods"]["none"]["not_understood"]["replies"]
+    assert left == replies[1:]
+
+
 def test_an_erased_user_is_taken_out_of_predictions_under_a_name_with_the_user(tmp_path):
     rows = [{"id": "u1/next", "output": "good"}, {"id": "u2/next", "output": "bad"}, {"id": "u%2F1/x", "output": "o"}]
     (tmp_path / "plug.json").write_text(json.dumps({"task": "notes", "golds": rows}))
