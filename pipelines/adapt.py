@@ -112,7 +112,7 @@ def run(config: Config) -> int:
         base_shapes(model_folder(config.llm.model, config.llm.revision), config.lora.shape.targets)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
-    users = tables.read_users(config.users)
+    users = tables.read_users(config.users, histories)
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
         with lease.reading(config.tables, run_id):

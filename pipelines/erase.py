@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import model_validator
 
 from infra.errors import InputError
+from infra.lines import numbered_lines
 from infra.report import RunReport, new_run_id
 from pipelines.options import JobConfig
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 PENDING = "erase-pending.json"
 """Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
+FOUND = "erase-found.json"
+"""Digests of the ids that this erase has found in a table: when their rows are gone, a rerun cannot see them again."""
 DUTIES = (
     "older versions of S3 objects, where the bucket keeps them",
     "what Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders (/dev/shm)",
@@ -45,6 +48,9 @@ class Config(JobConfig):
     """File with a user id a line."""
     folders: tuple[str, ...] = ("runs",)
     """Run folders and exports: all below them is rewritten without the users, and searched."""
+    confirm_absent: bool = False
+    """Confirms that ids which are in no table are right, for example of people who never had a row. Without it, such an
+    id ends the job with exit code 1 after all others are erased: it may be misspelled, and its user still here."""
     run_id: str | None = None
     """Give the id of an erase that broke off, to end it."""
 
@@ -60,34 +66,54 @@ def run(config: Config) -> int:
     from infra import lease, session
     from infra.storage import Storage
 
-    given = _ids(config)
+    places = _ids(config)
     run_id = config.run_id or new_run_id("erase")
     shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
     report = RunReport("erase", run_id, shown, config.run_dir or f"runs/{run_id}")
     folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
     session.start()
     with lease.alone(config.tables, run_id):
-        _erase(config, report, given, folders)
+        absent = _erase(config, report, frozenset(places), folders)
+    if absent and not config.confirm_absent:
+        _ask_about(absent, places, config, report)
     return report.finish()
 
 
-def _ids(config: Config) -> frozenset[str]:
+def _ids(config: Config) -> dict[str, int]:
+    """The ids to erase, each with its line in the file."""
     if config.user_id is not None:
-        return frozenset({config.user_id})
+        return {config.user_id: 0}
     assert config.users is not None, "the config has seen to it"
     try:
-        with open(config.users, encoding="utf-8", newline="") as file:
-            found = frozenset(line.rstrip("\r\n") for line in file if line.strip())
+        found = {text: number for number, text in numbered_lines(config.users)}
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"users={config.users}: cannot be read ({error}); expected a user id a line") from error
+        raise InputError(
+            f"users={config.users}: cannot be read ({error}); expected a user id a line, in UTF-8"
+        ) from error
     if not found:
         raise InputError(f"users={config.users}: no user in it; expected a user id a line")
     return found
 
 
-def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> None:
+def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, report: RunReport) -> None:
+    """Names the lines of ids that are in no table, never the ids: the output is kept."""
+    numbers = sorted(places[user] for user in absent)
+    some = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    where = "the one of user_id" if config.users is None else f"line{'s' * (len(numbers) > 1)} {some} of {config.users}"
+    print(
+        f"erase: {len(absent)} of {len(places)} ids {'are' if len(absent) > 1 else 'is'} in no table: {where}. Compare "
+        "the spelling with the tables (letter case, spaces, leading zeros) and run this again with the right ids and "
+        f"the same run_id={report.run_id}, or confirm with --confirm-absent that there never was such a user here",
+        flush=True,
+    )
+    report.failed += len(absent)
+
+
+def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> frozenset[str]:
+    """Returns those of the ids that neither this nor an earlier start of this run has found in a table."""
     from infra import runs
     from infra.search import Needles, digest
+    from infra.shards import user_key
     from infra.storage import Storage
     from pipelines import tables
     from pipelines.stages.erase import Scrub
@@ -98,8 +124,9 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     run_dir = Storage(report.run_dir)
     pending = json.loads(run_dir.read_bytes(PENDING)) if run_dir.exists(PENDING) else []
     with report.stage("look") as stage:
-        someone = _someone(found, given)
+        someone, owners = _someone(found, given)
         values, requests, known = _own_values(found, someone)
+        here = owners | {user for user in given if user_key(user) in known}
         shared = _shared(found, someone, values | someone.ids)
         stage.rows = len(values)
     needles = Needles(
@@ -109,8 +136,10 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     )
     pending = sorted({*pending, *map(digest, needles.values)})
     run_dir.write_bytes(PENDING, json.dumps(pending).encode())
+    absent = _never_found(given, here, run_dir)
 
     record: dict[str, Any] = {"users": sorted(map(digest, given)), "values_looked_for": len(pending)}
+    record["absent"] = sorted(map(digest, absent))
     record["values_that_others_have"] = len(shared)
     record["trained_on_their_data"] = _trained(config.tables, folders)
     with report.stage("folders") as stage:
@@ -128,8 +157,7 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": list(DUTIES)}
     report.extra["erasure"] = record
     report.planned = len(given)
-    gone = min(len(known), len(given))
-    report.written, report.already_there = gone, len(given) - gone
+    report.written, report.already_there = len(here), len(given) - len(here)
     report.failed = len(survivors)
     if survivors:
         print(
@@ -139,6 +167,17 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
         )
     else:
         run_dir.delete(PENDING)
+    return absent
+
+
+def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> frozenset[str]:
+    """Those of the ids that neither this nor an earlier start of the run has found; notes those found now."""
+    from infra.search import digest
+
+    before = json.loads(run_dir.read_bytes(FOUND)) if run_dir.exists(FOUND) else []
+    ever = {*before, *map(digest, here)}
+    run_dir.write_bytes(FOUND, json.dumps(sorted(ever)).encode())
+    return frozenset(user for user in given if digest(user) not in ever)
 
 
 def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any]]":
@@ -159,27 +198,25 @@ def _there(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
     return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
 
 
-def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "Someone":
-    """The users, and the histories that are theirs where ingest keeps one history a question."""
+def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
+    """The users, and the histories that are theirs where ingest keeps one history a question; and whose these are."""
     import pyarrow.compute as pc
 
     from infra.shards import user_key
     from infra.snapshot import read_file
     from pipelines.stages.erase import Someone
 
-    ids = set(given)
+    ids, owners = set(given), set[str]()
     if "requests" in found:
         of_theirs = pc.field("owner_id").isin(sorted(given))
         for uri in _there(found["requests"]):
-            ids |= set(_or_nothing(lambda uri=uri: read_file(uri, ["user_id"], of_theirs)["user_id"].to_pylist()))
-    return Someone(frozenset(ids), frozenset(map(user_key, ids)))
-
-
-def _or_nothing(read: Any) -> "Iterable[str]":
-    try:
-        return read()
-    except ValueError:  # damaged, as a killed write leaves it
-        return ()
+            try:
+                theirs = read_file(uri, ["user_id", "owner_id"], of_theirs)
+            except ValueError:  # damaged, as a killed write leaves it
+                continue
+            ids |= set(theirs["user_id"].to_pylist())
+            owners |= set(theirs["owner_id"].to_pylist())
+    return Someone(frozenset(ids), frozenset(map(user_key, ids))), owners
 
 
 def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, NonNegativeInt
 
 from infra.errors import InputError
+from infra.lines import lines
 from infra.report import RunReport, new_run_id
 from pipelines.methods import Method, parse_all
 from pipelines.options import ResumableConfig
@@ -344,7 +345,7 @@ def _write_profiles(
     from pipelines.stages.profile import AskForProfiles, WriteProfiles
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
-    users, buckets = tables.read_users(config.users), tables.open_table(config.tables, "requests").buckets
+    users, buckets = tables.read_users(config.users, requests), tables.open_table(config.tables, "requests").buckets
     profiles = tables.open_or_create(config.tables, "profiles", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = profiles.snapshot()
@@ -450,7 +451,7 @@ def _generate(
     from pipelines.stages.write import Committer, WriteFiles, bucket_rows, commit_stream, plan
 
     before, profiles = generations.snapshot(), sources["profiles"]
-    users = keys_by_bucket(tables.read_users(config.users), generations.buckets)
+    users = keys_by_bucket(tables.read_users(config.users, requests), generations.buckets)
     stored = sources["adapters"].snapshot if sources["adapters"] else None
     owed = Owed(
         requests,
@@ -656,10 +657,9 @@ def _oracle(config: Config, methods: list[Method]) -> dict[str, str]:
         raise InputError("method oracle needs --oracle FILE: JSON lines of {user_id, text}")
     found = {}
     try:
-        with open(config.oracle, encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                found[row["user_id"]] = row["text"]
+        for line in lines(config.oracle):
+            row = json.loads(line)
+            found[row["user_id"]] = row["text"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"oracle={config.oracle}: expected JSON lines of {{user_id, text}} ({error!r})") from error
     return found

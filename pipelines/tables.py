@@ -7,10 +7,15 @@ bucket by bucket, without a shuffle. Vectors of another encoder stand in a table
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import pyarrow.compute as pc
 
 from infra import upkeep
 from infra.errors import InputError
+from infra.lines import lines
+from infra.shards import bucket_of_key, user_key
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table, TableSpec
@@ -72,6 +77,8 @@ _SPECS = [
     TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
 ]
+_NAMED = 10
+"""Ids that a message names; of the others it gives the number."""
 SPECS = {spec.name: spec for spec in _SPECS}
 _WRITERS = {
     "histories": "ingest",
@@ -171,8 +178,11 @@ def costs(tables: str, names: Iterable[str]) -> dict[str, dict[str, int]]:
     return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in found}
 
 
-def read_users(path: str | None) -> frozenset[str] | None:
-    """The ids in a file with one a line; None without a file.
+def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
+    """The ids in a file with one a line; None without a file. However the file was saved, the ids are the same.
+
+    Args:
+        among: tables in one of which each id should have a row; ids that have none are named on the screen.
 
     Raises:
         InputError: it cannot be read.
@@ -180,10 +190,41 @@ def read_users(path: str | None) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return frozenset(line.rstrip("\n") for line in file if line.strip())
-    except OSError as error:
-        raise InputError(f"users={path}: cannot be read ({error}); expected a file with a user id a line") from error
+        found = frozenset(lines(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"users={path}: cannot be read ({error}); expected a file with a user id a line, in UTF-8"
+        ) from error
+    absent = sorted(absent_from(found, *among)) if among else []
+    if absent:
+        more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+        where = ", ".join(snapshot.spec.name for snapshot in among)
+        print(
+            f"users={path}: {len(absent)} of {len(found)} ids have no row in {where}: "
+            f"{', '.join(map(repr, absent[:_NAMED]))}{more}",
+            flush=True,
+        )
+    return found
+
+
+def absent_from(users: Iterable[str], *among: Snapshot) -> set[str]:
+    """Those of the users who have no row in any of these tables; reads user_key alone, and only where they can be."""
+    left = {user_key(user): user for user in users}
+    for snapshot in among:
+        by_bucket: dict[int, list[str]] = {}
+        buckets = Table.open(snapshot.table, snapshot.spec).buckets
+        for key in left:
+            by_bucket.setdefault(bucket_of_key(key, buckets), []).append(key)
+
+        def there(bucket: int, keys: list[str], snapshot: Snapshot = snapshot) -> set[str]:
+            parts = snapshot.of_users(["user_key"], bucket, keys)
+            return {key for part in parts for key in pc.unique(part["user_key"]).to_pylist()}
+
+        with ThreadPoolExecutor(8) as pool:
+            for found in pool.map(there, by_bucket, by_bucket.values()):
+                for key in found:
+                    left.pop(key, None)
+    return set(left.values())
 
 
 def embeddings_name(encoder_id: str) -> str:

@@ -187,7 +187,8 @@ def _prepare(
     from pipelines.stages.samples import PrepareSamples, Shard
     from pipelines.stages.write import bucket_rows
 
-    users = keys_by_bucket(tables.read_users(config.users), tables.open_table(config.tables, "requests").buckets)
+    asked = tables.read_users(config.users, requests)
+    users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
     stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
     shards = []

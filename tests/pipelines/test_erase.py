@@ -11,7 +11,7 @@ import pytest
 
 from infra import lease, shards, upkeep
 from infra.errors import InputError, Overtaken
-from infra.search import Needles
+from infra.search import Needles, digest
 from infra.storage import Storage
 from infra.table import Table
 from pipelines import base_lm, erase, evaluate, export, tables, train
@@ -224,14 +224,69 @@ def test_the_same_on_s3_where_older_versions_of_objects_are_the_operators_duty(t
     assert any(one["Key"].endswith(".parquet") for one in old)  # the erase cannot reach them, so it says so
 
 
-def test_a_user_with_a_short_id_goes_too_and_somebody_unknown_is_no_error(people):
+def test_a_user_with_a_short_id_goes_too(people):
     before = people.everything()
     assert people.erase(user_id=SHORT) == 0
     assert people.everything() == others(before, [SHORT])
     assert own(SHORT, 0) not in decoded(people.folder / "tables")
-    assert people.erase("again", user_id="nobody at all") == 0
-    assert (people.report["written"], people.report["already_there"]) == (0, 1)
-    assert people.everything() == others(before, [SHORT])
+
+
+def test_a_file_with_a_byte_order_mark_erases_its_first_user_too(people):
+    """As spreadsheets save it: with a mark, CRLF and blank lines."""
+    before, path = people.everything(), people.folder / "gone.txt"
+    path.write_bytes(b"\xef\xbb\xbfuser-1\r\n\r\n" + ODD.encode() + b" \r\n")
+    assert people.erase(users=str(path)) == 0
+    path.unlink()
+    assert (people.report["planned"], people.report["written"]) == (2, 2)
+    assert people.everything() == others(before, ["user-1", "q9", ODD])
+    assert_nowhere(people.folder, ["user-1", ODD])
+
+
+def test_an_id_that_is_nowhere_ends_with_1_until_it_is_confirmed_absent(people, capsys):
+    before, path = people.everything(), people.folder / "gone.txt"
+    path.write_text("user-1\n\nuser-2\nUser-10\n")
+    assert people.erase(users=str(path)) == 1
+    assert people.everything() == others(before, ["user-1", "q9"])  # whom it found it has erased
+    said = capsys.readouterr().out
+    assert "2 of 3 ids are in no table: lines 3, 4 of" in said and "--confirm-absent" in said
+    assert "user-2" not in said and "User-10" not in said  # the output names nobody
+    assert people.report["erasure"]["absent"] == [digest("User-10"), digest("user-2")]
+    assert (people.report["planned"], people.report["written"], people.report["failed"]) == (3, 1, 2)
+
+    assert people.erase(users=str(path)) == 1  # still nowhere, but user-1 is no question any more
+    assert (people.report["written"], people.report["already_there"], people.report["failed"]) == (0, 3, 2)
+    path.write_text("user-1\nuser-10\n")  # mended
+    assert people.erase(users=str(path)) == 0
+    assert people.everything() == others(before, ["user-1", "q9", "user-10"])
+    assert people.erase(users=str(path)) == 0  # all erased by this run: nothing to ask
+    assert (people.report["written"], people.report["already_there"]) == (0, 2)
+    assert people.erase("another", users=str(path)) == 1  # another run cannot know
+    assert people.erase("another", users=str(path), confirm_absent=True) == 0
+    assert len(people.report["erasure"]["absent"]) == 2
+    assert people.erase("nobody", user_id="nobody at all") == 1
+    assert "1 of 1 ids is in no table: the one of user_id" in capsys.readouterr().out
+
+
+def test_an_erase_that_broke_off_after_the_rows_went_asks_for_nobody_it_has_found(people, monkeypatch):
+    prove = erase.prove
+
+    def dies(*given):
+        raise ConnectionAbortedError("the driver dies here")
+
+    monkeypatch.setattr(erase, "prove", dies)
+    with pytest.raises(ConnectionAbortedError):
+        people.erase(user_id="user-1")
+    monkeypatch.setattr(erase, "prove", prove)
+    assert people.erase(user_id="user-1") == 0
+
+
+def test_a_person_who_is_only_the_owner_of_histories_is_found(people):
+    path = people.folder / "gone.txt"
+    people.put("requests", "more", [{"user_id": "q10", "owner_id": "split", "request_id": "q10", "task": "notes",
+                                     "input": "What of a dog of everybody?"}])  # fmt: skip
+    path.write_text("split\n")
+    assert people.erase(users=str(path)) == 0
+    assert (people.report["planned"], people.report["written"]) == (1, 1)
 
 
 def test_the_tables_go_on_after_an_erase(people):

@@ -144,7 +144,7 @@ def test_later_items_change_no_profile(made):
 
 
 @pytest.mark.slow
-def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path):
+def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, capsys):
     population = Population(tmp_path)
     put(population, [item(user, day) for user in PEOPLE for day in range(5)], derive_requests=2)
     put(population, requests=[{"request_id": "open", "user_id": "cleo", "input": "How do I feel? a dog"}])
@@ -152,6 +152,7 @@ def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path):
     (tmp_path / "users").write_text("ann\nnobody asks for me\n")
     assert run(population, "one", users=str(tmp_path / "users"), **asked) == 0
     assert population.report["planned"] == 1 and profiles(population).keys() == {"ann"}
+    assert "1 of 2 ids have no row in requests: 'nobody asks for me'\n" in capsys.readouterr().out
     assert run(population, "all", wave_rows=1, **asked) == 0
     assert (population.report["written"], population.report["already_there"]) == (3, 1)
     table, first = tables.open_table(population.tables, "profiles"), profiles(population)
