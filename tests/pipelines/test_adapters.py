@@ -323,31 +323,22 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
 def test_adapters_that_know_the_answers_are_not_scored(served, tmp_path):
     """Made from all of a user's items, as with cut=none, or before these requests were there: they know the answers."""
     place = str(shutil.copytree(served.made.tables, tmp_path / "tables"))
-    newest = {}
-    for row in small.rows(place, "histories"):
-        if row["position"] >= newest.get(row["user_id"], row)["position"]:
-            newest[row["user_id"]] = row
     adapters = tables.open_table(place, "adapters")
     before = adapters.snapshot(complete=True)
     rows = before.read().to_pylist()
-    cut = [row for row in rows if row["last_item_position"] < newest[row["user_id"]]["position"]]
-    assert len(rows) == 14 and cut  # the requests are on the newest items
+    newest: dict[str, tuple] = {}
+    for row in small.rows(place, "histories"):
+        newest[row["user_id"]] = max(newest.get(row["user_id"], ()), (row["occurred_at"], row["position"]))
+    stored = {row["user_id"]: (row["last_item_at"], row["last_item_position"]) for row in rows}
+    assert len(rows) == 14 and stored == newest  # all items here come before the requests
     for row in rows:
-        row["last_item_at"] = newest[row["user_id"]]["occurred_at"]
-        row["last_item_position"] = newest[row["user_id"]]["position"]
+        row["last_item_at"] += timedelta(days=3650)
     files = adapters.write(pa.Table.from_pylist(rows, schema=adapters.spec.schema), "all")
     said = {name: before.metadata[name] for name in ("llm_id", "fit_id", "cut")}
     adapters.commit(files, run_id="all", group=0, mode="replace", buckets=set(before.by_bucket()), metadata=said,
                     planned_on=before.version, complete=True)  # fmt: skip
-    know = sum(
-        (newest[row["user_id"]]["occurred_at"], newest[row["user_id"]]["position"])
-        >= (row["as_of"], -1 if row["as_of_position"] is None else row["as_of_position"])
-        for row in small.rows(place, "requests")
-        if row["user_id"] in newest and row["as_of"] is not None
-    )
-    assert know > 0
     asked = {"tables": place, "llm": served.made.llm, "methods": ("none", "adapter+plug:mean"), "plug": served.plug}
-    with pytest.raises(InputError, match=f"made from items that {know} of the requests with a known answer may not"):
+    with pytest.raises(InputError, match="made from items that 28 of the requests with a known answer may not"):
         served.made.run(generate, "leak-1", **asked)
     with pytest.raises(InputError, match="run `adapt` again with cut=requests"):
         served.made.run(generate, "leak-2", **asked, requests="labelled")
