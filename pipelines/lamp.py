@@ -160,5 +160,6 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
         generate("generate-soft", "plug-soft", [SOFT_PROMPT])
         runs.append("generate-soft")
     add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in runs],
-        generate_reports=[str(root / step / "report.json") for step in runs])  # fmt: skip
+        generate_reports=[str(root / step / "report.json") for step in runs],
+        references_from=[str(root / "tables" / "train")])  # fmt: skip
     return found

@@ -48,6 +48,7 @@ def test_every_job_takes_its_part(path, use, tmp_path):
     assert generate.retrieval.encoder == train.encoder == made["refresh-train"].encoder
     assert (made["ingest-train"].split, made["ingest-dev"].split) == ("time/train", "time/dev")
     assert made["ingest-train"].tables == train.tables != generate.tables == made["evaluate"].tables
+    assert made["evaluate"].references_from == (train.tables,)
     assert made["evaluate"].run == (generate.run_id,) and len(parse_all(generate.methods)) == 8
     # the paper's own: method.md section 1
     assert (train.fit.batch_size, train.fit.learning_rate, train.fit.epochs) == (
