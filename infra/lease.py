@@ -56,12 +56,21 @@ def alone(root: str, owner: str) -> AbstractContextManager[None]:
     return _held(root, owner, "alone")
 
 
+def no_other_writer(root: str, owner: str) -> AbstractContextManager[None]:
+    """Held by a short job beside which nobody may write; whoever reads already goes on.
+
+    Raises:
+        Overtaken: on entering, somebody else writes here or is alone at work.
+    """
+    return _held(root, owner, "alone", beside=("reading",))
+
+
 def refuse_if_not_alone(root: str, owner: str) -> None:
     """Raises Overtaken when somebody else holds `alone`: then nobody may commit."""
     _refuse(root, owner, "alone")
 
 
-def _refuse(root: str, owner: str, kind: str | None) -> None:
+def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = ()) -> None:
     storage, now = Storage(root), time.time()
     for name in storage.list(FOLDER, recursive=False):
         if kind is not None and not name.startswith(f"{FOLDER}/{kind}-"):
@@ -70,7 +79,7 @@ def _refuse(root: str, owner: str, kind: str | None) -> None:
             lease = json.loads(storage.read_bytes(name))
         except (FileNotFoundError, ValueError):  # given back while we looked
             continue
-        if lease["owner"] != owner and lease["until"] > now:
+        if lease["owner"] != owner and lease["until"] > now and lease["kind"] not in beside:
             raise Overtaken(
                 f"{root}: run {lease['owner']} is at work here ({lease['kind']}; its lease {name} runs out in "
                 f"{lease['until'] - now:.0f} s unless renewed) and this run cannot work beside it. This run stops; "
@@ -79,7 +88,7 @@ def _refuse(root: str, owner: str, kind: str | None) -> None:
 
 
 @contextmanager
-def _held(root: str, owner: str, kind: str) -> Iterator[None]:
+def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Iterator[None]:
     storage, name = Storage(root), f"{FOLDER}/{kind}-{_safe(owner)}.json"
     stop = threading.Event()
 
@@ -107,7 +116,7 @@ def _held(root: str, owner: str, kind: str) -> Iterator[None]:
     thread = threading.Thread(target=renew, daemon=True, name=f"lease {name}")
     thread.start()
     try:
-        _refuse(root, owner, None if kind == "alone" else "alone")
+        _refuse(root, owner, None if kind == "alone" else "alone", beside)
         yield
     finally:
         stop.set()

@@ -19,9 +19,15 @@ ERASED = "erased"
 """In what a commit said: everything written before it has been deleted if no version named it."""
 OWN_ROWS = "own_rows"
 """In what a commit said: it took away rows of its own run, and of no other."""
+ERASING = "erasing"
+"""In what a commit said: rows of erased users have gone, and the files that held them go next."""
+RESTORED = "restored"
+"""In what a commit said: the version whose files the table holds again from here on."""
 _NOT_ROWS = ("metaData", "protocol")
 _REWRITTEN_BY = "rewritten_by"
-_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, OWN_ROWS})
+_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, ERASING, RESTORED, OWN_ROWS})
+OF_ONE_COMMIT = (ERASED, ERASING, RESTORED, OWN_ROWS)
+"""What is true of one commit only, and is not said again by one that leaves the rows as they are."""
 
 
 def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
@@ -65,7 +71,12 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
     found: set[str] = set() if since <= until else {"other"}
     for version in range(since + 1, until + 1):
         said = entries(storage, version)
-        if said is None or ERASED in _info(said) or any(kind in entry for entry in said for kind in _NOT_ROWS):
+        own = _info(said or [])
+        if (
+            said is None
+            or any(key in own for key in OF_ONE_COMMIT)
+            or any(kind in entry for entry in said for kind in _NOT_ROWS)
+        ):
             found.add("other")
             continue
         actions = [entry[kind] for entry in said for kind in ("add", "remove") if kind in entry]
@@ -107,13 +118,31 @@ def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bo
 
 def rewritten(below: Mapping[str, str], by: str, group: int, more: Mapping[str, str]) -> dict[str, str]:
     """What a commit says that puts the rows of a complete version into other files: all that the run below had said."""
-    kept = {key: value for key, value in below.items() if key not in (ERASED, OWN_ROWS)}
+    kept = {key: value for key, value in below.items() if key not in OF_ONE_COMMIT}
     return kept | {"group": str(group), "complete": "true", _REWRITTEN_BY: by} | dict(more)
 
 
 def is_group(said: Mapping[str, Any], run_id: str, group: int) -> bool:
     """Whether a commit is this group of this run."""
     return said.get(_REWRITTEN_BY, said.get("run_id")) == run_id and said.get("group") == str(group)
+
+
+def writer(said: Mapping[str, Any]) -> str:
+    """The run that made a commit; a compaction's commit also names the run whose rows it holds."""
+    return str(said.get(_REWRITTEN_BY, said.get("run_id", "")))
+
+
+def taken_back(storage: Storage, version: int, newest: int) -> str | None:
+    """The run that has restored a version older than a commit, which then no longer counts; None if there is none."""
+    until = newest
+    for said in back_from(storage, newest):
+        if said["version"] <= version:
+            return None
+        if RESTORED in said and said["version"] <= until:
+            until = int(said[RESTORED])  # what counts before it is the line that led there
+            if until < version:
+                return writer(said)
+    return None
 
 
 def lost_race(error: Exception) -> bool:

@@ -171,7 +171,8 @@ class Table:
         missing = [field for field in Schema.from_arrow(self.spec.schema).fields if field.name not in known]
         if not missing:
             return
-        said = {key: value for key, value in log.metadata_of(self.storage, delta.version()).items() if key != "group"}
+        said = log.metadata_of(self.storage, delta.version())
+        said = {key: value for key, value in said.items() if key not in ("group", *log.OF_ONE_COMMIT)}
         try:
             delta.alter.add_columns(missing, commit_properties=CommitProperties(custom_metadata=said))
         except Exception:
@@ -356,6 +357,7 @@ class Table:
             group whose answer was lost within the call and is found to have landed is a commit like any other.
 
         Raises:
+            InputError: the group stood there and an older version of the table has been restored since.
             TableMoved: plan again. An append goes on over commits that only appended; anything over those that put the
                 same rows into other files.
             Overtaken: somebody is alone at work on the tables of this root (`lease.alone`).
@@ -453,6 +455,13 @@ class Table:
             last = self._asked(partial(delta.transaction_version, run_id))
             if last is not None and last >= group:  # 0 is a group too
                 version = self._version_of(run_id, group)
+                undone = None if version is None else log.taken_back(self.storage, version, delta.version())
+                if undone is not None:
+                    raise InputError(
+                        f"{self.uri}: run {run_id} had committed to table {self.spec.name} in version {version}, and "
+                        f"run {undone} has restored an older version since: what this run wrote is no longer there; "
+                        "give another run_id to write it again"
+                    )
                 ours = attempt > 0 and log.added(self.storage, version) == {file.path for file in files}
                 return Commit(delta.version() if version is None else version, already=not ours)
             if delta.version() != planned_on and (

@@ -1,10 +1,11 @@
-"""Upkeep of a table: small files of many nights into few, and files that nobody needs any more away.
+"""Upkeep of a table: small files of many nights into few, files that nobody needs any more away, old versions back.
 
-Both work while others read. Compaction changes no row: old and new files hold the same rows, which is checked before
+All work while others read. Compaction changes no row: old and new files hold the same rows, which is checked before
 the commit, and the commit says so (dataChange false), so that a writer whose plan is older goes on over it. Vacuum
 removes what no version within the retention names; what a running job has written and not yet committed is younger.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ import pyarrow as pa
 from infra import log
 from infra.errors import InputError
 from infra.rows import conform
-from infra.snapshot import DataFile, read_file, read_files
-from infra.table import Table
+from infra.snapshot import DataFile, Snapshot, read_file, read_files
+from infra.table import Commit, Table
 
 TARGET_BYTES = 128 * 2**20
 """A file of this size is as good as a larger one; design.md section 3."""
@@ -157,6 +158,110 @@ def _drafts(table: Table) -> dict[str, float]:
     known = (".json", ".parquet", ".crc", "_last_checkpoint")
     found = table.storage.facts("_delta_log")
     return {name: facts.modified for name, facts in found.items() if not name.endswith(known)}
+
+
+# --- restore
+
+
+def version_before(table: Table, run_id: str) -> int | None:
+    """The newest complete version from before a run's first commit; None where the run has committed nothing here.
+
+    Raises:
+        InputError: the log no longer reaches back so far, or no version was complete by then.
+    """
+    if not table.committed(run_id):
+        return None
+    begun = False
+    for said in log.back_from(table.storage, table.version):
+        if begun and said.get("complete") == "true":
+            return int(said["version"])
+        begun = begun or log.is_group(said, run_id, 0)
+    raise InputError(
+        f"{table.uri}: table {table.spec.name} has no complete version from before run {run_id} in its log; "
+        "it cannot be taken back to before that run"
+    )
+
+
+def undone(table: Table, target: Snapshot, newest: int) -> list[str]:
+    """The runs whose commits stand after a version, newest first.
+
+    Raises:
+        InputError: users have been erased in between, or the log no longer reaches back so far.
+    """
+    runs: list[str] = []
+    for said in log.back_from(table.storage, newest):
+        if said["version"] <= target.version:
+            return runs
+        if log.ERASED in said or log.ERASING in said:
+            raise InputError(
+                f"{table.uri}: run {log.writer(said)} has erased users from table {table.spec.name} after version "
+                f"{target.version}: that version would bring them back; choose one from after the erase"
+            )
+        runs += [log.writer(said)] * (log.writer(said) not in runs)
+    raise InputError(
+        f"{table.uri}: the log of table {table.spec.name} no longer reaches back to version {target.version}; "
+        "choose a younger version"
+    )
+
+
+def restored_since(table: Table, version: int) -> bool:
+    """Whether an older version has been put back after this one: rows that it held may be missing now."""
+    for said in log.back_from(table.storage, table.version):
+        if said["version"] <= version:
+            return False
+        if log.RESTORED in said:
+            return True
+    return False
+
+
+def check_restorable(table: Table, target: Snapshot) -> None:
+    """Refuses a version that is not complete, or of which files have been deleted.
+
+    Raises:
+        InputError: either of these; the message says which, and what to choose instead.
+    """
+    name = table.spec.name
+    if target.metadata.get("complete") != "true":
+        raise InputError(
+            f"{table.uri}: version {target.version} of table {name} is not complete: run "
+            f"{target.metadata.get('run_id', '(none)')} had not ended; choose a version that ended a run"
+        )
+    there = table.storage.facts()
+    gone = [file for file in target.files if file.path not in there or there[file.path].size != file.size]
+    if gone:
+        raise InputError(
+            f"{table.uri}: {len(gone)} of {len(target.files)} files of version {target.version} of table {name} are "
+            f"gone or damaged, such as {gone[0].path}: a vacuum deletes what no version within its retention names; "
+            "choose a younger version"
+        )
+
+
+def restore(table: Table, target: Snapshot, run_id: str, group: int) -> Commit | None:
+    """Makes the files of an older complete version the table's files again, by one new commit.
+
+    Only while nobody else writes here (`lease.no_other_writer`): a vacuum could delete the old files meanwhile.
+
+    Returns:
+        The commit; None when the table holds these files and says the same already.
+
+    Raises:
+        InputError: as `check_restorable`.
+        TableMoved: somebody has committed meanwhile.
+    """
+    check_restorable(table, target)
+    newest = table.snapshot()
+    now, then = {file.path for file in newest.files}, {file.path for file in target.files}
+    if now == then and log.rewritten(newest.metadata, "", 0, {}) == log.rewritten(target.metadata, "", 0, {}):
+        return None
+    return table.rewrite(
+        [file for file in target.files if file.path not in now],
+        [file for file in newest.files if file.path not in then],
+        below=dataclasses.replace(newest, metadata=target.metadata),
+        run_id=run_id,
+        group=group,
+        same_rows=False,
+        more={log.RESTORED: str(target.version)},
+    )
 
 
 def forget(table: Table, run_id: str, group: int) -> int:

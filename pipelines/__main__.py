@@ -33,6 +33,7 @@ JOBS = {
     "export": Job("pipelines.export", "a table -> plain Parquet, or one user's adapter -> a PEFT folder"),
     "compact": Job("pipelines.compact", "the tables' small files of many nights -> few, sorted by user"),
     "vacuum": Job("pipelines.vacuum", "deletes files that no version within the retention names"),
+    "restore": Job("pipelines.restore", "takes tables back to an earlier complete version, as a new version"),
     "erase": Job(
         "pipelines.erase", "users gone from every table, version, run and export, proved by opening all files"
     ),

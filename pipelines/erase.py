@@ -266,7 +266,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     """
     import ray.data
 
-    from infra import upkeep
+    from infra import log, upkeep
     from infra.table import TableMoved
     from pipelines.stages.compact import files_of
     from pipelines.stages.erase import DropRows
@@ -298,7 +298,10 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     try:
         if gone or back or new or newest.version != shown.version:
             below = dataclasses.replace(newest, metadata=shown.metadata)
-            table.rewrite([*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False)
+            more = {log.ERASING: report.run_id} if dropped else {}
+            table.rewrite(
+                [*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False, more=more
+            )
             group += 1
         report.table_written(table.spec.name, upkeep.forget(table, report.run_id, group))
     except TableMoved as error:

@@ -99,12 +99,16 @@ def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str 
 
 def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
     """Whether the newest personas are complete and made from the same: then nothing is read, and Ray does not start."""
+    from infra import upkeep
     from pipelines import tables
 
     said = before.metadata if before is not None else {}
     vectors = tables.newest(config.tables, tables.embeddings_name(made_from["encoder_id"]))
     if before is None or vectors is None or not {"complete": "true", **made_from}.items() <= said.items():
         return False
+    name = tables.embeddings_name(made_from["encoder_id"])
+    if upkeep.restored_since(tables.open_table(config.tables, name), int(said["embeddings_version"])):
+        return False  # vectors that were there may be missing now
     report.planned = int(said["texts"])
     for reason, n in json.loads(said["rejected"]).items():
         report.reject(reason, n)
@@ -117,12 +121,15 @@ def _since(
     before: "Snapshot | None", table: "Table", histories: "Snapshot", embeddings: "Table", encoder: str
 ) -> "Since":
     """What has come since the stored personas, if they are whole, this encoder's, and their histories can be read."""
+    from infra import upkeep
     from pipelines.stages.since import SETTLED, Since
 
     said = before.metadata if before is not None else {}
     if said.get("complete") != "true" or said.get("encoder_id") != encoder or SETTLED not in said:
         return Since()
     if int(said["embeddings_version"]) > embeddings.version:  # another table stands there now
+        return Since()
+    if upkeep.restored_since(embeddings, int(said["embeddings_version"])):  # vectors that were there may be missing now
         return Since()
     try:
         then = table.snapshot(version=int(said["histories_version"]))
