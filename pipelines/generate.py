@@ -273,6 +273,7 @@ def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport
     from pipelines import tables
     from pplug.identity import model_folder
     from pplug.llm import load_tokenizer
+    from pplug.plain_text import TextTokenizer
     from pplug.profile import lead
 
     with_profile = [method.name for method in methods if method.profile]
@@ -291,7 +292,7 @@ def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport
             "these all the same"
         )
     limit = config.llm.layout.max_input_tokens
-    tokenizer = load_tokenizer(model_folder(config.llm.model, config.llm.revision))
+    tokenizer = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
     if not lead("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
         raise InputError(
             f"profile.max_tokens={config.profile.max_tokens} and llm.layout.max_input_tokens={limit} leave a profile "

@@ -429,7 +429,9 @@ def _samples(
 
     from pipelines.stages.samples import load_samples
     from pplug.fit import Samples, held_out
+    from pplug.plain_text import TextTokenizer
 
+    words = TextTokenizer(tokenizer)
     folder, files = samples
     table, shards = load_samples(folder, files, local)
     fit = config.fit
@@ -446,7 +448,7 @@ def _samples(
         return Samples(
             prompts=llm.splicer.prompts(rows["input"].to_pylist()),
             targets=llm.splicer.targets(rows["target"].to_pylist(), fit.max_target_tokens),
-            queries=tokenizer(queries, truncation=True, max_length=plug.config.query_max_tokens)["input_ids"],
+            queries=words.framed(queries, plug.config.query_max_tokens),
             owners=rows["owner_id"].to_pylist(),
             spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),
             shards=shards,

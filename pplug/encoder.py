@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pplug.identity import model_folder, short_id, weights_id
+from pplug.plain_text import TextTokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -162,6 +163,7 @@ class TextEncoder:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = best_dtype(self.config.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.words = TextTokenizer(self.tokenizer)
         model = AutoModel.from_pretrained(self.folder, dtype=self.dtype)
         self.model: nn.Module = model.eval().requires_grad_(False).to(self.device)
         self.forward = forward_of(self.model, self.dtype)
@@ -173,8 +175,8 @@ class TextEncoder:
         return weights_id(self.folder)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids a text, special tokens included, cut at max_tokens."""
-        return self.tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"]
+        """Token ids of each text between the encoder's own special tokens, cut at max_tokens."""
+        return self.words.framed(texts, self.config.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of texts.

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pplug.identity import short_id
+from pplug.plain_text import TextTokenizer
 from pplug.retrieval import compose, count_tokens, cut
 from pplug.tasks import TaskEntry, slots
 
@@ -53,13 +54,17 @@ def profile_id(config: ProfileConfig, llm_id: str, decoding_id: str, entry: Task
 
 
 def question(
-    items: Sequence[Mapping[str, str]], config: ProfileConfig, entry: TaskEntry, tokenizer: Any, budget_tokens: int
+    items: Sequence[Mapping[str, str]],
+    config: ProfileConfig,
+    entry: TaskEntry,
+    tokenizer: TextTokenizer,
+    budget_tokens: int,
 ) -> str:
     """The text that asks for a profile; empty where the budget has no room for a single item.
 
     Args:
         items: fields of each, newest first: where not all fit, the oldest are left out.
-        tokenizer: a fast tokenizer of the LLM.
+        tokenizer: of the LLM, a fast one.
 
     Raises:
         ValueError: an item lacks a field of the task's retrieval pattern, or the task has none.
@@ -71,7 +76,7 @@ def question(
 
 
 def lead(
-    profile: str, input: str, config: ProfileConfig, tokenizer: Any, budget_tokens: int, input_share: float
+    profile: str, input: str, config: ProfileConfig, tokenizer: TextTokenizer, budget_tokens: int, input_share: float
 ) -> str:
     """What a profile puts before a request; empty where there is no room.
 

@@ -13,12 +13,13 @@ changes neither which items are found nor in what order.
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pplug.encoder import EncoderConfig
+from pplug.plain_text import TextTokenizer
 from pplug.tasks import TaskEntry, fill, slots
 
 KINDS = {
@@ -108,7 +109,7 @@ def compose(
     items: Sequence[Mapping[str, str]],
     input: str,
     entry: TaskEntry,
-    tokenizer: Any,
+    tokenizer: TextTokenizer,
     budget_tokens: int,
     input_share: float,
     reserved_tokens: int = 0,
@@ -122,7 +123,7 @@ def compose(
 
     Args:
         items: fields of each.
-        tokenizer: a fast tokenizer of the LLM.
+        tokenizer: of the LLM, a fast one.
         reserved_tokens: of the budget, what is taken already by a text before all of this; the items get less for it,
             the request's share stays as it is.
 
@@ -148,7 +149,7 @@ def compose(
 
 
 def _cut_request(
-    lines: Sequence[str], input: str, entry: TaskEntry, tokenizer: Any, taken: int, budget_tokens: int
+    lines: Sequence[str], input: str, entry: TaskEntry, tokenizer: TextTokenizer, taken: int, budget_tokens: int
 ) -> Composed:
     limit = budget_tokens - taken
     while True:
@@ -159,7 +160,7 @@ def _cut_request(
         limit -= over
 
 
-def _cut_lines(items: Sequence[Mapping[str, str]], entry: TaskEntry, tokenizer: Any, left: int) -> list[str]:
+def _cut_lines(items: Sequence[Mapping[str, str]], entry: TaskEntry, tokenizer: TextTokenizer, left: int) -> list[str]:
     each, used, lines = left // len(items), 0, []
     for at, fields in enumerate(items, start=1):
         text, tokens = cut(fields.get(_long_field(fields, entry), ""), each * at - used, tokenizer)
@@ -194,14 +195,14 @@ def _together(lines: Sequence[str], input: str, entry: TaskEntry) -> Composed:
     return Composed(head.format(items=items), input + tail.format(items=items))
 
 
-def count_tokens(text: str, tokenizer: Any) -> int:
+def count_tokens(text: str, tokenizer: TextTokenizer) -> int:
     """Tokens of a text by itself."""
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(tokenizer.ids([text])[0])
 
 
-def cut(text: str, limit: int, tokenizer: Any) -> tuple[str, int]:
+def cut(text: str, limit: int, tokenizer: TextTokenizer) -> tuple[str, int]:
     """The text up to the end of its token number `limit`, and how many tokens that is."""
-    ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ends = tokenizer.ends(text)
     if len(ends) <= limit:
         return text, len(ends)
-    return (text[: ends[limit - 1][1]], limit) if limit > 0 else ("", 0)
+    return (text[: ends[limit - 1]], limit) if limit > 0 else ("", 0)

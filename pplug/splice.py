@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pplug.plain_text import TextTokenizer, own_special_tokens
+
 _HERE = "<<<input>>>"
 
 
@@ -44,11 +46,14 @@ class Prompt:
 
 
 class Splicer:
-    """Turns inputs and targets into token ids around the place of the persona rows."""
+    """Turns inputs and targets into token ids around the place of the persona rows.
+
+    Control tokens come from the layout and the tokenizer alone: `words` reads inputs, leads and targets as text.
+    """
 
     def __init__(self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool) -> None:
         self.tokenizer, self.layout = tokenizer, layout
-        first, last = _own_special_tokens(tokenizer)
+        first, last = own_special_tokens(tokenizer)
         self._suffix = ""
         if encoder_decoder:
             self._head, self._tail = first, last
@@ -61,8 +66,10 @@ class Splicer:
             self._head, self._tail = self._ids(head), self._ids(tail)
         else:
             self._head, self._tail, self._suffix = first, [], layout.suffix
+        self.words = TextTokenizer(tokenizer, [*self._head, *self._tail])
 
     def _ids(self, text: str) -> list[int]:
+        """Of the prompt's own words, which may hold control tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def prompts(self, inputs: Sequence[str], leads: Sequence[str] | None = None) -> list[Prompt]:
@@ -72,28 +79,20 @@ class Splicer:
             leads: texts that stand before the persona rows; they count for the limit.
         """
         limit = self.layout.max_input_tokens
-        whole = self.tokenizer([text + self._suffix for text in inputs], add_special_tokens=False)["input_ids"]
         suffix = self._ids(self._suffix)
+        if self.words.control.keys().isdisjoint(suffix):
+            whole = self.words.ids([text + self._suffix for text in inputs])
+        else:
+            whole = [ids + suffix for ids in self.words.ids(inputs)]
         out = []
         for text, ids, lead in zip(inputs, whole, leads or [""] * len(inputs), strict=True):
-            first = self._ids(lead)[:limit]
+            first = self.words.ids([lead])[0][:limit] if lead else []
             if len(first) + len(ids) > limit + len(suffix):
-                ids = self._ids(text)[: limit - len(first)] + suffix
-            out.append(Prompt(self._head + first, list(ids) + self._tail))
+                ids = self.words.ids([text])[0][: limit - len(first)] + suffix
+            out.append(Prompt(self._head + first, ids + self._tail))
         return out
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids of replies, cut at max_tokens, ended by EOS."""
         end = [self.tokenizer.eos_token_id]
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [list(row)[: max_tokens - 1] + end for row in rows]
-
-
-def _own_special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and after a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return list(full[:start]), list(full[start + len(bare) :])
-    return [], []
+        return [row[: max_tokens - 1] + end for row in self.words.ids(texts)]

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pplug.encoder import best_dtype
 from pplug.folder import MODEL_FILES, whole_folder
+from pplug.plain_text import TextTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -230,9 +231,10 @@ def encode(
     texts: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerFast", max_tokens: int, suffix: str = "\n"
 ) -> list[Row]:
     """Ids of each text, at most max_tokens. Prompt and target are tokenised apart, as in generation."""
-    end = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    prompts = tokenizer([text + suffix for text, _ in texts], add_special_tokens=False)["input_ids"]
-    targets = tokenizer([target for _, target in texts], add_special_tokens=False)["input_ids"]
+    words = TextTokenizer(tokenizer)
+    end = words.ids([suffix])[0]
+    prompts = words.ids([text + suffix for text, _ in texts])
+    targets = words.ids([target for _, target in texts])
     rows = []
     for prompt, target in zip(prompts, targets, strict=True):
         target = [*target[: max_tokens - 2 - len(end)], tokenizer.eos_token_id]

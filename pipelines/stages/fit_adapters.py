@@ -45,8 +45,7 @@ class ReadExamples:
 
     def __init__(self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
         self.owed, self.entry, self.rule = owed, entry, rule
-        self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
-        self.splicer = Splicer(self.tokenizer, llm.layout, False)
+        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -81,7 +80,7 @@ class ReadExamples:
             best = retrieval.recency(len(before))
         chosen = [before[i] for i in best[: self.rule.retrieval.k]]
         share = self.rule.retrieval.input_share
-        composed = retrieval.compose(chosen, words, self.entry, self.tokenizer, self.budget, share)
+        composed = retrieval.compose(chosen, words, self.entry, self.splicer.words, self.budget, share)
         return composed.lead + composed.rest
 
 

@@ -37,10 +37,10 @@ class AskForProfiles:
         self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
     ) -> None:
         self.owed, self.entry, self.config = owed, entry, config
-        self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.budget = config.prompt_tokens or llm.layout.max_input_tokens
         layout = llm.layout.model_copy(update={"max_input_tokens": self.budget})
-        self.splicer = Splicer(self.tokenizer, layout, encoder_decoder)
+        self.splicer = Splicer(tokenizer, layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -52,7 +52,7 @@ class AskForProfiles:
             return {REASON: "no_usable_item", DETAIL: "no item before the user's first request"}
         newest_first = [decode_fields(own.fields[i].as_py()) for i in reversed(items)]
         try:
-            text = question(newest_first, self.config, self.entry, self.tokenizer, self.budget)
+            text = question(newest_first, self.config, self.entry, self.splicer.words, self.budget)
         except ValueError as problem:  # names the missing field, never a text
             return {REASON: "missing_field", DETAIL: str(problem)}
         if not text:

@@ -25,6 +25,7 @@ from pipelines.stages.retrieve import Found, Retriever
 from pplug import history
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
+from pplug.plain_text import TextTokenizer
 from pplug.profile import ProfileConfig, lead
 from pplug.retrieval import RetrievalConfig, count_tokens
 from pplug.schemas import LAST_ITEM
@@ -175,8 +176,8 @@ class BuildPrompts:
         self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
         self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
         self.cap, self.block_rows = cap, block_rows
-        self.tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
-        self.splicer = Splicer(self.tokenizer, llm.layout, encoder_decoder)
+        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder)
+        self.words = self.splicer.words
         queries = any(method.plug in ("trained", "attention", "other-user") for method in methods)
         self.maker = PersonaMaker(plug_folder, threads, queries) if plug_folder else None
         kinds = frozenset(method.retrieval for method in methods if method.retrieval)
@@ -185,7 +186,7 @@ class BuildPrompts:
         self.retriever: Retriever | None = None
         if kinds:
             budget = retrieval.budget_tokens or self.limit
-            self.retriever = Retriever(retrieval, kinds, entry, self.tokenizer, budget, threads)
+            self.retriever = Retriever(retrieval, kinds, entry, self.words, budget, threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         names = {method.name for method in self.methods}
@@ -297,12 +298,12 @@ class BuildPrompts:
     def _profile(self, text: str | None, input: str) -> str:
         if text is None:
             return ""
-        return lead(text, input, self.profile, self.tokenizer, self.limit, self.input_share)
+        return lead(text, input, self.profile, self.words, self.limit, self.input_share)
 
     def _reserved(self, text: str) -> int:
         """What a text before retrieval's takes of retrieval's own budget, which may be below the prompt's."""
         assert self.retriever is not None, "asked for retrieval only"
-        taken = count_tokens(text, self.tokenizer) if text else 0
+        taken = count_tokens(text, self.words) if text else 0
         return max(0, taken - (self.limit - self.retriever.budget_tokens))
 
     def _encoder_id(self, method: Method) -> str | None:
@@ -436,6 +437,7 @@ class PersonaMaker:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
+            self.words = TextTokenizer(self.tokenizer)
             self.forward = forward_of(self.plug.emb_model, self.dtype)
         with torch.inference_mode():
             self.instruction = self.plug.instruction().float().cpu().numpy()
@@ -510,7 +512,7 @@ class PersonaMaker:
         config, tokenizer = self.plug.config, self.tokenizer
         assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
         texts = [config.query_prefix + text for text in queries]
-        ids = tokenizer(texts, truncation=True, max_length=config.query_max_tokens)["input_ids"]
+        ids = self.words.framed(texts, config.query_max_tokens)
         out = torch.empty(len(ids), config.encoder_dim, device=self.device)
 
         def work(rows: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pplug.plain_text import TextTokenizer
 from pplug import profile, retrieval, tasks
 from pplug.profile import ProfileConfig, profile_id
 from tests.pplug.models import word_tokenizer
@@ -15,7 +16,7 @@ CONFIG = ProfileConfig(prompt="{items}. Who is this?", text="About: {profile}\n"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return word_tokenizer(tmp_path_factory.mktemp("words"))
+    return TextTokenizer(word_tokenizer(tmp_path_factory.mktemp("words")))
 
 
 def words(text: str) -> int:

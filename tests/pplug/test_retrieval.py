@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pplug.plain_text import TextTokenizer
 from pplug import retrieval, tasks
 from tests.pplug.models import word_tokenizer
 
@@ -106,7 +107,7 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return word_tokenizer(tmp_path_factory.mktemp("words"))
+    return TextTokenizer(word_tokenizer(tmp_path_factory.mktemp("words")))
 
 
 def items(task: str, *lengths: int) -> list[dict[str, str]]:
@@ -116,7 +117,7 @@ def items(task: str, *lengths: int) -> list[dict[str, str]]:
 
 
 def size(tokenizer, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("task", list(PUBLISHED))
