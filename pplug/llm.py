@@ -3,6 +3,7 @@
 Used by training, by the `transformers` engine and by checks of the vLLM engine. No gradient buffers for its weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,9 +59,12 @@ class FrozenLLM:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        encoder_decoder = bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
+        config_of_model = AutoConfig.from_pretrained(folder)
+        encoder_decoder = bool(config_of_model.is_encoder_decoder)
         kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
+        # transformers' default attention ignores a cap on the scores, which vLLM applies
+        how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
+        model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
         quicken_norms(model)
         tokenizer = load_tokenizer(folder)
         return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
@@ -77,6 +81,13 @@ class FrozenLLM:
     def embedding_norm(self) -> float:
         """Mean L2 norm of a token embedding: the scale persona rows are given."""
         return self.embedding.weight.float().norm(dim=-1).mean().item()
+
+
+def caps_scores(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config, or a part of it, caps its attention's scores, as Gemma2's does."""
+    if config.get("attn_logit_softcapping") is not None:
+        return True
+    return any(caps_scores(part) for part in config.values() if isinstance(part, Mapping))
 
 
 def load_tokenizer(folder: Path) -> Any:

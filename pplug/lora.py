@@ -34,10 +34,14 @@ from transformers import AttentionInterface
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
 from pplug.norms import quicken_norms
 from pplug.objective import IGNORED
+from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
 
 ALIGN = 16
 """A user's tokens fill whole blocks of this many: see the head of this file."""
 _ATTENTION = "pplug_stack"
+_NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+                  "output_router_logits", "return_dict"}  # fmt: skip
+"""What a base hands to its attention that changes nothing here: it is in eval mode and knows its positions by itself."""
 
 
 @dataclass(frozen=True)
@@ -256,12 +260,22 @@ def _attention(
     stack: _Pass | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, heads, M, d) of all users, each user apart."""
-    assert stack is not None, "the trainer hands the pass through the model's keyword arguments"
+    """transformers' attention interface: (1, heads, M, d) of all users, each user apart.
+
+    Raises:
+        ValueError: the base asks for something that this function does not compute.
+    """
+    if stack is None:
+        raise ValueError("stacked training needs a base that hands its keyword arguments on to its attention")
     if softcap is not None or (sliding_window and sliding_window < max(block.longest for block in stack.blocks)):
         raise ValueError("stacked training knows plain causal attention: this base caps its scores or has a window")
+    asked = [name for name, value in more.items() if name not in _NOTHING_TO_DO and value is not None]
+    if asked or is_causal is False:
+        what = ", ".join(sorted(asked)) or "is_causal=False"
+        raise ValueError(f"stacked training knows plain causal attention: this base asks for {what} too")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     split = zip(*(x[0].transpose(0, 1).split(stack.sizes) for x in (query, key, value)), strict=True)
     out = [block.attend(q, k, v, scale) for block, (q, k, v) in zip(stack.blocks, split, strict=True)]
@@ -275,12 +289,14 @@ class StackedTrainer:
     """Trains adapters on one frozen causal base, which it takes over: hooks and attention stay in place."""
 
     def __init__(self, model: Any, config: LoraConfig, stack: StackConfig | None = None) -> None:
-        """Raises ValueError: the base lacks a target module, or computes attention in a way of its own."""
+        """Raises ValueError: the base lacks a target module, computes attention in a way of its own, or mixes users."""
         self.model, self.config, self.stack = model.requires_grad_(False).eval(), config, stack or StackConfig()
-        quicken_norms(model)
         self.modules = target_modules(model, config.shape.targets)
         self.device = next(model.parameters()).device
         self._pass: _Pass | None = None
+        probes = probe_examples(model.get_input_embeddings().weight.shape[0], ALIGN)
+        alone = own_losses(model, probes[:2])  # as long as the model has its own attention
+        quicken_norms(model)
         model.set_attn_implementation(_ATTENTION)
         if model.config._attn_implementation != _ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")
@@ -290,6 +306,7 @@ class StackedTrainer:
             config.shape.rank * (module.in_features + module.out_features) for module in self.modules.values()
         )  # float32: weights, gradient (twice while its pieces are put together), two moments
         self._label_bytes = 12 * model.get_output_embeddings().weight.shape[0]  # logits, in float32, and softmax
+        refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
         self._token_bytes = self._probe()
 
     def fit(self, users: Iterable[UserExamples]) -> Iterator[Fitted]:
@@ -343,8 +360,8 @@ class StackedTrainer:
             deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
         return (out + torch.cat(deltas)[None]).to(out.dtype)
 
-    def _losses(self, stack: _Pass) -> list[Tensor]:
-        """Each user's summed cross-entropy over the labels of this pass."""
+    def _losses(self, stack: _Pass, reduction: str = "sum") -> list[Tensor]:
+        """Each user's cross-entropy over the labels of this pass: summed, or of each label."""
         self._pass = stack
         try:
             logits = self.model(
@@ -358,9 +375,15 @@ class StackedTrainer:
             self._pass = None
         per_user = logits.split([len(block.labels) for block in stack.blocks])
         return [
-            F.cross_entropy(part.float(), block.labels, ignore_index=IGNORED, reduction="sum")
+            F.cross_entropy(part.float(), block.labels, ignore_index=IGNORED, reduction=reduction)
             for part, block in zip(per_user, stack.blocks, strict=True)
         ]
+
+    @torch.no_grad()
+    def _each_loss(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Cross-entropy of each target token of some texts, each another user's, in one pass."""
+        users = [self._enter(UserExamples(f"{i}", [example])) for i, example in enumerate(examples)]
+        return self._losses(_Pass(users, self.device), "none")
 
     def _run(self, users: list[_User]) -> None:
         stack = _Pass(users, self.device)

@@ -1,7 +1,8 @@
 """The objective: next-token cross-entropy on the target alone, through a frozen LLM.
 
-Prompts are padded on the left, so that targets end at the same place and the LLM computes logits for the last
-positions only. Nothing is padded to a fixed length.
+Prompts of a decoder-only LLM are padded on the left, so that targets end at the same place and the LLM computes logits
+for the last positions only. An encoder's input is padded on the right: where its positions are learned (BART), they
+are counted from the first place. Nothing is padded to a fixed length.
 Shapes: B samples, L positions of the longest sample, T longest target, R rows a sample (1 or 1+P), H LLM width.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 5.
@@ -22,7 +23,7 @@ IGNORED = -100
 def splice_rows(
     llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], ends: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts with persona rows in their place, padded on the left.
+    """Prompts with persona rows in their place, padded on the left; an encoder's on the right.
 
     Args:
         prompts: token ids around the rows.
@@ -42,11 +43,11 @@ def splice_rows(
     position_at: list[int] = []
     row_at: list[int] = []
     for i, (prompt, n, end) in enumerate(zip(prompts, row_counts, ends, strict=True)):
-        start = width - lengths[i]
-        place = start + len(prompt.before)
+        start = 0 if llm.encoder_decoder else width - lengths[i]
+        place, stop = start + len(prompt.before), start + lengths[i]
         ids[i, start:place] = torch.tensor(prompt.before, dtype=torch.long)
-        ids[i, place + n :] = torch.tensor(prompt.after + end, dtype=torch.long)
-        mask[i, start:] = 1
+        ids[i, place + n : stop] = torch.tensor(prompt.after + end, dtype=torch.long)
+        mask[i, start:stop] = 1
         sample_at += [i] * n
         position_at += range(place, place + n)
         row_at += range(n)

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.errors import InputError
 from pipelines.stages.bucket import Histories, decode_fields
 from pipelines.stages.owed import OwedUsers
 from pipelines.stages.write import DETAIL, REASON
@@ -112,6 +113,8 @@ class FitAdapters:
 
     in:  EXAMPLES
     out: ROWS: adapters, those that stay as they are, and rejects
+
+    The first call raises InputError where the base cannot be trained in a stack.
     """
 
     def __init__(
@@ -121,12 +124,19 @@ class FitAdapters:
 
         torch.set_num_threads(threads)
         self.lora, self.llm_id, self.fit_id = lora, llm_id, fit_id
-        self.trainer = StackedTrainer(FrozenLLM.load(llm).model, lora, stack)
+        self.trainer: StackedTrainer | None = None
+        self.refused = ""
+        try:
+            self.trainer = StackedTrainer(FrozenLLM.load(llm).model, lora, stack)
+        except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
+            self.refused = f"llm {llm.model}: {error}"
         self.dtype = getattr(torch, lora.stored)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import torch
 
+        if self.trainer is None:
+            raise InputError(self.refused)
         train = pc.is_valid(batch["prompts"])
         out = [batch.filter(pc.invert(train)).select(ROWS.names).cast(ROWS)]
         rows = {row["user_id"]: row for row in batch.filter(train).to_pylist()}

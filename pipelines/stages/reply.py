@@ -460,7 +460,8 @@ class LoadedAdapters:
         """The engine's request for this adapter, which stays until `let_go`.
 
         Raises:
-            ValueError: it is not in the table, not what it has to be, or the engine does not take it.
+            ValueError: it is not in the table, not what it has to be, cannot be fetched or laid out, or the engine
+                does not take it.
         """
         while name not in self._loaded and len(self._loaded) >= self.room:
             idle = next((other for other, loaded in self._loaded.items() if not loaded.users), None)
@@ -476,7 +477,7 @@ class LoadedAdapters:
         self._loaded.move_to_end(name)
         try:
             return await asyncio.shield(loaded.request)
-        except ValueError:
+        except Exception:
             loaded.users -= 1
             if self._loaded.get(name) is loaded:  # the first to see it; the others hold the same object
                 del self._loaded[name]
@@ -488,10 +489,10 @@ class LoadedAdapters:
         await self._tell()
 
     async def _load(self, name: AdapterName) -> Any:
+        path = await self._laid_out(name)
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        path = await asyncio.get_running_loop().run_in_executor(None, self.shelf.put, name)
         self._numbers += 1
         request = LoRARequest(str(name), self._numbers, str(path))
         try:
@@ -503,6 +504,17 @@ class LoadedAdapters:
             what = f"adapter {name.adapter_id}: the engine does not take it ({type(error).__name__})"
             raise ValueError(what) from error
         return request
+
+    async def _laid_out(self, name: AdapterName) -> Any:
+        """The adapter's folder. Raises ValueError, whatever the table's storage or the memory's disk raised."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, self.shelf.put, name)
+        except ValueError:
+            raise
+        except Exception as error:
+            self.shelf.drop(name)  # half a folder takes room, too
+            what = f"{type(error).__name__}{f': {error.strerror}' if getattr(error, 'strerror', None) else ''}"
+            raise ValueError(f"adapter {name.adapter_id}: it cannot be fetched or laid out in memory ({what})") from error
 
     async def _remove(self, name: AdapterName) -> None:
         request = self._loaded.pop(name).request.result()

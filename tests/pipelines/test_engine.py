@@ -10,7 +10,7 @@ from pipelines.stages.prompt import PROMPTS, ragged_f32
 from pipelines.stages.reply import Decoding, EngineConfig, EnginePrompt, Reply, VLLMEngine, check_rows
 from pipelines.stages.reply_transformers import TransformersEngine
 from pplug.llm import FrozenLLM, LLMConfig
-from tests.pplug.models import tiny_llama, tiny_t5
+from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 
 INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on the mat : film", "music nature", "one two three"]
 
@@ -181,9 +181,11 @@ def test_beams_need_the_second_engine(llama):
         VLLMEngine(llama, EngineConfig(), Decoding(beams=4), threads=1)
 
 
+@pytest.mark.parametrize("made", [tiny_t5, tiny_bart])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_encoder_decoder_replies_equal_those_of_transformers(tmp_path, beams):
-    config = LLMConfig(model=str(tiny_t5(tmp_path)))
+def test_encoder_decoder_replies_equal_those_of_transformers(tmp_path, beams, made):
+    """A batch against one at a time, unpadded."""
+    config = LLMConfig(model=str(made(tmp_path)))
     decoding = Decoding(max_tokens=8, beams=beams)
     engine = TransformersEngine(config, EngineConfig(kind="transformers"), decoding, threads=2)
     llm = FrozenLLM.load(config)

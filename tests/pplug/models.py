@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -70,6 +72,31 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
         eos_token_id=2,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_bart(folder: Path, seed: int = 0) -> Path:
+    """An encoder-decoder whose positions are learned, and matter: their embeddings are as large as the tokens'."""
+    torch.manual_seed(seed)
+    size = len(word_tokenizer(folder, eos=True))
+    config = BartConfig(
+        vocab_size=size,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        init_std=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 

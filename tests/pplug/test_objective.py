@@ -8,7 +8,7 @@ import torch
 from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
 from pplug.objective import splice_rows, target_loss
 from pplug.splice import PromptLayout, Splicer
-from tests.pplug.models import tiny_llama, tiny_t5, word_tokenizer
+from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5, word_tokenizer
 
 INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on"]
 TARGETS = ["crime", "music nature", "the"]
@@ -24,6 +24,11 @@ def t5(tmp_path_factory):
     return FrozenLLM.load(LLMConfig(model=str(tiny_t5(tmp_path_factory.mktemp("t5")))))
 
 
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory):
+    return FrozenLLM.load(LLMConfig(model=str(tiny_bart(tmp_path_factory.mktemp("bart")))))
+
+
 def rows_for(llm, n, seed=0):
     return torch.randn(n, 3, llm.dim, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
@@ -35,7 +40,7 @@ def by_hand(llm, prompt, rows, target):
         encoder_in = torch.cat(
             [embed(torch.tensor(prompt.before, dtype=torch.long)), rows, embed(torch.tensor(prompt.after))]
         )
-        decoder_in = torch.tensor([[0, *target[:-1]]])
+        decoder_in = torch.tensor([[llm.model.config.decoder_start_token_id, *target[:-1]]])
         logits = llm.model(inputs_embeds=encoder_in[None], decoder_input_ids=decoder_in).logits[0]
         start = 0
     else:
@@ -46,7 +51,7 @@ def by_hand(llm, prompt, rows, target):
     return -sum(chances[start + i, token] for i, token in enumerate(target))
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5", "bart"])
 def test_loss_of_a_padded_batch_is_the_sum_of_single_samples(kind, request):
     llm = request.getfixturevalue(kind)
     rows, counts = rows_for(llm, 3), [3, 1, 0]  # persona, instruction alone, no plug
