@@ -8,12 +8,20 @@ more rejects than allowed; 130 interrupted.
 import difflib
 import importlib
 import logging
+import re
 import sys
 import traceback
 from types import ModuleType
 from typing import NamedTuple
 
 from infra.errors import InputError, Overtaken
+
+_OF_A_STAGE = re.compile(
+    r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+)\s*\n"
+    r"The above exception was the direct cause of the following exception:\s*\n"
+    r"(?:[^\n]*\n){0,2}ray\.exceptions\.UserCodeException",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Job(NamedTuple):
@@ -115,7 +123,13 @@ def _explained(name: str, error: BaseException) -> int:
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError behind an error, if there is one: Ray wraps what a worker raised, in its text and as its cause."""
+    """The InputError behind an error, if there is one: Ray wraps what a worker raised, in its text and as its cause.
+
+    Of what a stage of Ray Data raised the text alone comes back.
+    """
+    in_a_stage = _OF_A_STAGE.search(str(error))
+    if in_a_stage:
+        return InputError(in_a_stage[1])
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -41,7 +41,7 @@ ALIGN = 16
 _ATTENTION = "pplug_stack"
 _NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
                   "output_router_logits", "return_dict"}  # fmt: skip
-"""What a base hands to its attention that changes nothing here: it is in eval mode and knows its positions by itself."""
+"""What a base hands to its attention that changes nothing here: it is in eval mode and knows its own positions."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ class TextTokenizer:
         self._head, self._tail = own_special_tokens(tokenizer)
         self.control = control_tokens(tokenizer, [*self._head, *self._tail], template_ids)
         """Name of each control token, by id."""
-        own = tokenizer("")["input_ids"]
-        self._frame = sum(token in self.control for token in own)
+        self._frame = self._controls(tokenizer("")["input_ids"])
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without the tokenizer's own special tokens around it."""
@@ -57,11 +56,12 @@ class TextTokenizer:
             return []
         rows = self.tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
         return [
-            list(row)
-            if sum(token in self.control for token in row) <= self._frame
-            else self._frame_of(text, max_tokens)
+            list(row) if self._controls(row) <= self._frame else self._frame_of(text, max_tokens)
             for text, row in zip(texts, rows, strict=True)
         ]
+
+    def _controls(self, row: Sequence[int]) -> int:
+        return sum(token in self.control for token in row)
 
     def _frame_of(self, text: str, max_tokens: int) -> list[int]:
         room = max_tokens - len(self._head) - len(self._tail)
@@ -72,7 +72,7 @@ class TextTokenizer:
         return [token for row in rows for token in row if token not in self.control]
 
     def _pieces(self, text: str) -> list[str]:
-        """The text, cut after the first character of each control token's name, until none comes out or no cut helps."""
+        """The text, cut after the first character of each control token's name until none comes out or no cut helps."""
         pieces = [text]
         while True:
             rows = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]

@@ -54,7 +54,7 @@ def refuse_unlike(model: Any, alone: Sequence[Tensor], stacked: Sequence[Tensor]
     moved = _difference(with_another, stacked[1])
     if not moved <= (1e-3 if exact else 1e-2):
         raise ValueError(
-            f"{name} mixes users in a stack: another user's text changes the loss of a user by {moved:.1e} of it, since "
+            f"{name} mixes users in a stack: another user's text changes the loss of a user by {moved:.1e} of it, as "
             "layers beside attention (a convolution, a state space) run over all texts of a pass; choose a base with "
             "attention alone"
         )

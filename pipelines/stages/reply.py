@@ -513,8 +513,10 @@ class LoadedAdapters:
             raise
         except Exception as error:
             self.shelf.drop(name)  # half a folder takes room, too
-            what = f"{type(error).__name__}{f': {error.strerror}' if getattr(error, 'strerror', None) else ''}"
-            raise ValueError(f"adapter {name.adapter_id}: it cannot be fetched or laid out in memory ({what})") from error
+            said = getattr(error, "strerror", None)  # without the path, which is of this machine
+            what = type(error).__name__ + (f": {said}" if said else "")
+            problem = f"adapter {name.adapter_id}: it cannot be fetched or laid out in memory ({what})"
+            raise ValueError(problem) from error
 
     async def _remove(self, name: AdapterName) -> None:
         request = self._loaded.pop(name).request.result()

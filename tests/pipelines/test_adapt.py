@@ -16,6 +16,7 @@ from infra import lease
 from infra.errors import InputError, Overtaken
 from infra.shards import bucket_of, user_key
 from infra.storage import Storage
+from pipelines import __main__ as cli
 from pipelines import adapt, erase, tables
 from pipelines.stages.adapt_base import BaseExamples
 from pipelines.stages.fit_adapters import FitAdapters, ReadExamples
@@ -26,7 +27,8 @@ from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.lora import StackedTrainer, UserExamples
 from tests.pipelines import small
 from tests.pipelines.population import NOTES
-from tests.pplug.models import tiny_llama
+from tests.pplug.families import make
+from tests.pplug.models import tiny_llama, word_tokenizer
 
 LORA = LoraConfig(learning_rate=1e-2, stored="float32", batch_size=4)
 STRANGE = ("../../x", "ü" * 300, "a=b%2Fc", "'; --", "plain")
@@ -271,6 +273,19 @@ def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(populati
     lora = LoraConfig(shape=AdapterShape(targets=("query",)))
     with pytest.raises(InputError, match="llm: target 'query': the base has no module of this name"):
         run(population, llm, "refused", lora=lora)
+
+
+def test_a_base_that_mixes_users_is_refused_and_nothing_is_trained(population, tmp_path, capsys):
+    make("Lfm2").save_pretrained(tmp_path / "llm")
+    word_tokenizer(tmp_path / "llm")
+    fill(population, [item(name, i) for name in ("ann", "bob") for i in range(3)])
+    config = {"tables": population.tables, "run_dir": str(tmp_path / "run"), "threads": 1}
+    (tmp_path / "adapt.yaml").write_text(json.dumps(config | {"llm": {"model": str(tmp_path / "llm")}}))
+    code = cli.main(["adapt", "--config", str(tmp_path / "adapt.yaml")])
+    said = capsys.readouterr().err
+    assert code == 2, said[-6000:]
+    assert f"adapt: llm {tmp_path / 'llm'}: Lfm2ForCausalLM mixes users in a stack" in said
+    assert not tables.open_table(population.tables, "adapters").snapshot().files
 
 
 def test_no_base_is_adapted_beside_an_erase(population, llm):

@@ -1,6 +1,7 @@
 """Adapters from the table to replies: one vLLM engine for users with an adapter, a plug, a profile, two of them and
 nothing, beside bad adapters; and the exported folder in PEFT."""
 
+import asyncio
 import json
 import os
 import pickle
@@ -23,8 +24,8 @@ from infra.shards import bucket_of, user_key
 from pipelines import adapt, export, generate, refresh, tables
 from pipelines.methods import parse
 from pipelines.stages.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
-from pipelines.stages.reply import Decoding, EngineConfig
-from pplug.adapter import LoraConfig
+from pipelines.stages.reply import Decoding, EngineConfig, LoadedAdapters
+from pplug.adapter import LoraConfig, base_shapes, to_bytes
 from pplug.encoder import TextEncoder
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.plug import PersonaPlug
@@ -37,6 +38,7 @@ METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-u
 PROFILE = ProfileConfig(items=3, prompt_tokens=100)
 LORA = LoraConfig(learning_rate=3e-2, epochs=20, stored="float32")
 TOKENS = 8
+TOO_LONG = "x" * 300
 
 
 # --- without an engine ---------------------------------------------------------------------------------------------
@@ -97,12 +99,44 @@ def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkey
     assert not shelf.folder.exists()
 
 
+def test_an_adapter_that_cannot_be_fetched_or_laid_out_frees_its_place(tmp_path, monkeypatch):
+    """The table's file is gone, or there is no room in memory: each asker gets an error, the next has the place."""
+    base, name = tiny_llama(tmp_path / "llm"), AdapterName(user_key("user-0"), "f-0")
+    weights = {
+        module: (torch.zeros(8, width_in), torch.zeros(width_out, 8))
+        for module, (width_in, width_out) in base_shapes(base, ("q_proj", "v_proj")).items()
+    }
+    row = {"adapter_id": "f-0", "weights": to_bytes(weights, "llm-x")}
+    monkeypatch.setattr("pipelines.stages.adapters.MEMORY", str(tmp_path))
+    snapshot = snapshot_of(tmp_path / "t", {"user-0": row})
+    shelf = AdapterShelf(Adapters(snapshot, 4, "llm-x", 8, ("q_proj", "v_proj")), base)
+    errors = []
+
+    async def ask(loaded):
+        for _ in range(2):
+            both = await asyncio.gather(*(loaded.hold(name) for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(error, ValueError) for error in both), both
+            errors.append(str(both[0]))
+        assert not loaded._loaded
+
+    # a file stands where the folder has to be: as on a full disk, nothing can be written
+    (shelf.folder / str(name)).write_text("")
+    asyncio.run(asyncio.wait_for(ask(LoadedAdapters(None, shelf, room=1)), 60))
+    (shelf.folder / str(name)).unlink()
+    for path in (tmp_path / "t").rglob("*.parquet"):
+        path.unlink()
+    asyncio.run(asyncio.wait_for(ask(LoadedAdapters(None, shelf, room=1)), 60))
+    assert "(FileExistsError: File exists)" in errors[0] and "(FileNotFoundError" in errors[2]
+    assert all(error.startswith("adapter f-0: it cannot be fetched or laid out in memory") for error in errors)
+    shelf.close()
+
+
 # --- with one engine -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, ray_session):
-    """A population with adapters (four of them spoilt), a plug that was never trained, and one run of generate."""
+    """A population with adapters (five of them spoilt), a plug that was never trained, and one run of generate."""
     made = small.make(tmp_path_factory.mktemp("served"), train_users=2, test_users=14, test_requests=2)
     asked = made.root / "requests.jsonl"
     lonely = {"request_id": "lonely", "user_id": "nobody", "input": "Tag this for me. description: a film"}
@@ -113,7 +147,7 @@ def served(tmp_path_factory, ray_session):
     profiles = write_profiles(made)
     llm, plug = FrozenLLM.load(made.llm), made.untrained_plug()
     good = {row["user_id"]: row for row in small.rows(made.tables, "adapters")}
-    bad = spoil(made, sorted(good)[:4])
+    bad = spoil(made, sorted(good)[:5])
     code = made.run(
         generate,
         "generate",
@@ -154,7 +188,7 @@ def write_profiles(made):
 
 
 def spoil(made, users):
-    """Four adapters made unusable, each in its own way; user_id -> what the error has to say."""
+    """Five adapters made unusable, each in its own way; user_id -> what the error has to say."""
     table = tables.open_table(made.tables, "adapters")
     before = table.snapshot(complete=True)
     rows = {row["user_id"]: row for row in before.read().to_pylist()}
@@ -172,15 +206,18 @@ def spoil(made, users):
             whole[users[1]][:-7],
             pickle.dumps({"weights": 1}),
             save(load(whole[users[3]]), metadata={"llm_id": "another"}),
+            whole[users[4]],
         ),
         strict=True,
     ):
         rows[user] |= {"weights": data, "adapter_id": f"{rows[user]['adapter_id']}-bad"}
+    rows[users[4]]["adapter_id"] = TOO_LONG  # whole, but no disk takes a folder of that name
     files = table.write(pa.Table.from_pylist(list(rows.values()), schema=table.spec.schema), "spoil")
     named = {key: before.metadata[key] for key in ("llm_id", "fit_id", "cut")}
     table.commit(files, run_id="spoil", group=0, mode="replace", buckets=set(before.by_bucket()),
                  planned_on=before.version, metadata=named, complete=True)  # fmt: skip
-    reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another")
+    reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another",
+               "it cannot be fetched or laid out in memory (OSError: File name too long)")  # fmt: skip
     return dict(zip(users, reasons, strict=True))
 
 
@@ -268,7 +305,7 @@ def test_a_user_without_an_adapter_gets_the_bases_reply(served):
 def test_other_user_is_answered_with_somebody_elses_adapter(served):
     rows = [row for (_, method), row in served.replies.items() if method == "adapter:other-user"]
     own = {user: row["adapter_id"] for user, row in served.good.items()}
-    known = set(own.values()) | {f"{own[user]}-bad" for user in served.bad}
+    known = set(own.values()) | {f"{own[user]}-bad" for user in served.bad} | {TOO_LONG}
     assert all(row["adapter_id"] in known and row["adapter_id"] != own.get(row["user_id"]) for row in rows)
     by_user = {}
     for row in rows:

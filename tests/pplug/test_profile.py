@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pplug.plain_text import TextTokenizer
 from pplug import profile, retrieval, tasks
+from pplug.plain_text import TextTokenizer
 from pplug.profile import ProfileConfig, profile_id
 from tests.pplug.models import word_tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pplug.plain_text import TextTokenizer
 from pplug import retrieval, tasks
+from pplug.plain_text import TextTokenizer
 from tests.pplug.models import word_tokenizer
 
 TEXTS = ["a film of crime and crime", "the quiet nature of music", "music music music", "a a a a", "crime of the sea"]

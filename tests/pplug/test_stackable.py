@@ -1,4 +1,4 @@
-"""Which bases are trained in a stack: plain attention is, whatever the family; what mixes users or computes more is not."""
+"""Which bases are trained in a stack: those with plain attention, whatever the family, and no others."""
 
 import pytest
 import torch
@@ -31,7 +31,9 @@ def test_a_family_with_plain_attention_is_trained(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", MIXING)
 def test_a_family_whose_layers_run_along_the_row_is_refused(family, dtype):
-    with pytest.raises(ValueError, match=f"{family}ForCausalLM mixes users in a stack: .* choose a base with attention"):
+    with pytest.raises(
+        ValueError, match=f"{family}ForCausalLM mixes users in a stack: .* choose a base with attention"
+    ):
         trainer(make(family).to(dtype))
 
 
