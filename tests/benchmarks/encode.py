@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.stages import embed
+from pipelines.refresh import embed
 from pplug.encoder import EncoderConfig, TextEncoder, default_batch_tokens
 from tests.benchmarks import prepare
 from tests.benchmarks.encoder import flops
@@ -41,7 +41,7 @@ class Refresh:
         self.items = population.snapshot("histories").rows
 
     def __call__(self) -> float:
-        from pipelines import refresh
+        from pipelines.refresh import job as refresh
 
         place = self.folder / "encode-tables"
         shutil.rmtree(place, ignore_errors=True)

@@ -22,9 +22,10 @@ import pyarrow as pa
 
 from infra.shards import keys_by_bucket
 from pipelines import tables
-from pipelines.stages import prompt, reply
-from pipelines.stages.prompt import BuildPrompts, Owed
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines.generate import prompts as prompt
+from pipelines.generate import replies as reply
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.replies import Decoding, EngineConfig
 from pplug.llm import LLMConfig
 from pplug.retrieval import RetrievalConfig
 from tests.benchmarks import prepare
@@ -72,7 +73,7 @@ class Job:
         self.seconds: list[float] = []
 
     def __call__(self) -> float:
-        from pipelines import generate
+        from pipelines.generate import job as generate
 
         clock = Path(os.environ[CLOCK])
         clock.write_text("")

@@ -19,7 +19,7 @@ ITEMS, WORDS, BUCKETS, PERSONA = 20, 60, 8, 256
 
 def run(given: Given) -> Found:
     from infra import session
-    from pipelines.stages import embed
+    from pipelines.refresh import embed
 
     users = given.size(1200, 50)
     embed.EmbedTexts = scale.HashTexts  # type: ignore[misc, assignment]

@@ -13,8 +13,9 @@ import os
 import time
 from pathlib import Path
 
-from pipelines import ingest, refresh
-from pipelines.stages import embed
+from pipelines.ingest import job as ingest
+from pipelines.refresh import embed
+from pipelines.refresh import job as refresh
 from pplug import world
 from tests.benchmarks.encode import READY, TimedEmbed
 

@@ -75,7 +75,7 @@ class Population:
 
 def ingested(folder: Path, users: int, requests: int = REQUESTS) -> Population:
     """Histories of the first users, and so many of their newest items as requests with a known answer."""
-    from pipelines import ingest
+    from pipelines.ingest import job as ingest
 
     root = folder / (f"population-{users}" if requests == REQUESTS else f"population-{users}x{requests}")
     real = REAL.is_dir()
@@ -107,7 +107,7 @@ def ingested(folder: Path, users: int, requests: int = REQUESTS) -> Population:
 
 def refreshed(folder: Path, users: int) -> Population:
     """The same with MiniLM's vectors."""
-    from pipelines import refresh
+    from pipelines.refresh import job as refresh
 
     found = ingested(folder, users)
     ready = Path(found.tables).parent / "vectors-ready"
@@ -177,7 +177,7 @@ def _corpus(population: Population) -> list[str]:
 
 def new_plug(folder: Path, population: Population, llm: LLMConfig, persona_tokens: int = 1) -> str:
     """An untrained plug with MiniLM as its query encoder, in a folder."""
-    from pipelines import train
+    from pipelines.train import job as train
 
     place = folder / f"plug-{Path(llm.model).name}-{persona_tokens}-{llm.layout.max_input_tokens}"
     if not (place / "config.json").exists():

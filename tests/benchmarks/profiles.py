@@ -86,9 +86,9 @@ def encode(given: Given) -> list[dict[str, Any]]:
     import torch
 
     from pipelines import tables
-    from pipelines.stages.embed import EmbedTexts, ReadOwed
-    from pipelines.stages.since import Since
-    from pipelines.stages.write import WriteFiles
+    from pipelines.refresh.embed import EmbedTexts, ReadOwed
+    from pipelines.refresh.increment import Since
+    from pipelines.waves import WriteFiles
     from pplug.encoder import EncoderConfig
     from tests.benchmarks.encoder import flops
 
@@ -142,8 +142,9 @@ def train(given: Given) -> list[dict[str, Any]]:
 def generate(given: Given) -> list[dict[str, Any]]:
     import torch
 
+    from pipelines.generate import prompts as prompt
+    from pipelines.generate import replies as reply
     from pipelines.methods import parse_all
-    from pipelines.stages import prompt, reply
     from pplug.llm import llm_id
     from pplug.plug import plug_id
     from tests.benchmarks import generate as row

@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from infra import shards
 from infra.snapshot import DataFile
-from pipelines import refresh, tables
-from pipelines.stages.bucket import list_f32
-from pipelines.stages.write import DETAIL, REASON, bucket_rows, files_table
+from pipelines import tables
+from pipelines.histories import list_f32
+from pipelines.refresh import job as refresh
+from pipelines.waves import DETAIL, REASON, bucket_rows, files_table
 from pplug import history
 
 DIM, WORDS = 384, 20_000
@@ -216,7 +217,7 @@ def main(words: list[str] | None = None) -> dict:
     given = parser.parse_args(words)
 
     from infra import session
-    from pipelines.stages import embed
+    from pipelines.refresh import embed
 
     embed.EmbedTexts = HashTexts
     session.start(cpus=4, object_store_bytes=512 * 2**20)

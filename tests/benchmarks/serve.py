@@ -18,10 +18,10 @@ import torch
 
 from infra.shards import shard_columns
 from pipelines import tables
+from pipelines.engines.adapters import Adapters
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.replies import Decoding, EngineConfig, _lora_args
 from pipelines.methods import parse_all
-from pipelines.stages.adapters import Adapters
-from pipelines.stages.prompt import BuildPrompts, Owed
-from pipelines.stages.reply import Decoding, EngineConfig, _lora_args
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes, write_folder
 from pplug.llm import LLMConfig, llm_id
 from tests.benchmarks import prepare

@@ -46,8 +46,8 @@ class Setting:
 def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepare.Population]:
     import pyarrow as pa
 
-    from pipelines import train
-    from pipelines.stages.samples import PrepareSamples, Shard
+    from pipelines.train import job as train
+    from pipelines.train.samples import PrepareSamples, Shard
     from pplug.fit import FitConfig, Fitter, plan_epoch
     from pplug.llm import llm_id
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from pipelines import adapt, tables
+from pipelines import tables
+from pipelines.adapt import job as adapt
 from pplug.adapter import LoraConfig
 from tests.faults.jobs import Job
 from tests.pipelines import small

@@ -4,8 +4,10 @@ from collections import Counter
 
 import pytest
 
-from pipelines import generate, refresh, tables
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines import tables
+from pipelines.generate import job as generate
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.refresh import job as refresh
 from tests.faults.jobs import Job
 from tests.pipelines import small
 

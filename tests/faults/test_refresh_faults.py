@@ -13,7 +13,8 @@ import pytest
 
 from infra.errors import Overtaken
 from infra.storage import Storage
-from pipelines import refresh, tables
+from pipelines import tables
+from pipelines.refresh import job as refresh
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
@@ -256,7 +257,7 @@ def test_the_same_on_s3_that_refuses_is_slow_and_cuts_answers(population, undist
 
 def committer(table, run_id, owed, strict):
     from infra.report import RunReport
-    from pipelines.stages.write import Committer
+    from pipelines.waves import Committer
 
     report = RunReport("refresh", run_id, {}, "never-written")
     return Committer(table, None, report, owed, group_rows=1, metadata={}, planned_on=table.version, strict=strict)

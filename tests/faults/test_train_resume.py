@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from infra.errors import InputError
-from pipelines import refresh, train
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
 from pplug.fit import FitConfig
 from tests.faults.jobs import Job
 from tests.pipelines import small

@@ -128,7 +128,8 @@ def test_the_entrypoint_is_a_command_of_this_project_with_a_config_it_accepts(ma
     assert mounted, f"nothing is mounted at {at.parent}"
     (tmp_path / at.name).write_text(manifests["ConfigMap"]["data"][at.name])
 
-    from pipelines import options, refresh
+    from pipelines import options
+    from pipelines.refresh import job as refresh
 
     config = options.check(refresh.Config, options.read(["--config", str(tmp_path / at.name)], refresh.Config))
     assert config.tables.startswith("s3://") and config.gpus_per_worker == 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import verdict
+from pipelines.evaluate import verdict
 
 METHODS = {  # accuracy, half width of its interval, gain, half width, better, worse, prompt tokens, bytes
     "none": (0.341, 0.021, None, None, None, None, 24, 0),

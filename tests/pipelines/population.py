@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from pipelines import ingest, tables
+from pipelines import tables
+from pipelines.ingest import job as ingest
 from pplug import history
 
 NOTES = {

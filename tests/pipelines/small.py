@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from infra.errors import InputError
-from pipelines import ingest, tables
+from pipelines import tables
+from pipelines.ingest import job as ingest
 from pplug import world
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import FrozenLLM, LLMConfig, llm_id

@@ -17,10 +17,12 @@ from infra.errors import InputError, Overtaken
 from infra.shards import bucket_of, user_key
 from infra.storage import Storage
 from pipelines import __main__ as cli
-from pipelines import adapt, erase, tables
-from pipelines.stages.adapt_base import BaseExamples
-from pipelines.stages.fit_adapters import FitAdapters, ReadExamples
-from pipelines.stages.owed import OwedUsers
+from pipelines import tables
+from pipelines.adapt import job as adapt
+from pipelines.adapt.base import BaseExamples
+from pipelines.adapt.users import FitAdapters, ReadExamples
+from pipelines.pending_users import OwedUsers
+from pipelines.upkeep import erase
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id

@@ -21,10 +21,14 @@ from safetensors.torch import load, save
 
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
-from pipelines import adapt, export, generate, refresh, tables
+from pipelines import tables
+from pipelines.adapt import job as adapt
+from pipelines.engines.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
+from pipelines.generate import job as generate
+from pipelines.generate.replies import Decoding, EngineConfig, LoadedAdapters
 from pipelines.methods import parse
-from pipelines.stages.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
-from pipelines.stages.reply import Decoding, EngineConfig, LoadedAdapters
+from pipelines.refresh import job as refresh
+from pipelines.upkeep import export
 from pplug.adapter import LoraConfig, base_shapes, to_bytes
 from pplug.encoder import TextEncoder
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
@@ -81,7 +85,7 @@ def test_another_persons_adapter_is_a_strangers_and_the_same_each_time(tmp_path)
 
 
 def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.stages.adapters.MEMORY", str(tmp_path))
+    monkeypatch.setattr("pipelines.engines.adapters.MEMORY", str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left, living = tmp_path / f"pplug-adapters-{dead.pid}-abc", tmp_path / f"pplug-adapters-{os.getpid()}-abc"
@@ -107,7 +111,7 @@ def test_an_adapter_that_cannot_be_fetched_or_laid_out_frees_its_place(tmp_path,
         for module, (width_in, width_out) in base_shapes(base, ("q_proj", "v_proj")).items()
     }
     row = {"adapter_id": "f-0", "weights": to_bytes(weights, "llm-x")}
-    monkeypatch.setattr("pipelines.stages.adapters.MEMORY", str(tmp_path))
+    monkeypatch.setattr("pipelines.engines.adapters.MEMORY", str(tmp_path))
     snapshot = snapshot_of(tmp_path / "t", {"user-0": row})
     shelf = AdapterShelf(Adapters(snapshot, 4, "llm-x", 8, ("q_proj", "v_proj")), base)
     errors = []
@@ -409,7 +413,7 @@ def test_an_adapter_is_chosen_only_for_requests_that_may_see_what_it_was_made_fr
 
 
 def test_no_folder_of_an_ended_engine_is_left_in_memory(served):
-    from pipelines.stages.adapters import MEMORY, _sweep
+    from pipelines.engines.adapters import MEMORY, _sweep
 
     _sweep(Path(MEMORY))
     mine = [path for path in Path(MEMORY).glob("pplug-adapters-*") if any(path.iterdir())]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from infra.errors import InputError
-from pipelines import generate, refresh, train
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines.generate import job as generate
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
 from pplug import history
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import FrozenLLM, LLMConfig, llm_id

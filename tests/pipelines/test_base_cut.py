@@ -7,9 +7,12 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
-from pipelines import adapt, base_lm, export, made_from, tables
-from pipelines.stages.adapt_base import BaseExamples
-from pipelines.stages.mixed import OtherSettings
+from pipelines import made_from, tables
+from pipelines.adapt import job as adapt
+from pipelines.adapt.base import BaseExamples
+from pipelines.adapt.mixed import OtherSettings
+from pipelines.lines import base_lm
+from pipelines.upkeep import export
 from pplug.adapter import LoraConfig
 from pplug.llm import LLMConfig, llm_id
 from tests.pipelines.population import NOTES
@@ -199,7 +202,7 @@ def test_a_peft_folder_takes_the_place_of_another_as_a_whole(population, llm, tm
     """A former adapter in another form lies there; afterwards only this one does."""
     import torch
 
-    from pipelines.stages.export_adapter import export_adapter
+    from pipelines.upkeep.export_adapter import export_adapter
     from pplug.adapter import AdapterShape, base_shapes, to_bytes
 
     base, shape = llm_id(llm), AdapterShape()

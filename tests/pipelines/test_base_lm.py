@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import InputError
-from pipelines import base_lm
+from pipelines.lines import base_lm
 from pplug.tiny_lm import TinyLMConfig
 from tests.pipelines.population import NOTES
 

@@ -11,12 +11,12 @@ import pytest
 from infra.shards import bucket_of, user_key
 from infra.storage import Storage
 from pipelines import tables
+from pipelines.adapt.base import BaseExamples
+from pipelines.adapt.users import ReadExamples
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.write_profiles import AskForProfiles
 from pipelines.methods import parse_all
-from pipelines.stages.adapt_base import BaseExamples
-from pipelines.stages.fit_adapters import ReadExamples
-from pipelines.stages.owed import OwedUsers
-from pipelines.stages.profile import AskForProfiles
-from pipelines.stages.prompt import BuildPrompts, Owed
+from pipelines.pending_users import OwedUsers
 from pplug.adapter import ExampleRule
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.profile import ProfileConfig

@@ -2,8 +2,9 @@
 
 from importlib import import_module
 
-from pipelines import demo, options
+from pipelines import options
 from pipelines.__main__ import JOBS
+from pipelines.lines import demo
 
 
 def report(oracle: float) -> dict:

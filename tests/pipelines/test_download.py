@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from infra.errors import InputError
-from pipelines.stages.download import fetch
+from pipelines.ingest.sources.download import fetch
 
 QUESTIONS = json.dumps(
     [{"id": f"{n}", "input": "description: x " + "y" * 3000, "profile": []} for n in range(40)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from infra.errors import InputError
-from pipelines.stages.prompt import PROMPTS, ragged_f32
-from pipelines.stages.reply import Decoding, EngineConfig, EnginePrompt, Reply, VLLMEngine, check_rows
-from pipelines.stages.reply_transformers import TransformersEngine
+from pipelines.engines.transformers import TransformersEngine
+from pipelines.generate.prompts import PROMPTS, ragged_f32
+from pipelines.generate.replies import Decoding, EngineConfig, EnginePrompt, Reply, VLLMEngine, check_rows
 from pplug.llm import FrozenLLM, LLMConfig
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 

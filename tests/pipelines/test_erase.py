@@ -14,7 +14,11 @@ from infra.errors import InputError, Overtaken
 from infra.search import Needles, digest
 from infra.storage import Storage
 from infra.table import Table
-from pipelines import base_lm, erase, evaluate, export, tables, train
+from pipelines import tables
+from pipelines.evaluate import job as evaluate
+from pipelines.lines import base_lm
+from pipelines.train import job as train
+from pipelines.upkeep import erase, export
 from pplug import history
 from tests.faults.jobs import Job
 

@@ -11,8 +11,9 @@ import pytest
 
 from infra import shards
 from infra.errors import InputError
-from pipelines import evaluate, tables
+from pipelines import tables
 from pipelines.__main__ import main
+from pipelines.evaluate import job as evaluate
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import InputError
-from pipelines import verdict
+from pipelines.evaluate import verdict
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
 from tests.pipelines.test_evaluate import labelled, run, write_generations

@@ -12,7 +12,7 @@ import pytest
 from infra import shards
 from infra.errors import InputError
 from pipelines import tables
-from pipelines.stages import groups
+from pipelines.evaluate import cohorts as groups
 from tests.pipelines.population import NOTES, Population
 from tests.pipelines.test_evaluate import run, write_generations
 

@@ -9,7 +9,8 @@ import pytest
 
 from infra import shards
 from infra.errors import InputError
-from pipelines import export, options, tables
+from pipelines import options, tables
+from pipelines.upkeep import export
 
 USERS = [f"user-{i}" for i in range(30)] + ["a/b=c 😀"]
 BUCKETS = 4

@@ -7,8 +7,9 @@ import pytest
 
 from infra.report import RunReport
 from infra.table import DataFile
-from pipelines import adapt, tables
-from pipelines.stages.write import Committer
+from pipelines import tables
+from pipelines.adapt import job as adapt
+from pipelines.waves import Committer
 from pplug.adapter import LoraConfig
 from pplug.llm import LLMConfig
 from tests.pipelines.population import NOTES

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from infra.errors import InputError
-from pipelines import generate, options, tables
+from pipelines import options, tables
+from pipelines.generate import job as generate
 from pplug import tasks
 from pplug.encoder import EncoderConfig
 from tests.pipelines.population import NOTES, Population

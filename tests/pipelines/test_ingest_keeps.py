@@ -11,9 +11,10 @@ from infra import runs
 from infra.errors import InputError
 from infra.storage import Storage
 from infra.table import Table
-from pipelines import erase, tables
-from pipelines import ingest as job
-from pipelines.stages import sources
+from pipelines import tables
+from pipelines.ingest import job
+from pipelines.ingest import source_files as sources
+from pipelines.upkeep import erase
 from tests.pipelines.population import NOTES
 
 pytestmark = pytest.mark.usefixtures("ray_session")

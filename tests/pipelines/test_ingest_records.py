@@ -14,9 +14,9 @@ import pytest
 from infra import shards
 from infra.errors import InputError
 from pipelines import tables
-from pipelines.stages import records
-from pipelines.stages.resolve import HELD, NEW, OLD, WORK, resolve
-from pipelines.stages.rows import RowError, microseconds
+from pipelines.ingest.source_rows import RowError, microseconds
+from pipelines.ingest.sources import records
+from pipelines.resolve import HELD, NEW, OLD, WORK, resolve
 from pplug import history
 from tests.pipelines.population import NOTES, Population
 
@@ -224,9 +224,9 @@ def test_a_user_with_a_million_items_comes_through_in_bounded_memory(population,
     """Through ingest, and then to a persona of the newest 512 without holding the vectors of all."""
     import resource
 
-    from pipelines.stages.bucket import list_f32
-    from pipelines.stages.persona import BuildPersonas
-    from pipelines.stages.since import Since
+    from pipelines.histories import list_f32
+    from pipelines.refresh.increment import Since
+    from pipelines.refresh.persona import BuildPersonas
 
     count = 1_000_000
     numbers = pa.array(np.arange(count)).cast(pa.string())

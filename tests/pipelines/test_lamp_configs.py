@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import lamp, options
+from pipelines import options
 from pipelines.__main__ import JOBS
+from pipelines.lines import lamp
 from pipelines.methods import parse_all
 from pplug import tasks
 

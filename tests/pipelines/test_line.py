@@ -13,8 +13,13 @@ import yaml
 from safetensors.torch import load_file
 
 from infra.errors import InputError
-from pipelines import evaluate, generate, ingest, refresh, tables, train
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines import tables
+from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.ingest import job as ingest
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
 from pplug import PersonaPlug, TextEncoder, world
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
@@ -274,8 +279,8 @@ def test_evaluate_scores_the_run(line):
 @pytest.mark.slow
 def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
     """The same requests over histories that have grown since: the prompts are equal to the bit."""
+    from pipelines.generate.prompts import BuildPrompts, Owed
     from pipelines.methods import parse_all
-    from pipelines.stages.prompt import BuildPrompts, Owed
     from pplug.tasks import load
 
     grown = tmp_path / "later.jsonl"

@@ -11,7 +11,9 @@ import pytest
 
 from infra import shards
 from infra.errors import Overtaken
-from pipelines import compact, options, refresh, tables, vacuum
+from pipelines import options, tables
+from pipelines.refresh import job as refresh
+from pipelines.upkeep import compact, vacuum
 from pplug import TextEncoder, history
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.plug import PersonaPlug, PlugConfig

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from infra import session
 from infra.errors import InputError
 from infra.storage import Storage
-from pipelines import adapt, begun, refresh, tables, train
-from pipelines.stages.adapt_base import BaseShard, load_examples
-from pipelines.stages.samples import PrepareSamples, Shard, load_samples
+from pipelines import begun, tables
+from pipelines.adapt import job as adapt
+from pipelines.adapt.base import BaseShard, load_examples
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
+from pipelines.train.samples import PrepareSamples, Shard, load_samples
 from pplug import PersonaPlug
 from pplug.adapter import LoraConfig
 from pplug.fit import FitConfig

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from infra.errors import InputError
 from infra.shards import user_key
-from pipelines import compact, export, generate, tables
+from pipelines import tables
+from pipelines.generate import job as generate
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
 from pipelines.methods import parse, parse_all
-from pipelines.stages.owed import OwedUsers
-from pipelines.stages.profile import AskForProfiles, WriteProfiles
-from pipelines.stages.prompt import BuildPrompts, Owed
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines.pending_users import OwedUsers
+from pipelines.upkeep import compact, export
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.profile import ProfileConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines import tables
-from pipelines.stages import references
+from pipelines.evaluate import references
 from pplug.tasks import TaskEntry
 from tests.pipelines.population import NOTES, Population
 

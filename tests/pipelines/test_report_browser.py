@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from pipelines import page
+from pipelines.evaluate.report import page
 from tests.pipelines.figures import METHODS, REFERENCES, claim, examples, made_up
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipelines import charts, page
-from pipelines.verdict import NO_DIFFERENCE, UNKNOWN, USER
+from pipelines.evaluate.report import charts, page
+from pipelines.evaluate.verdict import NO_DIFFERENCE, UNKNOWN, USER
 from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up
 
 

@@ -9,10 +9,12 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
-from pipelines import compact, refresh, tables
+from pipelines import tables
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.replies import Decoding
 from pipelines.methods import parse_all
-from pipelines.stages.prompt import BuildPrompts, Owed
-from pipelines.stages.reply import Decoding
+from pipelines.refresh import job as refresh
+from pipelines.upkeep import compact
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.retrieval import RetrievalConfig
 from pplug.tasks import TaskEntry

@@ -10,8 +10,9 @@ import pytest
 from infra import lease, log, shards, upkeep
 from infra.errors import InputError, Overtaken
 from infra.table import TableMoved
-from pipelines import erase, options, restore, tables, vacuum
+from pipelines import options, tables
 from pipelines.__main__ import main
+from pipelines.upkeep import erase, restore, vacuum
 from tests.pipelines.test_night import Night, note
 
 BUCKETS = 4

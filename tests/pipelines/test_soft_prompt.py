@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from infra.errors import InputError
-from pipelines import evaluate, generate, refresh, train
+from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
+from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.methods import parse
-from pipelines.stages.reply import Decoding, EngineConfig
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
 from pplug import PersonaPlug
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, llm_id

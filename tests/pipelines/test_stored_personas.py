@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import ingest, refresh, tables
+from pipelines import tables
+from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.histories import to_us
+from pipelines.ingest import job as ingest
 from pipelines.methods import parse_all
-from pipelines.stages.bucket import to_us
-from pipelines.stages.prompt import BuildPrompts, Owed
+from pipelines.refresh import job as refresh
 from pplug.plug import PersonaPlug
 from tests.pipelines import small
 

@@ -14,11 +14,12 @@ import pytest
 
 from infra import shards
 from pipelines import tables
+from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate import replies
+from pipelines.generate.prompts import BuildPrompts, Owed
 from pipelines.methods import parse_all
-from pipelines.stages import groups, replies
-from pipelines.stages.owed import OwedUsers
-from pipelines.stages.prompt import BuildPrompts, Owed
-from pipelines.stages.samples import PrepareSamples
+from pipelines.pending_users import OwedUsers
+from pipelines.train.samples import PrepareSamples
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
 from pplug.tasks import TaskEntry

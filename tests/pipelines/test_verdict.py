@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipelines import verdict
-from pipelines.verdict import Figure
+from pipelines.evaluate import verdict
+from pipelines.evaluate.verdict import Figure
 from pplug import intervals
 
 CANDIDATES = (

@@ -6,7 +6,10 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
-from pipelines import evaluate, generate, options, tables, train
+from pipelines import options, tables
+from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
+from pipelines.train import job as train
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import LLMConfig
 from tests.pipelines.population import NOTES

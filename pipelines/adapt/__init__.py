@@ -1,0 +1,1 @@
+"""One LoRA adapter per user, and the base that they stand on."""

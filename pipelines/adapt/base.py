@@ -1,0 +1,262 @@
+"""Task adaptation: one adapter learned from people who are not target users, merged into the base.
+
+Route: bucket -> examples as files -> Ray Train workers, each with the whole base and a share of every batch -> a PEFT
+folder as checkpoint -> merged model folder with its tokenizer.
+
+[1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401, step 1.
+"""
+
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+from pipelines import made_from
+from pipelines.adapt.users import item_example, tokenised
+from pipelines.cut import visible_to_all
+from pipelines.histories import decode_fields, to_us
+from pipelines.train.samples import read_written, refuse_another_count
+from pplug.folder import MODEL_FILES, whole_folder
+from pplug.identity import model_folder
+from pplug.llm import LLMConfig, load_tokenizer
+from pplug.splice import Splicer
+from pplug.tasks import TaskEntry
+
+_EXAMPLES = pa.schema([("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
+
+
+class BaseShard(NamedTuple):
+    """The file of one bucket, and the examples that it holds."""
+
+    bucket: int
+    examples: int
+
+    @property
+    def file(self) -> str:
+        return f"examples-{self.bucket}.parquet"
+
+
+@dataclass
+class BaseExamples:
+    """Stage of the preparation, which writes a bucket's examples as a file.
+
+    in:  bucket int
+    out: bucket, examples, rejected (rows without an answer), items_cut_off (items that a request of their user may not
+         see), users_left_out (users with such rows of whom nothing is read), latest_us (time of the newest item)
+    """
+
+    histories: Snapshot
+    requests: Snapshot | None
+    """None where there is no such table."""
+    examples: Literal["items", "requests"]
+    cut: bool
+    """Whether items that a request of their user may not see are left out."""
+    entry: TaskEntry
+    left_out: frozenset[str]
+    """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read."""
+    llm: LLMConfig
+    max_target_tokens: int
+    folder: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        llm = self.llm
+        splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        for bucket in batch["bucket"].to_pylist():
+            rows, counts = self._rows(bucket)
+            pairs = [self._pair(row) for row in rows.to_pylist()]
+            found = [pair for pair in pairs if pair is not None]
+            shard = BaseShard(bucket, len(found))
+            if found:  # a tokenizer refuses an empty list
+                prompts, answers = tokenised(splicer, found, self.max_target_tokens)
+                out = io.BytesIO()
+                pq.write_table(pa.table({"prompt": prompts, "answer": answers}, schema=_EXAMPLES), out)
+                Storage(self.folder).write_bytes(shard.file, out.getvalue())
+            yield pa.Table.from_pylist([shard._asdict() | {"rejected": len(pairs) - len(found)} | counts])
+
+    def _rows(self, bucket: int) -> tuple[pa.Table, dict[str, int | None]]:
+        """Rows of items or requests to learn from, in a fixed order, and what was counted on the way."""
+        requests = None if self.requests is None else self.requests.read(buckets=[bucket])
+        if self.examples == "requests":
+            assert requests is not None, "the job has refused this without the table"
+            rows = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
+        else:
+            rows = self.histories.read(buckets=[bucket])
+            rows = rows.sort_by([("user_key", "ascending"), ("item_id", "ascending")])
+        left_out = set(self.left_out)
+        if requests is not None and left_out:  # each user of a person who is left out
+            pairs = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
+            left_out |= {user for user, owner in pairs if owner in self.left_out}
+        theirs = pc.is_in(rows["user_id"], value_set=pa.array(sorted(left_out), pa.string()))
+        users = pc.count_distinct(rows["user_key"].filter(theirs)).as_py()
+        rows, cut_off, latest = rows.filter(pc.invert(theirs)), 0, None
+        if self.examples == "items":
+            if self.cut and requests is not None:
+                visible = visible_to_all(rows, requests)
+                cut_off = int((~visible).sum())
+                rows = rows.filter(pa.array(visible))
+            latest = pc.max(rows["occurred_at"]).as_py()
+        return rows, {"items_cut_off": cut_off, "users_left_out": users, "latest_us": to_us(latest)}
+
+    def _pair(self, row: dict[str, Any]) -> tuple[str | None, str] | None:
+        """(input, answer) of a row; None without an answer."""
+        if self.examples == "requests":
+            return (row["input"], row["target"]) if (row["target"] or "").strip() else None
+        return item_example(decode_fields(row["fields"]), self.entry)
+
+
+def fit_base(given: dict[str, Any]) -> None:
+    """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
+
+    Args:
+        given: llm, lora (LoraConfig), examples (folder), shards (what was written there), threads, started_in (the
+            driver's folder).
+    """
+    import peft
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from infra import session
+    from pplug.adapter import LoraConfig
+    from pplug.fit import micro_batches, plan_epoch, sum_gradients
+    from pplug.llm import FrozenLLM
+    from pplug.lora import rate
+    from pplug.objective import target_loss
+    from pplug.splice import Prompt
+
+    session.go_back_to(given["started_in"])
+    config = LoraConfig.model_validate(given["lora"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(given["threads"])
+    llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]))
+    llm.model.to(get_device())
+    torch.manual_seed(config.seed)
+    shape = config.shape
+    model = peft.get_peft_model(
+        llm.model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=shape.rank,
+            lora_alpha=shape.alpha,
+            target_modules=list(shape.targets),
+            lora_dropout=config.dropout,
+        ),
+    )
+    llm.model = model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    prompts, answers = load_examples(given["examples"], given["shards"])
+    lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
+    per_epoch = -(-len(lengths) // config.batch_size)
+    nothing = torch.zeros(1, 1, llm.dim, device=llm.embedding.weight.device)
+    start = _resume(model, optimizer)
+    for name, module in model.named_modules():
+        module.train("lora_dropout" in name)  # the adapter's dropout alone: the base is frozen
+    for epoch in range(start, config.epochs):
+        total = torch.zeros((), device=nothing.device)
+        for place, batch in enumerate(plan_epoch(lengths, config.batch_size, config.seed, epoch)):
+            step = epoch * per_epoch + place
+            torch.manual_seed((config.seed << 40) + step * world + rank)  # the same dropout after a restart
+            tokens = sum(len(answers[i]) for i in batch)
+            for part in micro_batches(batch[rank::world], lengths, config.micro_tokens):
+                loss, _ = target_loss(
+                    llm,
+                    [Prompt(prompts[i], []) for i in part],
+                    nothing.expand(len(part), 1, llm.dim),
+                    [0] * len(part),
+                    [answers[i] for i in part],
+                )
+                (loss / tokens).backward()
+                total += loss.detach() / tokens / per_epoch
+            sum_gradients(trained, world)
+            torch.nn.utils.clip_grad_norm_(trained, config.clip)
+            share = rate(step, per_epoch * config.epochs, config.warmup)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if world > 1:
+            torch.distributed.all_reduce(total)
+        metrics = {"epoch": epoch + 1, "loss": float(total), "examples": len(lengths)}
+        if rank == 0:
+            print(f"adapt: base, epoch {epoch + 1} of {config.epochs}, loss {float(total):.4f}", flush=True)
+        _report(model, optimizer, metrics, rank)
+    if start == config.epochs:  # the run had ended before; report again, so that the driver finds its checkpoint
+        _report(model, optimizer, {"epoch": start, "examples": len(lengths)}, rank)
+
+
+def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> None:
+    import ray.train
+    import torch
+
+    if rank:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/adapter")
+        torch.save({"optimizer": optimizer.state_dict(), "epoch": metrics["epoch"]}, f"{folder}/state.pt")
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _resume(model: Any, optimizer: Any) -> int:
+    """Epochs that a checkpoint has behind it; loads it."""
+    import peft
+    import ray.train
+    import torch
+    from safetensors.torch import load_file
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        peft.set_peft_model_state_dict(model, load_file(f"{folder}/adapter/adapter_model.safetensors"))
+        state = torch.load(f"{folder}/state.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epoch"])
+
+
+def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and answers.
+
+    Args:
+        folder: where BaseExamples wrote.
+        shards: what it wrote there; other files in the folder are not read.
+
+    Raises:
+        ValueError: a file is not there, or holds another number of examples than was written.
+    """
+    storage, tables = Storage(folder), []
+    for shard in map(BaseShard._make, shards):
+        table = pq.read_table(io.BytesIO(read_written(storage, shard.file, shard.examples)))
+        refuse_another_count(storage, shard.file, shard.examples, table.num_rows)
+        tables.append(table)
+    table = pa.concat_tables(tables)
+    return table["prompt"].to_pylist(), table["answer"].to_pylist()
+
+
+def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
+    """Writes the base with the adapter added to its weights, as a model folder with its tokenizer.
+
+    The folder takes the place of a former model as a whole: shards and an index of that would be loaded instead.
+
+    Args:
+        record: content of made_from.json.
+    """
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder(llm.model, llm.revision)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with whole_folder(output, MODEL_FILES) as draft:
+        merged.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
+        (draft / made_from.FILE).write_text(record, encoding="utf-8")

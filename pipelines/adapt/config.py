@@ -1,0 +1,74 @@
+"""Keys of `adapt`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.options import ResumableConfig
+from pplug.adapter import ExampleRule, LoraConfig, StackConfig
+from pplug.llm import LLMConfig
+
+
+class Config(ResumableConfig):
+    """Job `adapt`: histories (and requests) -> one adapter a user, many trained together; or the base they stand on.
+
+    stage users: Ray Data spreads users over workers, each of which trains many adapters in one stack. Buckets are
+    committed wave by wave as their users are finished; a rerun trains only who is missing or whose items have changed.
+    Where there are requests, a user's items are cut at the earliest of them: an adapter never knows what a request may
+    not see.
+    Unit of work: a user.
+    stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
+    folder; give that folder as llm.model to stage users and to generate. Unit of work: an example.
+
+    A base must not know the answers that it is scored on. Best is a population of its own, with other people than those
+    who are evaluated (`--cut none` then lets it learn all of their items), or `--users FILE` with the people to be
+    evaluated, who are left out. Else the base learns only items that all requests of their user may see (`--cut
+    requests`); the targets of requests (`--examples requests`) are always answers. The base's folder records what it
+    was made from (made_from.json), and `generate` refuses requests whose answers the base may have learned.
+    A rerun with the same run_id goes on with the tables' versions that the run began with, and with no other config.
+    """
+
+    stage: Literal["users", "base"] = "users"
+    """users: an adapter for each user; base: a base model adapted to the task on other people's examples."""
+    llm: LLMConfig
+    users: str | None = None
+    """File with a target user's id a line. Stage users makes adapters for them (default: all); base leaves them out."""
+    lora: LoraConfig = LoraConfig()
+    epochs: int | None = Field(None, gt=0)
+    """Default: lora.epochs for users; 3 for the base, as in the paper."""
+    stack: StackConfig = StackConfig()
+    rule: ExampleRule = ExampleRule()
+    """How an item becomes an example."""
+    history_cap: int = Field(10_000, gt=0)
+    """Newest items of a user to train on."""
+    cut: Literal["requests", "none"] = "requests"
+    """requests: items that one of the user's requests may not see are left out, as an evaluation needs; none: all
+    count, as for requests that are yet to come, or for a base made from other people than those who are evaluated."""
+    changed_only: bool = False
+    """Go on from the adapters there, for new and changed users; refused where base or settings have changed."""
+    examples: Literal["requests", "items"] = "items"
+    """Stage base: what the examples are. items: each item that `cut` lets pass; requests: each request with a target,
+    whose answer the base then knows."""
+    output: str | None = None
+    """Stage base: folder of the merged model; default: <run_dir>/base. It takes the place of a former model as a
+    whole."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    workers: int = Field(1, gt=0)
+    """Training actors: one a GPU, or one a core of a CPU node."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
+    threads: int | None = Field(None, gt=0)
+    """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
+    batch_users: int = Field(64, gt=0)
+    """Users handed to a worker at a time; their adapters are in memory together."""
+    wave_users: int = Field(2_000, gt=0)
+    """Users in one commit."""
+    max_failures: int = Field(2, ge=0)
+    """Stage base: times a lost worker group is started again within one run."""
+
+    @property
+    def trained(self) -> LoraConfig:
+        """The settings in force."""
+        epochs = self.epochs or (self.lora.epochs if self.stage == "users" else 3)
+        return self.lora.model_copy(update={"epochs": epochs})

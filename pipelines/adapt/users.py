@@ -1,0 +1,175 @@
+"""Stages of adapt: users of a bucket become examples, examples become adapters, many users at once.
+
+Route: bucket -> users who are owed an adapter, each with the items that count -> token ids -> stacked training -> rows
+of `adapters`. A bucket's other adapters travel beside them, since a bucket is replaced as a whole.
+
+An item becomes an example by the task's own input and target; where retrieval is on, with what it finds among the items
+before it, as the request would have been answered then. Which items count is said in `pending_users`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.errors import InputError
+from pipelines.histories import Histories, decode_fields
+from pipelines.pending_users import OwedUsers
+from pipelines.waves import DETAIL, REASON
+from pplug import retrieval
+from pplug.adapter import ExampleRule, LoraConfig, StackConfig, to_bytes
+from pplug.identity import model_folder, short_id
+from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
+from pplug.lora import StackedTrainer, UserExamples
+from pplug.schemas import ADAPTERS
+from pplug.splice import Splicer
+from pplug.tasks import TaskEntry, fill, query
+
+ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
+_TOKENS = pa.list_(pa.list_(pa.int32()))
+EXAMPLES = pa.schema([*ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
+"""A user to train (prompts, answers), an adapter that stays as it is (weights), or a reject."""
+RETRIEVAL_ITEMS = 512
+"""Newest items before an item among which retrieval looks, as in generate."""
+
+
+def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, cap: int) -> str:
+    """Identity of all that decides an adapter beside the user's own items."""
+    form = entry.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
+    rules = {"task": form, "rule": rule.model_dump(mode="json"), "cap": cap}
+    return short_id({"lora": lora.model_dump(mode="json"), "llm_id": llm_id} | rules)
+
+
+class ReadExamples:
+    """Stage: a bucket's users as token ids. in: bucket int. out: EXAMPLES, in blocks of users."""
+
+    def __init__(self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
+        self.owed, self.entry, self.rule = owed, entry, rule
+        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            yield from self.owed.blocks(bucket, EXAMPLES, self._examples)
+
+    def _examples(self, own: Histories, user: int, items: range) -> dict[str, Any]:
+        """Of the items in `items`; retrieval looks among those before them too."""
+        assert own.fields is not None, "read with fields"
+        start = max(int(own.starts[user]), items.start - RETRIEVAL_ITEMS)
+        known = {i: decode_fields(own.fields[i].as_py()) for i in range(start, items.stop)}
+        pairs = [item_example(known[i], self.entry) for i in items]
+        found = [(i, pair) for i, pair in zip(items, pairs, strict=True) if pair is not None]
+        if not found:
+            detail = f"{len(items)} items before the user's first request, none with {self.entry.target}"
+            return {REASON: "no_usable_item", DETAIL: detail}
+        texts = []
+        for i, (words, answer) in found:
+            before = [known[j] for j in range(max(start, i - RETRIEVAL_ITEMS), i)]
+            texts.append((words if words is None else self._with_items(words, before), answer))
+        prompts, answers = tokenised(self.splicer, texts, self.rule.max_target_tokens)
+        return {"prompts": prompts, "answers": answers}
+
+    def _with_items(self, words: str, before: Sequence[Mapping[str, str]]) -> str:
+        """The input with what retrieval finds among the items before it, oldest first."""
+        if self.rule.retrieve == "none" or not before:
+            return words
+        if self.rule.retrieve == "bm25":
+            index = retrieval.WordIndex([retrieval.words(fields, self.entry) for fields in before])
+            best = index.rank(query(words, self.entry))
+        else:
+            best = retrieval.recency(len(before))
+        chosen = [before[i] for i in best[: self.rule.retrieval.k]]
+        share = self.rule.retrieval.input_share
+        composed = retrieval.compose(chosen, words, self.entry, self.splicer.words, self.budget, share)
+        return composed.lead + composed.rest
+
+
+def item_example(fields: Any, entry: TaskEntry) -> tuple[str | None, str] | None:
+    """(input, answer) that an item teaches; input None: the text alone. None when the item lacks what it takes."""
+    answer = fields.get(entry.target, "").strip()
+    if not answer:
+        return None
+    if entry.input is None:
+        return None, answer
+    try:
+        return fill(entry.input, fields, entry.name), answer
+    except ValueError:
+        return None
+
+
+def tokenised(
+    splicer: Splicer, pairs: list[tuple[str | None, str]], max_target_tokens: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and answers; a text without an input stands where a user's words begin."""
+    prompts = []
+    for (words, _), prompt in zip(pairs, splicer.prompts([words or "" for words, _ in pairs]), strict=True):
+        prompts.append(prompt.before + (prompt.after if words is not None else []))
+    return prompts, splicer.targets([answer for _, answer in pairs], max_target_tokens)
+
+
+class FitAdapters:
+    """Stage: one adapter a user, trained together.
+
+    in:  EXAMPLES
+    out: ROWS: adapters, those that stay as they are, and rejects
+
+    The first call raises InputError where the base cannot be trained in a stack.
+    """
+
+    def __init__(
+        self, llm: LLMConfig, lora: LoraConfig, stack: StackConfig, llm_id: str, fit_id: str, threads: int
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.lora, self.llm_id, self.fit_id = lora, llm_id, fit_id
+        self.trainer: StackedTrainer | None = None
+        self.refused = ""
+        try:
+            self.trainer = StackedTrainer(FrozenLLM.load(llm).model, lora, stack)
+        except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
+            self.refused = f"llm {llm.model}: {error}"
+        self.dtype = getattr(torch, lora.stored)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import torch
+
+        if self.trainer is None:
+            raise InputError(self.refused)
+        train = pc.is_valid(batch["prompts"])
+        out = [batch.filter(pc.invert(train)).select(ROWS.names).cast(ROWS)]
+        rows = {row["user_id"]: row for row in batch.filter(train).to_pylist()}
+        users = (
+            UserExamples(name, list(zip(row.pop("prompts"), row.pop("answers"), strict=True)))
+            for name, row in rows.items()
+        )
+        for fitted in self.trainer.fit(users):
+            row = rows[fitted.user_id]
+            if not all(bool(torch.isfinite(part).all()) for pair in fitted.weights.values() for part in pair):
+                row |= {
+                    REASON: "not_finite",
+                    DETAIL: f"training diverged; lower learning_rate {self.lora.learning_rate}",
+                }
+                continue
+            data = to_bytes({name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in fitted.weights.items()},
+                            self.llm_id)  # fmt: skip
+            row |= {
+                "adapter_id": f"{self.fit_id}-{content_id(data)}",
+                "llm_id": self.llm_id,
+                "rank": self.lora.shape.rank,
+                "alpha": self.lora.shape.alpha,
+                "targets": list(self.lora.shape.targets),
+                "n_examples": fitted.n_examples,
+                "loss": fitted.loss,
+                "weights": data,
+            }
+        out.append(pa.Table.from_pylist(list(rows.values()), schema=ROWS))
+        return pa.concat_tables(out)
+
+
+def content_id(data: bytes) -> str:
+    """16 hex characters of an adapter's bytes."""
+    import hashlib
+
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,50 @@
+"""Which items of a bucket a base model may learn: those that all requests of their user may see.
+
+A request with a target is scored later, and its answer stands in an item that it may not see. Only what comes before
+the earliest request of a user is safe to learn, as for the user's own adapter (`pending_users`).
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.histories import to_us
+from pplug import history
+
+ITEM_COLUMNS = ["user_id", "position", "occurred_at"]
+REQUEST_COLUMNS = ["user_id", "owner_id", "as_of", "as_of_position"]
+
+
+def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
+    """Marks the items that every request of their user may see; all items of a user without a request.
+
+    Args:
+        items: whole histories of some users, with ITEM_COLUMNS, in any order.
+        requests: requests of these users and of any others, with REQUEST_COLUMNS.
+
+    Returns:
+        (n,) bool, in the order of `items`.
+    """
+    items = items.select(ITEM_COLUMNS).combine_chunks()
+    asked: dict[str, list[dict[str, Any]]] = {}
+    for request in requests.select(REQUEST_COLUMNS).to_pylist():
+        asked.setdefault(request["user_id"], []).append(request)
+    places: dict[str, list[int]] = {user: [] for user in asked}
+    for place, user in enumerate(items["user_id"].to_pylist()):
+        if user in places:
+            places[user].append(place)
+    visible = np.ones(len(items), bool)
+    for user, rows in places.items():
+        if not rows:
+            continue
+        mine = items.take(pa.array(rows))
+        times, positions = history.times_us(mine["occurred_at"]), mine["position"].to_numpy()
+        order = history.order(times, positions)
+        sorted_times = None if times is None else times[order]
+        count = min(
+            history.visible_count(sorted_times, positions[order], to_us(one["as_of"]), one["as_of_position"])
+            for one in asked[user]
+        )
+        visible[np.array(rows)[order[count:]]] = False
+    return visible

@@ -1,0 +1,1 @@
+"""What answers prompts: vLLM or transformers, and the adapters that it holds."""

@@ -1,0 +1,166 @@
+"""Adapters on their way from the table to the engine: chosen for a request, fetched, checked, laid out as PEFT folders.
+
+Only names travel with the prompts; weights go from the table's files to folders in memory, beside the engine.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.shards import bucket_of_key
+from infra.snapshot import Snapshot
+from pipelines.learned import last_items
+from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
+
+MEMORY = "/dev/shm"
+_PREFIX = "pplug-adapters-"
+
+
+@dataclass(frozen=True)
+class AdapterName:
+    """Whose adapter, and which: the key of a user and what changes with the content. No user id stands in it."""
+
+    user_key: str
+    adapter_id: str
+
+    def __str__(self) -> str:
+        return f"{self.user_key}@{self.adapter_id}"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run: the table's version, and what an engine has to be made ready for."""
+
+    snapshot: Snapshot
+    buckets: int
+    llm_id: str
+    rank: int
+    """The greatest."""
+    targets: tuple[str, ...]
+    """All modules that any of them changes."""
+
+
+def facts(snapshot: Snapshot, batch: pa.Table) -> pa.Table:
+    """Stage of the plan. in: bucket. out: bucket, rank (the greatest), targets."""
+    (bucket,) = batch["bucket"].to_pylist()
+    rows = snapshot.read(["rank", "targets"], buckets=[bucket])
+    targets = sorted({target for row in rows["targets"].to_pylist() for target in row})
+    return pa.table({"bucket": [bucket], "rank": [pc.max(rows["rank"]).as_py()], "targets": [targets]})
+
+
+class AdapterIndex:
+    """Who of a bucket has which adapter."""
+
+    def __init__(
+        self, adapters: Snapshot, bucket: int, owners: Mapping[str, str], user_keys: Sequence[str] | None = None
+    ) -> None:
+        """`owners`: user_id -> the person, where they differ. `user_keys`: whose are read; all for `other`."""
+        self._adapters, self._bucket, self._owners = adapters, bucket, owners
+        self._here = self._read(bucket, user_keys)
+        self._made_from = last_items(adapters, bucket, user_keys)
+        self._far: dict[int, dict[str, AdapterName]] = {}
+
+    def _read(self, bucket: int, user_keys: Sequence[str] | None = None) -> dict[str, AdapterName]:
+        columns = ["user_id", "user_key", "adapter_id"]
+        rows = self._adapters.read(columns, buckets=[bucket], user_keys=user_keys).sort_by("user_key").to_pylist()
+        return {row["user_id"]: AdapterName(row["user_key"], row["adapter_id"]) for row in rows}
+
+    def own(self, request: Mapping[str, Any]) -> AdapterName | None:
+        """The user's adapter; None where there is none, or where it `knows_too_much`."""
+        return None if self.knows_too_much(request) else self._here.get(request["user_id"])
+
+    def knows_too_much(self, request: Mapping[str, Any]) -> bool:
+        """Whether the user's adapter was trained on items that the request may not see."""
+        made_from = self._made_from.get(request["user_id"])
+        return made_from is not None and not made_from.is_visible_to(request)
+
+    def other(self, request: Mapping[str, Any]) -> AdapterName | None:
+        """Another person's adapter: drawn by the person's hash, so that every run draws alike."""
+        owner = request["owner_id"]
+        for pool in self._pools():
+            choice = [
+                name
+                for user, name in pool.items()
+                if user != request["user_id"] and self._owners.get(user, user) != owner
+            ]
+            if choice:
+                digest = hashlib.blake2b(f"other:{owner}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                return choice[int.from_bytes(digest, "big") % len(choice)]
+        return None
+
+    def _pools(self) -> Iterator[dict[str, AdapterName]]:
+        """This bucket, then, for whoever is alone in it, the others in turn."""
+        yield self._here
+        filled = sorted(self._adapters.by_bucket())
+        for bucket in [b for b in filled if b > self._bucket] + [b for b in filled if b < self._bucket]:
+            if bucket not in self._far:
+                self._far[bucket] = self._read(bucket)
+            yield self._far[bucket]
+
+
+class AdapterShelf:
+    """PEFT folders on a disk in memory, one an adapter."""
+
+    def __init__(self, adapters: Adapters, base: Path) -> None:
+        self._adapters, self._base = adapters, base
+        parent = MEMORY if os.access(MEMORY, os.W_OK) else tempfile.gettempdir()
+        _sweep(Path(parent))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        self._shapes: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
+
+    def put(self, name: AdapterName) -> Path:
+        """Fetches one adapter, checks it and writes its folder.
+
+        Raises:
+            ValueError: it is not in the table's version, or not what it has to be.
+        """
+        bucket = bucket_of_key(name.user_key, self._adapters.buckets)
+        columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
+        found = self._adapters.snapshot.read(columns, buckets=[bucket], user_keys=[name.user_key]).to_pylist()
+        row = next((row for row in found if row["adapter_id"] == name.adapter_id), None)
+        if row is None:
+            raise ValueError(f"adapter {name.adapter_id}: no longer in the table's version")
+        shape = AdapterShape(targets=tuple(row["targets"]), rank=row["rank"], alpha=row["alpha"])
+        if shape.targets not in self._shapes:
+            self._shapes[shape.targets] = base_shapes(self._base, shape.targets)
+        from_bytes(row["weights"] or b"", shape, self._shapes[shape.targets], self._adapters.llm_id)
+        path = self.folder / str(name)
+        write_folder(path, row["weights"], shape, str(self._base))
+        return path
+
+    def put_nothing(self) -> Path:
+        """The folder of an adapter that adds nothing."""
+        import torch
+
+        targets = self._adapters.targets
+        shape = AdapterShape(targets=targets, rank=1, alpha=1.0)
+        weights = {
+            name: (torch.zeros(1, width_in), torch.zeros(width_out, 1))
+            for name, (width_in, width_out) in base_shapes(self._base, targets).items()
+        }
+        path = self.folder / "none"
+        write_folder(path, to_bytes(weights, self._adapters.llm_id), shape, str(self._base))
+        return path
+
+    def drop(self, name: AdapterName) -> None:
+        shutil.rmtree(self.folder / str(name), ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Folders of processes that were killed would fill the memory."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        found = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Scores, intervals, and what they allow to claim."""

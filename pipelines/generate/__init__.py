@@ -1,0 +1,1 @@
+"""Replies, for one or several methods."""

@@ -1,0 +1,64 @@
+"""Keys of `generate`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt
+
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.options import ResumableConfig
+from pplug.llm import LLMConfig
+from pplug.profile import ProfileConfig
+from pplug.retrieval import RetrievalConfig
+
+
+class Config(ResumableConfig):
+    """Job `generate`: requests + personas or embeddings -> generations, for one or several methods, by one engine.
+
+    Requests meet their users' vectors bucket by bucket; only persona rows and token ids reach the engine. A rerun with
+    the same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as
+    written and failed.
+    With --write-profiles: histories + requests -> profiles, a text about each user who has a request, from the newest
+    items that all of the user's requests may see. Who has one made by the same settings from the same items is not done
+    again.
+    Unit of work: a user; one whose prompt got no reply is a reject.
+    """
+
+    llm: LLMConfig
+    methods: tuple[str, ...] = ("none", "plug")
+    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter, adapter:other-user,
+    random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or adapter+profile."""
+    plug: str | None = None
+    """Plug folder, for the methods with a plug."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """For random, recency, bm25 and dense: how many items, how much room."""
+    write_profiles: bool = False
+    """Write the users' profiles instead of replies; methods, plug, oracle, retrieval and requests say nothing then.
+    decoding.max_tokens is a profile's length."""
+    profile: ProfileConfig = ProfileConfig()
+    """For write_profiles and the method profile: how one is asked for, and how it stands in a prompt."""
+    oracle: str | None = None
+    """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
+    requests: Literal["all", "open", "labelled"] = "all"
+    """open: those without a target; labelled: those with one."""
+    users: str | None = None
+    """File with a user id a line: only their requests, only their profiles."""
+    as_of_version: dict[
+        Literal["histories", "requests", "embeddings", "personas", "adapters", "profiles"], NonNegativeInt
+    ] = {}
+    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    decoding: Decoding = Decoding()
+    engine: EngineConfig = EngineConfig()
+    history_cap: int = Field(512, gt=0)
+    """Newest items that count."""
+    workers: int = Field(1, gt=0)
+    """Engines: one a GPU, or one a CPU node."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
+    prompt_workers: int = Field(1, gt=0)
+    """Actors that build prompts beside the engines."""
+    max_engine_restarts: int = Field(3, ge=0)
+    """Times a dead engine is started again before the job gives up; what is committed stays."""
+    wave_rows: int = Field(50_000, gt=0)
+    """Replies in one commit."""

@@ -1,0 +1,79 @@
+"""Takes a run's replies with an error out of `generations`: the rerun puts replies in their place.
+
+Only the files that hold such rows are written anew; rows of other runs in them stay as they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.errors import Overtaken
+from infra.report import RunReport
+from infra.snapshot import DataFile, Snapshot, read_file, read_files
+from infra.table import Table, TableMoved
+from pipelines.upkeep.compact_buckets import files_of, listed
+from pipelines.waves import bucket_rows, next_group
+
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class WithoutErrors:
+    """in: bucket int. out: old and new files (JSON lists of DataFile.to_row()), one row per file written anew."""
+
+    table: Table
+    snapshot: Snapshot
+    run_id: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            for file in self.snapshot.by_bucket()[bucket]:
+                if read_file(file.uri, ["run_id", "error"], self._errors()).num_rows:
+                    rows = read_files([file], spec=self.table.spec)
+                    kept = rows.filter(pc.invert(pc.fill_null(self._mask(rows), False)))
+                    new = self.table.write(kept, self.run_id) if kept.num_rows else []
+                    yield pa.table({"old": [listed([file])], "new": [listed(new)]})
+
+    def _errors(self) -> pc.Expression:
+        return (pc.field("run_id") == self.run_id) & pc.field("error").is_valid()
+
+    def _mask(self, rows: pa.Table) -> pa.ChunkedArray:
+        return pc.and_(pc.equal(rows["run_id"], self.run_id), pc.is_valid(rows["error"]))
+
+
+def drop_errors(
+    table: Table, before: Snapshot, buckets: list[int], report: RunReport, metadata: Mapping[str, str]
+) -> Snapshot:
+    """Commits the table without this run's errors in these buckets; returns that version.
+
+    Until the run has ended, readers keep the newest complete version, which still holds them.
+
+    Raises:
+        Overtaken: others put the table's rows into other files again and again.
+    """
+    for _ in range(TRIES):
+        stage = WithoutErrors(table, before, report.run_id)
+        old: list[DataFile] = []
+        new: list[DataFile] = []
+        for row in bucket_rows(buckets).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_rows():
+            old += files_of(row["old"])
+            new += files_of(row["new"])
+        try:
+            table.drop_own(
+                new,
+                old,
+                run_id=report.run_id,
+                group=next_group(table, report.run_id),
+                planned_on=before.version,
+                metadata=metadata,
+            )
+        except TableMoved:
+            before = table.snapshot()
+            continue
+        return table.snapshot()
+    raise Overtaken(
+        f"table {table.spec.name}: others wrote its files anew during each of {TRIES} tries to replace this run's "
+        f"errors; when they have ended, run it again with run_id={report.run_id}"
+    )

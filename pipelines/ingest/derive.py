@@ -1,0 +1,57 @@
+"""Derived requests: each user's newest items, asked again with their own answer, so that histories alone are enough."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.ingest.source_rows import REQUEST
+from pipelines.resolve import WORK, encode, flat
+from pplug.tasks import TaskEntry, fill
+
+_AFTER_ALL_FILES = 2**31 - 1
+
+
+def derive_requests(live: pa.Table, users: pa.Array, newest: int, entry: TaskEntry) -> pa.Table:
+    """Each user's newest items as requests; the item itself and later ones do not count for it (`history`).
+
+    Args:
+        live: working rows of a bucket's items, positions filled in.
+        users: user_key of the users to do.
+        newest: how many a user; an item with an empty answer asks nothing and is passed over.
+
+    Returns:
+        Rows of `WORK`: id is a hash of user and item, at the item's time (null for an untimed user).
+    """
+    assert entry.input is not None and entry.target is not None, "checked before the run"
+    live = live.filter(pc.is_in(live["user_key"], value_set=flat(users)))
+    answer = pc.map_lookup(flat(live["fields"]), entry.target, "first")
+    answered = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(answer)), 0), False)
+    user = encode(live["user_key"])
+    untimed = np.zeros(len(live), dtype=bool)
+    untimed[user[pc.is_null(live["at"]).to_numpy()]] = True
+    timed = ~untimed[user]
+    time = np.where(timed, pc.fill_null(live["at"].cast(pa.int64()), 0).to_numpy(), 0)
+    order = np.lexsort((live["position"].to_numpy(), time, user))  # history.order, for all users at once
+    order = order[answered.to_numpy(zero_copy_only=False)[order]]
+    ends = np.searchsorted(user[order], user[order], side="right")
+    chosen = order[ends - np.arange(len(order)) <= newest]
+    rows = [_ask(row, bool(timed[at]), entry) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
+    for seq, row in enumerate(rows):
+        row["file"], row["seq"] = _AFTER_ALL_FILES, seq
+    return pa.Table.from_pylist(rows, schema=WORK)
+
+
+def _ask(item: dict, timed: bool, entry: TaskEntry) -> dict:
+    fields = dict(item["fields"])
+    name = f"{item['user_id']}\0{item['id']}".encode()
+    same = ("bucket", "place", "user_key", "user_id", "position")
+    return {column: item[column] for column in same} | {
+        "kind": REQUEST,
+        "id": f"derived-{hashlib.blake2b(name, digest_size=12).hexdigest()}",
+        "at": item["at"] if timed else None,
+        "input": fill(entry.input or "", fields, entry.name),
+        "target": fields[entry.target],
+        "owner_id": item["user_id"],
+    }

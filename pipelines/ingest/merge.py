@@ -1,0 +1,163 @@
+"""Stage: a bucket's new rows beside those that its tables hold already become the bucket's new files.
+
+A night that only brings new items or requests adds a small file to the bucket and reads no other user's rows; a row
+that takes the place of a held one makes the bucket's files anew.
+An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again is already there;
+other content replaces the old and keeps its place in the user's order; within one source the last given wins, and each
+earlier one that differs is a reject.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.report import peak_memory_bytes
+from infra.snapshot import Snapshot
+from infra.table import DataFile, Table
+from pipelines.ingest.derive import derive_requests
+from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, ROWS
+from pipelines.resolve import NEW, OLD, REPLACED, SAME, WORK, flat, resolve
+from pplug.tasks import TaskEntry
+
+RESULT = pa.schema(
+    [("bucket", pa.int32()), ("files", pa.large_string()), ("anew", pa.string()), ("counts", pa.string())]
+)
+_CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
+
+
+@dataclass(frozen=True)
+class MergeBucket:
+    """in: all rows (`rows.ROWS`) of one bucket; out: one row, `RESULT`: the files written, the tables whose bucket
+    they are to replace and not to grow, and counts, all as JSON."""
+
+    entry: TaskEntry
+    histories: Table
+    requests: Table
+    rejects: Table
+    run_id: str
+    derive_requests: int
+    held: Mapping[str, Snapshot]
+    """What the tables hold now, and keep; without a table that the source replaces."""
+    derived_anew: bool = False
+    """Whether the derived requests that are held go: the histories that they have their place in are replaced."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        bucket = rows["bucket"][0].as_py()
+        counts: Counter[str] = Counter()
+        files: list[DataFile] = []
+        anew: list[str] = []
+        counts["planned"] = pc.sum(_of_kind(rows, COUNT)["seq"]).as_py() or 0
+        items, asked = _of_kind(rows, ITEM), _of_kind(rows, REQUEST)
+        bad = [_of_kind(rows, REJECT)]
+        if len(items):
+            merged = self._merged("histories", bucket, items, counts)
+            bad.append(merged.rejects)
+            files += self.histories.write(_history_rows(merged.rows), self.run_id)
+            anew += ["histories"] * merged.anew
+            if self.derive_requests:
+                derived = derive_requests(merged.live, pc.unique(items["user_key"]), self.derive_requests, self.entry)
+                counts["planned"] += len(derived)
+                counts["derived"] += len(derived)
+                asked = pa.concat_tables([asked, derived])
+        if len(asked) or self.derived_anew:
+            merged = self._merged("requests", bucket, asked, counts)
+            bad.append(merged.rejects)
+            files += self.requests.write(_request_rows(merged.rows, self.entry.name), self.run_id)
+            anew += ["requests"] * merged.anew
+        files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
+        counts["peak_memory_bytes"] = peak_memory_bytes()
+        listed = json.dumps([file.to_row() for file in files])
+        row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts)}
+        return pa.Table.from_pylist([row], schema=RESULT)
+
+    def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> "Merged":
+        """The new rows and what the table holds of their users, as one; counts them."""
+        users = pc.unique(new["user_key"])
+        held = self._held(name, bucket, users.to_pylist())
+        rows = pa.concat_tables([WORK.empty_table(), *held, new])
+        live, known, state = resolve(rows, _CONTENT[name], ranked=name == "histories")
+        written, same = int((state == NEW).sum()), int((state == SAME).sum())
+        counts["written"] += written
+        counts["already_there"] += same
+        counts[f"{name}_written"] += written
+        what = "item_id" if name == "histories" else "request_id"
+        rejects = rows.filter(pa.array(state == REPLACED))
+        for column, value in {
+            "reason": f"duplicate_{what}",
+            "detail": f"a later row of its user has this {what}",
+        }.items():
+            at = WORK.get_field_index(column)
+            rejects = rejects.set_column(at, WORK.field(at), pa.repeat(value, len(rejects)))
+        fresh = live.filter(pa.array(~known))
+        if written == len(fresh) and not (self.derived_anew and name == "requests"):
+            return Merged(live, fresh, rejects, anew=False)
+        whole = self._held(name, bucket, None)
+        others = [part.filter(pc.invert(pc.is_in(part["user_key"], value_set=flat(users)))) for part in whole]
+        return Merged(live, pa.concat_tables([live, *others]), rejects, anew=True)
+
+    def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
+        """Working rows of the table's bucket, of these users or of all."""
+        if name not in self.held:
+            return []
+        columns = self.held[name].spec.schema.names
+        parts = self.held[name].of_users(columns, bucket, users)
+        if self.derived_anew and name == "requests":  # only a derived request has a place in the history
+            parts = (part.filter(pc.is_null(part["as_of_position"])) for part in parts)
+        return [_as_work(part, name) for part in parts]
+
+    def _reject_rows(self, bad: pa.Table, counts: Counter[str]) -> pa.Table:
+        for reason in bad["reason"].to_pylist():
+            counts[f"rejected:{reason}"] += 1
+        given = {"job": pa.repeat("ingest", len(bad)), "run_id": pa.repeat(self.run_id, len(bad))}
+        return pa.table(given | {"key": bad["place"], "reason": bad["reason"], "detail": bad["detail"]})
+
+
+@dataclass(frozen=True)
+class Merged:
+    """New rows joined to a bucket: `live`, all rows of their users; `rows`, those that a new file is to hold."""
+
+    live: pa.Table
+    rows: pa.Table
+    rejects: pa.Table
+    anew: bool
+    """Whether the file takes the place of the bucket's files."""
+
+
+def _of_kind(rows: pa.Table, kind: int) -> pa.Table:
+    found = rows.select(ROWS.names).filter(pc.equal(rows["kind"], kind))
+    return found.append_column(WORK.field("position"), pa.nulls(len(found), pa.int64()))
+
+
+def _as_work(table: pa.Table, name: str) -> pa.Table:
+    """Rows of a table as working rows."""
+    names = {"item_id": "id", "occurred_at": "at"} if name == "histories" else {
+        "request_id": "id", "as_of": "at", "as_of_position": "position"}  # fmt: skip
+    found = table.rename_columns([names.get(column, column) for column in table.column_names])
+    known = {"file": pa.repeat(pa.scalar(OLD, pa.int32()), len(table)), "seq": pa.array(np.arange(len(table)))}
+    columns = []
+    for field in WORK:
+        if field.name in known:
+            columns.append(known[field.name])
+        elif field.name in found.column_names:
+            columns.append(found[field.name].cast(field.type))
+        else:
+            columns.append(pa.nulls(len(table), field.type))
+    return pa.table(columns, schema=WORK)
+
+
+def _history_rows(live: pa.Table) -> pa.Table:
+    return live.select(["bucket", "user_key", "user_id", "id", "position", "at", "fields", "text_hash"]).rename_columns(
+        ["bucket", "user_key", "user_id", "item_id", "position", "occurred_at", "fields", "text_hash"]
+    )
+
+
+def _request_rows(live: pa.Table, task: str) -> pa.Table:
+    found = live.select(["bucket", "user_key", "id", "user_id", "owner_id", "input", "at", "position", "target"])
+    names = {"id": "request_id", "at": "as_of", "position": "as_of_position"}
+    found = found.rename_columns([names.get(name, name) for name in found.column_names])
+    return found.append_column("task", pa.repeat(task, len(found)))

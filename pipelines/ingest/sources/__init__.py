@@ -1,0 +1,1 @@
+"""Forms in which people keep histories, one module each."""

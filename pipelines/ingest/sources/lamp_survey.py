@@ -1,0 +1,164 @@
+"""The first pass over a LaMP split, before anything is written: do ids, golds and task fit, and whose history is whose?
+
+A question's history is exactly its profile. Where one user asks several questions, one history serves them all only if
+dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipelines.ingest.source_rows import RowError, microseconds
+from pipelines.ingest.sources.lamp import LampFiles, golds, questions
+from pplug import tasks
+from pplug.history import text_hash
+from pplug.tasks import TaskEntry
+
+_SAMPLE = 50
+_NO_TIME = np.iinfo(np.int64).min
+
+
+@dataclass
+class Survey:
+    """What the first pass found out. It stays with the workers: it grows with the number of questions."""
+
+    user_of: dict[str, str] = field(default_factory=dict)
+    """User id by question id, where it is not the question's own id."""
+    as_of: dict[str, int] = field(default_factory=dict)
+    """Cut-off by question id, where several questions share one history."""
+
+
+def survey(files: LampFiles, entry: TaskEntry, scope: str) -> tuple[str | None, Survey]:
+    """Checks ids, golds and task, and decides whose history each question has.
+
+    Returns:
+        What is wrong with the source, or None; and the survey.
+    """
+    answers = golds(files)[1]
+    ids: list[str] = []
+    damaged: set[str] = set()
+    owners: dict[str, list[tuple[str, np.ndarray]]] = {}
+    without_marker = sample = 0
+    for question in questions(files):
+        ids.append(question.id)
+        if question.error is not None:
+            damaged.add(question.id)
+            continue
+        if sample < _SAMPLE:
+            sample += 1
+            without_marker += entry.marker not in str(question.value.get("input", ""))
+        owner = question.value.get("user_id")
+        if owner is not None and scope != "question":
+            owners.setdefault(str(owner), []).append((question.id, _digest(question.value["profile"])))
+    problem = _id_problem(files, ids, damaged, answers) or _task_problem(
+        files, entry, answers, sample > 0 and without_marker == sample
+    )
+    if problem:
+        return problem, Survey()
+    return _share_histories(owners, set(ids), scope)
+
+
+def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, str]) -> str | None:
+    known = set(ids)
+    if len(known) < len(ids):
+        seen: set[str] = set()
+        twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
+        twice = [i for i in twice if i not in damaged]
+        if twice:
+            return f"{files.questions}: {len(twice)} ids occur twice, such as {_some(twice)}; ids must be unique"
+    if files.outputs is None:
+        return None
+    if "" in damaged:  # a question whose id cannot be read may be the one that a gold belongs to
+        answers = {i: answer for i, answer in answers.items() if i in known}
+    strange, lacking = [i for i in answers if i not in known], [i for i in ids if i not in answers and i not in damaged]
+    problems = [f"{len(strange)} golds have no question, such as {_some(strange)}"] * bool(strange)
+    problems += [f"{len(lacking)} questions have no gold, such as {_some(lacking)}"] * bool(lacking)
+    if problems:
+        return (
+            f"{files.outputs} does not match {files.questions} in {files.folder}: {'; '.join(problems)}; "
+            "take both files from one release"
+        )
+    return None
+
+
+def _task_problem(files: LampFiles, entry: TaskEntry, answers: dict[str, str], no_marker: bool) -> str | None:
+    outside = sum(answer.strip() not in entry.labels for answer in answers.values())
+    wrong_labels = entry.metric == "classification" and 2 * outside > len(answers)
+    if not no_marker and not wrong_labels:
+        return None
+    fitting = [
+        other.name
+        for other in tasks.lamp_entries()
+        if other.metric == "classification" and answers and {a.strip() for a in answers.values()} <= set(other.labels)
+    ]
+    why = (
+        f"no question holds its marker {entry.marker!r}"
+        if no_marker
+        else f"{outside} of {len(answers)} golds are outside its {len(entry.labels)} labels"
+    )
+    hint = (
+        f"--task {fitting[0]} would fit"
+        if fitting and fitting[0] != entry.name
+        else "give --task a YAML file of your own"
+    )
+    return f"{files.folder}: these are not questions of task {entry.name}: {why}; {hint}"
+
+
+def _digest(profile: list[Any]) -> np.ndarray:
+    """(N, 3) int64: item id, content, time; what is needed to tell whether one history serves several questions."""
+    rows = []
+    for item in profile:
+        try:
+            at = microseconds(item.get("date"))
+            content = text_hash({str(k): str(v) for k, v in item.items() if k not in ("id", "date")})
+        except (RowError, AttributeError):
+            continue  # a reject; the second pass says so
+        number = int(text_hash({"id": str(item.get("id"))})[:15], 16)
+        rows.append((number, int(content[:15], 16), _NO_TIME if at is None else at))
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _share_histories(
+    owners: dict[str, list[tuple[str, np.ndarray]]], ids: set[str], scope: str
+) -> tuple[str | None, Survey]:
+    found, unproven = Survey(), []
+    for owner, asked in owners.items():
+        cuts = [None] if len(asked) == 1 else _cuts([digest for _, digest in asked])
+        if cuts is None:
+            unproven.append(asked[0][0])
+            continue
+        for (question, _), cut in zip(asked, cuts, strict=True):
+            found.user_of[question] = owner
+            if cut is not None:
+                found.as_of[question] = cut
+    if scope == "user" and unproven:
+        return (
+            f"history_scope=user: the profiles of {len(unproven)} users' questions, such as {unproven[0]!r}, are not, "
+            "by their dates, earlier and later states of one history; use history_scope=question or auto"
+        ), Survey()
+    own = ids - set(found.user_of)
+    if own & set(found.user_of.values()):
+        clash = min(own & set(found.user_of.values()))
+        return f"{clash!r} is the id of a question and of another question's user; use history_scope=question", Survey()
+    return None, found
+
+
+def _cuts(digests: list[np.ndarray]) -> list[int | None] | None:
+    """A time for each profile so that exactly its items of the union are earlier; None when there is none."""
+    union = np.unique(np.concatenate(digests), axis=0)
+    times = union[:, 2]
+    if len(np.unique(union[:, 0])) < len(union) or (len(times) and times.min() == _NO_TIME):
+        return None  # an item with two contents, or without a date
+    cuts: list[int | None] = []
+    for digest in digests:
+        inside = np.isin(union[:, 0], digest[:, 0])
+        newest = times[inside].max() if inside.any() else times.min(initial=0) - 1
+        if (times[~inside] <= newest).any():
+            return None
+        cuts.append(int(newest) + 1)
+    return cuts
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(map(repr, ids[:3]))

@@ -1,0 +1,150 @@
+"""Job `base-lm`: a histories table -> a tiny decoder-only language model with its tokenizer.
+
+What it does and its keys stand in `config.py`.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id, progress
+from pipelines.lines.config import BaseLMConfig as Config
+
+if TYPE_CHECKING:
+    from infra.snapshot import Snapshot
+    from pplug.tasks import TaskEntry
+    from pplug.tiny_lm import Progress
+
+
+def run(config: Config) -> int:
+    """Trains and saves; returns the exit code."""
+    from infra import lease
+
+    run_id = config.run_id or new_run_id("base-lm")
+    with lease.reading(config.tables, run_id):
+        return _run(config, run_id)
+
+
+def _run(config: Config, run_id: str) -> int:
+    import os
+
+    import torch
+
+    from infra.storage import Storage
+    from infra.table import Table
+    from pipelines import made_from as origin
+    from pipelines import tables
+    from pplug.folder import MODEL_FILES, check_replaceable
+    from pplug.tiny_lm import RECORD_FILE, train_lm
+
+    report = RunReport(
+        "base-lm", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
+    )
+    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    report.table_read("histories", histories.version)
+    entry = tables.task_entry(config.task, histories)
+    try:
+        check_replaceable(config.output, MODEL_FILES)
+    except ValueError as error:
+        raise InputError(f"output: {error}") from error
+    requests = None
+    if config.cut == "requests" and Table.exists(tables.location(config.tables, "requests")):
+        requests = tables.snapshot(config.tables, "requests", {})
+        report.table_read("requests", requests.version)
+    with report.stage("read") as stage:
+        texts = _texts(config, histories, requests, entry, report)
+        stage.rows = len(texts)
+    made_from = _made_from(config, texts)
+    facts = Path(config.output) / RECORD_FILE
+    if facts.exists() and json.loads(facts.read_text()).get("made_from") == made_from:
+        report.already_there = len(texts)
+        code = report.finish()
+        print(f"model: {config.output}, already there")
+        return code
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    with report.stage("train") as stage, progress(config.lm.steps, "base-lm steps") as bar:
+
+        def show(now: "Progress") -> None:
+            bar.update()
+            if now.step % 100 == 0:
+                print(f"base-lm: step {now.step}, loss {now.loss:.3f}, on targets {now.target_loss:.3f}", flush=True)
+
+        trained = train_lm(texts, config.lm, show, config.suffix)
+        stage.rows = int(trained.facts["steps"])
+    trained.facts["made_from"] = made_from
+    versions = {"histories": histories.version} | ({"requests": requests.version} if requests else {})
+    record = origin.MadeFrom(
+        job="base-lm",
+        run_id=run_id,
+        tables=Storage(config.tables).uri,
+        versions=versions,
+        examples="items",
+        cut="requests" if requests else "none",
+        items_cut_off=report.extra["items_cut_off"],
+    )
+    trained.save(config.output, {origin.FILE: origin.text(record)})
+    report.written = len(texts)
+    report.extra["lm"] = trained.facts
+    print(f"base-lm: {trained.facts['parameters']:,} parameters, held-out loss {trained.facts.get('heldout_loss')}")
+    code = report.finish()
+    print(f"model: {config.output}")
+    return code
+
+
+def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
+    """Identity of all that decides the model: the texts in their order, and how it is trained on them."""
+    from pplug.identity import short_id
+
+    digest = hashlib.blake2b()
+    for pair in texts:
+        digest.update(json.dumps(pair).encode())
+    settings = {"lm": config.lm.model_dump(mode="json"), "suffix": config.suffix}
+    return short_id({"texts": digest.hexdigest(), **settings})
+
+
+def _texts(
+    config: Config, histories: "Snapshot", requests: "Snapshot | None", entry: "TaskEntry", report: RunReport
+) -> list[tuple[str, str]]:
+    """(prompt, target) of each item; items that lack a field of the template are counted and left out.
+
+    Args:
+        requests: where given, items that one of them may not see are left out too.
+    """
+    import pyarrow as pa
+
+    from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
+    from pplug.tasks import fill
+
+    template = config.prompt or entry.input
+    if template is None or entry.target is None:
+        raise InputError(f"task {entry.name} does not say how an item becomes a prompt with a target; give --prompt")
+    texts: list[tuple[str, str]] = []
+    cut_off = 0
+    for bucket in sorted(histories.by_bucket()):
+        items = histories.read(["fields", *ITEM_COLUMNS], buckets=[bucket])
+        if requests is not None:
+            visible = visible_to_all(items, requests.read(REQUEST_COLUMNS, buckets=[bucket]))
+            cut_off += int((~visible).sum())
+            items = items.filter(pa.array(visible))
+        cells = items["fields"].slice(0, config.max_items - report.planned)
+        report.planned += len(cells)
+        for cell in cells.to_pylist():
+            fields = dict(cell or [])
+            try:
+                texts.append((fill(template, fields, entry.name), fill(f"{{{entry.target}}}", fields, entry.name)))
+            except ValueError:
+                report.reject("missing_field")
+        if report.planned >= config.max_items:
+            break
+    report.extra["items"] = {"in_table": histories.rows, "used": len(texts)}
+    report.extra["items_cut_off"] = cut_off
+    if cut_off:
+        print(f"base-lm: {cut_off} items left out, which a request of their user may not see", flush=True)
+    if not texts:
+        raise InputError(
+            f"{config.tables}: no item has the fields of the prompt {template!r} and of {entry.target!r} ({cut_off} "
+            "items are cut off by requests; cut=none takes them)"
+        )
+    return texts

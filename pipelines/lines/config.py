@@ -1,0 +1,153 @@
+"""Keys of the jobs that run a whole line, and of the tiny LM."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.options import JobConfig
+from pplug.adapter import LoraConfig
+from pplug.encoder import EncoderConfig
+from pplug.fit import FitConfig
+from pplug.llm import LLMConfig
+from pplug.retrieval import RetrievalConfig
+from pplug.tiny_lm import TinyLMConfig
+
+SOFT_PROMPT = "plug:soft-prompt"
+
+
+BASE_LM = "base-lm"
+"""Given as llm.model: the tiny LM that is trained first."""
+
+
+class Model(BaseModel):
+    """An LLM, how it replies, and the plug's shape for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    llm: LLMConfig
+    """Its model may be `base-lm`: a tiny one that is trained first, on the train users' items."""
+    lm: TinyLMConfig = TinyLMConfig()
+    """How that one is trained."""
+    engine: EngineConfig = EngineConfig()
+    decoding: Decoding = Decoding()
+    shape: dict[str, Any] = {}
+    """Of the plug, as `train` takes it."""
+    lora: LoraConfig = LoraConfig()
+    """Of the dev users' adapters, trained where a method has them."""
+
+
+class LampConfig(BaseModel):
+    """Job `lamp`: one data set in LaMP's layout from its files to the report, by one command.
+
+    Fetches train and dev of one separation of the benchmark (or reads a folder of one's own), then runs the jobs as a
+    user would (each command is printed, its config is left below the run folder): ingest, refresh and train on train;
+    ingest, refresh, generate and evaluate on dev; `base-lm` and `adapt` where they are asked for. A rerun goes on where
+    it broke off. pipelines/configs/lamp_*.yaml hold the paper's settings of each task, tiny_*.yaml those for a machine
+    of two cores without a model hub.
+    Unit of work: a job.
+
+    [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    task: str
+    """A LaMP task, such as LaMP_2, or the YAML file of one's own."""
+    models: dict[str, Model]
+    """By a name of one's own."""
+    use: str
+    """Which of the models."""
+    encoder: EncoderConfig = EncoderConfig()
+    fit: FitConfig = FitConfig()
+    methods: tuple[str, ...] = ("none", "bm25", "plug", "plug:no-history", "plug:other-user")
+    """As in generate. plug:soft-prompt trains a second plug, without histories."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Its encoder is the one above."""
+    source: str | None = None
+    """Folder in LaMP's layout with the splits train and dev; default: the benchmark's files are downloaded."""
+    derive_requests: tuple[int, int] | None = None
+    """Newest items of each train and each dev user that become requests; default: the published questions are used."""
+    separation: Literal["time", "user"] = "time"
+    """How the benchmark splits: the paper's figures are of the time separation."""
+    address: str | None = None
+    """Of the benchmark's site, where it has moved."""
+    download_dir: str = "data/LaMP"
+    """Folder that downloads are kept in."""
+    workers: int = Field(1, gt=0)
+    """GPUs."""
+    gpus_per_worker: float = Field(1.0, ge=0)
+    """0 on a CPU."""
+    run_id: str | None = None
+    """Name of the run; default: the task's name and the model's."""
+    run_dir: str | None = None
+    """Tables, plug and reports lie below; default: runs/<run_id>."""
+
+    @model_validator(mode="after")
+    def _the_model_is_there(self) -> Self:
+        if self.use not in self.models:
+            raise ValueError(f"use={self.use} is none of the models {', '.join(self.models)}")
+        return self
+
+
+class BaseLMConfig(JobConfig):
+    """Job `base-lm`: a histories table -> a tiny decoder-only language model with its tokenizer.
+
+    It is there so that the line can be tried where no model can be downloaded, and that is all it is for: a model of
+    some million parameters that has read nothing but these items knows its one task and nothing else.
+    Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is. Items that a
+    request of their user may not see are left out, since they hold answers that the model would be scored on; with
+    tables of other people than those who are evaluated, `--cut none` uses all items. A rerun that would train the same
+    model on the same texts finds it there and leaves it.
+    Unit of work: a history item.
+    """
+
+    output: str
+    """Folder the model is written to."""
+    prompt: str | None = None
+    """Template of the prompt; default: the task's own `input`. May name fields that only these items have."""
+    suffix: str = "\n"
+    """Between prompt and target; give the same as llm.layout.suffix."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    cut: Literal["requests", "none"] = "requests"
+    """requests: items that one of the user's requests may not see are left out; none: all count, for a model made from
+    other people than those who are evaluated."""
+    max_items: int = Field(200_000, gt=0)
+    """Items to train on, at most. Those of the first buckets are taken, whole users by chance; the rest is not read."""
+    lm: TinyLMConfig = TinyLMConfig()
+    threads: int | None = Field(None, gt=0)
+    """Torch threads; default: all cores."""
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    """More rejects than this share of the items end the run with exit code 3."""
+
+
+class DemoConfig(BaseModel):
+    """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
+
+    Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a
+    user would (each command is printed): ingest, refresh, train, adapt, generate, evaluate. The last table shows how
+    well people the plug was never trained on are served by it, beside the best possible score without and with
+    personalisation; the one before it shows the plug beside adapters, for some users who own one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run_dir: str = "runs/demo"
+    """Everything is written below; a demo that stood there before is removed."""
+    run_id: str = "demo"
+    """Name of the evaluation's run."""
+    seed: int = 0
+    """Of the world and of every training."""
+    train_users: int = Field(360, gt=1)
+    """People the plug learns from."""
+    test_users: int = Field(400, gt=1)
+    """People that neither LM nor plug were trained on; five requests each."""
+    adapter_users: int = Field(80, gt=1)
+    """Of the test users, how many get an adapter, from what came before their requests."""
+    corpus_users: int = Field(2000, gt=1)
+    """Other people, whose texts the base LM learns from."""
+    lm_steps: int = Field(1500, gt=0)
+    """Training steps of the base LM."""
+    epochs: int = Field(5, gt=0)
+    """Of the plug."""

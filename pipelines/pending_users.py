@@ -1,0 +1,179 @@
+"""Part of the jobs that keep one row a user: who of a bucket is owed one, made from which of the user's items.
+
+Route: histories, requests and the rows there -> users owed a row, each with the items that count -> rows made anew,
+rejects, and the bucket's other rows beside them, since a bucket is replaced as a whole.
+
+Where the table of requests is given, a user's items are cut at the earliest of the user's requests: what one of them
+may not see is used by none.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.shards import bucket_of, user_key
+from infra.snapshot import Snapshot
+from pipelines.histories import Histories, read_bucket, to_us
+from pipelines.learned import LastItem, last_item
+from pipelines.waves import DETAIL, REASON
+from pplug import history
+from pplug.schemas import LAST_ITEM
+
+BLOCK_USERS = 64
+
+
+@dataclass(frozen=True)
+class Owing:
+    """What a bucket owes."""
+
+    own: Histories
+    users: dict[int, tuple[range, str]]
+    """Users owed a row of the table: rows of the items that count, and their hash."""
+    missing: list[str]
+    """Users asked for who have no item at all."""
+    there: int
+    """Users whose row is there."""
+    stays: list[str]
+    """user_key of the bucket's rows that are not made anew."""
+
+    @property
+    def owed(self) -> int:
+        return len(self.users) + len(self.missing)
+
+
+@dataclass(frozen=True)
+class OwedUsers:
+    """Which users are still owed a row: one answer for plan and work."""
+
+    histories: Snapshot
+    requests: Snapshot | None
+    """Where given, items are cut at each user's earliest request."""
+    before: Snapshot | None
+    """The table before this run's work began."""
+    made_as: str
+    """Identity of the settings; the id of a row is it, or begins with it and a hyphen."""
+    cap: int
+    """Newest items that count."""
+    users: frozenset[str] | None
+    """Only these, where given."""
+    buckets: int
+    """Of the tables."""
+    id_column: str = "adapter_id"
+    only_asking: bool = False
+    """Only users who have a request."""
+
+    def read(self, bucket: int) -> Owing:
+        wanted: set[str] | None = None
+        keys: list[str] | None = None
+        if self.users is not None:
+            wanted = {name for name in self.users if bucket_of(name, self.buckets) == bucket}
+            keys = sorted(map(user_key, wanted))
+        asked = self._asked(bucket, keys)
+        if self.only_asking:
+            wanted = {request["user_id"] for request in asked}
+            keys = sorted({request["user_key"] for request in asked})
+        own = read_bucket(self.histories, None, bucket, with_fields=True, user_keys=keys)
+        cuts = _cuts(own, asked)
+        names = ["user_id", "user_key", self.id_column, "history_hash", *LAST_ITEM]
+        held = [] if self.before is None else self.before.read(names, buckets=[bucket]).to_pylist()
+        stays = {row["user_id"]: row for row in held}
+        owed, there = {}, 0
+        for user, name in enumerate(own.user_ids):
+            start = int(own.starts[user])
+            count = cuts.get(user, int(own.starts[user + 1]) - start)
+            kept = history.newest(count, self.cap)
+            rows = range(start + kept.start, start + kept.stop)
+            digest = history.history_hash(own.text_hash[rows.start : rows.stop].to_pylist())
+            old = stays.get(name)
+            # The newest item too: where it stands decides which requests the row may answer.
+            if (
+                old is not None
+                and old["history_hash"] == digest
+                and last_item(old) == newest_of(own, user, rows)
+                and old[self.id_column].partition("-")[0] == self.made_as
+            ):
+                there += 1
+                continue
+            owed[user] = (rows, digest)
+            stays.pop(name, None)
+        missing = (wanted or set()) - set(own.user_ids)
+        return Owing(own, owed, sorted(missing), there, sorted(row["user_key"] for row in stays.values()))
+
+    def _asked(self, bucket: int, keys: list[str] | None) -> list[dict[str, Any]]:
+        if self.requests is None:
+            return []
+        columns = ["user_id", "user_key", "as_of", "as_of_position"]
+        return self.requests.read(columns, buckets=[bucket], user_keys=keys).to_pylist()
+
+    def count(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Stage of the plan. in: bucket. out: bucket, owed, there, stays (rows that travel with the owed)."""
+        for bucket in batch["bucket"].to_pylist():
+            owing = self.read(bucket)
+            counts = {"owed": owing.owed, "there": owing.there, "stays": len(owing.stays)}
+            yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+
+    def blocks(
+        self, bucket: int, schema: pa.Schema, make: Callable[[Histories, int, range], dict[str, Any]]
+    ) -> Iterator[pa.Table]:
+        """All rows that the bucket owes, some users at a time.
+
+        Args:
+            schema: the table's columns, reject_reason, reject_detail, and what `make` adds.
+            make: (histories, user, rows of the items that count) -> columns of the user's row, or of a reject.
+        """
+        owing = self.read(bucket)
+        own = owing.own
+        for held in self._held(bucket, owing.stays):
+            yield with_nulls(held, schema)
+        nothing = {"bucket": bucket, REASON: "no_history", DETAIL: "asked for, but no item in histories"}
+        rows: list[dict[str, Any]] = [{"user_key": user_key(name)} | nothing for name in owing.missing]
+        for user, (items, digest) in owing.users.items():
+            names = {"bucket": bucket, "user_key": own.user_keys[user], "user_id": own.user_ids[user]}
+            newest = newest_of(own, user, items)
+            made_from = {"last_item_at": newest.occurred_at, "last_item_position": newest.position}
+            rows.append(names | {"history_hash": digest} | made_from | make(own, user, items))
+            if len(rows) >= BLOCK_USERS:
+                yield pa.Table.from_pylist(rows, schema=schema)
+                rows = []
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=schema)
+
+    def _held(self, bucket: int, keys: list[str]) -> Iterator[pa.Table]:
+        """The rows of these users, some at a time: a bucket's adapters together may be many gigabytes."""
+        for start in range(0, len(keys), BLOCK_USERS):
+            some = keys[start : start + BLOCK_USERS]
+            place = pc.field("user_key")
+            near = (place >= some[0]) & (place <= some[-1])  # by which row groups are skipped
+            assert self.before is not None, "what stays was read from there"
+            yield self.before.read(buckets=[bucket], filter=near & place.isin(some))
+
+
+def newest_of(own: Histories, user: int, items: range) -> LastItem:
+    """The newest of a user's items that count."""
+    if not items:
+        return LastItem(None, None)
+    times, last = own.occurred_at[user], items.stop - 1
+    return LastItem(None if times is None else int(times[last - own.starts[user]]), int(own.position[last]))
+
+
+def _cuts(own: Histories, asked: list[dict[str, Any]]) -> dict[int, int]:
+    """How many of a user's oldest items come before the earliest of the user's requests."""
+    cuts: dict[int, int] = {}
+    for request in asked:
+        user = own.user(request["user_id"])
+        if user is not None:
+            start, end = own.starts[user], own.starts[user + 1]
+            count = history.visible_count(
+                own.occurred_at[user], own.position[start:end], to_us(request["as_of"]), request["as_of_position"]
+            )
+            cuts[user] = min(count, cuts.get(user, count))
+    return cuts
+
+
+def with_nulls(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with the schema's other columns null."""
+    columns = [rows[f.name] if f.name in rows.column_names else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.table(columns, schema=schema)

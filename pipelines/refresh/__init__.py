@@ -1,0 +1,1 @@
+"""Vectors of new texts, personas of changed users."""

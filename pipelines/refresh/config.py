@@ -1,0 +1,33 @@
+"""Keys of `refresh`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
+
+from pydantic import Field
+
+from pipelines.options import ResumableConfig
+from pplug.encoder import EncoderConfig
+
+
+class Config(ResumableConfig):
+    """Job `refresh`: histories (+ plug) -> embeddings, personas. The nightly job.
+
+    Only texts without a vector under this encoder's identity are encoded; only users whose history changed get a new
+    persona; a night on which nothing changed reads nothing and writes nothing, and one on which rows were only added
+    reads the histories and vectors of their users only. Another plug makes all personas anew from
+    the vectors; another encoder fills a table of its own beside the old one, and readers switch when its personas are
+    complete. Embeddings are committed first, then personas, which name the embeddings version they were made from; both
+    wave by wave.
+    Unit of work: a text of a user.
+    """
+
+    encoder: EncoderConfig = EncoderConfig()
+    plug: str | None = None
+    """Plug folder; without one, personas hold mean vectors only."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    history_cap: int = Field(512, gt=0)
+    """Newest items a persona is made from."""
+    workers: int = Field(1, gt=0)
+    """Encoder actors: one a GPU, or one a CPU node."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
+    wave_texts: int = Field(200_000, gt=0)
+    """Texts, or personas, in one commit: one wave. What a killed run has committed is not done again."""

@@ -1,0 +1,211 @@
+"""Stage of the refresh: one persona a user, from the vectors of all the user's items.
+
+Only users whose history (or encoder, or plug) changed are made anew; the rows of the others are copied. Of a bucket
+that was only added to since the stored personas were made, no other user's history is read (`since`); of any other
+bucket without a changed user nothing is read but hashes.
+persona = scale * (W2 mean_i GELU(W1 h_i + b1) + b2): exact for a plug with aggregation `mean`, the uniform-weight
+persona for `attention`. It depends on the user alone, so it can be stored.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.snapshot import DataFile, Snapshot
+from infra.table import Table
+from pipelines.histories import Histories, list_f32, read_bucket
+from pipelines.refresh.increment import Since
+from pipelines.resolve import encode
+from pipelines.waves import files_table
+from pplug.history import history_hashes
+from pplug.plug import PersonaPlug
+
+HEAD = ("user_key", "history_hash", "encoder_id", "plug_id", "n_items", "last_item_at")
+"""What a persona follows from, without a vector: a user whose row is stored with the same needs no new one."""
+CLOCKS_DIFFER_BY = timedelta(hours=1)
+BLOCK_ITEMS = 65_536
+"""Items through the projector at a time: bounds memory at 2.1 GB for F=8,192 in float32."""
+
+
+class BuildPersonas:
+    """Stage: personas of whole buckets, written as files.
+
+    in:  bucket int
+    out: DataFile.to_row() of the bucket's new file, users (in the bucket), changed (made anew), gone (stored before,
+         no user now), items_without_vector, users_ahead_of_clock (with an item from the future);
+         a bucket in which nothing changed gives a row without a file (path null)
+    """
+
+    def __init__(
+        self,
+        histories: Snapshot,
+        embeddings: Snapshot,
+        personas: Table,
+        before: Snapshot | None,
+        since: Since,
+        plug_folder: str | None,
+        identities: dict[str, str | None],
+        cap: int,
+        run_id: str,
+        threads: int,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.histories, self.embeddings, self.personas = histories, embeddings, personas
+        self.before, self.since = before, since
+        self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
+        self.identities, self.cap, self.run_id = identities, cap, run_id
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            looked_at = self.since.users(self.histories, bucket)
+            users = read_bucket(self.histories, None, bucket, user_keys=looked_at)
+            heads = self._heads(users)
+            old = self._stored(bucket)
+            same, known = _unchanged(heads, old)
+            changed = np.flatnonzero(~same)
+            everybody = looked_at is None and len(changed) == len(same)
+            rows, missing = self._rows(users, heads, changed, bucket, everybody)
+            # Who was not looked at stays; who was, and is as stored, too.
+            stays = pc.is_in(old["user_key"], value_set=heads["user_key"].filter(pa.array(same)))
+            if looked_at is not None:
+                stays = pc.or_(stays, pc.invert(pc.is_in(old["user_key"], value_set=heads["user_key"])))
+            kept = old.filter(stays)
+            gone = old.num_rows - kept.num_rows - int((known & ~same).sum())
+            files: list[DataFile] = []
+            if len(changed) or gone:
+                if kept.num_rows and self.before is not None:  # rows as they are: nothing is computed for them
+                    stored = self.before.read(buckets=[bucket])
+                    stored = stored.filter(pc.is_in(stored["user_key"], value_set=kept["user_key"]))
+                    rows = pa.concat_tables([stored, rows.cast(stored.schema)])
+                files = self.personas.write(rows, self.run_id) if rows.num_rows else []
+            facts = {
+                "for_bucket": bucket,
+                "users": kept.num_rows + len(changed),
+                "changed": len(changed),
+                "gone": gone,
+                "items_without_vector": missing,
+                "users_ahead_of_clock": _ahead(kept["last_item_at"])
+                + _ahead(heads["last_item_at"].take(pa.array(changed))),
+            }
+            out = files_table(files) if files else pa.Table.from_pylist([{}], schema=files_table([]).schema)
+            for name, value in facts.items():
+                out = out.append_column(name, pa.array([value] * out.num_rows, pa.int64()))
+            yield out
+
+    def _heads(self, users: Histories) -> pa.Table:
+        """`HEAD` of these users."""
+        n, starts = len(users.user_keys), users.starts
+        from_item = np.maximum(starts[:-1], starts[1:] - self.cap)
+        return pa.table(
+            {
+                "user_key": pa.array(users.user_keys, pa.string()),
+                "history_hash": pa.array(history_hashes(users.text_hash, from_item, starts[1:]), pa.string()),
+                "encoder_id": pa.array([self.identities["encoder_id"]] * n, pa.string()),
+                "plug_id": pa.array([self.identities["plug_id"]] * n, pa.string()),
+                "n_items": pa.array(np.diff(starts), pa.int64()),
+                "last_item_at": users.last_item_at.cast(pa.timestamp("us", tz="UTC")),
+            }
+        )
+
+    def _stored(self, bucket: int) -> pa.Table:
+        """What `_heads` gives, of the personas that are stored."""
+        if self.before is None:
+            return self.personas.spec.empty(HEAD)
+        return self.before.read(list(HEAD), buckets=[bucket])
+
+    def _rows(
+        self, users: Histories, heads: pa.Table, changed: np.ndarray, bucket: int, everybody: bool
+    ) -> tuple[pa.Table, int]:
+        """Rows of the changed users (C), and how many of their items have no vector."""
+        starts, n = users.starts, len(changed)
+        spans = [np.arange(max(starts[user], starts[user + 1] - self.cap), starts[user + 1]) for user in changed]
+        live = np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
+        owner_T = np.repeat(np.arange(n), [len(span) for span in spans]).astype(np.int64)
+        if n:
+            users = users.with_vectors(self.embeddings, bucket, None if everybody else live)
+        has = users.vector_row[live] >= 0
+        vectors = users.vectors if has.any() else np.zeros((0, self._width()), np.float32)
+        means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n)
+        head = heads.take(pa.array(changed))
+        table = pa.table(
+            {
+                "bucket": pa.repeat(pa.scalar(bucket, pa.int32()), n),
+                "user_key": head["user_key"],
+                "user_id": pa.array([users.user_ids[user] for user in changed], pa.string()),
+                "n_items": head["n_items"],
+                "last_item_at": head["last_item_at"],
+                "history_hash": head["history_hash"],
+                "encoder_id": head["encoder_id"],
+                "plug_id": head["plug_id"],
+                "mean_vector": list_f32(means),
+                "persona": list_f32(personas) if personas is not None else pa.nulls(n, pa.list_(pa.float32())),
+            }
+        )
+        return table, int((~has).sum())
+
+    def _width(self) -> int:
+        """D, as any vector of the table has it: who has none gets as many zeros."""
+        for file in self.embeddings.files:
+            for part in self.embeddings.of_users(["vector"], file.bucket):
+                return len(part["vector"][0])
+        return 0
+
+    def _vectors(
+        self, vectors: np.ndarray, rows: np.ndarray, owner_T: np.ndarray, n: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mean vector (U, D) and persona (U, P*H) of each user, some thousand items at a time."""
+        import torch
+
+        width = vectors.shape[1]
+        means = np.zeros((n, width), np.float32)
+        personas = None
+        if self.plug is not None:
+            config = self.plug.config
+            personas = np.zeros((n, config.persona_tokens * config.llm_dim), np.float32)
+        bounds = np.searchsorted(owner_T, np.arange(n + 1))
+        user = 0
+        with torch.inference_mode():
+            while user < n:
+                last = max(user + 1, int(np.searchsorted(bounds, bounds[user] + BLOCK_ITEMS, side="right")) - 1)
+                part = slice(int(bounds[user]), int(bounds[last]))
+                items = torch.from_numpy(vectors[rows[part]]).to(_device())
+                own = torch.from_numpy(owner_T[part] - user).to(_device())
+                if len(items):
+                    sums = torch.zeros(last - user, width, device=items.device).index_add(0, own, items)
+                    counts = torch.bincount(own, minlength=last - user).clamp(min=1)
+                    means[user:last] = (sums / counts.unsqueeze(1)).cpu().numpy()
+                    if self.plug is not None and personas is not None:
+                        built = self.plug.personas(items, own, last - user, None)
+                        personas[user:last] = built.flatten(1).float().cpu().numpy()
+                user = last
+        return means, personas
+
+
+def _unchanged(heads: pa.Table, old: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Per user whether the stored persona stands, and whether there is a stored one; both (U,) bool."""
+    n = heads.num_rows
+    at = pc.index_in(heads["user_key"], value_set=old["user_key"])
+    known = pc.is_valid(at).to_numpy(zero_copy_only=False)
+    same = known.copy()
+    for name in HEAD[1:] if known.any() else ():
+        both = pa.chunked_array([*heads[name].chunks, *old[name].take(pc.fill_null(at, 0)).chunks])
+        codes = encode(both)  # equal values, equal codes; null is a value
+        same &= codes[:n] == codes[n:]
+    return same, known
+
+
+def _ahead(last_item_at: pa.ChunkedArray) -> int:
+    """Users whose newest item lies in the future: some clock was wrong, and the item stays the newest until then."""
+    now = pa.scalar(datetime.now(UTC) + CLOCKS_DIFFER_BY, pa.timestamp("us", tz="UTC"))
+    return pc.sum(pc.greater(last_item_at, now)).as_py() or 0
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

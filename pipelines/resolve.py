@@ -1,0 +1,81 @@
+"""Which row of a key lives: the last one given; and where each item stands in its user's order.
+
+Working rows (`WORK`) are a table's rows and a source's new ones in one shape. Nothing here is per row in Python: a
+bucket may hold millions.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.ingest.source_rows import ROWS
+
+WORK = pa.schema([*ROWS, ("position", pa.int64())])
+OLD = -1
+"""`file` of a row that a table holds already: it stands before all that is new."""
+HELD, NEW, SAME, REPLACED = range(4)
+
+
+def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """The last row of each (user_key, id), and what became of every row.
+
+    Args:
+        rows: rows of `WORK`; those held already have file OLD.
+        content: columns that make a row differ from another of the same key.
+        ranked: fill in `position`: the old one, or the next ones of the user in the order as given.
+
+    Returns:
+        Live rows; per live row whether its key was held before (K,) bool; per row of `rows` its state (N,): held
+        before, new, same as another, replaced by a later one.
+    """
+    order = pc.sort_indices(rows, sort_keys=[("file", "ascending"), ("seq", "ascending")]).to_numpy()
+    rows = rows.take(pa.array(order))
+    nothing = pa.scalar("", pa.large_string())  # user_key has a fixed length: joined keys cannot be mistaken
+    codes = encode(pc.binary_join_element_wise(_large(rows["user_key"]), _large(rows["id"]), nothing))
+    count = len(rows)
+    first = np.unique(codes, return_index=True)[1]  # by code, and codes count first appearances
+    last = count - 1 - np.unique(codes[::-1], return_index=True)[1]
+    held = rows["file"].to_numpy() == OLD
+    contents = [encode(rows[column]) for column in content]
+    like_last = np.logical_and.reduce([c == c[last[codes]] for c in contents])
+    like_held = held[first[codes]] & np.logical_and.reduce([c == c[first[codes]] for c in contents])
+    is_last = np.arange(count) == last[codes]
+    state = np.select([held, is_last & like_held, is_last, like_last], [HELD, SAME, NEW, SAME], default=REPLACED)
+    live = rows.take(pa.array(last))
+    if ranked:
+        at = WORK.get_field_index("position")
+        live = live.set_column(at, WORK.field(at), pa.array(_positions(rows, first, held[first])))
+    unsorted = np.empty(count, dtype=np.int64)
+    unsorted[order] = state
+    return live, held[first], unsorted
+
+
+def _positions(rows: pa.Table, first: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """(K,) int64: position of each key; new keys follow the user's greatest one, in order of first appearance."""
+    users = encode(rows["user_key"])[first]
+    position = pc.fill_null(rows["position"], 0).to_numpy()[first].copy()
+    following = np.zeros(users.max() + 1, dtype=np.int64)
+    np.maximum.at(following, users[held], position[held] + 1)
+    new = np.flatnonzero(~held)
+    new = new[np.argsort(users[new], kind="stable")]
+    starts = np.r_[True, users[new][1:] != users[new][:-1]] if len(new) else np.zeros(0, bool)
+    rank = np.arange(len(new)) - np.maximum.accumulate(np.where(starts, np.arange(len(new)), 0))
+    position[new] = following[users[new]] + rank
+    return position
+
+
+def encode(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int: equal values, equal codes, counted by first appearance; null is a value."""
+    return pc.dictionary_encode(flat(_large(column)), null_encoding="encode").indices.to_numpy()
+
+
+def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings with 64-bit offsets: a bucket's texts together may pass 2 GiB."""
+    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
+
+
+def flat(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array."""
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

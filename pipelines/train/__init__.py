@@ -1,0 +1,1 @@
+"""A plug, fitted on many users."""

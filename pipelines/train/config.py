@@ -1,0 +1,69 @@
+"""Keys of `train`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+from pipelines.options import ResumableConfig
+from pplug.encoder import EncoderConfig
+from pplug.fit import FitConfig
+from pplug.llm import LLMConfig
+
+
+class PlugShape(BaseModel):
+    """What kind of plug to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    persona_tokens: int = Field(1, gt=0)
+    """Rows a persona takes in the prompt; the paper uses 1."""
+    aggregation: Literal["attention", "mean"] = "attention"
+    """attention: items weighed by likeness to the query; mean: alike, so that refresh can store the persona."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the likeness before the softmax; the paper uses 1."""
+    query_prefix: str = ""
+    """Put before a query; BGE wants its own sentence here."""
+    query_max_tokens: int | None = Field(None, gt=0)
+    """Where a query is cut; default: encoder.max_tokens. Fewer are quicker, in training and in generate."""
+    persona_scale: float | None = Field(None, gt=0)
+    """Default: the mean norm of the LLM's token embeddings."""
+    instruction_scale: float | None = Field(None, gt=0)
+    """Default: the same."""
+    without_history: bool = False
+    """A soft prompt only, the control that shows how much of a gain is the task (method plug:soft-prompt). No vectors
+    are read, and the encoder says how wide the plug is, nothing else."""
+
+
+class Config(ResumableConfig):
+    """Job `train`: histories, embeddings, requests with targets -> a plug.
+
+    Ray Data gathers each bucket's samples; Ray Train fits the plug, data parallel, the LLM frozen. The loss on train
+    users who are held out chooses the checkpoint. A rerun with the same run_id goes on from the last checkpoint.
+    Unit of work: a request with a target.
+    """
+
+    llm: LLMConfig
+    encoder: EncoderConfig = EncoderConfig()
+    """As in refresh: its vectors are the history, a trained copy encodes the query."""
+    plug: str | None = None
+    """Folder the plug is written to; default: <run_dir>/plug. It takes the place of a former plug as a whole."""
+    shape: PlugShape = PlugShape()
+    fit: FitConfig = FitConfig()
+    users: str | None = None
+    """File with a user id a line: only their requests are learned from."""
+    as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}
+    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    history_cap: int = Field(512, gt=0)
+    """Newest items that count."""
+    workers: int = Field(1, gt=0)
+    """Train workers, data parallel."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """1 on a GPU cluster."""
+    threads: int | None = Field(None, gt=0)
+    """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: one at each epoch's end."""
+    max_failures: int = Field(2, ge=0)
+    """Times a lost worker group is started again within one run."""

@@ -1,0 +1,396 @@
+"""Job `train`: histories, embeddings, requests with targets -> a plug.
+
+What it does and its keys stand in `config.py`.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+from pipelines.train.config import Config
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from infra.storage import Storage
+    from pipelines.train.samples import Shard
+    from pplug.fit import Samples
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease
+
+    run_id = config.run_id or new_run_id("train")
+    with lease.reading(config.tables, run_id):
+        return _run(config, run_id)
+
+
+def _run(config: Config, run_id: str) -> int:
+    from infra import session
+    from infra.storage import Storage
+    from pipelines import begun, tables
+    from pplug.encoder import encoder_id
+    from pplug.folder import check_replaceable
+    from pplug.llm import llm_id
+    from pplug.plug import PLUG_FILES
+
+    run_dir = config.run_dir or f"runs/{run_id}"
+    report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
+    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
+    entry = tables.task_entry(config.task, histories)
+    rule = entry.item if config.encoder.with_label else entry.item_without_label
+    try:
+        encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"encoder or llm: {error}") from error
+    blind = config.shape.without_history
+    identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
+    embeddings_name = "" if blind else tables.embeddings_name(encoder)
+    target = _target(config, run_dir)
+    try:
+        check_replaceable(target, PLUG_FILES)
+    except ValueError as error:
+        raise InputError(f"plug: {error}") from error
+    decisive = _decisive(config, identities)
+    versions: dict[Any, int] = {**config.as_of_version}
+    known = begun.read(run_dir, "train", run_id, decisive)
+    versions |= {name.partition("-")[0]: version for name, version in known.items()}
+    snapshots = {}
+    for name in filter(None, ("histories", embeddings_name, "requests")):
+        snapshots[name] = tables.snapshot(config.tables, name, versions)
+        report.table_read(name, snapshots[name].version)
+    begun.write(run_dir, "train", run_id, decisive, snapshots)
+    histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
+
+    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
+    session.check_shared(run_dir, "run_dir")
+    samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
+    with report.stage("prepare") as stage:
+        counts, shards = _prepare(config, histories, embeddings, requests, entry, samples)
+        stage.rows = counts["samples"]
+    report.planned = counts["samples"]
+    report.extra["samples"] = counts
+    if not counts["samples"]:
+        raise InputError(
+            f"{config.tables}: no request with a target whose user is there; ingest requests with targets, or use "
+            "--derive-requests to make them from the histories"
+        )
+    if counts["without_vector"]:
+        print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
+    with report.stage("fit") as stage:
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target)
+        stage.rows = counts["samples"] * config.fit.epochs
+    report.written = counts["samples"]
+    report.extra |= facts
+    code = report.finish()
+    print(f"plug {facts['plug_id']} (validation loss {facts['best_val_loss']:.4f}): {facts['plug']}", flush=True)
+    return code
+
+
+# What may change from one start of a run to the next: it decides where and how fast, not what comes out.
+_FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "max_failures",
+         "max_reject_fraction"}  # fmt: skip
+
+
+def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
+    from pipelines.tables import read_users
+    from pplug.identity import short_id
+
+    decisive = config.model_dump(mode="json", exclude=_FREE)
+    del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]
+    if config.users is not None:  # who is in the file counts, not its name
+        decisive["users"] = short_id({"users": sorted(read_users(config.users) or ())})
+    return decisive | identities
+
+
+def _target(config: Config, run_dir: str) -> Path:
+    """Folder the plug is written to."""
+    from infra.storage import Storage
+
+    return Path(config.plug or os.path.join(tempfile.mkdtemp() if Storage(run_dir).is_s3 else run_dir, "plug"))
+
+
+def _prepare(
+    config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str
+) -> tuple[dict[str, int], "list[Shard]"]:
+    """Counts over all buckets, and the files that hold samples."""
+    from infra.shards import keys_by_bucket
+    from pipelines import tables
+    from pipelines.train.samples import PrepareSamples, Shard
+    from pipelines.waves import bucket_rows
+
+    asked = tables.read_users(config.users, requests)
+    users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
+    stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
+    counts = {"samples": 0, "without_history": 0, "without_vector": 0}
+    shards = []
+    for row in (
+        bucket_rows(requests.filled(users))
+        .map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+        .iter_rows()
+    ):
+        for name in counts:
+            counts[name] += row[name]
+        if row["samples"]:
+            shards.append(Shard(row["bucket"], row["samples"], row["vectors"]))
+    return counts, sorted(shards)
+
+
+def _fit(
+    config: Config,
+    run_id: str,
+    run_dir: str,
+    samples: "tuple[str, list[Shard]]",
+    identities: dict[str, str | None],
+    target: Path,
+) -> dict[str, Any]:
+    """Runs Ray Train and copies the best plug to its folder."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from infra.storage import Storage
+    from pplug.folder import whole_folder
+    from pplug.plug import PLUG_FILES, plug_id
+
+    storage = Storage(run_dir).join("train")
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    trainer = TorchTrainer(
+        fit_worker,
+        train_loop_config={
+            "config": config.model_dump(),
+            "samples": samples,
+            "identities": identities,
+            "threads": threads,
+            "left": _left_without_record(storage, run_id),
+            "started_in": os.getcwd(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": 1, "GPU": config.gpus_per_worker} if config.gpus_per_worker else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=storage.path if storage.is_s3 else os.path.abspath(storage.path),
+            storage_filesystem=storage.filesystem if storage.is_s3 else None,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # each holds the best plug so far beside the newest
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise result.error
+    assert result.checkpoint is not None, "the last step always reports a checkpoint"
+    with result.checkpoint.as_directory() as folder:
+        with whole_folder(target, PLUG_FILES) as draft:
+            shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
+        history = json.loads((Path(folder) / "history.json").read_text())
+    best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
+    return {
+        "plug": str(target),
+        "plug_id": plug_id(target),
+        "best_val_loss": best["val_loss"],
+        "best_step": best["step"],
+        "history": history,
+        **identities,
+    }
+
+
+def _left_without_record(storage: "Storage", run_id: str) -> list[str]:
+    """Checkpoint folders, newest first, of a run whose record of them a kill has cut; the cut record goes.
+
+    Ray Train writes its record in place, so that a kill in that instant leaves an empty one, and refuses it ever after.
+    """
+    name = f"{run_id}/checkpoint_manager_snapshot.json"
+    if storage.is_s3 or not storage.exists(name):  # S3 shows an object when it is whole
+        return []
+    try:
+        json.loads(storage.read_bytes(name))
+        return []
+    except ValueError:
+        storage.delete(name)
+    return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
+
+
+# --- what runs in a train worker ---------------------------------------------------------------------------------
+
+
+def fit_worker(given: dict[str, Any]) -> None:
+    """One Ray Train worker: loads, resumes, trains, reports."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from infra import session
+    from pplug.fit import Fitter, run_epochs
+
+    session.go_back_to(given["started_in"])
+    config = Config.model_validate(given["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(given["threads"])
+    torch.manual_seed(config.fit.seed)
+    plug, llm, query_tokenizer = _models(config, given["identities"])
+    plug.to(get_device())
+    with tempfile.TemporaryDirectory() as local:
+        train, validation = _samples(config, given["samples"], local, plug, llm, query_tokenizer)
+        pad_id = query_tokenizer.pad_token_id or 0
+        fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
+        resumed = _Resume(local)
+        resumed.load(fitter, given["left"])
+        steps = math.ceil(len(train) / config.fit.batch_size) * config.fit.epochs
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            if rank == 0 and (step % max(1, total // 20) == 0 or step == total):
+                print(f"train: step {step} of {total}, loss {loss:.4f}", flush=True)
+
+        def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
+            if rank == 0:
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("val_loss", "val_exact"))
+                print(f"train: step {step} of {steps}, saved{': ' + shown if shown else ''}", flush=True)
+                resumed.save(fitter, query_tokenizer, metrics, is_best)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(resumed.folder))
+            else:
+                ray.train.report(metrics)
+
+        run_epochs(fitter, resumed.step, resumed.best, on_step, on_checkpoint, config.checkpoint_steps)
+        if resumed.step >= steps:  # the run had ended before; report again, so that the driver finds its checkpoint
+            checkpoint = ray.train.Checkpoint.from_directory(resumed.folder) if rank == 0 else None
+            ray.train.report({"step": steps, "best_val_loss": resumed.best}, checkpoint=checkpoint)
+
+
+class _Resume:
+    """The checkpoint folder: plug/ (as it is), best/ (the plug that validates best), state.pt, history.json."""
+
+    def __init__(self, local: str) -> None:
+        self.folder = os.path.join(local, "checkpoint")
+        self.step, self.best = 0, math.inf
+        self._history: list[dict[str, float]] = []
+        os.makedirs(self.folder)
+
+    def load(self, fitter: Any, left: list[str]) -> None:
+        """Goes on from Ray's newest checkpoint, or where it has lost its record from the newest whole one of `left`."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._take(folder, fitter)
+            return
+        for folder in left:
+            try:
+                self._take(folder, fitter)
+                return
+            except Exception as error:  # of whichever part was not written to its end, each has kinds of its own
+                print(f"train: {folder} was not saved to its end ({type(error).__name__}), looks before it", flush=True)
+
+    def _take(self, folder: str, fitter: Any) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        history = json.loads(Path(folder, "history.json").read_text())
+        if any("val_loss" in entry for entry in history):
+            load_file(f"{folder}/best/model.safetensors")
+        plug, state = load_file(f"{folder}/plug/model.safetensors"), torch.load(f"{folder}/state.pt", weights_only=True)
+        # everything has been read: only now is anything changed
+        shutil.copytree(folder, self.folder, dirs_exist_ok=True)
+        self._history, self.step, self.best = history, int(history[-1]["step"]), history[-1]["best_val_loss"]
+        fitter.plug.load_state_dict(plug)
+        fitter.load_state(state)
+        print(f"train: goes on at step {self.step}", flush=True)
+
+    def save(self, fitter: Any, tokenizer: Any, metrics: dict[str, float], is_best: bool) -> None:
+        import torch
+
+        fitter.plug.save_pretrained(f"{self.folder}/plug", tokenizer)
+        if is_best:
+            shutil.copytree(f"{self.folder}/plug", f"{self.folder}/best", dirs_exist_ok=True)
+        torch.save(fitter.state(), f"{self.folder}/state.pt")
+        self._history.append(metrics)
+        Path(self.folder, "history.json").write_text(json.dumps(self._history))
+
+
+def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from pplug.encoder import pooling_of
+    from pplug.identity import model_folder
+    from pplug.llm import FrozenLLM
+    from pplug.plug import PersonaPlug, PlugConfig
+
+    llm = FrozenLLM.load(config.llm)
+    folder = model_folder(config.encoder.model, config.encoder.revision)
+    attention = config.shape.aggregation == "attention" and not config.shape.without_history
+    # On a CPU the fused attention's backward in bfloat16 is several times slower than plain products for short texts.
+    attention_kind = "sdpa" if torch.cuda.is_available() else "eager"
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_kind)
+    shape = config.shape
+    plug = PersonaPlug(
+        PlugConfig(
+            encoder_dim=encoder.config.hidden_size,
+            llm_dim=llm.dim,
+            persona_tokens=shape.persona_tokens,
+            aggregation=shape.aggregation,
+            temperature=shape.temperature,
+            persona_scale=shape.persona_scale or llm.embedding_norm,
+            instruction_scale=shape.instruction_scale or llm.embedding_norm,
+            query_pooling=pooling_of(folder, config.encoder.pooling),
+            query_prefix=shape.query_prefix,
+            query_max_tokens=shape.query_max_tokens or config.encoder.max_tokens,
+            trained_without_history=shape.without_history,
+            **identities,
+        ),
+        query_encoder=encoder if attention else None,
+    )
+    # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
+    return plug.eval(), llm, AutoTokenizer.from_pretrained(folder)
+
+
+def _samples(
+    config: Config, samples: "tuple[str, list[Shard]]", local: str, plug: Any, llm: Any, tokenizer: Any
+) -> tuple["Samples", "Samples"]:
+    """Train and validation samples, tokenised; validation users never train.
+
+    Args:
+        samples: the folder that PrepareSamples wrote to, and the files it wrote.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from pipelines.train.samples import load_samples
+    from pplug.fit import Samples, held_out
+    from pplug.plain_text import TextTokenizer
+
+    words = TextTokenizer(tokenizer)
+    folder, files = samples
+    table, shards = load_samples(folder, files, local)
+    fit = config.fit
+    out = np.array([held_out(owner, fit.held_out, fit.seed) for owner in table["owner_id"].to_pylist()])
+    if out.all() or not out.any():
+        raise ValueError(
+            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.held_out:.0%} held out leaves "
+            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or change "
+            "fit.held_out"
+        )
+
+    def tokenised(rows: "pa.Table") -> "Samples":
+        queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
+        return Samples(
+            prompts=llm.splicer.prompts(rows["input"].to_pylist()),
+            targets=llm.splicer.targets(rows["target"].to_pylist(), fit.max_target_tokens),
+            queries=words.framed(queries, plug.config.query_max_tokens),
+            owners=rows["owner_id"].to_pylist(),
+            spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),
+            shards=shards,
+        )
+
+    return tokenised(table.filter(pa.array(~out))), tokenised(table.filter(pa.array(out)))

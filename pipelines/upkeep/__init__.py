@@ -1,0 +1,1 @@
+"""Jobs that keep tables in order: compact, vacuum, restore, erase, export."""

@@ -1,0 +1,97 @@
+"""Job `compact`: the small files of many nights become few, sorted by user, and no row changes.
+
+What it does and its keys stand in `config.py`.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from infra.report import RunReport, new_run_id
+from pipelines.upkeep.config import CompactConfig as Config
+
+if TYPE_CHECKING:
+    from infra.snapshot import DataFile, Snapshot
+    from infra.table import Table
+
+TRIES = 3
+"""Plans for one table before it is left to the next compaction."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease, session
+    from pipelines import tables
+
+    run_id = config.run_id or new_run_id("compact")
+    report = RunReport("compact", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    names = tables.chosen(config.tables, config.names)
+    report.extra |= {"left": {}, "rows_dropped": {}}
+    session.start()
+    with lease.writing(config.tables, run_id):
+        for name in names:
+            with report.stage(f"compact {name}") as stage:
+                stage.rows = _compact(config, report, tables.open_table(config.tables, name))
+    report.extra["tables"] = tables.costs(config.tables, names)
+    return report.finish()
+
+
+def _compact(config: Config, report: RunReport, table: "Table") -> int:
+    """Compacts one table, planning again when it moves; returns the number of files it replaced."""
+    from infra.table import TableMoved
+
+    name, left = table.spec.name, report.extra["left"]
+    replaced: list[str] = []
+    for _ in range(TRIES):
+        left.pop(name, None)
+        snapshot = table.snapshot()
+        if snapshot.files and snapshot.metadata.get("complete") != "true":
+            writer = snapshot.metadata.get("run_id")
+            left[name] = f"run {writer} has not ended on it: run it again to its end, then compact"
+            break
+        try:
+            _rewrite(config, report, table, snapshot, replaced)
+            break
+        except TableMoved:  # what has been committed stays, the rest is planned anew
+            left[name] = f"others committed to it during each of {TRIES} tries"
+    stay = len(table.snapshot().files)
+    report.planned += len(replaced) + stay
+    report.written += len(replaced)
+    report.already_there += stay
+    return len(replaced)
+
+
+def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snapshot", replaced: list[str]) -> None:
+    """Plans on a complete version and commits in waves; notes the files it has replaced."""
+    from pipelines import tables
+    from pipelines.upkeep.compact_buckets import CompactBucket, files_of
+    from pipelines.waves import bucket_rows, next_group
+
+    of_vectors = table.spec.name.startswith("embeddings")
+    histories = tables.open_table(config.tables, "histories").snapshot(complete=True) if of_vectors else None
+    stage = CompactBucket(table, snapshot, histories, config.target_mb * 2**20, report.run_id)
+    made = bucket_rows(list(snapshot.by_bucket())).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+    old: list[DataFile] = []
+    new: list[DataFile] = []
+    below, dropped = snapshot, 0
+
+    def commit() -> None:
+        nonlocal below, dropped
+        group, same = next_group(table, report.run_id), not dropped
+        done = table.rewrite(new, old, below=below, run_id=report.run_id, group=group, same_rows=same)
+        below = dataclasses.replace(below, version=done.version)
+        replaced.extend(file.path for file in old)
+        lost = report.extra["rows_dropped"]
+        lost[table.spec.name] = lost.get(table.spec.name, 0) + dropped
+        report.table_written(table.spec.name, below.version)
+        old.clear()
+        new.clear()
+        dropped = 0
+
+    for row in made.iter_rows():
+        old += files_of(row["old"])
+        new += files_of(row["new"])
+        dropped += row["dropped"]
+        if len(old) >= config.wave_files:
+            commit()
+    if old:
+        commit()

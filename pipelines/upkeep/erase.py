@@ -1,0 +1,326 @@
+"""Job `erase`: some users are gone from every table, old version, run folder and export; the proof opens what is left.
+
+What it does and its keys stand in `config.py`.
+"""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import InputError
+from infra.lines import numbered_lines
+from infra.report import RunReport, new_run_id
+from pipelines.upkeep.config import EraseConfig as Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from infra.search import Needles
+    from infra.storage import Storage
+    from infra.table import Table
+    from pipelines.upkeep.scrub import Someone
+
+PENDING = "erase-pending.json"
+"""Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
+FOUND = "erase-found.json"
+"""Digests of the ids that this erase has found in a table: when their rows are gone, a rerun cannot see them again."""
+DUTIES = (
+    "older versions of S3 objects, where the bucket keeps them",
+    "what Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders (/dev/shm)",
+    "the sources that ingest has read: another ingest would bring the users back",
+    "adapters exported as folders: they carry no name to find them by",
+    "copies outside the folders named here, and the job's own command line where the id stood in it",
+    "plugs trained on the users' data (named in this record): weights cannot be erased, train anew where that matters",
+)
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease, session
+    from infra.storage import Storage
+
+    places = _ids(config)
+    run_id = config.run_id or new_run_id("erase")
+    shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
+    report = RunReport("erase", run_id, shown, config.run_dir or f"runs/{run_id}")
+    folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
+    session.start()
+    with lease.alone(config.tables, run_id):
+        absent = _erase(config, report, frozenset(places), folders)
+    if absent and not config.confirm_absent:
+        _ask_about(absent, places, config, report)
+    return report.finish()
+
+
+def _ids(config: Config) -> dict[str, int]:
+    """The ids to erase, each with its line in the file."""
+    if config.user_id is not None:
+        return {config.user_id: 0}
+    assert config.users is not None, "the config has seen to it"
+    try:
+        found = {text: number for number, text in numbered_lines(config.users)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"users={config.users}: cannot be read ({error}); expected a user id a line, in UTF-8"
+        ) from error
+    if not found:
+        raise InputError(f"users={config.users}: no user in it; expected a user id a line")
+    return found
+
+
+def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, report: RunReport) -> None:
+    """Names the lines of ids that are in no table, never the ids: the output is kept."""
+    numbers = sorted(places[user] for user in absent)
+    some = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    where = "the one of user_id" if config.users is None else f"line{'s' * (len(numbers) > 1)} {some} of {config.users}"
+    print(
+        f"erase: {len(absent)} of {len(places)} ids {'are' if len(absent) > 1 else 'is'} in no table: {where}. Compare "
+        "the spelling with the tables (letter case, spaces, leading zeros) and run this again with the right ids and "
+        f"the same run_id={report.run_id}, or confirm with --confirm-absent that there never was such a user here",
+        flush=True,
+    )
+    report.failed += len(absent)
+
+
+def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> frozenset[str]:
+    """Returns those of the ids that neither this nor an earlier start of this run has found in a table."""
+    from infra import runs
+    from infra.search import Needles, digest
+    from infra.shards import user_key
+    from infra.storage import Storage
+    from pipelines import tables
+    from pipelines.upkeep.scrub import Scrub
+
+    names = tables.chosen(config.tables, None)
+    names.sort(key=lambda name: name == "requests")  # last: a rerun finds by them which histories are whose
+    found = {name: tables.open_table(config.tables, name) for name in names}
+    run_dir = Storage(report.run_dir)
+    pending = json.loads(run_dir.read_bytes(PENDING)) if run_dir.exists(PENDING) else []
+    with report.stage("look") as stage:
+        someone, owners = _someone(found, given)
+        values, requests, known = _own_values(found, someone)
+        here = owners | {user for user in given if user_key(user) in known}
+        shared = _shared(found, someone, values | someone.ids)
+        stage.rows = len(values)
+    needles = Needles(
+        values=frozenset((values | someone.ids | someone.keys) - shared),
+        ids=someone.ids,
+        digests=frozenset(pending),
+    )
+    pending = sorted({*pending, *map(digest, needles.values)})
+    run_dir.write_bytes(PENDING, json.dumps(pending).encode())
+    absent = _never_found(given, here, run_dir)
+
+    record: dict[str, Any] = {"users": sorted(map(digest, given)), "values_looked_for": len(pending)}
+    record["absent"] = sorted(map(digest, absent))
+    record["values_that_others_have"] = len(shared)
+    record["trained_on_their_data"] = _trained(config.tables, folders)
+    with report.stage("folders") as stage:
+        begun = Storage(config.tables).join(runs.FOLDER)  # what runs have read: a file may be called after a user
+        places = [*folders, begun]
+        files = [(place.uri, name) for place in places for name in place.list() if not name.endswith(PENDING)]
+        what = [row["what"] for row in _over(files, Scrub(needles, requests))]
+        record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
+        stage.rows = len(files)
+    with report.stage("tables") as stage:
+        record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in found.items()}
+        stage.rows = sum(record["rows_dropped"].values())
+    with report.stage("proof") as stage:
+        survivors, opaque, stage.rows = prove(config.tables, folders, needles)
+    record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": list(DUTIES)}
+    report.extra["erasure"] = record
+    report.planned = len(given)
+    report.written, report.already_there = len(here), len(given) - len(here)
+    report.failed = len(survivors)
+    if survivors:
+        print(
+            f"erase: {len(survivors)} files still hold something of the users, the first is {survivors[0]}; they are "
+            "of a kind that is not rewritten: remove them, then run this again",
+            flush=True,
+        )
+    else:
+        run_dir.delete(PENDING)
+    return absent
+
+
+def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> frozenset[str]:
+    """Those of the ids that neither this nor an earlier start of the run has found; notes those found now."""
+    from infra.search import digest
+
+    before = json.loads(run_dir.read_bytes(FOUND)) if run_dir.exists(FOUND) else []
+    ever = {*before, *map(digest, here)}
+    run_dir.write_bytes(FOUND, json.dumps(sorted(ever)).encode())
+    return frozenset(user for user in given if digest(user) not in ever)
+
+
+def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any]]":
+    """What a stage gives for each file."""
+    import ray.data
+
+    if files:
+        rows = [{"root": root, "name": name} for root, name in files]
+        source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
+        yield from source.map_batches(stage.__call__, batch_size=16, batch_format="pyarrow").iter_rows()
+
+
+def _there(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
+    """All data files in a table's folder, of whatever version; of some buckets only."""
+    from infra.snapshot import bucket_of_path
+
+    names = [name for name in table.storage.list() if name.endswith(".parquet") and "_delta_log/" not in name]
+    return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
+
+
+def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
+    """The users, and the histories that are theirs where ingest keeps one history a question; and whose these are."""
+    import pyarrow.compute as pc
+
+    from infra.shards import user_key
+    from infra.snapshot import read_file
+    from pipelines.upkeep.scrub import Someone
+
+    ids, owners = set(given), set[str]()
+    if "requests" in found:
+        of_theirs = pc.field("owner_id").isin(sorted(given))
+        for uri in _there(found["requests"]):
+            try:
+                theirs = read_file(uri, ["user_id", "owner_id"], of_theirs)
+            except ValueError:  # damaged, as a killed write leaves it
+                continue
+            ids |= set(theirs["user_id"].to_pylist())
+            owners |= set(theirs["owner_id"].to_pylist())
+    return Someone(frozenset(ids), frozenset(map(user_key, ids))), owners
+
+
+def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:
+    """The users' own words and hashes, their request ids, and the keys of those of whom anything was there."""
+    from pipelines.upkeep.scrub import OwnValues
+
+    uris = []
+    for table in found.values():
+        if table.spec.bucketed:
+            uris += _there(table, {int(key[:16], 16) % table.buckets for key in someone.keys})
+    kinds: dict[str, set[str]] = {"text": set(), "request": set(), "user": set()}
+    for kind, value in _said(uris, OwnValues(someone)):
+        if value.strip():
+            kinds[kind].add(value)
+    return kinds["text"], frozenset(kinds["request"]), kinds["user"]
+
+
+def _shared(found: "dict[str, Table]", someone: "Someone", values: set[str]) -> set[str]:
+    """Those of the values that others have too, or that the tables' own words (labels, field names) hold."""
+    from infra.search import strings
+    from pipelines.upkeep.scrub import OthersValues
+
+    snapshots = [table.snapshot() for table in found.values()]
+    words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
+    uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
+    return (values & words) | {value for _, value in _said(uris, OthersValues(someone, frozenset(values)))}
+
+
+def _said(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
+    """Kind and value of each row that a stage gives for some files."""
+    import ray.data
+
+    if not uris:
+        return
+    source = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=min(len(uris), 256))
+    for batch in source.map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):
+        yield from zip(batch["kind"].to_pylist(), batch["value"].to_pylist(), strict=True)
+
+
+def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needles") -> int:
+    """Takes the users' rows out of a table, then all that is older than that; returns the number of rows.
+
+    A run that has not ended on the table loses what it had committed: a rerun makes it anew. Its version could not be
+    shown to readers, and the complete one before it holds the users.
+    """
+    import ray.data
+
+    from infra import log, upkeep
+    from infra.table import TableMoved
+    from pipelines.upkeep.compact_buckets import files_of
+    from pipelines.upkeep.scrub import DropRows
+    from pipelines.waves import next_group
+
+    newest = table.snapshot()
+    try:
+        shown = table.snapshot(complete=True)
+    except InputError:
+        shown = dataclasses.replace(newest, files=[])  # no run has ended here yet
+    paths = {file.path for file in newest.files}
+    old, new, dropped = [], [], 0
+    mine = {int(key[:16], 16) % table.buckets for key in someone.keys} if table.spec.bucketed else None
+    touched = [file for file in shown.files if mine is None or file.bucket in mine]
+    if touched:
+        rows = [{"file": json.dumps(file.to_row())} for file in touched]
+        source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
+        stage = DropRows(table, someone, needles, report.run_id)
+        for row in source.map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_rows():
+            old += files_of(row["old"])
+            new += files_of(row["new"])
+            dropped += row["dropped"]
+    without = {file.path for file in old}
+    stays = [file for file in shown.files if file.path not in without]
+    back = [file for file in stays if file.path not in paths]
+    keep = {file.path for file in stays}
+    gone = [file for file in newest.files if file.path not in keep]
+    group = next_group(table, report.run_id)
+    try:
+        if gone or back or new or newest.version != shown.version:
+            below = dataclasses.replace(newest, metadata=shown.metadata)
+            more = {log.ERASING: report.run_id} if dropped else {}
+            table.rewrite(
+                [*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False, more=more
+            )
+            group += 1
+        report.table_written(table.spec.name, upkeep.forget(table, report.run_id, group))
+    except TableMoved as error:
+        raise InputError(f"{error}. Somebody writes here without a lease: end that, then run this again") from error
+    return dropped
+
+
+def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
+    """Trainings on these tables, by what they have left: what they learned cannot be taken out of the weights."""
+    from infra.storage import Storage
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for folder in folders:
+        for name in folder.list():
+            if not name.endswith(("report.json", ".begun.json")):  # a killed training has checkpoints and no report
+                continue
+            try:
+                said = json.loads(folder.read_bytes(name))
+                same = Storage(said["config"]["tables"]).uri == Storage(place).uri
+            except (ValueError, KeyError, TypeError, InputError):
+                continue
+            if same and said.get("job") in ("train", "adapt", "base-lm"):
+                names = ("job", "run_id", "plug", "plug_id", "adapter_id", "tables_read")
+                one = found.setdefault((said["job"], said.get("run_id", "")), {})
+                one |= {name: said[name] for name in names if name in said}
+    return list(found.values())
+
+
+def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[list[str], list[str], int]:
+    """Opens and decodes every file of the tables and folders, orphans and logs included, and searches it.
+
+    Returns:
+        Files in which something is left, files that could be searched as bytes only, and the number of all.
+    """
+    from infra.search import digest
+    from infra.storage import Storage
+    from pipelines.upkeep.scrub import SearchFiles
+
+    roots = {folder.uri: folder for folder in [Storage(place), *folders]}
+    files = [(root, name) for root, folder in roots.items() for name in folder.list() if not name.endswith(PENDING)]
+    survivors, opaque = [], []
+    for row in _over(files, SearchFiles(needles)):
+        named = needles.inside(row["name"])  # then the name must not be shown
+        place_of = f"{row['root']}/" + (f"(a name with digest {digest(row['name'])})" if named else row["name"])
+        if row["hits"]:
+            survivors.append(place_of)
+        elif not row["decoded"]:
+            opaque.append(place_of)
+    return sorted(survivors), sorted(opaque), len(files)

@@ -1,0 +1,105 @@
+"""Job `export`: a table -> a folder of plain Parquet; or one user's adapter -> a PEFT folder.
+
+What it does and its keys stand in `config.py`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+from pipelines.upkeep.config import ExportConfig as Config
+from pplug.llm import LLMConfig
+
+if TYPE_CHECKING:
+    from infra.snapshot import Snapshot
+    from infra.storage import Storage
+
+DONE = "_SUCCESS"
+PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
+"""Names of files that a killed export may have left."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease
+
+    run_id = config.run_id or new_run_id("export")
+    # the config may name a user: the report does not
+    shown = config.model_dump(exclude={"user_id"})
+    report = RunReport("export", run_id, shown, config.run_dir or f"runs/{run_id}")
+    with lease.reading(config.tables, run_id):
+        if config.user_id is not None and config.llm is not None:
+            return _adapter(config, config.user_id, config.llm, report)
+        return _table(config, report)
+
+
+def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) -> int:
+    from pipelines import tables
+    from pipelines.upkeep.export_adapter import export_adapter
+    from pplug.identity import model_folder
+    from pplug.llm import llm_id
+
+    adapters = tables.open_table(config.tables, "adapters")
+    try:
+        folder, base = model_folder(llm.model, llm.revision), llm_id(llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"llm: {error}") from error
+    report.planned = report.written = 1
+    report.extra["adapter_id"] = export_adapter(adapters, user_id, Path(config.output), folder.resolve(), base)
+    code = report.finish()
+    print(f"adapter {report.extra['adapter_id']}: {config.output}", flush=True)
+    return code
+
+
+def _table(config: Config, report: RunReport) -> int:
+    from infra import session
+    from infra.storage import Storage
+    from pipelines import tables
+
+    (name,) = tables.chosen(config.tables, [config.table])
+    table = tables.open_table(config.tables, name)
+    snapshot = table.snapshot(config.as_of_version, complete=config.as_of_version is None)
+    output = Storage(config.output)
+    if output.exists(DONE):
+        raise InputError(f"{config.output}: holds a complete export, which is never changed; give another folder")
+    others = [there for there in output.list() if not re.fullmatch(PART_FILE, there)]
+    if others:  # all that is not of this export goes, as the halves of a killed one have to
+        raise InputError(
+            f"{config.output}: holds {others[0]} and {len(others) - 1} more files that no export has written; what an "
+            "export finds in its folder it replaces: give a folder of its own"
+        )
+    session.start()
+    report.table_read(name, snapshot.version)
+    report.planned = snapshot.rows
+    with report.stage("export") as stage:
+        stage.rows = report.written = _export(snapshot, output)
+    report.extra["output"] = output.uri
+    return report.finish()
+
+
+def _export(snapshot: "Snapshot", output: "Storage") -> int:
+    from pipelines.upkeep.export_table import ExportBucket, vector_widths
+    from pipelines.waves import bucket_rows
+
+    stage = ExportBucket(snapshot, output.uri, vector_widths(snapshot))
+    buckets = list(snapshot.by_bucket())
+    written: dict[str, int] = {}
+    if buckets:
+        done = bucket_rows(buckets).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+        written = {row["name"]: row["rows"] for row in done.iter_rows()}
+    for name in output.list():  # of a killed export of another version
+        if name not in written:
+            output.delete(name)
+    facts = {
+        "table": snapshot.spec.name,
+        "version": snapshot.version,
+        "rows": sum(written.values()),
+        "files": dict(sorted(written.items())),
+        **{key: value for key, value in snapshot.metadata.items() if key.endswith("_id")},
+    }
+    if facts["rows"] == snapshot.rows:
+        output.write_bytes(DONE, json.dumps(facts, indent=2).encode())
+    return sum(written.values())

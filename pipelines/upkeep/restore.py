@@ -1,0 +1,103 @@
+"""Job `restore`: takes tables of a population back to an earlier complete version, as a new version on top.
+
+What it does and its keys stand in `config.py`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import InputError
+from infra.report import RunReport, new_run_id
+from pipelines.upkeep.config import RestoreConfig as Config
+
+if TYPE_CHECKING:
+    from infra.snapshot import Snapshot
+    from infra.table import Table
+
+MADE_FROM_HISTORIES = {
+    "embeddings": "refresh",
+    "personas": "refresh",
+    "adapters": "adapt",
+    "profiles": "generate --write-profiles",
+}
+"""Tables that follow the histories, and the job that brings each up to date."""
+_ORDER = ("generations", "profiles", "adapters", "personas", "embeddings", "requests", "histories", "rejects")
+"""What is made from a table goes back before it: readers never see replies to requests that are not there."""
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease
+    from pipelines import tables
+
+    run_id = config.run_id or new_run_id("restore")
+    report = RunReport("restore", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    names = tables.chosen(config.tables, config.names)
+    with lease.no_other_writer(config.tables, run_id):
+        _restore(config, report, sorted(names, key=lambda name: _ORDER.index(name.partition("-")[0])))
+    report.extra["tables"] = tables.costs(config.tables, names)
+    return report.finish()
+
+
+def _restore(config: Config, report: RunReport, names: list[str]) -> None:
+    """Looks at all tables before the first commit: a table that cannot go back keeps the others where they are."""
+    from infra import upkeep
+    from infra.table import TableMoved
+    from pipelines import tables
+    from pipelines.waves import next_group
+
+    targets: list[tuple[Table, Snapshot, list[str]]] = []
+    for name in names:
+        table = tables.open_table(config.tables, name)
+        version = config.version if config.before is None else upkeep.version_before(table, config.before)
+        if version is None:
+            if config.names is not None:
+                raise InputError(f"{table.uri}: run {config.before} has written nothing to table {name}")
+            continue
+        target = table.snapshot(version)
+        runs = upkeep.undone(table, target, table.version)
+        upkeep.check_restorable(table, target)
+        targets.append((table, target, runs))
+    if not targets:
+        raise InputError(f"{config.tables}: run {config.before} has written to none of {', '.join(names)}")
+    report.planned = len(targets)
+    restored: dict[str, Any] = {}
+    for table, target, runs in targets:
+        name = table.spec.name
+        with report.stage(f"restore {name}") as stage:
+            before = table.snapshot()
+            try:
+                done = upkeep.restore(table, target, report.run_id, next_group(table, report.run_id))
+            except TableMoved as error:
+                raise InputError(
+                    f"{error}. Somebody writes here without a lease: end that, then run this again"
+                ) from error
+            stage.rows = abs(before.rows - target.rows)
+        if done is None:
+            report.already_there += 1
+            continue
+        report.written += 1
+        report.table_written(name, done.version)
+        restored[name] = {"version": target.version, "rows": target.rows, "rows_before": before.rows, "undone": runs}
+        print(
+            f"{name}: version {done.version} is version {target.version} again ({target.rows} rows, before "
+            f"{before.rows}); taken back: what {', '.join(runs)} wrote",
+            flush=True,
+        )
+    report.extra["restored"] = restored
+    _say_what_follows(config, {table.spec.name for table, _, _ in targets})
+
+
+def _say_what_follows(config: Config, restored: set[str]) -> None:
+    """Names the tables that were made from a state that is no longer there, with the jobs that make them anew."""
+    from pipelines import tables
+
+    if "histories" not in restored:
+        return
+    behind = [name for name in tables.names(config.tables) if name.partition("-")[0] in MADE_FROM_HISTORIES]
+    behind = [name for name in behind if name not in restored]
+    if behind:
+        jobs = dict.fromkeys(MADE_FROM_HISTORIES[name.partition("-")[0]] for name in behind)
+        print(
+            f"{', '.join(behind)} are as the later histories made them: run {', '.join(jobs)} before the next generate",
+            flush=True,
+        )

@@ -1,0 +1,258 @@
+"""Stages of erase: what of some users is where, who else has the same words, rows without them, and the proof.
+
+Route: files -> the users' own values -> those of them that nobody else has -> files without the users' rows
+       all files left -> opened, decoded, searched.
+A user is known by user_key in the tables, in rejects by what they are about, in other files by any of the values.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra import upkeep
+from infra.search import ID_COLUMNS, Needles, has_text, leaves, search
+from infra.snapshot import DataFile, read_file
+from infra.storage import Storage
+from infra.table import Table
+from pipelines.upkeep.compact_buckets import listed
+
+_NOT_OF_THE_USER = frozenset(
+    "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id profile_id decoding_id "
+    "finish_reason persona targets error job reason detail key".split()
+)
+"""Columns whose values are the system's, or too common to be looked for; ids of users are looked for by themselves."""
+
+
+@dataclass(frozen=True)
+class Someone:
+    """The users to erase."""
+
+    ids: frozenset[str]
+    keys: frozenset[str]
+    """Their user_key."""
+
+    def rows(self, table: pa.Table) -> pa.Array:
+        """Which rows of a bucketed table are theirs."""
+        return pc.is_in(table["user_key"], value_set=pa.array(sorted(self.keys), pa.string()))
+
+
+def text_columns(schema: pa.Schema) -> list[str]:
+    """Columns that may hold words of a user."""
+    return [
+        field.name
+        for field in schema
+        if field.name not in _NOT_OF_THE_USER and not pa.types.is_binary(field.type) and has_text(field.type)
+    ]
+
+
+@dataclass(frozen=True)
+class OwnValues:
+    """in: uri of a table's file. out: user_key, kind ("text", "request"), value: all that the users' rows hold."""
+
+    someone: Someone
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for uri in batch["uri"].to_pylist():
+            try:
+                rows = _columns(uri, ["user_key", "request_id"])
+            except ValueError:  # damaged, as a killed write leaves it: goes with the vacuum
+                continue
+            rows = rows.filter(self.someone.rows(rows))
+            for name in rows.column_names if rows.num_rows else ():
+                if name in ID_COLUMNS:
+                    continue
+                for values in leaves(rows[name].combine_chunks()):
+                    values = pc.unique(values.cast(pa.large_string())).drop_null()
+                    kind = "request" if name == "request_id" else "text"
+                    yield _values(kind, values)
+            yield _values("user", pc.unique(rows["user_key"]).cast(pa.large_string()))
+
+
+def _values(kind: str, values: pa.Array) -> pa.Table:
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    return pa.table({"kind": pa.repeat(kind, len(values)), "value": values})
+
+
+def _columns(uri: str, more: list[str]) -> pa.Table:
+    """The columns of a file that may hold words of a user, and some more where it has them."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        with Storage(folder).open_input(name) as source:
+            schema = pq.read_schema(source)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri}: not a readable Parquet file") from error
+    names = [name for name in schema.names if name in more] + [n for n in text_columns(schema) if n not in more]
+    return read_file(uri, names)
+
+
+@dataclass(frozen=True)
+class OthersValues:
+    """in: uri of a table's file. out: kind "shared", value: those of the values that somebody else's rows hold too."""
+
+    someone: Someone
+    values: frozenset[str]
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        wanted = pa.array(sorted(self.values), pa.large_string())
+        for uri in batch["uri"].to_pylist():
+            rows = _columns(uri, ["user_key"])
+            rows = rows.filter(pc.invert(self.someone.rows(rows)))
+            for name in rows.column_names:
+                for values in leaves(rows[name].combine_chunks()):
+                    if name not in ID_COLUMNS:
+                        values = pc.unique(values.cast(pa.large_string()))
+                        yield _values("shared", values.filter(pc.is_in(values, value_set=wanted)))
+        yield _values("shared", pa.array([], pa.large_string()))
+
+
+@dataclass(frozen=True)
+class DropRows:
+    """in: file (DataFile.to_row() as JSON). out: old, new (JSON lists), dropped; no row where nothing is theirs."""
+
+    table: Table
+    someone: Someone
+    needles: Needles
+    run_id: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for text in batch["file"].to_pylist():
+            file = DataFile.from_row(json.loads(text))
+            if pc.any(self._theirs(read_file(file.uri, [self._by])), min_count=0).as_py():
+                done = upkeep.rewrite(self.table, [file], self.run_id, lambda rows: pc.invert(self._theirs(rows)))
+                yield pa.table({"old": [listed(done.old)], "new": [listed(done.new)], "dropped": [done.dropped]})
+        yield pa.table({"old": ["[]"], "new": ["[]"], "dropped": [0]})
+
+    @property
+    def _by(self) -> str:
+        return "user_key" if self.table.spec.bucketed else "key"
+
+    def _theirs(self, rows: pa.Table) -> pa.Array:
+        if self._by == "user_key":
+            return self.someone.rows(rows)
+        keys = rows["key"].to_pylist()
+        return pa.array([key in self.someone.ids or self.needles.is_one(key) for key in keys], pa.bool_())
+
+
+# --- files outside the tables
+
+
+@dataclass(frozen=True)
+class Scrub:
+    """in: root, name of a file of a run or an export. out: root, name, what ("", "rewritten" or "deleted").
+
+    Rows of Parquet, JSON lines and entries of JSON lists that hold one of the values go; other kinds stay as they are,
+    and the proof names them.
+    """
+
+    needles: Needles
+    requests: frozenset[str]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        done = [self._file(Storage(root), name) for root, name in _pairs(batch)]
+        return batch.append_column("what", pa.array(done, pa.string()))
+
+    def _file(self, storage: Storage, name: str) -> str:
+        try:
+            if not search(storage, name, self.needles).hits and not self._predictions(storage, name):
+                return ""
+            folder, _, last = name.rpartition("/")
+            if last.startswith("samples-") and last.endswith(".parquet"):  # of a training: a rerun makes them anew
+                vectors = last.replace("samples-", "vectors-").replace(".parquet", ".npy")
+                for gone in (f"{folder}/{vectors}", name):  # the samples last: a rerun knows the vectors by them
+                    storage.delete(gone)
+                return "deleted"
+            if name.endswith(".parquet"):
+                return self._parquet(storage, name)
+            if name.endswith((".jsonl", ".ndjson")):
+                lines = storage.read_bytes(name).decode("utf-8").splitlines(keepends=True)
+                return _put(storage, name, "".join(line for line in lines if not self._has(_parsed(line))).encode())
+            if name.endswith(".json"):
+                found = self._without(json.loads(storage.read_bytes(name)))
+                return _put(storage, name, json.dumps(found, indent=2, ensure_ascii=False).encode())
+        except (ValueError, OSError, pa.ArrowException):
+            pass  # not what its name says: for the proof
+        return ""
+
+    def _predictions(self, storage: Storage, name: str) -> bool:
+        """Whether it is a file of predictions with one of the users' requests: their ids may be short."""
+        if not name.endswith(".json"):
+            return False
+        found = json.loads(storage.read_bytes(name))
+        golds = found.get("golds") if isinstance(found, dict) else None
+        return isinstance(golds, list) and any(self._asked(one.get("id")) for one in golds)
+
+    def _asked(self, name: Any) -> bool:
+        """Whether a name in predictions is of one of the users' requests: its id, or `user_id/request_id`."""
+        user = unquote(name.partition("/")[0]) if isinstance(name, str) and "/" in name else None
+        return name in self.requests or user in self.needles.ids
+
+    def _parquet(self, storage: Storage, name: str) -> str:
+        with storage.open_input(name) as source:
+            table = pq.read_table(source, partitioning=None)
+        theirs = [False] * table.num_rows
+        for column in table.column_names:
+            if has_text(table.schema.field(column).type):
+                for row, value in enumerate(table[column].to_pylist()):
+                    theirs[row] = theirs[row] or self._has({column: value})
+        out = io.BytesIO()
+        pq.write_table(table.filter(pc.invert(pa.array(theirs, pa.bool_()))), out, compression="zstd")
+        return _put(storage, name, out.getvalue())
+
+    def _without(self, value: Any) -> Any:
+        """The JSON value without list entries that hold one of the values."""
+        if isinstance(value, dict):
+            return {name: self._without(below) for name, below in value.items()}
+        if isinstance(value, list):
+            return [self._without(below) for below in value if not self._has(below)]
+        return value
+
+    def _has(self, value: Any) -> bool:
+        if isinstance(value, dict):
+            ids = [str(value[name]) for name in ID_COLUMNS if name in value]
+            mine = "output" in value and self._asked(value.get("id"))
+            return (
+                mine
+                or not self.needles.ids.isdisjoint(ids)
+                or any(self._has(part) for pair in value.items() for part in pair)
+            )
+        if isinstance(value, list | tuple):
+            return any(self._has(part) for part in value)
+        return isinstance(value, str) and (self.needles.is_one(value) or bool(self.needles.inside(value)))
+
+
+def _put(storage: Storage, name: str, data: bytes) -> str:
+    storage.write_bytes(name, data)
+    return "rewritten"
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _pairs(batch: pa.Table) -> Iterable[tuple[str, str]]:
+    return zip(batch["root"].to_pylist(), batch["name"].to_pylist(), strict=True)
+
+
+# --- the proof
+
+
+@dataclass(frozen=True)
+class SearchFiles:
+    """in: root, name. out: root, name, hits int, decoded bool. Every file is opened and decoded."""
+
+    needles: Needles
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        found = [search(Storage(root), name, self.needles) for root, name in _pairs(batch)]
+        batch = batch.append_column("hits", pa.array([one.hits for one in found], pa.int64()))
+        return batch.append_column("decoded", pa.array([one.decoded for one in found], pa.bool_()))

@@ -1,0 +1,29 @@
+"""Job `vacuum`: deletes files that no version within the retention names; what readers and running jobs need stays.
+
+What it does and its keys stand in `config.py`.
+"""
+
+from infra.report import RunReport, new_run_id
+from pipelines.upkeep.config import VacuumConfig as Config
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    from infra import lease, upkeep
+    from pipelines import tables
+
+    run_id = config.run_id or new_run_id("vacuum")
+    report = RunReport("vacuum", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    names = tables.chosen(config.tables, config.names)
+    report.extra["deleted_bytes"] = 0
+    with lease.writing(config.tables, run_id):
+        for name in names:
+            with report.stage(f"vacuum {name}") as stage:
+                done = upkeep.vacuum(tables.open_table(config.tables, name), config.retention_hours)
+                stage.rows = done.deleted
+            report.planned += done.deleted + done.kept
+            report.written += done.deleted
+            report.already_there += done.kept
+            report.extra["deleted_bytes"] += done.deleted_bytes
+    report.extra["tables"] = tables.costs(config.tables, names)
+    return report.finish()
