@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.generate.replies import Decoding, EngineConfig, EnginePrompt, EngineReply, own_seed
+from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, EngineReply, own_seed
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.objective import splice_rows
 from pplug.splice import Prompt

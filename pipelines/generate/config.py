@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
-from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.options import ResumableConfig
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig

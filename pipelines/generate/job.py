@@ -392,7 +392,8 @@ def _generate(
     from infra.shards import keys_by_bucket
     from pipelines import tables
     from pipelines.generate.drop_errors import drop_errors
-    from pipelines.generate.prompts import NOTES, BuildPrompts, Owed
+    from pipelines.generate.pending import Owed
+    from pipelines.generate.prompts import NOTES, BuildPrompts
     from pipelines.generate.replies import Reply
     from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
 

@@ -17,7 +17,7 @@ from pplug.retrieval import Composed, RetrievalConfig, WordIndex
 from pplug.tasks import TaskEntry, query
 
 if TYPE_CHECKING:
-    from pipelines.generate.prompts import Users
+    from pipelines.generate.visible import Users
 
 
 @dataclass

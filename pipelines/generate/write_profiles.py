@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.generate.prompts import PROMPTS, ragged_f32
+from pipelines.generate.personas import ragged_f32
+from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import Reply
 from pipelines.histories import Histories, decode_fields
 from pipelines.pending_users import OwedUsers, with_nulls

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.options import JobConfig
 from pplug.adapter import LoraConfig
 from pplug.encoder import EncoderConfig

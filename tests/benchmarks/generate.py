@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from infra.shards import keys_by_bucket
 from pipelines import tables
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import prompts as prompt
 from pipelines.generate import replies as reply
-from pipelines.generate.prompts import BuildPrompts, Owed
-from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pplug.llm import LLMConfig
 from pplug.retrieval import RetrievalConfig
 from tests.benchmarks import prepare

@@ -19,8 +19,10 @@ import torch
 from infra.shards import shard_columns
 from pipelines import tables
 from pipelines.engines.adapters import Adapters
-from pipelines.generate.prompts import BuildPrompts, Owed
-from pipelines.generate.replies import Decoding, EngineConfig, _lora_args
+from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.engines.vllm import _lora_args
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.methods import parse_all
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes, write_folder
 from pplug.llm import LLMConfig, llm_id

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from pipelines import tables
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.refresh import job as refresh
 from tests.faults.jobs import Job
 from tests.pipelines import small

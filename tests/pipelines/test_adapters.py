@@ -24,8 +24,9 @@ from infra.shards import bucket_of, user_key
 from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.engines.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
+from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig, LoadedAdapters
 from pipelines.methods import parse
 from pipelines.refresh import job as refresh
 from pipelines.upkeep import export

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from infra.errors import InputError
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pplug import history

@@ -13,7 +13,8 @@ from infra.storage import Storage
 from pipelines import tables
 from pipelines.adapt.base import BaseExamples
 from pipelines.adapt.users import ReadExamples
-from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.generate.write_profiles import AskForProfiles
 from pipelines.methods import parse_all
 from pipelines.pending_users import OwedUsers

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pplug.fit import FitConfig

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from infra.errors import InputError
+from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt
 from pipelines.engines.transformers import TransformersEngine
-from pipelines.generate.prompts import PROMPTS, ragged_f32
-from pipelines.generate.replies import Decoding, EngineConfig, EnginePrompt, Reply, VLLMEngine, check_rows
+from pipelines.engines.vllm import VLLMEngine
+from pipelines.generate.personas import ragged_f32
+from pipelines.generate.prompts import PROMPTS
+from pipelines.generate.replies import Reply, check_rows
 from pplug.llm import FrozenLLM, LLMConfig
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 

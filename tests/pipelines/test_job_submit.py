@@ -5,8 +5,8 @@ What is wrong comes back with its message too: tests/test_ray_head.py.
 
 import pytest
 
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train

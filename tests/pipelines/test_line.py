@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from infra.errors import InputError
 from pipelines import tables
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.evaluate import job as evaluate
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
@@ -279,7 +279,8 @@ def test_evaluate_scores_the_run(line):
 @pytest.mark.slow
 def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
     """The same requests over histories that have grown since: the prompts are equal to the bit."""
-    from pipelines.generate.prompts import BuildPrompts, Owed
+    from pipelines.generate.pending import Owed
+    from pipelines.generate.prompts import BuildPrompts
     from pipelines.methods import parse_all
     from pplug.tasks import load
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from infra.errors import InputError
 from infra.shards import user_key
 from pipelines import tables
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.prompts import BuildPrompts, Owed
-from pipelines.generate.replies import Decoding, EngineConfig
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
 from pipelines.methods import parse, parse_all
 from pipelines.pending_users import OwedUsers

@@ -10,8 +10,9 @@ import pytest
 
 from infra.errors import InputError
 from pipelines import tables
-from pipelines.generate.prompts import BuildPrompts, Owed
-from pipelines.generate.replies import Decoding
+from pipelines.engines.base import Decoding
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pipelines.upkeep import compact

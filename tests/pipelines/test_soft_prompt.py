@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from infra.errors import InputError
+from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.evaluate import job as evaluate
 from pipelines.generate import job as generate
-from pipelines.generate.replies import Decoding, EngineConfig
 from pipelines.methods import parse
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipelines import tables
-from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.histories import to_us
 from pipelines.ingest import job as ingest
 from pipelines.methods import parse_all

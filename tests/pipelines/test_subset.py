@@ -16,7 +16,8 @@ from infra import shards
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate import replies
-from pipelines.generate.prompts import BuildPrompts, Owed
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import BuildPrompts
 from pipelines.methods import parse_all
 from pipelines.pending_users import OwedUsers
 from pipelines.train.samples import PrepareSamples

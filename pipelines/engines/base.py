@@ -1,0 +1,106 @@
+"""What every engine is told and what it answers: how a reply is chosen, how much of the machine it takes, a prompt, a
+reply.
+
+Shapes: L prompt positions, R persona rows, H LLM width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.engines.adapters import AdapterName
+from pplug.identity import short_id
+
+
+class Decoding(BaseModel):
+    """How a reply is chosen; makes up `decoding_id`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_tokens: int = Field(32, gt=0)
+    """Of the reply."""
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    beams: int = Field(1, gt=0)
+    """transformers engine only; the paper uses 4."""
+    stop: tuple[str, ...] = ()
+    """A reply ends before the first of these."""
+    seed: int = 0
+    """Seed of sampling. Each reply draws by its own user, request and method, whatever batch it is in."""
+
+    @property
+    def decoding_id(self) -> str:
+        return short_id(self.model_dump(mode="json"))
+
+
+class EngineConfig(BaseModel):
+    """Which engine, and how much of the machine it may take. No value of a reply depends on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["vllm", "transformers"] = "vllm"
+    """transformers: for encoder-decoder models such as FLAN-T5, which vLLM does not have, and for beams."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU and on a CPU with AMX, float32 elsewhere."""
+    context: int | None = Field(None, gt=0)
+    """Tokens of prompt and reply; default: the model's own limit."""
+    max_num_seqs: int = Field(256, gt=0)
+    """Requests the engine works on at once."""
+    memory_fraction: float = Field(0.85, gt=0, le=1)
+    """Of the GPU's memory."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """On a CPU."""
+    eager: bool | None = None
+    """No compilation; default: true on a CPU, where it starts a minute faster."""
+    batch_rows: int = Field(64, gt=0)
+    """Requests handed over at a time."""
+    in_flight: int = Field(8, gt=0)
+    """Batches in flight an engine: batch_rows * in_flight should exceed max_num_seqs."""
+    adapters_at_once: int = Field(32, gt=0)
+    """Adapters in one step of the engine; each takes room in its memory."""
+    adapters_ready: int = Field(512, gt=0)
+    """Adapters held in the machine's memory, the least recently used leave first."""
+
+
+@dataclass(frozen=True)
+class EnginePrompt:
+    """Token ids around persona rows (R, H) float32 (R may be 0)."""
+
+    key: str
+    """What a sampled reply draws by: no two prompts of a run share it."""
+    before: list[int]
+    rows: np.ndarray
+    after: list[int]
+    adapter: AdapterName | None = None
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.rows) + len(self.after)
+
+
+@dataclass(frozen=True)
+class EngineReply:
+    text: str
+    finish_reason: str
+    output_tokens: int
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """What the stage needs of an engine."""
+
+    context: int
+    dim: int
+    max_row_norm: float
+
+    def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]: ...
+
+    def shutdown(self) -> None: ...
+
+
+def own_seed(seed: int, key: str) -> int:
+    """A reply's own sampling seed: the same in any batch. `key`: of the `EnginePrompt`."""
+    return int(short_id({"seed": seed, "reply": key})[:8], 16)

@@ -1,0 +1,131 @@
+"""Persona rows of a block of requests: query vectors, weights over the visible items, the plug.
+
+Shapes: T items of the requests of a block (ragged), D encoder width, P persona tokens, H LLM width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.generate.visible import Users
+from pplug.plain_text import TextTokenizer
+from pplug.tasks import TaskEntry, query
+
+
+class PersonaMaker:
+    """The plug at work: query vectors, weights, persona rows, for a block of requests at a time."""
+
+    def __init__(self, folder: str, threads: int, queries: bool) -> None:
+        """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
+        import torch
+
+        from pplug.bert import forward_of
+        from pplug.encoder import best_dtype
+        from pplug.plug import PersonaPlug
+
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
+        self.dtype = best_dtype()
+        self.ahead: dict[str, Any] = {}
+        self.tokenizer = None
+        if self.plug.emb_model is not None:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
+            self.words = TextTokenizer(self.tokenizer)
+            self.forward = forward_of(self.plug.emb_model, self.dtype)
+        with torch.inference_mode():
+            self.instruction = self.plug.instruction().float().cpu().numpy()
+
+    def rows(
+        self, requests: list[dict[str, Any]], kind: str, users: Users, entry: TaskEntry
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """Flat rows (R*H,) of each request, and how its persona was weighed (attention, mean, none)."""
+        config = self.plug.config
+        aggregation = {"trained": config.aggregation, "other-user": config.aggregation}.get(kind, kind)
+        stored = [
+            users.stored(request) if aggregation == "mean" and kind != "other-user" else None for request in requests
+        ]
+        items = []
+        for request, ready in zip(requests, stored, strict=True):
+            if kind in ("no-history", "soft-prompt") or ready is not None:
+                items.append(np.zeros((0, config.encoder_dim), np.float32))
+            else:
+                items.append(users.others_items(request) if kind == "other-user" else users.items(request))
+        personas = self._personas(requests, items, aggregation, entry)
+        out, kinds = [], []
+        for vectors, ready, persona in zip(items, stored, personas, strict=True):
+            if ready is not None and ready.any():  # all zeros: a stored user without an item
+                out.append(np.concatenate([self.instruction.ravel(), ready]))
+                kinds.append("mean")
+            elif len(vectors):
+                out.append(np.concatenate([self.instruction.ravel(), persona]))
+                kinds.append(aggregation)
+            else:
+                out.append(self.instruction.ravel())
+                kinds.append("none")
+        return out, kinds
+
+    def _personas(
+        self, requests: list[dict[str, Any]], items: list[np.ndarray], aggregation: str, entry: TaskEntry
+    ) -> np.ndarray:
+        import torch
+
+        config = self.plug.config
+        flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
+        if not len(flat):
+            return np.zeros((len(requests), config.persona_tokens * config.llm_dim), np.float32)
+        owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
+        x = None
+        if aggregation == "attention" and self.tokenizer is not None:
+            x = self._queries([query(request["input"], entry) for request in requests])
+        with torch.inference_mode():
+            built = self.plug.personas(
+                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(requests), x
+            )
+        return built.flatten(1).float().cpu().numpy()
+
+    def read_ahead(self, texts: list[str]) -> None:
+        """Encodes the queries of requests to come, instead of those it was given before."""
+        if self.tokenizer is not None and texts:
+            self.ahead = dict(zip(texts, self._encoded(texts), strict=True))
+
+    def _queries(self, texts: list[str]) -> Any:
+        """Vectors (B, D) of the requests."""
+        import torch
+
+        if all(text in self.ahead for text in texts):
+            return torch.stack([self.ahead[text] for text in texts])
+        return self._encoded(texts)
+
+    def _encoded(self, queries: list[str]) -> Any:
+        """Vectors (B, D), in batches of like length."""
+        import torch
+
+        from pplug.encoder import default_batch_tokens, each_batch, pad, pool
+
+        config, tokenizer = self.plug.config, self.tokenizer
+        assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
+        texts = [config.query_prefix + text for text in queries]
+        ids = self.words.framed(texts, config.query_max_tokens)
+        out = torch.empty(len(ids), config.encoder_dim, device=self.device)
+
+        def work(rows: np.ndarray) -> None:
+            with torch.inference_mode():
+                tokens, mask = pad([ids[row] for row in rows], tokenizer.pad_token_id or 0)
+                tokens, mask = tokens.to(self.device), mask.to(self.device)
+                out[rows] = pool(self.forward(tokens, mask), mask, config.query_pooling)
+
+        budget = default_batch_tokens(self.device, self.dtype, config.query_max_tokens)
+        each_batch([len(row) for row in ids], budget, self.device, work)
+        return out
+
+
+def ragged_f32(rows: Sequence[np.ndarray]) -> pa.Array:
+    """Flat float arrays of different lengths -> list<float32>."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    values = np.concatenate([*rows, np.zeros(0, np.float32)]).astype(np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
