@@ -1,18 +1,20 @@
 """The command line: `python -m pipelines <job> [--config FILE] [--set key=value ...] [--key value ...]`.
 
-Each job is a module with a `Config` (pydantic) and `run(config) -> exit code`; only the module asked for is imported,
-and none imports anything heavy at its top. Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3
-more rejects than allowed; 130 interrupted.
+Each job has a config (pydantic), whose docstring is its help, and a module with `run(config) -> exit code`. Only the
+config is imported for `--help` and for a wrong command line: nothing heavy is loaded before the job runs.
+Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3 more rejects than allowed; 130 interrupted.
 """
 
 import difflib
 import importlib
+import inspect
 import logging
 import re
 import sys
 import traceback
-from types import ModuleType
 from typing import NamedTuple
+
+from pydantic import BaseModel
 
 from infra.errors import InputError, Overtaken
 
@@ -26,30 +28,85 @@ _OF_A_STAGE = re.compile(
 
 class Job(NamedTuple):
     module: str
+    """Has `run(config)`; imported when the job runs."""
+    keys: str
+    """Module and class of its config; imported for `--help`."""
     about: str
+
+    @property
+    def config(self) -> type[BaseModel]:
+        module, _, name = self.keys.partition(":")
+        found: type[BaseModel] = getattr(importlib.import_module(module), name)
+        return found
 
 
 JOBS = {
-    "ingest": Job("pipelines.ingest", "a LaMP folder, JSONL or Parquet -> histories, requests"),
-    "refresh": Job("pipelines.refresh", "histories (and a plug) -> embeddings, personas"),
-    "train": Job("pipelines.train", "histories, embeddings, requests with targets -> a plug"),
-    "adapt": Job("pipelines.adapt", "histories -> one adapter a user, many at once; or the base they stand on"),
+    "ingest": Job(
+        "pipelines.ingest.job",
+        "pipelines.ingest.config:IngestConfig",
+        "a LaMP folder, JSONL or Parquet -> histories, requests",
+    ),
+    "refresh": Job(
+        "pipelines.refresh.job", "pipelines.refresh.config:Config", "histories (and a plug) -> embeddings, personas"
+    ),
+    "train": Job(
+        "pipelines.train.job", "pipelines.train.config:Config", "histories, embeddings, requests with targets -> a plug"
+    ),
+    "adapt": Job(
+        "pipelines.adapt.job",
+        "pipelines.adapt.config:Config",
+        "histories -> one adapter a user, many at once; or the base they stand on",
+    ),
     "generate": Job(
-        "pipelines.generate", "requests and personas or embeddings -> generations, for one or several methods"
+        "pipelines.generate.job",
+        "pipelines.generate.config:Config",
+        "requests and personas or embeddings -> generations, for one or several methods",
     ),
-    "evaluate": Job("pipelines.evaluate", "generations and targets -> report.html, report.json; or two runs compared"),
-    "export": Job("pipelines.export", "a table -> plain Parquet, or one user's adapter -> a PEFT folder"),
-    "compact": Job("pipelines.compact", "the tables' small files of many nights -> few, sorted by user"),
-    "vacuum": Job("pipelines.vacuum", "deletes files that no version within the retention names"),
-    "restore": Job("pipelines.restore", "takes tables back to an earlier complete version, as a new version"),
+    "evaluate": Job(
+        "pipelines.evaluate.job",
+        "pipelines.evaluate.config:EvaluateConfig",
+        "generations and targets -> report.html, report.json; or two runs compared",
+    ),
+    "export": Job(
+        "pipelines.upkeep.export",
+        "pipelines.upkeep.config:ExportConfig",
+        "a table -> plain Parquet, or one user's adapter -> a PEFT folder",
+    ),
+    "compact": Job(
+        "pipelines.upkeep.compact",
+        "pipelines.upkeep.config:CompactConfig",
+        "the tables' small files of many nights -> few, sorted by user",
+    ),
+    "vacuum": Job(
+        "pipelines.upkeep.vacuum",
+        "pipelines.upkeep.config:VacuumConfig",
+        "deletes files that no version within the retention names",
+    ),
+    "restore": Job(
+        "pipelines.upkeep.restore",
+        "pipelines.upkeep.config:RestoreConfig",
+        "takes tables back to an earlier complete version, as a new version",
+    ),
     "erase": Job(
-        "pipelines.erase", "users gone from every table, version, run and export, proved by opening all files"
+        "pipelines.upkeep.erase",
+        "pipelines.upkeep.config:EraseConfig",
+        "users gone from every table, version, run and export, proved by opening all files",
     ),
-    "lamp": Job("pipelines.lamp", "a task of the LaMP benchmark from download to report, with the paper's settings"),
+    "lamp": Job(
+        "pipelines.lines.lamp",
+        "pipelines.lines.config:LampConfig",
+        "a task of the LaMP benchmark from download to report, with the paper's settings",
+    ),
     "base-lm": Job(
-        "pipelines.base_lm", "a histories table -> a tiny language model, to try the line without a model hub"
+        "pipelines.lines.base_lm",
+        "pipelines.lines.config:BaseLMConfig",
+        "a histories table -> a tiny language model, to try the line without a model hub",
     ),
-    "demo": Job("pipelines.demo", "the whole line on an embedded world: no download, no GPU, minutes"),
+    "demo": Job(
+        "pipelines.lines.demo",
+        "pipelines.lines.config:DemoConfig",
+        "the whole line on an embedded world: no download, no GPU, minutes",
+    ),
 }
 
 
@@ -78,12 +135,12 @@ def main(words: list[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     from pipelines import options
 
-    module = importlib.import_module(JOBS[name].module)
+    keys = JOBS[name].config
     if {"--help", "-h"} & set(words):
-        print(_help(name, module))
+        print(_help(name, keys))
         return 0
     try:
-        config = options.check(module.Config, options.read(words, module.Config))
+        config = options.check(keys, options.read(words, keys))
     except InputError as error:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
@@ -95,7 +152,7 @@ def _run(name: str, words: list[str]) -> int:
 
     RunReport.unfinished = None
     try:
-        return int(module.run(config))
+        return int(importlib.import_module(JOBS[name].module).run(config))
     except (Exception, KeyboardInterrupt) as error:
         code = _explained(name, error)
         if RunReport.unfinished is not None:  # the job had begun to count: how far it came is worth keeping
@@ -160,14 +217,14 @@ def _overview() -> str:
     )
 
 
-def _help(name: str, module: ModuleType) -> str:
+def _help(name: str, keys: type[BaseModel]) -> str:
     from pipelines import options
 
     return (
         f"usage: {_program()} {name} [--config FILE] [--set key=value ...] [--key value ...]\n\n"
-        f"{(module.__doc__ or JOBS[name].about).strip()}\n\n"
+        f"{inspect.cleandoc(keys.__doc__ or JOBS[name].about)}\n\n"
         "keys (a flag here, `key=value` after --set, or a line of the YAML file; a dot reaches into a group):\n"
-        f"{options.describe(module.Config)}"
+        f"{options.describe(keys)}"
     )
 
 

@@ -6,16 +6,14 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import InputError
+from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pplug.identity import short_id
-
-if TYPE_CHECKING:
-    from infra.snapshot import Snapshot
 
 FILE = "made_from.json"
 

@@ -9,18 +9,16 @@ committed for a rerun to go on from, but never as a complete version, so that re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray.data
 
 from infra.errors import Overtaken
 from infra.report import RunReport, progress
 from infra.snapshot import Snapshot
 from infra.table import Commit, DataFile, Table, TableMoved
-
-if TYPE_CHECKING:
-    import ray.data
 
 REASON, DETAIL = "reject_reason", "reject_detail"
 
@@ -310,6 +308,4 @@ def commit_stream(
 
 def bucket_rows(buckets: list[int]) -> "ray.data.Dataset":
     """One row a bucket, one block a row: the source of every stream of work."""
-    import ray.data
-
     return ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))

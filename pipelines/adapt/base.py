@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import peft
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray.train
+import torch
+from ray.train.torch import get_device
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infra import session
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import made_from
@@ -24,10 +31,14 @@ from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
 from pipelines.train.samples import read_written, refuse_another_count
+from pplug.adapter import LoraConfig
+from pplug.fit import micro_batches, plan_epoch, sum_gradients
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
-from pplug.llm import LLMConfig, load_tokenizer
-from pplug.splice import Splicer
+from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
+from pplug.lora import rate
+from pplug.objective import target_loss
+from pplug.splice import Prompt, Splicer
 from pplug.tasks import TaskEntry
 
 _EXAMPLES = pa.schema([("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
@@ -119,19 +130,6 @@ def fit_base(given: dict[str, Any]) -> None:
         given: llm, lora (LoraConfig), examples (folder), shards (what was written there), threads, started_in (the
             driver's folder).
     """
-    import peft
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
-
-    from infra import session
-    from pplug.adapter import LoraConfig
-    from pplug.fit import micro_batches, plan_epoch, sum_gradients
-    from pplug.llm import FrozenLLM
-    from pplug.lora import rate
-    from pplug.objective import target_loss
-    from pplug.splice import Prompt
-
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
     context = ray.train.get_context()
@@ -194,9 +192,6 @@ def fit_base(given: dict[str, Any]) -> None:
 
 
 def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> None:
-    import ray.train
-    import torch
-
     if rank:
         ray.train.report(metrics)
         return
@@ -208,11 +203,6 @@ def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> N
 
 def _resume(model: Any, optimizer: Any) -> int:
     """Epochs that a checkpoint has behind it; loads it."""
-    import peft
-    import ray.train
-    import torch
-    from safetensors.torch import load_file
-
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
@@ -250,9 +240,6 @@ def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
     Args:
         record: content of made_from.json.
     """
-    import peft
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = model_folder(llm.model, llm.revision)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -4,29 +4,40 @@ What it does and its keys stand in `config.py`.
 """
 
 import os
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import ray.data
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from infra import lease, session
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from infra.shards import keys_by_bucket
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+from infra.table import Table
+from pipelines import begun, made_from, tables
+from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from infra.snapshot import Snapshot
-    from pipelines.adapt.base import BaseShard
-    from pplug.tasks import TaskEntry
+from pipelines.adapt.mixed import OtherSettings
+from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
+from pipelines.made_from import users_id
+from pipelines.pending_users import OwedUsers
+from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
+from pplug.adapter import base_shapes
+from pplug.folder import MODEL_FILES, check_replaceable
+from pplug.identity import model_folder
+from pplug.llm import llm_id
+from pplug.tasks import TaskEntry
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, session
-    from pipelines import tables
-    from pplug.adapter import base_shapes
-    from pplug.identity import model_folder
-    from pplug.llm import llm_id
-
     run_id = config.run_id or new_run_id("adapt")
     run_dir = config.run_dir or f"runs/{run_id}"
     report = RunReport("adapt", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
@@ -62,9 +73,6 @@ def _threads(config: Config) -> int:
 
 
 def _requests(config: Config, report: RunReport) -> "Snapshot | None":
-    from infra.table import Table
-    from pipelines import tables
-
     if not Table.exists(tables.location(config.tables, "requests")):
         return None
     requests = tables.open_table(config.tables, "requests").snapshot(complete=True)
@@ -81,14 +89,6 @@ def _adapters(
     base: str,
 ) -> None:
     """Plans what each bucket owes, trains it in one stream, commits wave by wave."""
-    import ray.data
-
-    from infra.shards import keys_by_bucket
-    from pipelines import tables
-    from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
-    from pipelines.pending_users import OwedUsers
-    from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
-
     fit = fit_id(config.trained, base, entry, config.rule, config.history_cap)
     buckets = tables.open_table(config.tables, "histories").buckets
     adapters = tables.open_or_create(config.tables, "adapters", buckets)
@@ -166,11 +166,6 @@ def _refuse_a_mixture(
 
     Where all users are trained, adapters of users without items may still stay; they are counted.
     """
-    from collections import Counter
-
-    from pipelines.adapt.mixed import OtherSettings
-    from pipelines.waves import bucket_rows
-
     stage = OtherSettings(adapters, histories, made_as[1], users)
     found: Counter[tuple[str, str]] = Counter()
     if adapters.files:
@@ -195,14 +190,6 @@ def _refuse_a_mixture(
 
 def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "TaskEntry", base: str) -> int:
     """Prepares examples, runs Ray Train, merges what it learned into the base."""
-    from infra import session
-    from infra.storage import Storage
-    from pipelines import begun, made_from, tables
-    from pipelines.adapt.base import merge
-    from pplug.folder import MODEL_FILES, check_replaceable
-    from pplug.identity import model_folder
-    from pplug.llm import llm_id
-
     output = Path(config.output or os.path.join(run_dir, "base"))
     folder = model_folder(config.llm.model, config.llm.revision)
     if output.exists() and output.samefile(folder):
@@ -251,8 +238,6 @@ _FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads",
 
 def _decisive(config: Config, entry: "TaskEntry", left_out: frozenset[str], base: str) -> dict[str, Any]:
     """All that decides what a base learns, beside the tables' versions."""
-    from pipelines.made_from import users_id
-
     decisive = config.model_dump(mode="json", exclude=_FREE) | {"task": entry.model_dump(mode="json"), "llm_id": base}
     decisive["lora"] = config.trained.model_dump(mode="json", exclude={"micro_tokens"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
@@ -266,9 +251,6 @@ def _cut(config: Config, snapshots: "Mapping[str, Snapshot]") -> Literal["reques
 
 def _base_snapshots(config: Config, report: RunReport, known: dict[str, int]) -> "dict[str, Snapshot]":
     """The tables a base learns from: in the versions that the run began with, else the newest complete ones."""
-    from infra.table import Table
-    from pipelines import tables
-
     snapshots = {"histories": tables.snapshot(config.tables, "histories", known)}
     if "requests" in known or (not known and Table.exists(tables.location(config.tables, "requests"))):
         snapshots["requests"] = tables.snapshot(config.tables, "requests", known)
@@ -288,11 +270,6 @@ def _examples(
     folder: str,
 ) -> "tuple[list[BaseShard], dict[str, Any]]":
     """Writes the examples; returns their files, and what the base's record says of them."""
-    from datetime import UTC, datetime, timedelta
-
-    from pipelines.adapt.base import BaseExamples, BaseShard
-    from pipelines.waves import bucket_rows
-
     histories, requests = snapshots["histories"], snapshots.get("requests")
     cut = _cut(config, snapshots) == "requests"
     prepare = BaseExamples(
@@ -324,12 +301,6 @@ def _examples(
 
 
 def _train(config: Config, run_id: str, run_dir: str, examples: str, shards: "list[BaseShard]") -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from infra.storage import Storage
-    from pipelines.adapt.base import fit_base
-
     storage = Storage(run_dir).join("train")
     resources = {"CPU": 1.0} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     trainer = TorchTrainer(

@@ -7,11 +7,13 @@ An item becomes an example by the task's own input and target; where retrieval i
 before it, as the request would have been answered then. Which items count is said in `pending_users`.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from infra.errors import InputError
 from pipelines.histories import Histories, decode_fields
@@ -120,8 +122,6 @@ class FitAdapters:
     def __init__(
         self, llm: LLMConfig, lora: LoraConfig, stack: StackConfig, llm_id: str, fit_id: str, threads: int
     ) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         self.lora, self.llm_id, self.fit_id = lora, llm_id, fit_id
         self.trainer: StackedTrainer | None = None
@@ -133,8 +133,6 @@ class FitAdapters:
         self.dtype = getattr(torch, lora.stored)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        import torch
-
         if self.trainer is None:
             raise InputError(self.refused)
         train = pc.is_valid(batch["prompts"])
@@ -170,6 +168,4 @@ class FitAdapters:
 
 def content_id(data: bytes) -> str:
     """16 hex characters of an adapter's bytes."""
-    import hashlib
-
     return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
@@ -139,8 +140,6 @@ class AdapterShelf:
 
     def put_nothing(self) -> Path:
         """The folder of an adapter that adds nothing."""
-        import torch
-
         targets = self._adapters.targets
         shape = AdapterShape(targets=targets, rank=1, alpha=1.0)
         weights = {

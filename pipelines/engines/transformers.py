@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, EngineReply, own_seed
 from pplug.llm import FrozenLLM, LLMConfig
@@ -19,8 +20,6 @@ class TransformersEngine:
     """A batch in, a batch out; one at a time."""
 
     def __init__(self, llm: LLMConfig, config: EngineConfig, decoding: Decoding, threads: int) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         dtype = config.dtype if config.dtype != "auto" else llm.dtype
         self.llm = FrozenLLM.load(llm.model_copy(update={"dtype": dtype}))
@@ -43,8 +42,6 @@ class TransformersEngine:
         """Nothing runs beside it."""
 
     def _generate(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
-        import torch
-
         decoding, tokenizer = self.decoding, self.llm.tokenizer
         width = max(1, max(len(prompt.rows) for prompt in prompts))
         rows = np.zeros((len(prompts), width, self.dim), np.float32)

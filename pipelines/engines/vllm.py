@@ -7,20 +7,23 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 
 import asyncio
 import gc
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from infra.errors import InputError
 from pipelines.engines.adapters import Adapters, AdapterShelf
 from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, EngineReply, own_seed
 from pipelines.engines.lora_cache import LoadedAdapters
-from pipelines.generate.replies import log
 from pplug.identity import model_folder
-from pplug.llm import LLMConfig
+from pplug.llm import LLMConfig, embedding_rows, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it rests in the sun."
 
@@ -36,8 +39,6 @@ class VLLMEngine:
         threads: int,
         adapters: Adapters | None = None,
     ) -> None:
-        import torch
-
         if decoding.beams > 1:
             raise InputError("decoding.beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
@@ -60,8 +61,6 @@ class VLLMEngine:
         self._probe(folder)
 
     def _engine_args(self, folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
-        import torch
-
         gpu = torch.cuda.is_available()
         dtype, executor = config.dtype, None
         if not gpu:
@@ -112,8 +111,6 @@ class VLLMEngine:
         Raises:
             InputError: they differ: the model treats embeddings in a way of its own (Gemma scales them inside).
         """
-        from pplug.llm import embedding_rows, load_tokenizer
-
         ids = load_tokenizer(folder)(PROBE)["input_ids"][:24]
         rows = embedding_rows(folder, ids).numpy()
         self.max_row_norm = 1000.0 * float(np.linalg.norm(rows, axis=1).max())
@@ -169,8 +166,6 @@ class VLLMEngine:
 
     def _inputs(self, prompt: EnginePrompt) -> dict[str, Any]:
         """Mixed mode: token ids with zero rows beside the persona rows; plain ids without a persona."""
-        import torch
-
         if not len(prompt.rows):
             return {"prompt_token_ids": prompt.before + prompt.after}
         start, stop = len(prompt.before), len(prompt.before) + len(prompt.rows)

@@ -6,18 +6,15 @@ cost              tokens a request, seconds a reply where they are known, bytes 
 All from sums that are as long as there are methods and resamples, whatever the number of users.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate.replies import COSTS
-from pipelines.evaluate.score import BASELINE, Columns
+from pipelines.evaluate.score import BASELINE, Columns, Scored, Tally
 from pplug import intervals, metrics
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.score import Scored, Tally
-    from pplug.tasks import TaskEntry
+from pplug.tasks import TaskEntry
 
 UNITS = {"length": "items", "age": "days", "distance": "1 - cosine"}
 VALUE_BYTES = 2

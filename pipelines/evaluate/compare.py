@@ -3,7 +3,7 @@
 Route: either run's replies beside the other's requests -> sums -> paired differences, method by method.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
@@ -13,11 +13,9 @@ from infra.report import RunReport
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate import drift, scoring
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.summary import cell, reply_warnings
 from pplug import intervals, metrics
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.job import EvaluateConfig
 
 
 def compare(config: "EvaluateConfig", run_id: str) -> int:

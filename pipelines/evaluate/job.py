@@ -6,35 +6,32 @@ What it does and its keys stand in `config.py`.
 import json
 from contextlib import ExitStack
 
+from infra import lease, session
+from infra.errors import InputError
+from infra.report import RunReport, check_run_id, new_run_id
+from infra.shards import keys_by_bucket
+from infra.storage import Storage
+from pipelines import tables
+from pipelines.evaluate import predictions, references, scoring, summary
+from pipelines.evaluate.compare import compare
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.report import page
 
 Config = EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> int:
     """Scores the replies, or compares two runs or two nights' personas; returns the exit code."""
-    from infra import lease
-    from infra.report import check_run_id, new_run_id
-
     run_id = check_run_id(config.run_id or new_run_id("evaluate"))
     with ExitStack() as leases:
         for place in (config.tables, *config.references_from):
             leases.enter_context(lease.reading(place, run_id))
         if config.compare or config.drift:
-            from pipelines.evaluate.compare import compare
-
             return compare(config, run_id)
         return _evaluate(config, run_id)
 
 
 def _evaluate(config: EvaluateConfig, run_id: str) -> int:
-    from infra import session
-    from infra.report import RunReport
-    from infra.shards import keys_by_bucket
-    from pipelines import tables
-    from pipelines.evaluate import predictions, references, scoring, summary
-    from pipelines.evaluate.report import page
-
     reference = read_reference(config.reference)
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
@@ -88,8 +85,6 @@ def read_reference(path: str | None) -> dict[str, float] | None:
 
     Raises InputError: no such file, or not both best numbers in it.
     """
-    from infra.errors import InputError
-
     if path is None:
         return None
     try:
@@ -111,9 +106,6 @@ def read_seconds(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, flo
     Raises:
         InputError: a file that was asked for is not the report of one of the runs.
     """
-    from infra.errors import InputError
-    from infra.storage import Storage
-
     found: dict[str, float] = {}
     for path in paths or tuple(f"runs/{run}/report.json" for run in runs):
         folder, _, name = path.rpartition("/")

@@ -8,19 +8,17 @@ import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from infra.snapshot import Snapshot
 from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate.references import References
 from pipelines.evaluate.replies import COSTS, Key, Replies, key, read_bucket, shown
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.references import References
 
 BASELINE = "none"
 MOST_EXAMPLES = 100

@@ -9,7 +9,6 @@ import functools
 import pickle
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import ray
 import ray.data
@@ -20,13 +19,11 @@ from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.references import References
 from pipelines.evaluate.score import BASELINE, ScoreBuckets, Scored, Tally, added, merged
 from pplug import metrics
 from pplug.tasks import TaskEntry
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.job import EvaluateConfig
-    from pipelines.evaluate.references import References
 
 SHARES = 64
 """Tasks that the buckets are shared out to: each result is a few megabytes, whatever the number of users."""

@@ -7,31 +7,44 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from infra import lease, session
 from infra.errors import InputError
 from infra.lines import lines
 from infra.report import RunReport, new_run_id
+from infra.shards import keys_by_bucket
+from infra.snapshot import Snapshot
+from infra.table import Table
+from pipelines import made_from, tables
+from pipelines.engines.adapters import Adapters, facts
 from pipelines.generate.config import Config
+from pipelines.generate.drop_errors import drop_errors
+from pipelines.generate.pending import Owed
+from pipelines.generate.prompts import NOTES, BuildPrompts
+from pipelines.generate.replies import Reply
+from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
 from pipelines.methods import Method, parse_all
-from pplug.identity import short_id
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from infra.snapshot import Snapshot
-    from pplug.tasks import TaskEntry
-
+from pipelines.pending_users import OwedUsers
+from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
+from pplug.encoder import encoder_id
+from pplug.identity import model_folder, short_id
+from pplug.llm import llm_id, load_tokenizer
+from pplug.plain_text import TextTokenizer
+from pplug.plug import PersonaPlug, plug_id
+from pplug.profile import lead, profile_id
+from pplug.tasks import TaskEntry
 
 NOTE = "note"
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, session
-    from pipelines import tables
-    from pplug.llm import llm_id
-
     run_id = config.run_id or new_run_id("generate")
     report = RunReport(
         "generate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
@@ -70,8 +83,6 @@ def run(config: Config) -> int:
 
 def _encoder_decoder(config: Config) -> bool:
     """Whether the LLM is one; refused before anything starts where the engine has no such models."""
-    from pplug.identity import model_folder
-
     folder = model_folder(config.llm.model, config.llm.revision)
     found = json.loads((folder / "config.json").read_text()).get("is_encoder_decoder", False)
     if found and config.engine.kind == "vllm":
@@ -83,9 +94,6 @@ def _encoder_decoder(config: Config) -> bool:
 
 def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunReport) -> dict[str, Any]:
     """The plug's identity and the tables it reads, checked against the LLM; empty when no method needs a plug."""
-    from pipelines import tables
-    from pplug.plug import PersonaPlug, plug_id
-
     with_plug = [method.name for method in methods if method.plug]
     if not with_plug:
         return {"plug_id": None, "embeddings": None, "personas": None}
@@ -109,8 +117,6 @@ def _plug_sources(config: Config, methods: list[Method], llm: str, report: RunRe
     report.table_read(name, embeddings.version)
     identity, personas = plug_id(config.plug), None
     if any(method.plug == "mean" for method in methods) or made_for.aggregation == "mean":
-        from infra.table import Table
-
         if Table.exists(tables.location(config.tables, "personas")):
             stored = tables.snapshot(config.tables, "personas", config.as_of_version)
             if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
@@ -136,8 +142,6 @@ def _refuse_a_mixture(plug: str, without_history: bool, methods: list[Method]) -
 
 def _adapters(config: Config, methods: list[Method], llm: str, report: RunReport) -> "Snapshot | None":
     """The table of adapters, checked against the LLM; None when no method needs it."""
-    from pipelines import tables
-
     with_adapter = [method.name for method in methods if method.adapter]
     if not with_adapter:
         return None
@@ -158,11 +162,6 @@ def _adapters(config: Config, methods: list[Method], llm: str, report: RunReport
 
 def _ready_for(stored: "Snapshot | None", buckets: int, llm: str) -> Any:
     """What an engine has to be made ready for, from the adapters themselves."""
-    from functools import partial
-
-    from pipelines.engines.adapters import Adapters, facts
-    from pipelines.waves import bucket_rows
-
     if stored is None:
         return None
     read = bucket_rows(list(stored.by_bucket())).map_batches(
@@ -178,9 +177,6 @@ def _retrieval_sources(
     config: Config, methods: list[Method], entry: "TaskEntry", sources: dict[str, Any], report: RunReport
 ) -> None:
     """Refuses what retrieval cannot do with this task, layout or encoder; adds the vectors that `dense` searches."""
-    from pipelines import tables
-    from pplug.encoder import encoder_id
-
     found = [method.name for method in methods if method.retrieval]
     if not found:
         return
@@ -215,12 +211,6 @@ def _retrieval_sources(
 
 def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport) -> "Snapshot | None":
     """The table of profiles, checked against the LLM; None when no method needs it."""
-    from pipelines import tables
-    from pplug.identity import model_folder
-    from pplug.llm import load_tokenizer
-    from pplug.plain_text import TextTokenizer
-    from pplug.profile import lead
-
     with_profile = [method.name for method in methods if method.profile]
     if not with_profile:
         return None
@@ -249,10 +239,6 @@ def _profiles(config: Config, methods: list[Method], llm: str, report: RunReport
 
 def _profile_id(config: Config, entry: "TaskEntry", llm: str) -> str:
     """Identity of the profiles to write; refuses a task without a form for items, and two kinds in one table."""
-    from infra.table import Table
-    from pipelines import tables
-    from pplug.profile import profile_id
-
     if entry.retrieval is None:
         raise InputError(
             f"write_profiles: task {entry.name} does not say how items stand in a prompt; give a task entry with "
@@ -283,14 +269,6 @@ def _write_profiles(
     encoder_decoder: bool,
 ) -> None:
     """Plans what each bucket owes, asks for it in one stream, commits wave by wave."""
-    import ray.data
-
-    from infra.shards import keys_by_bucket
-    from pipelines import tables
-    from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
-    from pipelines.pending_users import OwedUsers
-    from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
-
     users, buckets = tables.read_users(config.users, requests), tables.open_table(config.tables, "requests").buckets
     profiles = tables.open_or_create(config.tables, "profiles", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
@@ -356,8 +334,6 @@ def _threads(config: Config) -> int:
 
 def _on_engines(config: Config) -> dict[str, Any]:
     """How Ray Data runs a stage with an engine."""
-    import ray.data
-
     return {
         "batch_size": config.engine.batch_rows,
         "batch_format": "pyarrow",
@@ -387,16 +363,6 @@ def _generate(
     encoder_decoder: bool,
 ) -> None:
     """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
-    import ray.data
-
-    from infra.shards import keys_by_bucket
-    from pipelines import tables
-    from pipelines.generate.drop_errors import drop_errors
-    from pipelines.generate.pending import Owed
-    from pipelines.generate.prompts import NOTES, BuildPrompts
-    from pipelines.generate.replies import Reply
-    from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
-
     before, profiles = generations.snapshot(), sources["profiles"]
     users = keys_by_bucket(tables.read_users(config.users, requests), generations.buckets)
     stored = sources["adapters"].snapshot if sources["adapters"] else None
@@ -557,9 +523,6 @@ def _refuse_another_run(said: Mapping[str, str], identities: Mapping[str, str], 
 
 def _check_base(config: Config, requests: "Snapshot", found: dict[int, dict[str, Any]], report: RunReport) -> None:
     """Refuses an LLM that has learned the answers of the requests; warns where that cannot be told."""
-    from pipelines import made_from, tables
-    from pplug.identity import model_folder
-
     counts = (sum(row[name] for row in found.values()) for name in ("dated", "with_target"))
     base, users = model_folder(config.llm.model, config.llm.revision), tables.read_users(config.users)
     for warning in made_from.check(base, config.tables, requests, users, *counts):
@@ -582,9 +545,6 @@ class CountAndWrite:
         self.write = write
 
     def __call__(self, batch: "pa.Table") -> "pa.Table":
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         files = self.write(batch).to_pylist()
         counts: dict[str, int] = {name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "output_tokens")}
         for error in batch["error"].drop_null().to_pylist():

@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from transformers import AutoTokenizer
 
 from pipelines.generate.visible import Users
+from pplug.bert import forward_of
+from pplug.encoder import best_dtype, default_batch_tokens, each_batch, pad, pool
 from pplug.plain_text import TextTokenizer
+from pplug.plug import PersonaPlug
 from pplug.tasks import TaskEntry, query
 
 
@@ -19,12 +24,6 @@ class PersonaMaker:
 
     def __init__(self, folder: str, threads: int, queries: bool) -> None:
         """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
-        import torch
-
-        from pplug.bert import forward_of
-        from pplug.encoder import best_dtype
-        from pplug.plug import PersonaPlug
-
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
@@ -32,8 +31,6 @@ class PersonaMaker:
         self.ahead: dict[str, Any] = {}
         self.tokenizer = None
         if self.plug.emb_model is not None:
-            from transformers import AutoTokenizer
-
             self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
             self.words = TextTokenizer(self.tokenizer)
             self.forward = forward_of(self.plug.emb_model, self.dtype)
@@ -72,8 +69,6 @@ class PersonaMaker:
     def _personas(
         self, requests: list[dict[str, Any]], items: list[np.ndarray], aggregation: str, entry: TaskEntry
     ) -> np.ndarray:
-        import torch
-
         config = self.plug.config
         flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
         if not len(flat):
@@ -95,18 +90,12 @@ class PersonaMaker:
 
     def _queries(self, texts: list[str]) -> Any:
         """Vectors (B, D) of the requests."""
-        import torch
-
         if all(text in self.ahead for text in texts):
             return torch.stack([self.ahead[text] for text in texts])
         return self._encoded(texts)
 
     def _encoded(self, queries: list[str]) -> Any:
         """Vectors (B, D), in batches of like length."""
-        import torch
-
-        from pplug.encoder import default_batch_tokens, each_batch, pad, pool
-
         config, tokenizer = self.plug.config, self.tokenizer
         assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"
         texts = [config.query_prefix + text for text in queries]

@@ -11,7 +11,6 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
 import json
-import logging
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,9 @@ import pyarrow as pa
 
 from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import Decoding, Engine, EngineConfig, EnginePrompt, EngineReply
+from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pplug.llm import LLMConfig
-
-log = logging.getLogger(__name__)
-
 
 REPLIES = pa.schema(
     {
@@ -73,8 +70,6 @@ class Reply:
         if engine.kind == "vllm":
             self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
         else:
-            from pipelines.engines.transformers import TransformersEngine
-
             self.engine = TransformersEngine(llm, engine, decoding, threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -6,28 +6,16 @@ see the same items. What is found for a request is kept with its bucket, so that
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pipelines.generate.visible import Found, Users
 from pipelines.histories import Histories, decode_fields
 from pplug import retrieval
+from pplug.encoder import TextEncoder
 from pplug.retrieval import Composed, RetrievalConfig, WordIndex
 from pplug.tasks import TaskEntry, query
-
-if TYPE_CHECKING:
-    from pipelines.generate.visible import Users
-
-
-@dataclass
-class Found:
-    """What retrieval has found in a bucket so far."""
-
-    picks: dict[tuple[str, str, str], list[Mapping[str, str]]] = field(default_factory=dict)
-    """By kind, user and request: fields of the items, best first. Two users may call their requests alike."""
-    words: tuple[tuple[int, int], WordIndex] | None = None
-    """The last user's index, and the first and last item in it: requests come user by user."""
 
 
 class Retriever:
@@ -46,8 +34,6 @@ class Retriever:
         self.encoder = None
         if "dense" in kinds:
             import torch
-
-            from pplug.encoder import TextEncoder
 
             torch.set_num_threads(threads)
             self.encoder = TextEncoder(config.encoder)

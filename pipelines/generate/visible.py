@@ -6,6 +6,7 @@ Shapes: D encoder width, P persona tokens, H LLM width.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
-from pipelines.generate.retrieve import Found
 from pipelines.histories import Histories, matrix, read_bucket, to_us
 from pplug import history
+from pplug.retrieval import WordIndex
+
+
+@dataclass
+class Found:
+    """What retrieval has found in a bucket so far."""
+
+    picks: dict[tuple[str, str, str], list[Mapping[str, str]]] = field(default_factory=dict)
+    """By kind, user and request: fields of the items, best first. Two users may call their requests alike."""
+    words: tuple[tuple[int, int], WordIndex] | None = None
+    """The last user's index, and the first and last item in it: requests come user by user."""
 
 
 class Users:

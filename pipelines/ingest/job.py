@@ -6,16 +6,31 @@ What it does and its keys stand in `config.py`.
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ray
+import ray.data
+
+from infra import lease, runs, session
+from infra.errors import InputError, Overtaken
+from infra.report import RunReport, check_run_id, new_run_id, progress
+from infra.storage import Storage
+from infra.table import DataFile, Snapshot, Table, TableMoved
+from pipelines import tables
+from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
-
-if TYPE_CHECKING:
-    from infra.report import RunReport
-    from infra.table import DataFile, Snapshot, Table
-    from pipelines.ingest.sources.lamp import LampFiles
-    from pipelines.ingest.sources.records import Piece
-    from pplug.tasks import TaskEntry
+from pipelines.ingest.merge import MergeBucket
+from pipelines.ingest.parse import ParsePieces
+from pipelines.ingest.source_rows import nothing_in
+from pipelines.ingest.sources import lamp, records
+from pipelines.ingest.sources.download import fetch
+from pipelines.ingest.sources.lamp import LampFiles
+from pipelines.ingest.sources.lamp_survey import survey
+from pipelines.ingest.sources.records import SUFFIXES, UNREADABLE, Piece
+from pipelines.waves import next_group
+from pplug import tasks
+from pplug.identity import short_id
+from pplug.tasks import TaskEntry
 
 WITHHELD = "withheld"
 """Reason of rows that could be used, in a run that may replace nothing."""
@@ -50,15 +65,8 @@ class Plan:
 
 def run(config: IngestConfig) -> int:
     """Reads the source into the tables; returns the exit code."""
-    from infra import lease, runs, session
-    from infra.report import RunReport, check_run_id, new_run_id
-    from pipelines.ingest import source_files as sources
-    from pipelines.waves import next_group
-
     run_id = check_run_id(config.run_id or new_run_id("ingest"))
     if config.download is not None:
-        from pipelines.ingest.sources.download import fetch
-
         source, part = fetch(config.download, config.split, config.address, config.download_dir)
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
@@ -93,9 +101,6 @@ def look(config: IngestConfig) -> "tuple[tuple[Piece | LampFiles, ...], TaskEntr
     Raises:
         InputError: nothing there, another layout, a column or a task missing, a task that cannot be derived from.
     """
-    from infra.errors import InputError
-    from pipelines.ingest.sources import lamp, records
-
     pieces: list[Any] = []
     named = None
     if config.source is not None:
@@ -125,9 +130,6 @@ def look(config: IngestConfig) -> "tuple[tuple[Piece | LampFiles, ...], TaskEntr
 
 
 def _format(source: str) -> str:
-    from infra.storage import Storage
-    from pipelines.ingest.sources.records import SUFFIXES
-
     for format, suffixes in SUFFIXES.items():
         if source.endswith(suffixes):
             return format
@@ -139,10 +141,6 @@ def _format(source: str) -> str:
 
 
 def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
-    from infra.errors import InputError
-    from pipelines import tables
-    from pplug import tasks
-
     wanted = config.task or named
     try:
         if wanted is not None:
@@ -159,12 +157,6 @@ def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
 
 def _survey(pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry", config: IngestConfig) -> Any:
     """A reference to what the first pass over a LaMP split found; None for other sources."""
-    import ray
-
-    from infra.errors import InputError
-    from pipelines.ingest.sources.lamp import LampFiles
-    from pipelines.ingest.sources.lamp_survey import survey
-
     files = next((piece for piece in pieces if isinstance(piece, LampFiles)), None)
     if files is None:
         return None
@@ -181,9 +173,6 @@ def _survey(pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry", config:
 
 
 def _open_tables(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> Plan:
-    from infra.errors import InputError
-    from pipelines import tables
-
     buckets = config.buckets or _buckets(pieces)
     histories = tables.open_or_create(config.tables, "histories", buckets)
     requests = tables.open_or_create(config.tables, "requests", histories.buckets)
@@ -204,8 +193,6 @@ def _fed(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]") -> tuple
     Derived requests have their place in the user's history: with replaced histories they are made anew or go, and the
     requests that were given stay.
     """
-    from pipelines.ingest.sources.lamp import LampFiles
-
     asks = config.questions == "keep" and any(isinstance(piece, LampFiles) for piece in pieces)
     given = {"histories"} if config.source is not None else set()
     given |= {"requests"} if config.requests_source is not None or asks else set()
@@ -216,9 +203,6 @@ def _fed(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]") -> tuple
 
 def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
     """About one file of 128 MB a bucket; a power of two, so that tables of different size split alike."""
-    from infra.storage import Storage
-    from pipelines.ingest.sources.lamp import LampFiles
-
     names = {(p.folder, p.questions if isinstance(p, LampFiles) else p.name) for p in pieces}
     size = sum(Storage(folder).size(name) * (4 if name.endswith(".gz") else 1) for folder, name in names)
     return min(4096, max(16, 1 << (size // (128 * 2**20)).bit_length()))
@@ -230,9 +214,6 @@ def _addresses(config: IngestConfig) -> list[str]:
 
 def _given(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> dict[str, str]:
     """Everything that decides the rows, in words: files by name and content, wherever they lie, and the config."""
-    from pipelines.ingest import source_files as sources
-    from pplug.identity import short_id
-
     files = sources.contents(pieces)
     given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
     given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
@@ -249,14 +230,6 @@ def _files(
     plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport"
 ) -> "tuple[list[DataFile], dict[str, set[int]]]":
     """Runs the stages; the driver sees one small row a bucket: its files, and the tables that it is made anew in."""
-    import ray.data
-
-    from infra.report import progress
-    from infra.table import DataFile
-    from pipelines.ingest.merge import MergeBucket
-    from pipelines.ingest.parse import ParsePieces
-    from pipelines.ingest.source_rows import nothing_in
-
     buckets = plan.histories.buckets
     derived_anew = "histories" in plan.whole and "requests" not in plan.whole
     held = {name: plan.before[name] for name in plan.fed - plan.whole}
@@ -290,8 +263,6 @@ def _files(
 
 
 def _count(counts: "Counter[str]", report: "RunReport") -> None:
-    from pipelines.ingest.sources.records import UNREADABLE
-
     report.planned, report.written = counts["planned"], counts["written"]
     report.already_there = counts["already_there"]
     for name, n in counts.items():
@@ -311,9 +282,6 @@ def _commit(
     groups: dict[str, int],
 ) -> None:
     """The rejects, then the tables that are fed, if the rows that could be used may take the place of others."""
-    from infra.errors import Overtaken
-    from infra.table import TableMoved
-
     metadata = {"task_entry": plan.entry.to_json()}
     for table in plan.tables:
         name = table.spec.name
@@ -358,8 +326,6 @@ def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
     Raises:
         InputError: a table that holds rows would be replaced by nothing at all.
     """
-    from infra.errors import InputError
-
     if report.problem() is not None:
         report.reject(WITHHELD, report.written + report.already_there)
         report.written = report.already_there = 0
@@ -377,8 +343,6 @@ def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
 
 def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "RunReport") -> None:
     """Refuses a run whose commit is in the table, but not its rows: other runs have replaced them since."""
-    from infra.errors import InputError
-
     lost, newest = report.extra[f"{name}_written"], before.metadata.get("run_id")
     if lost and (config.mode == "upsert" or newest != report.run_id):
         raise InputError(

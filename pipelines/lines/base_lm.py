@@ -5,40 +5,36 @@ What it does and its keys stand in `config.py`.
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import torch
+
+from infra import lease
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id, progress
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+from infra.table import Table
+from pipelines import made_from as origin
+from pipelines import tables
+from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
 from pipelines.lines.config import BaseLMConfig as Config
-
-if TYPE_CHECKING:
-    from infra.snapshot import Snapshot
-    from pplug.tasks import TaskEntry
-    from pplug.tiny_lm import Progress
+from pplug.folder import MODEL_FILES, check_replaceable
+from pplug.identity import short_id
+from pplug.tasks import TaskEntry, fill
+from pplug.tiny_lm import RECORD_FILE, Progress, train_lm
 
 
 def run(config: Config) -> int:
     """Trains and saves; returns the exit code."""
-    from infra import lease
-
     run_id = config.run_id or new_run_id("base-lm")
     with lease.reading(config.tables, run_id):
         return _run(config, run_id)
 
 
 def _run(config: Config, run_id: str) -> int:
-    import os
-
-    import torch
-
-    from infra.storage import Storage
-    from infra.table import Table
-    from pipelines import made_from as origin
-    from pipelines import tables
-    from pplug.folder import MODEL_FILES, check_replaceable
-    from pplug.tiny_lm import RECORD_FILE, train_lm
-
     report = RunReport(
         "base-lm", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
     )
@@ -95,8 +91,6 @@ def _run(config: Config, run_id: str) -> int:
 
 def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
     """Identity of all that decides the model: the texts in their order, and how it is trained on them."""
-    from pplug.identity import short_id
-
     digest = hashlib.blake2b()
     for pair in texts:
         digest.update(json.dumps(pair).encode())
@@ -112,11 +106,6 @@ def _texts(
     Args:
         requests: where given, items that one of them may not see are left out too.
     """
-    import pyarrow as pa
-
-    from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
-    from pplug.tasks import fill
-
     template = config.prompt or entry.input
     if template is None or entry.target is None:
         raise InputError(f"task {entry.name} does not say how an item becomes a prompt with a target; give --prompt")

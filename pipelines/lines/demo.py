@@ -13,8 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from infra import session
 from infra.errors import InputError
+from pipelines.__main__ import main
 from pipelines.lines.config import DemoConfig as Config
+from pplug import world
+from pplug.world import INPUT
 
 MARK = ".pplug-demo"
 TOLD_WITHIN = 0.1
@@ -26,9 +30,6 @@ WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
 
 def run(config: Config) -> int:
     """Runs the line; returns the exit code of the first job that fails, else 0."""
-    from infra import session
-    from pplug import world
-
     start = time.monotonic()
     root = _fresh(Path(config.run_dir))
     settings = world.WorldConfig(
@@ -81,8 +82,6 @@ def weakness(report: dict[str, Any]) -> str | None:
 
 def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
     """The commands, as a user would type them."""
-    from pplug.world import INPUT
-
     tables, lm, plug = f"{root}/tables", f"{root}/base-lm", f"{root}/plug"
     layout = [f"llm.model={lm}", "llm.layout.max_input_tokens=200"]
 
@@ -124,8 +123,6 @@ def _line(config: Config, root: Path, files: dict[str, str]) -> list[list[str]]:
 
 
 def _job(words: list[str]) -> int:
-    from pipelines.__main__ import main
-
     return main(words)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from infra.report import check_run_id
+from pipelines.__main__ import main
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
 from pipelines.methods import parse_all
@@ -15,9 +17,6 @@ from pipelines.methods import parse_all
 
 def run(config: Config) -> int:
     """Runs the jobs; returns the exit code of the first that fails, else 0."""
-    from infra.report import check_run_id
-    from pipelines.__main__ import main
-
     name = check_run_id(config.run_id or f"{Path(config.task).stem}-{config.use}")
     root = Path(config.run_dir or f"runs/{name}")
     (root / "configs").mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,14 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from infra import lease, upkeep
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from infra.table import DataFile
+from pipelines import tables
 from pipelines.refresh.config import Config
+from pipelines.refresh.increment import SETTLED, Since, stamp
+from pplug.encoder import encoder_id
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
@@ -21,9 +26,6 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease
-    from pipelines import tables
-
     run_id = config.run_id or new_run_id("refresh")
     report = RunReport(
         "refresh", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
@@ -36,8 +38,6 @@ def run(config: Config) -> int:
 
 def _refresh(config: Config, report: RunReport, histories_table: "Table") -> None:
     from infra import session
-    from pipelines import tables
-    from pplug.encoder import encoder_id
 
     # Looked at before the histories are: personas that another run commits from now on are newer than ours.
     before = tables.newest(config.tables, "personas")
@@ -72,9 +72,6 @@ def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str 
 
 def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
     """Whether the newest personas are complete and made from the same: then nothing is read, and Ray does not start."""
-    from infra import upkeep
-    from pipelines import tables
-
     said = before.metadata if before is not None else {}
     vectors = tables.newest(config.tables, tables.embeddings_name(made_from["encoder_id"]))
     if before is None or vectors is None or not {"complete": "true", **made_from}.items() <= said.items():
@@ -94,9 +91,6 @@ def _since(
     before: "Snapshot | None", table: "Table", histories: "Snapshot", embeddings: "Table", encoder: str
 ) -> "Since":
     """What has come since the stored personas, if they are whole, this encoder's, and their histories can be read."""
-    from infra import upkeep
-    from pipelines.refresh.increment import SETTLED, Since
-
     said = before.metadata if before is not None else {}
     if said.get("complete") != "true" or said.get("encoder_id") != encoder or SETTLED not in said:
         return Since()
@@ -156,7 +150,6 @@ def _embed(
     import ray.data
 
     from pipelines.refresh.embed import BLOCK_TEXTS, CountOwed, EmbedTexts, ReadOwed
-    from pipelines.refresh.increment import stamp
     from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream
 
     before = embeddings.snapshot()
@@ -240,8 +233,6 @@ def _personas(
     """Replaces the buckets in which a user changed or went, wave by wave; the last commit shows them to readers."""
     import ray.data
 
-    from infra.table import DataFile
-    from pipelines.refresh.increment import SETTLED, Since
     from pipelines.refresh.persona import BuildPersonas
     from pipelines.waves import Replacer, bucket_rows
 

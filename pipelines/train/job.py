@@ -9,38 +9,44 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from infra import lease, session
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from infra.shards import keys_by_bucket
+from infra.storage import Storage
+from pipelines import begun, tables
+from pipelines.tables import read_users
 from pipelines.train.config import Config
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from infra.storage import Storage
-    from pipelines.train.samples import Shard
-    from pplug.fit import Samples
+from pipelines.train.samples import PrepareSamples, Shard, load_samples
+from pipelines.waves import bucket_rows
+from pplug.encoder import encoder_id, pooling_of
+from pplug.fit import Fitter, Samples, held_out, run_epochs
+from pplug.folder import check_replaceable, whole_folder
+from pplug.identity import model_folder, short_id
+from pplug.llm import FrozenLLM, llm_id
+from pplug.plain_text import TextTokenizer
+from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease
-
     run_id = config.run_id or new_run_id("train")
     with lease.reading(config.tables, run_id):
         return _run(config, run_id)
 
 
 def _run(config: Config, run_id: str) -> int:
-    from infra import session
-    from infra.storage import Storage
-    from pipelines import begun, tables
-    from pplug.encoder import encoder_id
-    from pplug.folder import check_replaceable
-    from pplug.llm import llm_id
-    from pplug.plug import PLUG_FILES
-
     run_dir = config.run_dir or f"runs/{run_id}"
     report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
@@ -100,9 +106,6 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
 
 
 def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
-    from pipelines.tables import read_users
-    from pplug.identity import short_id
-
     decisive = config.model_dump(mode="json", exclude=_FREE)
     del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]
     if config.users is not None:  # who is in the file counts, not its name
@@ -112,8 +115,6 @@ def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, An
 
 def _target(config: Config, run_dir: str) -> Path:
     """Folder the plug is written to."""
-    from infra.storage import Storage
-
     return Path(config.plug or os.path.join(tempfile.mkdtemp() if Storage(run_dir).is_s3 else run_dir, "plug"))
 
 
@@ -121,11 +122,6 @@ def _prepare(
     config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str
 ) -> tuple[dict[str, int], "list[Shard]"]:
     """Counts over all buckets, and the files that hold samples."""
-    from infra.shards import keys_by_bucket
-    from pipelines import tables
-    from pipelines.train.samples import PrepareSamples, Shard
-    from pipelines.waves import bucket_rows
-
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
     stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
@@ -152,13 +148,6 @@ def _fit(
     target: Path,
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from infra.storage import Storage
-    from pplug.folder import whole_folder
-    from pplug.plug import PLUG_FILES, plug_id
-
     storage = Storage(run_dir).join("train")
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
     trainer = TorchTrainer(
@@ -224,13 +213,6 @@ def _left_without_record(storage: "Storage", run_id: str) -> list[str]:
 
 def fit_worker(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads, resumes, trains, reports."""
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
-
-    from infra import session
-    from pplug.fit import Fitter, run_epochs
-
     session.go_back_to(given["started_in"])
     config = Config.model_validate(given["config"])
     context = ray.train.get_context()
@@ -277,8 +259,6 @@ class _Resume:
 
     def load(self, fitter: Any, left: list[str]) -> None:
         """Goes on from Ray's newest checkpoint, or where it has lost its record from the newest whole one of `left`."""
-        import ray.train
-
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
@@ -292,9 +272,6 @@ class _Resume:
                 print(f"train: {folder} was not saved to its end ({type(error).__name__}), looks before it", flush=True)
 
     def _take(self, folder: str, fitter: Any) -> None:
-        import torch
-        from safetensors.torch import load_file
-
         history = json.loads(Path(folder, "history.json").read_text())
         if any("val_loss" in entry for entry in history):
             load_file(f"{folder}/best/model.safetensors")
@@ -307,8 +284,6 @@ class _Resume:
         print(f"train: goes on at step {self.step}", flush=True)
 
     def save(self, fitter: Any, tokenizer: Any, metrics: dict[str, float], is_best: bool) -> None:
-        import torch
-
         fitter.plug.save_pretrained(f"{self.folder}/plug", tokenizer)
         if is_best:
             shutil.copytree(f"{self.folder}/plug", f"{self.folder}/best", dirs_exist_ok=True)
@@ -319,14 +294,6 @@ class _Resume:
 
 def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    from pplug.encoder import pooling_of
-    from pplug.identity import model_folder
-    from pplug.llm import FrozenLLM
-    from pplug.plug import PersonaPlug, PlugConfig
-
     llm = FrozenLLM.load(config.llm)
     folder = model_folder(config.encoder.model, config.encoder.revision)
     attention = config.shape.aggregation == "attention" and not config.shape.without_history
@@ -363,13 +330,6 @@ def _samples(
     Args:
         samples: the folder that PrepareSamples wrote to, and the files it wrote.
     """
-    import numpy as np
-    import pyarrow as pa
-
-    from pipelines.train.samples import load_samples
-    from pplug.fit import Samples, held_out
-    from pplug.plain_text import TextTokenizer
-
     words = TextTokenizer(tokenizer)
     folder, files = samples
     table, shards = load_samples(folder, files, local)

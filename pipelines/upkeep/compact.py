@@ -4,14 +4,15 @@ What it does and its keys stand in `config.py`.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
+from infra import lease, session
 from infra.report import RunReport, new_run_id
+from infra.snapshot import DataFile, Snapshot
+from infra.table import Table, TableMoved
+from pipelines import tables
+from pipelines.upkeep.compact_buckets import CompactBucket, files_of
 from pipelines.upkeep.config import CompactConfig as Config
-
-if TYPE_CHECKING:
-    from infra.snapshot import DataFile, Snapshot
-    from infra.table import Table
+from pipelines.waves import bucket_rows, next_group
 
 TRIES = 3
 """Plans for one table before it is left to the next compaction."""
@@ -19,9 +20,6 @@ TRIES = 3
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, session
-    from pipelines import tables
-
     run_id = config.run_id or new_run_id("compact")
     report = RunReport("compact", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     names = tables.chosen(config.tables, config.names)
@@ -37,8 +35,6 @@ def run(config: Config) -> int:
 
 def _compact(config: Config, report: RunReport, table: "Table") -> int:
     """Compacts one table, planning again when it moves; returns the number of files it replaced."""
-    from infra.table import TableMoved
-
     name, left = table.spec.name, report.extra["left"]
     replaced: list[str] = []
     for _ in range(TRIES):
@@ -62,10 +58,6 @@ def _compact(config: Config, report: RunReport, table: "Table") -> int:
 
 def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snapshot", replaced: list[str]) -> None:
     """Plans on a complete version and commits in waves; notes the files it has replaced."""
-    from pipelines import tables
-    from pipelines.upkeep.compact_buckets import CompactBucket, files_of
-    from pipelines.waves import bucket_rows, next_group
-
     of_vectors = table.spec.name.startswith("embeddings")
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True) if of_vectors else None
     stage = CompactBucket(table, snapshot, histories, config.target_mb * 2**20, report.run_id)

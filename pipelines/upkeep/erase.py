@@ -5,20 +5,26 @@ What it does and its keys stand in `config.py`.
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import pyarrow.compute as pc
+import ray.data
+
+from infra import lease, log, runs, session, upkeep
 from infra.errors import InputError
 from infra.lines import numbered_lines
 from infra.report import RunReport, new_run_id
+from infra.search import Needles, digest, strings
+from infra.shards import user_key
+from infra.snapshot import bucket_of_path, read_file
+from infra.storage import Storage
+from infra.table import Table, TableMoved
+from pipelines import tables
+from pipelines.upkeep.compact_buckets import files_of
 from pipelines.upkeep.config import EraseConfig as Config
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from infra.search import Needles
-    from infra.storage import Storage
-    from infra.table import Table
-    from pipelines.upkeep.scrub import Someone
+from pipelines.upkeep.scrub import DropRows, OthersValues, OwnValues, Scrub, SearchFiles, Someone
+from pipelines.waves import next_group
 
 PENDING = "erase-pending.json"
 """Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
@@ -36,9 +42,6 @@ DUTIES = (
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, session
-    from infra.storage import Storage
-
     places = _ids(config)
     run_id = config.run_id or new_run_id("erase")
     shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
@@ -84,13 +87,6 @@ def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, r
 
 def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> frozenset[str]:
     """Returns those of the ids that neither this nor an earlier start of this run has found in a table."""
-    from infra import runs
-    from infra.search import Needles, digest
-    from infra.shards import user_key
-    from infra.storage import Storage
-    from pipelines import tables
-    from pipelines.upkeep.scrub import Scrub
-
     names = tables.chosen(config.tables, None)
     names.sort(key=lambda name: name == "requests")  # last: a rerun finds by them which histories are whose
     found = {name: tables.open_table(config.tables, name) for name in names}
@@ -145,8 +141,6 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
 
 def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> frozenset[str]:
     """Those of the ids that neither this nor an earlier start of the run has found; notes those found now."""
-    from infra.search import digest
-
     before = json.loads(run_dir.read_bytes(FOUND)) if run_dir.exists(FOUND) else []
     ever = {*before, *map(digest, here)}
     run_dir.write_bytes(FOUND, json.dumps(sorted(ever)).encode())
@@ -155,8 +149,6 @@ def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> f
 
 def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any]]":
     """What a stage gives for each file."""
-    import ray.data
-
     if files:
         rows = [{"root": root, "name": name} for root, name in files]
         source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
@@ -165,20 +157,12 @@ def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any
 
 def _there(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
     """All data files in a table's folder, of whatever version; of some buckets only."""
-    from infra.snapshot import bucket_of_path
-
     names = [name for name in table.storage.list() if name.endswith(".parquet") and "_delta_log/" not in name]
     return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
 
 
 def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
     """The users, and the histories that are theirs where ingest keeps one history a question; and whose these are."""
-    import pyarrow.compute as pc
-
-    from infra.shards import user_key
-    from infra.snapshot import read_file
-    from pipelines.upkeep.scrub import Someone
-
     ids, owners = set(given), set[str]()
     if "requests" in found:
         of_theirs = pc.field("owner_id").isin(sorted(given))
@@ -194,8 +178,6 @@ def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone
 
 def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:
     """The users' own words and hashes, their request ids, and the keys of those of whom anything was there."""
-    from pipelines.upkeep.scrub import OwnValues
-
     uris = []
     for table in found.values():
         if table.spec.bucketed:
@@ -209,9 +191,6 @@ def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str]
 
 def _shared(found: "dict[str, Table]", someone: "Someone", values: set[str]) -> set[str]:
     """Those of the values that others have too, or that the tables' own words (labels, field names) hold."""
-    from infra.search import strings
-    from pipelines.upkeep.scrub import OthersValues
-
     snapshots = [table.snapshot() for table in found.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
@@ -220,8 +199,6 @@ def _shared(found: "dict[str, Table]", someone: "Someone", values: set[str]) -> 
 
 def _said(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
     """Kind and value of each row that a stage gives for some files."""
-    import ray.data
-
     if not uris:
         return
     source = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=min(len(uris), 256))
@@ -237,14 +214,6 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     A run that has not ended on the table loses what it had committed: a rerun makes it anew. Its version could not be
     shown to readers, and the complete one before it holds the users.
     """
-    import ray.data
-
-    from infra import log, upkeep
-    from infra.table import TableMoved
-    from pipelines.upkeep.compact_buckets import files_of
-    from pipelines.upkeep.scrub import DropRows
-    from pipelines.waves import next_group
-
     newest = table.snapshot()
     try:
         shown = table.snapshot(complete=True)
@@ -284,8 +253,6 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
 
 def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
     """Trainings on these tables, by what they have left: what they learned cannot be taken out of the weights."""
-    from infra.storage import Storage
-
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         for name in folder.list():
@@ -309,10 +276,6 @@ def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[lis
     Returns:
         Files in which something is left, files that could be searched as bytes only, and the number of all.
     """
-    from infra.search import digest
-    from infra.storage import Storage
-    from pipelines.upkeep.scrub import SearchFiles
-
     roots = {folder.uri: folder for folder in [Storage(place), *folders]}
     files = [(root, name) for root, folder in roots.items() for name in folder.list() if not name.endswith(PENDING)]
     survivors, opaque = [], []

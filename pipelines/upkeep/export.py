@@ -6,16 +6,19 @@ What it does and its keys stand in `config.py`.
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from infra import lease, session
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from infra.snapshot import Snapshot
+from infra.storage import Storage
+from pipelines import tables
 from pipelines.upkeep.config import ExportConfig as Config
-from pplug.llm import LLMConfig
-
-if TYPE_CHECKING:
-    from infra.snapshot import Snapshot
-    from infra.storage import Storage
+from pipelines.upkeep.export_adapter import export_adapter
+from pipelines.upkeep.export_table import ExportBucket, vector_widths
+from pipelines.waves import bucket_rows
+from pplug.identity import model_folder
+from pplug.llm import LLMConfig, llm_id
 
 DONE = "_SUCCESS"
 PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
@@ -24,8 +27,6 @@ PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease
-
     run_id = config.run_id or new_run_id("export")
     # the config may name a user: the report does not
     shown = config.model_dump(exclude={"user_id"})
@@ -37,11 +38,6 @@ def run(config: Config) -> int:
 
 
 def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) -> int:
-    from pipelines import tables
-    from pipelines.upkeep.export_adapter import export_adapter
-    from pplug.identity import model_folder
-    from pplug.llm import llm_id
-
     adapters = tables.open_table(config.tables, "adapters")
     try:
         folder, base = model_folder(llm.model, llm.revision), llm_id(llm)
@@ -55,10 +51,6 @@ def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) ->
 
 
 def _table(config: Config, report: RunReport) -> int:
-    from infra import session
-    from infra.storage import Storage
-    from pipelines import tables
-
     (name,) = tables.chosen(config.tables, [config.table])
     table = tables.open_table(config.tables, name)
     snapshot = table.snapshot(config.as_of_version, complete=config.as_of_version is None)
@@ -81,9 +73,6 @@ def _table(config: Config, report: RunReport) -> int:
 
 
 def _export(snapshot: "Snapshot", output: "Storage") -> int:
-    from pipelines.upkeep.export_table import ExportBucket, vector_widths
-    from pipelines.waves import bucket_rows
-
     stage = ExportBucket(snapshot, output.uri, vector_widths(snapshot))
     buckets = list(snapshot.by_bucket())
     written: dict[str, int] = {}

@@ -3,15 +3,16 @@
 What it does and its keys stand in `config.py`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from infra import lease, upkeep
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
+from infra.snapshot import Snapshot
+from infra.table import Table, TableMoved
+from pipelines import tables
 from pipelines.upkeep.config import RestoreConfig as Config
-
-if TYPE_CHECKING:
-    from infra.snapshot import Snapshot
-    from infra.table import Table
+from pipelines.waves import next_group
 
 MADE_FROM_HISTORIES = {
     "embeddings": "refresh",
@@ -26,9 +27,6 @@ _ORDER = ("generations", "profiles", "adapters", "personas", "embeddings", "requ
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease
-    from pipelines import tables
-
     run_id = config.run_id or new_run_id("restore")
     report = RunReport("restore", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     names = tables.chosen(config.tables, config.names)
@@ -40,11 +38,6 @@ def run(config: Config) -> int:
 
 def _restore(config: Config, report: RunReport, names: list[str]) -> None:
     """Looks at all tables before the first commit: a table that cannot go back keeps the others where they are."""
-    from infra import upkeep
-    from infra.table import TableMoved
-    from pipelines import tables
-    from pipelines.waves import next_group
-
     targets: list[tuple[Table, Snapshot, list[str]]] = []
     for name in names:
         table = tables.open_table(config.tables, name)
@@ -89,8 +82,6 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
 
 def _say_what_follows(config: Config, restored: set[str]) -> None:
     """Names the tables that were made from a state that is no longer there, with the jobs that make them anew."""
-    from pipelines import tables
-
     if "histories" not in restored:
         return
     behind = [name for name in tables.names(config.tables) if name.partition("-")[0] in MADE_FROM_HISTORIES]

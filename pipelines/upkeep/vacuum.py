@@ -3,15 +3,14 @@
 What it does and its keys stand in `config.py`.
 """
 
+from infra import lease, upkeep
 from infra.report import RunReport, new_run_id
+from pipelines import tables
 from pipelines.upkeep.config import VacuumConfig as Config
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    from infra import lease, upkeep
-    from pipelines import tables
-
     run_id = config.run_id or new_run_id("vacuum")
     report = RunReport("vacuum", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     names = tables.chosen(config.tables, config.names)

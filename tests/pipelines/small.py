@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from infra.errors import InputError
 from pipelines import tables
+from pipelines.__main__ import JOBS
 from pipelines.ingest import job as ingest
 from pplug import world
 from pplug.encoder import EncoderConfig, encoder_id
@@ -51,7 +52,8 @@ class Small:
         """The command line of the same run, its config in a file."""
         path = self.root / f"{run_id}.yaml"
         path.write_text(yaml.safe_dump(self.config(job, run_id, **values).model_dump(mode="json")))
-        return ["-m", "pipelines", job.__name__.rpartition(".")[2], "--config", str(path)]
+        (name,) = [name for name, known in JOBS.items() if known.module == job.__name__]
+        return ["-m", "pipelines", name, "--config", str(path)]
 
     def report(self, run_id: str) -> dict[str, Any]:
         return json.loads((self.root / "runs" / run_id / "report.json").read_text())

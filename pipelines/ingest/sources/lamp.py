@@ -10,14 +10,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.source_rows import RowError, RowWriter
-
-if TYPE_CHECKING:
-    from pipelines.ingest.sources.lamp_survey import Survey
 
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _VALUE = rb"(?:%s|-?\d+)" % _TEXT
@@ -179,7 +176,17 @@ def _open(folder: str, name: str) -> IO[bytes]:
     return gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream  # type: ignore[return-value]
 
 
-def read(files: LampFiles, found: "Survey", writer: RowWriter, keep_questions: bool) -> Iterator[None]:
+@dataclass
+class Survey:
+    """What the first pass found out. It stays with the workers: it grows with the number of questions."""
+
+    user_of: dict[str, str] = field(default_factory=dict)
+    """User id by question id, where it is not the question's own id."""
+    as_of: dict[str, int] = field(default_factory=dict)
+    """Cut-off by question id, where several questions share one history."""
+
+
+def read(files: LampFiles, found: Survey, writer: RowWriter, keep_questions: bool) -> Iterator[None]:
     """Hands every row to the writer; yields when the writer is full."""
     answers = golds(files)[1]
     for question in questions(files):
@@ -208,7 +215,7 @@ def read(files: LampFiles, found: "Survey", writer: RowWriter, keep_questions: b
 
 
 def _read_request(
-    question: Question, user: str, found: "Survey", target: str | None, writer: RowWriter, seq: int, place: str
+    question: Question, user: str, found: Survey, target: str | None, writer: RowWriter, seq: int, place: str
 ) -> None:
     writer.planned()
     cut = found.as_of.get(question.id)

@@ -4,29 +4,18 @@ A question's history is exactly its profile. Where one user asks several questio
 dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipelines.ingest.source_rows import RowError, microseconds
-from pipelines.ingest.sources.lamp import LampFiles, golds, questions
+from pipelines.ingest.sources.lamp import LampFiles, Survey, golds, questions
 from pplug import tasks
 from pplug.history import text_hash
 from pplug.tasks import TaskEntry
 
 _SAMPLE = 50
 _NO_TIME = np.iinfo(np.int64).min
-
-
-@dataclass
-class Survey:
-    """What the first pass found out. It stays with the workers: it grows with the number of questions."""
-
-    user_of: dict[str, str] = field(default_factory=dict)
-    """User id by question id, where it is not the question's own id."""
-    as_of: dict[str, int] = field(default_factory=dict)
-    """Cut-off by question id, where several questions share one history."""
 
 
 def survey(files: LampFiles, entry: TaskEntry, scope: str) -> tuple[str | None, Survey]:
