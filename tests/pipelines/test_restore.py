@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -51,16 +51,24 @@ class Nights:
 
 
 @pytest.fixture(params=["disk", "s3"])
-def nights(request, tmp_path) -> Iterator[Nights]:
+def nights(request, tmp_path) -> Nights:
     """Two good runs, then one that replaced the histories and added requests."""
-    root = str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3")
-    made = Nights(root, tmp_path)
+    return filled(str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3"), tmp_path)
+
+
+@pytest.fixture
+def on_disk(tmp_path) -> Nights:
+    return filled(str(tmp_path), tmp_path)
+
+
+def filled(root: str, folder: Path) -> Nights:
+    made = Nights(root, folder)
     made.put("histories", "first", USERS, "a", task_entry="task one")
     made.put("requests", "first", USERS, "q")
     made.put("histories", "second", USERS[:6], "b", task_entry="task two")
     made.put("histories", "bad", USERS[:2], "oops", replace=True, task_entry="task bad")
     made.put("requests", "bad", USERS[:2], "oops")
-    yield made
+    return made
 
 
 GOOD = sorted([(user, "a") for user in USERS] + [(user, "b") for user in USERS[:6]])
@@ -139,21 +147,21 @@ def test_a_version_whose_files_are_gone_is_refused_before_anything_moves(nights)
         nights.restore(names=("histories",), version=1)
 
 
-def test_restored_files_outlive_a_vacuum(nights):
-    assert nights.restore(names=("histories",), version=2) == 0
-    config = vacuum.Config(tables=nights.tables, retention_hours=1, run_dir=str(nights.folder / "vacuum"))
+def test_restored_files_outlive_a_vacuum(on_disk):
+    assert on_disk.restore(names=("histories",), version=2) == 0
+    config = vacuum.Config(tables=on_disk.tables, retention_hours=1, run_dir=str(on_disk.folder / "vacuum"))
     assert vacuum.run(config) == 0
-    upkeep.vacuum(tables.open_table(nights.tables, "histories"), 0, alone=True)
-    assert nights.rows("histories") == GOOD
+    upkeep.vacuum(tables.open_table(on_disk.tables, "histories"), 0, alone=True)
+    assert on_disk.rows("histories") == GOOD
 
 
-def test_nobody_writes_beside_a_restore_and_readers_go_on(nights):
-    with lease.reading(nights.tables, "train"):
-        assert nights.restore(names=("requests",), version=1) == 0
-    with lease.writing(nights.tables, "night"), pytest.raises(Overtaken, match="run night is at work here"):
-        nights.restore("other", names=("histories",), version=2)
-    with lease.no_other_writer(nights.tables, "back"), pytest.raises(Overtaken, match="run back is at work here"):
-        nights.put("requests", "night", USERS, "x")
+def test_nobody_writes_beside_a_restore_and_readers_go_on(on_disk):
+    with lease.reading(on_disk.tables, "train"):
+        assert on_disk.restore(names=("requests",), version=1) == 0
+    with lease.writing(on_disk.tables, "night"), pytest.raises(Overtaken, match="run night is at work here"):
+        on_disk.restore("other", names=("histories",), version=2)
+    with lease.no_other_writer(on_disk.tables, "back"), pytest.raises(Overtaken, match="run back is at work here"):
+        on_disk.put("requests", "night", USERS, "x")
 
 
 def test_a_writer_whose_plan_is_from_before_the_restore_is_stopped(nights):
@@ -167,34 +175,34 @@ def test_a_writer_whose_plan_is_from_before_the_restore_is_stopped(nights):
         table.commit(file, run_id="slow", group=0, mode="append", planned_on=planned)
 
 
-def test_erased_users_never_come_back(nights, ray_session, tmp_path):
+def test_erased_users_never_come_back(on_disk, ray_session, tmp_path):
     for name in ("histories", "requests"):
-        assert nights.put(name, "again", USERS, "z").version
-    config = {"tables": nights.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
+        assert on_disk.put(name, "again", USERS, "z").version
+    config = {"tables": on_disk.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
     assert erase.run(erase.Config(user_id="user-1", folders=(str(tmp_path / "runs"),), **config)) == 0
-    newest = tables.open_table(nights.tables, "histories").version
+    newest = tables.open_table(on_disk.tables, "histories").version
     for version in range(newest):
         with pytest.raises(InputError, match="cannot be read|has erased users"):
-            nights.restore(names=("histories",), version=version)
+            on_disk.restore(names=("histories",), version=version)
     with pytest.raises(InputError, match="no complete version from before run bad|has erased users"):
-        nights.restore(before="bad")
-    nights.put("histories", "bad again", USERS[2:4], "oops")
-    assert nights.restore(before="bad again") == 0  # what came after the erase can go back
-    assert "user-1" not in {user for user, _ in nights.rows("histories")}
+        on_disk.restore(before="bad")
+    on_disk.put("histories", "bad again", USERS[2:4], "oops")
+    assert on_disk.restore(before="bad again") == 0  # what came after the erase can go back
+    assert "user-1" not in {user for user, _ in on_disk.rows("histories")}
 
 
-def test_an_erase_that_broke_off_bars_the_way_too(nights, ray_session, tmp_path, monkeypatch):
+def test_an_erase_that_broke_off_bars_the_way_too(on_disk, ray_session, tmp_path, monkeypatch):
     def dies(*given):
         raise ConnectionAbortedError("the driver dies here")
 
     monkeypatch.setattr(upkeep, "forget", dies)
-    config = {"tables": nights.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
+    config = {"tables": on_disk.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
     with pytest.raises(ConnectionAbortedError):
         erase.run(erase.Config(user_id="user-1", folders=(str(tmp_path / "runs"),), **config))
-    table = tables.open_table(nights.tables, "histories")
+    table = tables.open_table(on_disk.tables, "histories")
     assert table.version == 4  # the rows have gone, the files not yet
     with pytest.raises(InputError, match="run erase has erased users from table histories after version 2"):
-        nights.restore(names=("histories",), version=2)
+        on_disk.restore(names=("histories",), version=2)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +254,10 @@ def evening(tmp_path_factory, ray_session) -> Night:
     return made
 
 
-@pytest.fixture
-def clean(evening, tmp_path) -> dict[str, list]:
+@pytest.fixture(scope="module")
+def clean(evening, tmp_path_factory) -> dict[str, list]:
     """The line without a bad ingest."""
-    return line(evening, tmp_path / "clean", [])
+    return line(evening, tmp_path_factory.mktemp("clean") / "night", [])
 
 
 def line(evening: Night, folder, steps: list) -> dict[str, list]:
@@ -289,15 +297,20 @@ def test_nights_after_a_restore_are_those_of_a_line_without_the_bad_run(evening,
     assert line(evening, tmp_path / "published", published) == clean
 
 
-def test_vectors_and_personas_may_go_back_by_themselves(evening, clean, tmp_path):
-    """Personas say which vectors they are made from: those of a later night must not be taken for there."""
+GOOD_NIGHT = [lambda night: night.ingest_items(MORE), refreshed("good")]
+
+
+def test_vectors_that_went_back_are_made_again(evening, clean, tmp_path):
+    """Personas say which vectors they are made from: those that a restore has taken away must not count as there."""
     [name] = [name for name in tables.names(evening.tables) if name.startswith("embeddings-")]
     version = tables.open_table(evening.tables, name).version
-    good = [lambda night: night.ingest_items(MORE), refreshed("good")]
-    assert line(evening, tmp_path / "vectors", [*good, back(names=(name,), version=version)]) == clean
+    assert line(evening, tmp_path / "vectors", [*GOOD_NIGHT, back(names=(name,), version=version)]) == clean
+
+
+@pytest.mark.slow
+def test_personas_may_go_back_alone_or_with_all_that_their_refresh_wrote(evening, clean, tmp_path):
     version = tables.open_table(evening.tables, "personas").version
-    assert line(evening, tmp_path / "personas", [*good, back(names=("personas",), version=version)]) == clean
-    both = [bad, refreshed("of-bad"), back(before="of-bad")]
-    told = line(evening, tmp_path / "told", both)
-    straight = line(evening, tmp_path / "straight", [bad])
-    assert told == straight
+    alone = [*GOOD_NIGHT, back(names=("personas",), version=version)]
+    assert line(evening, tmp_path / "personas", alone) == clean
+    together = line(evening, tmp_path / "together", [bad, refreshed("of-bad"), back(before="of-bad")])
+    assert together == line(evening, tmp_path / "straight", [bad])
