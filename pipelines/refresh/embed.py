@@ -22,6 +22,10 @@ from pplug.tasks import TaskEntry
 BLOCK_TEXTS = 20_000
 """Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
 
+NOT_FINITE = (
+    "the encoder gave a value that is not finite; each refresh tries the text again, and encoder.dtype=float32 may help"
+)
+
 
 @dataclass(frozen=True)
 class Owed:
@@ -184,6 +188,6 @@ class EmbedTexts:
                 "encoder_id": pa.repeat(self.encoder_id, batch.num_rows),
                 "vector": list_f32(rows),
                 REASON: pc.if_else(pa.array(broken), "not_finite", batch[REASON]),
-                DETAIL: pc.if_else(pa.array(broken), "the encoder gave a value that is not finite", batch[DETAIL]),
+                DETAIL: pc.if_else(pa.array(broken), NOT_FINITE, batch[DETAIL]),
             }
         )

@@ -14,13 +14,13 @@ from infra.report import RunReport, new_run_id
 from infra.table import DataFile
 from pipelines import tables
 from pipelines.refresh.config import Config
-from pipelines.refresh.increment import SETTLED, Since, stamp
+from pipelines.refresh.increment import RETRIED, SETTLED, Since, stamp
 from pplug.encoder import encoder_id
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
     from infra.table import Table
-    from pipelines.refresh.increment import Since
+    from pipelines.refresh.increment import Late, Since
     from pplug.tasks import TaskEntry
 
 
@@ -71,7 +71,10 @@ def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str 
 
 
 def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
-    """Whether the newest personas are complete and made from the same: then nothing is read, and Ray does not start."""
+    """Whether the newest personas are complete and made from the same, and no text is to be tried again.
+
+    Then nothing is read, and Ray does not start.
+    """
     said = before.metadata if before is not None else {}
     vectors = tables.newest(config.tables, tables.embeddings_name(made_from["encoder_id"]))
     if before is None or vectors is None or not {"complete": "true", **made_from}.items() <= said.items():
@@ -79,8 +82,11 @@ def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str
     name = tables.embeddings_name(made_from["encoder_id"])
     if upkeep.restored_since(tables.open_table(config.tables, name), int(said["embeddings_version"])):
         return False  # vectors that were there may be missing now
+    rejected = json.loads(said["rejected"])
+    if not RETRIED.isdisjoint(rejected):
+        return False
     report.planned = int(said["texts"])
-    for reason, n in json.loads(said["rejected"]).items():
+    for reason, n in rejected.items():
         report.reject(reason, n)
     report.already_there = report.planned - report.rejected.total()
     report.extra["personas"] = {"users": before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
@@ -103,6 +109,29 @@ def _since(
     except InputError:  # older than the log
         return Since()
     return Since.of(said, then, histories) if then.stamp == said["histories_files"] else Since()
+
+
+def _late(config: Config, embeddings: "Table", before: "Snapshot | None", encoder: str) -> "Late":
+    """Where texts had been set aside that may have got their vectors since the newest complete personas were made.
+
+    A run that broke off counts too: it may have made some of a bucket's personas before a text got its vector.
+    """
+    from pipelines import tables
+    from pipelines.refresh.increment import Late, retried
+
+    if before is None:
+        return Late()
+    try:
+        shown = tables.open_table(config.tables, "personas").snapshot(complete=True).metadata
+    except InputError:  # no run has ended yet
+        shown = {}
+    buckets = retried(before.metadata, encoder) | retried(shown, encoder)
+    if not buckets or shown.get("encoder_id") != encoder:
+        return Late(buckets)
+    try:
+        return Late(buckets, embeddings.snapshot(version=int(shown["embeddings_version"])))
+    except InputError:  # older than the log, or of another table
+        return Late(buckets)
 
 
 def _check_plug(config: Config, encoder: str) -> str | None:
@@ -238,6 +267,7 @@ def _personas(
 
     vectors = embeddings.snapshot(complete=True)
     report.table_read(embeddings.spec.name, vectors.version)
+    late = _late(config, embeddings, before, made_from["encoder_id"])
     stored = before.by_bucket() if before is not None else {}
     there = set(histories.by_bucket()) | set(stored)
     said = before.metadata if before is not None else {}
@@ -267,6 +297,7 @@ def _personas(
                 config.history_cap,
                 report.run_id,
                 _threads(config),
+                late,
             ),
             batch_size=1,
             batch_format="pyarrow",

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.histories import Histories, list_f32, read_bucket
-from pipelines.refresh.increment import Since
+from pipelines.refresh.increment import Late, Since
 from pipelines.resolve import encode
 from pipelines.waves import files_table
 from pplug.history import history_hashes
@@ -51,12 +51,13 @@ class BuildPersonas:
         cap: int,
         run_id: str,
         threads: int,
+        late: Late | None = None,
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.histories, self.embeddings, self.personas = histories, embeddings, personas
-        self.before, self.since = before, since
+        self.before, self.since, self.late = before, since, late or Late()
         self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
@@ -67,6 +68,8 @@ class BuildPersonas:
             heads = self._heads(users)
             old = self._stored(bucket)
             same, known = _unchanged(heads, old)
+            if bucket in self.late.buckets:
+                same &= ~self._has_more(heads, bucket)
             changed = np.flatnonzero(~same)
             everybody = looked_at is None and len(changed) == len(same)
             rows, missing = self._rows(users, heads, changed, bucket, everybody)
@@ -96,6 +99,13 @@ class BuildPersonas:
             for name, value in facts.items():
                 out = out.append_column(name, pa.array([value] * out.num_rows, pa.int64()))
             yield out
+
+    def _has_more(self, heads: pa.Table, bucket: int) -> np.ndarray:
+        """Per user whether a vector has come since the stored persona was made, (U,) bool."""
+        late = self.late.users(self.embeddings, bucket)
+        if late is None:
+            return np.ones(heads.num_rows, bool)
+        return pc.is_in(heads["user_key"], value_set=pa.array(late, pa.string())).to_numpy(zero_copy_only=False)
 
     def _heads(self, users: Histories) -> pa.Table:
         """`HEAD` of these users."""

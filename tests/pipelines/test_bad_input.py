@@ -166,8 +166,10 @@ def test_an_item_of_10_mb_a_clock_in_the_future_and_an_encoder_that_gives_nan(tm
     np.testing.assert_allclose(personas["nan"]["mean_vector"], vector, atol=1e-3)  # of the item that has one
     (reject,) = [row for row in made.rows("rejects") if row["job"] == "refresh"]
     assert reject["key"] == history.text_hash({"mood": "good", "text": "the crime"})
-    assert refresh.run(refresh.Config(**values)) == 0  # nothing changed: not even the broken one is tried again
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["stages"] == {}
+    assert refresh.run(refresh.Config(**values)) == 0  # nothing changed: the broken one alone is tried again
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (again["planned"], again["written"], again["rejected"]) == (5, 0, {"not_finite": 1})
+    assert again["stages"]["embed"]["rows"] == 1 and again["tables_written"] == {}
 
 
 def test_an_encoder_decoder_is_refused_by_vllm_before_anything_starts(tmp_path):
