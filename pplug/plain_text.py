@@ -116,9 +116,10 @@ def control_tokens(tokenizer: Any, own: Iterable[int] = (), template_ids: Iterab
         if _is_markup(name) and name[-1] in ">]}|)":
             found[token] = name
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown in found and not _has_another_role(tokenizer, unknown):
-        del found[unknown]
-    return {int(token): name for token, name in found.items() if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", name)}
+    if not _has_another_role(tokenizer):
+        found.pop(unknown, None)
+    named = ((token, name) for token, name in found.items() if token is not None)  # a name without a token is none
+    return {int(token): name for token, name in named if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", name)}
 
 
 def _is_markup(name: str) -> bool:
@@ -131,10 +132,10 @@ def _has_sign(name: str) -> bool:
     return re.search(r"[^\W_]", name) is not None and re.search(r"[^\w\s▁]", name) is not None
 
 
-def _has_another_role(tokenizer: Any, token: int) -> bool:
+def _has_another_role(tokenizer: Any) -> bool:
     """Whether the token for unknown characters also ends, begins or fills texts, as in GPT-2."""
     roles = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
-    return any(getattr(tokenizer, f"{role}_id", None) == token for role in roles)
+    return any(str(getattr(tokenizer, role, None)) == str(tokenizer.unk_token) for role in roles)
 
 
 def own_special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

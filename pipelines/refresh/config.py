@@ -12,9 +12,9 @@ class Config(ResumableConfig):
     Only texts without a vector under this encoder's identity are encoded; only users whose history changed get a new
     persona; a night on which nothing changed reads nothing and writes nothing, and one on which rows were only added
     reads the histories and vectors of their users only. A text whose vector was not finite is tried again each night.
-    Another plug makes all personas anew from the vectors; another encoder fills a table of its own beside the old one, and readers switch when its personas are
-    complete. Embeddings are committed first, then personas, which name the embeddings version they were made from; both
-    wave by wave.
+    Another plug makes all personas anew from the vectors; another encoder fills a table of its own beside the old one,
+    and readers switch when its personas are complete. Embeddings are committed first, then personas, which name the
+    embeddings version they were made from; both wave by wave.
     Unit of work: a text of a user.
     """
 
