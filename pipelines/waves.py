@@ -6,6 +6,7 @@ More rejects than allowed: what was only added stays, each row is right by itsel
 committed for a rerun to go on from, but never as a complete version, so that readers keep the version of before.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -309,3 +310,13 @@ def commit_stream(
 def bucket_rows(buckets: list[int]) -> "ray.data.Dataset":
     """One row a bucket, one block a row: the source of every stream of work."""
     return ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))
+
+
+def listed(files: list[DataFile]) -> str:
+    """Files in one cell of a row."""
+    return json.dumps([file.to_row() for file in files])
+
+
+def files_of(text: str) -> list[DataFile]:
+    """The files of one of the stage's lists."""
+    return [DataFile.from_row(row) for row in json.loads(text)]

@@ -49,7 +49,7 @@ class Config(BaseModel):
 @pytest.fixture
 def job(monkeypatch):
     """A job `fold` whose run keeps its config, or raises what the test puts into `fails`."""
-    module = ModuleType("fold_job", "fold: puts things together.\n\nIn, out.")
+    module = ModuleType("fold_job")
     module.Config, module.seen, module.fails = Config, [], None
 
     def run(config: Config) -> int:
@@ -60,7 +60,7 @@ def job(monkeypatch):
 
     module.run = run
     monkeypatch.setitem(sys.modules, "fold_job", module)
-    monkeypatch.setitem(cli.JOBS, "fold", cli.Job("fold_job", "puts things together"))
+    monkeypatch.setitem(cli.JOBS, "fold", cli.Job("fold_job", "fold_job:Config", "puts things together"))
     return module
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,5 +41,5 @@ def test_a_command_is_understood(command, tmp_path, monkeypatch):
             given = tmp_path / own.name  # a file of the project's, or the reader's own, for which any will do
             given.write_text(own.read_text() if own.exists() else "tables: t\n")
             words[at + 1] = str(given)
-    config = import_module(JOBS[job].module).Config
+    config = JOBS[job].config
     options.check(config, options.read(words, config))

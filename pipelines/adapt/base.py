@@ -30,7 +30,7 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
-from pipelines.train.samples import read_written, refuse_another_count
+from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
 from pplug.fit import micro_batches, plan_epoch, sum_gradients
 from pplug.folder import MODEL_FILES, whole_folder

@@ -36,7 +36,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     buckets = tables.open_table(config.tables, "requests").buckets
-    users = keys_by_bucket(tables.read_users(config.users), buckets)
+    users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)
     entry = tables.task_entry(config.task, snapshots["histories"])
     runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
     session.start()
@@ -88,7 +88,7 @@ def read_reference(path: str | None) -> dict[str, float] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             found = json.load(stream)
         known = {name: float(found[name]) for name in ("best_without_history", "best_with_history")}
         known |= {name: float(found[name]) for name in ("other_user",) if name in found}

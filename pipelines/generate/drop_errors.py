@@ -13,8 +13,7 @@ from infra.errors import Overtaken
 from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Table, TableMoved
-from pipelines.upkeep.compact_buckets import files_of, listed
-from pipelines.waves import bucket_rows, next_group
+from pipelines.waves import bucket_rows, files_of, listed, next_group
 
 TRIES = 5
 

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.codes import encode, flat
+from pipelines.ingest.resolve import WORK
 from pipelines.ingest.source_rows import REQUEST
-from pipelines.resolve import WORK, encode, flat
 from pplug.tasks import TaskEntry, fill
 
 _AFTER_ALL_FILES = 2**31 - 1

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
+from pipelines.codes import encode
 from pipelines.histories import Histories, list_f32, read_bucket
 from pipelines.refresh.increment import Late, Since
-from pipelines.resolve import encode
 from pipelines.waves import files_table
 from pplug.history import history_hashes
 from pplug.plug import PersonaPlug

@@ -19,6 +19,7 @@ from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.histories import read_bucket, to_us
+from pipelines.written import read_written, refuse_another_count
 from pplug.tasks import TaskEntry, query
 
 NPY_HEADER_BYTES = 128
@@ -128,26 +129,3 @@ def load_samples(folder: str, shards: Sequence[Shard], local: str) -> tuple[pa.T
         tables.append(table.append_column("shard", pa.array([place] * table.num_rows, pa.int64())))
         vectors.append(mapped)
     return pa.concat_tables(tables), vectors
-
-
-def read_written(storage: Storage, name: str, rows: int) -> bytes:
-    """Bytes of a file that the preparation wrote.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    try:
-        return storage.read_bytes(name)
-    except FileNotFoundError:
-        refuse_another_count(storage, name, rows, None)
-        raise
-
-
-def refuse_another_count(storage: Storage, name: str, written: int, read: int | None) -> None:
-    """Raises ValueError when a train worker reads another number of rows than the preparation wrote; None: no file."""
-    if read != written:
-        found = "no such file" if read is None else f"{read} rows"
-        raise ValueError(
-            f"{storage.full(name)}: the preparation wrote {written} rows, this train worker finds {found}; give each "
-            "run a run_dir that all nodes share, or s3://bucket/prefix, and start no second driver with the same run_id"
-        )

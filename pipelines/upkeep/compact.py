@@ -10,9 +10,9 @@ from infra.report import RunReport, new_run_id
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table, TableMoved
 from pipelines import tables
-from pipelines.upkeep.compact_buckets import CompactBucket, files_of
+from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
-from pipelines.waves import bucket_rows, next_group
+from pipelines.waves import bucket_rows, files_of, next_group
 
 TRIES = 3
 """Plans for one table before it is left to the next compaction."""

@@ -3,7 +3,6 @@
 Only file metadata travels on; the driver puts the new files in the place of the old ones.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from infra import upkeep
 from infra.snapshot import DataFile, Snapshot, read_file
 from infra.table import Table
 from pipelines.histories import pair_keys
+from pipelines.waves import listed
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,3 @@ class CompactBucket:
 
 def _has_dead(file: DataFile, keep: Callable[[pa.Table], pa.Array]) -> bool:
     return not pc.all(keep(read_file(file.uri, ["user_key", "text_hash"])), min_count=0).as_py()
-
-
-def listed(files: list[DataFile]) -> str:
-    """Files in one cell of a row."""
-    return json.dumps([file.to_row() for file in files])
-
-
-def files_of(text: str) -> list[DataFile]:
-    """The files of one of the stage's lists."""
-    return [DataFile.from_row(row) for row in json.loads(text)]

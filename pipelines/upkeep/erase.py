@@ -21,10 +21,9 @@ from infra.snapshot import bucket_of_path, read_file
 from infra.storage import Storage
 from infra.table import Table, TableMoved
 from pipelines import tables
-from pipelines.upkeep.compact_buckets import files_of
 from pipelines.upkeep.config import EraseConfig as Config
 from pipelines.upkeep.scrub import DropRows, OthersValues, OwnValues, Scrub, SearchFiles, Someone
-from pipelines.waves import next_group
+from pipelines.waves import files_of, next_group
 
 PENDING = "erase-pending.json"
 """Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""

@@ -21,7 +21,7 @@ from infra.search import ID_COLUMNS, Needles, has_text, leaves, search
 from infra.snapshot import DataFile, read_file
 from infra.storage import Storage
 from infra.table import Table
-from pipelines.upkeep.compact_buckets import listed
+from pipelines.waves import listed
 
 _NOT_OF_THE_USER = frozenset(
     "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id profile_id decoding_id "

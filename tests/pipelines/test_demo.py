@@ -1,7 +1,5 @@
 """What the demo says of its own outcome; its jobs are tested one by one, and `make demo` runs them all."""
 
-from importlib import import_module
-
 from pipelines import options
 from pipelines.__main__ import JOBS
 from pipelines.lines import demo
@@ -25,5 +23,5 @@ def test_the_commands_it_runs_are_ones_that_the_command_line_takes(tmp_path):
         "evaluate", "evaluate",
     ]  # fmt: skip
     for job, *words in commands:
-        config = import_module(JOBS[job].module).Config
+        config = JOBS[job].config
         options.check(config, options.read(words, config))

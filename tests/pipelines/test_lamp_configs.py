@@ -1,6 +1,5 @@
 """The settings for LaMP: each file loads, and so does what it makes of every job."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ def jobs(config: lamp.Config, folder: Path) -> dict[str, Any]:
     """Step -> its job's config, read as the job would read it."""
     made = {}
     for step, (job, values) in lamp.steps(config, folder, "night").items():
-        module = importlib.import_module(JOBS[job].module)
+        keys = JOBS[job].config
         file = folder / f"{step}.yaml"
         file.write_text(yaml.safe_dump(values))
-        made[step] = options.check(module.Config, options.read(["--config", str(file)], module.Config))
+        made[step] = options.check(keys, options.read(["--config", str(file)], keys))
     return made
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.codes import encode, large
 from pipelines.ingest.source_rows import ROWS
 
 WORK = pa.schema([*ROWS, ("position", pa.int64())])
@@ -33,7 +34,7 @@ def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Ta
     order = pc.sort_indices(rows, sort_keys=[("file", "ascending"), ("seq", "ascending")]).to_numpy()
     rows = rows.take(pa.array(order))
     nothing = pa.scalar("", pa.large_string())  # user_key has a fixed length: joined keys cannot be mistaken
-    codes = encode(pc.binary_join_element_wise(_large(rows["user_key"]), _large(rows["id"]), nothing))
+    codes = encode(pc.binary_join_element_wise(large(rows["user_key"]), large(rows["id"]), nothing))
     count = len(rows)
     first = np.unique(codes, return_index=True)[1]  # by code, and codes count first appearances
     last = count - 1 - np.unique(codes[::-1], return_index=True)[1]
@@ -64,18 +65,3 @@ def _positions(rows: pa.Table, first: np.ndarray, held: np.ndarray) -> np.ndarra
     rank = np.arange(len(new)) - np.maximum.accumulate(np.where(starts, np.arange(len(new)), 0))
     position[new] = following[users[new]] + rank
     return position
-
-
-def encode(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int: equal values, equal codes, counted by first appearance; null is a value."""
-    return pc.dictionary_encode(flat(_large(column)), null_encoding="encode").indices.to_numpy()
-
-
-def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings with 64-bit offsets: a bucket's texts together may pass 2 GiB."""
-    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
-
-
-def flat(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array."""
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
