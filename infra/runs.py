@@ -50,12 +50,18 @@ def begin(
         if wrote:
             storage.delete(mine)
         raise InputError(_refusal(storage.uri, record, others[0]))
-    return found[mine]["kept"]
+    return found.get(mine, record)["kept"]
 
 
 def _records(storage: Storage, folder: str, job: str) -> dict[str, dict[str, Any]]:
-    names = [name for name in storage.list(folder, recursive=False) if name.startswith(f"{folder}/{job}-")]
-    return {name: json.loads(storage.read_bytes(name)) for name in names if name.endswith(".json")}
+    found = {}
+    for name in storage.list(folder, recursive=False):
+        if name.startswith(f"{folder}/{job}-") and name.endswith(".json"):
+            try:
+                found[name] = json.loads(storage.read_bytes(name))
+            except FileNotFoundError:  # taken back while we looked
+                continue
+    return found
 
 
 def _refusal(root: str, new: dict[str, Any], old: dict[str, Any]) -> str:
