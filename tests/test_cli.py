@@ -24,6 +24,11 @@ class Encoder(BaseModel):
 
 
 class Config(BaseModel):
+    """fold: puts things together.
+
+    In, out.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tables: str
@@ -284,7 +289,7 @@ def test_keys_that_jobs_share_stand_around_a_jobs_own(capsys):
     for name, first, last in (
         ("vacuum", ["tables", "names"], ["retention-hours", "run-id", "run-dir"]),
         ("refresh", ["tables", "encoder.model"], ["wave-texts", "max-reject-fraction", "run-id", "run-dir"]),
-        ("erase", ["tables", "user-id"], ["folders", "run-id", "run-dir"]),
+        ("erase", ["tables", "user-id"], ["confirm-absent", "run-id", "run-dir"]),
     ):
         assert cli.main([name, "--help"]) == 0
         out = capsys.readouterr().out

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
@@ -140,6 +139,8 @@ class AdapterShelf:
 
     def put_nothing(self) -> Path:
         """The folder of an adapter that adds nothing."""
+        import torch  # the configs that `--help` shows import this module
+
         targets = self._adapters.targets
         shape = AdapterShape(targets=targets, rank=1, alpha=1.0)
         weights = {

@@ -21,9 +21,8 @@ from infra.snapshot import Snapshot
 from infra.table import DataFile, Table
 from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests
-from pipelines.ingest.resolve import OLD, WORK, resolve
+from pipelines.ingest.resolve import NEW, OLD, REPLACED, SAME, WORK, resolve
 from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, ROWS
-from pipelines.resolve import NEW, REPLACED, SAME
 from pplug.tasks import TaskEntry
 
 RESULT = pa.schema(

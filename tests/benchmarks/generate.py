@@ -23,7 +23,8 @@ import pyarrow as pa
 from infra.shards import keys_by_bucket
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.generate import prompts as prompt
+from pipelines.engines.vllm import VLLMEngine
+from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
 from pipelines.generate.pending import Owed
 from pipelines.generate.prompts import BuildPrompts
@@ -144,7 +145,7 @@ def _bare(asked: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
 
     config, llm = EngineConfig.model_validate(asked["engine"]), LLMConfig.model_validate(asked["llm"])
-    args = reply.VLLMEngine._engine_args(None, llm.model, config, asked["threads"])  # type: ignore[arg-type]
+    args = VLLMEngine._engine_args(None, llm.model, config, asked["threads"])  # type: ignore[arg-type]
     loras, adapters = None, asked["adapters"]
     if adapters:
         from vllm.lora.request import LoRARequest
@@ -204,7 +205,7 @@ def begin(given: Given) -> None:
 
     os.environ[CLOCK] = str(given.folder / "clock")
     # by name at the driver's start, so that Ray's workers find the one home of these classes
-    prompt.BuildPrompts, reply.Reply = GatedPrompts, TimedReply  # type: ignore[misc]
+    generate_job.BuildPrompts, generate_job.Reply = GatedPrompts, TimedReply  # type: ignore[misc]
     session.start(cpus=4, object_store_bytes=512 * 2**20)
 
 

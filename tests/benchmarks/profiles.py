@@ -144,6 +144,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
 
     from pipelines.generate import prompts as prompt
     from pipelines.generate import replies as reply
+    from pipelines.generate.pending import Owed
     from pipelines.methods import parse_all
     from pplug.llm import llm_id
     from pplug.plug import plug_id
@@ -152,7 +153,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
     setting, population = row.setting_of(given, row.INPUTS, given.size(64, 8))
     requests, llm, engine = population.snapshot("requests"), setting["llm"], setting["engine"]
     build = prompt.BuildPrompts(
-        prompt.Owed(requests, None, "bench", ("plug",), "all", None), parse_all(("plug",)),
+        Owed(requests, None, "bench", ("plug",), "all", None), parse_all(("plug",)),
         population.snapshot("histories"), population.snapshot("embeddings-" + population.encoder_id), None,
         setting["plug"], plug_id(setting["plug"]), llm, False, population.entry, {}, 512, 64, given.threads,
     )  # fmt: skip

@@ -68,16 +68,13 @@ def test_a_rerun_leaves_the_model_unless_texts_or_settings_are_others(filled, tm
 
 
 def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkeypatch):
-    seen = {}
-    import pplug.tiny_lm
-
-    train = pplug.tiny_lm.train_lm
+    seen, train = {}, base_lm.train_lm
 
     def keep(texts, *rest):
         seen["texts"] = texts
         return train(texts, *rest)
 
-    monkeypatch.setattr(pplug.tiny_lm, "train_lm", keep)
+    monkeypatch.setattr(base_lm, "train_lm", keep)
     job(filled(notes(20, preface="I am glad. ")), tmp_path, prompt="{preface}How do I feel? {text}")
     assert sorted(seen["texts"]) == sorted((f"I am glad. How do I feel? day {i}", "good") for i in range(20))
 

@@ -168,7 +168,9 @@ def test_many_threads_share_one_engine(reply, llm):
 
 
 def test_a_model_that_treats_embeddings_in_its_own_way_is_refused(reply, monkeypatch):
-    monkeypatch.setattr("pplug.llm.embedding_rows", lambda folder, ids: torch.randn(len(ids), reply.engine.dim))
+    monkeypatch.setattr(
+        "pipelines.engines.vllm.embedding_rows", lambda folder, ids: torch.randn(len(ids), reply.engine.dim)
+    )
     with pytest.raises(InputError, match="the engine replies otherwise to the same tokens given as embeddings"):
         reply.engine._probe(reply_folder(reply))
 

@@ -10,12 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipelines.resolve import HELD, NEW
 
 from infra import shards
 from infra.errors import InputError
 from pipelines import tables
-from pipelines.ingest.resolve import OLD, WORK, resolve
+from pipelines.ingest.resolve import HELD, NEW, OLD, WORK, resolve
 from pipelines.ingest.source_rows import RowError, microseconds
 from pipelines.ingest.sources import records
 from pplug import history

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from pplug import history, retrieval, tasks, world
+from pplug.plain_text import TextTokenizer
 from tests.pplug.models import word_tokenizer
 
 SMALL = world.WorldConfig(train_users=6, test_users=8, corpus_users=10, corpus_items=6, items=(3, 5))
@@ -147,7 +148,7 @@ def test_shown_texts_are_those_that_retrieval_writes(tmp_path):
     """What the base LM learns from is, letter by letter, what a method such as bm25 puts before a request."""
     config = world.WorldConfig(corpus_users=20, corpus_items=8, stated=0, shown=1, train_users=2, test_users=2)
     files, entry = world.write(config, tmp_path), world.task_entry(config)
-    tokenizer, full = word_tokenizer(tmp_path / "words"), 0
+    tokenizer, full = TextTokenizer(word_tokenizer(tmp_path / "words")), 0
     for line in files["corpus/histories"].read_text().splitlines():
         fields = json.loads(line)["fields"]
         preface = fields.pop("preface")
