@@ -27,7 +27,7 @@ LEAST_INSIDE = 6
 ID_COLUMNS = ("user_id", "owner_id")
 _TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
 _BINARY_BYTES = 2**20
-"""Of a binary value what is read as text: all names and notes of a safetensors file stand at its beginning."""
+"""Bytes of a binary value that are read as text: all names and notes of a safetensors file stand at its beginning."""
 _BLOCK_BYTES = 16 * 2**20
 _PARQUET_ROWS = 65_536
 

@@ -24,7 +24,7 @@ _LOCAL = {
     "prestart_worker_first_driver": False,  # workers that then stand idle
     "enable_metrics_collection": False,  # for a dashboard that a local session does not have
 }
-"""Of Ray itself, where the session is this job's alone."""
+"""Settings of Ray itself, where the session is this job's alone."""
 _NO_CLUSTER = (
     "RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to run on this "
     "machine alone"

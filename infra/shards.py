@@ -30,7 +30,7 @@ def bucket_of_key(key: str, buckets: int) -> int:
 
 
 def keys_by_bucket(user_ids: Iterable[str] | None, buckets: int) -> dict[int, list[str]] | None:
-    """Of each bucket that has any of these users their keys, sorted; None, which is everybody, for None.
+    """Sorted user keys, grouped by bucket. None means all users and stays None.
 
     A subset is parted once, on the driver: among the keys of a whole subset no row group of a bucket could be skipped.
     """

@@ -149,7 +149,7 @@ def _times(times: pa.ChunkedArray, starts: np.ndarray) -> tuple[list[np.ndarray 
 def _vectors_of(
     embeddings: Snapshot, bucket: int, wanted: pa.Array, users: list[str] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each wanted pair its row in the vectors (-1: none), and the vectors (V, D), read some row groups at a time."""
+    """Row of each wanted pair in the vectors (-1: none), and the vectors (V, D), read some row groups at a time."""
     place: np.ndarray = np.full(len(wanted), -1, np.int64)
     distinct = pc.dictionary_encode(wanted)
     row_of = np.full(len(distinct.dictionary), -1, np.int64)

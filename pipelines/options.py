@@ -41,7 +41,7 @@ class JobConfig(BaseModel):
 
 
 class ResumableConfig(JobConfig):
-    """Of a job that a rerun goes on with, and that sets aside what it cannot use."""
+    """What a job is told that a rerun goes on with, and that sets aside what it cannot use."""
 
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
     run_id: str | None = None

@@ -60,7 +60,7 @@ class OwedUsers:
     users: frozenset[str] | None
     """Only these, where given."""
     buckets: int
-    """Of the tables."""
+    """Number of buckets of the tables."""
     id_column: str = "adapter_id"
     only_asking: bool = False
     """Only users who have a request."""

@@ -63,7 +63,7 @@ class LoraConfig(BaseModel):
 
     shape: AdapterShape = AdapterShape()
     dropout: float = Field(0.05, ge=0, lt=1)
-    """Of the adapter's input."""
+    """Share of the adapter's inputs that are set to zero in training."""
     batch_size: int = Field(16, gt=0)
     """Examples of a user's step."""
     epochs: int = Field(2, gt=0)
@@ -76,7 +76,7 @@ class LoraConfig(BaseModel):
     micro_tokens: int = Field(16_384, gt=0)
     """A step with more tokens than this is computed in parts."""
     stored: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in the table; they are trained in float32."""
+    """Number format of the weights in the table; they are trained in float32."""
     seed: int = 0
 
 
@@ -99,7 +99,7 @@ class StackConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens: int = Field(16_384, gt=0)
-    """Of one pass; more bring nothing once the processor is full."""
+    """Tokens in one pass; more bring nothing once the processor is full."""
     memory_gib: float = Field(8.0, gt=0)
     """For what a pass keeps until its backward, and for the adapters with their optimiser states."""
 

@@ -54,7 +54,7 @@ class _Product:
 
     @classmethod
     def of(cls, linears: list[nn.Linear], dtype: torch.dtype) -> "_Product":
-        """Of some layers that have the same input: their outputs side by side."""
+        """Joins layers that have the same input: their outputs stand side by side."""
         weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype).contiguous()
         bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight), bias)

@@ -28,7 +28,8 @@ class FitConfig(BaseModel):
     """Samples a step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
     query_learning_rate: float | None = Field(None, ge=0)
-    """Of the query encoder; default: learning_rate. 0 keeps the copy as it was, and each query is encoded once."""
+    """Learning rate of the query encoder; default: learning_rate. With 0 it stays the copy that it is at the start, and
+    each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps; then linear to zero."""
@@ -46,7 +47,7 @@ class FitConfig(BaseModel):
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the train users that choose the checkpoint."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the query encoder's and projector's matrix work; auto: bfloat16 where it is native."""
+    """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
     seed: int = 0
 
 

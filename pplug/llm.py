@@ -29,7 +29,8 @@ class LLMConfig(BaseModel):
     """Commit of the weights on the hub."""
     layout: PromptLayout = PromptLayout()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen weights in training. auto: bfloat16 on a GPU, float32 elsewhere. Not part of the identity."""
+    """Number format of the frozen weights in training. auto takes bfloat16 on a GPU and float32 elsewhere; it is no
+    part of the identity."""
 
 
 def llm_id(config: LLMConfig) -> str:

@@ -29,11 +29,12 @@ class ProfileConfig(BaseModel):
     prompt: str = "{items}. Describe in a few sentences the interests, preferences and style of this person."
     """Asks for it; {items} are written as retrieval writes them, newest first."""
     prompt_tokens: int | None = Field(None, gt=0)
-    """Of that prompt; default: llm.layout.max_input_tokens. May be more, as far as the engine's context goes."""
+    """Tokens that the prompt may have; default: llm.layout.max_input_tokens. It may be more, as far as the engine's
+    context goes."""
     text: str = "User profile: {profile}\n"
     """Puts {profile} before a request."""
     max_tokens: int = Field(64, gt=0)
-    """Of that text; a longer profile is cut at its end."""
+    """Tokens that the profile may take in a prompt; a longer one is cut at its end."""
     llm_id: str | None = None
     """The LLM that wrote the profiles, where that is not the one that replies; default: they must be the same."""
 

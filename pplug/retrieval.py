@@ -38,9 +38,9 @@ class RetrievalConfig(BaseModel):
     k: int = Field(4, gt=0)
     """Items in a prompt; the paper uses 1 to 4. Fewer where they do not fit."""
     budget_tokens: int | None = Field(None, gt=0)
-    """Of items and request together; default: llm.layout.max_input_tokens (256, as in the paper)."""
+    """Tokens that items and request may take together; default: llm.layout.max_input_tokens (256, as in the paper)."""
     input_share: float = Field(0.6, gt=0, lt=1)
-    """Of the budget, what a long request may take; the items share the rest."""
+    """Share of the budget that a long request may take; the items share the rest."""
     encoder: EncoderConfig = EncoderConfig()
     """For `dense`: the encoder of the refresh, whose vectors are searched."""
     query_prefix: str = ""

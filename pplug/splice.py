@@ -69,7 +69,7 @@ class Splicer:
         self.words = TextTokenizer(tokenizer, [*self._head, *self._tail])
 
     def _ids(self, text: str) -> list[int]:
-        """Of the prompt's own words, which may hold control tokens."""
+        """Token ids of the prompt's own words, which may hold control tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def prompts(self, inputs: Sequence[str], leads: Sequence[str] | None = None) -> list[Prompt]:

@@ -46,8 +46,8 @@ class TinyLMConfig(BaseModel):
     """width / heads must be a multiple of 32: vLLM's CPU attention knows no narrower head."""
     ffn_width: int = Field(384, ge=32)
     init_std: float = Field(0.02, gt=0)
-    """Of the initial weights. In the embedded world 1 / sqrt(width) learns to use what the prompt says in a quarter of
-    the steps; with a vocabulary of thousands and real text it ends worse."""
+    """Standard deviation of the initial weights. In the embedded world 1 / sqrt(width) learns to use what the prompt
+    says in a quarter of the steps; with a vocabulary of thousands and real text it ends worse."""
     context: int = Field(512, ge=16)
     """Longest prompt the saved model accepts, in tokens."""
     max_tokens: int = Field(256, ge=16)

@@ -56,7 +56,7 @@ class ReadExamples:
             yield from self.owed.blocks(bucket, EXAMPLES, self._examples)
 
     def _examples(self, own: Histories, user: int, items: range) -> dict[str, Any]:
-        """Of the items in `items`; retrieval looks among those before them too."""
+        """Examples of the items in `items`; retrieval looks among those before them too."""
         assert own.fields is not None, "read with fields"
         start = max(int(own.starts[user]), items.start - RETRIEVAL_ITEMS)
         known = {i: decode_fields(own.fields[i].as_py()) for i in range(start, items.stop)}

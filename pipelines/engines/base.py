@@ -21,12 +21,12 @@ class Decoding(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_tokens: int = Field(32, gt=0)
-    """Of the reply."""
+    """Tokens that a reply may have."""
     temperature: float = Field(0.0, ge=0)
-    """0: greedy."""
+    """0 takes the most probable token each time (greedy)."""
     top_p: float = Field(1.0, gt=0, le=1)
     beams: int = Field(1, gt=0)
-    """transformers engine only; the paper uses 4."""
+    """Number of beams; transformers engine only. The paper uses 4."""
     stop: tuple[str, ...] = ()
     """A reply ends before the first of these."""
     seed: int = 0
@@ -38,7 +38,7 @@ class Decoding(BaseModel):
 
 
 class EngineConfig(BaseModel):
-    """Which engine, and how much of the machine it may take. No value of a reply depends on it."""
+    """Which engine answers, and how much of the machine it may take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -49,17 +49,17 @@ class EngineConfig(BaseModel):
     context: int | None = Field(None, gt=0)
     """Tokens of prompt and reply; default: the model's own limit."""
     max_num_seqs: int = Field(256, gt=0)
-    """Requests the engine works on at once."""
+    """Number of requests that the engine works on at once."""
     memory_fraction: float = Field(0.85, gt=0, le=1)
-    """Of the GPU's memory."""
+    """Share of the GPU's memory that the engine takes."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """On a CPU."""
+    """Memory for the keys and values of attention, on a CPU."""
     eager: bool | None = None
     """No compilation; default: true on a CPU, where it starts a minute faster."""
     batch_rows: int = Field(64, gt=0)
-    """Requests handed over at a time."""
+    """Number of requests that are handed over at a time."""
     in_flight: int = Field(8, gt=0)
-    """Batches in flight an engine: batch_rows * in_flight should exceed max_num_seqs."""
+    """Number of batches in flight per engine: batch_rows * in_flight should exceed max_num_seqs."""
     adapters_at_once: int = Field(32, gt=0)
     """Adapters in one step of the engine; each takes room in its memory."""
     adapters_ready: int = Field(512, gt=0)

@@ -15,7 +15,7 @@ from pipelines.engines.adapters import AdapterName, AdapterShelf
 @dataclass
 class _Loaded:
     request: "asyncio.Task[Any]"
-    """Of the LoRARequest under which the engine knows it."""
+    """Task that gives the LoRARequest under which the engine knows it."""
     users: int = 0
     """Requests that hold it."""
 

@@ -28,7 +28,8 @@ class EvaluateConfig(BaseModel):
     users: str | None = None
     """File with a user id a line: only their requests, as for those who have an adapter."""
     as_of_version: dict[Literal["histories", "requests", "generations", "personas"], NonNegativeInt] = {}
-    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
+    """Table versions to read instead of the newest complete one, for example `histories=12`. Any version works until
+    `vacuum` removes it."""
     pool: bool = False
     """The runs repeat the same methods and differ in a seed: each method is scored over the replies of all of them.
     Runs with other methods, such as `plug:soft-prompt`, may stand beside them if they share none with the rest."""
@@ -57,7 +58,7 @@ class EvaluateConfig(BaseModel):
     resamples: int = Field(2000, ge=100)
     """Draws of people behind each interval."""
     seed: int = 0
-    """Of the draws: the same seed gives the same intervals."""
+    """Seed of the resamples: the same seed gives the same intervals."""
     run_id: str | None = None
     """Name of this evaluation; a new one when not given."""
     run_dir: str | None = None

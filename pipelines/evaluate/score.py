@@ -113,7 +113,7 @@ class ScoreBuckets:
     seed: int
     facts: groups.Facts
     cuts: dict[str, tuple[int, int]]
-    """Of each kind of group, where its thirds end; kinds that are not known here are left out."""
+    """Where the thirds of each kind of group end; kinds that are not known here are left out."""
     examples: int = 0
     """Requests to show side by side."""
     beside: tuple[str, ...] = ()

@@ -32,33 +32,34 @@ class Config(ResumableConfig):
     retrieval: RetrievalConfig = RetrievalConfig()
     """For random, recency, bm25 and dense: how many items, how much room."""
     write_profiles: bool = False
-    """Write the users' profiles instead of replies; methods, plug, oracle, retrieval and requests say nothing then.
-    decoding.max_tokens is a profile's length."""
+    """Write user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then ignored.
+    decoding.max_tokens is the length of a profile."""
     profile: ProfileConfig = ProfileConfig()
     """For write_profiles and the method profile: how one is asked for, and how it stands in a prompt."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: Literal["all", "open", "labelled"] = "all"
-    """open: those without a target; labelled: those with one."""
+    """open takes requests without a target, labelled takes those with one."""
     users: str | None = None
-    """File with a user id a line: only their requests, only their profiles."""
+    """File with one user id per line: only their requests are answered, only their profiles are written."""
     as_of_version: dict[
         Literal["histories", "requests", "embeddings", "personas", "adapters", "profiles"], NonNegativeInt
     ] = {}
-    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
+    """Table versions to read instead of the newest complete one, for example `histories=12`. Any version works until
+    `vacuum` removes it."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     decoding: Decoding = Decoding()
     engine: EngineConfig = EngineConfig()
     history_cap: int = Field(512, gt=0)
-    """Newest items that count."""
+    """Number of newest items of a user that count."""
     workers: int = Field(1, gt=0)
-    """Engines: one a GPU, or one a CPU node."""
+    """Number of engines: one per GPU, or one per CPU node."""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """1 on a GPU cluster."""
+    """GPUs of one engine; 1 on a GPU cluster."""
     prompt_workers: int = Field(1, gt=0)
-    """Actors that build prompts beside the engines."""
+    """Number of actors that build prompts beside the engines."""
     max_engine_restarts: int = Field(3, ge=0)
-    """Times a dead engine is started again before the job gives up; what is committed stays."""
+    """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
-    """Replies in one commit."""
+    """Number of replies in one commit."""

@@ -223,7 +223,7 @@ class BuildPrompts:
         return max(0, taken - (self.limit - self.retriever.budget_tokens))
 
     def _encoder_id(self, method: Method) -> str | None:
-        """Of the vectors that the method reads: those of the table it was given."""
+        """Encoder of the vectors that the method reads: those of the table it was given."""
         if method.retrieval == "dense" and self.embeddings is not None:
             return self.embeddings.metadata.get("encoder_id")
         if method.plug is not None and self.maker is not None:

@@ -29,13 +29,13 @@ class IngestConfig(BaseModel):
     requests_source: str | None = None
     """File or folder of requests, JSONL or Parquet."""
     format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
-    """Of source; auto goes by the names of its files."""
+    """Format of the source; auto goes by the names of its files."""
     split: str = "train"
     """LaMP: which `<split>_questions.json`; with download also time, user, time/dev and the like."""
     download: str | None = None
     """A LaMP task to fetch from the benchmark's site, such as LaMP_2."""
     address: str = "https://ciir.cs.umass.edu/downloads/LaMP"
-    """Of the benchmark's site."""
+    """Address of the benchmark's site."""
     download_dir: str = "data/LaMP"
     """Folder that downloads are kept in; a rerun fetches only what is missing."""
     task: str | None = None

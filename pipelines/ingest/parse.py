@@ -22,7 +22,7 @@ class ParsePieces:
     pieces: tuple[Piece | LampFiles, ...]
     columns: Mapping[str, str]
     survey: Any
-    """Of a LaMP split: a reference to its `Survey` in the object store, where the tasks read it."""
+    """Reference to the `Survey` of a LaMP split in the object store, where the tasks read it."""
     keep_questions: bool
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

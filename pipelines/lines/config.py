@@ -32,9 +32,9 @@ class Model(BaseModel):
     engine: EngineConfig = EngineConfig()
     decoding: Decoding = Decoding()
     shape: dict[str, Any] = {}
-    """Of the plug, as `train` takes it."""
+    """Shape of the plug, as `train` takes it."""
     lora: LoraConfig = LoraConfig()
-    """Of the dev users' adapters, trained where a method has them."""
+    """Settings of the dev users' adapters, which are trained where a method uses them."""
 
 
 class LampConfig(BaseModel):
@@ -71,7 +71,7 @@ class LampConfig(BaseModel):
     separation: Literal["time", "user"] = "time"
     """How the benchmark splits: the paper's figures are of the time separation."""
     address: str | None = None
-    """Of the benchmark's site, where it has moved."""
+    """Address of the benchmark's site, where it has moved."""
     download_dir: str = "data/LaMP"
     """Folder that downloads are kept in."""
     workers: int = Field(1, gt=0)
@@ -138,16 +138,16 @@ class DemoConfig(BaseModel):
     run_id: str = "demo"
     """Name of the evaluation's run."""
     seed: int = 0
-    """Of the world and of every training."""
+    """Seed of the world and of every training."""
     train_users: int = Field(360, gt=1)
     """People the plug learns from."""
     test_users: int = Field(400, gt=1)
     """People that neither LM nor plug were trained on; five requests each."""
     adapter_users: int = Field(80, gt=1)
-    """Of the test users, how many get an adapter, from what came before their requests."""
+    """Number of test users who get an adapter, trained on what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
     """Other people, whose texts the base LM learns from."""
     lm_steps: int = Field(1500, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)
-    """Of the plug."""
+    """Passes over the train users' requests in the training of the plug."""

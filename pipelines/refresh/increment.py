@@ -56,7 +56,7 @@ class Late:
 
 @dataclass(frozen=True)
 class Since:
-    """Of each settled bucket the files that have come, and what the finished run counted there."""
+    """Files that have come to each settled bucket, and what the finished run counted there."""
 
     before: Snapshot | None = None
     """The histories that run read; None: no run to go on from, every bucket is looked at whole."""

@@ -52,7 +52,8 @@ class Config(ResumableConfig):
     users: str | None = None
     """File with a user id a line: only their requests are learned from."""
     as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}
-    """Of a table an old version, complete or not, as long as a vacuum has left it; the newest complete by default."""
+    """Table versions to read instead of the newest complete one, for example `histories=12`. Any version works until
+    `vacuum` removes it."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     history_cap: int = Field(512, gt=0)

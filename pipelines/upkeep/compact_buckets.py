@@ -23,7 +23,7 @@ class CompactBucket:
     table: Table
     snapshot: Snapshot
     histories: Snapshot | None
-    """Of a table of vectors: the items that still need one; None where every row stays."""
+    """For a table of vectors, the items that still need one; None where every row stays."""
     target_bytes: int
     run_id: str
 

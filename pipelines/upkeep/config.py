@@ -121,7 +121,7 @@ class ExportConfig(JobConfig):
     output: str
     """New folder or s3:// prefix; a folder for an adapter."""
     format: Literal["parquet"] = "parquet"
-    """Of a table; an adapter is always safetensors."""
+    """Format of an exported table; an adapter is always safetensors."""
     as_of_version: int | None = Field(None, ge=0)
     """An old version of the table, complete or not, as long as a vacuum has left it; the newest complete by default."""
 

@@ -17,7 +17,7 @@ OURS = ("bucket", "user_key")
 
 
 def vector_widths(snapshot: Snapshot) -> dict[str, int]:
-    """Of each vector column its width; a column without any vector (personas without a plug) is not in it."""
+    """Width of each vector column; a column without any vector (personas without a plug) is not in it."""
     found: dict[str, int] = {}
     for name in snapshot.spec.vectors:
         for file in snapshot.files:
