@@ -178,11 +178,12 @@ def _corpus(population: Population) -> list[str]:
 def new_plug(folder: Path, population: Population, llm: LLMConfig, persona_tokens: int = 1) -> str:
     """An untrained plug with MiniLM as its query encoder, in a folder."""
     from pipelines.train import job as train
+    from pipelines.train.config import PlugShape
 
     place = folder / f"plug-{Path(llm.model).name}-{persona_tokens}-{llm.layout.max_input_tokens}"
     if not (place / "config.json").exists():
         config = train.Config(tables=population.tables, llm=llm,
-                              shape=train.PlugShape(persona_tokens=persona_tokens))  # fmt: skip
+                              shape=PlugShape(persona_tokens=persona_tokens))  # fmt: skip
         identities = {"encoder_id": population.encoder_id, "llm_id": llm_id(llm)}
         plug, _, tokenizer = train._models(config, identities)
         plug.save_pretrained(place, tokenizer)

@@ -7,7 +7,8 @@ import pytest
 
 from infra.errors import InputError
 from pipelines import options, tables
-from pipelines.generate import job as generate
+from pipelines.generate.config import Config
+from pipelines.generate.sources import read_oracle
 from pplug import tasks
 from pplug.encoder import EncoderConfig
 from tests.pipelines.population import NOTES, Population
@@ -49,7 +50,7 @@ def test_an_oracle_file_is_read_alike_however_it_was_saved(tmp_path, form):
     path, method = tmp_path / "oracle.jsonl", SimpleNamespace(oracle=True)
     lines = [json.dumps({"user_id": user, "text": f"{user} likes cats"}, ensure_ascii=False) for user in sorted(USERS)]
     path.write_bytes(forms("".join(line + "\n" for line in lines))[form])
-    found = generate._oracle(generate.Config.model_construct(oracle=str(path)), [method])
+    found = read_oracle(Config.model_construct(oracle=str(path)), [method])
     assert found == {user: f"{user} likes cats" for user in USERS}
 
 

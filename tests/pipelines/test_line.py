@@ -20,6 +20,7 @@ from pipelines.generate import job as generate
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train.config import PlugShape
 from pplug import PersonaPlug, TextEncoder, world
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
@@ -65,7 +66,7 @@ def line(tmp_path_factory, ray_session):
     assert run(refresh, "refresh-train", tables=made.train, encoder=encoder) == 0
     fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
     assert run(train, "train", tables=made.train, llm=llm, encoder=encoder, plug=made.plug, fit=fit,
-               shape=train.PlugShape(persona_tokens=2)) == 0  # fmt: skip
+               shape=PlugShape(persona_tokens=2)) == 0  # fmt: skip
     assert run(refresh, "refresh-test", tables=made.test, encoder=encoder, plug=made.plug) == 0
     # 1: one reply is missing, that of the method `oracle` for somebody whose preference nobody stated
     assert run(generate, "generate", tables=made.test, **asked(made)) == 1

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infra import shards
-from pipelines import refresh
+from pipelines.refresh import job as refresh
 from pplug import TextEncoder, history
 from pplug.encoder import EncoderConfig
 from tests.pipelines.population import NOTES, Population

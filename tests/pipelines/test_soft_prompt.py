@@ -13,6 +13,7 @@ from pipelines.generate import job as generate
 from pipelines.methods import parse
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train.config import PlugShape
 from pplug import PersonaPlug
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, llm_id
@@ -38,7 +39,7 @@ def made(tmp_path_factory, ray_session):
     )
     world.ingest("train", "ingest-same", requests_source=str(world.root / "same.jsonl"))
     fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-2, held_out=0.2)
-    shape = train.PlugShape(without_history=True, persona_tokens=2)
+    shape = PlugShape(without_history=True, persona_tokens=2)
     common = {"tables": world.tables, "llm": world.llm}
     assert world.run(train, "train", **common, encoder=world.encoder, fit=fit, shape=shape) == 0
     plug = str(world.root / "runs" / "train" / "plug")
