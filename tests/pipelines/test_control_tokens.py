@@ -45,9 +45,10 @@ def made(population, ray_session):
     fill(population, items, TASK, derive_requests=2)
     profiles = tables.open_or_create(population.tables, "profiles", BUCKETS)
     rows = [
-        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, BUCKETS), "text": f"likes {BREAK} film"}
+        {"user_id": user, "user_key": user_key(user), "bucket": bucket_of(user, BUCKETS), "text": f"likes {BREAK} film",
+         "last_item_position": 0}
         for user in ("ann", "bob")
-    ]
+    ]  # fmt: skip
     files = profiles.write(pa.Table.from_pylist(rows, schema=profiles.spec.schema), "p")
     profiles.commit(files, run_id="p", group=0, mode="append", planned_on=0, complete=True)
     known = {
@@ -114,13 +115,13 @@ def test_examples_of_adapt_hold_the_control_tokens_of_their_template_and_an_end(
     assert checked == 2 * 3
 
 
-@pytest.mark.parametrize("source", ["histories", "requests"])
+@pytest.mark.parametrize("source", ["items", "requests"])
 def test_examples_of_the_base_hold_the_control_tokens_of_their_template_and_an_end(made, source):
-    place = str(made.folder / "examples")
-    counts = BaseExamples(getattr(made, source), made.entry, frozenset(), made.llm, 500, place)
+    place = str(made.folder / f"examples-{source}")
+    counts = BaseExamples(made.histories, made.requests, source, False, made.entry, frozenset(), made.llm, 500, place)
     done = sum(pa.concat_tables(counts(made.buckets))["examples"].to_pylist())
     files = [Storage(place).read_bytes(name) for name in Storage(place).list("")]
     rows = [row for file in files for row in pq.read_table(io.BytesIO(file)).to_pylist()]
-    assert len(rows) == done == (10 if source == "histories" else 4)
+    assert len(rows) == done == (10 if source == "items" else 4)
     for row in rows:
         assert control(made, row["prompt"]) == TURN and control(made, row["answer"]) == ["<|im_end|>"]

@@ -64,7 +64,7 @@ def batch(prompts, errors=None):
     columns = {
         "bucket": [0] * n,
         "user_key": ["k"] * n,
-        "request_id": [p.request_id for p in prompts],
+        "request_id": [p.key for p in prompts],
         "method": ["plug"] * n,
         "user_id": ["u"] * n,
         "before": [p.before for p in prompts],

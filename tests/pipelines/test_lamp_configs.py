@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
+import pipelines
 from pipelines import options
 from pipelines.__main__ import JOBS
 from pipelines.lines import lamp
 from pipelines.methods import parse_all
 from pplug import tasks
 
-FILES, TINY = (sorted(Path(lamp.__file__).with_name("configs").glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml"))
+CONFIGS = Path(pipelines.__file__).parent / "configs"
+FILES, TINY = (sorted(CONFIGS.glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml"))
 
 
 def load(path: Path, *words: str) -> lamp.Config:
