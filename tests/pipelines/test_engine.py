@@ -76,6 +76,7 @@ def batch(prompts, errors=None):
         "adapter_id": [None] * n,
         "adapter_key": [None] * n,
         "error": errors or [None] * n,
+        "notes": [[]] * n,
     }
     return pa.table(columns, schema=PROMPTS)
 

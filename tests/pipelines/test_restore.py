@@ -290,6 +290,7 @@ def refreshed(run_id: str):
     return step
 
 
+@pytest.mark.slow
 def test_nights_after_a_restore_are_those_of_a_line_without_the_bad_run(evening, clean, tmp_path):
     assert line(evening, tmp_path / "at-once", [bad, back(before="bad")]) == clean
     # the bad items were encoded and published before anybody saw it
