@@ -54,9 +54,9 @@ class Owed:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
         owed, there: pairs of a request and a method. failed: replies of this run that are errors. with_target, dated:
-        requests with a known answer, and those of them that may not see all items. without_adapter, without_profile:
-        requests whose user has none. adapter_leaks, profile_leaks: requests with a known answer whose user's adapter or
-        profile was made from items that they may not see.
+        requests with a known answer, and those of them that may not see all items. without_profile: requests whose user
+        has none. adapter_leaks, profile_leaks: requests with a known answer whose user's adapter or profile was made
+        from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked, wanted = self.read(bucket), set(self.methods)
@@ -72,7 +72,8 @@ class Owed:
                 counts[f"{name}_leaks"] = sum(
                     row["user_id"] in made_from and not made_from[row["user_id"]].is_visible_to(row) for row in labelled
                 )
-                counts[f"without_{name}"] = sum(row["user_id"] not in made_from for row in rows)
+                if name == "profile":
+                    counts["without_profile"] = sum(row["user_id"] not in made_from for row in rows)
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
 

@@ -1,7 +1,7 @@
 """report.html: evaluate's figures as one page that opens anywhere, and its charts as files beside it.
 
 Route: report.json as a dict -> words and cells -> Jinja template; charts (pipelines.evaluate.report.charts) stand in it
-as SVG. What the page claims is the verdict's (pipelines.verdict), word by word.
+as SVG. What the page claims is the verdict's (pipelines.evaluate.verdict), word by word.
 """
 
 from collections.abc import Mapping
