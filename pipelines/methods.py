@@ -1,43 +1,81 @@
-"""Methods of `generate`: what personalises a reply. A name is made of parts joined by +.
+"""Methods of `generate`: what personalises a reply. A name is made of parts joined by +, such as `plug+bm25`.
 
-none              the request alone
-random            items of the user's history before the request, drawn at random but the same in every run
-recency           the newest items before the request
-bm25              the items that share most words with the request (the benchmark's retriever)
-dense             the items whose vectors, as `refresh` stored them, are nearest to the request's
-plug              the plug's persona for this request, as the plug was trained (attention or mean)
-plug:attention    items weighed by likeness to the request
-plug:mean         items weighed alike; a request without a cut-off uses the persona that `refresh` stored
-plug:no-history   control: the instruction row alone, as for a user without history
-plug:other-user   control: the persona of another user, drawn at random but the same in every run
-plug:soft-prompt  control: a plug that was trained without any history, so that its gain is the task's and nobody's
-adapter           the user's own LoRA adapter, as `adapt` made it; a user without one gets the base's reply
-adapter:other-user  control: another person's adapter, drawn at random but the same in every run
-profile           the user's profile in words, as `generate --write-profiles` made it; a user without one gets the rest
-oracle            the user's preference in words before the request; where it is known (the embedded world)
-
-The profile stands first, then what retrieval found, then the request. With a plug (profile+plug+bm25) the persona rows
+`PARTS` is the one list of parts, with what each does; help, documents and reports are made from it or tested with it.
+What a part reads, refuses and adds to a prompt stands in `generate/parts/`, one file per group of parts. The profile
+stands first in a prompt, then what retrieval found, then the request. With a plug (profile+plug+bm25) the persona rows
 stand right before the request, behind both texts, as in the paper.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from infra.errors import InputError
 from pplug.retrieval import KINDS
 
+Group = Literal["none", "oracle", "profile", "retrieval", "plug", "adapter"]
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """One part of a method's name."""
+
+    name: str
+    group: Group
+    """Parts of one group exclude each other in one method."""
+    about: str
+    """The part in words."""
+    control: bool = False
+    """Whether it keeps everything but the user, so that a gain can be laid to the user."""
+
+    @property
+    def kind(self) -> str:
+        """What stands behind the colon, or the name itself."""
+        return self.name.partition(":")[2] or self.name
+
+
 PARTS = {
-    "none": "the request alone",
-    "plug": "persona rows",
-    "plug:attention": "persona rows, items weighed by likeness to the request",
-    "plug:mean": "persona rows, items weighed alike",
-    "plug:no-history": "control: the instruction row alone",
-    "plug:other-user": "control: another user's persona",
-    "plug:soft-prompt": "control: a soft prompt trained without any history",
-    "adapter": "the user's LoRA adapter",
-    "adapter:other-user": "control: another person's adapter",
-    "profile": "the user's profile in words",
-    **KINDS,
-    "oracle": "the user's preference in words",
+    part.name: part
+    for part in (
+        PartInfo("none", "none", "the request alone"),
+        PartInfo("plug", "plug", "the plug's persona for this request, as the plug was trained (attention or mean)"),
+        PartInfo("plug:attention", "plug", "persona whose items are weighed by likeness to the request"),
+        PartInfo(
+            "plug:mean",
+            "plug",
+            "persona whose items are weighed alike; a request without a cut-off uses the one that `refresh` stored",
+        ),
+        PartInfo(
+            "plug:no-history", "plug", "control: the instruction row alone, as for a user without history", control=True
+        ),
+        PartInfo(
+            "plug:other-user",
+            "plug",
+            "control: the persona of another user, drawn at random but the same in every run",
+            control=True,
+        ),
+        PartInfo(
+            "plug:soft-prompt",
+            "plug",
+            "control: a plug that was trained without any history, so that its gain is the task's and nobody's",
+            control=True,
+        ),
+        PartInfo(
+            "adapter", "adapter", "the user's own LoRA adapter from `adapt`; a user without one gets the base's reply"
+        ),
+        PartInfo(
+            "adapter:other-user",
+            "adapter",
+            "control: another person's adapter, drawn at random but the same in every run",
+            control=True,
+        ),
+        PartInfo(
+            "profile",
+            "profile",
+            "the user's profile in words, as `generate --write-profiles` made it; a user without one gets the rest",
+        ),
+        *(PartInfo(name, "retrieval", about) for name, about in KINDS.items()),
+        PartInfo("oracle", "oracle", "the user's preference in words, where it is known (the embedded world)"),
+    )
 }
 
 
@@ -46,43 +84,36 @@ class Method:
     """A method taken apart."""
 
     name: str
-    plug: str | None
-    """None, or how the persona is made: trained, attention, mean, no-history, other-user, soft-prompt."""
-    oracle: bool
-    adapter: str | None = None
-    """None, or whose: own, other-user."""
-    retrieval: str | None = None
-    """None, or how items are found: random, recency, bm25, dense."""
-    profile: bool = False
+    parts: tuple[PartInfo, ...]
+
+    def part(self, group: Group) -> PartInfo | None:
+        """The method's part of this group; None where it has none."""
+        return next((part for part in self.parts if part.group == group), None)
 
 
 def parse(name: str) -> Method:
     """Reads a method's name.
 
     Raises:
-        InputError: unknown, given twice, or parts that exclude each other.
+        InputError: a part is unknown or given twice, or parts exclude each other.
     """
-    parts = name.split("+")
+    names = name.split("+")
     known = f"known: {', '.join(PARTS)}; joined by +, such as plug+bm25"
-    for part in parts:
+    for part in names:
         if part not in PARTS:
             raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
-    plugs = [part for part in parts if part.startswith("plug")]
-    adapters = [part for part in parts if part.startswith("adapter")]
-    found = [part for part in parts if part in KINDS]
-    alone = "none" in parts and len(parts) > 1
-    if len(set(parts)) < len(parts) or max(len(plugs), len(adapters), len(found)) > 1 or alone:
+    parts = tuple(PARTS[part] for part in names)
+    groups = {part.group for part in parts}
+    if len(groups) < len(parts) or ("none" in groups and len(parts) > 1):
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")
-    kind = (plugs[0].partition(":")[2] or "trained") if plugs else None
-    whose = (adapters[0].partition(":")[2] or "own") if adapters else None
-    return Method(name, kind, "oracle" in parts, whose, found[0] if found else None, "profile" in parts)
+    return Method(name, parts)
 
 
 def parse_all(names: tuple[str, ...]) -> list[Method]:
     """Reads a list of methods.
 
     Raises:
-        InputError: empty, or a name twice.
+        InputError: the list is empty, or has a name twice.
     """
     if not names or len(set(names)) < len(names):
         raise InputError(f"methods={list(names)}: name at least one method, each once (known: {', '.join(PARTS)})")

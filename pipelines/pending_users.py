@@ -1,10 +1,10 @@
-"""Part of the jobs that keep one row a user: who of a bucket is owed one, made from which of the user's items.
+"""Part of the jobs that keep one row per user: which users of a bucket need a new one, made from which of their items.
 
-Route: histories, requests and the rows there -> users owed a row, each with the items that count -> rows made anew,
-rejects, and the bucket's other rows beside them, since a bucket is replaced as a whole.
+Route: histories, requests and the existing rows -> users whose row is pending, each with the items that count -> rows
+made anew, rejects, and the bucket's other rows beside them, since a bucket is replaced as a whole.
 
-Where the table of requests is given, a user's items are cut at the earliest of the user's requests: what one of them
-may not see is used by none.
+Where the table of requests is given, a user's items are cut at the earliest of the user's requests: an item that one of
+them may not see is used by none.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,27 +26,27 @@ BLOCK_USERS = 64
 
 
 @dataclass(frozen=True)
-class Owing:
-    """What a bucket owes."""
+class PendingBucket:
+    """The users of one bucket whose row is pending, and those whose row stays."""
 
     own: Histories
     users: dict[int, tuple[range, str]]
-    """Users owed a row of the table: rows of the items that count, and their hash."""
+    """Users whose row is pending: rows of the items that count, and their hash."""
     missing: list[str]
     """Users asked for who have no item at all."""
-    there: int
-    """Users whose row is there."""
-    stays: list[str]
+    existing: int
+    """Users whose row exists and still holds."""
+    unchanged: list[str]
     """user_key of the bucket's rows that are not made anew."""
 
     @property
-    def owed(self) -> int:
+    def pending(self) -> int:
         return len(self.users) + len(self.missing)
 
 
 @dataclass(frozen=True)
-class OwedUsers:
-    """Which users are still owed a row: one answer for plan and work."""
+class PendingUsers:
+    """Which users still need a row: one answer for plan and work."""
 
     histories: Snapshot
     requests: Snapshot | None
@@ -55,7 +55,7 @@ class OwedUsers:
     """The table before this run's work began."""
     made_as: str
     """Identity of the settings; the id of a row is it, or begins with it and a hyphen."""
-    cap: int
+    max_items: int
     """Newest items that count."""
     users: frozenset[str] | None
     """Only these, where given."""
@@ -65,7 +65,7 @@ class OwedUsers:
     only_asking: bool = False
     """Only users who have a request."""
 
-    def read(self, bucket: int) -> Owing:
+    def read(self, bucket: int) -> PendingBucket:
         wanted: set[str] | None = None
         keys: list[str] | None = None
         if self.users is not None:
@@ -79,15 +79,15 @@ class OwedUsers:
         cuts = _cuts(own, asked)
         names = ["user_id", "user_key", self.id_column, "history_hash", *LAST_ITEM]
         held = [] if self.before is None else self.before.read(names, buckets=[bucket]).to_pylist()
-        stays = {row["user_id"]: row for row in held}
-        owed, there = {}, 0
+        unchanged = {row["user_id"]: row for row in held}
+        pending, existing = {}, 0
         for user, name in enumerate(own.user_ids):
             start = int(own.starts[user])
             count = cuts.get(user, int(own.starts[user + 1]) - start)
-            kept = history.newest(count, self.cap)
+            kept = history.newest(count, self.max_items)
             rows = range(start + kept.start, start + kept.stop)
             digest = history.history_hash(own.text_hash[rows.start : rows.stop].to_pylist())
-            old = stays.get(name)
+            old = unchanged.get(name)
             # The newest item too: where it stands decides which requests the row may answer.
             if (
                 old is not None
@@ -95,12 +95,13 @@ class OwedUsers:
                 and last_item(old) == newest_of(own, user, rows)
                 and old[self.id_column].partition("-")[0] == self.made_as
             ):
-                there += 1
+                existing += 1
                 continue
-            owed[user] = (rows, digest)
-            stays.pop(name, None)
+            pending[user] = (rows, digest)
+            unchanged.pop(name, None)
         missing = (wanted or set()) - set(own.user_ids)
-        return Owing(own, owed, sorted(missing), there, sorted(row["user_key"] for row in stays.values()))
+        keys_of_unchanged = sorted(row["user_key"] for row in unchanged.values())
+        return PendingBucket(own, pending, sorted(missing), existing, keys_of_unchanged)
 
     def _asked(self, bucket: int, keys: list[str] | None) -> list[dict[str, Any]]:
         if self.requests is None:
@@ -109,28 +110,28 @@ class OwedUsers:
         return self.requests.read(columns, buckets=[bucket], user_keys=keys).to_pylist()
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: bucket, owed, there, stays (rows that travel with the owed)."""
+        """Stage of the plan. in: bucket. out: bucket, pending, existing, unchanged (rows beside the pending)."""
         for bucket in batch["bucket"].to_pylist():
-            owing = self.read(bucket)
-            counts = {"owed": owing.owed, "there": owing.there, "stays": len(owing.stays)}
+            plan = self.read(bucket)
+            counts = {"pending": plan.pending, "existing": plan.existing, "unchanged": len(plan.unchanged)}
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
     def blocks(
         self, bucket: int, schema: pa.Schema, make: Callable[[Histories, int, range], dict[str, Any]]
     ) -> Iterator[pa.Table]:
-        """All rows that the bucket owes, some users at a time.
+        """All rows of a bucket with pending users, some users at a time.
 
         Args:
             schema: the table's columns, reject_reason, reject_detail, and what `make` adds.
             make: (histories, user, rows of the items that count) -> columns of the user's row, or of a reject.
         """
-        owing = self.read(bucket)
-        own = owing.own
-        for held in self._held(bucket, owing.stays):
+        plan = self.read(bucket)
+        own = plan.own
+        for held in self._held(bucket, plan.unchanged):
             yield with_nulls(held, schema)
         nothing = {"bucket": bucket, REASON: "no_history", DETAIL: "asked for, but no item in histories"}
-        rows: list[dict[str, Any]] = [{"user_key": user_key(name)} | nothing for name in owing.missing]
-        for user, (items, digest) in owing.users.items():
+        rows: list[dict[str, Any]] = [{"user_key": user_key(name)} | nothing for name in plan.missing]
+        for user, (items, digest) in plan.users.items():
             names = {"bucket": bucket, "user_key": own.user_keys[user], "user_id": own.user_ids[user]}
             newest = newest_of(own, user, items)
             made_from = {"last_item_at": newest.occurred_at, "last_item_position": newest.position}
@@ -147,7 +148,7 @@ class OwedUsers:
             some = keys[start : start + BLOCK_USERS]
             place = pc.field("user_key")
             near = (place >= some[0]) & (place <= some[-1])  # by which row groups are skipped
-            assert self.before is not None, "what stays was read from there"
+            assert self.before is not None, "the unchanged rows were read from there"
             yield self.before.read(buckets=[bucket], filter=near & place.isin(some))
 
 

@@ -1,15 +1,18 @@
-"""The end of every job: files are written by Ray tasks, and committed by the driver as buckets are complete.
+"""Plan, stream, commit: rows are made and written by Ray, and committed by the driver as buckets are complete.
 
-Only file metadata reaches the driver. A bucket is complete when its rows and rejects make up what the plan says it
-owes; complete buckets are committed in groups, keyed by (run_id, group).
+`run` is the middle of a job: what the plan has counted is made by a chain of stages, written and committed. Only file
+metadata reaches the driver. A bucket is complete when its rows and rejects make up what the plan has counted; complete
+buckets are committed in waves, keyed by (run_id, group).
 More rejects than allowed: what was only added stays, each row is right by itself; what would replace other rows is
 committed for a rerun to go on from, but never as a complete version, so that readers keep the version of before.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +31,7 @@ class WriteFiles:
     """Stage: writes rows as files of one table; rows with a reject reason go to `rejects`.
 
     in:  the table's columns, and where rows can be rejected also reject_reason str (null: a good row), reject_detail
-    out: one row a file: DataFile.to_row()
+    out: one row per file: DataFile.to_row()
     """
 
     def __init__(
@@ -39,10 +42,17 @@ class WriteFiles:
         run_id: str,
         key: str | None = None,
         rejected: Snapshot | None = None,
+        count: Callable[[pa.Table], Mapping[str, int]] | None = None,
     ) -> None:
+        """Names the table and what the driver has to know of each block.
+
+        Args:
+            key: the column by which `rejects` names a row.
+            rejected: rows that `rejects` has already; a job that meets the same row every night writes it once.
+            count: numbers of a block that travel to the driver with the metadata of the block's first file.
+        """
         self.table, self.rejects, self.job, self.run_id, self.key = table, rejects, job, run_id, key
-        self.rejected = rejected
-        """What stands in `rejects` already: a job that meets the same row every night writes it once."""
+        self.rejected, self.count = rejected, count
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         files: list[DataFile] = []
@@ -53,6 +63,8 @@ class WriteFiles:
         good = good.select(self.table.spec.schema.names)
         if good.num_rows:
             files += self.table.write(good, self.run_id)
+        if self.count is not None and files:
+            files[0] = replace(files[0], reasons=dict(self.count(batch)))
         return files_table(files)
 
     def _reject(self, bad: pa.Table) -> list[DataFile]:
@@ -84,7 +96,7 @@ class WriteFiles:
         return files
 
     def _not_yet(self, data: pa.Table) -> pa.Table:
-        """Those that do not stand in `rejects`, from this run or an earlier one."""
+        """Returns the rows that `rejects` does not have yet, from this run or an earlier one."""
         if self.rejected is None or not self.rejected.files:
             return data
         mine = (pc.field("job") == self.job) & pc.field("key").isin(data["key"])
@@ -148,9 +160,9 @@ class Committer:
     table: Table
     rejects: Table | None
     report: RunReport
-    owed: Mapping[int, int]
-    """Rows that each bucket owes, from the plan."""
-    group_rows: int
+    pending: Mapping[int, int]
+    """Rows to come per bucket, from the plan."""
+    wave_rows: int
     """Rows after which the complete buckets are committed: one wave."""
     metadata: dict[str, str]
     planned_on: int
@@ -159,7 +171,7 @@ class Committer:
     complete: bool = False
     """Whether the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
     replace: bool = False
-    """Whether a bucket's new files take the place of those it has; else the table only grows."""
+    """Whether a bucket's new files take the place of those it has; otherwise the table only grows."""
     rejected: dict[int, Counter[str]] = field(default_factory=dict)
     """Rows set aside, by bucket and reason."""
     _got: Counter[int] = field(default_factory=Counter)
@@ -175,9 +187,9 @@ class Committer:
         assert file.bucket is not None
         self._files.setdefault(file.bucket, []).append(file)
         self._got[file.bucket] += file.rows
-        if self._got[file.bucket] == self.owed[file.bucket]:
+        if self._got[file.bucket] == self.pending[file.bucket]:
             self._ready += self._files.pop(file.bucket)
-            if sum(file.rows for file in self._ready) >= self.group_rows:
+            if sum(file.rows for file in self._ready) >= self.wave_rows:
                 self.flush()
         return file.rows
 
@@ -226,9 +238,9 @@ class Committer:
         self._ready = []
 
     def finish(self) -> None:
-        """Commits the rest. Complete only when every bucket has paid what it owes, and a replacement only when no more
-        rows than allowed were rejected on the way."""
-        paid = not self._files and sum(self._got.values()) == sum(self.owed.values())
+        """Commits the rest. The version is complete only when every bucket has all its rows, and a replacement only
+        when no more rows than allowed were rejected on the way."""
+        paid = not self._files and sum(self._got.values()) == sum(self.pending.values())
         if self._ready or not self.complete:
             self.flush(complete=paid)
 
@@ -276,40 +288,142 @@ class Replacer:
         self.report.table_written(self.table.spec.name, commit.version)
 
 
-def plan(
-    buckets: list[int], count: Callable[[pa.Table], Iterator[pa.Table]], report: RunReport
-) -> dict[int, dict[str, Any]]:
-    """What each bucket owes and what is there already, counted by Ray tasks and noted in the report.
+@dataclass(frozen=True)
+class Step:
+    """One stage of a stream: a class that every actor makes once, or a function that tasks call."""
+
+    stage: Any
+    options: Mapping[str, Any]
+
+
+def actors(stage: type, *args: Any, size: int, rows: int | None = 1, gpus: float = 0.0, **options: Any) -> Step:
+    """A stage with a state of its own, such as a model, in a pool of actors.
 
     Args:
-        count: stage. in: bucket. out: a row a bucket: bucket, owed, there, and what else the job counts.
+        args: of the stage's constructor.
+        size: number of actors.
+        rows: rows that the stage gets at a time; None passes blocks on as they come.
+        gpus: GPUs of one actor.
+        options: further options of `Dataset.map_batches`; those of `ActorPoolStrategy` stand in a mapping `pool`.
+    """
+    pool = ray.data.ActorPoolStrategy(size=size, **options.pop("pool", {}))
+    given = {"fn_constructor_args": args, "batch_size": rows, "num_gpus": gpus or None, "compute": pool}
+    return Step(stage, given | options)
+
+
+def tasks(stage: Callable[[pa.Table], Any], rows: int | None = 1) -> Step:
+    """A stage without a state, in Ray tasks. `rows`: rows that it gets at a time; None passes blocks on as they come.
+
+    An object's bound `__call__` is taken, since Ray Data would look for the constructor's arguments of a class.
+    """
+    plain = isinstance(stage, (partial, FunctionType, MethodType))
+    call: Any = stage
+    return Step(call if plain else call.__call__, {"batch_size": rows})
+
+
+def stream(buckets: Sequence[int], steps: Sequence[Step]) -> "ray.data.Dataset":
+    """A stream of work that begins with one row per bucket, one block per row."""
+    data = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))
+    for step in steps:
+        data = data.map_batches(step.stage, batch_format="pyarrow", **step.options)
+    return data
+
+
+def each_bucket(buckets: Sequence[int], stage: Callable[[pa.Table], Any]) -> Iterator[dict[str, Any]]:
+    """Calls a stage (in: bucket) for every bucket, in Ray tasks, and yields the rows that it gives."""
+    if buckets:
+        yield from stream(buckets, [tasks(stage)]).iter_rows()
+
+
+def plan(
+    buckets: Sequence[int], count: Callable[[pa.Table], Iterator[pa.Table]], report: RunReport
+) -> dict[int, dict[str, Any]]:
+    """Counts what is pending and what exists already in each bucket, and notes it in the report.
+
+    Args:
+        count: stage. in: bucket. out: one row per bucket: bucket, pending, existing, and what else the job counts.
     """
     counts: dict[int, dict[str, Any]] = {}
     with report.stage("plan") as stage:
-        for row in bucket_rows(buckets).map_batches(count, batch_size=1, batch_format="pyarrow").iter_rows():
+        for row in each_bucket(buckets, count):
             counts[row["bucket"]] = row
-            report.planned += row["owed"] + row["there"]
-            report.already_there += row["there"]
+            report.planned += row["pending"] + row["existing"]
+            report.already_there += row["existing"]
         stage.rows = len(counts)
     return counts
 
 
-def commit_stream(
-    files: "ray.data.Dataset", committer: Committer, what: str, seen: Callable[[pa.Table], None] | None = None
-) -> None:
-    """Runs the stream and commits as files come."""
-    with progress(sum(committer.owed.values()), what) as bar:
-        for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if seen is not None:
-                seen(batch)
-            for row in batch.to_pylist():
-                bar.update(committer.add(DataFile.from_row(row)))
-    committer.finish()
+def run(
+    report: RunReport,
+    name: str,
+    unit: str,
+    *,
+    into: Table,
+    before: Snapshot,
+    pending: Mapping[int, int],
+    unchanged: Mapping[int, int] | None = None,
+    steps: Sequence[Step],
+    metadata: Mapping[str, str],
+    wave_rows: int,
+    block_rows: int | None = None,
+    rejects: Table | None = None,
+    key: str | None = None,
+    complete: bool | None = None,
+    strict: bool = True,
+    count: Callable[[pa.Table], Mapping[str, int]] | None = None,
+    counted: Callable[[Mapping[str, int]], None] | None = None,
+) -> "Committer":
+    """Makes the pending rows in one stream and commits them wave by wave: the middle of every job that writes rows.
 
+    Where nothing is pending, Ray has nothing to do; a version that is not complete yet is then completed.
 
-def bucket_rows(buckets: list[int]) -> "ray.data.Dataset":
-    """One row a bucket, one block a row: the source of every stream of work."""
-    return ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))
+    Args:
+        name: the stage's name in the report. `unit`: its rows in words, such as `replies`.
+        into: the table; `before`: its version that the plan was made on.
+        pending: rows to make per bucket, as the plan has counted them.
+        unchanged: rows per bucket that the steps pass on as they are; given, a bucket's rows replace those it had.
+        steps: stages from a bucket to rows of the table, with reject columns where `rejects` is given.
+        metadata: stands in every commit.
+        wave_rows: rows after which the complete buckets are committed.
+        block_rows: rows of one file's block; None takes blocks as they come.
+        key: the column by which `rejects` names a row.
+        complete: whether `before` needs no further commit where nothing is pending; by default, whether it is complete.
+        strict: whether another run's appends undo the plan; not where each run has rows of its own.
+        count: numbers of a block of rows, counted in the worker; `counted` gets them on the driver.
+
+    Returns:
+        What was committed, for what the job reports beside.
+    """
+    todo = {bucket: n for bucket, n in sorted(pending.items()) if n}
+    kept = {bucket: (unchanged or {}).get(bucket, 0) for bucket in todo}
+    committer = Committer(
+        table=into,
+        rejects=rejects,
+        report=report,
+        pending={bucket: n + kept[bucket] for bucket, n in todo.items()},
+        wave_rows=wave_rows,
+        metadata=dict(metadata),
+        planned_on=before.version,
+        strict=strict,
+        complete=before.metadata.get("complete") == "true" if complete is None else complete,
+        replace=unchanged is not None,
+    )
+    with report.stage(name) as stage:
+        stage.rows = sum(todo.values())
+        if todo:
+            rejected = rejects.snapshot() if rejects is not None else None
+            write = WriteFiles(into, rejects, report.job, report.run_id, key, rejected, count)
+            files = stream(list(todo), [*steps, tasks(write, block_rows)])
+            with progress(sum(committer.pending.values()), unit) as bar:
+                for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    for row in batch.to_pylist():
+                        file = DataFile.from_row(row)
+                        if counted is not None and file.table == into.spec.name:
+                            counted(file.reasons)
+                        bar.update(committer.add(file))
+        committer.finish()
+    report.written -= sum(kept.values())  # they existed, and exist again
+    return committer
 
 
 def listed(files: list[DataFile]) -> str:
@@ -318,5 +432,5 @@ def listed(files: list[DataFile]) -> str:
 
 
 def files_of(text: str) -> list[DataFile]:
-    """The files of one of the stage's lists."""
+    """The files that `listed` has put into a cell."""
     return [DataFile.from_row(row) for row in json.loads(text)]

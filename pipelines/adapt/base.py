@@ -127,14 +127,14 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
 
     Args:
-        given: llm, lora (LoraConfig), examples (folder), shards (what was written there), threads, started_in (the
+        given: llm, lora (LoraConfig), examples (folder), shards (what was written there), cpu (CpuShare), started_in (the
             driver's folder).
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(given["threads"])
+    torch.set_num_threads(given["cpu"].torch_threads())
     llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]))
     llm.model.to(get_device())
     torch.manual_seed(config.seed)

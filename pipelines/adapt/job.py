@@ -10,25 +10,24 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import ray.data
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
-from pipelines import begun, made_from, tables
+from pipelines import begun, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
 from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
 from pipelines.made_from import users_id
-from pipelines.pending_users import OwedUsers
-from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
+from pipelines.pending_users import PendingUsers
+from pipelines.run import CpuShare, begin
 from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import model_folder
@@ -38,9 +37,8 @@ from pplug.tasks import TaskEntry
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("adapt")
-    run_dir = config.run_dir or f"runs/{run_id}"
-    report = RunReport("adapt", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
+    report = begin("adapt", config)
+    run_id, run_dir = report.run_id, report.run_dir
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
     entry = tables.task_entry(config.task, histories)
@@ -68,10 +66,6 @@ def run(config: Config) -> int:
     return report.finish()
 
 
-def _threads(config: Config) -> int:
-    return config.threads or max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
-
-
 def _requests(config: Config, report: RunReport) -> "Snapshot | None":
     if not Table.exists(tables.location(config.tables, "requests")):
         return None
@@ -83,75 +77,63 @@ def _requests(config: Config, report: RunReport) -> "Snapshot | None":
 def _adapters(
     config: Config,
     report: RunReport,
-    histories: "Snapshot",
-    entry: "TaskEntry",
+    histories: Snapshot,
+    task: TaskEntry,
     users: frozenset[str] | None,
     base: str,
 ) -> None:
-    """Plans what each bucket owes, trains it in one stream, commits wave by wave."""
-    fit = fit_id(config.trained, base, entry, config.rule, config.history_cap)
+    """Plans whose adapter is pending, trains them in one stream, commits wave by wave."""
+    fit = fit_id(config.trained, base, task, config.rule, config.history_cap)
     buckets = tables.open_table(config.tables, "histories").buckets
     adapters = tables.open_or_create(config.tables, "adapters", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = adapters.snapshot()
-    made = before.metadata
-    if config.changed_only and (made.get("fit_id") or fit) != fit:
+    asked = keys_by_bucket(users, buckets)
+    _refuse_other_settings(config, before, base, fit)
+    _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
+    requests = _requests(config, report) if config.cut == "requests" else None
+    # when only some users are trained, the others keep their old adapters, which may be uncut
+    mixed = users is not None and "none" in tables.said(adapters, "cut")
+    cut = "none" if requests is None or mixed else "requests"
+    pending = PendingUsers(
+        histories, requests, before if before.files else None, fit, config.history_cap, users, buckets
+    )
+    plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
+    identities = {"llm_id": base, "fit_id": fit, "cut": cut}
+    report.extra |= identities
+    cpu = CpuShare.of(config.workers, config.gpus_per_worker, config.threads)
+    waves.run(
+        report,
+        "fit",
+        "users",
+        into=adapters,
+        before=before,
+        pending={bucket: row["pending"] for bucket, row in plan.items()},
+        unchanged={bucket: row["unchanged"] for bucket, row in plan.items()},
+        steps=[
+            waves.actors(ReadExamples, pending, task, config.llm, config.rule, size=1),
+            waves.actors(
+                FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
+                size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
+            ),
+        ],
+        metadata=identities | {"histories_version": str(histories.version)},
+        wave_rows=config.wave_users,
+        rejects=rejects,  # a user without an example is one in every run, and stands there once
+        key="user_key",
+        complete=before.metadata.get("complete") == "true" and before.metadata.get("cut") == cut,
+    )  # fmt: skip
+
+
+def _refuse_other_settings(config: Config, adapters: Snapshot, base: str, fit: str) -> None:
+    """Refuses to train changed users alone beside adapters that were made with other settings."""
+    made_as = adapters.metadata.get("fit_id")
+    if config.changed_only and made_as and made_as != fit:
         raise InputError(
-            f"changed_only: the adapters there are of base {made.get('llm_id')} and settings {made.get('fit_id')}, "
+            f"changed_only: the adapters there are of base {adapters.metadata.get('llm_id')} and settings {made_as}, "
             f"this run would make those of base {base} and settings {fit}; give the settings they were made with, or "
             "leave changed_only out to train everybody anew"
         )
-    asked = keys_by_bucket(users, buckets)
-    _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
-    requests = _requests(config, report) if config.cut == "requests" else None
-    # of some users only, the others' adapters stay as they were trained
-    mixed = users is not None and "none" in tables.said(adapters, "cut")
-    cut = "none" if requests is None or mixed else "requests"
-    owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
-    counts = plan(list(histories.by_bucket() if asked is None else asked), owed.count, report)
-    todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
-    done = made.get("complete") == "true" and made.get("cut") == cut
-    committer = Committer(
-        table=adapters,
-        rejects=rejects,
-        report=report,
-        owed={bucket: counts[bucket]["owed"] + counts[bucket]["stays"] for bucket in todo},
-        group_rows=config.wave_users,
-        metadata={"llm_id": base, "fit_id": fit, "cut": cut, "histories_version": str(histories.version)},
-        planned_on=before.version,
-        replace=True,
-        complete=done,
-    )
-    report.extra |= {"llm_id": base, "fit_id": fit, "cut": cut}
-    if not todo:
-        if not done:
-            committer.finish()
-        return
-    with report.stage("fit") as stage:
-        stage.rows = sum(counts[bucket]["owed"] for bucket in todo)
-        examples = bucket_rows(todo).map_batches(
-            ReadExamples,
-            fn_constructor_args=(owed, entry, config.llm, config.rule),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=1),
-        )
-        fitted = examples.map_batches(
-            FitAdapters,
-            fn_constructor_args=(config.llm, config.trained, config.stack, base, fit, _threads(config)),
-            batch_size=config.batch_users,
-            batch_format="pyarrow",
-            num_gpus=config.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
-        )
-        known = rejects.snapshot()  # a user without an example is one in every run, and stands there once
-        files = fitted.map_batches(
-            WriteFiles(adapters, rejects, "adapt", report.run_id, key="user_key", rejected=known).__call__,
-            batch_size=None,
-            batch_format="pyarrow",
-        )
-        commit_stream(files, committer, "users")
-    report.written -= sum(counts[bucket]["stays"] for bucket in todo)  # they were there, and are again
 
 
 def _refuse_a_mixture(
@@ -169,8 +151,7 @@ def _refuse_a_mixture(
     stage = OtherSettings(adapters, histories, made_as[1], users)
     found: Counter[tuple[str, str]] = Counter()
     if adapters.files:
-        rows = bucket_rows(adapters.filled()).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
-        for row in rows.iter_rows():
+        for row in waves.each_bucket(adapters.filled(), stage):
             found[row["llm_id"], row["fit_id"]] += row["rows"]
     if not found:
         return
@@ -278,8 +259,7 @@ def _examples(
     buckets = snapshots["histories" if config.examples == "items" else "requests"].filled()
     shards, counts, latest = [], {"items_cut_off": 0, "users_left_out": 0}, None
     with report.stage("prepare") as stage:
-        rows = bucket_rows(buckets).map_batches(prepare.__call__, batch_size=1, batch_format="pyarrow")
-        for row in rows.iter_rows():
+        for row in waves.each_bucket(buckets, prepare):
             stage.rows += row["examples"]
             report.planned += row["examples"] + row["rejected"]
             report.reject("no_answer", row["rejected"])
@@ -310,7 +290,7 @@ def _train(config: Config, run_id: str, run_dir: str, examples: str, shards: "li
             "lora": config.trained.model_dump(),
             "examples": examples,
             "shards": shards,
-            "threads": _threads(config),
+            "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
             "started_in": os.getcwd(),
         },
         scaling_config=ScalingConfig(

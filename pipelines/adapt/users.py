@@ -17,7 +17,8 @@ import torch
 
 from infra.errors import InputError
 from pipelines.histories import Histories, decode_fields
-from pipelines.pending_users import OwedUsers
+from pipelines.pending_users import PendingUsers
+from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug import retrieval
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig, to_bytes
@@ -28,9 +29,9 @@ from pplug.schemas import ADAPTERS
 from pplug.splice import Splicer
 from pplug.tasks import TaskEntry, fill, query
 
-ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
+ADAPTER_ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.list_(pa.int32()))
-EXAMPLES = pa.schema([*ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
+EXAMPLES = pa.schema([*ADAPTER_ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
 """A user to train (prompts, answers), an adapter that stays as it is (weights), or a reject."""
 RETRIEVAL_ITEMS = 512
 """Newest items before an item among which retrieval looks, as in generate."""
@@ -46,14 +47,14 @@ def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, c
 class ReadExamples:
     """Stage: a bucket's users as token ids. in: bucket int. out: EXAMPLES, in blocks of users."""
 
-    def __init__(self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
-        self.owed, self.entry, self.rule = owed, entry, rule
+    def __init__(self, pending: PendingUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
+        self.pending, self.entry, self.rule = pending, entry, rule
         self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            yield from self.owed.blocks(bucket, EXAMPLES, self._examples)
+            yield from self.pending.blocks(bucket, EXAMPLES, self._examples)
 
     def _examples(self, own: Histories, user: int, items: range) -> dict[str, Any]:
         """Examples of the items in `items`; retrieval looks among those before them too."""
@@ -111,18 +112,18 @@ def tokenised(
 
 
 class FitAdapters:
-    """Stage: one adapter a user, trained together.
+    """Stage: one adapter per user, trained together.
 
     in:  EXAMPLES
-    out: ROWS: adapters, those that stay as they are, and rejects
+    out: ADAPTER_ROWS: adapters, those that stay as they are, and rejects
 
     The first call raises InputError where the base cannot be trained in a stack.
     """
 
     def __init__(
-        self, llm: LLMConfig, lora: LoraConfig, stack: StackConfig, llm_id: str, fit_id: str, threads: int
+        self, llm: LLMConfig, lora: LoraConfig, stack: StackConfig, llm_id: str, fit_id: str, cpu: CpuShare
     ) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(cpu.torch_threads())
         self.lora, self.llm_id, self.fit_id = lora, llm_id, fit_id
         self.trainer: StackedTrainer | None = None
         self.refused = ""
@@ -136,7 +137,7 @@ class FitAdapters:
         if self.trainer is None:
             raise InputError(self.refused)
         train = pc.is_valid(batch["prompts"])
-        out = [batch.filter(pc.invert(train)).select(ROWS.names).cast(ROWS)]
+        out = [batch.filter(pc.invert(train)).select(ADAPTER_ROWS.names).cast(ADAPTER_ROWS)]
         rows = {row["user_id"]: row for row in batch.filter(train).to_pylist()}
         users = (
             UserExamples(name, list(zip(row.pop("prompts"), row.pop("answers"), strict=True)))
@@ -162,7 +163,7 @@ class FitAdapters:
                 "loss": fitted.loss,
                 "weights": data,
             }
-        out.append(pa.Table.from_pylist(list(rows.values()), schema=ROWS))
+        out.append(pa.Table.from_pylist(list(rows.values()), schema=ADAPTER_ROWS))
         return pa.concat_tables(out)
 
 

@@ -1,7 +1,8 @@
-"""What a run of `generate` refuses once its work is planned: known answers, another way of answering under one
+"""Refusals of `generate`: a model that its engine does not have, known answers, another way of answering under one
 run_id."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.errors import InputError
@@ -9,31 +10,44 @@ from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines import made_from, tables
 from pipelines.generate.config import Config
+from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
 from pplug.tasks import TaskEntry
 
-KEPT = {
-    "adapter": "run `adapt` again with cut=requests (the default), which cuts them at the requests that there are now",
-    "profile": "run `generate --write-profiles` again, which cuts them at the requests that there are now",
-}
-"""What is kept per user and made from the user's items, and what to do where it knows too much."""
+Plan = Mapping[int, Mapping[str, Any]]
+"""Counts per bucket, as `PendingReplies.count` gives them."""
 
 
-def refuse_a_leak(config: Config, methods: list[Method], leaks: Mapping[str, int]) -> None:
+def is_encoder_decoder(config: Config) -> bool:
+    """Whether the LLM is an encoder-decoder.
+
+    Raises:
+        InputError: it is one, and the engine has no such models.
+    """
+    folder = model_folder(config.llm.model, config.llm.revision)
+    found = bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder", False))
+    if found and config.engine.kind == "vllm":
+        raise InputError(
+            f"llm {config.llm.model} is an encoder-decoder, which vLLM does not have; set engine.kind=transformers"
+        )
+    return found
+
+
+def refuse_a_leak(config: Config, methods: Sequence[Method], parts: Sequence[Part], plan: Plan) -> None:
     """Refuses to answer a request whose answer is known by an adapter or a profile that may have learned it."""
-    for kept, remedy in KEPT.items():
-        if leaks[kept]:
-            by_profile = kept == "profile"
-            using = [m.name for m in methods if (m.profile if by_profile else m.adapter == "own")]
+    for part in parts:
+        leaks = sum(row.get(f"{part.group}_leaks", 0) for row in plan.values())
+        if leaks:
+            using = [m.name for m in methods if (own := m.part(part.group)) and not own.control]
             raise InputError(
-                f"methods {using}: the {kept}s in {config.tables} were made from items that {leaks[kept]} of the "
-                f"requests with a known answer may not see, perhaps from the answers themselves; {remedy}, or ask for "
-                "--requests open"
+                f"methods {using}: the {part.group}s in {config.tables} were made from items that {leaks} of the "
+                f"requests with a known answer may not see, perhaps from the answers themselves; {part.remedy}, or ask "
+                "for --requests open"
             )
 
 
-def settings_id(config: Config, entry: "TaskEntry") -> str:
+def settings_id(config: Config, entry: TaskEntry) -> str:
     """Identity of what decides a prompt beside the models, the decoding and the tables."""
     return short_id(
         {
@@ -45,12 +59,12 @@ def settings_id(config: Config, entry: "TaskEntry") -> str:
     )
 
 
-def refuse_another_run(said: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:
+def refuse_another_run(metadata: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:
     """Refuses to go on with a run whose replies were made otherwise: one run_id stands for one way of answering."""
     differ = [
-        f"{name} {said[name]}, now {value}"
+        f"{name} {metadata[name]}, now {value}"
         for name, value in identities.items()
-        if value and said.get(name, value) not in ("", value)
+        if value and metadata.get(name, value) not in ("", value)
     ]
     if differ:
         raise InputError(
@@ -59,9 +73,9 @@ def refuse_another_run(said: Mapping[str, str], identities: Mapping[str, str], r
         )
 
 
-def check_base(config: Config, requests: "Snapshot", found: dict[int, dict[str, Any]], report: RunReport) -> None:
+def check_base(config: Config, requests: Snapshot, plan: Plan, report: RunReport) -> None:
     """Refuses an LLM that has learned the answers of the requests; warns where that cannot be told."""
-    counts = (sum(row[name] for row in found.values()) for name in ("dated", "with_target"))
+    counts = (sum(row[name] for row in plan.values()) for name in ("dated", "with_target"))
     base, users = model_folder(config.llm.model, config.llm.revision), tables.read_users(config.users)
     for warning in made_from.check(base, config.tables, requests, users, *counts):
         print(f"generate: {warning}", flush=True)

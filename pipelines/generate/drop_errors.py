@@ -13,7 +13,7 @@ from infra.errors import Overtaken
 from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Table, TableMoved
-from pipelines.waves import bucket_rows, files_of, listed, next_group
+from pipelines.waves import each_bucket, files_of, listed, next_group
 
 TRIES = 5
 
@@ -56,7 +56,7 @@ def drop_errors(
         stage = WithoutErrors(table, before, report.run_id)
         old: list[DataFile] = []
         new: list[DataFile] = []
-        for row in bucket_rows(buckets).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow").iter_rows():
+        for row in each_bucket(buckets, stage):
             old += files_of(row["old"])
             new += files_of(row["new"])
         try:

@@ -4,322 +4,250 @@ What it does and its keys stand in `config.py`.
 """
 
 import dataclasses
-import json
-import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
-from pipelines import tables
-from pipelines.generate.checks import KEPT, check_base, refuse_a_leak, refuse_another_run, settings_id
+from infra.table import Table
+from pipelines import tables, waves
+from pipelines.generate.checks import check_base, is_encoder_decoder, refuse_a_leak, refuse_another_run, settings_id
 from pipelines.generate.config import Config
 from pipelines.generate.drop_errors import drop_errors
-from pipelines.generate.pending import Owed
+from pipelines.generate.parts import GenerateRun, Part, open_parts
+from pipelines.generate.parts.adapter import Adapter
+from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import NOTES, BuildPrompts
 from pipelines.generate.replies import Reply
-from pipelines.generate.sources import (
-    adapters_of,
-    is_encoder_decoder,
-    plug_sources,
-    profiles_made_as,
-    profiles_of,
-    read_oracle,
-    ready_for,
-    retrieval_sources,
-)
-from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
-from pipelines.methods import Method, parse_all
-from pipelines.pending_users import OwedUsers
-from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream, plan
+from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles, profiles_made_as
+from pipelines.methods import parse_all
+from pipelines.pending_users import PendingUsers
+from pipelines.run import CpuShare, begin
 from pplug.llm import llm_id
 from pplug.tasks import TaskEntry
 
 NOTE = "note"
+TOKENS = ("prompt_tokens", "output_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a run has opened and checked before anything starts."""
+
+    requests: Snapshot
+    histories: Snapshot
+    buckets: int
+    task: TaskEntry
+    llm_id: str
+    encoder_decoder: bool
+
+    @classmethod
+    def of(cls, config: Config, report: RunReport) -> "Opened":
+        try:
+            llm = llm_id(config.llm)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"llm: {error}") from error
+        encoder_decoder = is_encoder_decoder(config)
+        buckets = tables.open_table(config.tables, "requests").buckets
+        requests = tables.snapshot(config.tables, "requests", config.as_of_version)
+        histories = tables.snapshot(config.tables, "histories", config.as_of_version)
+        report.table_read("requests", requests.version)
+        report.table_read("histories", histories.version)
+        return cls(requests, histories, buckets, tables.task_entry(config.task, histories), llm, encoder_decoder)
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("generate")
-    report = RunReport(
-        "generate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
-    )
+    report = begin("generate", config)
     methods = parse_all(config.methods)
-    try:
-        llm = llm_id(config.llm)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"llm: {error}") from error
-    encoder_decoder = is_encoder_decoder(config)
-    requests_table = tables.open_table(config.tables, "requests")
-    requests = tables.snapshot(config.tables, "requests", config.as_of_version)
-    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
-    entry = tables.task_entry(config.task, histories)
-    report.table_read("requests", requests.version)
-    report.table_read("histories", histories.version)
+    opened = Opened.of(config, report)
     need = {"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
     if config.write_profiles:
-        made_as = profiles_made_as(config, entry, llm)
+        made_as = profiles_made_as(config, opened.task, opened.llm_id)
         session.start(need=need)
-        with lease.writing(config.tables, run_id):
-            _write_profiles(config, report, requests, histories, entry, llm, made_as, encoder_decoder)
+        with lease.writing(config.tables, report.run_id):
+            _write_profiles(config, report, opened, made_as)
         return report.finish()
-    sources = plug_sources(config, methods, llm, report)
-    stored = adapters_of(config, methods, llm, report)
-    retrieval_sources(config, methods, entry, sources, report)
-    sources["profiles"] = profiles_of(config, methods, llm, report)
-
+    using = GenerateRun(config, methods, opened.llm_id, opened.task, report, opened.buckets)
+    parts = open_parts(using)
     session.start(need=need)
-    generations = tables.open_or_create(config.tables, "generations", requests_table.buckets)
-    sources["adapters"] = ready_for(stored, requests_table.buckets, llm)
-    with lease.writing(config.tables, run_id):
-        _generate(config, report, methods, requests, generations, histories, sources, entry, llm, encoder_decoder)
+    generations = tables.open_or_create(config.tables, "generations", opened.buckets)
+    for part in parts:
+        part.start()
+    with lease.writing(config.tables, report.run_id):
+        _generate(using, opened, parts, generations)
     return report.finish()
 
 
-def _write_profiles(
-    config: Config,
-    report: RunReport,
-    requests: "Snapshot",
-    histories: "Snapshot",
-    entry: "TaskEntry",
-    llm: str,
-    made_as: str,
-    encoder_decoder: bool,
-) -> None:
-    """Plans what each bucket owes, asks for it in one stream, commits wave by wave."""
-    users, buckets = tables.read_users(config.users, requests), tables.open_table(config.tables, "requests").buckets
-    profiles = tables.open_or_create(config.tables, "profiles", buckets)
-    rejects = tables.open_or_create(config.tables, "rejects", 1)
-    before = profiles.snapshot()
-    owed = OwedUsers(
-        histories,
-        requests,
-        before if before.files else None,
-        made_as,
-        config.profile.items,
-        users,
-        buckets,
-        id_column="profile_id",
-        only_asking=True,
-    )
-    counts = plan(requests.filled(keys_by_bucket(users, buckets)), owed.count, report)
-    todo = sorted(bucket for bucket, row in counts.items() if row["owed"])
-    identity = {"llm_id": llm, "profile_id": made_as, "decoding_id": config.decoding.decoding_id}
-    report.extra |= identity
-    complete = before.metadata.get("complete") == "true"
-    committer = Committer(
-        table=profiles,
-        rejects=rejects,
-        report=report,
-        owed={bucket: counts[bucket]["owed"] + counts[bucket]["stays"] for bucket in todo},
-        group_rows=config.wave_rows,
-        metadata=identity | {"histories_version": str(histories.version), "requests_version": str(requests.version)},
-        planned_on=before.version,
-        replace=True,
-        complete=complete,
-    )
-    if not todo:
-        if not complete:
-            committer.finish()
-        return
-    with report.stage("generate") as stage:
-        stage.rows = sum(counts[bucket]["owed"] for bucket in todo)
-        asked = bucket_rows(todo).map_batches(
-            AskForProfiles,
-            fn_constructor_args=(owed, entry, config.llm, config.profile, encoder_decoder),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=config.prompt_workers),
-        )
-        written = asked.map_batches(
-            WriteProfiles,
-            fn_constructor_args=(config.llm, config.engine, config.decoding, llm, report.run_id, _threads(config)),
-            **_on_engines(config),
-        )
-        known = rejects.snapshot()  # a user without an item is one every night, and stands there once
-        files = written.map_batches(
-            WriteFiles(profiles, rejects, "generate", report.run_id, key="user_key", rejected=known).__call__,
-            batch_size=config.wave_rows,
-            batch_format="pyarrow",
-        )
-        commit_stream(files, committer, "users")
-    report.written -= sum(counts[bucket]["stays"] for bucket in todo)  # they were there, and are again
+def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table) -> None:
+    """Plans which replies are pending, makes them in one stream, commits wave by wave."""
+    config, report, methods = using.config, using.report, using.methods
+    before = generations.snapshot()
+    pending, plan, identities = _plan(using, opened, parts, generations, before)
+    failed = [bucket for bucket, row in plan.items() if row["failed"]]
+    if failed:
+        report.extra["errors_tried_again"] = sum(plan[bucket]["failed"] for bucket in failed)
+        before = drop_errors(generations, before, failed, report, identities)
+        pending = dataclasses.replace(pending, done=before)
+    cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+    adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)
+    counted = CountedReplies(report)
+    waves.run(
+        report,
+        "generate",
+        "replies",
+        into=generations,
+        before=before,
+        pending={bucket: row["pending"] for bucket, row in plan.items()},
+        steps=[
+            waves.actors(
+                BuildPrompts, pending, methods, parts, opened.histories, using.embeddings, config.llm,
+                opened.encoder_decoder, opened.task, config.history_cap, config.engine.batch_rows, cpu,
+                size=config.prompt_workers,
+            ),
+            _engines(
+                config, Reply, config.llm, config.engine, config.decoding, opened.llm_id, report.run_id, cpu, adapters
+            ),
+        ],
+        metadata=identities,
+        wave_rows=config.wave_rows,
+        block_rows=config.wave_rows,
+        strict=False,  # replies are keyed by run: another run's are none of this one's
+        count=count_replies,
+        counted=counted,
+    )  # fmt: skip
+    counted.note_tokens()
 
 
-def _threads(config: Config) -> int:
-    return max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
-
-
-def _on_engines(config: Config) -> dict[str, Any]:
-    """How Ray Data runs a stage with an engine."""
-    return {
-        "batch_size": config.engine.batch_rows,
-        "batch_format": "pyarrow",
-        "num_gpus": config.gpus_per_worker or None,
-        "compute": ray.data.ActorPoolStrategy(
-            size=config.workers,
-            max_tasks_in_flight_per_actor=2 * config.engine.in_flight,
-            max_concurrent_calls_per_actor=config.engine.in_flight,
-            enable_true_multi_threading=True,
-        ),
-        # a batch that kills the engine again and again must end the job, not loop
-        "max_restarts": config.max_engine_restarts,
-        "max_task_retries": config.max_engine_restarts,
-    }
-
-
-def _generate(
-    config: Config,
-    report: RunReport,
-    methods: list[Method],
-    requests: "Snapshot",
-    generations: Any,
-    histories: "Snapshot",
-    sources: dict[str, Any],
-    entry: Any,
-    llm: str,
-    encoder_decoder: bool,
-) -> None:
-    """Plans what each bucket owes, answers it in one stream, commits wave by wave."""
-    before, profiles = generations.snapshot(), sources["profiles"]
-    users = keys_by_bucket(tables.read_users(config.users, requests), generations.buckets)
-    stored = sources["adapters"].snapshot if sources["adapters"] else None
-    owed = Owed(
-        requests,
+def _plan(
+    using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table, before: Snapshot
+) -> tuple[PendingReplies, dict[int, dict[str, Any]], dict[str, str]]:
+    """Counts the pending replies per bucket, and refuses those that must not be made."""
+    config, report = using.config, using.report
+    users = keys_by_bucket(tables.read_users(config.users, opened.requests), generations.buckets)
+    pending = PendingReplies(
+        opened.requests,
         before if before.files else None,
         report.run_id,
         config.methods,
         config.requests,
         users,
-        profiles,
-        stored if any(method.adapter == "own" for method in methods) else None,
+        {part.group: table for part in parts if (table := part.made_from_items()) is not None},
     )
-    identities = {
-        "llm_id": llm,
-        "plug_id": sources["plug_id"] or "",
-        "profile_id": profiles.metadata.get("profile_id", "") if profiles is not None else "",
-        "decoding_id": config.decoding.decoding_id,
-        "settings_id": settings_id(config, entry),
-    }
+    identities = {"llm_id": opened.llm_id, "plug_id": "", "profile_id": ""}
+    identities |= {"decoding_id": config.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
+    for part in parts:
+        identities |= part.identities()
     refuse_another_run(generations.said_by(report.run_id), identities, report.run_id)
-    found = plan(requests.filled(users), owed.count, report)
-    counts = {bucket: row["owed"] for bucket, row in found.items()}
-    refuse_a_leak(config, methods, {name: sum(row[f"{name}_leaks"] for row in found.values()) for name in KEPT})
-    check_base(config, requests, found, report)
-    failed = [bucket for bucket, row in found.items() if row["failed"]]
-    if failed:
-        report.extra["errors_tried_again"] = sum(found[bucket]["failed"] for bucket in failed)
-        before = drop_errors(generations, before, failed, report, identities)
-        owed = dataclasses.replace(owed, done=before)
-    if profiles is not None:
-        report.extra["requests_without_profile"] = sum(row["without_profile"] for row in found.values())
-    todo = sorted(bucket for bucket, n in counts.items() if n)
-    committer = Committer(
-        table=generations,
-        rejects=None,
-        report=report,
-        owed={bucket: counts[bucket] for bucket in todo},
-        group_rows=config.wave_rows,
-        metadata=identities,
-        planned_on=before.version,
-        strict=False,  # replies are keyed by run: another run's are none of this one's
+    plan = waves.plan(opened.requests.filled(users), pending.count, report)
+    refuse_a_leak(config, using.methods, parts, plan)
+    check_base(config, opened.requests, plan, report)
+    if "profile" in pending.made_from_items:
+        report.extra["requests_without_profile"] = sum(row["without_profile"] for row in plan.values())
+    return pending, plan, identities
+
+
+def _engines(config: Config, stage: type, *args: Any) -> waves.Step:
+    """A stage with an engine, which answers several batches at once."""
+    return waves.actors(
+        stage,
+        *args,
+        size=config.workers,
+        rows=config.engine.batch_rows,
+        gpus=config.gpus_per_worker,
+        pool={
+            "max_tasks_in_flight_per_actor": 2 * config.engine.in_flight,
+            "max_concurrent_calls_per_actor": config.engine.in_flight,
+            "enable_true_multi_threading": True,
+        },
+        # a batch that kills the engine again and again must end the job, not loop
+        max_restarts=config.max_engine_restarts,
+        max_task_retries=config.max_engine_restarts,
     )
-    if not todo:
-        if before.metadata.get("complete") != "true":
-            committer.finish()
-        return
-    threads = _threads(config)
-    with report.stage("generate") as stage:
-        stage.rows = sum(counts.values())
-        prompts = bucket_rows(todo).map_batches(
-            BuildPrompts,
-            fn_constructor_args=(
-                owed,
-                methods,
-                histories,
-                sources["embeddings"],
-                sources["personas"],
-                config.plug if sources["plug_id"] else None,
-                sources["plug_id"],
-                config.llm,
-                encoder_decoder,
-                entry,
-                read_oracle(config, methods),
-                config.history_cap,
-                config.engine.batch_rows,
-                threads,
-                stored,
-                config.retrieval,
-                profiles,
-                config.profile,
+
+
+def count_replies(replies: pa.Table) -> dict[str, int]:
+    """Counts the tokens, errors and notes of a block of replies."""
+    counts: dict[str, int] = {name: pc.sum(replies[name]).as_py() or 0 for name in TOKENS}
+    for error in replies["error"].drop_null().to_pylist():
+        counts[error] = counts.get(error, 0) + 1
+    for note in pc.list_flatten(replies["notes"]).to_pylist():
+        counts[f"{NOTE} {note}"] = counts.get(f"{NOTE} {note}", 0) + 1
+    return counts
+
+
+class CountedReplies:
+    """Adds what `count_replies` has counted to the report."""
+
+    def __init__(self, report: RunReport) -> None:
+        self.report, self.tokens = report, dict.fromkeys(TOKENS, 0)
+
+    def __call__(self, counts: Mapping[str, int]) -> None:
+        for reason, n in counts.items():
+            kind, _, name = reason.rpartition(" ")
+            if reason in self.tokens:
+                self.tokens[reason] += n
+            elif kind == NOTE and name in NOTES:
+                self.report.extra.setdefault("notes", dict.fromkeys(NOTES, 0))[name] += n
+            else:
+                self.report.failed += n
+                errors = self.report.extra.setdefault("errors", {})
+                errors[reason] = errors.get(reason, 0) + n
+
+    def note_tokens(self) -> None:
+        self.report.extra |= self.tokens
+
+
+def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: str) -> None:
+    """Plans whose profile is pending, has them written in one stream, commits wave by wave."""
+    users = tables.read_users(config.users, opened.requests)
+    profiles = tables.open_or_create(config.tables, "profiles", opened.buckets)
+    rejects = tables.open_or_create(config.tables, "rejects", 1)
+    before = profiles.snapshot()
+    pending = PendingUsers(
+        opened.histories,
+        opened.requests,
+        before if before.files else None,
+        made_as,
+        config.profile.items,
+        users,
+        opened.buckets,
+        id_column="profile_id",
+        only_asking=True,
+    )
+    plan = waves.plan(opened.requests.filled(keys_by_bucket(users, opened.buckets)), pending.count, report)
+    identities = {"llm_id": opened.llm_id, "profile_id": made_as, "decoding_id": config.decoding.decoding_id}
+    versions = {
+        "histories_version": str(opened.histories.version), "requests_version": str(opened.requests.version)
+    }  # fmt: skip
+    report.extra |= identities
+    cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+    waves.run(
+        report,
+        "generate",
+        "users",
+        into=profiles,
+        before=before,
+        pending={bucket: row["pending"] for bucket, row in plan.items()},
+        unchanged={bucket: row["unchanged"] for bucket, row in plan.items()},
+        steps=[
+            waves.actors(
+                AskForProfiles, pending, opened.task, config.llm, config.profile, opened.encoder_decoder,
+                size=config.prompt_workers,
             ),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=config.prompt_workers),
-        )
-        replies = prompts.map_batches(
-            Reply,
-            fn_constructor_args=(
-                config.llm,
-                config.engine,
-                config.decoding,
-                llm,
-                report.run_id,
-                threads,
-                sources["adapters"],
+            _engines(
+                config, WriteProfiles, config.llm, config.engine, config.decoding, opened.llm_id, report.run_id, cpu
             ),
-            **_on_engines(config),
-        )
-        files = replies.map_batches(
-            CountAndWrite(WriteFiles(generations, None, "generate", report.run_id)).__call__,
-            batch_size=config.wave_rows,
-            batch_format="pyarrow",
-        )
-        tokens = {"prompt_tokens": 0, "output_tokens": 0}
-
-        def seen(batch: "pa.Table") -> None:
-            for reason, n in _merged(batch["reasons"].to_pylist()).items():
-                kind, _, name = reason.rpartition(" ")
-                if reason in tokens:
-                    tokens[reason] += n
-                elif kind == NOTE and name in NOTES:
-                    report.extra.setdefault("notes", dict.fromkeys(NOTES, 0))[name] += n
-                else:
-                    report.failed += n
-                    report.extra.setdefault("errors", {}).setdefault(reason, 0)
-                    report.extra["errors"][reason] += n
-
-        commit_stream(files, committer, "replies", seen)
-        report.extra |= tokens
-
-
-def _merged(reasons: list[str]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for text in reasons:
-        for reason, n in json.loads(text).items():
-            total[reason] = total.get(reason, 0) + n
-    return total
-
-
-class CountAndWrite:
-    """Writes replies and counts, into the files' metadata, their tokens and errors."""
-
-    def __init__(self, write: Any) -> None:
-        self.write = write
-
-    def __call__(self, batch: "pa.Table") -> "pa.Table":
-        files = self.write(batch).to_pylist()
-        counts: dict[str, int] = {name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "output_tokens")}
-        for error in batch["error"].drop_null().to_pylist():
-            counts[error] = counts.get(error, 0) + 1
-        for note in pc.list_flatten(batch["notes"]).to_pylist():
-            counts[f"{NOTE} {note}"] = counts.get(f"{NOTE} {note}", 0) + 1
-        if files:
-            files[0]["reasons"] = json.dumps(counts)
-        return pa.Table.from_pylist(files)
+        ],
+        metadata=identities | versions,
+        wave_rows=config.wave_rows,
+        block_rows=config.wave_rows,
+        rejects=rejects,  # a user without an item is one every night, and stands there once
+        key="user_key",
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Which requests and methods a run still has to answer: one answer for the plan and for the work."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from pipelines.learned import last_items
 
 
 @dataclass(frozen=True)
-class Owed:
+class PendingReplies:
     """Which requests and methods a run still has to answer: one answer for plan and work."""
 
     requests: Snapshot
@@ -25,13 +25,12 @@ class Owed:
     """all, open (without a target) or labelled."""
     users: Mapping[int, list[str]] | None
     """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
-    profiles: Snapshot | None = None
-    """Where given, requests of users without one are counted, and those that the user's profile knows too much for."""
-    adapters: Snapshot | None = None
-    """Where given, requests that the user's adapter knows too much for are counted."""
+    made_from_items: Mapping[str, Snapshot] = field(default_factory=dict)
+    """Tables of what was made from users' items, by group of parts: requests of users without a row are counted, and
+    those for which the user's row knows too much."""
 
-    def read(self, bucket: int) -> "Asked":
-        """Requests of a bucket, and what the run has already answered of them."""
+    def read(self, bucket: int) -> "BucketRequests":
+        """Requests of a bucket, and which of them the run has already answered."""
         keys = of_bucket(self.users, bucket)
         requests = self.requests.read(buckets=[bucket], user_keys=keys)
         if self.only != "all":
@@ -48,47 +47,50 @@ class Owed:
                 else:
                     failed += 1
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
-        return Asked(requests, answered, failed)
+        return BucketRequests(requests, answered, failed)
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        owed, there: pairs of a request and a method. failed: replies of this run that are errors. with_target, dated:
-        requests with a known answer, and those of them that may not see all items. without_profile: requests whose user
-        has none. adapter_leaks, profile_leaks: requests with a known answer whose user's adapter or profile was made
-        from items that they may not see.
+        pending, existing: pairs of a request and a method. failed: replies of this run that are errors. with_target,
+        dated: requests with a known answer, and those of them that may not see all items. Per table in
+        `made_from_items`, without_<group>: requests whose user has no row; <group>_leaks: requests with a known answer
+        whose user's row was made from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked, wanted = self.read(bucket), set(self.methods)
             rows = asked.requests.select(["user_id", "request_id", "as_of", "as_of_position", "target"]).to_pylist()
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
-            there = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
-            counts = {"owed": len(rows) * len(self.methods) - there, "there": there, "failed": asked.failed}
+            existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
+            counts = {"pending": len(rows) * len(self.methods) - existing, "existing": existing}
             labelled = [row for row in rows if row["target"] is not None]
-            counts["with_target"] = len(labelled)
+            counts |= {"failed": asked.failed, "with_target": len(labelled)}
             counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
-            for name, table in (("adapter", self.adapters), ("profile", self.profiles)):
-                made_from = {} if table is None else last_items(table, bucket, keys)
-                counts[f"{name}_leaks"] = sum(
+            for group, table in self.made_from_items.items():
+                made_from = last_items(table, bucket, keys)
+                counts[f"{group}_leaks"] = sum(
                     row["user_id"] in made_from and not made_from[row["user_id"]].is_visible_to(row) for row in labelled
                 )
-                if name == "profile":
-                    counts["without_profile"] = sum(row["user_id"] not in made_from for row in rows)
+                counts[f"without_{group}"] = sum(row["user_id"] not in made_from for row in rows)
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run is asked in one bucket."""
+class BucketRequests:
+    """The requests of one bucket that a run is asked to answer."""
 
     requests: pa.Table
     """Sorted by user_key and request_id."""
     answered: dict[tuple[str, str], set[str]]
-    """By `request_key`: the methods with a reply. A reply with an error is none: it is asked for again."""
+    """By `request_key`: the methods with a reply. A reply with an error does not count: it is asked for again."""
     failed: int
     """Replies of this run that are errors."""
 
+    def unanswered(self, rows: Sequence[Mapping[str, Any]], methods: set[str]) -> list[Mapping[str, Any]]:
+        """The rows that some of these methods have not answered yet."""
+        return [row for row in rows if methods - self.answered.get(request_key(row), set())]
+
 
 def request_key(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What a request is known by: two users may have requests of one request_id."""
+    """The key of a request: two users may have requests of one request_id."""
     return row["user_id"], row["request_id"]

@@ -11,12 +11,10 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
-from pipelines.generate.visible import Users
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, each_batch, pad, pool
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PersonaPlug
-from pplug.tasks import TaskEntry, query
 
 
 class PersonaMaker:
@@ -37,28 +35,29 @@ class PersonaMaker:
         with torch.inference_mode():
             self.instruction = self.plug.instruction().float().cpu().numpy()
 
-    def rows(
-        self, requests: list[dict[str, Any]], kind: str, users: Users, entry: TaskEntry
+    def soft_prompts(
+        self,
+        queries: Sequence[str],
+        vectors: Sequence[np.ndarray | None],
+        stored: Sequence[np.ndarray | None],
+        aggregation: str,
     ) -> tuple[list[np.ndarray], list[str]]:
-        """Flat rows (R*H,) of each request, and how its persona was weighed (attention, mean, none)."""
-        config = self.plug.config
-        aggregation = {"trained": config.aggregation, "other-user": config.aggregation}.get(kind, kind)
-        stored = [
-            users.stored(request) if aggregation == "mean" and kind != "other-user" else None for request in requests
-        ]
-        items = []
-        for request, ready in zip(requests, stored, strict=True):
-            if kind in ("no-history", "soft-prompt") or ready is not None:
-                items.append(np.zeros((0, config.encoder_dim), np.float32))
-            else:
-                items.append(users.others_items(request) if kind == "other-user" else users.items(request))
-        personas = self._personas(requests, items, aggregation, entry)
+        """Flat rows (R*H,) of each request, instruction first, and how its persona was weighed (attention, mean, none).
+
+        Args:
+            queries: the requests' texts.
+            vectors: (n, D) of the items behind each persona; None where a stored one is given.
+            stored: (P*H,) of a persona made before; all zeros stand for a user without an item.
+        """
+        nothing = np.zeros((0, self.plug.config.encoder_dim), np.float32)
+        items = [nothing if own is None else own for own in vectors]
+        personas = self._personas(queries, items, aggregation)
         out, kinds = [], []
-        for vectors, ready, persona in zip(items, stored, personas, strict=True):
-            if ready is not None and ready.any():  # all zeros: a stored user without an item
+        for own, ready, persona in zip(items, stored, personas, strict=True):
+            if ready is not None and ready.any():
                 out.append(np.concatenate([self.instruction.ravel(), ready]))
                 kinds.append("mean")
-            elif len(vectors):
+            elif len(own):
                 out.append(np.concatenate([self.instruction.ravel(), persona]))
                 kinds.append(aggregation)
             else:
@@ -66,35 +65,34 @@ class PersonaMaker:
                 kinds.append("none")
         return out, kinds
 
-    def _personas(
-        self, requests: list[dict[str, Any]], items: list[np.ndarray], aggregation: str, entry: TaskEntry
-    ) -> np.ndarray:
+    def _personas(self, queries: Sequence[str], items: Sequence[np.ndarray], aggregation: str) -> np.ndarray:
+        """(B, P*H), zeros for a request without items."""
         config = self.plug.config
         flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
         if not len(flat):
-            return np.zeros((len(requests), config.persona_tokens * config.llm_dim), np.float32)
+            return np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
         owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
         x = None
         if aggregation == "attention" and self.tokenizer is not None:
-            x = self._queries([query(request["input"], entry) for request in requests])
+            x = self._queries(queries)
         with torch.inference_mode():
             built = self.plug.personas(
-                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(requests), x
+                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(items), x
             )
         return built.flatten(1).float().cpu().numpy()
 
-    def read_ahead(self, texts: list[str]) -> None:
-        """Encodes the queries of requests to come, instead of those it was given before."""
+    def read_ahead(self, texts: Sequence[str]) -> None:
+        """Encodes the queries of requests to come; they replace those it was given before."""
         if self.tokenizer is not None and texts:
             self.ahead = dict(zip(texts, self._encoded(texts), strict=True))
 
-    def _queries(self, texts: list[str]) -> Any:
+    def _queries(self, texts: Sequence[str]) -> Any:
         """Vectors (B, D) of the requests."""
         if all(text in self.ahead for text in texts):
             return torch.stack([self.ahead[text] for text in texts])
         return self._encoded(texts)
 
-    def _encoded(self, queries: list[str]) -> Any:
+    def _encoded(self, queries: Sequence[str]) -> Any:
         """Vectors (B, D), in batches of like length."""
         config, tokenizer = self.plug.config, self.tokenizer
         assert tokenizer is not None, "a plug that weighs by requests comes with its tokenizer"

@@ -1,33 +1,29 @@
-"""Stage: requests of a bucket, each with its user's history, become prompts with persona rows.
+"""Stage: the requests of a bucket, each with its user's history, become prompts with persona rows.
 
-Route: bucket -> requests x methods still owed -> visible items -> plug -> rows (1+P, H) beside token ids; or -> the
-user's profile, the items that retrieval finds -> the prompt's text.
+Route: bucket -> requests x methods not answered yet -> each part of the method adds its share (`parts/`) -> token ids
+around persona rows (1+P, H).
 The vectors stay here; only persona rows and token ids travel on.
-Shapes: T items of a block's requests (ragged), D encoder width, P persona tokens, H LLM width.
+Shapes: P persona tokens, H LLM width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
-from pipelines.engines.adapters import AdapterIndex, AdapterName
-from pipelines.generate.pending import Owed, request_key
-from pipelines.generate.personas import PersonaMaker, ragged_f32
-from pipelines.generate.retrieve import Retriever
-from pipelines.generate.visible import Users
-from pipelines.learned import LastItem, last_item
+from pipelines.generate.parts import Part
+from pipelines.generate.parts.base import BucketView, Drafts, Worker
+from pipelines.generate.pending import BucketRequests, PendingReplies
+from pipelines.generate.personas import ragged_f32
+from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Method
+from pipelines.run import CpuShare
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
-from pplug.profile import ProfileConfig, lead
-from pplug.retrieval import RetrievalConfig, count_tokens
-from pplug.schemas import LAST_ITEM
 from pplug.splice import Splicer
-from pplug.tasks import TaskEntry, query
+from pplug.tasks import TaskEntry
 
 PROMPTS = pa.schema(
     {
@@ -55,7 +51,6 @@ NOTES = {
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
 }
 
-
 AHEAD = 8
 """Blocks whose queries are encoded together: the more there are, the more alike are those of a batch."""
 
@@ -64,168 +59,99 @@ class BuildPrompts:
     """Stage: prompts of whole buckets, in blocks of `block_rows`.
 
     in:  bucket int
-    out: PROMPTS, one row a request and method
+    out: PROMPTS, one row per request and method
     """
 
     def __init__(
         self,
-        owed: Owed,
+        pending: PendingReplies,
         methods: Sequence[Method],
+        parts: Sequence[Part],
         histories: Snapshot | None,
         embeddings: Snapshot | None,
-        personas: Snapshot | None,
-        plug_folder: str | None,
-        plug_id: str | None,
         llm: LLMConfig,
         encoder_decoder: bool,
-        entry: TaskEntry,
-        oracle: Mapping[str, str],
-        cap: int,
+        task: TaskEntry,
+        max_items: int,
         block_rows: int,
-        threads: int,
-        adapters: Snapshot | None = None,
-        retrieval: RetrievalConfig | None = None,
-        profiles: Snapshot | None = None,
-        profile: ProfileConfig | None = None,
+        cpu: CpuShare,
     ) -> None:
-        self.adapters, self.profiles = adapters, profiles
-        self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
-        self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
-        self.cap, self.block_rows = cap, block_rows
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder)
-        self.words = self.splicer.words
-        queries = any(method.plug in ("trained", "attention", "other-user") for method in methods)
-        self.maker = PersonaMaker(plug_folder, threads, queries) if plug_folder else None
-        kinds = frozenset(method.retrieval for method in methods if method.retrieval)
-        retrieval, self.profile = retrieval or RetrievalConfig(), profile or ProfileConfig()
-        self.limit, self.input_share = llm.layout.max_input_tokens, retrieval.input_share
-        self.retriever: Retriever | None = None
-        if kinds:
-            budget = retrieval.budget_tokens or self.limit
-            self.retriever = Retriever(retrieval, kinds, entry, self.words, budget, threads)
+        self.pending, self.methods, self.parts = pending, methods, parts
+        self.histories, self.embeddings = histories, embeddings
+        self.max_items, self.block_rows = max_items, block_rows
+        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        self.builder = Splicer(tokenizer, llm.layout, encoder_decoder)
+        for part in parts:
+            part.load(Worker(llm, task, self.builder, cpu))
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         names = {method.name for method in self.methods}
         for bucket in batch["bucket"].to_pylist():
-            asked = self.owed.read(bucket)
-            requests, answered = asked.requests, asked.answered
-            keys = pc.unique(requests["user_key"]).to_pylist()  # all that is read is theirs, but for other-user
-            users = None
-            if (self.maker or self.retriever) and self.histories is not None and requests.num_rows:
-                sources = (self.histories, self.embeddings, self.personas)
-                others = any(method.plug == "other-user" for method in self.methods)
-                with_fields = self.retriever is not None
-                users = Users(*sources, bucket, requests, keys, self.cap, others=others, with_fields=with_fields)
-            index = None
-            if self.adapters is not None:
-                owners = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
-                others = any(method.adapter == "other-user" for method in self.methods)
-                index = AdapterIndex(self.adapters, bucket, dict(owners), None if others else keys)
-            profiles: dict[str, tuple[str, LastItem]] = {}
-            if self.profiles is not None:
-                found = self.profiles.read(["user_id", "text", *LAST_ITEM], buckets=[bucket], user_keys=keys)
-                profiles = {row["user_id"]: (row["text"], last_item(row)) for row in found.to_pylist()}
-            for start in range(0, requests.num_rows, self.block_rows):
-                if self.maker is not None and start % (AHEAD * self.block_rows) == 0:
-                    coming = requests.slice(start, AHEAD * self.block_rows)
+            asked = self.pending.read(bucket)
+            view = self._view(bucket, asked.requests)
+            for part in self.parts:
+                part.look(view)
+            for start in range(0, asked.requests.num_rows, self.block_rows):
+                if start % (AHEAD * self.block_rows) == 0:
+                    coming = asked.requests.slice(start, AHEAD * self.block_rows)
                     coming = coming.select(["user_id", "request_id", "input"]).to_pylist()
-                    owed = [row for row in coming if names - answered.get(request_key(row), set())]
-                    self.maker.read_ahead([query(row["input"], self.entry) for row in owed])
-                rows = requests.slice(start, self.block_rows).to_pylist()
-                for method in self.methods:
-                    open_rows = [row for row in rows if method.name not in answered.get(request_key(row), ())]
-                    if open_rows:
-                        yield self._block(bucket, open_rows, method, users, index, profiles)
+                    for part in self.parts:
+                        part.look_ahead(asked.unanswered(coming, names))
+                yield from self._blocks(bucket, asked, asked.requests.slice(start, self.block_rows).to_pylist())
 
-    def _block(
-        self,
-        bucket: int,
-        requests: list[dict[str, Any]],
-        method: Method,
-        users: "Users | None",
-        index: AdapterIndex | None,
-        profiles: Mapping[str, tuple[str, LastItem]],
-    ) -> pa.Table:
-        errors: list[str | None] = [None] * len(requests)
-        notes: list[list[str]] = [[] for _ in requests]
-        inputs = []
-        for i, request in enumerate(requests):
-            words = self.oracle.get(request["user_id"], "") if method.oracle else ""
-            if method.oracle and not words:
-                errors[i] = "no stated preference for this user in the oracle file"
-            inputs.append(words + request["input"])
-        leads: list[str] = [""] * len(requests)
-        if method.profile:
-            for i, request in enumerate(requests):
-                text, made_from = profiles.get(request["user_id"], (None, None))
-                if made_from is not None and not made_from.is_visible_to(request):
-                    text = None
-                    notes[i].append("profile_not_used")
-                leads[i] = self._profile(text, inputs[i])
-        if method.retrieval is not None:
-            assert self.retriever is not None and users is not None, "retrieval needs histories"
-            reserved = [self._reserved(text) for text in leads]
-            texts, problems = self.retriever.prompts(method.retrieval, requests, inputs, users, reserved)
-            errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
-            leads = [first + text.lead for first, text in zip(leads, texts, strict=True)]
-            inputs = [text.rest for text in texts]
-        if method.plug is None:  # no rows stand between the two parts
-            inputs = [first + rest for first, rest in zip(leads, inputs, strict=True)]
-            leads = [""] * len(requests)
-        prompts = self.splicer.prompts(inputs, leads)
-        empty = np.zeros(0, np.float32)
-        rows: list[np.ndarray] = [empty] * len(requests)
-        kinds = ["none"] * len(requests)
-        if method.plug is not None:
-            assert self.maker is not None and users is not None, "a method with a plug needs a plug and histories"
-            rows, kinds = self.maker.rows(requests, method.plug, users, self.entry)
-            if method.plug not in ("no-history", "soft-prompt", "other-user"):
-                for i, request in enumerate(requests):
-                    notes[i] += users.notes(request, stored=kinds[i] == "mean")
-        adapters: list[AdapterName | None] = [None] * len(requests)
-        if method.adapter is not None:
-            assert index is not None, "a method with an adapter needs the table of adapters"
-            choose = index.own if method.adapter == "own" else index.other
-            adapters = [choose(request) for request in requests]
-            for i, request in enumerate(requests):
-                if adapters[i] is None and method.adapter == "own" and index.knows_too_much(request):
-                    notes[i].append("adapter_not_used")
-        n = len(requests)
-        with_plug = method.plug is not None
+    def _view(self, bucket: int, requests: pa.Table) -> BucketView:
+        """Reads of the bucket's histories what the parts need; of these users alone, but for a control of another."""
+        keys = pc.unique(requests["user_key"]).to_pylist()
+        needs = [part.needs() for part in self.parts]
+        items = None
+        if self.histories is not None and any(one.items for one in needs) and requests.num_rows:
+            items = VisibleItems(
+                self.histories,
+                self.embeddings,
+                bucket,
+                requests,
+                keys,
+                self.max_items,
+                others=any(one.others for one in needs),
+                with_fields=any(one.fields for one in needs),
+            )
+        encoder_id = None if self.embeddings is None else self.embeddings.metadata.get("encoder_id")
+        return BucketView(bucket, requests, keys, items, encoder_id)
+
+    def _blocks(self, bucket: int, asked: BucketRequests, rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
+        """Prompts of these requests, one block per method."""
+        for method in self.methods:
+            requests = [dict(row) for row in asked.unanswered(rows, {method.name})]
+            if requests:
+                drafts = Drafts(method, requests, [request["input"] for request in requests])
+                for part in self.parts:
+                    info = method.part(part.group)
+                    if info is not None:
+                        part.contribute(info, drafts)
+                yield self._table(bucket, drafts)
+
+    def _table(self, bucket: int, drafts: Drafts) -> pa.Table:
+        """Drafts -> PROMPTS."""
+        prefixes, inputs, n = drafts.prefixes, drafts.inputs, len(drafts.requests)
+        if drafts.method.part("plug") is None:  # no rows stand between the two texts
+            inputs = [prefix + text for prefix, text in zip(prefixes, inputs, strict=True)]
+            prefixes = [""] * n
+        prompts = self.builder.prompts(inputs, prefixes)
         columns = {
             "bucket": [bucket] * n,
-            "user_key": [request["user_key"] for request in requests],
-            "request_id": [request["request_id"] for request in requests],
-            "method": [method.name] * n,
-            "user_id": [request["user_id"] for request in requests],
+            "user_key": [request["user_key"] for request in drafts.requests],
+            "request_id": [request["request_id"] for request in drafts.requests],
+            "method": [drafts.method.name] * n,
+            "user_id": [request["user_id"] for request in drafts.requests],
             "before": [prompt.before for prompt in prompts],
             "after": [prompt.after for prompt in prompts],
-            "rows": ragged_f32(rows),
-            "persona": kinds,
-            "plug_id": [self.plug_id if with_plug else None] * n,
-            "encoder_id": [self._encoder_id(method)] * n,
-            "adapter_id": [name and name.adapter_id for name in adapters],
-            "adapter_key": [name and name.user_key for name in adapters],
-            "error": errors,
-            "notes": notes,
+            "rows": ragged_f32(drafts.soft_prompts),
+            "persona": drafts.personas,
+            "plug_id": [drafts.plug_id] * n,
+            "encoder_id": [drafts.encoder_id] * n,
+            "adapter_id": [name and name.adapter_id for name in drafts.adapters],
+            "adapter_key": [name and name.user_key for name in drafts.adapters],
+            "error": drafts.errors,
+            "notes": drafts.notes,
         }
         return pa.table(columns, schema=PROMPTS)
-
-    def _profile(self, text: str | None, input: str) -> str:
-        if text is None:
-            return ""
-        return lead(text, input, self.profile, self.words, self.limit, self.input_share)
-
-    def _reserved(self, text: str) -> int:
-        """What a text before retrieval's takes of retrieval's own budget, which may be below the prompt's."""
-        assert self.retriever is not None, "asked for retrieval only"
-        taken = count_tokens(text, self.words) if text else 0
-        return max(0, taken - (self.limit - self.retriever.budget_tokens))
-
-    def _encoder_id(self, method: Method) -> str | None:
-        """Encoder of the vectors that the method reads: those of the table it was given."""
-        if method.retrieval == "dense" and self.embeddings is not None:
-            return self.embeddings.metadata.get("encoder_id")
-        if method.plug is not None and self.maker is not None:
-            return self.maker.plug.config.encoder_id
-        return None

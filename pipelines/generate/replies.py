@@ -1,4 +1,4 @@
-"""Stage: prompts -> replies, through one engine an actor that never waits for a batch to end.
+"""Stage: prompts -> replies, through one engine per actor that never waits for a batch to end.
 
 vLLM runs in a loop thread of our own; the stage is plain and is called by several threads at once, so many small
 batches are in flight (Ray's own async path blocks the event loop it would share with the engine). Every persona row is
@@ -20,6 +20,7 @@ from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import Decoding, Engine, EngineConfig, EnginePrompt, EngineReply
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
+from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
 
 REPLIES = pa.schema(
@@ -49,7 +50,7 @@ _CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", 
 
 
 class Reply:
-    """Stage: one reply a prompt.
+    """Stage: one reply per prompt.
 
     in:  generate.prompts.PROMPTS
     out: REPLIES, in the order of the batch; a row that could not be answered has an `error` and an empty text
@@ -62,9 +63,10 @@ class Reply:
         decoding: Decoding,
         llm_id: str,
         run_id: str,
-        threads: int,
+        cpu: CpuShare,
         adapters: Adapters | None = None,
     ) -> None:
+        threads = cpu.torch_threads()
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
         if engine.kind == "vllm":
@@ -119,7 +121,7 @@ class Reply:
 
 
 def check_rows(flat: np.ndarray, dim: int, max_norm: float) -> str | None:
-    """Why these persona rows must not reach the engine; None when they may."""
+    """Returns why these persona rows must not reach the engine; None when they may."""
     if flat.dtype != np.float32:
         return f"persona rows have dtype {flat.dtype}, expected float32"
     if len(flat) % dim:

@@ -1,6 +1,6 @@
 """Stages of generate --write-profiles: users of a bucket become prompts, the replies become their profiles.
 
-Route: bucket -> users who are owed a profile, each with the newest items that count -> token ids -> Reply -> rows of
+Route: bucket -> users whose profile is pending, each with the newest items that count -> token ids -> Reply -> rows of
 `profiles`, and rejects. A bucket's other profiles travel beside them, since a bucket is replaced as a whole.
 A profile is made from items that all of the user's requests may see (`pending_users`).
 """
@@ -12,32 +12,57 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.errors import InputError
+from infra.table import Table
+from pipelines import tables
+from pipelines.generate.config import Config
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import Reply
 from pipelines.histories import Histories, decode_fields
-from pipelines.pending_users import OwedUsers, with_nulls
+from pipelines.pending_users import PendingUsers, with_nulls
 from pipelines.waves import DETAIL, REASON
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
-from pplug.profile import ProfileConfig, question
+from pplug.profile import ProfileConfig, profile_id, question
 from pplug.schemas import PROFILES
 from pplug.splice import Splicer
 from pplug.tasks import TaskEntry
 
-ROWS = pa.schema([*PROFILES, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
+PROFILE_ROWS = pa.schema([*PROFILES, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.int32())
-ASKED = pa.schema([*ROWS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
+ASKED = pa.schema([*PROFILE_ROWS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
 """A user to ask about (before, after), a profile that stays as it is (text), or a reject."""
+
+
+def profiles_made_as(config: Config, entry: TaskEntry, llm: str) -> str:
+    """Identity of the profiles to write; refuses a task without a form for items, and two kinds in one table."""
+    if entry.retrieval is None:
+        raise InputError(
+            f"write_profiles: task {entry.name} does not say how items stand in a prompt; give a task entry with "
+            "`retrieval` (--task FILE)"
+        )
+    made_as = profile_id(config.profile, llm, config.decoding.decoding_id, entry)
+    place = tables.location(config.tables, "profiles")
+    others = set[str]()
+    if config.users is not None and Table.exists(place):
+        others = tables.said(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
+    if others:
+        raise InputError(
+            f"users={config.users}: the profiles in {config.tables} are of settings {', '.join(sorted(others))}, these "
+            f"would be of settings {made_as} (LLM, decoding, prompt, task); give the same settings, or leave users out "
+            "to write everybody's anew"
+        )
+    return made_as
 
 
 class AskForProfiles:
     """Stage: a bucket's users as prompts. in: bucket int. out: ASKED, in blocks of users."""
 
     def __init__(
-        self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
+        self, pending: PendingUsers, entry: TaskEntry, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
     ) -> None:
-        self.owed, self.entry, self.config = owed, entry, config
+        self.pending, self.entry, self.config = pending, entry, config
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.budget = config.prompt_tokens or llm.layout.max_input_tokens
         layout = llm.layout.model_copy(update={"max_input_tokens": self.budget})
@@ -45,7 +70,7 @@ class AskForProfiles:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            yield from self.owed.blocks(bucket, ASKED, self._prompt)
+            yield from self.pending.blocks(bucket, ASKED, self._prompt)
 
     def _prompt(self, own: Histories, user: int, items: range) -> dict[str, Any]:
         assert own.fields is not None, "read with fields"
@@ -59,30 +84,30 @@ class AskForProfiles:
         if not text:
             return {REASON: "no_room", DETAIL: f"not one item fits into a prompt of {self.budget} tokens"}
         (prompt,) = self.splicer.prompts([text])
-        made = {"profile_id": self.owed.made_as, "n_items": len(items)}
+        made = {"profile_id": self.pending.made_as, "n_items": len(items)}
         return made | {"before": prompt.before, "after": prompt.after}
 
 
 class WriteProfiles:
-    """Stage: one profile a user asked about, by the engine of `Reply`.
+    """Stage: one profile per user asked about, by the engine of `Reply`.
 
     in:  ASKED
-    out: ROWS: profiles, those that stay as they are, and rejects; a user whose prompt got no reply is one
+    out: PROFILE_ROWS: profiles, those that stay as they are, and rejects; a user whose prompt got no reply is one
     """
 
     def __init__(self, *how: Any) -> None:
-        """`how`: as of `Reply`."""
+        """`how`: the arguments of `Reply`."""
         self.reply = Reply(*how)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         ask = pc.is_valid(batch["before"])
-        out = [batch.filter(pc.invert(ask)).select(ROWS.names).cast(ROWS)]
+        out = [batch.filter(pc.invert(ask)).select(PROFILE_ROWS.names).cast(PROFILE_ROWS)]
         asked = batch.filter(ask)
         if asked.num_rows:
             replies = self.reply(_prompts(asked)).select(["text", "error", "llm_id", "decoding_id"]).to_pylist()
-            rows = asked.select(ROWS.names).to_pylist()
+            rows = asked.select(PROFILE_ROWS.names).to_pylist()
             made = [row | _profile(**reply) for row, reply in zip(rows, replies, strict=True)]
-            out.append(pa.Table.from_pylist(made, schema=ROWS))
+            out.append(pa.Table.from_pylist(made, schema=PROFILE_ROWS))
         return pa.concat_tables(out)
 
 

@@ -73,7 +73,7 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     train("train")
     ingest("dev", 1)
     add("refresh-dev", "refresh", "dev", encoder=encoder, plug=str(root / "plug"), **gpus)
-    if any(method.adapter for method in methods):
+    if any(method.part("adapter") for method in methods):
         add("adapt", "adapt", "dev", llm=model["llm"], lora=model["lora"], **gpus)
     generate("generate", "plug", [name for name in config.methods if name != SOFT_PROMPT])
     runs = ["generate"]

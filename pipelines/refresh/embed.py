@@ -1,7 +1,7 @@
-"""Stages of the refresh: which texts have no vector yet, and the vectors.
+"""Stages of the refresh: the texts that have no vector yet, and their vectors.
 
 Route: bucket -> its live (user, text_hash) pairs minus those in `embeddings` -> texts -> one vector each. Of a bucket
-that was only added to since a finished refresh, only what was added is looked at (`since`).
+that has only gained rows since a finished refresh, only the new rows are looked at (`since`).
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from infra.snapshot import Snapshot
 from pipelines.histories import decode_fields, list_f32, pair_keys
 from pipelines.refresh.increment import Since
+from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.history import item_text
@@ -28,55 +29,57 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Owed:
-    """What a bucket owes: pairs (user, text_hash) without a vector."""
+class PendingTexts:
+    """Pairs (user, text_hash) of one bucket that have no vector yet."""
 
     pairs: pa.Array
     """Each once, as `pair_keys`."""
     source: Snapshot
-    """Where their texts stand: the histories, or what has come to them."""
+    """Where their texts stand: the histories, or the rows that have been added."""
     users: list[str] | None
-    """Whose they are; None: nobody has a vector yet."""
+    """user_key of their users; None: no user has a vector yet."""
     texts: int
     """Live pairs of the bucket, with and without a vector."""
     settled: bool
-    """Only what has come was looked at; else the whole bucket was."""
+    """Only the added rows were looked at; otherwise the whole bucket was."""
     every: bool
-    """Nothing that was looked at has a vector yet."""
+    """No pair that was looked at has a vector yet."""
 
 
-def owed_of(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int) -> Owed:
-    """The plan of one bucket."""
-    if bucket in since.come and since.before is not None:
-        come = since.part(histories, bucket)
-        pairs, users = _pairs(come, bucket, None)
+def pending_texts(histories: Snapshot, embeddings: Snapshot, since: Since, bucket: int) -> PendingTexts:
+    """The pairs of one bucket that have no vector yet."""
+    if bucket in since.added and since.before is not None:
+        added = since.part(histories, bucket)
+        pairs, users = _pairs(added, bucket, None)
         have, _ = _pairs(embeddings, bucket, users)
         known, _ = _pairs(since.before, bucket, users)
-        owed = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
+        pending = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
         # A text that was set aside then and comes again would be counted twice: then the bucket is looked at whole.
-        if not pc.any(pc.is_in(owed, value_set=known), min_count=0).as_py():
+        if not pc.any(pc.is_in(pending, value_set=known), min_count=0).as_py():
             new = pc.sum(pc.invert(pc.is_in(pairs, value_set=known))).as_py() or 0
-            return Owed(owed, come, users, since.texts[bucket] + new, settled=True, every=len(owed) == len(pairs))
+            return PendingTexts(
+                pending, added, users, since.texts[bucket] + new, settled=True, every=len(pending) == len(pairs)
+            )
     pairs, users = _pairs(histories, bucket, None)
     have, _ = _pairs(embeddings, bucket, None)
-    owed = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
-    theirs = pc.unique(pc.utf8_slice_codeunits(owed, 0, len(users[0]))).to_pylist() if users else []
-    every = len(owed) == len(pairs)
-    return Owed(owed, histories, None if every else theirs, len(pairs), settled=False, every=every)
+    pending = pairs.filter(pc.invert(pc.is_in(pairs, value_set=have)))
+    theirs = pc.unique(pc.utf8_slice_codeunits(pending, 0, len(users[0]))).to_pylist() if users else []
+    every = len(pending) == len(pairs)
+    return PendingTexts(pending, histories, None if every else theirs, len(pairs), settled=False, every=every)
 
 
 def _pairs(table: Snapshot, bucket: int, users: list[str] | None) -> tuple[pa.Array, list[str]]:
-    """(user, text_hash) of a bucket, each once, as `pair_keys`; and whose they are."""
+    """(user, text_hash) of a bucket, each once, as `pair_keys`; and their users."""
     columns = ["user_key", "text_hash"]
     rows = pa.concat_tables([table.spec.empty(columns), *table.of_users(columns, bucket, users)])
     return pc.unique(pair_keys(rows)), pc.unique(rows["user_key"]).to_pylist()
 
 
-class CountOwed:
+class CountPending:
     """Stage of the plan.
 
     in:  bucket int
-    out: bucket; owed, texts without a vector; texts, all that live in it; settled and every, bool (`Owed`)
+    out: bucket; pending, texts without a vector; texts, all that live in it; settled and every, bool (`PendingTexts`)
     """
 
     def __init__(self, histories: Snapshot, embeddings: Snapshot, since: Since) -> None:
@@ -84,13 +87,13 @@ class CountOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            owed = owed_of(self.histories, self.embeddings, self.since, bucket)
-            row = {"owed": len(owed.pairs), "texts": owed.texts, "settled": owed.settled, "every": owed.every}
+            found = pending_texts(self.histories, self.embeddings, self.since, bucket)
+            row = {"pending": len(found.pairs), "texts": found.texts, "settled": found.settled, "every": found.every}
             yield pa.Table.from_pylist([{"bucket": bucket} | row])
 
 
-class ReadOwed:
-    """Stage: the texts that have no vector yet; of a bucket in `every`, as the plan found it, all that has come.
+class ReadPending:
+    """Stage: the texts that have no vector yet; of a bucket in `every`, as the plan found it, all new ones.
 
     in:  bucket int
     out: bucket, user_key, text_hash, text str; a row whose item has no text carries reject_reason
@@ -110,7 +113,7 @@ class ReadOwed:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            source, pairs, users = self._owed(bucket)
+            source, pairs, users = self._pending(bucket)
             seen = np.zeros(len(pairs), bool)
             for items in source.of_users(["user_key", "text_hash", "fields"], bucket, users):
                 place = pc.fill_null(pc.index_in(pair_keys(items), value_set=pairs), -1).to_numpy()
@@ -123,13 +126,13 @@ class ReadOwed:
                 for start in range(0, texts.num_rows, BLOCK_TEXTS):
                     yield self._texts(texts.slice(start, BLOCK_TEXTS), bucket)
 
-    def _owed(self, bucket: int) -> tuple[Snapshot, pa.Array, list[str] | None]:
-        """Where the texts stand, their pairs, whose they are (None: everybody's there)."""
+    def _pending(self, bucket: int) -> tuple[Snapshot, pa.Array, list[str] | None]:
+        """Where the texts stand, their pairs, and their users (None: all users in it)."""
         if bucket in self.every:  # as the plan found it: there is nothing to compare with
-            source = self.since.part(self.histories, bucket) if bucket in self.since.come else self.histories
+            source = self.since.part(self.histories, bucket) if bucket in self.since.added else self.histories
             return source, _pairs(source, bucket, None)[0], None
-        owed = owed_of(self.histories, self.embeddings, self.since, bucket)
-        return owed.source, owed.pairs, owed.users
+        found = pending_texts(self.histories, self.embeddings, self.since, bucket)
+        return found.source, found.pairs, found.users
 
     def _texts(self, rows: pa.Table, bucket: int) -> pa.Table:
         texts, reasons, details = [], [], []
@@ -157,17 +160,17 @@ class ReadOwed:
 
 
 class EmbedTexts:
-    """Stage: one vector a text, one actor a GPU (or one for a CPU node); equal texts of a block are encoded once.
+    """Stage: one vector per text, one actor per GPU or per CPU node; equal texts of a block are encoded once.
 
-    in:  as ReadOwed gives
+    in:  as ReadPending gives
     out: bucket, user_key, text_hash, encoder_id, vector list<float32>[D], L2-normalised; reject columns as they came,
          and a reason for a text whose vector is not finite
     """
 
-    def __init__(self, config: EncoderConfig, encoder_id: str, threads: int) -> None:
+    def __init__(self, config: EncoderConfig, encoder_id: str, cpu: CpuShare) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(cpu.torch_threads())
         self.encoder = TextEncoder(config)
         self.encoder_id = encoder_id
 

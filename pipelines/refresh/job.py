@@ -6,127 +6,158 @@ What it does and its keys stand in `config.py`.
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infra import lease, upkeep
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.table import DataFile
 from pipelines import tables
 from pipelines.refresh.config import Config
-from pipelines.refresh.increment import RETRIED, SETTLED, Since, stamp
+from pipelines.refresh.increment import RETRIED, SETTLED, Late, Since, retried, settled_text
+from pipelines.run import CpuShare, begin
 from pplug.encoder import encoder_id
 
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
     from infra.table import Table
-    from pipelines.refresh.increment import Late, Since
     from pplug.tasks import TaskEntry
+
+
+@dataclass(frozen=True)
+class Night:
+    """What one refresh has opened, and all that decides its personas."""
+
+    config: Config
+    report: RunReport
+    table: "Table"
+    """The histories' table; `histories` is its version of tonight."""
+    histories: "Snapshot"
+    task: "TaskEntry"
+    before: "Snapshot | None"
+    """The personas as they were when the run began. Looked at before the histories were: personas that another run
+    commits from then on are newer than ours."""
+    encoder_id: str
+    plug_id: str | None
+
+    @property
+    def decides(self) -> dict[str, str]:
+        """All that decides the personas: equal values, equal table. Stands in the commit that completes them."""
+        return {
+            "encoder_id": self.encoder_id,
+            "plug_id": self.plug_id or "",
+            "histories_files": self.histories.stamp,
+            "history_cap": str(self.config.history_cap),
+        }
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Metadata of the personas' newest version."""
+        return self.before.metadata if self.before is not None else {}
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the newest personas are complete and made from the same."""
+        return {"complete": "true", **self.decides}.items() <= self.shown.items()
+
+    @property
+    def cpu(self) -> CpuShare:
+        return CpuShare.of(self.config.workers, self.config.gpus_per_worker)
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("refresh")
-    report = RunReport(
-        "refresh", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
-    )
+    report = begin("refresh", config)
     histories = tables.open_table(config.tables, "histories")
-    with lease.writing(config.tables, run_id):
-        _refresh(config, report, histories)
+    with lease.writing(config.tables, report.run_id):
+        night = _open(config, report, histories)
+        if not _nothing_changed(night):
+            _refresh(night)
+        names = ["histories", tables.embeddings_name(night.encoder_id), "personas"]
+        report.extra["tables"] = tables.costs(config.tables, names)
     return report.finish()
 
 
-def _refresh(config: Config, report: RunReport, histories_table: "Table") -> None:
-    from infra import session
-
-    # Looked at before the histories are: personas that another run commits from now on are newer than ours.
+def _open(config: Config, report: RunReport, table: "Table") -> Night:
     before = tables.newest(config.tables, "personas")
-    histories = histories_table.snapshot(complete=True)
+    histories = table.snapshot(complete=True)
     report.table_read("histories", histories.version)
-    entry = tables.task_entry(config.task, histories)
+    task = tables.task_entry(config.task, histories)
     try:
-        rule = entry.item if config.encoder.with_label else entry.item_without_label
+        rule = task.item if config.encoder.with_label else task.item_without_label
         encoder = encoder_id(config.encoder, rule)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder: {error}") from error
-    identities = {"encoder_id": encoder, "plug_id": _check_plug(config, encoder)}
-    made_from = _made_from(config, histories, identities)
-    if not _nothing_changed(config, report, made_from, before):
-        session.start(need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker})
-        buckets = histories_table.buckets
-        embeddings = tables.open_or_create(config.tables, tables.embeddings_name(encoder), buckets)
-        rejects = tables.open_or_create(config.tables, "rejects", 1)
-        since = _since(before, histories_table, histories, embeddings, encoder)
-        settled = _embed(config, report, histories, embeddings, rejects, since, entry, encoder)
-        if report.problem() is None:
-            personas = tables.open_or_create(config.tables, "personas", buckets)
-            _personas(config, report, histories, embeddings, personas, before, since, identities, made_from, settled)
-    report.extra["tables"] = tables.costs(config.tables, ["histories", tables.embeddings_name(encoder), "personas"])
+    return Night(config, report, table, histories, task, before, encoder, _check_plug(config, encoder))
 
 
-def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str | None]) -> dict[str, str]:
-    """All that decides the personas: equal words, equal table. Stands in the commit that completes them."""
-    said = {key: value or "" for key, value in identities.items()}
-    return said | {"histories_files": histories.stamp, "history_cap": str(config.history_cap)}
-
-
-def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
+def _nothing_changed(night: Night) -> bool:
     """Whether the newest personas are complete and made from the same, and no text is to be tried again.
 
     Then nothing is read, and Ray does not start.
     """
-    said = before.metadata if before is not None else {}
-    vectors = tables.newest(config.tables, tables.embeddings_name(made_from["encoder_id"]))
-    if before is None or vectors is None or not {"complete": "true", **made_from}.items() <= said.items():
+    report, shown, name = night.report, night.shown, tables.embeddings_name(night.encoder_id)
+    if night.before is None or tables.newest(night.config.tables, name) is None or not night.is_made:
         return False
-    name = tables.embeddings_name(made_from["encoder_id"])
-    if upkeep.restored_since(tables.open_table(config.tables, name), int(said["embeddings_version"])):
-        return False  # vectors that were there may be missing now
-    rejected = json.loads(said["rejected"])
+    if upkeep.restored_since(tables.open_table(night.config.tables, name), int(shown["embeddings_version"])):
+        return False  # vectors that existed may be missing now
+    rejected = json.loads(shown["rejected"])
     if not RETRIED.isdisjoint(rejected):
         return False
-    report.planned = int(said["texts"])
+    report.planned = int(shown["texts"])
     for reason, n in rejected.items():
         report.reject(reason, n)
     report.already_there = report.planned - report.rejected.total()
-    report.extra["personas"] = {"users": before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
+    report.extra["personas"] = {"users": night.before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
     return True
 
 
-def _since(
-    before: "Snapshot | None", table: "Table", histories: "Snapshot", embeddings: "Table", encoder: str
-) -> "Since":
-    """What has come since the stored personas, if they are whole, this encoder's, and their histories can be read."""
-    said = before.metadata if before is not None else {}
-    if said.get("complete") != "true" or said.get("encoder_id") != encoder or SETTLED not in said:
+def _refresh(night: Night) -> None:
+    """Encodes the new texts, then makes the changed users' personas."""
+    from infra import session
+
+    config, buckets = night.config, night.table.buckets
+    session.start(need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker})
+    embeddings = tables.open_or_create(config.tables, tables.embeddings_name(night.encoder_id), buckets)
+    rejects = tables.open_or_create(config.tables, "rejects", 1)
+    since = _since(night, embeddings)
+    settled = _embed(night, embeddings, rejects, since)
+    if night.report.problem() is None:
+        personas = tables.open_or_create(config.tables, "personas", buckets)
+        _personas(night, embeddings, personas, since, settled)
+
+
+def _since(night: Night, embeddings: "Table") -> Since:
+    """The rows added since the stored personas; none are known where these are not complete, or of another encoder, or
+    where their histories cannot be read any more."""
+    shown = night.shown
+    if shown.get("complete") != "true" or shown.get("encoder_id") != night.encoder_id or SETTLED not in shown:
         return Since()
-    if int(said["embeddings_version"]) > embeddings.version:  # another table stands there now
+    if int(shown["embeddings_version"]) > embeddings.version:  # another table stands there now
         return Since()
-    if upkeep.restored_since(embeddings, int(said["embeddings_version"])):  # vectors that were there may be missing now
+    if upkeep.restored_since(embeddings, int(shown["embeddings_version"])):  # vectors that existed may be missing now
         return Since()
     try:
-        then = table.snapshot(version=int(said["histories_version"]))
+        then = night.table.snapshot(version=int(shown["histories_version"]))
     except InputError:  # older than the log
         return Since()
-    return Since.of(said, then, histories) if then.stamp == said["histories_files"] else Since()
+    return Since.of(shown, then, night.histories) if then.stamp == shown["histories_files"] else Since()
 
 
-def _late(config: Config, embeddings: "Table", before: "Snapshot | None", encoder: str) -> "Late":
-    """Where texts had been set aside that may have got their vectors since the newest complete personas were made.
+def _late(night: Night, embeddings: "Table") -> Late:
+    """Buckets with texts that had been set aside and may have got their vectors since the newest complete personas.
 
     A run that broke off counts too: it may have made some of a bucket's personas before a text got its vector.
     """
-    from pipelines import tables
-    from pipelines.refresh.increment import Late, retried
-
-    if before is None:
+    if night.before is None:
         return Late()
     try:
-        shown = tables.open_table(config.tables, "personas").snapshot(complete=True).metadata
+        shown = tables.open_table(night.config.tables, "personas").snapshot(complete=True).metadata
     except InputError:  # no run has ended yet
         shown = {}
-    buckets = retried(before.metadata, encoder) | retried(shown, encoder)
-    if not buckets or shown.get("encoder_id") != encoder:
+    buckets = retried(night.shown, night.encoder_id) | retried(shown, night.encoder_id)
+    if not buckets or shown.get("encoder_id") != night.encoder_id:
         return Late(buckets)
     try:
         return Late(buckets, embeddings.snapshot(version=int(shown["embeddings_version"])))
@@ -160,161 +191,128 @@ def _check_plug(config: Config, encoder: str) -> str | None:
     return identity
 
 
-def _threads(config: Config) -> int:
-    """Torch threads of one actor: the machine's cores among the actors on it."""
-    return max(1, (os.cpu_count() or 1) // (1 if config.gpus_per_worker else config.workers))
+@dataclass
+class TextPlan:
+    """What each bucket has of texts, and which have no vector yet."""
+
+    pending: dict[int, int]
+    """Texts without a vector."""
+    texts: dict[int, int]
+    """Texts of live items."""
+    rejected: dict[int, Counter[str]]
+    """Texts set aside before, by reason."""
+    settled: set[int]
+    """Buckets of which only the added rows were looked at."""
+    every: set[int]
+    """Buckets in which no text that was looked at has a vector."""
 
 
-def _embed(
-    config: Config,
-    report: RunReport,
-    histories: "Snapshot",
-    embeddings: "Table",
-    rejects: "Table",
-    since: "Since",
-    entry: "TaskEntry",
-    encoder: str,
-) -> str:
-    """Plans what each bucket owes, encodes it in one stream, commits wave by wave; returns what `Since.of` needs."""
-    import ray.data
+def _plan_texts(night: Night, before: "Snapshot", since: Since) -> TextPlan:
+    """Counts the texts without a vector, in the buckets that something has come to."""
+    from pipelines import waves
+    from pipelines.refresh.embed import CountPending
 
-    from pipelines.refresh.embed import BLOCK_TEXTS, CountOwed, EmbedTexts, ReadOwed
-    from pipelines.waves import Committer, WriteFiles, bucket_rows, commit_stream
-
-    before = embeddings.snapshot()
-    there = list(histories.by_bucket())
-    texts = {bucket: since.texts[bucket] for bucket in there if since.unmoved(bucket)}
-    owed = dict.fromkeys(texts, 0)
-    rejected = {bucket: Counter(since.rejected[bucket]) for bucket in texts}
-    settled, every = set[int](), set[int]()
+    report, there = night.report, list(night.histories.by_bucket())
+    same = [bucket for bucket in there if since.is_unchanged(bucket)]
+    plan = TextPlan(
+        dict.fromkeys(same, 0),
+        {bucket: since.texts[bucket] for bucket in same},
+        {bucket: Counter(since.rejected[bucket]) for bucket in same},
+        set(),
+        set(),
+    )
     with report.stage("plan") as stage:
-        moved = [bucket for bucket in there if bucket not in texts]
-        plan = bucket_rows(moved).map_batches(
-            CountOwed(histories, before, since).__call__, batch_size=1, batch_format="pyarrow"
-        )
-        for row in plan.iter_rows() if moved else ():
+        changed = [bucket for bucket in there if bucket not in plan.texts]
+        for row in waves.each_bucket(changed, CountPending(night.histories, before, since)):
             bucket = row["bucket"]
-            owed[bucket], texts[bucket] = row["owed"], row["texts"]
-            rejected[bucket] = Counter(since.rejected[bucket] if row["settled"] else {})
-            settled |= {bucket} if row["settled"] else set()
-            every |= {bucket} if row["every"] else set()
-        stage.rows = len(moved)
-    report.planned = sum(texts.values())
-    for found in rejected.values():
+            plan.pending[bucket], plan.texts[bucket] = row["pending"], row["texts"]
+            plan.rejected[bucket] = Counter(since.rejected[bucket] if row["settled"] else {})
+            plan.settled |= {bucket} if row["settled"] else set()
+            plan.every |= {bucket} if row["every"] else set()
+        stage.rows = len(changed)
+    report.planned = sum(plan.texts.values())
+    for found in plan.rejected.values():
         for reason, n in found.items():
             report.reject(reason, n)
-    report.already_there = report.planned - report.rejected.total() - sum(owed.values())
-    todo = sorted(bucket for bucket, n in owed.items() if n)
-    committer = Committer(
-        table=embeddings,
-        rejects=rejects,
-        report=report,
-        owed={bucket: owed[bucket] for bucket in todo},
-        group_rows=config.wave_texts,
-        metadata={"encoder_id": encoder, "histories_version": str(histories.version)},
-        planned_on=before.version,
-        complete=before.metadata.get("complete") == "true",
+    report.already_there = report.planned - report.rejected.total() - sum(plan.pending.values())
+    return plan
+
+
+def _embed(night: Night, embeddings: "Table", rejects: "Table", since: Since) -> str:
+    """Encodes the pending texts in one stream, commits wave by wave; returns the counts that `Since.of` needs."""
+    from pipelines import waves
+    from pipelines.refresh.embed import BLOCK_TEXTS, EmbedTexts, ReadPending
+
+    config, before = night.config, embeddings.snapshot()
+    plan = _plan_texts(night, before, since)
+    read = ReadPending(
+        night.histories,
+        before,
+        since.only(plan.settled),
+        frozenset(plan.every),
+        night.task,
+        config.encoder.with_label,
     )
-    with report.stage("embed") as stage:
-        stage.rows = sum(owed.values())
-        if todo:
-            since = since.only(settled)
-            read = bucket_rows(todo).map_batches(
-                ReadOwed(histories, before, since, frozenset(every), entry, config.encoder.with_label).__call__,
-                batch_size=1,
-                batch_format="pyarrow",
-            )
-            vectors = read.map_batches(
-                EmbedTexts,
-                fn_constructor_args=(config.encoder, encoder, _threads(config)),
-                batch_size=BLOCK_TEXTS,
-                batch_format="pyarrow",
-                num_gpus=config.gpus_per_worker or None,
-                compute=ray.data.ActorPoolStrategy(size=config.workers),
-            )
-            files = vectors.map_batches(
-                WriteFiles(
-                    embeddings, rejects, "refresh", report.run_id, key="text_hash", rejected=rejects.snapshot()
-                ).__call__,
-                batch_size=None,
-                batch_format="pyarrow",
-            )
-            commit_stream(files, committer, "texts")
-        else:
-            committer.finish()  # nothing to encode, but perhaps no version says complete yet
+    committer = waves.run(
+        night.report,
+        "embed",
+        "texts",
+        into=embeddings,
+        before=before,
+        pending=plan.pending,
+        steps=[
+            waves.tasks(read),
+            waves.actors(
+                EmbedTexts, config.encoder, night.encoder_id, night.cpu,
+                size=config.workers, rows=BLOCK_TEXTS, gpus=config.gpus_per_worker,
+            ),
+        ],
+        metadata={"encoder_id": night.encoder_id, "histories_version": str(night.histories.version)},
+        wave_rows=config.wave_texts,
+        rejects=rejects,
+        key="text_hash",
+    )  # fmt: skip
     for bucket, reasons in committer.rejected.items():
-        rejected[bucket] += reasons
-    return stamp(texts, rejected)
+        plan.rejected[bucket] += reasons
+    return settled_text(plan.texts, plan.rejected)
 
 
-def _personas(
-    config: Config,
-    report: RunReport,
-    histories: "Snapshot",
-    embeddings: "Table",
-    personas: "Table",
-    before: "Snapshot | None",
-    since: "Since",
-    identities: dict[str, str | None],
-    made_from: dict[str, str],
-    settled: str,
-) -> None:
+def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since, settled: str) -> None:
     """Replaces the buckets in which a user changed or went, wave by wave; the last commit shows them to readers."""
-    import ray.data
-
+    from pipelines import waves
     from pipelines.refresh.persona import BuildPersonas
-    from pipelines.waves import Replacer, bucket_rows
 
+    config, report, before, decides = night.config, night.report, night.before, night.decides
     vectors = embeddings.snapshot(complete=True)
     report.table_read(embeddings.spec.name, vectors.version)
-    late = _late(config, embeddings, before, made_from["encoder_id"])
+    late = _late(night, embeddings)
     stored = before.by_bucket() if before is not None else {}
-    there = set(histories.by_bucket()) | set(stored)
-    said = before.metadata if before is not None else {}
-    if any(said.get(name) != made_from[name] for name in ("encoder_id", "plug_id", "history_cap")):
-        since = Since()  # all are to be made anew, whoever's history has changed
-    todo = sorted(bucket for bucket in there if not since.unmoved(bucket))
-    wave = Replacer(
-        table=personas,
-        report=report,
-        wave_rows=config.wave_texts,
-        metadata=made_from
-        | {"embeddings_version": str(vectors.version), "histories_version": str(histories.version)}
-        | {"texts": str(report.planned), "rejected": json.dumps(report.rejected), SETTLED: settled},
-        planned_on=before.version if before is not None else 0,
-    )
+    there = set(night.histories.by_bucket()) | set(stored)
+    if any(night.shown.get(name) != decides[name] for name in ("encoder_id", "plug_id", "history_cap")):
+        since = Since()  # all users' personas are to be made anew, whether their history has changed or not
+    todo = sorted(bucket for bucket in there if not since.is_unchanged(bucket))
+    versions = {"embeddings_version": str(vectors.version), "histories_version": str(night.histories.version)}
+    counted = {"texts": str(report.planned), "rejected": json.dumps(report.rejected), SETTLED: settled}
+    planned_on = before.version if before is not None else 0
+    wave = waves.Replacer(personas, report, config.wave_texts, decides | versions | counted, planned_on)
+    identities = {"encoder_id": night.encoder_id, "plug_id": night.plug_id}
+    build = waves.actors(
+        BuildPersonas, night.histories, vectors, personas, before if before is not None and before.files else None,
+        since, config.plug, identities, config.history_cap, report.run_id, night.cpu, late,
+        size=config.workers, gpus=config.gpus_per_worker,
+    )  # fmt: skip
     with report.stage("personas") as stage:
-        built = bucket_rows(todo).map_batches(
-            BuildPersonas,
-            fn_constructor_args=(
-                histories,
-                vectors,
-                personas,
-                before if before is not None and before.files else None,
-                since,
-                config.plug,
-                identities,
-                config.history_cap,
-                report.run_id,
-                _threads(config),
-                late,
-            ),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_gpus=config.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
-        )
         names = ("users", "changed", "gone", "items_without_vector", "users_ahead_of_clock")
         counts = dict.fromkeys(names, 0)
         counts["users"] = sum(file.rows for bucket in there - set(todo) for file in stored.get(bucket, ()))
-        for row in built.iter_rows() if todo else ():
+        for row in waves.stream(todo, [build]).iter_rows() if todo else ():
             for name in counts:
                 counts[name] += row[name]
             if row["changed"] or row["gone"]:
                 wave.add(row["for_bucket"], DataFile.from_row(row) if row["path"] is not None else None)
         stage.rows = counts["changed"]
         # Also where the same rows lie in other files now: the next night then goes on from these.
-        if wave.replaced or not {"complete": "true", **made_from}.items() <= said.items():
+        if wave.replaced or not night.is_made:
             wave.flush(complete=True)
     if counts["users_ahead_of_clock"]:
         print(

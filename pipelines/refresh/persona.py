@@ -1,4 +1,4 @@
-"""Stage of the refresh: one persona a user, from the vectors of all the user's items.
+"""Stage of the refresh: one persona per user, from the vectors of all the user's items.
 
 Only users whose history (or encoder, or plug) changed are made anew; the rows of the others are copied. Of a bucket
 that was only added to since the stored personas were made, no other user's history is read (`since`); of any other
@@ -19,12 +19,13 @@ from infra.table import Table
 from pipelines.codes import encode
 from pipelines.histories import Histories, list_f32, read_bucket
 from pipelines.refresh.increment import Late, Since
+from pipelines.run import CpuShare
 from pipelines.waves import files_table
 from pplug.history import history_hashes
 from pplug.plug import PersonaPlug
 
 HEAD = ("user_key", "history_hash", "encoder_id", "plug_id", "n_items", "last_item_at")
-"""What a persona follows from, without a vector: a user whose row is stored with the same needs no new one."""
+"""Columns that decide a persona, without a vector: a user whose row is stored with the same ones needs no new one."""
 CLOCKS_DIFFER_BY = timedelta(hours=1)
 BLOCK_ITEMS = 65_536
 """Items through the projector at a time: bounds memory at 2.1 GB for F=8,192 in float32."""
@@ -50,12 +51,12 @@ class BuildPersonas:
         identities: dict[str, str | None],
         cap: int,
         run_id: str,
-        threads: int,
+        cpu: CpuShare,
         late: Late | None = None,
     ) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(cpu.torch_threads())
         self.histories, self.embeddings, self.personas = histories, embeddings, personas
         self.before, self.since, self.late = before, since, late or Late()
         self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
@@ -73,11 +74,11 @@ class BuildPersonas:
             changed = np.flatnonzero(~same)
             everybody = looked_at is None and len(changed) == len(same)
             rows, missing = self._rows(users, heads, changed, bucket, everybody)
-            # Who was not looked at stays; who was, and is as stored, too.
-            stays = pc.is_in(old["user_key"], value_set=heads["user_key"].filter(pa.array(same)))
+            # Keep the rows of users we did not check, and of users we checked and found unchanged.
+            unchanged = pc.is_in(old["user_key"], value_set=heads["user_key"].filter(pa.array(same)))
             if looked_at is not None:
-                stays = pc.or_(stays, pc.invert(pc.is_in(old["user_key"], value_set=heads["user_key"])))
-            kept = old.filter(stays)
+                unchanged = pc.or_(unchanged, pc.invert(pc.is_in(old["user_key"], value_set=heads["user_key"])))
+            kept = old.filter(unchanged)
             gone = old.num_rows - kept.num_rows - int((known & ~same).sum())
             files: list[DataFile] = []
             if len(changed) or gone:
@@ -123,7 +124,7 @@ class BuildPersonas:
         )
 
     def _stored(self, bucket: int) -> pa.Table:
-        """What `_heads` gives, of the personas that are stored."""
+        """`HEAD` of the stored personas."""
         if self.before is None:
             return self.personas.spec.empty(HEAD)
         return self.before.read(list(HEAD), buckets=[bucket])
@@ -159,7 +160,7 @@ class BuildPersonas:
         return table, int((~has).sum())
 
     def _width(self) -> int:
-        """D, as any vector of the table has it: who has none gets as many zeros."""
+        """D, as any vector of the table has it: a user without a vector gets as many zeros."""
         for file in self.embeddings.files:
             for part in self.embeddings.of_users(["vector"], file.bucket):
                 return len(part["vector"][0])

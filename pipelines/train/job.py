@@ -26,10 +26,11 @@ from infra.report import RunReport, new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
 from pipelines import begun, tables
+from pipelines.run import CpuShare
 from pipelines.tables import read_users
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples
-from pipelines.waves import bucket_rows
+from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, pooling_of
 from pplug.fit import Fitter, Samples, held_out, run_epochs
 from pplug.folder import check_replaceable, whole_folder
@@ -127,11 +128,7 @@ def _prepare(
     stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
     shards = []
-    for row in (
-        bucket_rows(requests.filled(users))
-        .map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
-        .iter_rows()
-    ):
+    for row in each_bucket(requests.filled(users), stage):
         for name in counts:
             counts[name] += row[name]
         if row["samples"]:
@@ -149,14 +146,13 @@ def _fit(
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     storage = Storage(run_dir).join("train")
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
     trainer = TorchTrainer(
         fit_worker,
         train_loop_config={
             "config": config.model_dump(),
             "samples": samples,
             "identities": identities,
-            "threads": threads,
+            "cpu": CpuShare(config.workers, config.threads),
             "left": _left_without_record(storage, run_id),
             "started_in": os.getcwd(),
         },
@@ -217,7 +213,7 @@ def fit_worker(given: dict[str, Any]) -> None:
     config = Config.model_validate(given["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(given["threads"])
+    torch.set_num_threads(given["cpu"].torch_threads())
     torch.manual_seed(config.fit.seed)
     plug, llm, query_tokenizer = _models(config, given["identities"])
     plug.to(get_device())

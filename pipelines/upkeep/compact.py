@@ -12,7 +12,7 @@ from infra.table import Table, TableMoved
 from pipelines import tables
 from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
-from pipelines.waves import bucket_rows, files_of, next_group
+from pipelines.waves import each_bucket, files_of, next_group
 
 TRIES = 3
 """Plans for one table before it is left to the next compaction."""
@@ -61,7 +61,6 @@ def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snaps
     of_vectors = table.spec.name.startswith("embeddings")
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True) if of_vectors else None
     stage = CompactBucket(table, snapshot, histories, config.target_mb * 2**20, report.run_id)
-    made = bucket_rows(list(snapshot.by_bucket())).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
     old: list[DataFile] = []
     new: list[DataFile] = []
     below, dropped = snapshot, 0
@@ -79,7 +78,7 @@ def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snaps
         new.clear()
         dropped = 0
 
-    for row in made.iter_rows():
+    for row in each_bucket(list(snapshot.by_bucket()), stage):
         old += files_of(row["old"])
         new += files_of(row["new"])
         dropped += row["dropped"]

@@ -16,7 +16,7 @@ from pipelines import tables
 from pipelines.upkeep.config import ExportConfig as Config
 from pipelines.upkeep.export_adapter import export_adapter
 from pipelines.upkeep.export_table import ExportBucket, vector_widths
-from pipelines.waves import bucket_rows
+from pipelines.waves import each_bucket
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, llm_id
 
@@ -74,11 +74,7 @@ def _table(config: Config, report: RunReport) -> int:
 
 def _export(snapshot: "Snapshot", output: "Storage") -> int:
     stage = ExportBucket(snapshot, output.uri, vector_widths(snapshot))
-    buckets = list(snapshot.by_bucket())
-    written: dict[str, int] = {}
-    if buckets:
-        done = bucket_rows(buckets).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
-        written = {row["name"]: row["rows"] for row in done.iter_rows()}
+    written = {row["name"]: row["rows"] for row in each_bucket(list(snapshot.by_bucket()), stage)}
     for name in output.list():  # of a killed export of another version
         if name not in written:
             output.delete(name)

@@ -26,13 +26,15 @@ from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
-from pipelines.generate.pending import Owed
+from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import BuildPrompts
 from pplug.llm import LLMConfig
+from pplug.plug import PersonaPlug
 from pplug.retrieval import RetrievalConfig
 from tests.benchmarks import prepare
 from tests.benchmarks.encoder import flops
 from tests.benchmarks.measure import Found, Given, Line, best_rate, in_turn
+from tests.prompt_stage import prompt_stage
 
 CLOCK = "PPLUG_BENCH_CLOCK"
 INPUTS = 256
@@ -106,22 +108,20 @@ def setting_of(given: Given, inputs: int, tokens: int) -> tuple[dict[str, Any], 
 
 def prompts_of(setting: dict[str, Any], population: Any, method: str = "plug") -> list[list[int]]:
     """Each request's prompt as token ids; where a persona row stands, an ordinary token that differs by request."""
-    from pipelines.methods import parse_all
-    from pplug.plug import plug_id
-
     requests = population.snapshot("requests")
     users = Path(setting["users"]).read_text().split() if "users" in setting else None
     buckets = tables.open_table(population.tables, "requests").buckets
-    owed = Owed(requests, None, "bench", (method,), "all", keys_by_bucket(users, buckets))
-    build = BuildPrompts(
-        owed, parse_all((method,)), population.snapshot("histories"),
-        population.snapshot("embeddings-" + population.encoder_id), None, setting["plug"], plug_id(setting["plug"]),
-        setting["llm"], False, population.entry, {}, 512, 64, 2,
+    pending = PendingReplies(requests, None, "bench", (method,), "all", keys_by_bucket(users, buckets))
+    build = prompt_stage(
+        requests=requests, histories=population.snapshot("histories"),
+        embeddings=population.snapshot("embeddings-" + population.encoder_id), methods=(method,),
+        plug=setting["plug"], llm=setting["llm"], task=population.entry, pending=pending, threads=2,
     )  # fmt: skip
+    width = PersonaPlug.from_pretrained(setting["plug"], queries=False).config.llm_dim
     rng, out = np.random.default_rng(0), []
     for block in build(pa.table({"bucket": sorted(requests.by_bucket())})):
         for row in block.to_pylist():
-            rows = len(row["rows"]) // build.maker.plug.config.llm_dim if build.maker else 0
+            rows = len(row["rows"]) // width
             out.append(row["before"] + rng.integers(300, 500, rows).tolist() + row["after"])
     return out
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.run import CpuShare
 from tests.benchmarks import prepare
 from tests.benchmarks.measure import Given, matmul_rate, seconds
+from tests.prompt_stage import prompt_stage
 
 KINDS = {
     "matrix products": ("addmm", "::mm", "bmm", "mkldnn_linear", "linear_pointwise", "mkl_linear", "onednn"),
@@ -86,7 +88,7 @@ def encode(given: Given) -> list[dict[str, Any]]:
     import torch
 
     from pipelines import tables
-    from pipelines.refresh.embed import EmbedTexts, ReadOwed
+    from pipelines.refresh.embed import EmbedTexts, ReadPending
     from pipelines.refresh.increment import Since
     from pipelines.waves import WriteFiles
     from pplug.encoder import EncoderConfig
@@ -98,10 +100,10 @@ def encode(given: Given) -> list[dict[str, Any]]:
     shutil.rmtree(place, ignore_errors=True)
     made = tables.open_or_create(place, tables.embeddings_name(population.encoder_id), 8)
     timer = Timer()
-    stage = EmbedTexts(EncoderConfig(), population.encoder_id, given.threads)
+    stage = EmbedTexts(EncoderConfig(), population.encoder_id, CpuShare(1, given.threads))
     stage.encoder.encode(population.texts()[:100])
     stage.encoder.tokenize = timer.timed("tokenising", stage.encoder.tokenize)  # type: ignore[method-assign]
-    reading = ReadOwed(histories, made.snapshot(), Since(), frozenset(), population.entry, True)
+    reading = ReadPending(histories, made.snapshot(), Since(), frozenset(), population.entry, True)
     read = timer.timed("reading histories", lambda buckets: pa.concat_tables(list(reading(buckets))))
     embed = timer.timed("encoder", stage)
     write = timer.timed("writing Parquet", WriteFiles(made, None, "refresh", "bench"))
@@ -142,26 +144,23 @@ def train(given: Given) -> list[dict[str, Any]]:
 def generate(given: Given) -> list[dict[str, Any]]:
     import torch
 
-    from pipelines.generate import prompts as prompt
     from pipelines.generate import replies as reply
-    from pipelines.generate.pending import Owed
-    from pipelines.methods import parse_all
     from pplug.llm import llm_id
-    from pplug.plug import plug_id
     from tests.benchmarks import generate as row
 
     setting, population = row.setting_of(given, row.INPUTS, given.size(64, 8))
     requests, llm, engine = population.snapshot("requests"), setting["llm"], setting["engine"]
-    build = prompt.BuildPrompts(
-        Owed(requests, None, "bench", ("plug",), "all", None), parse_all(("plug",)),
-        population.snapshot("histories"), population.snapshot("embeddings-" + population.encoder_id), None,
-        setting["plug"], plug_id(setting["plug"]), llm, False, population.entry, {}, 512, 64, given.threads,
+    build = prompt_stage(
+        requests=requests, histories=population.snapshot("histories"),
+        embeddings=population.snapshot("embeddings-" + population.encoder_id), methods=("plug",),
+        plug=setting["plug"], llm=llm, task=population.entry, threads=given.threads,
     )  # fmt: skip
-    answer = reply.Reply(llm, engine, setting["decoding"], llm_id(llm), "bench", given.threads)
+    answer = reply.Reply(llm, engine, setting["decoding"], llm_id(llm), "bench", CpuShare(1, given.threads))
     timer = Timer()
-    for name in ("rows", "read_ahead"):
-        setattr(build.maker, name, timer.timed("plug: query encoder and persona", getattr(build.maker, name)))
-    build.splicer.prompts = timer.timed("tokenising", build.splicer.prompts)  # type: ignore[method-assign]
+    (plug,) = build.parts
+    for name in ("contribute", "look_ahead"):
+        setattr(plug, name, timer.timed("plug: query encoder and persona", getattr(plug, name)))
+    build.builder.prompts = timer.timed("tokenising", build.builder.prompts)  # type: ignore[method-assign]
     answer.engine._inputs = timer.timed("engine inputs", answer.engine._inputs)  # type: ignore[attr-defined]
     answer.engine.replies = timer.timed("engine", answer.engine.replies)  # type: ignore[method-assign]
     built = timer.timed("reading and joining", lambda given: pa.concat_tables(list(build(given))))

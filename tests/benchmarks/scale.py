@@ -25,7 +25,7 @@ from infra.snapshot import DataFile
 from pipelines import tables
 from pipelines.histories import list_f32
 from pipelines.refresh import job as refresh
-from pipelines.waves import DETAIL, REASON, bucket_rows, files_table
+from pipelines.waves import DETAIL, REASON, each_bucket, files_table
 from pplug import history
 
 DIM, WORDS = 384, 20_000
@@ -109,7 +109,7 @@ def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: in
     for bucket in np.unique(lies_in).tolist():
         of_bucket[bucket] = users[lies_in == bucket]
     stage = WriteHistories(table, of_bucket, first, count, words, run)
-    made = bucket_rows(sorted(of_bucket)).map_batches(stage.__call__, batch_size=1, batch_format="pyarrow")
+    made = each_bucket(sorted(of_bucket), stage)
     files = [DataFile.from_row(row) for row in made.iter_rows()]
     table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=True,
                  metadata={"task_entry": json.dumps(TASK)})  # fmt: skip

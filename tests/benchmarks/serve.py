@@ -21,14 +21,12 @@ from pipelines import tables
 from pipelines.engines.adapters import Adapters
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.engines.vllm import _lora_args
-from pipelines.generate.pending import Owed
-from pipelines.generate.prompts import BuildPrompts
-from pipelines.methods import parse_all
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes, write_folder
 from pplug.llm import LLMConfig, llm_id
 from tests.benchmarks import prepare
 from tests.benchmarks.generate import INPUTS, Job, bare, begin
 from tests.benchmarks.measure import Found, Given, Line, in_turn, seconds
+from tests.prompt_stage import prompt_stage
 
 USERS, REQUESTS = 64, 8
 BUCKETS = 8
@@ -71,10 +69,9 @@ def store(given: Given, population: prepare.Population, llm: LLMConfig) -> dict[
 def prompts_of(setting: dict[str, Any], population: prepare.Population) -> list[tuple[str, list[int]]]:
     """User and prompt of every request: everybody's first one, everybody's second one, and so on."""
     requests = population.snapshot("requests")
-    owed = Owed(requests, None, "bench", ("none",), "all", None)
-    build = BuildPrompts(
-        owed, parse_all(("none",)), population.snapshot("histories"), None, None, None, None, setting["llm"], False,
-        population.entry, {}, 512, 64, 2,
+    build = prompt_stage(
+        requests=requests, histories=population.snapshot("histories"), methods=("none",), llm=setting["llm"],
+        task=population.entry, threads=2,
     )  # fmt: skip
     rows = [row for block in build(pa.table({"bucket": sorted(requests.by_bucket())})) for row in block.to_pylist()]
     rows.sort(key=lambda row: (row["user_id"], row["request_id"]))

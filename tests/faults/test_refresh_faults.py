@@ -260,7 +260,7 @@ def committer(table, run_id, owed, strict):
     from pipelines.waves import Committer
 
     report = RunReport("refresh", run_id, {}, "never-written")
-    return Committer(table, None, report, owed, group_rows=1, metadata={}, planned_on=table.version, strict=strict)
+    return Committer(table, None, report, owed, wave_rows=1, metadata={}, planned_on=table.version, strict=strict)
 
 
 def files_of(table, bucket, run_id):

@@ -21,7 +21,8 @@ from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
 from pipelines.adapt.users import FitAdapters, ReadExamples
-from pipelines.pending_users import OwedUsers
+from pipelines.pending_users import PendingUsers
+from pipelines.run import CpuShare
 from pipelines.upkeep import erase
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
@@ -66,7 +67,7 @@ def owing(population, before=None, fit_id="fit", cut=True, users=None):
         name: tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
     }
     requests = names["requests"] if cut else None
-    return OwedUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
+    return PendingUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
 
 
 def examples(population, llm, rule=None, **how):
@@ -78,7 +79,7 @@ def examples(population, llm, rule=None, **how):
 def trained(population, llm, batch_users=1000, **how):
     """Rows of adapters and rejects, trained here in batches of so many users."""
     rows = examples(population, llm, **how)
-    fit = FitAdapters(llm, LORA, StackConfig(), llm_id(llm), how.get("fit_id", "fit"), threads=1)
+    fit = FitAdapters(llm, LORA, StackConfig(), llm_id(llm), how.get("fit_id", "fit"), cpu=CpuShare(1, 1))
     return pa.concat_tables(fit(rows.slice(i, batch_users)) for i in range(0, len(rows), batch_users))
 
 

@@ -12,6 +12,7 @@ from pipelines.engines.vllm import VLLMEngine
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import Reply, check_rows
+from pipelines.run import CpuShare
 from pplug.llm import FrozenLLM, LLMConfig
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 
@@ -27,7 +28,7 @@ def llama(tmp_path_factory):
 def reply(llama):
     """One engine for the tests of this file, in float32: random weights leave ties that bfloat16 would turn."""
     config = EngineConfig(kv_cache_gib=1, dtype="float32")
-    stage = Reply(llama, config, Decoding(max_tokens=12), "llm-x", "run-x", threads=2)
+    stage = Reply(llama, config, Decoding(max_tokens=12), "llm-x", "run-x", CpuShare(1, 2))
     yield stage
     stage.engine.shutdown()
 
@@ -93,7 +94,7 @@ def test_greedy_replies_with_prompt_embeddings_equal_those_of_transformers(reply
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="engines are in bfloat16 only where there is AMX")
 def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm):
-    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", threads=2)
+    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", CpuShare(1, 2))
     try:
         assert stage.engine._dtype == torch.bfloat16
         asked = prompts(llm, [4, 1, 2, 0, 3])

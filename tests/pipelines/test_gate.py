@@ -33,7 +33,7 @@ def test_replaced_buckets_are_shown_only_within_the_limit_of_rejects(tmp_path, a
     old = vectors(table, "old", range(BUCKETS), 1.0)
     version = table.commit(old, run_id="old", group=0, mode="append", planned_on=0, complete=True).version
     report = RunReport("adapt", "new", {}, str(tmp_path / "run"), allowed, planned=BUCKETS)
-    committer = Committer(table, None, report, dict.fromkeys(range(BUCKETS), 1), group_rows=2, metadata={},
+    committer = Committer(table, None, report, dict.fromkeys(range(BUCKETS), 1), wave_rows=2, metadata={},
                           planned_on=version, replace=True, complete=True)  # fmt: skip
     committer.add(*vectors(table, "new", [0], 2.0))
     for bucket in range(1, BUCKETS):

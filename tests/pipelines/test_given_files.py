@@ -8,7 +8,7 @@ import pytest
 from infra.errors import InputError
 from pipelines import options, tables
 from pipelines.generate.config import Config
-from pipelines.generate.sources import read_oracle
+from pipelines.generate.parts.oracle import read_oracle
 from pplug import tasks
 from pplug.encoder import EncoderConfig
 from tests.pipelines.population import NOTES, Population

@@ -28,6 +28,7 @@ from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import plug_id
 from pplug.retrieval import RetrievalConfig
 from tests.pplug.models import tiny_bert, tiny_llama
+from tests.prompt_stage import prompt_stage
 
 WORLD = world.WorldConfig(
     train_users=30, test_users=20, corpus_users=2, items=(3, 9), train_requests=4, test_requests=2
@@ -287,9 +288,6 @@ def test_evaluate_scores_the_run(line):
 @pytest.mark.slow
 def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
     """The same requests over histories that have grown since: the prompts are equal to the bit."""
-    from pipelines.generate.pending import Owed
-    from pipelines.generate.prompts import BuildPrompts
-    from pipelines.methods import parse_all
     from pplug.tasks import load
 
     grown = tmp_path / "later.jsonl"
@@ -306,10 +304,10 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
         snapshots = [tables.open_table(place, name).snapshot(complete=True)
                      for name in ("requests", "histories", embeddings_name(line))]  # fmt: skip
         methods = ("plug", "plug:mean", *FOUND)
-        owed = Owed(snapshots[0], None, "x", methods, "all", None)
-        sources = (snapshots[1], snapshots[2], None, line.plug, "p", line.llm, False)
         found = RetrievalConfig(encoder=line.encoder)
-        stage = BuildPrompts(owed, parse_all(methods), *sources, load(task), {}, 512, 64, 2, retrieval=found)
+        requests, histories, vectors = snapshots
+        stage = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=methods,
+                             plug=line.plug, llm=line.llm, task=load(task), retrieval=found, threads=2)  # fmt: skip
         import pyarrow as pa
 
         found = pa.concat_tables(out for bucket in range(4) for out in stage(pa.table({"bucket": [bucket]})))

@@ -18,11 +18,10 @@ from infra.shards import user_key
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.generate import job as generate
-from pipelines.generate.pending import Owed
-from pipelines.generate.prompts import BuildPrompts
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
-from pipelines.methods import parse, parse_all
-from pipelines.pending_users import OwedUsers
+from pipelines.methods import parse
+from pipelines.pending_users import PendingUsers
+from pipelines.run import CpuShare
 from pipelines.upkeep import compact, export
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
@@ -31,6 +30,7 @@ from pplug.retrieval import RetrievalConfig
 from pplug.splice import PromptLayout
 from tests.pipelines.population import NOTES, Population
 from tests.pplug.models import WORDS, tiny_llama
+from tests.prompt_stage import prompt_stage
 
 TASK = NOTES | {"retrieval": {"pattern": '"{text}" is {mood} ', "wrap": "{items}. {input}"}}
 PROFILE = ProfileConfig(items=2, prompt="{items}. the answer", prompt_tokens=60, text="likes {profile} .\n")
@@ -179,13 +179,13 @@ def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, capsys
     before = table.snapshot(complete=True)
     for made_as, owed in ((before.metadata["profile_id"], 0), ("other", 5)):
         again = [one.read(bucket) for bucket in range(BUCKETS) for one in [owing(population, before, made_as)]]
-        assert sum(one.owed for one in again) == owed == 5 - sum(one.there for one in again)
+        assert sum(one.pending for one in again) == owed == 5 - sum(one.existing for one in again)
 
 
 def owing(population, before=None, made_as="x"):
     names = ("histories", "requests")
     known = {name: tables.open_table(population.tables, name).snapshot(complete=True) for name in names}
-    return OwedUsers(**known, before=before, made_as=made_as, cap=PROFILE.items, users=None, buckets=BUCKETS,
+    return PendingUsers(**known, before=before, made_as=made_as, max_items=PROFILE.items, users=None, buckets=BUCKETS,
                      id_column="profile_id", only_asking=True)  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def by_user(rows):
 def test_a_prompt_that_gets_no_reply_makes_no_profile(made, change, reason, said):
     how = {"engine": ENGINE, "decoding": DECODING} | change
     asked = asking(made)
-    rows = WriteProfiles(made.llm, how["engine"], how["decoding"], "llm", "run", 1)(asked)
+    rows = WriteProfiles(made.llm, how["engine"], how["decoding"], "llm", "run", CpuShare())(asked)
     assert len(rows) == len(asked) == 6
     for user, row in by_user(rows).items():
         if user in PEOPLE:
@@ -233,9 +233,12 @@ def test_items_that_cannot_be_shown_are_a_reject(made):
 
 
 def test_profile_is_a_part_of_methods():
-    assert parse("profile").profile and not parse("bm25").profile
+    assert parse("profile").part("profile") and not parse("bm25").part("profile")
     both = parse("adapter+bm25+profile")
-    assert (both.adapter, both.retrieval, both.profile, both.plug) == ("own", "bm25", True, None)
+    parts = {group: both.part(group) for group in ("adapter", "retrieval", "profile", "plug")}
+    assert {group: part and part.name for group, part in parts.items()} == {
+        "adapter": "adapter", "retrieval": "bm25", "profile": "profile", "plug": None
+    }  # fmt: skip
     for name in ("profile+none", "profile+profile", "profile:own"):
         with pytest.raises(InputError, match="methods"):
             parse(name)
@@ -246,11 +249,10 @@ def built(made, methods, limit=256, retrieval=None, **profile):
     place = made.population.tables
     names = ("requests", "histories", "profiles")
     requests, histories, stored = (tables.open_table(place, name).snapshot(complete=True) for name in names)
-    owed, llm = Owed(requests, None, "x", methods, "all", None), made.llm
-    llm = llm.model_copy(update={"layout": PromptLayout(max_input_tokens=limit)})
-    stage = BuildPrompts(owed, parse_all(methods), histories, None, None, None, None, llm, False,
-                         tables.task_entry(None, histories), {}, 512, 64, 1, None, retrieval or RetrievalConfig(k=2),
-                         stored, PROFILE.model_copy(update=profile))  # fmt: skip
+    llm = made.llm.model_copy(update={"layout": PromptLayout(max_input_tokens=limit)})
+    stage = prompt_stage(requests=requests, histories=histories, methods=methods, llm=llm,
+                         task=tables.task_entry(None, histories), retrieval=retrieval or RetrievalConfig(k=2),
+                         profiles=stored, profile=PROFILE.model_copy(update=profile))  # fmt: skip
     found = pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))}))).to_pylist()
     return {(row["request_id"], row["method"]): (row["before"], row["after"]) for row in found}
 

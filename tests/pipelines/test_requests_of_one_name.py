@@ -11,9 +11,6 @@ import pytest
 from infra.errors import InputError
 from pipelines import tables
 from pipelines.engines.base import Decoding
-from pipelines.generate.pending import Owed
-from pipelines.generate.prompts import BuildPrompts
-from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pipelines.upkeep import compact
 from pplug.encoder import EncoderConfig, encoder_id
@@ -22,6 +19,7 @@ from pplug.tasks import TaskEntry
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import DECODING, ENGINE, PEOPLE, TASK, item, put, run, talkative
 from tests.pplug.models import tiny_bert
+from tests.prompt_stage import prompt_stage
 
 FOUND = ("recency", "bm25", "dense", "random")
 NAMES = ("next", "then")
@@ -67,9 +65,9 @@ def prompts(made, population) -> dict:
     requests, histories, vectors = (
         tables.open_table(population.tables, name).snapshot(complete=True) for name in names
     )
-    owed = Owed(requests, None, "x", FOUND, "all", None)
-    build = BuildPrompts(owed, parse_all(FOUND), histories, vectors, None, None, None, made.llm, False, entry, {}, 512,
-                         3, 1, retrieval=RetrievalConfig(k=2, encoder=made.encoder))  # fmt: skip
+    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=FOUND, llm=made.llm,
+                         task=entry, block_rows=3,
+                         retrieval=RetrievalConfig(k=2, encoder=made.encoder))  # fmt: skip
     rows = pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()
     return {
         (row["user_id"], NAMES.index(row["request_id"].rpartition("/")[2]), row["method"]): row["before"] + row["after"]

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from pipelines import tables
-from pipelines.generate.pending import Owed
-from pipelines.generate.prompts import BuildPrompts
 from pipelines.histories import to_us
 from pipelines.ingest import job as ingest
-from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pplug.plug import PersonaPlug
 from tests.pipelines import small
+from tests.prompt_stage import prompt_stage
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,9 @@ def built(made, plug: str, cap: int) -> dict[str, dict]:
         tables.open_table(made.tables, name).snapshot(complete=True) for name in ("histories", "requests", "personas")
     )
     vectors = tables.open_table(made.tables, small.names(made.tables, "embeddings")).snapshot(complete=True)
-    owed, methods = Owed(requests, None, "x", ("plug:mean",), "all", None), parse_all(("plug:mean",))
-    build = BuildPrompts(owed, methods, histories, vectors, personas, plug, "p", made.llm, False,
-                         tables.task_entry(None, histories), {}, cap, 64, 1)  # fmt: skip
+    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=("plug:mean",), plug=plug,
+                         personas=personas, llm=made.llm, task=tables.task_entry(None, histories),
+                         max_items=cap)  # fmt: skip
     return {row["user_id"]: row for row in pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()}
 
 

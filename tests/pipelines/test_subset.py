@@ -16,16 +16,15 @@ from infra import shards
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate import replies
-from pipelines.generate.pending import Owed
-from pipelines.generate.prompts import BuildPrompts
-from pipelines.methods import parse_all
-from pipelines.pending_users import OwedUsers
+from pipelines.generate.pending import PendingReplies
+from pipelines.pending_users import PendingUsers
 from pipelines.train.samples import PrepareSamples
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
 from pplug.tasks import TaskEntry
 from tests.pipelines.population import NOTES
 from tests.pplug.models import WORDS, tiny_llama
+from tests.prompt_stage import prompt_stage
 
 BUCKETS, DIM, ITEMS = 2, 64, 8
 USERS = [f"user-{i}" for i in range(3000)]
@@ -124,13 +123,13 @@ def prompts(place: str, models, users: list[str] | None, methods=METHODS) -> dic
     llm, plug = models
     requests, histories, embeddings = (snapshot(place, name) for name in ("requests", "histories", "embeddings-e"))
     keys = shards.keys_by_bucket(users, BUCKETS)
-    owed = Owed(requests, snapshot(place, "generations"), "new", methods, "all", keys)
+    pending = PendingReplies(requests, snapshot(place, "generations"), "new", methods, "all", keys)
     buckets = pa.table({"bucket": requests.filled(keys)})
-    planned = pa.concat_tables(owed.count(buckets)).to_pylist()
-    build = BuildPrompts(owed, parse_all(methods), histories, embeddings, None, plug, "p", llm, False, ENTRY, {}, 512,
-                         64, 1)  # fmt: skip
+    planned = pa.concat_tables(pending.count(buckets)).to_pylist()
+    build = prompt_stage(requests=requests, histories=histories, embeddings=embeddings, methods=methods, plug=plug,
+                         llm=llm, task=ENTRY, pending=pending)  # fmt: skip
     rows = pa.concat_tables(build(buckets)).to_pylist()
-    assert sum(row["owed"] for row in planned) == len(rows)
+    assert sum(row["pending"] for row in planned) == len(rows)
     return {(row["request_id"], row["method"]): (row["before"], row["rows"], row["after"]) for row in rows}
 
 
@@ -193,7 +192,7 @@ def test_train_reads_of_a_subset_its_row_groups_and_learns_from_what_it_has_amon
 def owing(place: str, users: list[str] | None, only_asking: bool) -> dict:
     histories, requests = snapshot(place, "histories"), snapshot(place, "requests")
     asked = None if users is None else frozenset(users)
-    owed = OwedUsers(histories, requests, None, "fit", 512, asked, BUCKETS, only_asking=only_asking)
+    owed = PendingUsers(histories, requests, None, "fit", 512, asked, BUCKETS, only_asking=only_asking)
     found = {}
     for bucket in requests.filled(shards.keys_by_bucket(users, BUCKETS)):
         one = owed.read(bucket)

@@ -183,7 +183,7 @@ def _references(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _about(method: str) -> str:
-    return "; ".join(PARTS.get(part, "") for part in method.split("+"))
+    return "; ".join(PARTS[part].about if part in PARTS else "" for part in method.split("+"))
 
 
 def _reading(found: Mapping[str, Any]) -> str:

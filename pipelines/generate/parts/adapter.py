@@ -1,0 +1,62 @@
+"""Parts `adapter`: the user's own LoRA, or another person's as a control. Only its name travels with the prompt."""
+
+from functools import partial
+from typing import Self
+
+from infra.errors import InputError
+from infra.snapshot import Snapshot
+from pipelines import tables
+from pipelines.engines.adapters import AdapterIndex, Adapters, facts
+from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Part
+from pipelines.methods import PartInfo
+from pipelines.waves import each_bucket
+
+
+class Adapter(Part):
+    group = "adapter"
+    remedy = "run `adapt` again with cut=requests (the default), which cuts them at the requests that there are now"
+
+    def __init__(self, adapters: Snapshot, kinds: frozenset[str], buckets: int, llm_id: str) -> None:
+        self.adapters, self.kinds, self.buckets, self.llm_id = adapters, kinds, buckets, llm_id
+        self.for_engine: Adapters | None = None
+        """What an engine has to be made ready for, once the run has started."""
+        self._index: AdapterIndex | None = None
+
+    @classmethod
+    def open(cls, run: GenerateRun) -> Self:
+        config, methods = run.config, run.methods_with("adapter")
+        if config.engine.kind != "vllm":
+            raise InputError(f"methods {methods} need engine.kind=vllm, which serves many adapters in one batch")
+        adapters = tables.snapshot(config.tables, "adapters", config.as_of_version)
+        if not adapters.files:
+            raise InputError(f"methods {methods}: the table adapters in {config.tables} is empty; run `adapt`")
+        if adapters.metadata.get("llm_id") != run.llm_id:
+            raise InputError(
+                f"the adapters in {config.tables} were trained on LLM {adapters.metadata.get('llm_id')} (weights and "
+                f"prompt layout), but {config.llm.model} with this layout is {run.llm_id}; give the LLM and llm.layout "
+                "they were trained with, or run `adapt` on this one"
+            )
+        run.report.table_read("adapters", adapters.version)
+        return cls(adapters, run.kinds("adapter"), run.buckets, run.llm_id)
+
+    def made_from_items(self) -> Snapshot | None:
+        return self.adapters if "adapter" in self.kinds else None
+
+    def start(self) -> None:
+        rank, targets = 0, set[str]()
+        for row in each_bucket(list(self.adapters.by_bucket()), partial(facts, self.adapters)):
+            rank, targets = max(rank, row["rank"]), targets | set(row["targets"])
+        self.for_engine = Adapters(self.adapters, self.buckets, self.llm_id, rank, tuple(sorted(targets)))
+
+    def look(self, view: BucketView) -> None:
+        others = "adapter:other-user" in self.kinds
+        self._index = AdapterIndex(self.adapters, view.bucket, view.owners, None if others else view.user_keys)
+
+    def contribute(self, part: PartInfo, drafts: Drafts) -> None:
+        assert self._index is not None, "the bucket was looked at"
+        own = part.name == "adapter"
+        choose = self._index.own if own else self._index.other
+        for i, request in enumerate(drafts.requests):
+            drafts.adapters[i] = choose(request)
+            if own and drafts.adapters[i] is None and self._index.knows_too_much(request):
+                drafts.notes[i].append("adapter_not_used")

@@ -1,0 +1,186 @@
+"""A part of a method's name, such as `plug:mean` or `bm25`: what every group of parts answers for itself.
+
+One class per group of parts (`methods.PartInfo.group`). It is made on the driver by `open`, travels to the actors that
+build prompts, loads there what it needs, looks at each bucket, and adds its share to each block of prompts.
+To add a part to a group: a `PartInfo` in methods.py and a branch in the group's class. To add a group: a file beside
+this one with its class, and a line in `parts/__init__.py`.
+Shapes: R persona rows, H LLM width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pyarrow as pa
+
+from infra.errors import InputError
+from infra.report import RunReport
+from infra.snapshot import Snapshot
+from pipelines.engines.adapters import AdapterName
+from pipelines.generate.config import Config
+from pipelines.generate.visible import VisibleItems
+from pipelines.methods import Group, Method, PartInfo
+from pipelines.run import CpuShare
+from pplug.llm import LLMConfig
+from pplug.splice import Splicer
+from pplug.tasks import TaskEntry
+
+
+@dataclass
+class GenerateRun:
+    """What a part is opened with, on the driver."""
+
+    config: Config
+    methods: Sequence[Method]
+    llm_id: str
+    task: TaskEntry
+    report: RunReport
+    buckets: int
+    """Number of buckets of the tables."""
+    embeddings: Snapshot | None = None
+    """The vectors that the parts read."""
+
+    def methods_with(self, group: Group) -> list[str]:
+        """Names of the methods with a part of this group."""
+        return [method.name for method in self.methods if method.part(group)]
+
+    def kinds(self, group: Group) -> frozenset[str]:
+        """Names of this group's parts in any of the methods."""
+        return frozenset(part.name for method in self.methods if (part := method.part(group)))
+
+    def read_vectors(self, snapshot: Snapshot) -> None:
+        """Notes which vectors a part reads.
+
+        Raises:
+            InputError: another part reads other ones.
+        """
+        if self.embeddings is not None and self.embeddings.table != snapshot.table:
+            raise InputError(
+                f"the plug was trained on the vectors of {self.embeddings.table}, retrieval.encoder makes those of "
+                f"{snapshot.table}; give the plug's encoder, or run the dense methods by themselves"
+            )
+        self.report.table_read(snapshot.spec.name, snapshot.version)
+        self.embeddings = snapshot
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a part finds in an actor that builds prompts."""
+
+    llm: LLMConfig
+    task: TaskEntry
+    builder: Splicer
+    cpu: CpuShare
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a group of parts reads of its bucket's histories."""
+
+    items: bool = False
+    """The items that a request may see, with vectors where the run has any."""
+    fields: bool = False
+    """Their texts too."""
+    others: bool = False
+    """Those of other users too."""
+
+
+@dataclass(frozen=True)
+class BucketView:
+    """What a bucket's requests may look at."""
+
+    bucket: int
+    requests: pa.Table
+    """Sorted by user_key and request_id."""
+    user_keys: Sequence[str]
+    """Of the requests' users."""
+    items: VisibleItems | None
+    """None where no part needs them, or where there is no request."""
+    encoder_id: str | None
+    """Of the vectors beside the items."""
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """user_id -> the person."""
+        ids, owners = (self.requests[name].to_pylist() for name in ("user_id", "owner_id"))
+        return dict(zip(ids, owners, strict=True))
+
+
+@dataclass
+class Drafts:
+    """The prompts of one block in the making, one place per request in every list."""
+
+    method: Method
+    requests: list[dict[str, Any]]
+    inputs: list[str]
+    """Text behind the persona rows."""
+    prefixes: list[str] = field(default_factory=list)
+    """Text before them."""
+    soft_prompts: list[np.ndarray] = field(default_factory=list)
+    """Persona rows, (R*H,) float32; R is 0 without a plug."""
+    personas: list[str] = field(default_factory=list)
+    """How the persona was weighed: none, attention, mean."""
+    adapters: list[AdapterName | None] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+    """The first reason for which a prompt cannot be answered."""
+    notes: list[list[str]] = field(default_factory=list)
+    """What the report has to count (`prompts.NOTES`)."""
+    plug_id: str | None = None
+    encoder_id: str | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.requests)
+        self.prefixes, self.personas, self.adapters = [""] * n, ["none"] * n, [None] * n
+        self.soft_prompts = [np.zeros(0, np.float32)] * n
+        self.errors, self.notes = [None] * n, [[] for _ in range(n)]
+
+    def fail(self, place: int, error: str | None) -> None:
+        """Notes why a prompt cannot be answered; the first reason stays."""
+        self.errors[place] = self.errors[place] or error
+
+
+class Part(ABC):
+    """One group of parts: what it reads and refuses, and what it adds to a prompt."""
+
+    group: ClassVar[Group]
+    remedy: ClassVar[str] = ""
+    """What to do where a row of `made_from_items` knows too much."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, run: GenerateRun) -> Self:
+        """Opens what the run's methods need of this group, on the driver, before anything starts.
+
+        Raises:
+            InputError: it is missing, or does not fit the LLM, the task or the engine.
+        """
+
+    def start(self) -> None:  # noqa: B027  most groups have nothing to do here
+        """Reads what takes a running Ray session; called once, on the driver."""
+
+    def identities(self) -> Mapping[str, str]:
+        """Identities that decide the replies; they stand in the metadata of `generations`."""
+        return {}
+
+    def made_from_items(self) -> Snapshot | None:
+        """A table of what was made from the users' own items, so that its rows may know answers that are scored."""
+        return None
+
+    def needs(self) -> Needs:
+        """What of the histories it reads."""
+        return Needs()
+
+    def load(self, worker: Worker) -> None:  # noqa: B027  most groups have nothing to do here
+        """Loads models and tables in the actor; called once there."""
+
+    def look_ahead(self, requests: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  most groups have nothing to do here
+        """Gets ready for requests to come, of several blocks at once."""
+
+    def look(self, view: BucketView) -> None:  # noqa: B027  most groups have nothing to do here
+        """Reads what it needs of a bucket before the bucket's first block."""
+
+    @abstractmethod
+    def contribute(self, part: PartInfo, drafts: Drafts) -> None:
+        """Adds to the prompts of a block, whose method has this part."""

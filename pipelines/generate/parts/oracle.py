@@ -1,0 +1,47 @@
+"""Part `oracle`: the user's preference in words, before the request."""
+
+import json
+from collections.abc import Mapping
+from typing import Self
+
+from infra.errors import InputError
+from infra.lines import lines
+from pipelines.generate.parts.base import Drafts, GenerateRun, Part
+from pipelines.methods import PartInfo
+
+
+class Oracle(Part):
+    group = "oracle"
+
+    def __init__(self, words: Mapping[str, str]) -> None:
+        """`words`: user_id -> what is known of the user."""
+        self.words = words
+
+    @classmethod
+    def open(cls, run: GenerateRun) -> Self:
+        if run.config.oracle is None:
+            raise InputError("method oracle needs --oracle FILE: JSON lines of {user_id, text}")
+        return cls(read_oracle(run.config.oracle))
+
+    def contribute(self, part: PartInfo, drafts: Drafts) -> None:
+        for i, request in enumerate(drafts.requests):
+            words = self.words.get(request["user_id"], "")
+            if not words:
+                drafts.fail(i, "no stated preference for this user in the oracle file")
+            drafts.inputs[i] = words + drafts.inputs[i]
+
+
+def read_oracle(path: str) -> dict[str, str]:
+    """Reads what is known of users in words, by user_id.
+
+    Raises:
+        InputError: the file cannot be read, or is none of JSON lines.
+    """
+    words = {}
+    try:
+        for line in lines(path):
+            row = json.loads(line)
+            words[row["user_id"]] = row["text"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"oracle={path}: expected JSON lines of {{user_id, text}} ({error!r})") from error
+    return words

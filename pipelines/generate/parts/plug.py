@@ -1,0 +1,171 @@
+"""Parts `plug`: persona rows right before the request, from the items that the request may see, or from controls.
+
+Shapes: D encoder width, P persona tokens, H LLM width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import pyarrow.compute as pc
+
+from infra.errors import InputError
+from infra.snapshot import Snapshot
+from infra.table import Table
+from pipelines import tables
+from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Needs, Part, Worker
+from pipelines.generate.personas import PersonaMaker
+from pipelines.generate.visible import VisibleItems
+from pipelines.histories import matrix
+from pipelines.methods import PartInfo
+from pplug import history
+from pplug.plug import PersonaPlug, plug_id
+from pplug.tasks import query
+
+WEIGHED_BY_REQUEST = ("plug", "plug:attention", "plug:other-user")
+"""Parts that may need the query encoder."""
+OF_NOBODY = ("plug:no-history", "plug:soft-prompt")
+"""Parts that read no item."""
+NOT_OF_THE_USER = (*OF_NOBODY, "plug:other-user")
+
+
+class Plug(Part):
+    group = "plug"
+
+    def __init__(self, folder: str, plug_id: str, kinds: frozenset[str], personas: Snapshot | None) -> None:
+        """`personas`: those that `refresh` stored with this plug, where a method can use them."""
+        self.folder, self.plug_id, self.kinds, self.personas = folder, plug_id, kinds, personas
+        self._view: BucketView | None = None
+        self._stored: StoredPersonas | None = None
+
+    @classmethod
+    def open(cls, run: GenerateRun) -> Self:
+        config, methods, kinds = run.config, run.methods_with("plug"), run.kinds("plug")
+        if config.plug is None:
+            raise InputError(f"methods {methods} need a plug; give its folder with --plug (`train` writes one)")
+        try:
+            made_for = PersonaPlug.from_pretrained(config.plug).config
+        except (OSError, ValueError) as error:
+            raise InputError(f"plug: {error}") from error
+        if made_for.llm_id != run.llm_id:
+            raise InputError(
+                f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but "
+                f"{config.llm.model} with this layout is {run.llm_id}; give the LLM and llm.layout it was trained "
+                "with, or train a new plug"
+            )
+        _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
+        identity, personas = plug_id(config.plug), None
+        if made_for.trained_without_history:
+            return cls(config.plug, identity, kinds, None)
+        name = tables.embeddings_name(made_for.encoder_id or "")
+        run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
+        wanted = "plug:mean" in kinds or made_for.aggregation == "mean"
+        if wanted and Table.exists(tables.location(config.tables, "personas")):
+            stored = tables.snapshot(config.tables, "personas", config.as_of_version)
+            if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
+                personas = stored
+                run.report.table_read("personas", stored.version)
+        return cls(config.plug, identity, kinds, personas)
+
+    def identities(self) -> dict[str, str]:
+        return {"plug_id": self.plug_id}
+
+    def needs(self) -> Needs:
+        return Needs(items=True, others="plug:other-user" in self.kinds)
+
+    def load(self, worker: Worker) -> None:
+        queries = not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
+        self.maker = PersonaMaker(self.folder, worker.cpu.torch_threads(), queries)
+        self.task = worker.task
+
+    def look_ahead(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        self.maker.read_ahead([query(request["input"], self.task) for request in requests])
+
+    def look(self, view: BucketView) -> None:
+        self._view = view
+        self._stored = None if view.items is None else StoredPersonas(self.personas, view, view.items)
+
+    def contribute(self, part: PartInfo, drafts: Drafts) -> None:
+        assert self._view is not None and self._view.items is not None and self._stored is not None, "it reads items"
+        aggregation = self.maker.plug.config.aggregation
+        if part.name in ("plug:attention", "plug:mean"):
+            aggregation = part.kind
+        as_stored = aggregation == "mean" and part.name not in NOT_OF_THE_USER
+        vectors: list[np.ndarray | None] = []  # of the items behind each persona; None: the stored one will do
+        stored: list[np.ndarray | None] = []
+        for request in drafts.requests:
+            stored.append(self._stored.persona(request) if as_stored else None)
+            vectors.append(None if stored[-1] is not None else self._vectors(part, request, self._view.items))
+        drafts.soft_prompts, drafts.personas = self.maker.soft_prompts(
+            [query(request["input"], self.task) for request in drafts.requests], vectors, stored, aggregation
+        )
+        drafts.plug_id = self.plug_id
+        drafts.encoder_id = drafts.encoder_id or self.maker.plug.config.encoder_id
+        if part.name not in NOT_OF_THE_USER:
+            for i, request in enumerate(drafts.requests):
+                drafts.notes[i] += self._stored.notes(request, wanted=drafts.personas[i] == "mean")
+
+    def _vectors(self, part: PartInfo, request: Mapping[str, Any], items: VisibleItems) -> np.ndarray:
+        """(n, D) vectors of the items that the persona is made from."""
+        if part.name in OF_NOBODY:
+            return np.zeros((0, self.maker.plug.config.encoder_dim), np.float32)
+        return items.of_another(request) if part.name == "plug:other-user" else items.vectors(request)
+
+
+class StoredPersonas:
+    """A bucket's personas as `refresh` stored them, each usable where it was made from just what a request may see."""
+
+    def __init__(self, personas: Snapshot | None, view: BucketView, items: VisibleItems) -> None:
+        self._items = items
+        self._personas: dict[str, np.ndarray] = {}
+        self._made_from: dict[str, str] = {}
+        if personas is not None:
+            made = pc.field("persona").is_valid()
+            columns = ["user_id", "persona", "history_hash"]
+            rows = personas.read(columns, buckets=[view.bucket], filter=made, user_keys=view.user_keys)
+            ids = rows["user_id"].to_pylist()
+            self._personas = dict(zip(ids, matrix(rows["persona"]), strict=True))
+            self._made_from = dict(zip(ids, rows["history_hash"].to_pylist(), strict=True))
+        self._current: dict[str, bool] = {}
+
+    def persona(self, request: Mapping[str, Any]) -> np.ndarray | None:
+        """The stored persona, (P*H,); None where there is none, or where it was made from other items."""
+        if not _is_undated(request):
+            return None
+        user_id = request["user_id"]
+        if user_id in self._personas and user_id not in self._current:
+            digest = history.history_hash(self._items.hashes(request))
+            self._current[user_id] = digest == self._made_from[user_id]
+        return self._personas[user_id] if self._current.get(user_id) else None
+
+    def notes(self, request: Mapping[str, Any], wanted: bool) -> list[str]:
+        """What the report has to count about a persona. `wanted`: a stored one would have done."""
+        if wanted and self.persona(request) is not None:
+            return []
+        notes = ["items_without_vector"] if self._items.lacks_vectors(request) else []
+        if wanted and self._current.get(request["user_id"]) is False and _is_undated(request):
+            notes.append("persona_made_anew")
+        return notes
+
+
+def _is_undated(request: Mapping[str, Any]) -> bool:
+    return request["as_of"] is None and request["as_of_position"] is None
+
+
+def _refuse_a_mixture(run: GenerateRun, plug: str, without_history: bool) -> None:
+    """Refuses to run a soft prompt under a plug's method name, or the reverse; the report lists them separately."""
+    wrong = [
+        method.name
+        for method in run.methods
+        if (part := method.part("plug")) and (part.name == "plug:soft-prompt") != without_history
+    ]
+    if wrong and without_history:
+        raise InputError(
+            f"plug {plug} was trained without any history, so methods {wrong} say nothing of it; ask for "
+            "plug:soft-prompt, or give a plug that was trained with histories"
+        )
+    if wrong:
+        raise InputError(
+            f"methods {wrong} need a plug that was trained without any history, but {plug} was trained with histories; "
+            "train one with --set shape.without_history=true, or ask for plug:no-history of this one"
+        )

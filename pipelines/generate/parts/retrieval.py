@@ -1,0 +1,158 @@
+"""Parts `random`, `recency`, `bm25` and `dense`: items of the history, found among those a request may see.
+
+Works on one bucket's histories as they lie in memory; the index of a user's words is made once for all requests that
+see the same items. The items found for a request are kept with its bucket, so that hybrids find them again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from infra.errors import InputError
+from pipelines import tables
+from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Needs, Part, Worker
+from pipelines.generate.visible import VisibleItems
+from pipelines.histories import Histories, decode_fields
+from pipelines.methods import PartInfo
+from pplug import retrieval
+from pplug.encoder import TextEncoder, encoder_id
+from pplug.retrieval import Composed, RetrievalConfig, WordIndex, count_tokens
+from pplug.tasks import query
+
+
+class Retrieval(Part):
+    group = "retrieval"
+
+    def __init__(self, config: RetrievalConfig, kinds: frozenset[str]) -> None:
+        self.config, self.kinds = config, kinds
+        self.encoder: TextEncoder | None = None
+        self._view: BucketView | None = None
+        self._found: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
+        """By kind, user and request: fields of the items, best first. Two users may call their requests alike."""
+        self._words: tuple[tuple[int, int], WordIndex] | None = None
+        """The last user's index, and the first and last item in it: requests come user by user."""
+
+    @classmethod
+    def open(cls, run: GenerateRun) -> Self:
+        config, task, methods = run.config, run.task, run.methods_with("retrieval")
+        if task.retrieval is None:
+            raise InputError(
+                f"methods {methods}: task {task.name} does not say how items stand in a prompt; give a task entry with "
+                "`retrieval` (--task FILE)"
+            )
+        budget, limit = config.retrieval.budget_tokens, config.llm.layout.max_input_tokens
+        if budget is not None and budget > limit:
+            raise InputError(
+                f"retrieval.budget_tokens={budget} is above llm.layout.max_input_tokens={limit}, where a prompt is "
+                "cut: lower the one or raise the other"
+            )
+        if "dense" in run.kinds("retrieval"):
+            try:
+                rule = task.item if config.retrieval.encoder.with_label else task.item_without_label
+                name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))
+            except (FileNotFoundError, ValueError) as error:
+                raise InputError(f"retrieval.encoder: {error}") from error
+            run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
+        return cls(config.retrieval, run.kinds("retrieval"))
+
+    def needs(self) -> Needs:
+        return Needs(items=True, fields=True)
+
+    def load(self, worker: Worker) -> None:
+        self.task, self.tokenizer = worker.task, worker.builder.words
+        self.limit = worker.llm.layout.max_input_tokens
+        self.budget = self.config.budget_tokens or self.limit
+        if "dense" in self.kinds:
+            import torch
+
+            torch.set_num_threads(worker.cpu.torch_threads())
+            self.encoder = TextEncoder(self.config.encoder)
+
+    def look(self, view: BucketView) -> None:
+        self._view, self._found, self._words = view, {}, None
+
+    def contribute(self, part: PartInfo, drafts: Drafts) -> None:
+        assert self._view is not None and self._view.items is not None, "retrieval reads items"
+        reserved = [self._reserved(text) for text in drafts.prefixes]
+        texts, problems = self._prompts(part.name, drafts.requests, drafts.inputs, self._view.items, reserved)
+        for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
+            drafts.fail(i, problem)
+            drafts.prefixes[i] += text.lead
+            drafts.inputs[i] = text.rest
+        if part.name == "dense":
+            drafts.encoder_id = self._view.encoder_id
+
+    def _reserved(self, text: str) -> int:
+        """Counts the tokens that a text before retrieval's takes of retrieval's own budget, which may be below the
+        prompt's."""
+        taken = count_tokens(text, self.tokenizer) if text else 0
+        return max(0, taken - (self.limit - self.budget))
+
+    def _prompts(
+        self,
+        kind: str,
+        requests: Sequence[Mapping[str, Any]],
+        inputs: Sequence[str],
+        users: VisibleItems,
+        reserved: Sequence[int],
+    ) -> tuple[list[Composed], list[str | None]]:
+        """The text of each request's prompt, and why one could not be written: an item lacks a field."""
+        texts = [query(request["input"], self.task) for request in requests]
+        keys = [(kind, request["user_id"], request["request_id"]) for request in requests]
+        new = [i for i, key in enumerate(keys) if key not in self._found]
+        vectors: dict[int, np.ndarray] = {}
+        if kind == "dense" and new:
+            vectors = dict(zip(new, self._vectors([texts[i] for i in new]), strict=True))
+        composed: list[Composed] = []
+        errors: list[str | None] = []
+        for i, (request, input) in enumerate(zip(requests, inputs, strict=True)):
+            prompt, error = Composed("", input), None
+            try:
+                if keys[i] not in self._found:
+                    self._found[keys[i]] = self._find(kind, request, texts[i], vectors.get(i), users)
+                prompt = retrieval.compose(
+                    self._found[keys[i]], input, self.task, self.tokenizer, self.budget,
+                    self.config.input_share, reserved[i],
+                )  # fmt: skip
+            except ValueError as problem:  # names the missing field, never a text
+                error = str(problem)
+            composed.append(prompt)
+            errors.append(error)
+        return composed, errors
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        assert self.encoder is not None, "a dense method needs the encoder"
+        return self.encoder.encode([self.config.query_prefix + text for text in texts])
+
+    def _find(
+        self, kind: str, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: VisibleItems
+    ) -> list[Mapping[str, str]]:
+        own, k = users.own, self.config.k
+        rows = users.rows(request)
+        if vector is not None:
+            rows = rows[own.vector_row[rows] >= 0]
+        if not len(rows):
+            return []
+        if vector is not None:
+            best = retrieval.nearest(own.vectors[own.vector_row[rows]], vector)
+        elif kind == "bm25":
+            best = self._index(rows, own).rank(text)
+        elif kind == "recency":
+            best = retrieval.recency(len(rows))
+        else:
+            best = retrieval.at_random(len(rows), k, json.dumps([request["user_id"], request["request_id"]]))
+        return [_fields(own, row) for row in rows[best[:k]]]
+
+    def _index(self, rows: np.ndarray, own: Histories) -> WordIndex:
+        key = (int(rows[0]), int(rows[-1]))
+        if self._words is None or self._words[0] != key:
+            texts = [retrieval.words(_fields(own, row), self.task) for row in rows]
+            self._words = (key, WordIndex(texts))
+        return self._words[1]
+
+
+def _fields(own: Histories, row: int) -> Mapping[str, str]:
+    assert own.fields is not None, "retrieval reads the items' fields"
+    return decode_fields(own.fields[int(row)].as_py())
