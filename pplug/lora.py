@@ -142,7 +142,7 @@ class _User:
         self.last_loss, self.last_labels = torch.zeros((), device=device), 0
 
     def _split(self, batch: np.ndarray) -> list[_Part]:
-        """A step's rows in parts of at most micro_tokens: by this user's rows alone."""
+        """A step's rows in parts of at most max_tokens_per_microbatch: by this user's rows alone."""
         rows: list[tuple[list[int], list[int]]] = []
         for index in batch:
             prompt, target = self.given.examples[index]
@@ -153,7 +153,7 @@ class _User:
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         size = 0
         for row in rows:
-            if groups[-1] and size + len(row[0]) > self.config.micro_tokens:
+            if groups[-1] and size + len(row[0]) > self.config.max_tokens_per_microbatch:
                 groups.append([])
                 size = 0
             groups[-1].append(row)
@@ -177,9 +177,9 @@ class _User:
             self.last_loss, self.last_labels = self.last_loss + loss_sum.detach(), self.last_labels + part.labels
         if not part.ends_step:
             return
-        nn.utils.clip_grad_norm_([self.theta], self.config.clip)
+        nn.utils.clip_grad_norm_([self.theta], self.config.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate(
-            self.step, len(self.batches), self.config.warmup
+            self.step, len(self.batches), self.config.warmup_fraction
         )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

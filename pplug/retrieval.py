@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pplug.encoder import EncoderConfig
 from pplug.plain_text import TextTokenizer
+from pplug.settings import Settings
 from pplug.tasks import TaskEntry, fill, slots
 
 KINDS = {
@@ -30,10 +31,8 @@ KINDS = {
 }
 
 
-class RetrievalConfig(BaseModel):
+class RetrievalConfig(Settings):
     """How many items a prompt shows, and how much room they have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     k: int = Field(4, gt=0)
     """Items in a prompt; the paper uses 1 to 4. Fewer where they do not fit."""

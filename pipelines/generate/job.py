@@ -251,7 +251,7 @@ def _generate(
                 encoder_decoder,
                 entry,
                 read_oracle(config, methods),
-                config.history_cap,
+                config.max_history_items,
                 config.engine.batch_rows,
                 threads,
                 stored,

@@ -67,7 +67,7 @@ def _refresh(config: Config, report: RunReport, histories_table: "Table") -> Non
 def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str | None]) -> dict[str, str]:
     """All that decides the personas: equal words, equal table. Stands in the commit that completes them."""
     said = {key: value or "" for key, value in identities.items()}
-    return said | {"histories_files": histories.stamp, "history_cap": str(config.history_cap)}
+    return said | {"histories_files": histories.stamp, "history_cap": str(config.max_history_items)}
 
 
 def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
@@ -294,7 +294,7 @@ def _personas(
                 since,
                 config.plug,
                 identities,
-                config.history_cap,
+                config.max_history_items,
                 report.run_id,
                 _threads(config),
                 late,
