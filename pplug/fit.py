@@ -8,7 +8,6 @@ Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from pplug.identity import stable_int
+from pplug.schedule import rate
 from pplug.settings import Settings, renamed
 
 
@@ -77,8 +78,7 @@ class Samples:
 
 def held_out(owner_id: str, share: float, seed: int) -> bool:
     """Whether this person's samples choose the checkpoint instead of training: fixed by id and seed."""
-    digest = hashlib.blake2b(f"{seed}:{owner_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    return stable_int(f"{seed}:{owner_id}") / 2**64 < share
 
 
 def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -156,9 +156,8 @@ class Fitter:
         ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
-        warm = max(1, round(config.warmup_fraction * steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+            self.optimizer, lambda step: rate(step, steps, config.warmup_fraction)
         )
 
     def _rows(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:

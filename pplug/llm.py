@@ -51,7 +51,7 @@ class FrozenLLM:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from pplug.norms import quicken_norms
+        from pplug.norms import use_fast_rmsnorm
 
         folder = model_folder(config.model, config.revision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +63,7 @@ class FrozenLLM:
         # transformers' default attention ignores a cap on the scores, which vLLM applies
         how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
         model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
-        quicken_norms(model)
+        use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
         return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
 

@@ -17,7 +17,6 @@ Shapes: U users of a pass, M tokens of all of them, R rows of one user, L its lo
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +31,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
-from pplug.norms import quicken_norms
+from pplug.identity import stable_int
+from pplug.norms import use_fast_rmsnorm
 from pplug.objective import IGNORED
+from pplug.schedule import rate
 from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
 
 ALIGN = 16
@@ -65,8 +66,7 @@ class Fitted:
 
 def user_seed(seed: int, user_id: str) -> int:
     """63 bits for everything that is drawn for this user."""
-    digest = hashlib.blake2b(f"{seed}:{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return stable_int(f"{seed}:{user_id}") >> 1
 
 
 def initial_weights(shape: AdapterShape, modules: "dict[str, nn.Linear]", seed: int) -> list[Tensor]:
@@ -87,12 +87,6 @@ def plan_steps(n: int, config: LoraConfig, seed: int) -> list[np.ndarray]:
         order = np.random.default_rng((seed, epoch)).permutation(n)
         batches += [order[start : start + config.batch_size] for start in range(0, n, config.batch_size)]
     return batches
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at step 0, 1, ...: up over the warm-up, then linear to zero."""
-    warm = max(1, round(warmup * steps))
-    return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
 
 
 def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
@@ -296,7 +290,7 @@ class StackedTrainer:
         self._pass: _Pass | None = None
         probes = probe_examples(model.get_input_embeddings().weight.shape[0], ALIGN)
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
-        quicken_norms(model)
+        use_fast_rmsnorm(model)
         model.set_attn_implementation(_ATTENTION)
         if model.config._attn_implementation != _ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")

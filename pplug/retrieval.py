@@ -10,7 +10,6 @@ changes neither which items are found nor in what order.
     white-space words through the library rank_bm25, the newest items first, the wording, the budget.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from pplug.encoder import EncoderConfig
+from pplug.identity import stable_int
 from pplug.plain_text import TextTokenizer
 from pplug.settings import Settings
 from pplug.tasks import TaskEntry, fill, slots
@@ -80,7 +80,7 @@ def recency(count: int) -> np.ndarray:
 
 def at_random(count: int, k: int, key: str) -> np.ndarray:
     """k different indices of (N,), the same for the same key."""
-    seed = hashlib.blake2b(f"random:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    seed = stable_int(f"random:{key}").to_bytes(8, "big")  # bytes and the number seed otherwise
     return np.array(random.Random(seed).sample(range(count), min(k, count)), dtype=np.int64)
 
 

@@ -142,6 +142,10 @@ class TaskEntry(Settings):
         named = slots(self.item) + slots(self.item_without_label) + slots(self.input or "")
         return tuple(dict.fromkeys(named + ((self.target,) if self.target else ())))
 
+    def item_template(self, with_label: bool) -> str:
+        """Template of a history item's text, with or without its label."""
+        return self.item if with_label else self.item_without_label
+
     def to_json(self) -> str:
         """Every value written out: a stored entry keeps its meaning when a default changes."""
         return self.model_dump_json()

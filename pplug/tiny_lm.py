@@ -141,7 +141,7 @@ def train_lm(
     """
     import torch
 
-    from pplug.norms import quicken_norms
+    from pplug.norms import use_fast_rmsnorm
 
     order = list(range(len(texts)))
     random.Random(config.seed).shuffle(order)
@@ -154,7 +154,7 @@ def train_lm(
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(tokenizer, config).to(device).train()
-    quicken_norms(model)
+    use_fast_rmsnorm(model)
     optimizer = _optimizer(model, config)
     kept = [rows[i] for i in rest]
     short = [row for row in kept if len(row[0]) <= config.short_tokens] if config.short_first else kept

@@ -36,8 +36,8 @@ from pplug.fit import micro_batches, plan_epoch, sum_gradients
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
-from pplug.lora import rate
 from pplug.objective import target_loss
+from pplug.schedule import rate
 from pplug.splice import Prompt, Splicer
 from pplug.tasks import TaskEntry
 

@@ -51,7 +51,7 @@ def _run(config: Config, run_id: str) -> int:
     report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     entry = tables.task_entry(config.task, histories)
-    rule = entry.item if config.encoder.with_label else entry.item_without_label
+    rule = entry.item_template(config.encoder.with_label)
     try:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
