@@ -2,7 +2,8 @@
 
 Route: words of the command line -> values and where each came from -> the job's pydantic `Config`.
 Precedence: config file < `--set key=value` and `--key value`, the later of these wins. Dotted keys reach nested models.
-Nothing here knows a job, only the keys that most of them share; nothing heavy is imported: `--help` stays quick.
+A renamed key is taken by its old name too (`pplug/settings.py`). Nothing here knows a job, and nothing heavy is
+imported: `--help` stays quick.
 """
 
 import ast
@@ -16,36 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from infra.errors import InputError
+from pplug.settings import Settings, warn_renamed
 
 Key = tuple[str, ...]
 _LISTS = (list, tuple, set, frozenset, Sequence)
 _DICTS = (dict, Mapping)
-
-
-class JobConfig(BaseModel):
-    """What a job on a population's tables is told, whatever it does. `describe` shows its own keys before these."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    tables: str
-    """Folder or s3:// prefix of the population's tables."""
-    run_id: str | None = None
-    """Name of this run; a new one when not given."""
-    run_dir: str | None = None
-    """Default: runs/<run_id>."""
-
-
-class ResumableConfig(JobConfig):
-    """What a job is told that a rerun goes on with, and that sets aside what it cannot use."""
-
-    max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    run_id: str | None = None
-    """Give the id of a run that broke off to go on with it."""
 
 
 @dataclass
@@ -110,7 +91,7 @@ def read(words: list[str], config: type[BaseModel]) -> Given:
                 settings.append((key, text, f"--set {key}"))
         else:
             key = name.replace("-", "_")
-            known = annotation_at(config, tuple(key.split(".")))
+            known = annotation_at(config, _present(tuple(key.split(".")), config))
             if not equals and bool in _leaves(known) and not (rest and rest[0].lower() in ("true", "false")):
                 inline = "true"  # a switch needs no value
             elif not equals:
@@ -121,17 +102,19 @@ def read(words: list[str], config: type[BaseModel]) -> Given:
     if len(files) > 1:
         raise InputError(f"--config is given {len(files)} times ({', '.join(files)}): one file, the rest by --set")
     for path in files:
-        _read_file(path, given)
-    lists_given: set[str] = set()
+        _read_file(path, given, config)
+    spelled: dict[Key, str] = {}
     for key, text, place in settings:
-        path_of_key = tuple(key.split("."))
+        path_of_key = _present(tuple(key.split(".")), config)
         annotation = annotation_at(config, path_of_key)
         if annotation is None:
             raise InputError(f"{place}: unknown option{_near(key, config)}")
-        if _is_list(annotation) and key in lists_given:
+        if path_of_key in spelled and spelled[path_of_key] != key:
+            raise InputError(f"{place}: {_names(path_of_key, config)} is given by both of its names; keep the new one")
+        if path_of_key in spelled and _is_list(annotation):
             raise InputError(f"{place} is given twice: several values are written with commas, a,b")
-        lists_given.add(key)
-        given.put(path_of_key, _value(text, annotation, place), place)
+        spelled[path_of_key] = key
+        given.put(path_of_key, _renamed(_value(text, annotation, place), path_of_key, config, place), place)
     return given
 
 
@@ -141,7 +124,7 @@ def _next(rest: list[str], word: str, wanted: str) -> str:
     return rest.pop(0)
 
 
-def _read_file(path: str, given: Given) -> None:
+def _read_file(path: str, given: Given, config: type[BaseModel]) -> None:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -163,11 +146,11 @@ def _read_file(path: str, given: Given) -> None:
         return
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: expected a mapping of keys to values, got {_show(values)}")
-    _note_places(node, (), path, given)
-    given.values = values
+    _note_places(node, (), path, given, config)
+    given.values = _renamed(values, (), config, f"--config {path}")
 
 
-def _note_places(node: yaml.Node | None, above: Key, path: str, given: Given) -> None:
+def _note_places(node: yaml.Node | None, above: Key, path: str, given: Given, config: type[BaseModel]) -> None:
     """Notes the line of every key, and refuses what YAML would lose in silence: a key given twice."""
     if not isinstance(node, yaml.MappingNode):
         return
@@ -177,11 +160,11 @@ def _note_places(node: yaml.Node | None, above: Key, path: str, given: Given) ->
         place = f"{path}, line {key_node.start_mark.line + 1}"
         if key_node.tag != "tag:yaml.org,2002:str":
             raise InputError(f"--config {place}: keys are words, got {_show(key_node.value)}")
-        key = (*above, key_node.value)
+        key = _present((*above, key_node.value), config)
         if key in given.places:
-            raise InputError(f"--config {place}: {'.'.join(key)} is given twice, first in {given.places[key]}")
+            raise InputError(f"--config {place}: {_names(key, config)} is given twice, first in {given.places[key]}")
         given.places[key] = place
-        _note_places(value_node, key, path, given)
+        _note_places(value_node, key, path, given, config)
 
 
 def _value(text: str, annotation: Any, place: str) -> Any:
@@ -205,6 +188,44 @@ def _value(text: str, annotation: Any, place: str) -> Any:
         raise InputError(
             f"{place}: {text!r} is not a value YAML reads ({getattr(error, 'problem', None) or error})"
         ) from None
+
+
+# --- renamed keys ---------------------------------------------------------------------------------------------------
+
+
+def renames(above: Key, config: type[BaseModel]) -> dict[str, str]:
+    """Old name -> present name of the fields below a key."""
+    models = [model for model in _models(annotation_at(config, above)) if issubclass(model, Settings)]
+    return {old: new for model in models for old, new in model.renames().items()}
+
+
+def _present(key: Key, config: type[BaseModel]) -> Key:
+    """The key by the present names of its fields; warns when it was given by an old one."""
+    present: Key = ()
+    for part in key:
+        present = (*present, renames(present, config).get(part, part))
+    if present != key:
+        warn_renamed(".".join(key), ".".join(present))
+    return present
+
+
+def _names(key: Key, config: type[BaseModel]) -> str:
+    """The key as messages name it, with its old name where it has one."""
+    old = next((f" (before: {old})" for old, new in renames(key[:-1], config).items() if new == key[-1]), "")
+    return ".".join(key) + old
+
+
+def _renamed(value: Any, above: Key, config: type[BaseModel], place: str) -> Any:
+    """A value whose keys, at any depth, are the present ones."""
+    if not isinstance(value, dict):
+        return value
+    found: dict[Any, Any] = {}
+    for name, below in value.items():
+        key = _present((*above, str(name)), config)
+        if key[-1] in found:
+            raise InputError(f"{place}: {_names(key, config)} is given by both of its names; keep the new one")
+        found[key[-1] if key[-1] != str(name) else name] = _renamed(below, key, config, place)
+    return found
 
 
 # --- checking -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.report import RunReport, new_run_id
-from pipelines.options import JobConfig
+from pipelines.job_config import JobConfig
 
 
 def begin(job: str, config: JobConfig, shown: Mapping[str, Any] | None = None) -> RunReport:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pplug.retrieval import RetrievalConfig
+from pplug.settings import Settings, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,10 +25,8 @@ _PREFIX = "base_model.model."
 _HEADER_BYTES = 100_000_000  # safetensors' own bound
 
 
-class AdapterShape(BaseModel):
+class AdapterShape(Settings):
     """Which modules an adapter changes, and how. Defaults are the paper's [1]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
     """Last names of the linear modules that get an adapter."""
@@ -56,10 +55,8 @@ class AdapterShape(BaseModel):
         }
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Settings):
     """How an adapter is trained: all of it decides its values. Defaults are the paper's [1]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     shape: AdapterShape = AdapterShape()
     dropout: float = Field(0.05, ge=0, lt=1)
@@ -69,21 +66,19 @@ class LoraConfig(BaseModel):
     epochs: int = Field(2, gt=0)
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of a user's steps; then linear to zero."""
-    clip: float = Field(0.3, gt=0)
-    """Gradient norm over all of a user's parameters."""
-    micro_tokens: int = Field(16_384, gt=0)
+    warmup_fraction: float = renamed("warmup", 0.1, ge=0, lt=1)
+    """Fraction of a user's steps over which the learning rate rises; then it falls linearly to zero."""
+    max_grad_norm: float = renamed("clip", 0.3, gt=0)
+    """Norm of the gradient over all of a user's parameters above which it is scaled down."""
+    max_tokens_per_microbatch: int = renamed("micro_tokens", 16_384, gt=0)
     """A step with more tokens than this is computed in parts."""
-    stored: Literal["bfloat16", "float32"] = "bfloat16"
+    storage_dtype: Literal["bfloat16", "float32"] = renamed("stored", "bfloat16")
     """Number format of the weights in the table; they are trained in float32."""
     seed: int = 0
 
 
-class ExampleRule(BaseModel):
+class ExampleRule(Settings):
     """How an item becomes an example."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_target_tokens: int = Field(128, gt=1)
     """EOS included."""
@@ -93,10 +88,8 @@ class ExampleRule(BaseModel):
     """How many, and how much room; as in generate."""
 
 
-class StackConfig(BaseModel):
+class StackConfig(Settings):
     """How many users share a pass. Speed and memory only, no value of an adapter depends on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens: int = Field(16_384, gt=0)
     """Tokens in one pass; more bring nothing once the processor is full."""

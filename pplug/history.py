@@ -36,7 +36,7 @@ def item_text(fields: Mapping[str, str], entry: TaskEntry, with_label: bool = Tr
     Raises:
         ValueError: the item lacks a field that the template names.
     """
-    return fill(entry.item if with_label else entry.item_without_label, fields, entry.name).strip()
+    return fill(entry.item_template(with_label), fields, entry.name).strip()
 
 
 def history_hash(text_hashes: Iterable[str]) -> str:

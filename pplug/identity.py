@@ -20,6 +20,11 @@ def short_id(parts: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def stable_int(text: str) -> int:
+    """64 bits of a text, the same in every process: a seed, or a share of 2**64."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
 def file_digest(path: Path) -> str:
     """32 hex characters of a file's bytes (about 1 GB a second)."""
     digest = hashlib.blake2b(digest_size=16)

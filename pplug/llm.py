@@ -9,19 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from pplug.identity import model_folder, short_id, weights_id
+from pplug.settings import Settings
 from pplug.splice import PromptLayout, Splicer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class LLMConfig(BaseModel):
+class LLMConfig(Settings):
     """Which LLM, and how requests become prompts for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str
     """Folder or hub name of a causal LM or an encoder-decoder."""
@@ -36,7 +33,7 @@ class LLMConfig(BaseModel):
 def llm_id(config: LLMConfig) -> str:
     """Identity of model, tokenizer and prompt layout."""
     folder = model_folder(config.model, config.revision)
-    return short_id({"weights": weights_id(folder), "layout": config.layout.model_dump()})
+    return short_id({"weights": weights_id(folder), "layout": config.layout.decisive()})
 
 
 @dataclass
@@ -54,7 +51,7 @@ class FrozenLLM:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from pplug.norms import quicken_norms
+        from pplug.norms import use_fast_rmsnorm
 
         folder = model_folder(config.model, config.revision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +63,7 @@ class FrozenLLM:
         # transformers' default attention ignores a cap on the scores, which vLLM applies
         how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
         model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
-        quicken_norms(model)
+        use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
         return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
 

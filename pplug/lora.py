@@ -17,7 +17,6 @@ Shapes: U users of a pass, M tokens of all of them, R rows of one user, L its lo
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +31,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
-from pplug.norms import quicken_norms
+from pplug.identity import stable_int
+from pplug.norms import use_fast_rmsnorm
 from pplug.objective import IGNORED
+from pplug.schedule import rate
 from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
 
 ALIGN = 16
@@ -65,8 +66,7 @@ class Fitted:
 
 def user_seed(seed: int, user_id: str) -> int:
     """63 bits for everything that is drawn for this user."""
-    digest = hashlib.blake2b(f"{seed}:{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return stable_int(f"{seed}:{user_id}") >> 1
 
 
 def initial_weights(shape: AdapterShape, modules: "dict[str, nn.Linear]", seed: int) -> list[Tensor]:
@@ -87,12 +87,6 @@ def plan_steps(n: int, config: LoraConfig, seed: int) -> list[np.ndarray]:
         order = np.random.default_rng((seed, epoch)).permutation(n)
         batches += [order[start : start + config.batch_size] for start in range(0, n, config.batch_size)]
     return batches
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at step 0, 1, ...: up over the warm-up, then linear to zero."""
-    warm = max(1, round(warmup * steps))
-    return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
 
 
 def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
@@ -142,7 +136,7 @@ class _User:
         self.last_loss, self.last_labels = torch.zeros((), device=device), 0
 
     def _split(self, batch: np.ndarray) -> list[_Part]:
-        """A step's rows in parts of at most micro_tokens: by this user's rows alone."""
+        """A step's rows in parts of at most max_tokens_per_microbatch: by this user's rows alone."""
         rows: list[tuple[list[int], list[int]]] = []
         for index in batch:
             prompt, target = self.given.examples[index]
@@ -153,7 +147,7 @@ class _User:
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         size = 0
         for row in rows:
-            if groups[-1] and size + len(row[0]) > self.config.micro_tokens:
+            if groups[-1] and size + len(row[0]) > self.config.max_tokens_per_microbatch:
                 groups.append([])
                 size = 0
             groups[-1].append(row)
@@ -177,9 +171,9 @@ class _User:
             self.last_loss, self.last_labels = self.last_loss + loss_sum.detach(), self.last_labels + part.labels
         if not part.ends_step:
             return
-        nn.utils.clip_grad_norm_([self.theta], self.config.clip)
+        nn.utils.clip_grad_norm_([self.theta], self.config.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate(
-            self.step, len(self.batches), self.config.warmup
+            self.step, len(self.batches), self.config.warmup_fraction
         )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -296,7 +290,7 @@ class StackedTrainer:
         self._pass: _Pass | None = None
         probes = probe_examples(model.get_input_embeddings().weight.shape[0], ALIGN)
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
-        quicken_norms(model)
+        use_fast_rmsnorm(model)
         model.set_attn_implementation(_ATTENTION)
         if model.config._attn_implementation != _ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")

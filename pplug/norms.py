@@ -50,7 +50,7 @@ class QuickRMSNorm(nn.Module):
         return _RMSNorm.apply(x.float(), self.weight, self.variance_epsilon)
 
 
-def quicken_norms(model: nn.Module) -> int:
+def use_fast_rmsnorm(model: nn.Module) -> int:
     """Puts QuickRMSNorm in the place of every norm of a model in float32 on a CPU that computes the same.
 
     A norm counts as the same when it takes one input and gives the same on random values: another one stays (Gemma adds

@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pplug.encoder import pool
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
+from pplug.settings import Settings
 
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder")
 """Names in a plug folder."""
 
 
-class PlugConfig(BaseModel):
+class PlugConfig(Settings):
     """What a plug is made for and how it weighs a history. Stored beside its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     encoder_dim: int = Field(gt=0)
     """D, width of a history vector."""

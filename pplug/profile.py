@@ -11,18 +11,17 @@ what stands before the items that retrieval finds, and before the request.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from pplug.identity import short_id
 from pplug.plain_text import TextTokenizer
 from pplug.retrieval import compose, count_tokens, cut
+from pplug.settings import Settings
 from pplug.tasks import TaskEntry, slots
 
 
-class ProfileConfig(BaseModel):
+class ProfileConfig(Settings):
     """How a profile is asked for, and how it stands in a prompt."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     items: int = Field(16, gt=0)
     """Newest items that it is made from; fewer where they do not fit."""
@@ -49,7 +48,7 @@ class ProfileConfig(BaseModel):
 
 def profile_id(config: ProfileConfig, llm_id: str, decoding_id: str, entry: TaskEntry) -> str:
     """Identity of all that decides a profile beside the user's own items."""
-    asked = config.model_dump(mode="json", include={"items", "prompt", "prompt_tokens"})
+    asked = config.decisive(include={"items", "prompt", "prompt_tokens"})
     form = entry.model_dump(mode="json", include={"item_without_label": True, "retrieval": {"pattern", "joiner"}})
     return short_id({"profile": asked, "task": form, "llm_id": llm_id, "decoding_id": decoding_id})
 

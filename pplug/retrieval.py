@@ -10,16 +10,17 @@ changes neither which items are found nor in what order.
     white-space words through the library rank_bm25, the newest items first, the wording, the budget.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pplug.encoder import EncoderConfig
+from pplug.identity import stable_int
 from pplug.plain_text import TextTokenizer
+from pplug.settings import Settings
 from pplug.tasks import TaskEntry, fill, slots
 
 KINDS = {
@@ -30,10 +31,8 @@ KINDS = {
 }
 
 
-class RetrievalConfig(BaseModel):
+class RetrievalConfig(Settings):
     """How many items a prompt shows, and how much room they have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     k: int = Field(4, gt=0)
     """Items in a prompt; the paper uses 1 to 4. Fewer where they do not fit."""
@@ -81,7 +80,7 @@ def recency(count: int) -> np.ndarray:
 
 def at_random(count: int, k: int, key: str) -> np.ndarray:
     """k different indices of (N,), the same for the same key."""
-    seed = hashlib.blake2b(f"random:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    seed = stable_int(f"random:{key}").to_bytes(8, "big")  # bytes and the number seed otherwise
     return np.array(random.Random(seed).sample(range(count), min(k, count)), dtype=np.int64)
 
 

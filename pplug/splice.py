@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pplug.plain_text import TextTokenizer, own_special_tokens
+from pplug.settings import Settings
 
 _HERE = "<<<input>>>"
 
 
-class PromptLayout(BaseModel):
+class PromptLayout(Settings):
     """How a request becomes a prompt; part of `llm_id`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     chat: Literal["auto", "never"] = "auto"
     """auto: the user's turn of the tokenizer's chat template, where it has one."""

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pplug.settings import Settings
 
 Metric = Literal["classification", "rating", "text"]
 
@@ -52,10 +54,8 @@ def fill(template: str, fields: Mapping[str, str], task: str) -> str:
     return template.format_map(fields)
 
 
-class RetrievalForm(BaseModel):
+class RetrievalForm(Settings):
     """How retrieved items stand in a prompt."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: str
     """Template of one item."""
@@ -78,10 +78,8 @@ class RetrievalForm(BaseModel):
         return self
 
 
-class TaskEntry(BaseModel):
+class TaskEntry(Settings):
     """One task. Frozen; stored as JSON in the histories table's commit, so that later jobs find it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
     marker: str = ""
@@ -143,6 +141,10 @@ class TaskEntry(BaseModel):
         """Fields that every item must have."""
         named = slots(self.item) + slots(self.item_without_label) + slots(self.input or "")
         return tuple(dict.fromkeys(named + ((self.target,) if self.target else ())))
+
+    def item_template(self, with_label: bool) -> str:
+        """Template of a history item's text, with or without its label."""
+        return self.item if with_label else self.item_without_label
 
     def to_json(self) -> str:
         """Every value written out: a stored entry keeps its meaning when a default changes."""

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pplug.encoder import best_dtype
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.plain_text import TextTokenizer
+from pplug.settings import Settings, renamed
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +34,8 @@ Row = tuple[list[int], int]  # ids of a text, and how many of the last are the t
 Batch = tuple["Tensor", "Tensor", "Tensor"]  # ids (B, L); masks (B, L-1) over ids[:, 1:]: target, real
 
 
-class TinyLMConfig(BaseModel):
+class TinyLMConfig(Settings):
     """Size of the model and of its training. The defaults suit the embedded world."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     vocab_size: int = Field(512, ge=300)
     """At most; a small corpus may merge into fewer tokens. 259 are taken by bytes and special tokens."""
@@ -48,10 +47,10 @@ class TinyLMConfig(BaseModel):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. In the embedded world 1 / sqrt(width) learns to use what the prompt
     says in a quarter of the steps; with a vocabulary of thousands and real text it ends worse."""
-    context: int = Field(512, ge=16)
+    max_model_len: int = renamed("context", 512, ge=16)
     """Longest prompt the saved model accepts, in tokens."""
     max_tokens: int = Field(256, ge=16)
-    """Per training text, at most context; a longer input is cut at its end, suffix and target stay."""
+    """Per training text, at most max_model_len; a longer input is cut at its end, suffix and target stay."""
     batch_tokens: int = Field(1024, ge=64)
     """Padded tokens per step. Small on purpose: at 2,048 the embedded world takes as many steps, so twice the time."""
     steps: int | None = Field(1800, ge=1)
@@ -62,12 +61,12 @@ class TinyLMConfig(BaseModel):
     """Share of the run that reads only texts of at most `short_tokens`: a skill that short texts teach comes sooner."""
     short_tokens: int = Field(64, ge=16)
     """Longest text of that first part."""
-    lr: float = Field(3e-3, gt=0)
+    learning_rate: float = renamed("lr", 3e-3, gt=0)
     """Peak; warmed up over the first twentieth of the run, then a cosine to a hundredth of it."""
     weight_decay: float = Field(0.05, ge=0)
     target_weight: float = Field(5.0, gt=0)
     """Weight of a target token in the loss relative to one of the prompt."""
-    heldout: float = Field(0.02, ge=0, lt=1)
+    val_fraction: float = renamed("heldout", 0.02, ge=0, lt=1)
     """Share of the texts that is only scored."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the processor multiplies it in hardware, float32 elsewhere."""
@@ -80,8 +79,8 @@ class TinyLMConfig(BaseModel):
                 f"width={self.width} over heads={self.heads} gives heads of {self.width / self.heads:g}; vLLM's CPU "
                 "attention needs a multiple of 32"
             )
-        if self.max_tokens > self.context:
-            raise ValueError(f"max_tokens={self.max_tokens} is above context={self.context}: raise context")
+        if self.max_tokens > self.max_model_len:
+            raise ValueError(f"max_tokens={self.max_tokens} is above max_model_len={self.max_model_len}: raise that")
         if self.steps is None and self.max_minutes is None:
             raise ValueError("neither steps nor max_minutes is given: one of them has to end the training")
         return self
@@ -142,11 +141,11 @@ def train_lm(
     """
     import torch
 
-    from pplug.norms import quicken_norms
+    from pplug.norms import use_fast_rmsnorm
 
     order = list(range(len(texts)))
     random.Random(config.seed).shuffle(order)
-    heldout = order[: int(len(order) * config.heldout)]
+    heldout = order[: int(len(order) * config.val_fraction)]
     rest = order[len(heldout) :]
     if not rest:
         raise ValueError(f"{len(texts)} texts, {len(heldout)} of them held out: nothing is left to train the LM on")
@@ -155,7 +154,7 @@ def train_lm(
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(tokenizer, config).to(device).train()
-    quicken_norms(model)
+    use_fast_rmsnorm(model)
     optimizer = _optimizer(model, config)
     kept = [rows[i] for i in rest]
     short = [row for row in kept if len(row[0]) <= config.short_tokens] if config.short_first else kept
@@ -166,7 +165,7 @@ def train_lm(
     while done < 1:
         ids, is_target, real = (tensor.to(device) for tensor in next(first if done < config.short_first else batches))
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(done)
+            group["lr"] = config.learning_rate * _schedule(done)
         with _autocast(config, device):
             loss, target_loss = _losses(model, ids, is_target, real, config.target_weight)
         loss.backward()
@@ -222,7 +221,7 @@ def train_tokenizer(
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        model_max_length=config.context,
+        model_max_length=config.max_model_len,
         clean_up_tokenization_spaces=False,
     )
 
@@ -258,7 +257,7 @@ def new_model(tokenizer: "PreTrainedTokenizerFast", config: TinyLMConfig) -> "Ll
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
-            max_position_embeddings=config.context,
+            max_position_embeddings=config.max_model_len,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -369,7 +368,7 @@ def _optimizer(model: "LlamaForCausalLM", config: TinyLMConfig) -> "torch.optim.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def _schedule(done: float) -> float:

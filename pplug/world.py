@@ -25,8 +25,9 @@ from typing import Literal, Self
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from pplug.settings import Settings
 from pplug.tasks import RetrievalForm, TaskEntry
 
 THEMES = ("crime", "romance", "space", "war", "music", "nature", "magic", "sport", "food", "history")
@@ -51,10 +52,8 @@ LINE_JOINER, LINES_END = ", and ", ". "
 Split = Literal["corpus", "train", "test"]
 
 
-class WorldConfig(BaseModel):
+class WorldConfig(Settings):
     """The size and the law of the world. Two worlds of one config are equal byte for byte."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     themes: int = Field(6, ge=3, le=8)

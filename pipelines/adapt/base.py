@@ -36,8 +36,8 @@ from pplug.fit import micro_batches, plan_epoch, sum_gradients
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
-from pplug.lora import rate
 from pplug.objective import target_loss
+from pplug.schedule import rate
 from pplug.splice import Prompt, Splicer
 from pplug.tasks import TaskEntry
 
@@ -165,7 +165,7 @@ def fit_base(given: dict[str, Any]) -> None:
             step = epoch * per_epoch + place
             torch.manual_seed((config.seed << 40) + step * world + rank)  # the same dropout after a restart
             tokens = sum(len(answers[i]) for i in batch)
-            for part in micro_batches(batch[rank::world], lengths, config.micro_tokens):
+            for part in micro_batches(batch[rank::world], lengths, config.max_tokens_per_microbatch):
                 loss, _ = target_loss(
                     llm,
                     [Prompt(prompts[i], []) for i in part],
@@ -176,8 +176,8 @@ def fit_base(given: dict[str, Any]) -> None:
                 (loss / tokens).backward()
                 total += loss.detach() / tokens / per_epoch
             sum_gradients(trained, world)
-            torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            share = rate(step, per_epoch * config.epochs, config.warmup)
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            share = rate(step, per_epoch * config.epochs, config.warmup_fraction)
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

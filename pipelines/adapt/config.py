@@ -4,9 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipelines.options import ResumableConfig
+from pipelines.job_config import ResumableConfig
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
+from pplug.settings import renamed
 
 
 class Config(ResumableConfig):
@@ -39,7 +40,7 @@ class Config(ResumableConfig):
     stack: StackConfig = StackConfig()
     rule: ExampleRule = ExampleRule()
     """How an item becomes an example."""
-    history_cap: int = Field(10_000, gt=0)
+    max_history_items: int = renamed("history_cap", 10_000, gt=0)
     """Newest items of a user to train on."""
     cut: Literal["requests", "none"] = "requests"
     """requests: items that one of the user's requests may not see are left out, as an evaluation needs; none: all

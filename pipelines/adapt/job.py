@@ -83,7 +83,7 @@ def _adapters(
     base: str,
 ) -> None:
     """Plans whose adapter is pending, trains them in one stream, commits wave by wave."""
-    fit = fit_id(config.trained, base, task, config.rule, config.history_cap)
+    fit = fit_id(config.trained, base, task, config.rule, config.max_history_items)
     buckets = tables.open_table(config.tables, "histories").buckets
     adapters = tables.open_or_create(config.tables, "adapters", buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
@@ -96,7 +96,7 @@ def _adapters(
     mixed = users is not None and "none" in tables.said(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     pending = PendingUsers(
-        histories, requests, before if before.files else None, fit, config.history_cap, users, buckets
+        histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets
     )
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
@@ -214,13 +214,13 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "
 
 # What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
 _FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads", "max_failures", "max_reject_fraction",
-         "stack", "changed_only", "batch_users", "wave_users", "history_cap", "lora", "epochs"}  # fmt: skip
+         "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora", "epochs"}  # fmt: skip
 
 
 def _decisive(config: Config, entry: "TaskEntry", left_out: frozenset[str], base: str) -> dict[str, Any]:
     """All that decides what a base learns, beside the tables' versions."""
-    decisive = config.model_dump(mode="json", exclude=_FREE) | {"task": entry.model_dump(mode="json"), "llm_id": base}
-    decisive["lora"] = config.trained.model_dump(mode="json", exclude={"micro_tokens"})
+    decisive = config.decisive(exclude=_FREE) | {"task": entry.model_dump(mode="json"), "llm_id": base}
+    decisive["lora"] = config.trained.decisive(exclude={"max_tokens_per_microbatch"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
     return decisive
 

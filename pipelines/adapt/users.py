@@ -40,8 +40,8 @@ RETRIEVAL_ITEMS = 512
 def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, cap: int) -> str:
     """Identity of all that decides an adapter beside the user's own items."""
     form = entry.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
-    rules = {"task": form, "rule": rule.model_dump(mode="json"), "cap": cap}
-    return short_id({"lora": lora.model_dump(mode="json"), "llm_id": llm_id} | rules)
+    rules = {"task": form, "rule": rule.decisive(), "cap": cap}
+    return short_id({"lora": lora.decisive(), "llm_id": llm_id} | rules)
 
 
 class ReadExamples:
@@ -131,7 +131,7 @@ class FitAdapters:
             self.trainer = StackedTrainer(FrozenLLM.load(llm).model, lora, stack)
         except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
             self.refused = f"llm {llm.model}: {error}"
-        self.dtype = getattr(torch, lora.stored)
+        self.dtype = getattr(torch, lora.storage_dtype)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self.trainer is None:

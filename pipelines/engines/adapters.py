@@ -3,7 +3,6 @@
 Only names travel with the prompts; weights go from the table's files to folders in memory, beside the engine.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
 from pipelines.learned import last_items
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
+from pplug.controls import drawn_for
 
 MEMORY = "/dev/shm"
 _PREFIX = "pplug-adapters-"
@@ -93,8 +93,7 @@ class AdapterIndex:
                 if user != request["user_id"] and self._owners.get(user, user) != owner
             ]
             if choice:
-                digest = hashlib.blake2b(f"other:{owner}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-                return choice[int.from_bytes(digest, "big") % len(choice)]
+                return drawn_for(owner, choice)
         return None
 
     def _pools(self) -> Iterator[dict[str, AdapterName]]:

@@ -9,23 +9,22 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.engines.adapters import AdapterName
 from pplug.identity import short_id
+from pplug.settings import Settings, renamed
 
 
-class Decoding(BaseModel):
+class Decoding(Settings):
     """How a reply is chosen; makes up `decoding_id`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_tokens: int = Field(32, gt=0)
     """Tokens that a reply may have."""
     temperature: float = Field(0.0, ge=0)
     """0 takes the most probable token each time (greedy)."""
     top_p: float = Field(1.0, gt=0, le=1)
-    beams: int = Field(1, gt=0)
+    num_beams: int = renamed("beams", 1, gt=0)
     """Number of beams; transformers engine only. The paper uses 4."""
     stop: tuple[str, ...] = ()
     """A reply ends before the first of these."""
@@ -34,35 +33,33 @@ class Decoding(BaseModel):
 
     @property
     def decoding_id(self) -> str:
-        return short_id(self.model_dump(mode="json"))
+        return short_id(self.decisive())
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(Settings):
     """Which engine answers, and how much of the machine it may take."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["vllm", "transformers"] = "vllm"
     """transformers: for encoder-decoder models such as FLAN-T5, which vLLM does not have, and for beams."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU and on a CPU with AMX, float32 elsewhere."""
-    context: int | None = Field(None, gt=0)
-    """Tokens of prompt and reply; default: the model's own limit."""
+    max_model_len: int | None = renamed("context", None, gt=0)
+    """Tokens of prompt and reply together; default: the model's own limit."""
     max_num_seqs: int = Field(256, gt=0)
     """Number of requests that the engine works on at once."""
-    memory_fraction: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: float = renamed("memory_fraction", 0.85, gt=0, le=1)
     """Share of the GPU's memory that the engine takes."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for the keys and values of attention, on a CPU."""
-    eager: bool | None = None
+    enforce_eager: bool | None = renamed("eager", None)
     """No compilation; default: true on a CPU, where it starts a minute faster."""
     batch_rows: int = Field(64, gt=0)
     """Number of requests that are handed over at a time."""
     in_flight: int = Field(8, gt=0)
     """Number of batches in flight per engine: batch_rows * in_flight should exceed max_num_seqs."""
-    adapters_at_once: int = Field(32, gt=0)
+    max_loras: int = renamed("adapters_at_once", 32, gt=0)
     """Adapters in one step of the engine; each takes room in its memory."""
-    adapters_ready: int = Field(512, gt=0)
+    max_cpu_loras: int = renamed("adapters_ready", 512, gt=0)
     """Adapters held in the machine's memory, the least recently used leave first."""
 
 

@@ -25,7 +25,7 @@ class TransformersEngine:
         self.llm = FrozenLLM.load(llm.model_copy(update={"dtype": dtype}))
         self.decoding, self.dim = decoding, self.llm.dim
         limit = getattr(self.llm.model.config, "max_position_embeddings", None)
-        self.context: int = config.context or limit or 1 << 20  # T5 has no limit of its own
+        self.context: int = config.max_model_len or limit or 1 << 20  # T5 has no limit of its own
         self.max_row_norm = 1000.0 * self.llm.embedding_norm
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class TransformersEngine:
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 max_new_tokens=decoding.max_tokens,
-                num_beams=decoding.beams,
+                num_beams=decoding.num_beams,
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
             )

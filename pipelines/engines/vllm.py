@@ -39,8 +39,8 @@ class VLLMEngine:
         threads: int,
         adapters: Adapters | None = None,
     ) -> None:
-        if decoding.beams > 1:
-            raise InputError("decoding.beams needs engine.kind=transformers; the vllm engine samples or is greedy")
+        if decoding.num_beams > 1:
+            raise InputError("decoding.num_beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
         args = self._engine_args(str(folder), config, threads) | _lora_args(config, adapters)
         self._loop = asyncio.new_event_loop()
@@ -85,11 +85,11 @@ class VLLMEngine:
         return {
             "model": folder,
             "dtype": dtype,
-            "max_model_len": config.context,
+            "max_model_len": config.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "distributed_executor_backend": executor,
-            "gpu_memory_utilization": config.memory_fraction,
-            "enforce_eager": config.eager if config.eager is not None else not gpu,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
             "enable_prompt_embeds": True,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
@@ -219,11 +219,11 @@ def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any
     rank = next((rank for rank in LORA_RANKS if rank >= adapters.rank), None)
     if rank is None:
         raise InputError(f"adapters have rank {adapters.rank}; the vllm engine takes at most {LORA_RANKS[-1]}")
-    ready = min(adapters.snapshot.rows, config.adapters_ready)
+    ready = min(adapters.snapshot.rows, config.max_cpu_loras)
     return {
         "enable_lora": True,
         "max_lora_rank": rank,
-        "max_loras": min(ready, config.adapters_at_once) + 1,  # and one that adds nothing
+        "max_loras": min(ready, config.max_loras) + 1,  # and one that adds nothing
         "max_cpu_loras": ready + 1,
         "lora_target_modules": list(adapters.targets),
     }

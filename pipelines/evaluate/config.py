@@ -2,10 +2,12 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
+
+from pplug.settings import Settings, renamed
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Settings):
     """evaluate: generations + targets -> report.json, report.html, predictions in LaMP's format, a table on the screen.
 
     Route: per bucket, what is known of the users -> histograms -> thirds; then replies beside targets -> ScoreBuckets
@@ -15,8 +17,6 @@ class EvaluateConfig(BaseModel):
     lacks replies the others have is refused. References that need no LLM are computed from the histories and scored
     beside the methods (pipelines.evaluate.references); they are never counted as methods.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tables: str
     """Folder or s3://bucket/prefix of the population's tables."""
@@ -55,7 +55,7 @@ class EvaluateConfig(BaseModel):
     learns from their histories too."""
     examples: int = Field(0, ge=0, le=100)
     """Requests to show side by side in the report, which then holds what users wrote: pass it on accordingly."""
-    resamples: int = Field(2000, ge=100)
+    n_bootstrap: int = renamed("resamples", 2000, ge=100)
     """Draws of people behind each interval."""
     seed: int = 0
     """Seed of the resamples: the same seed gives the same intervals."""

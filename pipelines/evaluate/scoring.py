@@ -92,7 +92,7 @@ def score(
         snapshots["generations"],
         runs,
         config.methods,
-        config.resamples,
+        config.n_bootstrap,
         config.seed,
         facts,
         cuts,

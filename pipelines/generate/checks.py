@@ -51,9 +51,9 @@ def settings_id(config: Config, entry: TaskEntry) -> str:
     """Identity of what decides a prompt beside the models, the decoding and the tables."""
     return short_id(
         {
-            "retrieval": config.retrieval.model_dump(mode="json"),
-            "profile": config.profile.model_dump(mode="json"),
-            "history_cap": config.history_cap,
+            "retrieval": config.retrieval.decisive(),
+            "profile": config.profile.decisive(),
+            "history_cap": config.max_history_items,
             "task": entry.model_dump(mode="json"),
         }
     )

@@ -5,10 +5,11 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.options import ResumableConfig
+from pipelines.job_config import ResumableConfig
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
+from pplug.settings import renamed
 
 
 class Config(ResumableConfig):
@@ -51,7 +52,7 @@ class Config(ResumableConfig):
     """Task name or YAML file; default: the one that `ingest` stored."""
     decoding: Decoding = Decoding()
     engine: EngineConfig = EngineConfig()
-    history_cap: int = Field(512, gt=0)
+    max_history_items: int = renamed("history_cap", 512, gt=0)
     """Number of newest items of a user that count."""
     workers: int = Field(1, gt=0)
     """Number of engines: one per GPU, or one per CPU node."""

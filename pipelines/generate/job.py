@@ -108,7 +108,7 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
         steps=[
             waves.actors(
                 BuildPrompts, pending, methods, parts, opened.histories, using.embeddings, config.llm,
-                opened.encoder_decoder, opened.task, config.history_cap, config.engine.batch_rows, cpu,
+                opened.encoder_decoder, opened.task, config.max_history_items, config.engine.batch_rows, cpu,
                 size=config.prompt_workers,
             ),
             _engines(

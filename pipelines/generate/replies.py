@@ -116,7 +116,8 @@ class Reply:
             return None
         return (
             f"the prompt has {len(prompt)} tokens, but the engine's context of {self.engine.context} leaves {room} "
-            f"beside max_tokens={self.decoding.max_tokens}; lower llm.layout.max_input_tokens or raise engine.context"
+            f"beside max_tokens={self.decoding.max_tokens}; lower llm.layout.max_input_tokens or raise "
+            "engine.max_model_len"
         )
 
 

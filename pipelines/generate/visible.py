@@ -3,7 +3,6 @@
 Shapes: D encoder width.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from infra.snapshot import Snapshot
 from pipelines.histories import Histories, read_bucket, to_us
+from pplug.controls import drawn_for
 
 
 class VisibleItems:
@@ -67,8 +67,7 @@ class VisibleItems:
             choice = self._other_people(pool, request["user_id"], owner)
         if not choice:
             return pool.vectors[:0]
-        digest = hashlib.blake2b(f"other:{owner}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        user = choice[int.from_bytes(digest, "big") % len(choice)]
+        user = drawn_for(owner, choice)
         return pool.vectors[pool.with_vector(pool.visible(user, None, None, self.max_items))]
 
     def _other_people(self, pool: Histories, user_id: str, owner: str) -> list[int]:

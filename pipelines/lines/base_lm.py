@@ -94,7 +94,7 @@ def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
     digest = hashlib.blake2b()
     for pair in texts:
         digest.update(json.dumps(pair).encode())
-    settings = {"lm": config.lm.model_dump(mode="json"), "suffix": config.suffix}
+    settings = {"lm": config.lm.decisive(), "suffix": config.suffix}
     return short_id({"texts": digest.hexdigest(), **settings})
 
 

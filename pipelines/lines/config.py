@@ -2,15 +2,16 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.options import JobConfig
+from pipelines.job_config import JobConfig
 from pplug.adapter import LoraConfig
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import LLMConfig
 from pplug.retrieval import RetrievalConfig
+from pplug.settings import Settings
 from pplug.tiny_lm import TinyLMConfig
 
 SOFT_PROMPT = "plug:soft-prompt"
@@ -20,10 +21,8 @@ BASE_LM = "base-lm"
 """Given as llm.model: the tiny LM that is trained first."""
 
 
-class Model(BaseModel):
+class Model(Settings):
     """An LLM, how it replies, and the plug's shape for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     llm: LLMConfig
     """Its model may be `base-lm`: a tiny one that is trained first, on the train users' items."""
@@ -37,7 +36,7 @@ class Model(BaseModel):
     """Settings of the dev users' adapters, which are trained where a method uses them."""
 
 
-class LampConfig(BaseModel):
+class LampConfig(Settings):
     """Job `lamp`: one data set in LaMP's layout from its files to the report, by one command.
 
     Fetches train and dev of one separation of the benchmark (or reads a folder of one's own), then runs the jobs as a
@@ -49,8 +48,6 @@ class LampConfig(BaseModel):
 
     [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     task: str
     """A LaMP task, such as LaMP_2, or the YAML file of one's own."""
@@ -122,7 +119,7 @@ class BaseLMConfig(JobConfig):
     """More rejects than this share of the items end the run with exit code 3."""
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(Settings):
     """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
     Writes a population whose truth is known, trains a tiny base LM on other people's texts, then runs the jobs as a
@@ -130,8 +127,6 @@ class DemoConfig(BaseModel):
     well people the plug was never trained on are served by it, beside the best possible score without and with
     personalisation; the one before it shows the plug beside adapters, for some users who own one.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run_dir: str = "runs/demo"
     """Everything is written below; a demo that stood there before is removed."""

@@ -2,8 +2,9 @@
 
 from pydantic import Field
 
-from pipelines.options import ResumableConfig
+from pipelines.job_config import ResumableConfig
 from pplug.encoder import EncoderConfig
+from pplug.settings import renamed
 
 
 class Config(ResumableConfig):
@@ -23,7 +24,7 @@ class Config(ResumableConfig):
     """Plug folder; without one, personas hold mean vectors only."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
-    history_cap: int = Field(512, gt=0)
+    max_history_items: int = renamed("history_cap", 512, gt=0)
     """Newest items a persona is made from."""
     workers: int = Field(1, gt=0)
     """Encoder actors: one a GPU, or one a CPU node."""

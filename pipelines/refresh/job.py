@@ -48,7 +48,7 @@ class Night:
             "encoder_id": self.encoder_id,
             "plug_id": self.plug_id or "",
             "histories_files": self.histories.stamp,
-            "history_cap": str(self.config.history_cap),
+            "history_cap": str(self.config.max_history_items),
         }
 
     @property
@@ -298,7 +298,7 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
     identities = {"encoder_id": night.encoder_id, "plug_id": night.plug_id}
     build = waves.actors(
         BuildPersonas, night.histories, vectors, personas, before if before is not None and before.files else None,
-        since, config.plug, identities, config.history_cap, report.run_id, night.cpu, late,
+        since, config.plug, identities, config.max_history_items, report.run_id, night.cpu, late,
         size=config.workers, gpus=config.gpus_per_worker,
     )  # fmt: skip
     with report.stage("personas") as stage:

@@ -2,18 +2,17 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
-from pipelines.options import ResumableConfig
+from pipelines.job_config import ResumableConfig
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import LLMConfig
+from pplug.settings import Settings, renamed
 
 
-class PlugShape(BaseModel):
+class PlugShape(Settings):
     """What kind of plug to train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     persona_tokens: int = Field(1, gt=0)
     """Rows a persona takes in the prompt; the paper uses 1."""
@@ -56,7 +55,7 @@ class Config(ResumableConfig):
     `vacuum` removes it."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
-    history_cap: int = Field(512, gt=0)
+    max_history_items: int = renamed("history_cap", 512, gt=0)
     """Newest items that count."""
     workers: int = Field(1, gt=0)
     """Train workers, data parallel."""

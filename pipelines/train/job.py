@@ -52,7 +52,7 @@ def _run(config: Config, run_id: str) -> int:
     report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     entry = tables.task_entry(config.task, histories)
-    rule = entry.item if config.encoder.with_label else entry.item_without_label
+    rule = entry.item_template(config.encoder.with_label)
     try:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
@@ -107,8 +107,8 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
 
 
 def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
-    decisive = config.model_dump(mode="json", exclude=_FREE)
-    del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]
+    decisive = config.decisive(exclude=_FREE)
+    del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]  # by the names in the record
     if config.users is not None:  # who is in the file counts, not its name
         decisive["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return decisive | identities
@@ -125,7 +125,7 @@ def _prepare(
     """Counts over all buckets, and the files that hold samples."""
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    stage = PrepareSamples(histories, embeddings, requests, entry, config.history_cap, folder, users)
+    stage = PrepareSamples(histories, embeddings, requests, entry, config.max_history_items, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
     shards = []
     for row in each_bucket(requests.filled(users), stage):
@@ -330,12 +330,12 @@ def _samples(
     folder, files = samples
     table, shards = load_samples(folder, files, local)
     fit = config.fit
-    out = np.array([held_out(owner, fit.held_out, fit.seed) for owner in table["owner_id"].to_pylist()])
+    out = np.array([held_out(owner, fit.val_fraction, fit.seed) for owner in table["owner_id"].to_pylist()])
     if out.all() or not out.any():
         raise ValueError(
-            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.held_out:.0%} held out leaves "
+            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.val_fraction:.0%} held out leaves "
             f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or change "
-            "fit.held_out"
+            "fit.val_fraction"
         )
 
     def tokenised(rows: "pa.Table") -> "Samples":

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from pipelines.options import JobConfig
+from pipelines.job_config import JobConfig
 from pplug.llm import LLMConfig
 
 

@@ -70,9 +70,10 @@ def published(model: Any, config: LoraConfig, users: list[UserExamples]) -> None
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=config.batch_size, num_train_epochs=config.epochs,
-            learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.clip,
-            warmup_steps=config.warmup, lr_scheduler_type="linear", optim="adamw_torch", bf16=dtype == torch.bfloat16,
-            train_sampling_strategy="group_by_length", save_strategy="no", report_to="none", disable_tqdm=True,
+            learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+            warmup_steps=config.warmup_fraction, lr_scheduler_type="linear", optim="adamw_torch",
+            bf16=dtype == torch.bfloat16, train_sampling_strategy="group_by_length", save_strategy="no",
+            report_to="none", disable_tqdm=True,
             logging_strategy="no", use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
         )  # fmt: skip
         for user in users:
@@ -109,8 +110,8 @@ def lean(model: Any, config: LoraConfig, users: list[UserExamples]) -> None:
         rows, batches = _rows(user), plan_steps(len(user.examples), config, user_seed(0, user.user_id))
         for step, batch in enumerate(batches):
             wrapped(**_padded([rows[i] for i in batch], multiple=1), use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * rate(step, len(batches), config.warmup)
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * rate(step, len(batches), config.warmup_fraction)
             optimizer.step()
             optimizer.zero_grad()
         model = wrapped.unload()
@@ -126,7 +127,7 @@ def stored_bytes(given: Given, fitted: list[Fitted]) -> tuple[float, float]:
     place = given.folder / "adapters"
     shutil.rmtree(place, ignore_errors=True)
     table = tables.open_or_create(str(place), "adapters", 1)
-    kind = getattr(torch, LoraConfig().stored)
+    kind = getattr(torch, LoraConfig().storage_dtype)
     raw, cells = 0, []
     for one in fitted:
         weights = {name: (a.to(kind), b.to(kind)) for name, (a, b) in one.weights.items()}
@@ -176,7 +177,7 @@ def run(given: Given) -> Found:
     lines.append(Line("an adapter in the table", "its weights", "bytes", [table], [raw]))
     settings = {"users": len(users), "items": sum(len(user.examples) for user in users), "base": f"Llama {SIZES}",
                 "rank": config.shape.rank, "targets": "+".join(config.shape.targets), "dtype": str(dtype),
-                "stored": config.stored, "tokens a pass": tokens, "threads": given.threads}  # fmt: skip
+                "stored": config.storage_dtype, "tokens a pass": tokens, "threads": given.threads}  # fmt: skip
     return Found(lines, settings)
 
 

@@ -101,7 +101,7 @@ def setting_of(given: Given, inputs: int, tokens: int) -> tuple[dict[str, Any], 
         "llm": llm,
         "plug": prepare.new_plug(given.folder, population, llm),
         "decoding": Decoding(max_tokens=tokens),
-        "engine": EngineConfig(context=1024),
+        "engine": EngineConfig(max_model_len=1024),
         "retrieval": RetrievalConfig(k=4),
     }, population
 

@@ -148,7 +148,7 @@ def language_model(folder: Path, name: str, sizes: dict[str, int], population: P
 
     from pplug.tiny_lm import TinyLMConfig, train_tokenizer
 
-    config = TinyLMConfig(**{"context": 1024} | sizes)
+    config = TinyLMConfig(**{"max_model_len": 1024} | sizes)
     place = folder / f"lm-{name}"
     if not (place / "ready").exists():
         tokenizer = train_tokenizer(((text, "") for text in _corpus(population)), config)
@@ -156,7 +156,7 @@ def language_model(folder: Path, name: str, sizes: dict[str, int], population: P
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.ffn_width,
             num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-            max_position_embeddings=config.context, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+            max_position_embeddings=config.max_model_len, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ))  # fmt: skip
         with torch.no_grad():  # a logit of 0 is never the highest: every reply is as long as it may be

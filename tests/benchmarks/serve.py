@@ -34,7 +34,7 @@ BUCKETS = 8
 
 def store(given: Given, population: prepare.Population, llm: LLMConfig) -> dict[str, str]:
     """Adapters of random weights for everybody, in the table and as PEFT folders; user_id -> folder."""
-    shape, kind, name = AdapterShape(), getattr(torch, LoraConfig().stored), llm_id(llm)
+    shape, kind, name = AdapterShape(), getattr(torch, LoraConfig().storage_dtype), llm_id(llm)
     widths = base_shapes(Path(llm.model), shape.targets)
     users = sorted(set(population.snapshot("requests").read(["user_id"])["user_id"].to_pylist()))
     folders, cells = {}, []
@@ -91,7 +91,7 @@ def run(given: Given) -> Found:
     population = prepare.ingested(given.folder, given.size(USERS, 4), given.size(REQUESTS, 2))
     llm = prepare.language_model(given.folder, "large", prepare.LARGE, population, INPUTS)
     setting = {"tables": population.tables, "llm": llm, "decoding": Decoding(max_tokens=tokens),
-               "engine": EngineConfig(context=512)}  # fmt: skip
+               "engine": EngineConfig(max_model_len=512)}  # fmt: skip
     folders, asked = store(given, population, llm), prompts_of(setting, population)
     users, prompts = sorted(folders), [ids for _, ids in asked]
     shape = AdapterShape()
@@ -131,5 +131,5 @@ def run(given: Given) -> Found:
     config = {"data": population.data, "requests": len(prompts), "tokens a reply": tokens, "rank": shape.rank,
               "tokens a prompt": round(sum(map(len, prompts)) / len(prompts)), "targets": "+".join(shape.targets),
               "LLM": f"Llama of random weights, {prepare.LARGE}", "dtype": dtype, "threads": given.threads,
-              "at once": setting["engine"].adapters_at_once}  # fmt: skip
+              "at once": setting["engine"].max_loras}  # fmt: skip
     return Found(lines, config)

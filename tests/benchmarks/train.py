@@ -94,7 +94,7 @@ class Loop:
             part = setting.few[start : start + size]
             rows, counts = self.rows(setting, part)
             (self.loss(setting, part, rows, counts) / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(fitter.parameters, fitter.config.clip)
+        torch.nn.utils.clip_grad_norm_(fitter.parameters, fitter.config.max_grad_norm)
         fitter.optimizer.step()
 
     def rows(self, setting: Setting, part: np.ndarray) -> tuple[Any, list[int]]:

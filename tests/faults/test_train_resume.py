@@ -13,7 +13,7 @@ from pplug.fit import FitConfig
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
-FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-3, held_out=0.2)
+FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-3, val_fraction=0.2)
 EVERY = 2
 pytestmark = pytest.mark.slow
 

@@ -91,7 +91,7 @@ def made_up(**change: Any) -> dict[str, Any]:
         "job": "evaluate",
         "run_id": "evaluate-20260301T020000-9f3a",
         "started_at": "2026-03-01T02:00:00+00:00",
-        "config": {"resamples": 2000, "seed": 0},
+        "config": {"n_bootstrap": 2000, "seed": 0},
         "task": "world",
         "n_users": 400,
         "n_requests": 2000,

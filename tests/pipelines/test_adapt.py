@@ -33,7 +33,7 @@ from tests.pipelines.population import NOTES
 from tests.pplug.families import make
 from tests.pplug.models import tiny_llama, word_tokenizer
 
-LORA = LoraConfig(learning_rate=1e-2, stored="float32", batch_size=4)
+LORA = LoraConfig(learning_rate=1e-2, storage_dtype="float32", batch_size=4)
 STRANGE = ("../../x", "ü" * 300, "a=b%2Fc", "'; --", "plain")
 BUCKETS = 4
 

@@ -41,7 +41,7 @@ from tests.pplug.models import WORDS, tiny_llama
 METHODS = ("none", "plug:mean", "adapter", "adapter+plug:mean", "adapter:other-user", "adapter+profile",
            "plug:mean+profile")  # fmt: skip
 PROFILE = ProfileConfig(items=3, prompt_tokens=100)
-LORA = LoraConfig(learning_rate=3e-2, epochs=20, stored="float32")
+LORA = LoraConfig(learning_rate=3e-2, epochs=20, storage_dtype="float32")
 TOKENS = 8
 TOO_LONG = "x" * 300
 
@@ -163,7 +163,7 @@ def served(tmp_path_factory, ray_session):
         profile=PROFILE,
         decoding=Decoding(max_tokens=TOKENS),
         # fewer adapters ready than there are: they come and go
-        engine=EngineConfig(dtype="float32", batch_rows=4, in_flight=4, adapters_ready=3, adapters_at_once=2),
+        engine=EngineConfig(dtype="float32", batch_rows=4, in_flight=4, max_cpu_loras=3, max_loras=2),
     )
     replies = {(row["request_id"], row["method"]): row for row in small.rows(made.tables, "generations")}
     requests = {row["request_id"]: row for row in small.rows(made.tables, "requests")}

@@ -116,7 +116,7 @@ def test_a_prompt_longer_than_the_context_is_one_row_with_an_error(refreshed):
         llm=refreshed.llm,
         plug=str(refreshed.folder / "plug"),
         methods=("none", "plug"),
-        engine=EngineConfig(kind="transformers", context=40),
+        engine=EngineConfig(kind="transformers", max_model_len=40),
         decoding=Decoding(max_tokens=4),
         run_dir=str(refreshed.folder / "generate"),
     )
@@ -126,7 +126,9 @@ def test_a_prompt_longer_than_the_context_is_one_row_with_an_error(refreshed):
     for (request, method), row in rows.items():
         if request == "long":
             assert "engine's context of 40 leaves 36 beside max_tokens=4" in row["error"]
-            assert "lower llm.layout.max_input_tokens or raise engine.context" in row["error"] and row["text"] == ""
+            assert (
+                "lower llm.layout.max_input_tokens or raise engine.max_model_len" in row["error"] and row["text"] == ""
+            )
         else:
             assert row["error"] is None
             if method == "plug":

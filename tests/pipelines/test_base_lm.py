@@ -10,7 +10,7 @@ from pipelines.lines import base_lm
 from pplug.tiny_lm import TinyLMConfig
 from tests.pipelines.population import NOTES
 
-TINY = TinyLMConfig(vocab_size=300, width=32, heads=1, layers=1, ffn_width=32, context=64, max_tokens=64, steps=8)
+TINY = TinyLMConfig(vocab_size=300, width=32, heads=1, layers=1, ffn_width=32, max_model_len=64, max_tokens=64, steps=8)
 
 
 def notes(n: int, **more: str) -> list[dict]:

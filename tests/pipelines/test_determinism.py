@@ -15,7 +15,7 @@ from tests.pipelines import small
 
 METHODS = ("none", "plug", "plug:mean", "plug:other-user")
 pytestmark = pytest.mark.slow  # eight jobs
-FIT = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
+FIT = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, val_fraction=0.2)
 KEYS = {
     "histories": ("user_key", "item_id", "position", "text_hash"),
     "requests": ("user_key", "request_id", "input", "target"),

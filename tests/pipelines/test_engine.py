@@ -185,7 +185,7 @@ def reply_folder(reply):
 
 def test_beams_need_the_second_engine(llama):
     with pytest.raises(InputError, match="engine.kind=transformers"):
-        VLLMEngine(llama, EngineConfig(), Decoding(beams=4), threads=1)
+        VLLMEngine(llama, EngineConfig(), Decoding(num_beams=4), threads=1)
 
 
 @pytest.mark.parametrize("made", [tiny_t5, tiny_bart])
@@ -193,7 +193,7 @@ def test_beams_need_the_second_engine(llama):
 def test_encoder_decoder_replies_equal_those_of_transformers(tmp_path, beams, made):
     """A batch against one at a time, unpadded."""
     config = LLMConfig(model=str(made(tmp_path)))
-    decoding = Decoding(max_tokens=8, beams=beams)
+    decoding = Decoding(max_tokens=8, num_beams=beams)
     engine = TransformersEngine(config, EngineConfig(kind="transformers"), decoding, threads=2)
     llm = FrozenLLM.load(config)
     asked = prompts(llm, [4, 1, 2, 0, 3])

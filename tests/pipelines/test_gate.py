@@ -53,7 +53,7 @@ def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population,
     assert population.ingest(source=str(tmp_path / "items.jsonl"), task=population.task(NOTES)) == 0
 
     def run(name: str, rate: float) -> int:
-        lora = LoraConfig(learning_rate=rate, stored="float32", batch_size=1, epochs=3)
+        lora = LoraConfig(learning_rate=rate, storage_dtype="float32", batch_size=1, epochs=3)
         config = {"tables": population.tables, "run_id": name, "run_dir": str(tmp_path / name), "threads": 1}
         return adapt.run(adapt.Config(llm=llm, lora=lora, **config))
 

@@ -52,7 +52,7 @@ def test_ingest_and_refresh_run_as_submitted_jobs(population, refreshed):
 
 
 def test_train_and_generate_run_as_submitted_jobs(population, refreshed, submit):
-    fit = FitConfig(epochs=1, batch_size=16, precision="float32", held_out=0.3)
+    fit = FitConfig(epochs=1, batch_size=16, precision="float32", val_fraction=0.3)
     plug = str(population.root / "plug")
     llm = {"tables": population.tables, "llm": population.llm}
     report = submit(train, "train", **llm, encoder=population.encoder, plug=plug, fit=fit)

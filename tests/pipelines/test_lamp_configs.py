@@ -45,7 +45,7 @@ def test_every_job_takes_its_part(path, use, tmp_path):
         "ingest", "refresh", "train", "ingest", "refresh", "generate", "evaluate"]  # fmt: skip
     generate, train = made["generate"], made["train"]
     assert generate.engine.kind == ("transformers" if use == "flan-t5-xxl" else "vllm")
-    assert generate.decoding.beams == (4 if use == "flan-t5-xxl" else 1)
+    assert generate.decoding.num_beams == (4 if use == "flan-t5-xxl" else 1)
     assert generate.llm == train.llm and generate.plug == train.plug == made["refresh-dev"].plug
     assert generate.retrieval.encoder == train.encoder == made["refresh-train"].encoder
     assert (made["ingest-train"].split, made["ingest-dev"].split) == ("time/train", "time/dev")

@@ -65,7 +65,7 @@ def line(tmp_path_factory, ray_session):
         name = f"ingest-{os.path.basename(place)}"
         assert run(ingest, name, tables=place, task=str(files["task"]), buckets=4, **source) == 0
     assert run(refresh, "refresh-train", tables=made.train, encoder=encoder) == 0
-    fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, held_out=0.2)
+    fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-3, val_fraction=0.2)
     assert run(train, "train", tables=made.train, llm=llm, encoder=encoder, plug=made.plug, fit=fit,
                shape=PlugShape(persona_tokens=2)) == 0  # fmt: skip
     assert run(refresh, "refresh-test", tables=made.test, encoder=encoder, plug=made.plug) == 0
@@ -338,7 +338,7 @@ def test_two_workers_give_the_same_plug_as_one(line):
     llm = line.llm.model_copy(update={"model": os.path.relpath(line.llm.model)})
     encoder = line.encoder.model_copy(update={"model": os.path.relpath(line.encoder.model)})
     for workers in (1, 2):
-        fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=1e-3, held_out=0.2)
+        fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=1e-3, val_fraction=0.2)
         name = f"workers-{workers}"
         assert line.run(train, name, tables=line.train, llm=llm, encoder=encoder, fit=fit, workers=workers) == 0
         assert line.runs[name]["history"][-1]["step"] >= 20

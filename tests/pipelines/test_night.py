@@ -175,7 +175,7 @@ def test_a_night_on_which_nothing_changed_encodes_nothing_writes_nothing_and_nee
 @pytest.mark.slow  # the quick one is in test_bad_input
 def test_the_rerun_of_a_refresh_writes_its_rejects_once(night):
     assert [row["run_id"] for row in night.rows("rejects")] == ["evening"]
-    assert night.refresh("evening", history_cap=100) == 0  # another cap: looked at anew
+    assert night.refresh("evening", max_history_items=100) == 0  # another cap: looked at anew
     assert night.report["rejected"] == {"missing_field": 1} and night.report["already_there"] == 60
     assert [row["run_id"] for row in night.rows("rejects")] == ["evening"]
 
@@ -229,7 +229,7 @@ def test_corrected_late_and_out_of_order_items_stand_where_they_belong(night):
     row = night.personas()["user-5"]
     assert row["history_hash"] == history.history_hash(hashes) and row["last_item_at"].day == 12
     night.ingest_items([note("user-3", "1", day=11)])  # and back
-    assert night.refresh("capped", history_cap=2) == 0
+    assert night.refresh("capped", max_history_items=2) == 0
     assert night.report["written"] == 0  # its vector is there
     for user in ("user-3", "user-5"):
         texts = [text_of(user, 1), text_of(user, 2)]

@@ -30,7 +30,7 @@ from pplug.plug import PlugConfig
 from tests.pipelines import small
 
 ROOT = Path(__file__).parents[2]
-FIT = FitConfig(epochs=1, batch_size=16, precision="float32", held_out=0.3)
+FIT = FitConfig(epochs=1, batch_size=16, precision="float32", val_fraction=0.3)
 LORA = LoraConfig(learning_rate=1e-2, batch_size=8)
 
 

@@ -205,7 +205,11 @@ def by_user(rows):
     ("change", "reason", "said"),
     [
         # the prompt has 22 tokens; and every word ends the reply before it has begun
-        ({"engine": ENGINE.model_copy(update={"context": 29})}, "no_reply", "the engine's context of 29 leaves 21"),
+        (
+            {"engine": ENGINE.model_copy(update={"max_model_len": 29})},
+            "no_reply",
+            "the engine's context of 29 leaves 21",
+        ),
         ({"decoding": DECODING.model_copy(update={"stop": tuple(WORDS)})}, "empty_profile", "the reply has no text"),
     ],
 )

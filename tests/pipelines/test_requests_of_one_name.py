@@ -130,7 +130,7 @@ def test_sampled_replies_of_one_name_draw_by_their_own_users(made):
 def test_a_reply_with_an_error_is_asked_for_again(made):
     population, asked_for = made.unique, {"llm": made.llm, "methods": ("none", "recency")}
     assert run(population, "other", **asked_for, decoding=DECODING) == 0
-    short = ENGINE.model_copy(update={"context": 24})  # enough for the request, not for items beside it
+    short = ENGINE.model_copy(update={"max_model_len": 24})  # enough for the request, not for items beside it
     assert run(population, "tried", **asked_for, engine=short) == 1
     bad = {key for key, row in replies(population, "tried").items() if row["error"]}
     assert bad == {key for key in replies(population, "tried") if key[2] == "recency"}
@@ -164,7 +164,7 @@ def test_one_run_id_stands_for_one_way_of_answering(made, tmp_path):
         ({"decoding": Decoding(max_tokens=3)}, "decoding_id"),
         ({"llm": talkative(tmp_path / "llm", seed=4)}, "llm_id"),
         ({"retrieval": RetrievalConfig(k=1), "methods": ("none", "recency")}, "settings_id"),
-        ({"history_cap": 2}, "settings_id"),
+        ({"max_history_items": 2}, "settings_id"),
     ):
         with pytest.raises(
             InputError, match=f"run_id=one: this run has replies of other models or settings \\({said} "

@@ -117,9 +117,9 @@ def test_a_persona_gets_the_vector_that_a_killed_night_has_made(nights, monkeypa
     monkeypatch.setattr(refresh, "_personas", personas)
     before = nights.personas()
     nights.add([note(near, "new", "a big tree")])
-    report = nights.night("bfloat16", history_cap=100)
+    report = nights.night("bfloat16", max_history_items=100)
     assert report["written"] == 1 and report["rejected"] == {}
     after = nights.personas()
     np.testing.assert_allclose(after["ann"]["mean_vector"], nights.mean("crime", "music"), atol=2e-2)
     assert {user for user in before if before[user] != after[user]} == {"ann", near}
-    assert nights.night("bfloat16", history_cap=100)["stages"] == {}
+    assert nights.night("bfloat16", max_history_items=100)["stages"] == {}

@@ -72,7 +72,7 @@ def alike(tmp_path_factory, ray_session) -> Population:
 
 def test_users_who_share_request_ids_score_as_those_whose_ids_are_their_own(alike, tmp_path):
     apart = populate(tmp_path / "apart", False)
-    found = [run(population, resamples=200)[1] for population in (alike, apart)]
+    found = [run(population, n_bootstrap=200)[1] for population in (alike, apart)]
     golds = {(row["user_id"], row["request_id"]): row["target"] for row in alike.asked}
     for method in METHODS:
         texts = {(row["user_id"], row["request_id"]): row["text"] for row in alike.replies if row["method"] == method}
@@ -87,7 +87,7 @@ def test_users_who_share_request_ids_score_as_those_whose_ids_are_their_own(alik
 
 
 def test_predictions_name_a_shared_id_by_its_user_and_an_own_one_plainly(alike, tmp_path):
-    _, report, _ = run(alike, resamples=100, predictions_dir=str(tmp_path / "all"))
+    _, report, _ = run(alike, n_bootstrap=100, predictions_dir=str(tmp_path / "all"))
     for method, path in report["predictions"].items():
         rows = json.loads(Path(path).read_text())["golds"]
         texts = {row["id"]: row["output"] for row in rows}
@@ -95,7 +95,7 @@ def test_predictions_name_a_shared_id_by_its_user_and_an_own_one_plainly(alike, 
                 if row["method"] == method}  # fmt: skip
         assert len(rows) == len(texts) == USERS * EACH and texts == want
     (tmp_path / "users").write_text("user-7\n")
-    _, report, _ = run(alike, resamples=100, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "one"))
+    _, report, _ = run(alike, n_bootstrap=100, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "one"))
     rows = json.loads(Path(report["predictions"]["none"]).read_text())["golds"]
     assert {row["id"] for row in rows} == {"r0", "r1", "r2"}  # nobody else is in this file
 
@@ -110,7 +110,7 @@ def test_names_in_predictions_differ_even_where_ids_hold_slashes(tmp_path):
 
 
 def test_examples_of_users_who_share_request_ids_stand_beside_their_own_questions(alike):
-    _, report, _ = run(alike, resamples=100, examples=20)
+    _, report, _ = run(alike, n_bootstrap=100, examples=20)
     asked = {(row["input"], row["target"]) for row in alike.asked}
     of = {}
     for row in alike.replies:
@@ -127,19 +127,19 @@ def test_a_reply_of_another_user_is_no_reply_and_is_named_with_its_user(alike):
     gap = [row for row in own if (row["user_id"], row["request_id"]) != ("user-5", "r1")]
     write(alike, "gap", gap + [row | {"method": "bm25"} for row in own])
     with pytest.raises(InputError, match="method none has no reply to 1 of 108 .*'r1' of user 'user-5'"):
-        run(alike, run=("gap",), resamples=100)
+        run(alike, run=("gap",), n_bootstrap=100)
     write(alike, "stray", [*own, reply("user-5", "r9", "none", "x"), reply("gone", "r1", "none", "x")])
     with pytest.raises(InputError, match="replies to 2 requests .*'r1' of user 'gone', 'r9' of user 'user-5'"):
-        run(alike, run=("stray",), resamples=100)
+        run(alike, run=("stray",), n_bootstrap=100)
     write(alike, "twice", [*own, own[7]])
     with pytest.raises(InputError, match=f"'{own[7]['request_id']}' of user '{own[7]['user_id']}' has two replies"):
-        run(alike, run=("twice",), resamples=100)
+        run(alike, run=("twice",), n_bootstrap=100)
 
 
 def test_thirds_are_of_the_users_who_were_answered_though_others_have_requests_of_the_same_ids(alike):
     some = [row for row in alike.replies if int(row["user_id"][5:]) % 2 == 0]  # those with an item
     write(alike, "some", some)
-    _, report, _ = run(alike, run=("some",), resamples=100)
+    _, report, _ = run(alike, run=("some",), n_bootstrap=100)
     found = report["groups"]["length"]
     assert report["n_requests"] == sum(third["n"] for third in found["thirds"]) == USERS * EACH // 2
     assert [third["from"] for third in found["thirds"]] == [1] and found["unknown"] == 0
@@ -149,7 +149,7 @@ def test_two_runs_are_compared_by_user_and_request(alike):
     own = [row for row in alike.replies if row["method"] == "plug"]
     write(alike, "early", [row for row in own if (row["user_id"], row["request_id"]) != ("user-3", "r0")])
     write(alike, "late", [row for row in own if (row["user_id"], row["request_id"]) != ("user-4", "r0")])
-    _, report, _ = run(alike, compare=("early", "late"), resamples=100)
+    _, report, _ = run(alike, compare=("early", "late"), n_bootstrap=100)
     assert report["compare"]["n_requests"] == USERS * EACH - 2
     assert report["compare"]["left_out"] == {"early": 1, "late": 1}
     assert report["compare"]["methods"]["plug"]["accuracy"]["difference"] == 0
@@ -160,7 +160,7 @@ def test_replies_cut_at_the_limit_of_tokens_are_counted_and_many_of_them_said(al
     cut = [row | {"method": "bm25", "finish_reason": "length" if at % 3 == 0 else "stop"} for at, row in enumerate(own)]
     few = [row | {"method": "dense", "finish_reason": "length" if at < 5 else "stop"} for at, row in enumerate(own)]
     write(alike, "cut", own + cut + few)
-    _, report, _ = run(alike, run=("cut",), resamples=100)
+    _, report, _ = run(alike, run=("cut",), n_bootstrap=100)
     got = {method: row["cut_at_the_limit"] for method, row in report["methods"].items()}
     assert got == {"none": 0, "bm25": USERS, "dense": 5}
     said = [warning for warning in report["warnings"] if "limit of tokens" in warning]

@@ -38,7 +38,7 @@ def made(tmp_path_factory, ray_session):
         "".join(json.dumps({"request_id": f"same-{user}", "user_id": user} | asked) + "\n" for user in people)
     )
     world.ingest("train", "ingest-same", requests_source=str(world.root / "same.jsonl"))
-    fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-2, held_out=0.2)
+    fit = FitConfig(epochs=2, batch_size=16, precision="float32", learning_rate=1e-2, val_fraction=0.2)
     shape = PlugShape(without_history=True, persona_tokens=2)
     common = {"tables": world.tables, "llm": world.llm}
     assert world.run(train, "train", **common, encoder=world.encoder, fit=fit, shape=shape) == 0

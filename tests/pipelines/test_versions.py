@@ -111,7 +111,7 @@ def test_evaluate_scores_the_replies_of_the_version_named(days):
         table.commit(files, run_id=run_id, group=0, mode="append", planned_on=table.version, complete=True)
     for versions, score in (({}, 0.0), ({"generations": 1}, 1.0)):
         folder = days.folder / f"scored-{score}"
-        config = evaluate.Config(tables=days.tables, as_of_version=versions, run_dir=str(folder), resamples=100)
+        config = evaluate.Config(tables=days.tables, as_of_version=versions, run_dir=str(folder), n_bootstrap=100)
         assert evaluate.run(config) == 0
         assert report_of(days, folder.name)["methods"]["none"]["scores"]["accuracy"] == score
 

@@ -153,7 +153,7 @@ def test_micro_batches_change_no_gradient(llm):
     train = samples(llm, 16)
     plugs = []
     for budget in (16_384, 30):
-        run = fitter(llm, CONFIG.model_copy(update={"micro_tokens": budget}), train, train)
+        run = fitter(llm, CONFIG.model_copy(update={"max_tokens_per_microbatch": budget}), train, train)
         run.step(np.arange(16), epoch=0)
         plugs.append(run.plug)
     for a, b in zip(plugs[0].parameters(), plugs[1].parameters(), strict=True):

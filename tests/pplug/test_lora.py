@@ -67,7 +67,7 @@ def one_by_one(model, config, user):
         for name, parameter in trained.items():
             parameter.copy_(start[name])
     steps = math.ceil(len(user.examples) / config.batch_size) * config.epochs
-    warm = max(1, round(config.warmup * steps))
+    warm = max(1, round(config.warmup_fraction * steps))
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
@@ -81,7 +81,7 @@ def one_by_one(model, config, user):
             ids[i, : len(whole)], mask[i, : len(whole)] = whole, 1
             labels[i, len(prompt) : len(whole)] = whole[len(prompt) :]
         wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -136,7 +136,9 @@ def test_a_step_in_parts_and_a_text_without_a_prompt_are_learned_alike(folder):
     config = LoraConfig(dropout=0.0, learning_rate=1e-3)
     whole = stacked(base(folder), config, [UserExamples("a", tweets)])["a"]
     same = stacked(base(folder), config, [UserExamples("a", with_first)])["a"]
-    parts = stacked(base(folder), config.model_copy(update={"micro_tokens": 60}), [UserExamples("a", tweets)])["a"]
+    parts = stacked(
+        base(folder), config.model_copy(update={"max_tokens_per_microbatch": 60}), [UserExamples("a", tweets)]
+    )["a"]
     assert same_bits(whole.weights, same.weights) and parts.steps == whole.steps == 4
     for name, pair in whole.weights.items():
         for one, two in zip(pair, parts.weights[name], strict=True):

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pplug.norms import QuickRMSNorm, quicken_norms
+from pplug.norms import QuickRMSNorm, use_fast_rmsnorm
 
 SIZES = {
     "vocab_size": 40,
@@ -79,8 +79,8 @@ def test_a_model_gives_the_same_logits_and_gradients(make, norms):
             if "norm" in name:
                 weight.uniform_(0.5, 2)
     quick = copy.deepcopy(model)
-    assert quicken_norms(quick) == norms
-    assert quicken_norms(quick) == 0
+    assert use_fast_rmsnorm(quick) == norms
+    assert use_fast_rmsnorm(quick) == 0
     assert quick.state_dict().keys() == model.state_dict().keys()
     ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
     losses = [each(input_ids=ids, labels=ids).loss for each in (model, quick)]
@@ -93,8 +93,8 @@ def test_a_model_gives_the_same_logits_and_gradients(make, norms):
 
 def test_another_kind_of_norm_and_another_type_stay():
     torch.manual_seed(0)
-    assert quicken_norms(GemmaForCausalLM(GemmaConfig(**SIZES))) == 0
-    assert quicken_norms(llama().bfloat16()) == 0
+    assert use_fast_rmsnorm(GemmaForCausalLM(GemmaConfig(**SIZES))) == 0
+    assert use_fast_rmsnorm(llama().bfloat16()) == 0
 
 
 def test_a_norm_that_says_otherwise_stays():
@@ -103,5 +103,5 @@ def test_a_norm_that_says_otherwise_stays():
             return super().forward(x) + 1e-3
 
     model = torch.nn.Sequential(Shifted(8), LlamaRMSNorm(8))
-    assert quicken_norms(model) == 1
+    assert use_fast_rmsnorm(model) == 1
     assert isinstance(model[0], Shifted)

@@ -5,7 +5,7 @@ import torch
 
 from pplug.adapter import AdapterShape, LoraConfig
 from pplug.lora import StackedTrainer, UserExamples
-from pplug.norms import quicken_norms
+from pplug.norms import use_fast_rmsnorm
 from tests.pplug.families import MIXING, PLAIN, make, targets
 
 
@@ -65,5 +65,5 @@ def test_a_base_that_would_train_as_another_model_is_refused_without_being_told(
 def test_norms_that_take_a_gate_stay_as_they_are(family):
     ids, model = torch.arange(3, 20)[None], make(family)
     want = model(input_ids=ids, use_cache=False).logits
-    quicken_norms(model)
+    use_fast_rmsnorm(model)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)

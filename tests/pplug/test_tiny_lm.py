@@ -12,8 +12,16 @@ from pplug.tiny_lm import TinyLMConfig, encode, score, train_lm, train_tokenizer
 
 WORDS = ("red", "green", "blue", "black")
 TINY = TinyLMConfig(
-    vocab_size=300, width=32, heads=1, layers=2, ffn_width=64, context=64, max_tokens=64, batch_tokens=512, steps=150
-).model_copy(update={"precision": "float32", "heldout": 0.1, "lr": 1e-2})
+    vocab_size=300,
+    width=32,
+    heads=1,
+    layers=2,
+    ffn_width=64,
+    max_model_len=64,
+    max_tokens=64,
+    batch_tokens=512,
+    steps=150,
+).model_copy(update={"precision": "float32", "val_fraction": 0.1, "learning_rate": 1e-2})
 
 
 def echoes(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -121,7 +129,7 @@ def test_the_first_part_of_a_run_reads_short_texts_only():
     ("wrong", "says"),
     [
         ({"width": 96, "heads": 4}, "multiple of 32"),
-        ({"max_tokens": 600}, "raise context"),
+        ({"max_tokens": 600}, "raise that"),
         ({"steps": None}, "one of them"),
     ],
 )

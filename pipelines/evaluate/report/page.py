@@ -192,9 +192,9 @@ def _reading(found: Mapping[str, Any]) -> str:
         sign(name) < 0 for name in next(iter(found["methods"].values()))["scores"]
     ) else ""  # fmt: skip
     return (
-        f"Small print: 95% intervals, from {config['resamples']:,} resamples of whole users; gains are differences to "
-        f"{_BASELINE} on the same requests. Intervals of gains hold for all {found['verdict']['n_methods']} methods at "
-        "once; those of controls and of the oracle stand by themselves. In colour: the interval leaves out zero."
+        f"Small print: 95% intervals, from {config['n_bootstrap']:,} resamples of whole users; gains are differences "
+        f"to {_BASELINE} on the same requests. Intervals of gains hold for all {found['verdict']['n_methods']} methods "
+        "at once; those of controls and of the oracle stand by themselves. In colour: the interval leaves out zero."
         f"{turned} Kept a user: beside the history itself."
     )
 
