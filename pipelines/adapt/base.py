@@ -127,8 +127,8 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
 
     Args:
-        given: llm, lora (LoraConfig), examples (folder), shards (what was written there), cpu (CpuShare), started_in (the
-            driver's folder).
+        given: llm, lora (LoraConfig), examples (folder), shards (the files written there), cpu (CpuShare), started_in
+            (the driver's folder).
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])

@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 ALIKE = "tests/pipelines/test_requests_of_one_name.py"
 FAULTS = {
     "retrieval-by-request-id": Fault(
-        "pipelines/generate/retrieve.py",
+        "pipelines/generate/parts/retrieval.py",
         '(kind, request["user_id"], request["request_id"]) for request',
         '(kind, "", request["request_id"]) for request',
         f"{ALIKE}::test_no_item_of_one_user_stands_in_anothers_prompt",
@@ -75,7 +75,7 @@ FAULTS = {
         "tests/pipelines/test_stored_personas.py::test_times_are_exact_to_the_microsecond",
     ),
     "persona-of-an-older-history": Fault(
-        "pipelines/generate/visible.py",
+        "pipelines/generate/parts/plug.py",
         "self._current[user_id] = digest == self._made_from[user_id]",
         "self._current[user_id] = bool(digest)",
         "tests/pipelines/test_stored_personas.py::test_another_number_of_newest_items_is_another_persona",

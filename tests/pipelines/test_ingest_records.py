@@ -17,6 +17,7 @@ from pipelines import tables
 from pipelines.ingest.resolve import HELD, NEW, OLD, WORK, resolve
 from pipelines.ingest.source_rows import RowError, microseconds
 from pipelines.ingest.sources import records
+from pipelines.run import CpuShare
 from pplug import history
 from tests.pipelines.population import NOTES, Population
 
@@ -251,7 +252,7 @@ def test_a_user_with_a_million_items_comes_through_in_bounded_memory(population,
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = pa.total_allocated_bytes()
     stage = BuildPersonas(histories, table.snapshot(), personas, None, Since(), None,
-                          {"encoder_id": "e", "plug_id": None}, 512, "night", 1)  # fmt: skip
+                          {"encoder_id": "e", "plug_id": None}, 512, "night", CpuShare())  # fmt: skip
     (out,) = stage(pa.table({"bucket": [shards.bucket_of("heavy", 2)]}))
     assert pa.total_allocated_bytes() - held < 64 * 2**20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 800 * 1024  # all vectors alone: 256 MB more
