@@ -9,13 +9,15 @@ from infra.report import RunReport, new_run_id
 from pipelines.job_config import JobConfig
 
 
-def begin(job: str, config: JobConfig, shown: Mapping[str, Any] | None = None) -> RunReport:
-    """Makes the report of a run: under the run id that the config names, or a new one.
+def begin(
+    job: str, config: JobConfig, *, run_id: str | None = None, shown: Mapping[str, Any] | None = None
+) -> RunReport:
+    """Makes the report of a run: under the run id given or that the config names, or a new one.
 
     Args:
         shown: what the report says of the config, where that is not all of it.
     """
-    run_id = config.run_id or new_run_id(job)
+    run_id = run_id or config.run_id or new_run_id(job)
     allowed = getattr(config, "max_reject_fraction", 1.0)
     return RunReport(
         job, run_id, config.model_dump() if shown is None else shown, config.run_dir or f"runs/{run_id}", allowed

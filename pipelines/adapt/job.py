@@ -10,9 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-
 from infra import lease, session
 from infra.errors import InputError
 from infra.report import RunReport
@@ -20,6 +17,7 @@ from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
+from infra.trainer import run_training
 from pipelines import begun, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
@@ -199,7 +197,22 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "
     )
     with report.stage("fit") as fit:
         fit.rows = sum(shard.examples for shard in shards) * config.trained.epochs
-        result = _train(config, run_id, run_dir, examples, shards)
+        result = run_training(
+            fit_base,
+            {
+                "llm": config.llm.model_dump(),
+                "lora": config.trained.model_dump(),
+                "examples": examples,
+                "shards": shards,
+                "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
+            },
+            run_id=run_id,
+            run_dir=run_dir,
+            workers=config.workers,
+            gpus_per_worker=config.gpus_per_worker,
+            max_failures=config.max_failures,
+            checkpoints_kept=1,
+        )
         with result.checkpoint.as_directory() as checkpoint:
             merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
     report.written = sum(shard.examples for shard in shards)
@@ -278,33 +291,3 @@ def _examples(
         print(f"adapt: {counts['items_cut_off']} items left out, which a request of their user may not see", flush=True)
     at = None if latest is None else (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=latest)).isoformat()
     return sorted(shards), counts | {"latest_item_at": at}
-
-
-def _train(config: Config, run_id: str, run_dir: str, examples: str, shards: "list[BaseShard]") -> Any:
-    storage = Storage(run_dir).join("train")
-    resources = {"CPU": 1.0} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
-    trainer = TorchTrainer(
-        fit_base,
-        train_loop_config={
-            "llm": config.llm.model_dump(),
-            "lora": config.trained.model_dump(),
-            "examples": examples,
-            "shards": shards,
-            "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
-            "started_in": os.getcwd(),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=storage.path if storage.is_s3 else os.path.abspath(storage.path),
-            storage_filesystem=storage.filesystem if storage.is_s3 else None,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    result = trainer.fit()
-    if result.error is not None:
-        raise result.error
-    return result

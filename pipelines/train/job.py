@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
+from infra.trainer import run_training
 from pipelines import begun, tables
-from pipelines.run import CpuShare
+from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples
@@ -48,8 +48,8 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
-    run_dir = config.run_dir or f"runs/{run_id}"
-    report = RunReport("train", run_id, config.model_dump(), run_dir, config.max_reject_fraction)
+    report = begin("train", config, run_id=run_id)
+    run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     entry = tables.task_entry(config.task, histories)
     rule = entry.item_template(config.encoder.with_label)
@@ -146,32 +146,23 @@ def _fit(
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     storage = Storage(run_dir).join("train")
-    trainer = TorchTrainer(
+    given = {
+        "config": config.model_dump(),
+        "samples": samples,
+        "identities": identities,
+        "cpu": CpuShare(config.workers, config.threads),
+        "left": _left_without_record(storage, run_id),
+    }
+    result = run_training(
         fit_worker,
-        train_loop_config={
-            "config": config.model_dump(),
-            "samples": samples,
-            "identities": identities,
-            "cpu": CpuShare(config.workers, config.threads),
-            "left": _left_without_record(storage, run_id),
-            "started_in": os.getcwd(),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": 1, "GPU": config.gpus_per_worker} if config.gpus_per_worker else {"CPU": 1},
-        ),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=storage.path if storage.is_s3 else os.path.abspath(storage.path),
-            storage_filesystem=storage.filesystem if storage.is_s3 else None,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),  # each holds the best plug so far beside the newest
-        ),
+        given,
+        run_id=run_id,
+        run_dir=run_dir,
+        workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker,
+        max_failures=config.max_failures,
+        checkpoints_kept=2,  # each holds the best plug so far beside the newest
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise result.error
     assert result.checkpoint is not None, "the last step always reports a checkpoint"
     with result.checkpoint.as_directory() as folder:
         with whole_folder(target, PLUG_FILES) as draft:
