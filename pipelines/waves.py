@@ -375,7 +375,8 @@ def run(
 ) -> "Committer":
     """Makes the pending rows in one stream and commits them wave by wave: the middle of every job that writes rows.
 
-    Where nothing is pending, Ray has nothing to do; a version that is not complete yet is then completed.
+    Where nothing is pending, Ray has nothing to do; a version that is not complete yet is then completed. The function
+    has more than 60 lines because its head says in one place what each job decides.
 
     Args:
         name: the stage's name in the report. `unit`: its rows in words, such as `replies`.
@@ -413,17 +414,25 @@ def run(
         if todo:
             rejected = rejects.snapshot() if rejects is not None else None
             write = WriteFiles(into, rejects, report.job, report.run_id, key, rejected, count)
-            files = stream(list(todo), [*steps, tasks(write, block_rows)])
-            with progress(sum(committer.pending.values()), unit) as bar:
-                for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for row in batch.to_pylist():
-                        file = DataFile.from_row(row)
-                        if counted is not None and file.table == into.spec.name:
-                            counted(file.reasons)
-                        bar.update(committer.add(file))
+            _commit_as_they_come(stream(list(todo), [*steps, tasks(write, block_rows)]), committer, unit, counted)
         committer.finish()
     report.written -= sum(kept.values())  # they existed, and exist again
     return committer
+
+
+def _commit_as_they_come(
+    files: "ray.data.Dataset",
+    committer: "Committer",
+    unit: str,
+    counted: Callable[[Mapping[str, int]], None] | None,
+) -> None:
+    with progress(sum(committer.pending.values()), unit) as bar:
+        for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in batch.to_pylist():
+                file = DataFile.from_row(row)
+                if counted is not None and file.table == committer.table.spec.name:
+                    counted(file.reasons)
+                bar.update(committer.add(file))
 
 
 def listed(files: list[DataFile]) -> str:

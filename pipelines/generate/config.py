@@ -19,9 +19,8 @@ class Config(ResumableConfig):
     the same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as
     written and failed.
     With --write-profiles: histories + requests -> profiles, a text about each user who has a request, from the newest
-    items that all of the user's requests may see. Who has one made by the same settings from the same items is not done
-    again.
-    Unit of work: a user; one whose prompt got no reply is a reject.
+    items that all of the user's requests may see. A profile made by the same settings from the same items is kept.
+    Unit of work: a user; a user whose prompt got no reply is a reject.
     """
 
     llm: LLMConfig

@@ -1,0 +1,39 @@
+"""The one list of parts is what help shows, and each group of parts has a class that adds to prompts."""
+
+import pytest
+
+from infra.errors import InputError
+from pipelines.generate.config import Config
+from pipelines.generate.parts import GROUPS
+from pipelines.methods import PARTS, parse
+
+
+def test_help_names_every_part():
+    text = Config.model_fields["methods"].description or ""
+    words = set(text.replace(",", " ").replace(".", " ").replace("+", " ").replace(";", " ").split())
+    assert words >= PARTS.keys()
+
+
+def test_every_group_has_its_class_once():
+    groups = [group.group for group in GROUPS]
+    assert len(groups) == len(set(groups))
+    assert {*groups, "none"} == {part.group for part in PARTS.values()}
+
+
+def test_controls_say_that_they_are():
+    for part in PARTS.values():
+        assert part.control == part.about.startswith("control: "), part.name
+
+
+@pytest.mark.parametrize("name", ["plug+plug:mean", "bm25+dense", "none+plug", "adapter+adapter", "plug:nobody", ""])
+def test_parts_that_exclude_each_other_or_are_unknown_are_refused(name):
+    with pytest.raises(InputError, match="methods"):
+        parse(name)
+
+
+def test_a_method_is_taken_apart():
+    method = parse("profile+plug:mean+bm25")
+    parts = [method.part(group) for group in ("profile", "plug", "retrieval", "adapter")]
+    assert [part and (part.name, part.kind) for part in parts] == [
+        ("profile", "profile"), ("plug:mean", "mean"), ("bm25", "bm25"), None
+    ]  # fmt: skip
