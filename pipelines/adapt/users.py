@@ -25,7 +25,7 @@ from pplug.identity import model_folder, short_id
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.schemas import ADAPTERS
-from pplug.splice import Splicer
+from pplug.splice import PromptBuilder
 from pplug.tasks import TaskEntry, fill, query
 
 ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
@@ -48,7 +48,7 @@ class ReadExamples:
 
     def __init__(self, owed: OwedUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
         self.owed, self.entry, self.rule = owed, entry, rule
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        self.prompt_builder = PromptBuilder(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -69,7 +69,7 @@ class ReadExamples:
         for i, (words, answer) in found:
             before = [known[j] for j in range(max(start, i - RETRIEVAL_ITEMS), i)]
             texts.append((words if words is None else self._with_items(words, before), answer))
-        prompts, answers = tokenised(self.splicer, texts, self.rule.max_target_tokens)
+        prompts, answers = tokenised(self.prompt_builder, texts, self.rule.max_target_tokens)
         return {"prompts": prompts, "answers": answers}
 
     def _with_items(self, words: str, before: Sequence[Mapping[str, str]]) -> str:
@@ -83,8 +83,8 @@ class ReadExamples:
             best = retrieval.recency(len(before))
         chosen = [before[i] for i in best[: self.rule.retrieval.k]]
         share = self.rule.retrieval.input_share
-        composed = retrieval.compose(chosen, words, self.entry, self.splicer.words, self.budget, share)
-        return composed.lead + composed.rest
+        composed = retrieval.compose(chosen, words, self.entry, self.prompt_builder.words, self.budget, share)
+        return composed.prefix + composed.suffix
 
 
 def item_example(fields: Any, entry: TaskEntry) -> tuple[str | None, str] | None:
@@ -101,13 +101,13 @@ def item_example(fields: Any, entry: TaskEntry) -> tuple[str | None, str] | None
 
 
 def tokenised(
-    splicer: Splicer, pairs: list[tuple[str | None, str]], max_target_tokens: int
+    prompt_builder: PromptBuilder, pairs: list[tuple[str | None, str]], max_target_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and answers; a text without an input stands where a user's words begin."""
     prompts = []
-    for (words, _), prompt in zip(pairs, splicer.prompts([words or "" for words, _ in pairs]), strict=True):
+    for (words, _), prompt in zip(pairs, prompt_builder.prompts([words or "" for words, _ in pairs]), strict=True):
         prompts.append(prompt.before + (prompt.after if words is not None else []))
-    return prompts, splicer.targets([answer for _, answer in pairs], max_target_tokens)
+    return prompts, prompt_builder.targets([answer for _, answer in pairs], max_target_tokens)
 
 
 class FitAdapters:

@@ -23,10 +23,10 @@ from pipelines.learned import LastItem, last_item
 from pipelines.methods import Method
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
-from pplug.profile import ProfileConfig, lead
+from pplug.profile import ProfileConfig, prefix
 from pplug.retrieval import RetrievalConfig, count_tokens
 from pplug.schemas import LAST_ITEM
-from pplug.splice import Splicer
+from pplug.splice import PromptBuilder
 from pplug.tasks import TaskEntry, query
 
 PROMPTS = pa.schema(
@@ -92,8 +92,10 @@ class BuildPrompts:
         self.owed, self.methods, self.histories, self.embeddings = owed, methods, histories, embeddings
         self.personas, self.plug_id, self.entry, self.oracle = personas, plug_id, entry, oracle
         self.cap, self.block_rows = cap, block_rows
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder)
-        self.words = self.splicer.words
+        self.prompt_builder = PromptBuilder(
+            load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, encoder_decoder
+        )
+        self.words = self.prompt_builder.words
         queries = any(method.plug in ("trained", "attention", "other-user") for method in methods)
         self.maker = PersonaMaker(plug_folder, threads, queries) if plug_folder else None
         kinds = frozenset(method.retrieval for method in methods if method.retrieval)
@@ -167,12 +169,12 @@ class BuildPrompts:
             reserved = [self._reserved(text) for text in leads]
             texts, problems = self.retriever.prompts(method.retrieval, requests, inputs, users, reserved)
             errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
-            leads = [first + text.lead for first, text in zip(leads, texts, strict=True)]
-            inputs = [text.rest for text in texts]
+            leads = [first + text.prefix for first, text in zip(leads, texts, strict=True)]
+            inputs = [text.suffix for text in texts]
         if method.plug is None:  # no rows stand between the two parts
             inputs = [first + rest for first, rest in zip(leads, inputs, strict=True)]
             leads = [""] * len(requests)
-        prompts = self.splicer.prompts(inputs, leads)
+        prompts = self.prompt_builder.prompts(inputs, leads)
         empty = np.zeros(0, np.float32)
         rows: list[np.ndarray] = [empty] * len(requests)
         kinds = ["none"] * len(requests)
@@ -214,7 +216,7 @@ class BuildPrompts:
     def _profile(self, text: str | None, input: str) -> str:
         if text is None:
             return ""
-        return lead(text, input, self.profile, self.words, self.limit, self.input_share)
+        return prefix(text, input, self.profile, self.words, self.limit, self.input_share)
 
     def _reserved(self, text: str) -> int:
         """What a text before retrieval's takes of retrieval's own budget, which may be below the prompt's."""

@@ -20,7 +20,7 @@ from pplug.identity import model_folder
 from pplug.llm import load_tokenizer
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PersonaPlug, plug_id
-from pplug.profile import lead, profile_id
+from pplug.profile import prefix, profile_id
 from pplug.tasks import TaskEntry
 
 
@@ -171,7 +171,7 @@ def profiles_of(config: Config, methods: list[Method], llm: str, report: RunRepo
         )
     limit = config.llm.layout.max_input_tokens
     tokenizer = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
-    if not lead("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
+    if not prefix("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
         raise InputError(
             f"profile.max_tokens={config.profile.max_tokens} and llm.layout.max_input_tokens={limit} leave a profile "
             "no room beside the words of profile.text; raise them or shorten it"

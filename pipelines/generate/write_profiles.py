@@ -22,7 +22,7 @@ from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.profile import ProfileConfig, question
 from pplug.schemas import PROFILES
-from pplug.splice import Splicer
+from pplug.splice import PromptBuilder
 from pplug.tasks import TaskEntry
 
 ROWS = pa.schema([*PROFILES, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
@@ -41,7 +41,7 @@ class AskForProfiles:
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.budget = config.prompt_tokens or llm.layout.max_input_tokens
         layout = llm.layout.model_copy(update={"max_input_tokens": self.budget})
-        self.splicer = Splicer(tokenizer, layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -53,12 +53,12 @@ class AskForProfiles:
             return {REASON: "no_usable_item", DETAIL: "no item before the user's first request"}
         newest_first = [decode_fields(own.fields[i].as_py()) for i in reversed(items)]
         try:
-            text = question(newest_first, self.config, self.entry, self.splicer.words, self.budget)
+            text = question(newest_first, self.config, self.entry, self.prompt_builder.words, self.budget)
         except ValueError as problem:  # names the missing field, never a text
             return {REASON: "missing_field", DETAIL: str(problem)}
         if not text:
             return {REASON: "no_room", DETAIL: f"not one item fits into a prompt of {self.budget} tokens"}
-        (prompt,) = self.splicer.prompts([text])
+        (prompt,) = self.prompt_builder.prompts([text])
         made = {"profile_id": self.owed.made_as, "n_items": len(items)}
         return made | {"before": prompt.before, "after": prompt.after}
 

@@ -23,13 +23,13 @@ from pipelines.pending_users import OwedUsers
 from pipelines.train.samples import PrepareSamples
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES
 from tests.pplug.models import WORDS, tiny_llama
 
 BUCKETS, DIM, ITEMS = 2, 64, 8
 USERS = [f"user-{i}" for i in range(3000)]
-ENTRY = TaskEntry.model_validate(NOTES)
+ENTRY = TaskSpec.model_validate(NOTES)
 METHODS = ("none", "plug")
 
 
