@@ -30,7 +30,7 @@ _DICTS = (dict, Mapping)
 
 
 @dataclass
-class Given:
+class ParsedOptions:
     """What the user gave: nested values, and per dotted key the place it came from."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -63,9 +63,9 @@ class Given:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(words: list[str], config: type[BaseModel]) -> Given:
+def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
     """Reads the words after the job's name; a `--config` file counts first, wherever it stands."""
-    given = Given()
+    given = ParsedOptions()
     settings: list[tuple[str, str, str]] = []  # key, text, place
     files: list[str] = []
     rest = list(words)
@@ -124,7 +124,7 @@ def _next(rest: list[str], word: str, wanted: str) -> str:
     return rest.pop(0)
 
 
-def _read_file(path: str, given: Given, config: type[BaseModel]) -> None:
+def _read_file(path: str, given: ParsedOptions, config: type[BaseModel]) -> None:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -150,7 +150,7 @@ def _read_file(path: str, given: Given, config: type[BaseModel]) -> None:
     given.values = _renamed(values, (), config, f"--config {path}")
 
 
-def _note_places(node: yaml.Node | None, above: Key, path: str, given: Given, config: type[BaseModel]) -> None:
+def _note_places(node: yaml.Node | None, above: Key, path: str, given: ParsedOptions, config: type[BaseModel]) -> None:
     """Notes the line of every key, and refuses what YAML would lose in silence: a key given twice."""
     if not isinstance(node, yaml.MappingNode):
         return
@@ -231,7 +231,7 @@ def _renamed(value: Any, above: Key, config: type[BaseModel], place: str) -> Any
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
-def check(config: type[BaseModel], given: Given) -> BaseModel:
+def check(config: type[BaseModel], given: ParsedOptions) -> BaseModel:
     """Builds the config.
 
     Raises:
@@ -244,7 +244,7 @@ def check(config: type[BaseModel], given: Given) -> BaseModel:
         raise InputError("\n".join(f"  {line}" for line in lines)) from None
 
 
-def _explain(error: ErrorDetails, config: type[BaseModel], given: Given) -> str:
+def _explain(error: ErrorDetails, config: type[BaseModel], given: ParsedOptions) -> str:
     key = _key_of(error["loc"], given.values)
     name = ".".join(key)
     place = given.place(key)

@@ -160,7 +160,7 @@ class Fitter:
             self.optimizer, lambda step: rate(step, steps, config.warmup_fraction)
         )
 
-    def _rows(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
+    def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         import torch
 
@@ -178,11 +178,11 @@ class Fitter:
         items_TD = torch.from_numpy(np.concatenate(items).astype(np.float32)).to(self.device)
         owner_T = torch.from_numpy(np.concatenate(owner)).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = self.plug.forward_ragged(items_TD, owner_T, users, self._queries(samples, indices))
+            rows = self.plug.forward_ragged(items_TD, owner_T, users, self.query_vectors(samples, indices))
         counts = [1 + plug.persona_tokens * bool(len(v)) for v in items]
         return rows, counts
 
-    def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
+    def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:
         """Query vectors (B, D); those of a query encoder that is not trained are computed once a sample."""
         import torch
 
@@ -199,10 +199,10 @@ class Fitter:
             cache |= {int(i): x for i, x in zip(indices, query.detach(), strict=True)}
         return query
 
-    def _loss(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, Any]:
+    def loss(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, Any]:
         from pplug.objective import target_loss
 
-        rows, counts = self._rows(samples, indices, epoch)
+        rows, counts = self.soft_prompts(samples, indices, epoch)
         prompts = [samples.prompts[i] for i in indices]
         return target_loss(self.llm, prompts, rows, counts, [samples.targets[i] for i in indices])
 
@@ -220,7 +220,7 @@ class Fitter:
         for part in micro_batches(
             batch[self.rank :: self.world], self._lengths[id(self.train)], self.config.max_tokens_per_microbatch
         ):
-            loss, _ = self._loss(self.train, part, epoch)
+            loss, _ = self.loss(self.train, part, epoch)
             (loss / tokens).backward()
             total += loss.detach() / tokens
         sum_gradients(self.parameters, self.world)
@@ -237,7 +237,7 @@ class Fitter:
         mine = np.arange(len(self.validation))[self.rank :: self.world]
         with torch.no_grad():
             for part in micro_batches(mine, self._lengths[id(self.validation)], self.config.max_tokens_per_microbatch):
-                loss, exact = self._loss(self.validation, part, None)
+                loss, exact = self.loss(self.validation, part, None)
                 totals += torch.stack([loss, exact.sum()])
         loss, exact = self._sum(totals).tolist()
         tokens = sum(len(target) for target in self.validation.targets)

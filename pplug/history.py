@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pyarrow as pa
 
-from pplug.tasks import TaskEntry, fill
+from pplug.tasks import TaskSpec, fill
 
 HASH_BYTES = 16
 
@@ -30,13 +30,13 @@ def text_hash(fields: Mapping[str, str]) -> str:
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=HASH_BYTES).hexdigest()
 
 
-def item_text(fields: Mapping[str, str], entry: TaskEntry, with_label: bool = True) -> str:
+def item_text(fields: Mapping[str, str], task: TaskSpec, with_label: bool = True) -> str:
     """The text of an item that is encoded, by the task's template.
 
     Raises:
         ValueError: the item lacks a field that the template names.
     """
-    return fill(entry.item_template(with_label), fields, entry.name).strip()
+    return fill(task.item_template(with_label), fields, task.name).strip()
 
 
 def history_hash(text_hashes: Iterable[str]) -> str:

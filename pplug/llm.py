@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pplug.identity import model_folder, short_id, weights_id
 from pplug.settings import Settings
-from pplug.splice import PromptLayout, Splicer
+from pplug.splice import PromptBuilder, PromptLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +42,7 @@ class FrozenLLM:
 
     model: "nn.Module"
     tokenizer: Any
-    splicer: Splicer
+    prompt_builder: PromptBuilder
     encoder_decoder: bool
 
     @classmethod
@@ -65,7 +65,7 @@ class FrozenLLM:
         model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
         use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
-        return cls(model, tokenizer, Splicer(tokenizer, config.layout, encoder_decoder), encoder_decoder)
+        return cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder), encoder_decoder)
 
     @property
     def embedding(self) -> "nn.Module":

@@ -229,7 +229,7 @@ class _Block:
         return out.transpose(1, 2).flatten(0, 1).index_select(0, self.out_of)
 
 
-class _Pass:
+class Pass:
     """The users of one pass and their blocks."""
 
     def __init__(self, users: list[_User], device: Any) -> None:
@@ -251,7 +251,7 @@ def _attention(
     value: Tensor,
     attention_mask: Any,
     scaling: float | None = None,
-    stack: _Pass | None = None,
+    stack: Pass | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -287,7 +287,7 @@ class StackedTrainer:
         self.model, self.config, self.stack = model.requires_grad_(False).eval(), config, stack or StackConfig()
         self.modules = target_modules(model, config.shape.targets)
         self.device = next(model.parameters()).device
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         probes = probe_examples(model.get_input_embeddings().weight.shape[0], ALIGN)
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
         use_fast_rmsnorm(model)
@@ -299,9 +299,9 @@ class StackedTrainer:
         self._adapter_bytes = 20 * sum(
             config.shape.rank * (module.in_features + module.out_features) for module in self.modules.values()
         )  # float32: weights, gradient (twice while its pieces are put together), two moments
-        self._label_bytes = 12 * model.get_output_embeddings().weight.shape[0]  # logits, in float32, and softmax
+        self.label_bytes = 12 * model.get_output_embeddings().weight.shape[0]  # logits, in float32, and softmax
         refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
-        self._token_bytes = self._probe()
+        self.token_bytes = self._probe()
 
     def fit(self, users: Iterable[UserExamples]) -> Iterator[Fitted]:
         """Each user's adapter, in the order in which they finish.
@@ -317,23 +317,23 @@ class StackedTrainer:
             while active or coming is not None:
                 if not active:
                     assert coming is not None
-                    active.append(self._enter(coming))
+                    active.append(self.enter(coming))
                     coming = next(waiting, None)
                     memory += self._adapter_bytes
                 part = active[0].parts[0]
                 tokens += -(-part.tokens // ALIGN) * ALIGN
-                memory += part.tokens * self._token_bytes + part.labels * self._label_bytes
+                memory += part.tokens * self.token_bytes + part.labels * self.label_bytes
                 if chosen and (tokens > self.stack.tokens or memory > self.stack.memory_gib * 2**30):
                     break
                 chosen.append(active.popleft())
-            self._run(chosen)
+            self.take_step(chosen)
             for user in chosen:
                 if user.done:
                     yield self._fitted(user)
                 else:
                     active.append(user)
 
-    def _enter(self, given: UserExamples) -> _User:
+    def enter(self, given: UserExamples) -> _User:
         lacking = [i for i, (prompt, target) in enumerate(given.examples) if len(target) < (1 if prompt else 2)]
         if not given.examples or lacking:
             what = f"example {lacking[0]} has no target to learn" if lacking else "no example"
@@ -354,7 +354,7 @@ class StackedTrainer:
             deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
         return (out + torch.cat(deltas)[None]).to(out.dtype)
 
-    def _losses(self, stack: _Pass, reduction: str = "sum") -> list[Tensor]:
+    def losses(self, stack: Pass, reduction: str = "sum") -> list[Tensor]:
         """Each user's cross-entropy over the labels of this pass: summed, or of each label."""
         self._pass = stack
         try:
@@ -376,12 +376,12 @@ class StackedTrainer:
     @torch.no_grad()
     def _each_loss(self, examples: Sequence[Example]) -> list[Tensor]:
         """Cross-entropy of each target token of some texts, each another user's, in one pass."""
-        users = [self._enter(UserExamples(f"{i}", [example])) for i, example in enumerate(examples)]
-        return self._losses(_Pass(users, self.device), "none")
+        users = [self.enter(UserExamples(f"{i}", [example])) for i, example in enumerate(examples)]
+        return self.losses(Pass(users, self.device), "none")
 
-    def _run(self, users: list[_User]) -> None:
-        stack = _Pass(users, self.device)
-        losses = self._losses(stack)
+    def take_step(self, users: list[_User]) -> None:
+        stack = Pass(users, self.device)
+        losses = self.losses(stack)
         total = sum(
             (loss / part.step_labels for loss, part in zip(losses, stack.parts, strict=True)),
             torch.zeros((), device=self.device),
@@ -407,8 +407,8 @@ class StackedTrainer:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        user = self._enter(UserExamples("", [([0] * ALIGN, [0])]))
+        user = self.enter(UserExamples("", [([0] * ALIGN, [0])]))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = self._losses(_Pass([user], self.device))
+            losses = self.losses(Pass([user], self.device))
         del losses
-        return max(0.0, sum(kept.values()) - ALIGN * self._label_bytes) / ALIGN
+        return max(0.0, sum(kept.values()) - ALIGN * self.label_bytes) / ALIGN

@@ -21,20 +21,24 @@ IGNORED = -100
 
 
 def splice_rows(
-    llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], ends: Sequence[list[int]]
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    soft_BRH: Tensor,
+    row_counts: Sequence[int],
+    ends: Sequence[list[int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts with persona rows in their place, padded on the left; an encoder's on the right.
 
     Args:
         prompts: token ids around the rows.
-        rows_BRH: instruction and persona rows, float32.
+        soft_BRH: instruction and persona rows, float32.
         row_counts: how many rows of each sample stand in its prompt (0, 1, or 1+P).
         ends: token ids after the prompt (the target of a decoder-only LLM; empty for generation).
 
     Returns:
         embeddings (B, L, H) in the LLM's dtype, attention mask (B, L) int64, token ids (B, L) int64 (0 at rows).
     """
-    device = rows_BRH.device
+    device = soft_BRH.device
     lengths = [len(p) + n + len(e) for p, n, e in zip(prompts, row_counts, ends, strict=True)]
     width = max(lengths)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -55,39 +59,43 @@ def splice_rows(
     embeddings = llm.embedding(ids)
     if sample_at:
         where = torch.tensor([sample_at, position_at, row_at], device=device)
-        rows = rows_BRH[where[0], where[2]].to(embeddings.dtype)
+        rows = soft_BRH[where[0], where[2]].to(embeddings.dtype)
         embeddings = embeddings.index_put((where[0], where[1]), rows)
     return embeddings, mask, ids
 
 
 def target_loss(
-    llm: FrozenLLM, prompts: Sequence[Prompt], rows_BRH: Tensor, row_counts: Sequence[int], targets: Sequence[list[int]]
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    soft_BRH: Tensor,
+    row_counts: Sequence[int],
+    targets: Sequence[list[int]],
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of the targets' tokens, and which targets would have been written greedily.
 
     Args:
-        prompts, rows_BRH, row_counts: as in `splice_rows`.
+        prompts, soft_BRH, row_counts: as in `splice_rows`.
         targets: token ids of each reply, EOS included.
 
     Returns:
-        (scalar float32 with gradient into rows_BRH, (B,) bool: every target token is the likeliest one). Divide the
+        (scalar float32 with gradient into soft_BRH, (B,) bool: every target token is the likeliest one). Divide the
         loss by the target tokens of the whole batch, over all workers, so that the gradient does not depend on how
         samples are split.
     """
     longest = max(len(target) for target in targets)
     labels = torch.full((len(targets), longest), IGNORED, dtype=torch.long)
     if llm.encoder_decoder:
-        embeddings, mask, _ = splice_rows(llm, prompts, rows_BRH, row_counts, [[] for _ in targets])
+        embeddings, mask, _ = splice_rows(llm, prompts, soft_BRH, row_counts, [[] for _ in targets])
         for i, target in enumerate(targets):
             labels[i, : len(target)] = torch.tensor(target)
-        labels = labels.to(rows_BRH.device)
+        labels = labels.to(soft_BRH.device)
         starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
         logits = llm.model(inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=starts).logits
     else:
-        embeddings, mask, _ = splice_rows(llm, prompts, rows_BRH, row_counts, targets)
+        embeddings, mask, _ = splice_rows(llm, prompts, soft_BRH, row_counts, targets)
         for i, target in enumerate(targets):
             labels[i, longest - len(target) :] = torch.tensor(target)
-        labels = labels.to(rows_BRH.device)
+        labels = labels.to(soft_BRH.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = llm.model(
             inputs_embeds=embeddings,

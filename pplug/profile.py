@@ -1,6 +1,6 @@
 """A textual profile: what a user's newest items say about the person, in an LLM's words, as a part of prompts [1].
 
-Route: items that all of the user's requests may see -> `question` -> the LLM's reply, kept as the profile -> `lead`:
+Route: items that all of the user's requests may see -> `question` -> the LLM's reply, kept as the profile -> `prefix`:
 what stands before the items that retrieval finds, and before the request.
 
 [1] PAG in "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401
@@ -17,7 +17,7 @@ from pplug.identity import short_id
 from pplug.plain_text import TextTokenizer
 from pplug.retrieval import compose, count_tokens, cut
 from pplug.settings import Settings
-from pplug.tasks import TaskEntry, slots
+from pplug.tasks import TaskSpec, slots
 
 
 class ProfileConfig(Settings):
@@ -46,17 +46,17 @@ class ProfileConfig(Settings):
         return template
 
 
-def profile_id(config: ProfileConfig, llm_id: str, decoding_id: str, entry: TaskEntry) -> str:
+def profile_id(config: ProfileConfig, llm_id: str, decoding_id: str, task: TaskSpec) -> str:
     """Identity of all that decides a profile beside the user's own items."""
     asked = config.decisive(include={"items", "prompt", "prompt_tokens"})
-    form = entry.model_dump(mode="json", include={"item_without_label": True, "retrieval": {"pattern", "joiner"}})
+    form = task.model_dump(mode="json", include={"item_without_label": True, "retrieval": {"pattern", "joiner"}})
     return short_id({"profile": asked, "task": form, "llm_id": llm_id, "decoding_id": decoding_id})
 
 
 def question(
     items: Sequence[Mapping[str, str]],
     config: ProfileConfig,
-    entry: TaskEntry,
+    task: TaskSpec,
     tokenizer: TextTokenizer,
     budget_tokens: int,
 ) -> str:
@@ -69,13 +69,13 @@ def question(
     Raises:
         ValueError: an item lacks a field of the task's retrieval pattern, or the task has none.
     """
-    if entry.retrieval is not None:  # the items as it writes them, but in this prompt
-        form = entry.retrieval.model_copy(update={"wrap": config.prompt + "{input}", "insert_before": None})
-        entry = entry.model_copy(update={"retrieval": form})
-    return compose(items, "", entry, tokenizer, budget_tokens, 0.5).lead
+    if task.retrieval is not None:  # the items as it writes them, but in this prompt
+        form = task.retrieval.model_copy(update={"wrap": config.prompt + "{input}", "insert_before": None})
+        task = task.model_copy(update={"retrieval": form})
+    return compose(items, "", task, tokenizer, budget_tokens, 0.5).prefix
 
 
-def lead(
+def prefix(
     profile: str, input: str, config: ProfileConfig, tokenizer: TextTokenizer, budget_tokens: int, input_share: float
 ) -> str:
     """What a profile puts before a request; empty where there is no room.

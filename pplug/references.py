@@ -23,7 +23,7 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import SGDClassifier
 
 from pplug.retrieval import WordIndex, words
-from pplug.tasks import TaskEntry, fill, query
+from pplug.tasks import TaskSpec, fill, query
 
 USER_WEIGHT = 10.0
 """Chosen on the training users of a task with 15 labels: accuracy .572 with 1, .577 with 3 and .580 with 10."""
@@ -52,7 +52,7 @@ ABOUT = {
 """One sentence per reference, by metric."""
 
 
-def answer(fields: Mapping[str, str], task: TaskEntry) -> str | None:
+def answer(fields: Mapping[str, str], task: TaskSpec) -> str | None:
     """An item's own answer; None where it has none, or one that is outside the task's labels or scale."""
     text = fields.get(task.target or "", "").strip()
     if task.metric == "classification":
@@ -62,7 +62,7 @@ def answer(fields: Mapping[str, str], task: TaskEntry) -> str | None:
     return text or None
 
 
-def rating(text: str, task: TaskEntry) -> float | None:
+def rating(text: str, task: TaskSpec) -> float | None:
     """A number on the task's scale, else None."""
     try:
         value = float(text)
@@ -72,7 +72,7 @@ def rating(text: str, task: TaskEntry) -> float | None:
     return value if math.isfinite(value) and min(scale) <= value <= max(scale) else None
 
 
-def text_of(fields: Mapping[str, str], task: TaskEntry) -> str:
+def text_of(fields: Mapping[str, str], task: TaskSpec) -> str:
     """What a request made from this item would ask with, or the item without its label where the task makes none.
 
     Raises:
@@ -104,7 +104,7 @@ def times_user(probabilities: np.ndarray, counts: np.ndarray, shares: np.ndarray
     return product / max(product.sum(), np.finfo(float).tiny)
 
 
-def most_similar(query_text: str, items: Sequence[Mapping[str, str]], task: TaskEntry) -> str:
+def most_similar(query_text: str, items: Sequence[Mapping[str, str]], task: TaskSpec) -> str:
     """The answer of the item whose text (without its label) is most similar to the query; "" without any item.
 
     Args:

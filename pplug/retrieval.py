@@ -21,7 +21,7 @@ from pplug.encoder import EncoderConfig
 from pplug.identity import stable_int
 from pplug.plain_text import TextTokenizer
 from pplug.settings import Settings
-from pplug.tasks import TaskEntry, fill, slots
+from pplug.tasks import TaskSpec, fill, slots
 
 KINDS = {
     "random": "items drawn at random, the same in every run",
@@ -88,10 +88,10 @@ def _best_first(scores: np.ndarray) -> np.ndarray:
     return len(scores) - 1 - np.argsort(-scores[::-1], kind="stable")
 
 
-def words(fields: Mapping[str, str], entry: TaskEntry) -> str:
+def words(fields: Mapping[str, str], task: TaskSpec) -> str:
     """The text of an item that BM25 reads. Raises ValueError: a field is missing."""
-    own = entry.retrieval.words if entry.retrieval else None
-    return fill(own or entry.item_without_label, fields, entry.name)
+    own = task.retrieval.words if task.retrieval else None
+    return fill(own or task.item_without_label, fields, task.name)
 
 
 # --- in what words ----------------------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def words(fields: Mapping[str, str], entry: TaskEntry) -> str:
 class Composed(NamedTuple):
     """A prompt's text in two parts; without persona rows they simply follow each other."""
 
-    lead: str
-    rest: str
+    prefix: str
+    suffix: str
 
 
 def compose(
     items: Sequence[Mapping[str, str]],
     input: str,
-    entry: TaskEntry,
+    task: TaskSpec,
     tokenizer: TextTokenizer,
     budget_tokens: int,
     input_share: float,
@@ -129,62 +129,62 @@ def compose(
     Raises:
         ValueError: an item lacks a field of the pattern; the task has no retrieval form.
     """
-    if entry.retrieval is None:
-        raise ValueError(f"task {entry.name} does not say how items stand in a prompt: give its entry `retrieval`")
+    if task.retrieval is None:
+        raise ValueError(f"task {task.name} does not say how items stand in a prompt: give its entry `retrieval`")
     asked = count_tokens(input, tokenizer)
     budget = budget_tokens - reserved_tokens
     room = budget - min(asked, int(input_share * budget_tokens))
     for n in range(len(items), 0, -1):
-        bare = _together([_line(fields, entry, "") for fields in items[:n]], input, entry)
-        left = room - (count_tokens(bare.lead + bare.rest, tokenizer) - asked)
+        bare = _together([_line(fields, task, "") for fields in items[:n]], input, task)
+        left = room - (count_tokens(bare.prefix + bare.suffix, tokenizer) - asked)
         while left >= n:
-            lines = _cut_lines(items[:n], entry, tokenizer, left)
-            found = _together(lines, input, entry)
-            taken = count_tokens(found.lead + found.rest, tokenizer) - asked
+            lines = _cut_lines(items[:n], task, tokenizer, left)
+            found = _together(lines, input, task)
+            taken = count_tokens(found.prefix + found.suffix, tokenizer) - asked
             if taken <= room:
-                return found if asked + taken <= budget else _cut_request(lines, input, entry, tokenizer, taken, budget)
+                return found if asked + taken <= budget else _cut_request(lines, input, task, tokenizer, taken, budget)
             left -= taken - room  # the tokens of a whole are not the sum of those of its parts
     return Composed("", input)
 
 
 def _cut_request(
-    lines: Sequence[str], input: str, entry: TaskEntry, tokenizer: TextTokenizer, taken: int, budget_tokens: int
+    lines: Sequence[str], input: str, task: TaskSpec, tokenizer: TextTokenizer, taken: int, budget_tokens: int
 ) -> Composed:
     limit = budget_tokens - taken
     while True:
-        found = _together(lines, cut(input, limit, tokenizer)[0], entry)
-        over = count_tokens(found.lead + found.rest, tokenizer) - budget_tokens
+        found = _together(lines, cut(input, limit, tokenizer)[0], task)
+        over = count_tokens(found.prefix + found.suffix, tokenizer) - budget_tokens
         if over <= 0 or limit <= 0:
             return found
         limit -= over
 
 
-def _cut_lines(items: Sequence[Mapping[str, str]], entry: TaskEntry, tokenizer: TextTokenizer, left: int) -> list[str]:
+def _cut_lines(items: Sequence[Mapping[str, str]], task: TaskSpec, tokenizer: TextTokenizer, left: int) -> list[str]:
     each, used, lines = left // len(items), 0, []
     for at, fields in enumerate(items, start=1):
-        text, tokens = cut(fields.get(_long_field(fields, entry), ""), each * at - used, tokenizer)
+        text, tokens = cut(fields.get(_long_field(fields, task), ""), each * at - used, tokenizer)
         used += tokens
-        lines.append(_line(fields, entry, text))
+        lines.append(_line(fields, task, text))
     return lines
 
 
-def _line(fields: Mapping[str, str], entry: TaskEntry, text: str) -> str:
-    assert entry.retrieval is not None
-    name = _long_field(fields, entry)
+def _line(fields: Mapping[str, str], task: TaskSpec, text: str) -> str:
+    assert task.retrieval is not None
+    name = _long_field(fields, task)
     shown = {**fields, name: text} if name in fields else fields
-    return fill(entry.retrieval.pattern, shown, entry.name)
+    return fill(task.retrieval.pattern, shown, task.name)
 
 
-def _long_field(fields: Mapping[str, str], entry: TaskEntry) -> str:
+def _long_field(fields: Mapping[str, str], task: TaskSpec) -> str:
     """The field of the pattern that may be cut: the longest that is no label."""
-    assert entry.retrieval is not None
-    shown = slots(entry.retrieval.pattern)
-    telling = [name for name in shown if name in slots(entry.item_without_label)] or list(shown)
+    assert task.retrieval is not None
+    shown = slots(task.retrieval.pattern)
+    telling = [name for name in shown if name in slots(task.item_without_label)] or list(shown)
     return max(telling, key=lambda name: len(fields.get(name, "")))
 
 
-def _together(lines: Sequence[str], input: str, entry: TaskEntry) -> Composed:
-    form = entry.retrieval
+def _together(lines: Sequence[str], input: str, task: TaskSpec) -> Composed:
+    form = task.retrieval
     assert form is not None
     items = form.joiner.join(lines)
     if form.insert_before is not None:

@@ -44,10 +44,10 @@ class Prompt:
         return len(self.before) + len(self.after)
 
 
-class Splicer:
+class PromptBuilder:
     """Turns inputs and targets into token ids around the place of the persona rows.
 
-    Control tokens come from the layout and the tokenizer alone: `words` reads inputs, leads and targets as text.
+    Control tokens come from the layout and the tokenizer alone: `words` reads inputs, prefixes and targets as text.
     """
 
     def __init__(self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool) -> None:
@@ -71,11 +71,11 @@ class Splicer:
         """Token ids of the prompt's own words, which may hold control tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def prompts(self, inputs: Sequence[str], leads: Sequence[str] | None = None) -> list[Prompt]:
+    def prompts(self, inputs: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Prompt]:
         """Prompts of inputs; an input over the limit is cut at its end, the suffix stays.
 
         Args:
-            leads: texts that stand before the persona rows; they count for the limit.
+            prefixes: texts that stand before the persona rows; they count for the limit.
         """
         limit = self.layout.max_input_tokens
         suffix = self._ids(self._suffix)
@@ -84,8 +84,8 @@ class Splicer:
         else:
             whole = [ids + suffix for ids in self.words.ids(inputs)]
         out = []
-        for text, ids, lead in zip(inputs, whole, leads or [""] * len(inputs), strict=True):
-            first = self.words.ids([lead])[0][:limit] if lead else []
+        for text, ids, prefix in zip(inputs, whole, prefixes or [""] * len(inputs), strict=True):
+            first = self.words.ids([prefix])[0][:limit] if prefix else []
             if len(first) + len(ids) > limit + len(suffix):
                 ids = self.words.ids([text])[0][: limit - len(first)] + suffix
             out.append(Prompt(self._head + first, ids + self._tail))

@@ -78,7 +78,7 @@ class RetrievalForm(Settings):
         return self
 
 
-class TaskEntry(Settings):
+class TaskSpec(Settings):
     """One task. Frozen; stored as JSON in the histories table's commit, so that later jobs find it."""
 
     name: str = Field(min_length=1)
@@ -155,15 +155,19 @@ class TaskEntry(Settings):
         return cls.model_validate_json(text)
 
 
-def query(input: str, entry: TaskEntry) -> str:
+TaskEntry = TaskSpec
+"""The class's name before; it works for one more release."""
+
+
+def query(input: str, task: TaskSpec) -> str:
     """The part of a request's input to encode or retrieve with; an input without the marker counts whole."""
-    _, found, rest = input.partition(entry.marker) if entry.marker else ("", "", input)
-    if entry.marker and not found:
+    _, found, after = input.partition(task.marker) if task.marker else ("", "", input)
+    if task.marker and not found:
         return input
-    return rest.partition(entry.query_end)[0] if entry.query_end else rest
+    return after.partition(task.query_end)[0] if task.query_end else after
 
 
-def get(name: str) -> TaskEntry:
+def get(name: str) -> TaskSpec:
     """The entry of a LaMP task.
 
     Raises:
@@ -180,7 +184,7 @@ def get(name: str) -> TaskEntry:
     return entries[name]
 
 
-def load(path: str | Path) -> TaskEntry:
+def load(path: str | Path) -> TaskSpec:
     """A task entry from a YAML file.
 
     Raises:
@@ -191,24 +195,24 @@ def load(path: str | Path) -> TaskEntry:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
         raise ValueError(f"{path}: this task entry cannot be read: {wrong}") from wrong
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: a task entry is a YAML mapping with the keys {', '.join(TaskEntry.model_fields)}")
+        raise ValueError(f"{path}: a task entry is a YAML mapping with the keys {', '.join(TaskSpec.model_fields)}")
     try:
-        return TaskEntry.model_validate(found)
+        return TaskSpec.model_validate(found)
     except ValidationError as wrong:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'the entry'}: {e['msg']}" for e in wrong.errors()]
         raise ValueError(
-            f"{path}: not a task entry: {'; '.join(problems)} (keys: {', '.join(TaskEntry.model_fields)})"
+            f"{path}: not a task entry: {'; '.join(problems)} (keys: {', '.join(TaskSpec.model_fields)})"
         ) from wrong
 
 
-def find(name_or_path: str) -> TaskEntry:
+def find(name_or_path: str) -> TaskSpec:
     """A LaMP task by name, or an entry from a file when the text looks like one (.yaml, .yml or a slash)."""
     looks_like_file = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     return load(name_or_path) if looks_like_file else get(name_or_path)
 
 
 @functools.cache
-def lamp_entries() -> tuple[TaskEntry, ...]:
+def lamp_entries() -> tuple[TaskSpec, ...]:
     """The benchmark's tasks with its own wording [1]; they are data, in lamp_tasks.yaml beside this file."""
     text = Path(__file__).with_name("lamp_tasks.yaml").read_text(encoding="utf-8")
-    return tuple(TaskEntry.model_validate(entry) for entry in yaml.safe_load(text))
+    return tuple(TaskSpec.model_validate(entry) for entry in yaml.safe_load(text))

@@ -28,7 +28,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from pplug.settings import Settings
-from pplug.tasks import RetrievalForm, TaskEntry
+from pplug.tasks import RetrievalForm, TaskSpec
 
 THEMES = ("crime", "romance", "space", "war", "music", "nature", "magic", "sport", "food", "history")
 _MEDIA = ("film", "novel", "play", "podcast", "comic", "game", "series", "show")
@@ -198,9 +198,9 @@ def truth(config: WorldConfig, people: Sequence[Person]) -> dict[str, float | in
     }
 
 
-def task_entry(config: WorldConfig) -> TaskEntry:
+def task_entry(config: WorldConfig) -> TaskSpec:
     """The world's task entry; `write` leaves it as task.yaml."""
-    return TaskEntry(
+    return TaskSpec(
         name="world",
         marker=MARKER,
         item=ITEM,
@@ -245,8 +245,8 @@ def write(config: WorldConfig, folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def _yaml(entry: TaskEntry) -> str:
-    return yaml.safe_dump(entry.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+def _yaml(task: TaskSpec) -> str:
+    return yaml.safe_dump(task.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
 def _order_at(place: float, law: np.ndarray) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 def prompt_stage(
@@ -25,7 +25,7 @@ def prompt_stage(
     requests: Snapshot,
     methods: Sequence[str],
     llm: LLMConfig,
-    task: TaskEntry,
+    task: TaskSpec,
     histories: Snapshot | None = None,
     embeddings: Snapshot | None = None,
     plug: str | None = None,

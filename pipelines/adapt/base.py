@@ -38,8 +38,8 @@ from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
 from pplug.objective import target_loss
 from pplug.schedule import rate
-from pplug.splice import Prompt, Splicer
-from pplug.tasks import TaskEntry
+from pplug.splice import Prompt, PromptBuilder
+from pplug.tasks import TaskSpec
 
 _EXAMPLES = pa.schema([("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
 
@@ -70,7 +70,7 @@ class BaseExamples:
     examples: Literal["items", "requests"]
     cut: bool
     """Whether items that a request of their user may not see are left out."""
-    entry: TaskEntry
+    task: TaskSpec
     left_out: frozenset[str]
     """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read."""
     llm: LLMConfig
@@ -79,14 +79,14 @@ class BaseExamples:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         llm = self.llm
-        splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        prompt_builder = PromptBuilder(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         for bucket in batch["bucket"].to_pylist():
             rows, counts = self._rows(bucket)
             pairs = [self._pair(row) for row in rows.to_pylist()]
             found = [pair for pair in pairs if pair is not None]
             shard = BaseShard(bucket, len(found))
             if found:  # a tokenizer refuses an empty list
-                prompts, answers = tokenised(splicer, found, self.max_target_tokens)
+                prompts, answers = tokenised(prompt_builder, found, self.max_target_tokens)
                 out = io.BytesIO()
                 pq.write_table(pa.table({"prompt": prompts, "answer": answers}, schema=_EXAMPLES), out)
                 Storage(self.folder).write_bytes(shard.file, out.getvalue())
@@ -120,7 +120,7 @@ class BaseExamples:
         """(input, answer) of a row; None without an answer."""
         if self.examples == "requests":
             return (row["input"], row["target"]) if (row["target"] or "").strip() else None
-        return item_example(decode_fields(row["fields"]), self.entry)
+        return item_example(decode_fields(row["fields"]), self.task)
 
 
 def fit_base(given: dict[str, Any]) -> None:

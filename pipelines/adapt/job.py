@@ -30,7 +30,7 @@ from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import model_folder
 from pplug.llm import llm_id
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 def run(config: Config) -> int:
@@ -39,13 +39,11 @@ def run(config: Config) -> int:
     run_id, run_dir = report.run_id, report.run_dir
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
-    entry = tables.task_entry(config.task, histories)
-    if entry.target is None and (config.stage == "users" or config.examples == "items"):
-        raise InputError(f"task {entry.name} names no target: its items have no answer that an adapter could learn")
-    if config.rule.retrieve != "none" and (config.stage == "base" or entry.retrieval is None):
-        why = (
-            "stage base has no history of its own" if config.stage == "base" else f"task {entry.name} has no such form"
-        )
+    task = tables.task_entry(config.task, histories)
+    if task.target is None and (config.stage == "users" or config.examples == "items"):
+        raise InputError(f"task {task.name} names no target: its items have no answer that an adapter could learn")
+    if config.rule.retrieve != "none" and (config.stage == "base" or task.retrieval is None):
+        why = "stage base has no history of its own" if config.stage == "base" else f"task {task.name} has no such form"
         raise InputError(
             f"rule.retrieve={config.rule.retrieve}: {why}; leave it out or give the task entry `retrieval`"
         )
@@ -58,9 +56,9 @@ def run(config: Config) -> int:
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     if config.stage == "base":
         with lease.reading(config.tables, run_id):
-            return _base(config, run_id, run_dir, report, entry, base)
+            return _base(config, run_id, run_dir, report, task, base)
     with lease.writing(config.tables, run_id):
-        _adapters(config, report, histories, entry, users, base)
+        _adapters(config, report, histories, task, users, base)
     return report.finish()
 
 
@@ -76,7 +74,7 @@ def _adapters(
     config: Config,
     report: RunReport,
     histories: Snapshot,
-    task: TaskEntry,
+    task: TaskSpec,
     users: frozenset[str] | None,
     base: str,
 ) -> None:
@@ -167,7 +165,7 @@ def _refuse_a_mixture(
     )
 
 
-def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "TaskEntry", base: str) -> int:
+def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "TaskSpec", base: str) -> int:
     """Prepares examples, runs Ray Train, merges what it learned into the base."""
     output = Path(config.output or os.path.join(run_dir, "base"))
     folder = model_folder(config.llm.model, config.llm.revision)
@@ -178,13 +176,13 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, entry: "
     except ValueError as error:
         raise InputError(f"output: {error}") from error
     left_out = tables.read_users(config.users) or frozenset()
-    decisive = _decisive(config, entry, left_out, base)
+    decisive = _decisive(config, task, left_out, base)
     known = begun.read(run_dir, "adapt", run_id, decisive)
     snapshots = _base_snapshots(config, report, known)
     begun.write(run_dir, "adapt", run_id, decisive, snapshots)
     session.check_shared(run_dir, "run_dir")
     examples = Storage(run_dir).join("examples", run_id).uri  # another run's examples may lie in the same run_dir
-    shards, counts = _examples(config, report, snapshots, entry, left_out, examples)
+    shards, counts = _examples(config, report, snapshots, task, left_out, examples)
     record = made_from.MadeFrom(
         job="adapt",
         run_id=run_id,
@@ -230,9 +228,9 @@ _FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads",
          "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora", "epochs"}  # fmt: skip
 
 
-def _decisive(config: Config, entry: "TaskEntry", left_out: frozenset[str], base: str) -> dict[str, Any]:
+def _decisive(config: Config, task: "TaskSpec", left_out: frozenset[str], base: str) -> dict[str, Any]:
     """All that decides what a base learns, beside the tables' versions."""
-    decisive = config.decisive(exclude=_FREE) | {"task": entry.model_dump(mode="json"), "llm_id": base}
+    decisive = config.decisive(exclude=_FREE) | {"task": task.model_dump(mode="json"), "llm_id": base}
     decisive["lora"] = config.trained.decisive(exclude={"max_tokens_per_microbatch"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
     return decisive
@@ -259,7 +257,7 @@ def _examples(
     config: Config,
     report: RunReport,
     snapshots: "Mapping[str, Snapshot]",
-    entry: "TaskEntry",
+    task: "TaskSpec",
     left_out: frozenset[str],
     folder: str,
 ) -> "tuple[list[BaseShard], dict[str, Any]]":
@@ -267,7 +265,7 @@ def _examples(
     histories, requests = snapshots["histories"], snapshots.get("requests")
     cut = _cut(config, snapshots) == "requests"
     prepare = BaseExamples(
-        histories, requests, config.examples, cut, entry, left_out, config.llm, config.rule.max_target_tokens, folder
+        histories, requests, config.examples, cut, task, left_out, config.llm, config.rule.max_target_tokens, folder
     )
     buckets = snapshots["histories" if config.examples == "items" else "requests"].filled()
     shards, counts, latest = [], {"items_cut_off": 0, "users_left_out": 0}, None

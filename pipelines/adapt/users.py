@@ -26,8 +26,8 @@ from pplug.identity import model_folder, short_id
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.schemas import ADAPTERS
-from pplug.splice import Splicer
-from pplug.tasks import TaskEntry, fill, query
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec, fill, query
 
 ADAPTER_ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.list_(pa.int32()))
@@ -37,9 +37,9 @@ RETRIEVAL_ITEMS = 512
 """Newest items before an item among which retrieval looks, as in generate."""
 
 
-def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, cap: int) -> str:
+def fit_id(lora: LoraConfig, llm_id: str, task: TaskSpec, rule: ExampleRule, cap: int) -> str:
     """Identity of all that decides an adapter beside the user's own items."""
-    form = entry.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
+    form = task.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
     rules = {"task": form, "rule": rule.decisive(), "cap": cap}
     return short_id({"lora": lora.decisive(), "llm_id": llm_id} | rules)
 
@@ -47,9 +47,9 @@ def fit_id(lora: LoraConfig, llm_id: str, entry: TaskEntry, rule: ExampleRule, c
 class ReadExamples:
     """Stage: a bucket's users as token ids. in: bucket int. out: EXAMPLES, in blocks of users."""
 
-    def __init__(self, pending: PendingUsers, entry: TaskEntry, llm: LLMConfig, rule: ExampleRule) -> None:
-        self.pending, self.entry, self.rule = pending, entry, rule
-        self.splicer = Splicer(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+    def __init__(self, pending: PendingUsers, task: TaskSpec, llm: LLMConfig, rule: ExampleRule) -> None:
+        self.pending, self.task, self.rule = pending, task, rule
+        self.prompt_builder = PromptBuilder(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
         self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -61,16 +61,16 @@ class ReadExamples:
         assert own.fields is not None, "read with fields"
         start = max(int(own.starts[user]), items.start - RETRIEVAL_ITEMS)
         known = {i: decode_fields(own.fields[i].as_py()) for i in range(start, items.stop)}
-        pairs = [item_example(known[i], self.entry) for i in items]
+        pairs = [item_example(known[i], self.task) for i in items]
         found = [(i, pair) for i, pair in zip(items, pairs, strict=True) if pair is not None]
         if not found:
-            detail = f"{len(items)} items before the user's first request, none with {self.entry.target}"
+            detail = f"{len(items)} items before the user's first request, none with {self.task.target}"
             return {REASON: "no_usable_item", DETAIL: detail}
         texts = []
         for i, (words, answer) in found:
             before = [known[j] for j in range(max(start, i - RETRIEVAL_ITEMS), i)]
             texts.append((words if words is None else self._with_items(words, before), answer))
-        prompts, answers = tokenised(self.splicer, texts, self.rule.max_target_tokens)
+        prompts, answers = tokenised(self.prompt_builder, texts, self.rule.max_target_tokens)
         return {"prompts": prompts, "answers": answers}
 
     def _with_items(self, words: str, before: Sequence[Mapping[str, str]]) -> str:
@@ -78,37 +78,37 @@ class ReadExamples:
         if self.rule.retrieve == "none" or not before:
             return words
         if self.rule.retrieve == "bm25":
-            index = retrieval.WordIndex([retrieval.words(fields, self.entry) for fields in before])
-            best = index.rank(query(words, self.entry))
+            index = retrieval.WordIndex([retrieval.words(fields, self.task) for fields in before])
+            best = index.rank(query(words, self.task))
         else:
             best = retrieval.recency(len(before))
         chosen = [before[i] for i in best[: self.rule.retrieval.k]]
         share = self.rule.retrieval.input_share
-        composed = retrieval.compose(chosen, words, self.entry, self.splicer.words, self.budget, share)
-        return composed.lead + composed.rest
+        composed = retrieval.compose(chosen, words, self.task, self.prompt_builder.words, self.budget, share)
+        return composed.prefix + composed.suffix
 
 
-def item_example(fields: Any, entry: TaskEntry) -> tuple[str | None, str] | None:
+def item_example(fields: Any, task: TaskSpec) -> tuple[str | None, str] | None:
     """(input, answer) that an item teaches; input None: the text alone. None when the item lacks what it takes."""
-    answer = fields.get(entry.target, "").strip()
+    answer = fields.get(task.target, "").strip()
     if not answer:
         return None
-    if entry.input is None:
+    if task.input is None:
         return None, answer
     try:
-        return fill(entry.input, fields, entry.name), answer
+        return fill(task.input, fields, task.name), answer
     except ValueError:
         return None
 
 
 def tokenised(
-    splicer: Splicer, pairs: list[tuple[str | None, str]], max_target_tokens: int
+    prompt_builder: PromptBuilder, pairs: list[tuple[str | None, str]], max_target_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and answers; a text without an input stands where a user's words begin."""
     prompts = []
-    for (words, _), prompt in zip(pairs, splicer.prompts([words or "" for words, _ in pairs]), strict=True):
+    for (words, _), prompt in zip(pairs, prompt_builder.prompts([words or "" for words, _ in pairs]), strict=True):
         prompts.append(prompt.before + (prompt.after if words is not None else []))
-    return prompts, splicer.targets([answer for _, answer in pairs], max_target_tokens)
+    return prompts, prompt_builder.targets([answer for _, answer in pairs], max_target_tokens)
 
 
 class FitAdapters:

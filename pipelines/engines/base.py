@@ -65,17 +65,17 @@ class EngineConfig(Settings):
 
 @dataclass(frozen=True)
 class EnginePrompt:
-    """Token ids around persona rows (R, H) float32 (R may be 0)."""
+    """Token ids before and after the soft prompt: instruction and persona rows, (R, H) float32; R may be 0."""
 
     key: str
     """What a sampled reply draws by: no two prompts of a run share it."""
     before: list[int]
-    rows: np.ndarray
+    soft_prompt: np.ndarray
     after: list[int]
     adapter: AdapterName | None = None
 
     def __len__(self) -> int:
-        return len(self.before) + len(self.rows) + len(self.after)
+        return len(self.before) + len(self.soft_prompt) + len(self.after)
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,16 @@ class TransformersEngine:
 
     def _generate(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
         decoding, tokenizer = self.decoding, self.llm.tokenizer
-        width = max(1, max(len(prompt.rows) for prompt in prompts))
+        width = max(1, max(len(prompt.soft_prompt) for prompt in prompts))
         rows = np.zeros((len(prompts), width, self.dim), np.float32)
         for i, prompt in enumerate(prompts):
-            rows[i, : len(prompt.rows)] = prompt.rows
+            rows[i, : len(prompt.soft_prompt)] = prompt.soft_prompt
         device = self.llm.embedding.weight.device
         embeddings, mask, _ = splice_rows(
             self.llm,
             [Prompt(prompt.before, prompt.after) for prompt in prompts],
             torch.from_numpy(rows).to(device),
-            [len(prompt.rows) for prompt in prompts],
+            [len(prompt.soft_prompt) for prompt in prompts],
             [[] for _ in prompts],
         )
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -42,13 +42,13 @@ class VLLMEngine:
         if decoding.num_beams > 1:
             raise InputError("decoding.num_beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
-        args = self._engine_args(str(folder), config, threads) | _lora_args(config, adapters)
+        args = engine_args(str(folder), config, threads) | _lora_args(config, adapters)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
         self._engine = self._wait(self._start(args))
         model = self._engine.vllm_config.model_config
-        self.context, self.dim, self._dtype = model.max_model_len, model.get_hidden_size(), model.dtype
+        self.context, self.dim, self.dtype = model.max_model_len, model.get_hidden_size(), model.dtype
         self.decoding = decoding
         self._numbers = 0
         self._adapters: LoadedAdapters | None = None
@@ -58,43 +58,7 @@ class VLLMEngine:
             self._adapters = LoadedAdapters(self._engine, shelf, args["max_cpu_loras"] - 1)
             if not torch.cuda.is_available():
                 self._none = self._wait(self._adapters.none())
-        self._probe(folder)
-
-    def _engine_args(self, folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
-        gpu = torch.cuda.is_available()
-        dtype, executor = config.dtype, None
-        if not gpu:
-            # Ray gives a worker one thread; the engine's own process reads these when it starts.
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
-            amx = torch.cpu._is_amx_tile_supported()
-            if dtype == "auto":
-                dtype = "bfloat16" if amx else "float32"
-            if dtype == "bfloat16" and amx:
-                torch.cpu._init_amx()  # without it the attention kernel dies with SIGILL
-                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the permission goes to children, not beyond exec
-            # The model runs in the engine's process, not in a third one, on which the engine would wait in a busy loop
-            # that takes a core: 1,439 output tokens/s with a plug for 1,135 (two cores with AMX, one run each), 2,000
-            # short replies in 17 s for 21 (AVX2), and 15 s of imports fewer at the start (vLLM 0.32). With the variable
-            # unset vLLM changes the executor back.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            executor = "uni"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        log.info("engine: %s, dtype %s", "GPU" if gpu else f"CPU with {threads} threads", dtype)
-        return {
-            "model": folder,
-            "dtype": dtype,
-            "max_model_len": config.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "distributed_executor_backend": executor,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
-            "enable_prompt_embeds": True,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "generation_config": "vllm",
-        }
+        self.probe(folder)
 
     async def _start(self, args: dict[str, Any]) -> Any:
         from vllm import AsyncEngineArgs
@@ -105,7 +69,7 @@ class VLLMEngine:
     def _wait(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def _probe(self, folder: Any) -> None:
+    def probe(self, folder: Any) -> None:
         """Replies to the same tokens as ids and as embeddings must be equal.
 
         Raises:
@@ -166,16 +130,16 @@ class VLLMEngine:
 
     def _inputs(self, prompt: EnginePrompt) -> dict[str, Any]:
         """Mixed mode: token ids with zero rows beside the persona rows; plain ids without a persona."""
-        if not len(prompt.rows):
+        if not len(prompt.soft_prompt):
             return {"prompt_token_ids": prompt.before + prompt.after}
-        start, stop = len(prompt.before), len(prompt.before) + len(prompt.rows)
-        embeddings = torch.zeros(len(prompt), self.dim, dtype=self._dtype)
-        embeddings[start:stop] = torch.from_numpy(np.array(prompt.rows))
+        start, stop = len(prompt.before), len(prompt.before) + len(prompt.soft_prompt)
+        embeddings = torch.zeros(len(prompt), self.dim, dtype=self.dtype)
+        embeddings[start:stop] = torch.from_numpy(np.array(prompt.soft_prompt))
         is_token = [True] * len(prompt)
-        is_token[start:stop] = [False] * len(prompt.rows)
+        is_token[start:stop] = [False] * len(prompt.soft_prompt)
         return {
             "prompt_embeds": embeddings,
-            "prompt_token_ids": prompt.before + [0] * len(prompt.rows) + prompt.after,
+            "prompt_token_ids": prompt.before + [0] * len(prompt.soft_prompt) + prompt.after,
             "prompt_is_token_ids": is_token,
         }
 
@@ -206,6 +170,44 @@ class VLLMEngine:
             self._adapters.shelf.close()
         self._engine = self._adapters = None
         gc.collect()  # left to the interpreter's end, the engine's own __del__ fails and prints a traceback
+
+
+def engine_args(folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
+    """Arguments of vLLM's engine, and the environment variables that it reads, for the machine that this runs on."""
+    gpu = torch.cuda.is_available()
+    dtype, executor = config.dtype, None
+    if not gpu:
+        # Ray gives a worker one thread; the engine's own process reads these when it starts.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
+        amx = torch.cpu._is_amx_tile_supported()
+        if dtype == "auto":
+            dtype = "bfloat16" if amx else "float32"
+        if dtype == "bfloat16" and amx:
+            torch.cpu._init_amx()  # without it the attention kernel dies with SIGILL
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the permission goes to children, not beyond exec
+        # The model runs in the engine's process, not in a third one, on which the engine would wait in a busy loop
+        # that takes a core: 1,439 output tokens/s with a plug for 1,135 (two cores with AMX, one run each), 2,000
+        # short replies in 17 s for 21 (AVX2), and 15 s of imports fewer at the start (vLLM 0.32). With the variable
+        # unset vLLM changes the executor back.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        executor = "uni"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    log.info("engine: %s, dtype %s", "GPU" if gpu else f"CPU with {threads} threads", dtype)
+    return {
+        "model": folder,
+        "dtype": dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "distributed_executor_backend": executor,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
+        "enable_prompt_embeds": True,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "generation_config": "vllm",
+    }
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

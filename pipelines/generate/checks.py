@@ -13,7 +13,7 @@ from pipelines.generate.config import Config
 from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 Plan = Mapping[int, Mapping[str, Any]]
 """Counts per bucket, as `PendingReplies.count` gives them."""
@@ -47,14 +47,14 @@ def refuse_a_leak(config: Config, methods: Sequence[Method], parts: Sequence[Par
             )
 
 
-def settings_id(config: Config, entry: TaskEntry) -> str:
+def settings_id(config: Config, task: TaskSpec) -> str:
     """Identity of what decides a prompt beside the models, the decoding and the tables."""
     return short_id(
         {
             "retrieval": config.retrieval.decisive(),
             "profile": config.profile.decisive(),
             "history_cap": config.max_history_items,
-            "task": entry.model_dump(mode="json"),
+            "task": task.model_dump(mode="json"),
         }
     )
 

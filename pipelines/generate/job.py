@@ -30,7 +30,7 @@ from pipelines.methods import parse_all
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
 from pplug.llm import llm_id
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 NOTE = "note"
 TOKENS = ("prompt_tokens", "output_tokens")
@@ -43,7 +43,7 @@ class Opened:
     requests: Snapshot
     histories: Snapshot
     buckets: int
-    task: TaskEntry
+    task: TaskSpec
     llm_id: str
     encoder_decoder: bool
 

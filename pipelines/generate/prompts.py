@@ -22,8 +22,8 @@ from pipelines.methods import Method
 from pipelines.run import CpuShare
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
-from pplug.splice import Splicer
-from pplug.tasks import TaskEntry
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec
 
 PROMPTS = pa.schema(
     {
@@ -71,7 +71,7 @@ class BuildPrompts:
         embeddings: Snapshot | None,
         llm: LLMConfig,
         encoder_decoder: bool,
-        task: TaskEntry,
+        task: TaskSpec,
         max_items: int,
         block_rows: int,
         cpu: CpuShare,
@@ -80,9 +80,9 @@ class BuildPrompts:
         self.histories, self.embeddings = histories, embeddings
         self.max_items, self.block_rows = max_items, block_rows
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
-        self.builder = Splicer(tokenizer, llm.layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer, llm.layout, encoder_decoder)
         for part in parts:
-            part.load(Worker(llm, task, self.builder, cpu))
+            part.load(Worker(llm, task, self.prompt_builder, cpu))
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         names = {method.name for method in self.methods}
@@ -136,7 +136,7 @@ class BuildPrompts:
         if drafts.method.part("plug") is None:  # no rows stand between the two texts
             inputs = [prefix + text for prefix, text in zip(prefixes, inputs, strict=True)]
             prefixes = [""] * n
-        prompts = self.builder.prompts(inputs, prefixes)
+        prompts = self.prompt_builder.prompts(inputs, prefixes)
         columns = {
             "bucket": [bucket] * n,
             "user_key": [request["user_key"] for request in drafts.requests],

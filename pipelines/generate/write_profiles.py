@@ -26,8 +26,8 @@ from pplug.identity import model_folder
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.profile import ProfileConfig, profile_id, question
 from pplug.schemas import PROFILES
-from pplug.splice import Splicer
-from pplug.tasks import TaskEntry
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec
 
 PROFILE_ROWS = pa.schema([*PROFILES, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.int32())
@@ -35,14 +35,14 @@ ASKED = pa.schema([*PROFILE_ROWS, pa.field("before", _TOKENS), pa.field("after",
 """A user to ask about (before, after), a profile that stays as it is (text), or a reject."""
 
 
-def profiles_made_as(config: Config, entry: TaskEntry, llm: str) -> str:
+def profiles_made_as(config: Config, task: TaskSpec, llm: str) -> str:
     """Identity of the profiles to write; refuses a task without a form for items, and two kinds in one table."""
-    if entry.retrieval is None:
+    if task.retrieval is None:
         raise InputError(
-            f"write_profiles: task {entry.name} does not say how items stand in a prompt; give a task entry with "
+            f"write_profiles: task {task.name} does not say how items stand in a prompt; give a task entry with "
             "`retrieval` (--task FILE)"
         )
-    made_as = profile_id(config.profile, llm, config.decoding.decoding_id, entry)
+    made_as = profile_id(config.profile, llm, config.decoding.decoding_id, task)
     place = tables.location(config.tables, "profiles")
     others = set[str]()
     if config.users is not None and Table.exists(place):
@@ -60,13 +60,13 @@ class AskForProfiles:
     """Stage: a bucket's users as prompts. in: bucket int. out: ASKED, in blocks of users."""
 
     def __init__(
-        self, pending: PendingUsers, entry: TaskEntry, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
+        self, pending: PendingUsers, task: TaskSpec, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
     ) -> None:
-        self.pending, self.entry, self.config = pending, entry, config
+        self.pending, self.task, self.config = pending, task, config
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.budget = config.prompt_tokens or llm.layout.max_input_tokens
         layout = llm.layout.model_copy(update={"max_input_tokens": self.budget})
-        self.splicer = Splicer(tokenizer, layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -78,12 +78,12 @@ class AskForProfiles:
             return {REASON: "no_usable_item", DETAIL: "no item before the user's first request"}
         newest_first = [decode_fields(own.fields[i].as_py()) for i in reversed(items)]
         try:
-            text = question(newest_first, self.config, self.entry, self.splicer.words, self.budget)
+            text = question(newest_first, self.config, self.task, self.prompt_builder.words, self.budget)
         except ValueError as problem:  # names the missing field, never a text
             return {REASON: "missing_field", DETAIL: str(problem)}
         if not text:
             return {REASON: "no_room", DETAIL: f"not one item fits into a prompt of {self.budget} tokens"}
-        (prompt,) = self.splicer.prompts([text])
+        (prompt,) = self.prompt_builder.prompts([text])
         made = {"profile_id": self.pending.made_as, "n_items": len(items)}
         return made | {"before": prompt.before, "after": prompt.after}
 

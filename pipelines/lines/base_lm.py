@@ -23,7 +23,7 @@ from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
 from pipelines.lines.config import BaseLMConfig as Config
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import short_id
-from pplug.tasks import TaskEntry, fill
+from pplug.tasks import TaskSpec, fill
 from pplug.tiny_lm import RECORD_FILE, Progress, train_lm
 
 
@@ -40,7 +40,7 @@ def _run(config: Config, run_id: str) -> int:
     )
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
-    entry = tables.task_entry(config.task, histories)
+    task = tables.task_entry(config.task, histories)
     try:
         check_replaceable(config.output, MODEL_FILES)
     except ValueError as error:
@@ -50,7 +50,7 @@ def _run(config: Config, run_id: str) -> int:
         requests = tables.snapshot(config.tables, "requests", {})
         report.table_read("requests", requests.version)
     with report.stage("read") as stage:
-        texts = _texts(config, histories, requests, entry, report)
+        texts = _texts(config, histories, requests, task, report)
         stage.rows = len(texts)
     made_from = _made_from(config, texts)
     facts = Path(config.output) / RECORD_FILE
@@ -99,16 +99,16 @@ def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
 
 
 def _texts(
-    config: Config, histories: "Snapshot", requests: "Snapshot | None", entry: "TaskEntry", report: RunReport
+    config: Config, histories: "Snapshot", requests: "Snapshot | None", task: "TaskSpec", report: RunReport
 ) -> list[tuple[str, str]]:
     """(prompt, target) of each item; items that lack a field of the template are counted and left out.
 
     Args:
         requests: where given, items that one of them may not see are left out too.
     """
-    template = config.prompt or entry.input
-    if template is None or entry.target is None:
-        raise InputError(f"task {entry.name} does not say how an item becomes a prompt with a target; give --prompt")
+    template = config.prompt or task.input
+    if template is None or task.target is None:
+        raise InputError(f"task {task.name} does not say how an item becomes a prompt with a target; give --prompt")
     texts: list[tuple[str, str]] = []
     cut_off = 0
     for bucket in sorted(histories.by_bucket()):
@@ -122,7 +122,7 @@ def _texts(
         for cell in cells.to_pylist():
             fields = dict(cell or [])
             try:
-                texts.append((fill(template, fields, entry.name), fill(f"{{{entry.target}}}", fields, entry.name)))
+                texts.append((fill(template, fields, task.name), fill(f"{{{task.target}}}", fields, task.name)))
             except ValueError:
                 report.reject("missing_field")
         if report.planned >= config.max_items:
@@ -133,7 +133,7 @@ def _texts(
         print(f"base-lm: {cut_off} items left out, which a request of their user may not see", flush=True)
     if not texts:
         raise InputError(
-            f"{config.tables}: no item has the fields of the prompt {template!r} and of {entry.target!r} ({cut_off} "
+            f"{config.tables}: no item has the fields of the prompt {template!r} and of {task.target!r} ({cut_off} "
             "items are cut off by requests; cut=none takes them)"
         )
     return texts

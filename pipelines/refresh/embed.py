@@ -18,7 +18,7 @@ from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.history import item_text
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 BLOCK_TEXTS = 20_000
 """Texts in one block on their way to the encoder: enough to pack by length, a few megabytes of memory."""
@@ -105,11 +105,11 @@ class ReadPending:
         embeddings: Snapshot,
         since: Since,
         every: frozenset[int],
-        entry: TaskEntry,
+        task: TaskSpec,
         with_label: bool,
     ) -> None:
         self.histories, self.embeddings, self.since, self.every = histories, embeddings, since, every
-        self.entry, self.with_label = entry, with_label
+        self.task, self.with_label = task, with_label
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -139,7 +139,7 @@ class ReadPending:
         for cell in rows["fields"].to_pylist():
             text, reason, detail = "", None, None
             try:
-                text = item_text(decode_fields(cell), self.entry, self.with_label)
+                text = item_text(decode_fields(cell), self.task, self.with_label)
                 if not text:
                     reason, detail = "empty_text", "the item's text is empty"
             except ValueError as error:  # names the missing field, never a text

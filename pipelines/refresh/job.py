@@ -22,7 +22,7 @@ from pplug.encoder import encoder_id
 if TYPE_CHECKING:
     from infra.snapshot import Snapshot
     from infra.table import Table
-    from pplug.tasks import TaskEntry
+    from pplug.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Night:
     table: "Table"
     """The histories' table; `histories` is its version of tonight."""
     histories: "Snapshot"
-    task: "TaskEntry"
+    task: "TaskSpec"
     before: "Snapshot | None"
     """The personas as they were when the run began. Looked at before the histories were: personas that another run
     commits from then on are newer than ours."""

@@ -51,8 +51,8 @@ def _run(config: Config, run_id: str) -> int:
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
-    entry = tables.task_entry(config.task, histories)
-    rule = entry.item_template(config.encoder.with_label)
+    task = tables.task_entry(config.task, histories)
+    rule = task.item_template(config.encoder.with_label)
     try:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
@@ -65,22 +65,22 @@ def _run(config: Config, run_id: str) -> int:
         check_replaceable(target, PLUG_FILES)
     except ValueError as error:
         raise InputError(f"plug: {error}") from error
-    decisive = _decisive(config, identities)
+    settings = decisive(config, identities)
     versions: dict[Any, int] = {**config.as_of_version}
-    known = begun.read(run_dir, "train", run_id, decisive)
+    known = begun.read(run_dir, "train", run_id, settings)
     versions |= {name.partition("-")[0]: version for name, version in known.items()}
     snapshots = {}
     for name in filter(None, ("histories", embeddings_name, "requests")):
         snapshots[name] = tables.snapshot(config.tables, name, versions)
         report.table_read(name, snapshots[name].version)
-    begun.write(run_dir, "train", run_id, decisive, snapshots)
+    begun.write(run_dir, "train", run_id, settings, snapshots)
     histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
 
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     session.check_shared(run_dir, "run_dir")
     samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
-        counts, shards = _prepare(config, histories, embeddings, requests, entry, samples)
+        counts, shards = _prepare(config, histories, embeddings, requests, task, samples)
         stage.rows = counts["samples"]
     report.planned = counts["samples"]
     report.extra["samples"] = counts
@@ -106,12 +106,13 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
          "max_reject_fraction"}  # fmt: skip
 
 
-def _decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
-    decisive = config.decisive(exclude=_FREE)
-    del decisive["fit"]["micro_tokens"], decisive["encoder"]["batch_tokens"]  # by the names in the record
-    if config.users is not None:  # who is in the file counts, not its name
-        decisive["users"] = short_id({"users": sorted(read_users(config.users) or ())})
-    return decisive | identities
+def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
+    """All that decides what comes out of a run, beside the tables' versions."""
+    settings = config.decisive(exclude=_FREE)
+    del settings["fit"]["micro_tokens"], settings["encoder"]["batch_tokens"]  # by the names in the record
+    if config.users is not None:  # the ids in the file count, not its name
+        settings["users"] = short_id({"users": sorted(read_users(config.users) or ())})
+    return settings | identities
 
 
 def _target(config: Config, run_dir: str) -> Path:
@@ -120,12 +121,12 @@ def _target(config: Config, run_dir: str) -> Path:
 
 
 def _prepare(
-    config: Config, histories: Any, embeddings: Any, requests: Any, entry: Any, folder: str
+    config: Config, histories: Any, embeddings: Any, requests: Any, task: Any, folder: str
 ) -> tuple[dict[str, int], "list[Shard]"]:
     """Counts over all buckets, and the files that hold samples."""
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    stage = PrepareSamples(histories, embeddings, requests, entry, config.max_history_items, folder, users)
+    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0}
     shards = []
     for row in each_bucket(requests.filled(users), stage):
@@ -206,10 +207,10 @@ def fit_worker(given: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(given["cpu"].torch_threads())
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = _models(config, given["identities"])
+    plug, llm, query_tokenizer = make_models(config, given["identities"])
     plug.to(get_device())
     with tempfile.TemporaryDirectory() as local:
-        train, validation = _samples(config, given["samples"], local, plug, llm, query_tokenizer)
+        train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
         pad_id = query_tokenizer.pad_token_id or 0
         fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
         resumed = _Resume(local)
@@ -279,7 +280,7 @@ class _Resume:
         Path(self.folder, "history.json").write_text(json.dumps(self._history))
 
 
-def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
+def make_models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
     llm = FrozenLLM.load(config.llm)
     folder = model_folder(config.encoder.model, config.encoder.revision)
@@ -309,7 +310,7 @@ def _models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
     return plug.eval(), llm, AutoTokenizer.from_pretrained(folder)
 
 
-def _samples(
+def make_samples(
     config: Config, samples: "tuple[str, list[Shard]]", local: str, plug: Any, llm: Any, tokenizer: Any
 ) -> tuple["Samples", "Samples"]:
     """Train and validation samples, tokenised; validation users never train.
@@ -332,8 +333,8 @@ def _samples(
     def tokenised(rows: "pa.Table") -> "Samples":
         queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
         return Samples(
-            prompts=llm.splicer.prompts(rows["input"].to_pylist()),
-            targets=llm.splicer.targets(rows["target"].to_pylist(), fit.max_target_tokens),
+            prompts=llm.prompt_builder.prompts(rows["input"].to_pylist()),
+            targets=llm.prompt_builder.targets(rows["target"].to_pylist(), fit.max_target_tokens),
             queries=words.framed(queries, plug.config.query_max_tokens),
             owners=rows["owner_id"].to_pylist(),
             spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),

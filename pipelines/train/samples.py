@@ -20,7 +20,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.histories import read_bucket, to_us
 from pipelines.written import read_written, refuse_another_count
-from pplug.tasks import TaskEntry, query
+from pplug.tasks import TaskSpec, query
 
 NPY_HEADER_BYTES = 128
 
@@ -53,7 +53,7 @@ class PrepareSamples:
     embeddings: Snapshot | None
     """None: for a plug without history, whose samples have no items."""
     requests: Snapshot
-    entry: TaskEntry
+    task: TaskSpec
     cap: int
     folder: str
     users: Mapping[int, list[str]] | None = None
@@ -85,7 +85,7 @@ class PrepareSamples:
                     "request_id": request["request_id"],
                     "owner_id": request["owner_id"],
                     "input": request["input"],
-                    "query": query(request["input"], self.entry),
+                    "query": query(request["input"], self.task),
                     "target": request["target"],
                     "start": start,
                     "stop": stop,

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from pplug.adapter import LoraConfig, StackConfig, to_bytes
-from pplug.lora import Fitted, StackedTrainer, UserExamples, plan_steps, rate, user_seed
+from pplug.lora import Fitted, StackedTrainer, UserExamples, plan_steps, user_seed
+from pplug.schedule import rate
 from tests.benchmarks.measure import Found, Given, Line, best_rate, in_turn, seconds
 
 LEAST = 3.0

@@ -23,7 +23,7 @@ import pyarrow as pa
 from infra.shards import keys_by_bucket
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.engines.vllm import VLLMEngine
+from pipelines.engines.vllm import engine_args
 from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
 from pipelines.generate.pending import PendingReplies
@@ -145,7 +145,7 @@ def _bare(asked: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
 
     config, llm = EngineConfig.model_validate(asked["engine"]), LLMConfig.model_validate(asked["llm"])
-    args = VLLMEngine._engine_args(None, llm.model, config, asked["threads"])  # type: ignore[arg-type]
+    args = engine_args(llm.model, config, asked["threads"])
     loras, adapters = None, asked["adapters"]
     if adapters:
         from vllm.lora.request import LoRARequest

@@ -16,7 +16,7 @@ import yaml
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import LLMConfig, llm_id
 from pplug.splice import PromptLayout
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 from tests.benchmarks.measure import Given
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "uboot_subsystem_LaMP_2"
@@ -52,7 +52,7 @@ class Population:
     """Tables of one population."""
 
     tables: str
-    entry: TaskEntry
+    entry: TaskSpec
     data: str
     """Which, in words."""
 
@@ -79,7 +79,7 @@ def ingested(folder: Path, users: int, requests: int = REQUESTS) -> Population:
 
     root = folder / (f"population-{users}" if requests == REQUESTS else f"population-{users}x{requests}")
     real = REAL.is_dir()
-    entry = TaskEntry.model_validate(TASK) if real else _world_entry(root, users)
+    entry = TaskSpec.model_validate(TASK) if real else _world_entry(root, users)
     data = f"u-boot commit messages of {users} people" if real else f"the embedded world's {users} people"
     found = Population(str(root / "tables"), entry, data)
     if (root / "ready").exists():
@@ -122,11 +122,11 @@ def _read(name: str) -> Any:
     return json.loads(gzip.open(REAL / f"{name}.json.gz").read())
 
 
-def _world_entry(root: Path, users: int) -> TaskEntry:
+def _world_entry(root: Path, users: int) -> TaskSpec:
     from pplug import world
 
     files = world.write(world.WorldConfig(train_users=0, test_users=users, corpus_users=0), root / "world")
-    return TaskEntry.model_validate(yaml.safe_load(files["task"].read_text()))
+    return TaskSpec.model_validate(yaml.safe_load(files["task"].read_text()))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -185,6 +185,6 @@ def new_plug(folder: Path, population: Population, llm: LLMConfig, persona_token
         config = train.Config(tables=population.tables, llm=llm,
                               shape=PlugShape(persona_tokens=persona_tokens))  # fmt: skip
         identities = {"encoder_id": population.encoder_id, "llm_id": llm_id(llm)}
-        plug, _, tokenizer = train._models(config, identities)
+        plug, _, tokenizer = train.make_models(config, identities)
         plug.save_pretrained(place, tokenizer)
     return str(place)

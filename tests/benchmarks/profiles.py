@@ -130,9 +130,9 @@ def train(given: Given) -> list[dict[str, Any]]:
         step()
         floor = row.counted(step) / matmul_rate(fitter.dtype)
         by_kind = operators(step)
-        fitter._queries = timer.timed("query encoder, forward", fitter._queries)
-        fitter._rows = timer.timed("histories and projector, forward", fitter._rows)
-        fitter._loss = timer.timed("splicing, LLM and loss, forward", fitter._loss)
+        fitter.query_vectors = timer.timed("query encoder, forward", fitter.query_vectors)
+        fitter.soft_prompts = timer.timed("histories and projector, forward", fitter.soft_prompts)
+        fitter.loss = timer.timed("splicing, LLM and loss, forward", fitter.loss)
         fitter.optimizer.step = timer.timed("optimiser", fitter.optimizer.step)
         spent = timer(step)
         spent["backward and clipping"] = spent.pop("the rest")
@@ -160,7 +160,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
     (plug,) = build.parts
     for name in ("contribute", "look_ahead"):
         setattr(plug, name, timer.timed("plug: query encoder and persona", getattr(plug, name)))
-    build.builder.prompts = timer.timed("tokenising", build.builder.prompts)  # type: ignore[method-assign]
+    build.prompt_builder.prompts = timer.timed("tokenising", build.prompt_builder.prompts)  # type: ignore[method-assign]
     answer.engine._inputs = timer.timed("engine inputs", answer.engine._inputs)  # type: ignore[attr-defined]
     answer.engine.replies = timer.timed("engine", answer.engine.replies)  # type: ignore[method-assign]
     built = timer.timed("reading and joining", lambda given: pa.concat_tables(list(build(given))))

@@ -60,9 +60,10 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     written = [row for out in stage(pa.table({"bucket": sorted(tables[2].by_bucket())})) for row in out.to_pylist()]
     shards = [Shard(row["bucket"], row["samples"], row["vectors"]) for row in written if row["samples"]]
     config = train.Config(tables=population.tables, llm=llm_config, fit=FitConfig(batch_size=given.size(16, 4)))
-    plug, llm, tokenizer = train._models(config, {"encoder_id": population.encoder_id, "llm_id": llm_id(llm_config)})
+    identities = {"encoder_id": population.encoder_id, "llm_id": llm_id(llm_config)}
+    plug, llm, tokenizer = train.make_models(config, identities)
     with tempfile.TemporaryDirectory() as local:
-        trained, validation = train._samples(config, (samples, shards), local, plug, llm, tokenizer)
+        trained, validation = train.make_samples(config, (samples, shards), local, plug, llm, tokenizer)
     fitter = Fitter(plug, llm, config.fit, trained, validation, pad_id=tokenizer.pad_token_id or 0)
     lengths, size, steps = trained.lengths(), config.fit.batch_size, given.size(4, 2)
     full = [batch for batch in plan_epoch(lengths, size, 0, 0) if len(batch) == size]
@@ -105,7 +106,7 @@ class Loop:
 
         fitter, plug, config = setting.fitter, setting.fitter.plug, setting.fitter.config
         with torch.autocast(fitter.device.type, fitter.dtype, enabled=fitter.dtype != torch.float32):
-            query = fitter._queries(setting.samples, part)
+            query = fitter.query_vectors(setting.samples, part)
             kept = []
             for index in part:
                 own = setting.samples.items(index)

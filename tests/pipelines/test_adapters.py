@@ -231,7 +231,7 @@ def greedy(served, request, weights=None, persona=None, profile=""):
     llm = FrozenLLM.load(served.made.llm)
     for name, (a, b) in (weights or {}).items():
         llm.model.get_submodule(name).weight += LORA.shape.scale * b @ a
-    prompt = llm.splicer.prompts([request["input"]])[0]
+    prompt = llm.prompt_builder.prompts([request["input"]])[0]
     told = llm.tokenizer(profile, add_special_tokens=False)["input_ids"]
     before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before + told, prompt.after))
     embeds = torch.cat([before, *([] if persona is None else [persona]), after])[None]
@@ -333,7 +333,7 @@ def test_the_exported_folder_gives_the_same_replies_in_peft(served, tmp_path):
     checked = 0
     for (request_id, method), row in served.replies.items():
         if method == "adapter" and row["user_id"] == user:
-            prompt = llm.splicer.prompts([served.requests[request_id]["input"]])[0]
+            prompt = llm.prompt_builder.prompts([served.requests[request_id]["input"]])[0]
             ids = torch.tensor([prompt.before + prompt.after])
             out = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
             assert llm.tokenizer.decode(out, skip_special_tokens=True) == row["text"].strip()

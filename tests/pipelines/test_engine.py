@@ -46,14 +46,18 @@ def persona(llm, rows, seed):
 def prompts(llm, row_counts):
     return [
         EnginePrompt(f"r{i}", prompt.before, persona(llm, n, i), prompt.after)
-        for i, (prompt, n) in enumerate(zip(llm.splicer.prompts(INPUTS), row_counts, strict=True))
+        for i, (prompt, n) in enumerate(zip(llm.prompt_builder.prompts(INPUTS), row_counts, strict=True))
     ]
 
 
 def greedy(llm, prompt, max_tokens):
     """transformers' own generate, one prompt at a time, from unpadded embeddings."""
     embed = llm.embedding
-    parts = [embed(torch.tensor(prompt.before)), torch.from_numpy(prompt.rows), embed(torch.tensor(prompt.after))]
+    parts = [
+        embed(torch.tensor(prompt.before)),
+        torch.from_numpy(prompt.soft_prompt),
+        embed(torch.tensor(prompt.after)),
+    ]
     embeds = torch.cat(parts)[None]
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
@@ -70,7 +74,7 @@ def batch(prompts, errors=None):
         "user_id": ["u"] * n,
         "before": [p.before for p in prompts],
         "after": [p.after for p in prompts],
-        "rows": ragged_f32([p.rows.ravel() for p in prompts]),
+        "rows": ragged_f32([p.soft_prompt.ravel() for p in prompts]),
         "persona": ["attention"] * n,
         "plug_id": ["p"] * n,
         "encoder_id": ["e"] * n,
@@ -96,7 +100,7 @@ def test_greedy_replies_with_prompt_embeddings_equal_those_of_transformers(reply
 def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm):
     stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", CpuShare(1, 2))
     try:
-        assert stage.engine._dtype == torch.bfloat16
+        assert stage.engine.dtype == torch.bfloat16
         asked = prompts(llm, [4, 1, 2, 0, 3])
         replies = stage.engine.replies(asked)
     finally:
@@ -106,7 +110,7 @@ def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm)
         written = torch.tensor(llm.tokenizer(reply.text, add_special_tokens=False)["input_ids"])
         if len(written) != reply.output_tokens - (reply.finish_reason == "stop"):
             continue  # a special token within the reply, which the text does not show
-        parts = [torch.tensor(prompt.before), torch.from_numpy(prompt.rows), torch.tensor(prompt.after), written]
+        parts = [torch.tensor(prompt.before), torch.from_numpy(prompt.soft_prompt), torch.tensor(prompt.after), written]
         embeds = torch.cat([part if part.ndim == 2 else llm.embedding(part) for part in parts])[None]
         with torch.no_grad():
             logits = llm.model(inputs_embeds=embeds).logits[0, -len(written) - 1 : -1]
@@ -129,12 +133,17 @@ def test_the_second_engine_gives_the_same_replies(llama, reply, llm):
 def test_bad_rows_become_errors_and_their_neighbours_replies_do_not_change(reply, llm):
     good = prompts(llm, [4, 1, 2, 0, 3])
     clean = reply(batch(good)).to_pylist()
-    bad = {"nan": good[0].rows.copy(), "inf": good[0].rows.copy(), "huge": good[0].rows * 1e6, "zero": good[0].rows * 0}
+    bad = {
+        "nan": good[0].soft_prompt.copy(),
+        "inf": good[0].soft_prompt.copy(),
+        "huge": good[0].soft_prompt * 1e6,
+        "zero": good[0].soft_prompt * 0,
+    }
     bad["nan"][1, 3] = np.nan
     bad["inf"][0, 0] = np.inf
     bad["width"] = np.ones((1, llm.dim + 1), np.float32)
     mixed = [EnginePrompt(name, good[0].before, rows, good[0].after) for name, rows in bad.items()]
-    long = EnginePrompt("long", [1] * 200, good[0].rows, [5])
+    long = EnginePrompt("long", [1] * 200, good[0].soft_prompt, [5])
     out = {row["request_id"]: row for row in reply(batch([*mixed, *good, long])).to_pylist()}
     for name, what in {
         "nan": "not finite",
@@ -174,7 +183,7 @@ def test_a_model_that_treats_embeddings_in_its_own_way_is_refused(reply, monkeyp
         "pipelines.engines.vllm.embedding_rows", lambda folder, ids: torch.randn(len(ids), reply.engine.dim)
     )
     with pytest.raises(InputError, match="the engine replies otherwise to the same tokens given as embeddings"):
-        reply.engine._probe(reply_folder(reply))
+        reply.engine.probe(reply_folder(reply))
 
 
 def reply_folder(reply):
@@ -200,7 +209,7 @@ def test_encoder_decoder_replies_equal_those_of_transformers(tmp_path, beams, ma
     for prompt, got in zip(asked, engine.replies(asked), strict=True):
         embed = llm.embedding
         ids = [torch.tensor(part, dtype=torch.long) for part in (prompt.before, prompt.after)]
-        embeds = torch.cat([embed(ids[0]), torch.from_numpy(prompt.rows), embed(ids[1])])[None]
+        embeds = torch.cat([embed(ids[0]), torch.from_numpy(prompt.soft_prompt), embed(ids[1])])[None]
         with torch.no_grad():
             out = llm.model.generate(inputs_embeds=embeds, max_new_tokens=8, num_beams=beams, do_sample=False)
         assert got.text == llm.tokenizer.decode(out[0], skip_special_tokens=True)

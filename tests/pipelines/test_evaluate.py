@@ -106,7 +106,7 @@ def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsy
     code, report, printed = run(generated, capsys)
     assert code == 0
     assert (report["task"], report["n_users"], report["n_requests"]) == ("notes", USERS, USERS * EACH)
-    entry = tasks.TaskEntry.model_validate(NOTES)
+    entry = tasks.TaskSpec.model_validate(NOTES)
     for method, seed, right in (("none", 1, 0.2), ("plug", 2, 0.8), ("plug:mean", 1, 0.2)):
         golds, texts = labelled(generated, replies(generated, right, seed))
         assert report["methods"][method]["scores"] == pytest.approx(metrics.score(entry, golds, texts), abs=1e-12)
@@ -136,7 +136,7 @@ def test_only_the_users_of_a_list_are_scored(generated, tmp_path):
     _, report, _ = run(generated, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "p"))
     asked = {i for i, row in generated.requests().items() if row["user_id"] in some and row["target"]}
     assert (report["n_users"], report["n_requests"], report["not_generated"]) == (30, 90, 0) and len(asked) == 90
-    entry = tasks.TaskEntry.model_validate(NOTES)
+    entry = tasks.TaskSpec.model_validate(NOTES)
     golds, texts = labelled(generated, replies(generated, 0.8, 2))
     want = metrics.score(entry, {i: golds[i] for i in asked}, {i: texts[i] for i in asked})
     assert report["methods"]["plug"]["scores"] == pytest.approx(want, abs=1e-12)
@@ -180,7 +180,7 @@ def test_predictions_are_files_in_lamps_shape_that_score_the_same(generated, tmp
         assert found["task"] == "notes" and set(found) == {"task", "golds"}
         texts = {row["id"]: row["output"] for row in found["golds"]}
         assert len(found["golds"]) == len(texts) and set(texts) == set(golds)
-        score = metrics.score(tasks.TaskEntry.model_validate(NOTES), golds, texts)
+        score = metrics.score(tasks.TaskSpec.model_validate(NOTES), golds, texts)
         assert score == pytest.approx(report["methods"][method]["scores"])
 
 

@@ -58,7 +58,7 @@ def test_an_oracle_file_is_read_alike_however_it_was_saved(tmp_path, form):
 def test_task_and_config_files_are_read_alike_however_they_were_saved(tmp_path, form):
     task, config = tmp_path / "task.yaml", tmp_path / "config.yaml"
     task.write_bytes(forms(json.dumps(NOTES, indent=1) + "\n")[form])
-    assert tasks.find(str(task)) == tasks.TaskEntry.model_validate(NOTES)
+    assert tasks.find(str(task)) == tasks.TaskSpec.model_validate(NOTES)
     config.write_bytes(forms("model: m\nmax_tokens: 64\n")[form])
     given = options.read(["--config", str(config)], EncoderConfig)
     assert given.values == {"model": "m", "max_tokens": 64}

@@ -62,7 +62,7 @@ def before(tmp_path: Path) -> Path:
 def training(**more: object) -> dict[str, object]:
     shape = PlugShape(persona_tokens=2, without_history=True)
     config = TrainConfig(tables="t", llm=LLM, shape=shape, **({"fit": FIT, "max_history_items": 30} | more))
-    return train._decisive(config, {"encoder_id": None, "llm_id": "llm"})
+    return train.decisive(config, {"encoder_id": None, "llm_id": "llm"})
 
 
 def base_training() -> dict[str, object]:

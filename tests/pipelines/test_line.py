@@ -198,7 +198,7 @@ def test_replies_with_a_plug_are_those_of_transformers_from_the_same_history(lin
                 x = plug.embed_query(query["input_ids"], query["attention_mask"])[0]
                 weights = torch.softmax(vectors @ x, 0)
                 parts.append(plug.config.persona_scale * (weights @ plug.align_mlp(vectors)).view(2, llm.dim))
-            prompt = llm.splicer.prompts([request["input"]])[0]
+            prompt = llm.prompt_builder.prompts([request["input"]])[0]
             before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
             embeds = torch.cat([before, *parts, after])[None]
             mask = torch.ones(embeds.shape[:2], dtype=torch.long)

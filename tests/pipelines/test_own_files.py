@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -81,7 +82,8 @@ def test_a_worker_that_finds_other_samples_than_were_written_names_both_counts(m
     names = ("histories", small.names(made.tables, "embeddings-"), "requests")
     histories, embeddings, requests = (tables.open_table(made.tables, one).snapshot(complete=True) for one in names)
     stage = PrepareSamples(histories, embeddings, requests, tables.task_entry(None, histories), 100, str(tmp_path))
-    shards = [Shard(row["bucket"], row["samples"], row["vectors"]) for row in map(stage._bucket, (0, 1))]
+    written = [table.to_pylist()[0] for table in stage(pa.table({"bucket": [0, 1]}))]
+    shards = [Shard(row["bucket"], row["samples"], row["vectors"]) for row in written]
     table, vectors = load_samples(str(tmp_path), shards, "")
     assert table.num_rows == len(users_of(made.tables)) == 12
     (tmp_path / "samples-9.parquet").write_bytes((tmp_path / "samples-0.parquet").read_bytes())  # of nobody's
@@ -172,8 +174,6 @@ def test_a_run_goes_on_with_what_it_began_with_and_nothing_else(made, tmp_path):
 
 
 def test_examples_are_read_by_their_names_and_counts(tmp_path):
-    import pyarrow as pa
-
     rows = pa.table({"prompt": [[1, 2], [3]], "answer": [[4], [5]]})
     for bucket in (0, 7):
         pq.write_table(rows, tmp_path / f"examples-{bucket}.parquet")

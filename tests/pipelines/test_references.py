@@ -8,7 +8,7 @@ import pytest
 
 from pipelines import tables
 from pipelines.evaluate import references
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -45,7 +45,7 @@ def fitted(population: Population, task: dict = NOTES, **more) -> references.Ref
     histories, requests = (
         tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
     )
-    found = references.fit(TaskEntry.model_validate(task), histories, requests, None, **more)
+    found = references.fit(TaskSpec.model_validate(task), histories, requests, None, **more)
     return pickle.loads(pickle.dumps(found))
 
 
@@ -137,8 +137,8 @@ def test_other_populations_teach_the_classifier_but_not_their_users_who_are_aske
 def test_the_sample_is_bounded_and_the_same_each_time(tmp_path, monkeypatch):
     population = made(tmp_path, crowd(), [ask("anna", 9, "mud")])
     histories = tables.open_table(population.tables, "histories").snapshot(complete=True)
-    first = references.learn(histories.filled(), TaskEntry.model_validate(NOTES), histories, None, 0.5)
-    again = references.learn(histories.filled()[::-1], TaskEntry.model_validate(NOTES), histories, None, 0.5)
+    first = references.learn(histories.filled(), TaskSpec.model_validate(NOTES), histories, None, 0.5)
+    again = references.learn(histories.filled()[::-1], TaskSpec.model_validate(NOTES), histories, None, 0.5)
     assert sorted(first.drawn) == sorted(again.drawn) and 15 < len(first.drawn) < 40
     assert first.counts.tolist() == [36, 18]
     monkeypatch.setattr(references, "MAX_TRAINING_ITEMS", 10)

@@ -15,7 +15,7 @@ from pipelines.refresh import job as refresh
 from pipelines.upkeep import compact
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.retrieval import RetrievalConfig
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import DECODING, ENGINE, PEOPLE, TASK, item, put, run, talkative
 from tests.pplug.models import tiny_bert
@@ -60,7 +60,7 @@ def made(tmp_path_factory, ray_session):
 
 def prompts(made, population) -> dict:
     """Token ids of every prompt, by user, which of the user's requests, and method."""
-    entry = TaskEntry.model_validate(TASK)
+    entry = TaskSpec.model_validate(TASK)
     names = ("requests", "histories", tables.embeddings_name(encoder_id(made.encoder, entry.item)))
     requests, histories, vectors = (
         tables.open_table(population.tables, name).snapshot(complete=True) for name in names

@@ -70,7 +70,7 @@ def test_its_replies_are_the_llms_behind_the_instruction_row_alone(made):
     llm, plug = FrozenLLM.load(made.world.llm), PersonaPlug.from_pretrained(made.plug)
     asked = {row["request_id"]: row["input"] for row in small.rows(made.world.tables, "requests")}
     for row in rows[:12]:
-        prompt = llm.splicer.prompts([asked[row["request_id"]]])[0]
+        prompt = llm.prompt_builder.prompts([asked[row["request_id"]]])[0]
         before, after = (llm.embedding(torch.tensor(ids)) for ids in (prompt.before, prompt.after))
         embeds = torch.cat([before, plug.instruction(), after])[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)

@@ -21,14 +21,14 @@ from pipelines.pending_users import PendingUsers
 from pipelines.train.samples import PrepareSamples
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES
 from tests.pplug.models import WORDS, tiny_llama
 from tests.prompt_stage import prompt_stage
 
 BUCKETS, DIM, ITEMS = 2, 64, 8
 USERS = [f"user-{i}" for i in range(3000)]
-ENTRY = TaskEntry.model_validate(NOTES)
+ENTRY = TaskSpec.model_validate(NOTES)
 METHODS = ("none", "plug")
 
 

@@ -75,8 +75,8 @@ def samples(llm, n, seed=0):
         vectors.append(centre[kind] + rng.normal(0, 0.05, (size, D)).astype(np.float16))
     words = ["crime", "music"]
     return Samples(
-        prompts=llm.splicer.prompts(["the film" if i % 2 else "a cat sat" for i in range(n)]),
-        targets=llm.splicer.targets([words[kind] for kind in kinds], 4),
+        prompts=llm.prompt_builder.prompts(["the film" if i % 2 else "a cat sat" for i in range(n)]),
+        targets=llm.prompt_builder.targets([words[kind] for kind in kinds], 4),
         queries=[[1]] * n,
         owners=[f"u{i}" for i in range(n)],
         spans=np.array(spans),

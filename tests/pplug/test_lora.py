@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
-from pplug.lora import StackedTrainer, UserExamples, _Pass, initial_weights, kept_mask, plan_steps, user_seed
+from pplug.lora import Pass, StackedTrainer, UserExamples, initial_weights, kept_mask, plan_steps, user_seed
 from tests.pplug.models import tiny_llama
 
 VOCAB = 26
@@ -221,8 +221,8 @@ def test_one_item_and_ten_thousand_train_side_by_side(folder):
 
 def test_a_pass_holds_as_many_users_as_the_budgets_allow(folder, monkeypatch):
     sizes = []
-    run = StackedTrainer._run
-    monkeypatch.setattr(StackedTrainer, "_run", lambda self, users: (sizes.append(len(users)), run(self, users)))
+    run = StackedTrainer.take_step
+    monkeypatch.setattr(StackedTrainer, "take_step", lambda self, users: (sizes.append(len(users)), run(self, users)))
     users = people((8,) * 6)
     config = LoraConfig(epochs=1)
     trainer = StackedTrainer(base(folder), config)
@@ -242,8 +242,8 @@ def test_the_memory_estimate_is_near_what_a_pass_keeps(folder):
     trainer = StackedTrainer(base(folder), LoraConfig())
     users, kept = people(), {}
     estimate = sum(
-        sum(len(p) + len(t) - 1 for p, t in user.examples[:16]) * trainer._token_bytes
-        + sum(len(t) for _, t in user.examples[:16]) * trainer._label_bytes
+        sum(len(p) + len(t) - 1 for p, t in user.examples[:16]) * trainer.token_bytes
+        + sum(len(t) for _, t in user.examples[:16]) * trainer.label_bytes
         for user in users
     )
     own = {parameter.data_ptr() for parameter in trainer.model.parameters()}
@@ -254,7 +254,7 @@ def test_the_memory_estimate_is_near_what_a_pass_keeps(folder):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer._losses(_Pass([trainer._enter(UserExamples(u.user_id, u.examples[:16])) for u in users], "cpu"))
+        trainer.losses(Pass([trainer.enter(UserExamples(u.user_id, u.examples[:16])) for u in users], "cpu"))
     assert 0.5 < sum(kept.values()) / estimate < 2
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
 from pplug.objective import splice_rows, target_loss
-from pplug.splice import PromptLayout, Splicer
+from pplug.splice import PromptBuilder, PromptLayout
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5, word_tokenizer
 
 INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on"]
@@ -55,7 +55,7 @@ def by_hand(llm, prompt, rows, target):
 def test_loss_of_a_padded_batch_is_the_sum_of_single_samples(kind, request):
     llm = request.getfixturevalue(kind)
     rows, counts = rows_for(llm, 3), [3, 1, 0]  # persona, instruction alone, no plug
-    prompts, targets = llm.splicer.prompts(INPUTS), llm.splicer.targets(TARGETS, 10)
+    prompts, targets = llm.prompt_builder.prompts(INPUTS), llm.prompt_builder.targets(TARGETS, 10)
     loss, _ = target_loss(llm, prompts, rows, counts, targets)
     want = sum(
         by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
@@ -67,7 +67,7 @@ def test_loss_of_a_padded_batch_is_the_sum_of_single_samples(kind, request):
 
 
 def test_exact_tells_what_greedy_decoding_would_write(llama):
-    rows, prompts = rows_for(llama, 1), llama.splicer.prompts(["the cat"])
+    rows, prompts = rows_for(llama, 1), llama.prompt_builder.prompts(["the cat"])
     embeddings, _, _ = splice_rows(llama, prompts, rows.detach(), [3], [[]])
     out = llama.model.generate(inputs_embeds=embeddings, max_new_tokens=3, do_sample=False, eos_token_id=-1)[0].tolist()
     wrong = [*out[:-1], (out[-1] + 1) % 30]
@@ -76,13 +76,13 @@ def test_exact_tells_what_greedy_decoding_would_write(llama):
 
 
 def test_the_llm_keeps_no_gradient(llama):
-    target_loss(llama, llama.splicer.prompts(["the"]), rows_for(llama, 1), [3], [[5, 2]])[0].backward()
+    target_loss(llama, llama.prompt_builder.prompts(["the"]), rows_for(llama, 1), [3], [[5, 2]])[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in llama.model.parameters())
 
 
 def test_rows_stand_after_bos_and_before_the_input(llama):
     rows = rows_for(llama, 1).detach()
-    prompt = llama.splicer.prompts(["cat dog"])[0]
+    prompt = llama.prompt_builder.prompts(["cat dog"])[0]
     embeddings, mask, _ = splice_rows(llama, [prompt], rows, [3], [[]])
     ids = llama.tokenizer.get_vocab()
     assert prompt.before == [1] and prompt.after == [ids["cat"], ids["dog"]]
@@ -98,24 +98,24 @@ def test_chat_template_puts_the_rows_inside_the_users_turn(tmp_path):
         "{% for m in messages %}one : {{ m['content'] }} two {% endfor %}"
         "{% if add_generation_prompt %}answer :{% endif %}"
     )
-    prompt = Splicer(tokenizer, PromptLayout(), encoder_decoder=False).prompts(["cat"])[0]
+    prompt = PromptBuilder(tokenizer, PromptLayout(), encoder_decoder=False).prompts(["cat"])[0]
     words = tokenizer.convert_ids_to_tokens(prompt.before), tokenizer.convert_ids_to_tokens(prompt.after)
     assert words == (["one", ":"], ["cat", "two", "answer", ":"])
-    plain = Splicer(tokenizer, PromptLayout(chat="never"), encoder_decoder=False).prompts(["cat"])[0]
+    plain = PromptBuilder(tokenizer, PromptLayout(chat="never"), encoder_decoder=False).prompts(["cat"])[0]
     assert tokenizer.convert_ids_to_tokens(plain.before) == ["<s>"]
 
 
 def test_a_long_input_is_cut_at_its_end_and_the_suffix_stays(tmp_path):
     tokenizer = word_tokenizer(tmp_path)
     layout = PromptLayout(suffix=" answer :", max_input_tokens=3)
-    prompts = Splicer(tokenizer, layout, encoder_decoder=False).prompts(["the cat sat on", "the cat sat"])
+    prompts = PromptBuilder(tokenizer, layout, encoder_decoder=False).prompts(["the cat sat on", "the cat sat"])
     for prompt in prompts:
         assert tokenizer.convert_ids_to_tokens(prompt.after) == ["the", "cat", "sat", "answer", ":"]
 
 
 def test_targets_end_with_eos_within_the_limit(llama):
-    assert [row[-1] for row in llama.splicer.targets(["the cat sat on the mat", ""], 3)] == [2, 2]
-    assert [len(row) for row in llama.splicer.targets(["the cat sat on the mat", ""], 3)] == [3, 1]
+    assert [row[-1] for row in llama.prompt_builder.targets(["the cat sat on the mat", ""], 3)] == [2, 2]
+    assert [len(row) for row in llama.prompt_builder.targets(["the cat sat on the mat", ""], 3)] == [3, 1]
 
 
 def test_embedding_rows_come_from_the_file_and_norm_is_the_mean(llama, tmp_path):

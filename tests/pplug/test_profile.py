@@ -62,9 +62,9 @@ def test_an_item_without_a_field_of_the_pattern_is_named_and_no_text_told(tokeni
 
 def test_a_profile_is_cut_to_its_tokens_wording_included(tokenizer):
     made = CONFIG.model_copy(update={"max_tokens": 6})
-    assert profile.lead("a b c d e f", "q", made, tokenizer, 100, 0.6) == "About: a b c d\n"
-    assert profile.lead("a b", "q", made, tokenizer, 100, 0.6) == "About: a b\n"
-    assert profile.lead("a b", "q", made.model_copy(update={"max_tokens": 2}), tokenizer, 100, 0.6) == ""
+    assert profile.prefix("a b c d e f", "q", made, tokenizer, 100, 0.6) == "About: a b c d\n"
+    assert profile.prefix("a b", "q", made, tokenizer, 100, 0.6) == "About: a b\n"
+    assert profile.prefix("a b", "q", made.model_copy(update={"max_tokens": 2}), tokenizer, 100, 0.6) == ""
 
 
 @settings(max_examples=80, deadline=None)
@@ -78,7 +78,7 @@ def test_a_request_within_its_share_stands_whole_behind_profile_and_items(
     """As the prompt stage puts them together: the profile first, then what retrieval still has room for."""
     config, input = CONFIG.model_copy(update={"max_tokens": max_tokens}), "review: " + " ".join(["q"] * asked)
     budget = min(budget, limit)
-    first = profile.lead("p " * told, input, config, tokenizer, limit, 0.6)
+    first = profile.prefix("p " * told, input, config, tokenizer, limit, 0.6)
     assert words(first) <= max_tokens
     reserved = max(0, words(first) - (limit - budget))
     shown = [{"score": "5", "text": "w " * 30} for _ in range(k)]

@@ -7,9 +7,9 @@ import pytest
 
 from pplug import references, tasks
 from pplug.references import Classifier
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
-NEWS = TaskEntry(
+NEWS = TaskSpec(
     name="news",
     marker="article: ",
     item="{topic}: {title}",

@@ -124,12 +124,12 @@ def size(tokenizer, text: str) -> int:
 def test_prompts_are_worded_as_published(task, tokenizer):
     entry = tasks.get(task)
     got = retrieval.compose(items(task, 0, 0), ASKED[task], entry, tokenizer, 256, 0.6)
-    assert got.lead + got.rest == PUBLISHED[task]
+    assert got.prefix + got.suffix == PUBLISHED[task]
     assert retrieval.words(items(task, 0)[0], entry) == WORDS[task]
     if task == "LaMP_1":
-        assert got.lead == ""  # the items stand inside the request
+        assert got.prefix == ""  # the items stand inside the request
     else:
-        assert got.rest == ASKED[task]
+        assert got.suffix == ASKED[task]
 
 
 def test_without_an_item_the_prompt_is_the_request(tokenizer):
@@ -148,7 +148,7 @@ def test_the_budget_holds_and_a_request_within_its_share_is_never_cut(tokenizer,
     entry, asked = tasks.get(task), ASKED[task] + " q" * asked_more
     shown = items(task, *lengths)
     got = retrieval.compose(shown, asked, entry, tokenizer, budget, 0.6)
-    text = got.lead + got.rest
+    text = got.prefix + got.suffix
     if text == asked:
         return  # no item fits
     assert size(tokenizer, text) <= budget
@@ -164,7 +164,7 @@ def test_what_a_short_item_leaves_goes_to_the_next(tokenizer):
     entry = tasks.get("LaMP_3")
     shown = [{"score": "5", "text": "w"}, {"score": "1", "text": "w " * 200}, {"score": "3", "text": "w " * 200}]
     asked = "review: R"
-    text = retrieval.compose(shown, asked, entry, tokenizer, 100, 0.6).lead
+    text = retrieval.compose(shown, asked, entry, tokenizer, 100, 0.6).prefix
     first, second, third = (line.count("w") for line in text.split(", and "))
     # shares a, a, a of which the first needs one token: 1, 2a - 1, a
     assert first == 1 and second == 2 * third - 1
@@ -174,7 +174,7 @@ def test_what_a_short_item_leaves_goes_to_the_next(tokenizer):
 def test_what_does_not_fit_at_all_is_left_out_least_like_first(tokenizer):
     entry = tasks.get("LaMP_4")
     long_title = [{"title": f"t{n} " * 9, "text": "w " * 30} for n in range(4)]
-    got = retrieval.compose(long_title, "article: T", entry, tokenizer, 50, 0.6).lead
+    got = retrieval.compose(long_title, "article: T", entry, tokenizer, 50, 0.6).prefix
     assert "t0" in got and "t3" not in got
     assert retrieval.compose(long_title, "article: T", entry, tokenizer, 12, 0.6) == ("", "article: T")
 

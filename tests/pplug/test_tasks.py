@@ -59,7 +59,7 @@ def test_lamp_entries_have_the_published_sizes():
 
 def test_an_entry_survives_json():
     for entry in tasks.lamp_entries():
-        assert tasks.TaskEntry.from_json(entry.to_json()) == entry
+        assert tasks.TaskSpec.from_json(entry.to_json()) == entry
 
 
 def test_a_made_up_task_needs_one_yaml_file_and_no_code(tmp_path):

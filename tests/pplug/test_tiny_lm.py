@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pplug.splice import PromptLayout, Splicer
+from pplug.splice import PromptBuilder, PromptLayout
 from pplug.tiny_lm import TinyLMConfig, encode, score, train_lm, train_tokenizer
 
 WORDS = ("red", "green", "blue", "black")
@@ -58,8 +58,11 @@ def test_the_folder_loads_elsewhere_and_replies_as_trained(trained, tmp_path):
 def test_texts_become_the_same_tokens_as_prompts_and_targets_of_the_line():
     texts = [("say red", "red"), ("what?  \n", "two words"), ("", "black")]
     tokenizer = train_tokenizer(texts, TINY, "\n")
-    splicer = Splicer(tokenizer, PromptLayout(), encoder_decoder=False)
-    prompts, targets = splicer.prompts([text for text, _ in texts]), splicer.targets([t for _, t in texts], 32)
+    prompt_builder = PromptBuilder(tokenizer, PromptLayout(), encoder_decoder=False)
+    prompts, targets = (
+        prompt_builder.prompts([text for text, _ in texts]),
+        prompt_builder.targets([t for _, t in texts], 32),
+    )
     expected = [(p.before + p.after + t, len(t)) for p, t in zip(prompts, targets, strict=True)]
     assert encode(texts, tokenizer, 64) == expected
 

@@ -24,8 +24,8 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Group, Method, PartInfo
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
-from pplug.splice import Splicer
-from pplug.tasks import TaskEntry
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec
 
 
 @dataclass
@@ -35,7 +35,7 @@ class GenerateRun:
     config: Config
     methods: Sequence[Method]
     llm_id: str
-    task: TaskEntry
+    task: TaskSpec
     report: RunReport
     buckets: int
     """Number of buckets of the tables."""
@@ -70,8 +70,8 @@ class Worker:
     """What a part finds in an actor that builds prompts."""
 
     llm: LLMConfig
-    task: TaskEntry
-    builder: Splicer
+    task: TaskSpec
+    prompt_builder: PromptBuilder
     cpu: CpuShare
 
 

@@ -11,7 +11,7 @@ from pipelines.methods import PartInfo
 from pplug.identity import model_folder
 from pplug.llm import load_tokenizer
 from pplug.plain_text import TextTokenizer
-from pplug.profile import ProfileConfig, lead
+from pplug.profile import ProfileConfig, prefix
 from pplug.schemas import LAST_ITEM
 
 
@@ -41,7 +41,7 @@ class Profile(Part):
             )
         limit = config.llm.layout.max_input_tokens
         tokenizer = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
-        if not lead("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
+        if not prefix("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
             raise InputError(
                 f"profile.max_tokens={config.profile.max_tokens} and llm.layout.max_input_tokens={limit} leave a "
                 "profile no room beside the words of profile.text; raise them or shorten it"
@@ -56,7 +56,7 @@ class Profile(Part):
         return {"profile_id": self.profiles.metadata.get("profile_id", "")}
 
     def load(self, worker: Worker) -> None:
-        self.tokenizer, self.limit = worker.builder.words, worker.llm.layout.max_input_tokens
+        self.tokenizer, self.limit = worker.prompt_builder.words, worker.llm.layout.max_input_tokens
 
     def look(self, view: BucketView) -> None:
         columns = ["user_id", "text", *LAST_ITEM]
@@ -69,6 +69,6 @@ class Profile(Part):
             if made_from is not None and not made_from.is_visible_to(request):
                 drafts.notes[i].append("profile_not_used")
             elif text is not None:
-                drafts.prefixes[i] = lead(
+                drafts.prefixes[i] = prefix(
                     text, drafts.inputs[i], self.config, self.tokenizer, self.limit, self.input_share
                 )

@@ -61,7 +61,7 @@ class Retrieval(Part):
         return Needs(items=True, fields=True)
 
     def load(self, worker: Worker) -> None:
-        self.task, self.tokenizer = worker.task, worker.builder.words
+        self.task, self.tokenizer = worker.task, worker.prompt_builder.words
         self.limit = worker.llm.layout.max_input_tokens
         self.budget = self.config.budget_tokens or self.limit
         if "dense" in self.kinds:
@@ -79,8 +79,8 @@ class Retrieval(Part):
         texts, problems = self._prompts(part.name, drafts.requests, drafts.inputs, self._view.items, reserved)
         for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
             drafts.fail(i, problem)
-            drafts.prefixes[i] += text.lead
-            drafts.inputs[i] = text.rest
+            drafts.prefixes[i] += text.prefix
+            drafts.inputs[i] = text.suffix
         if part.name == "dense":
             drafts.encoder_id = self._view.encoder_id
 
