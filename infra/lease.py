@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.storage import Storage
 
 FOLDER = "_leases"
@@ -30,7 +30,7 @@ def writing(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by a job while it writes tables of this root; any number at once.
 
     Raises:
-        Overtaken: on entering, somebody is alone at work here.
+        ConcurrentRunError: on entering, somebody is alone at work here.
     """
     return _held(root, owner, "writing")
 
@@ -42,7 +42,7 @@ def reading(root: str, owner: str) -> AbstractContextManager[None]:
     goes on without a lease and says so.
 
     Raises:
-        Overtaken: on entering, somebody is alone at work here.
+        ConcurrentRunError: on entering, somebody is alone at work here.
     """
     return _held(root, owner, "reading") if Storage(root).exists() else nullcontext()
 
@@ -51,7 +51,7 @@ def alone(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by the only job that may work on this root.
 
     Raises:
-        Overtaken: on entering, somebody else is at work here.
+        ConcurrentRunError: on entering, somebody else is at work here.
     """
     return _held(root, owner, "alone")
 
@@ -60,13 +60,13 @@ def no_other_writer(root: str, owner: str) -> AbstractContextManager[None]:
     """Held by a short job beside which nobody may write; whoever reads already goes on.
 
     Raises:
-        Overtaken: on entering, somebody else writes here or is alone at work.
+        ConcurrentRunError: on entering, somebody else writes here or is alone at work.
     """
     return _held(root, owner, "alone", beside=("reading",))
 
 
 def refuse_if_not_alone(root: str, owner: str) -> None:
-    """Raises Overtaken when somebody else holds `alone`: then nobody may commit."""
+    """Raises ConcurrentRunError when somebody else holds `alone`: then nobody may commit."""
     _refuse(root, owner, "alone")
 
 
@@ -80,7 +80,7 @@ def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = (
         except (FileNotFoundError, ValueError):  # given back while we looked
             continue
         if lease["owner"] != owner and lease["until"] > now and lease["kind"] not in beside:
-            raise Overtaken(
+            raise ConcurrentRunError(
                 f"{root}: run {lease['owner']} is at work here ({lease['kind']}; its lease {name} runs out in "
                 f"{lease['until'] - now:.0f} s unless renewed) and this run cannot work beside it. This run stops; "
                 f"what it has committed stays: when the other has ended, run it again with run_id={owner}"

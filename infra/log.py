@@ -42,20 +42,20 @@ def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
     return [json.loads(line) for line in raw.splitlines() if line.strip()]
 
 
-def _info(said: list[dict[str, Any]]) -> dict[str, Any]:
+def commit_info(said: list[dict[str, Any]]) -> dict[str, Any]:
     return next((entry["commitInfo"] for entry in said if "commitInfo" in entry), {})
 
 
 def back_from(storage: Storage, version: int) -> Iterator[dict[str, Any]]:
     """What each commit said, with its version, newest first, as far back as the log goes."""
     while version >= 0 and (found := entries(storage, version)) is not None:
-        yield _info(found) | {"version": version}
+        yield commit_info(found) | {"version": version}
         version -= 1
 
 
 def metadata_of(storage: Storage, version: int) -> dict[str, str]:
     """The custom metadata of one commit, without the library's own keys."""
-    said = _info(entries(storage, version) or [])
+    said = commit_info(entries(storage, version) or [])
     return {key: value for key, value in said.items() if key not in _LIBRARY_KEYS}
 
 
@@ -71,7 +71,7 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
     found: set[str] = set() if since <= until else {"other"}
     for version in range(since + 1, until + 1):
         said = entries(storage, version)
-        own = _info(said or [])
+        own = commit_info(said or [])
         if (
             said is None
             or any(key in own for key in OF_ONE_COMMIT)
@@ -82,7 +82,7 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
         actions = [entry[kind] for entry in said for kind in ("add", "remove") if kind in entry]
         if actions and not any(action.get("dataChange", True) for action in actions):
             found.add("same rows")
-        elif OWN_ROWS in _info(said):
+        elif OWN_ROWS in commit_info(said):
             found.add("own rows")
         else:
             found.add("other" if any("remove" in entry for entry in said) else "append")
@@ -91,7 +91,7 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
 
 def written_at(said: list[dict[str, Any]]) -> float:
     """When a commit was made, in seconds since 1970."""
-    return float(_info(said).get("timestamp", 0)) / 1000
+    return float(commit_info(said).get("timestamp", 0)) / 1000
 
 
 def partition(file: DataFile) -> dict[str, str | None]:

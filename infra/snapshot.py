@@ -92,7 +92,7 @@ class Snapshot:
         return [bucket for bucket in self.by_bucket() if users is None or bucket in users]
 
     @property
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """A name for exactly these files: equal stamps, equal rows, also after a table was made anew."""
         names = "\n".join(sorted(file.path for file in self.files))
         return hashlib.blake2b(names.encode(), digest_size=16).hexdigest()

@@ -3,7 +3,7 @@
 - A file that no commit names is not in the table: a killed write leaves an orphan and nothing else.
 - Before a commit the newest version is loaded; a (run_id, group) already in it is not committed again. The library
   refuses only a concurrent duplicate; after a lost answer it would take the same files twice.
-- A replacement is committed on the version it was planned on or not at all (`TableMoved`): removals and additions in
+- A replacement is committed on the version it was planned on or not at all (`CommitConflict`): removals and additions in
   one append commit without retries. The library's own overwrite accepts files outside its filter, and a stale one
   keeps both writers' files.
 - The log holds user_key ranges and never a user id; vectors are 16-bit values in float32 columns, byte-stream split.
@@ -33,14 +33,14 @@ from infra.storage import Storage, is_transient, retrying
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
-__all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file", "read_files"]
+__all__ = ["Commit", "DataFile", "Snapshot", "Table", "CommitConflict", "TableSpec", "read_file", "read_files"]
 
 T = TypeVar("T")
 COMMIT_TRIES = 8
 """For appends that lose the race for a version number, and for answers lost on the way."""
 
 
-class TableMoved(Exception):
+class CommitConflict(Exception):
     """Somebody else committed since the plan was made: plan again on the current version."""
 
     def __init__(self, table: str, current: int, planned_on: int) -> None:
@@ -51,7 +51,7 @@ class TableMoved(Exception):
         self.current, self.planned_on = current, planned_on
 
     def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
-        return TableMoved, (str(self.args[0]).split()[1], self.current, self.planned_on)
+        return CommitConflict, (str(self.args[0]).split()[1], self.current, self.planned_on)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Table:
         """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
         return list(islice(log.back_from(self.storage, self.version), limit))
 
-    def said_by(self, run_id: str) -> dict[str, str]:
+    def metadata_of_run(self, run_id: str) -> dict[str, str]:
         """What the newest commit of a run said; empty where it has committed nothing, or the log no longer says."""
         for entry in log.back_from(self.storage, self.version) if len(self.committed(run_id)) else ():
             if entry.get("run_id") == run_id:
@@ -358,9 +358,9 @@ class Table:
 
         Raises:
             InputError: the group stood there and an older version of the table has been restored since.
-            TableMoved: plan again. An append goes on over commits that only appended; anything over those that put the
+            CommitConflict: plan again. An append goes on over commits that only appended; anything over those that put the
                 same rows into other files.
-            Overtaken: somebody is alone at work on the tables of this root (`lease.alone`).
+            ConcurrentRunError: somebody is alone at work on the tables of this root (`lease.alone`).
             ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
         """
         files, wanted, beside = list(files), set(buckets), list(more)
@@ -402,7 +402,7 @@ class Table:
             more: further metadata.
 
         Raises:
-            TableMoved: somebody has committed since `below`: plan again.
+            CommitConflict: somebody has committed since `below`: plan again.
             ValueError: same_rows, but another number of rows; and as `commit`.
         """
         new, old = list(new), list(old)
@@ -430,7 +430,7 @@ class Table:
         The run goes on afterwards, so the version is not complete. Runs that only append go on over this commit.
 
         Raises:
-            TableMoved: the old files may no longer be there: plan again. Appends in between do no harm.
+            CommitConflict: the old files may no longer be there: plan again. Appends in between do no harm.
             ValueError: a file is of another table.
         """
         new, old = list(new), list(old)
@@ -467,7 +467,7 @@ class Table:
             if delta.version() != planned_on and (
                 not harmless or log.kinds(self.storage, planned_on, delta.version()) - harmless
             ):
-                raise TableMoved(self.spec.name, delta.version(), planned_on)
+                raise CommitConflict(self.spec.name, delta.version(), planned_on)
             lease.refuse_if_not_alone(self.uri.rpartition("/")[0], run_id)
             self._check_there(files)
             try:

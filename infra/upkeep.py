@@ -246,7 +246,7 @@ def restore(table: Table, target: Snapshot, run_id: str, group: int) -> Commit |
 
     Raises:
         InputError: as `check_restorable`.
-        TableMoved: somebody has committed meanwhile.
+        CommitConflict: somebody has committed meanwhile.
     """
     check_restorable(table, target)
     newest = table.snapshot()

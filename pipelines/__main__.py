@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 
 _OF_A_STAGE = re.compile(
     r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+)\s*\n"
@@ -168,7 +168,7 @@ def _explained(name: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, Overtaken):
+    if isinstance(error, ConcurrentRunError):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
         return 1
     wrong_input = _input_error(error)

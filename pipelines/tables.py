@@ -145,7 +145,7 @@ def names(tables: str) -> list[str]:
     return [name for name in known if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
 
 
-def said(table: Table, key: str) -> set[str]:
+def metadata_values(table: Table, key: str) -> set[str]:
     """What the commits of the newest version and of the newest complete one say under a key.
 
     They differ while a run that broke off has not been ended: rows of both are in the table then.

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
 from pipelines import __main__ as cli
 
@@ -235,7 +235,7 @@ def test_other_errors_end_with_1_and_a_traceback(job, capsys):
     ("error", "code"),
     [
         (InputError("no table"), 2),
-        (Overtaken("moved"), 1),
+        (ConcurrentRunError("moved"), 1),
         (RuntimeError("a user's text"), 1),
         (KeyboardInterrupt(), 130),
     ],

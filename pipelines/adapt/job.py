@@ -105,7 +105,7 @@ def _adapters(
     _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
     requests = _requests(config, report) if config.cut == "requests" else None
     # of some users only, the others' adapters stay as they were trained
-    mixed = users is not None and "none" in tables.said(adapters, "cut")
+    mixed = users is not None and "none" in tables.metadata_values(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     owed = OwedUsers(histories, requests, before if before.files else None, fit, config.history_cap, users, buckets)
     counts = plan(list(histories.by_bucket() if asked is None else asked), owed.count, report)

@@ -207,7 +207,7 @@ def _generate(
         "decoding_id": config.decoding.decoding_id,
         "settings_id": settings_id(config, entry),
     }
-    refuse_another_run(generations.said_by(report.run_id), identities, report.run_id)
+    refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
     found = plan(requests.filled(users), owed.count, report)
     counts = {bucket: row["owed"] for bucket, row in found.items()}
     refuse_a_leak(config, methods, {name: sum(row[f"{name}_leaks"] for row in found.values()) for name in KEPT})

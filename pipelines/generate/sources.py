@@ -191,7 +191,7 @@ def profiles_made_as(config: Config, entry: "TaskEntry", llm: str) -> str:
     place = tables.location(config.tables, "profiles")
     there = set[str]()
     if config.users is not None and Table.exists(place):
-        there = tables.said(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
+        there = tables.metadata_values(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
     if there:
         raise InputError(
             f"users={config.users}: the profiles in {config.tables} are of settings {', '.join(sorted(there))}, these "

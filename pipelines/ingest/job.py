@@ -12,10 +12,10 @@ import ray
 import ray.data
 
 from infra import lease, runs, session
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport, check_run_id, new_run_id, progress
 from infra.storage import Storage
-from infra.table import DataFile, Snapshot, Table, TableMoved
+from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
@@ -306,8 +306,8 @@ def _commit(
                 complete=True,
                 strict=name != "rejects",
             )
-        except TableMoved as error:
-            raise Overtaken(f"{error}. Nothing of this run is in {name}: run ingest again") from error
+        except CommitConflict as error:
+            raise ConcurrentRunError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
             _refuse_lost(config, before, name, report)

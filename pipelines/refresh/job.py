@@ -67,7 +67,7 @@ def _refresh(config: Config, report: RunReport, histories_table: "Table") -> Non
 def _made_from(config: Config, histories: "Snapshot", identities: dict[str, str | None]) -> dict[str, str]:
     """All that decides the personas: equal words, equal table. Stands in the commit that completes them."""
     said = {key: value or "" for key, value in identities.items()}
-    return said | {"histories_files": histories.stamp, "history_cap": str(config.history_cap)}
+    return said | {"histories_files": histories.fingerprint, "history_cap": str(config.history_cap)}
 
 
 def _nothing_changed(config: Config, report: RunReport, made_from: dict[str, str], before: "Snapshot | None") -> bool:
@@ -108,7 +108,7 @@ def _since(
         then = table.snapshot(version=int(said["histories_version"]))
     except InputError:  # older than the log
         return Since()
-    return Since.of(said, then, histories) if then.stamp == said["histories_files"] else Since()
+    return Since.of(said, then, histories) if then.fingerprint == said["histories_files"] else Since()
 
 
 def _late(config: Config, embeddings: "Table", before: "Snapshot | None", encoder: str) -> "Late":

@@ -8,7 +8,7 @@ import dataclasses
 from infra import lease, session
 from infra.report import RunReport, new_run_id
 from infra.snapshot import DataFile, Snapshot
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
@@ -47,7 +47,7 @@ def _compact(config: Config, report: RunReport, table: "Table") -> int:
         try:
             _rewrite(config, report, table, snapshot, replaced)
             break
-        except TableMoved:  # what has been committed stays, the rest is planned anew
+        except CommitConflict:  # what has been committed stays, the rest is planned anew
             left[name] = f"others committed to it during each of {TRIES} tries"
     stay = len(table.snapshot().files)
     report.planned += len(replaced) + stay

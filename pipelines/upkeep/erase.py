@@ -19,7 +19,7 @@ from infra.search import Needles, digest, strings
 from infra.shards import user_key
 from infra.snapshot import bucket_of_path, read_file
 from infra.storage import Storage
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.config import EraseConfig as Config
 from pipelines.upkeep.scrub import DropRows, OthersValues, OwnValues, Scrub, SearchFiles, Someone
@@ -245,7 +245,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
             )
             group += 1
         report.table_written(table.spec.name, upkeep.forget(table, report.run_id, group))
-    except TableMoved as error:
+    except CommitConflict as error:
         raise InputError(f"{error}. Somebody writes here without a lease: end that, then run this again") from error
     return dropped
 

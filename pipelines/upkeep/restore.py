@@ -9,7 +9,7 @@ from infra import lease, upkeep
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
 from infra.snapshot import Snapshot
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.config import RestoreConfig as Config
 from pipelines.waves import next_group
@@ -60,7 +60,7 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
             before = table.snapshot()
             try:
                 done = upkeep.restore(table, target, report.run_id, next_group(table, report.run_id))
-            except TableMoved as error:
+            except CommitConflict as error:
                 raise InputError(
                     f"{error}. Somebody writes here without a lease: end that, then run this again"
                 ) from error
