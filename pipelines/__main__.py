@@ -87,6 +87,11 @@ JOBS = {
         "pipelines.upkeep.config:RestoreConfig",
         "takes tables back to an earlier complete version, as a new version",
     ),
+    "migrate": Job(
+        "pipelines.upkeep.migrate",
+        "pipelines.upkeep.config:MigrateConfig",
+        "tables of an earlier release -> the schema versions that this release reads",
+    ),
     "erase": Job(
         "pipelines.upkeep.erase",
         "pipelines.upkeep.config:EraseConfig",

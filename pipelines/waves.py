@@ -121,8 +121,8 @@ def commit_first(table: Table, files: list[DataFile], *, run_id: str, group: int
     """Table.commit for a group that only this driver can have made.
 
     Raises:
-        ConcurrentRunError: another run moved the table, or another driver of this run has committed the group (its files then
-            are others than ours, and counting ours as written would lose or double rows).
+        ConcurrentRunError: another run moved the table, or another driver of this run has committed the group (its
+            files then are others than ours, and counting ours as written would lose or double rows).
     """
     try:
         commit = table.commit(files, run_id=run_id, group=group, **how)

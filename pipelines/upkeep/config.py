@@ -96,6 +96,22 @@ class EraseConfig(JobConfig):
         return self
 
 
+class MigrateConfig(JobConfig):
+    """Job `migrate`: brings the tables of a population to the schema versions that this release reads.
+
+    Each table has a schema version of its own. A release that raises one refuses the older table until it is migrated,
+    and its entry in CHANGELOG.md says so. All tables are checked before the first one changes. Each is then rewritten
+    bucket by bucket, and one commit puts the new files, columns and version in place of the old ones. If the job is
+    interrupted, the same command goes on with the tables that are not migrated yet. Earlier versions of a migrated
+    table can be read and restored only by the earlier release. No other job may write meanwhile. Unit of work: a table.
+    """
+
+    names: tuple[str, ...] | None = None
+    """Tables to migrate, such as profiles,adapters; all when not given."""
+    dry_run: bool = False
+    """Only print which tables would be migrated, from which schema version to which; nothing is written."""
+
+
 class ExportConfig(JobConfig):
     """Job `export`: a table -> a folder of plain Parquet; or one user's adapter -> a PEFT folder.
 
