@@ -24,7 +24,7 @@ class Migration:
 
     @property
     def summary(self) -> str:
-        """What is to be done, in words."""
+        """Describes the migration in words."""
         return (
             f"{self.table.spec.name}: schema version {self.before.spec.schema_version} to "
             f"{self.table.spec.schema_version}, {self.before.rows} rows in {len(self.before.files)} files"

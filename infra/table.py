@@ -61,7 +61,7 @@ class Commit:
 
     version: int
     already: bool
-    """Whether the commit existed before this call; the files of this call were then not added."""
+    """True if the commit existed before this call; the files of this call were then not added."""
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def test_keys_that_jobs_share_stand_around_a_jobs_own(capsys):
         keys = re.findall(r"^  --(\S+)", out, re.M)
         assert keys[:2] == first and keys[-len(last) :] == last and len(keys) == len(set(keys))
         assert re.search(r"--tables  text  \[required\]\n +Folder or s3:// prefix of the population's tables\.", out)
-    assert "Give the id of an erase that broke off, to end it." in out  # a job's own words for a shared key
+    assert "Give the name of an erase that broke off, to end it." in out  # a job's own words for a shared key
 
 
 def test_overview_lists_every_job(capsys):

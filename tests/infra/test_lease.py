@@ -107,7 +107,7 @@ def test_who_may_only_read_goes_on_without_a_lease_and_says_so(s3_server, s3, ca
     s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE") else None
     with lease.reading(s3, "export"):
         assert Storage(s3).read_bytes("things/x") == b"x" and held(s3) == []
-    assert "no lease, these credentials may only read here" in capsys.readouterr().out
+    assert "these credentials may only read here, so that this run has no lease" in capsys.readouterr().out
     with pytest.raises(PermissionError):
         with lease.writing(s3, "night"):
             pytest.fail("it cannot write")

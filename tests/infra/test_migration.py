@@ -1,4 +1,4 @@
-"""A table of an older schema version is rewritten by the steps of its spec, in one commit; on a local disk and on S3."""
+"""A table of an older schema version is rewritten by the steps of its spec, in one commit, on a disk and on S3."""
 
 import json
 from dataclasses import replace

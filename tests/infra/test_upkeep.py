@@ -110,7 +110,7 @@ def test_a_rewrite_refuses_another_number_of_rows_and_files_that_hold_others_tha
         table.rewrite(done.new, done.old, below=below, run_id="compact", group=0, same_rows=True)
     [other] = table.write(rows(bucket=1, count=1), "other")
     table.storage.write_bytes(group[0].path, table.storage.read_bytes(other.path))
-    with pytest.raises(ValueError, match="rows, the log says"):
+    with pytest.raises(ValueError, match="rows, and the log says"):
         upkeep.rewrite(table, group, "compact")
     assert table.version == below.version
 

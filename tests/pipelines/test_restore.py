@@ -87,7 +87,7 @@ def test_a_table_goes_back_to_a_version_as_a_new_one(nights, capsys):
     assert bad.read().num_rows == 2  # a reader keeps its snapshot
     said = nights.report["restored"]["histories"]
     assert said == {"version": 2, "rows": 18, "rows_before": 2, "undone": ["bad"]}
-    assert "histories: version 4 is version 2 again (18 rows, before 2); taken back: what bad wrote\n" in (
+    assert "histories: version 4 is version 2 again (18 rows, before 2); the rows of bad are taken back\n" in (
         capsys.readouterr().out
     )
     assert nights.restore(names=("histories",), version=2) == 0 and table.version == 4  # once is enough
