@@ -9,7 +9,7 @@ class InputError(Exception):
     """
 
 
-class Overtaken(Exception):
+class ConcurrentRunError(Exception):
     """Another run, or another driver of the same run, committed first: this one stops, and nothing is doubled.
 
     The command line prints the message without a traceback and exits with 1: running again is all it takes.

@@ -1,11 +1,11 @@
-"""Who is at work on the tables of one root: many at once, or one that must be alone.
+"""Leases on the tables of one root: many jobs may work at once, or one that must be alone.
 
-A lease is a small object `_leases/<kind>-<owner>.json` with an owner and an end, renewed while its holder lives: after
-a kill it runs out by itself. A writer holds `writing`; what removes files that a writer may just have written holds
-`alone`. A job that writes no table but makes files of what it reads holds `reading`: what an erase has taken out of the
-tables must not come to light in a model or an export afterwards. Each puts its own lease down first and then looks at
-the others', so that of two that come at once at least one sees the other. Every commit looks, too (`Table.commit`), so
-that a job without a lease cannot get in between.
+A lease is a small object `_leases/<kind>-<owner>.json` with an owner and an end. Its holder renews it; after a kill it
+runs out by itself. A writer holds `writing`. A job that removes files which a writer may just have written holds
+`alone`. A job that writes no table but makes files of the rows it reads holds `reading`, because erased rows must not
+come to light in a model or an export afterwards. Each job puts its own lease down first and then looks at the others',
+so that of two jobs that come at once at least one sees the other. Every commit looks, too (`Table.commit`), so that a
+job without a lease cannot get in between.
 """
 
 import errno
@@ -17,56 +17,57 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.storage import Storage
 
 FOLDER = "_leases"
 LASTS_S = 120.0
-"""Without renewal: how long a killed holder keeps others away. Longer than any pause that a storage may make."""
+"""Seconds for which a killed holder keeps others away. They outlast any pause that a storage may make."""
 RENEW_S = 20.0
+"""Seconds between renewals."""
 
 
 def writing(root: str, owner: str) -> AbstractContextManager[None]:
-    """Held by a job while it writes tables of this root; any number at once.
+    """Lease of a job while it writes tables of this root; any number of jobs may hold it at once.
 
     Raises:
-        Overtaken: on entering, somebody is alone at work here.
+        ConcurrentRunError: on entering, another run works alone here.
     """
     return _held(root, owner, "writing")
 
 
 def reading(root: str, owner: str) -> AbstractContextManager[None]:
-    """Held by a job while it makes a model, an export or a report of what it reads here; any number at once.
+    """Lease of a job while it makes a model, an export or a report of rows it reads here; any number may hold it.
 
-    Nothing is laid down where there is no root: what is missing is the job's to say. Whoever may only read the root
-    goes on without a lease and says so.
+    If the root does not exist, no lease is written; the job itself reports what is missing. With credentials that may
+    only read, the job goes on without a lease and says so.
 
     Raises:
-        Overtaken: on entering, somebody is alone at work here.
+        ConcurrentRunError: on entering, another run works alone here.
     """
     return _held(root, owner, "reading") if Storage(root).exists() else nullcontext()
 
 
 def alone(root: str, owner: str) -> AbstractContextManager[None]:
-    """Held by the only job that may work on this root.
+    """Lease of the only job that may work on this root.
 
     Raises:
-        Overtaken: on entering, somebody else is at work here.
+        ConcurrentRunError: on entering, another run is at work here.
     """
     return _held(root, owner, "alone")
 
 
 def no_other_writer(root: str, owner: str) -> AbstractContextManager[None]:
-    """Held by a short job beside which nobody may write; whoever reads already goes on.
+    """Lease of a short job beside which no other job may write; jobs that read already go on.
 
     Raises:
-        Overtaken: on entering, somebody else writes here or is alone at work.
+        ConcurrentRunError: on entering, another run writes or works alone here.
     """
     return _held(root, owner, "alone", beside=("reading",))
 
 
 def refuse_if_not_alone(root: str, owner: str) -> None:
-    """Raises Overtaken when somebody else holds `alone`: then nobody may commit."""
+    """Raises ConcurrentRunError when another run holds `alone`: then no other may commit."""
     _refuse(root, owner, "alone")
 
 
@@ -80,10 +81,10 @@ def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = (
         except (FileNotFoundError, ValueError):  # given back while we looked
             continue
         if lease["owner"] != owner and lease["until"] > now and lease["kind"] not in beside:
-            raise Overtaken(
+            raise ConcurrentRunError(
                 f"{root}: run {lease['owner']} is at work here ({lease['kind']}; its lease {name} runs out in "
-                f"{lease['until'] - now:.0f} s unless renewed) and this run cannot work beside it. This run stops; "
-                f"what it has committed stays: when the other has ended, run it again with run_id={owner}"
+                f"{lease['until'] - now:.0f} s unless renewed) and this run cannot work beside it. This run stops, and "
+                f"its commits stay: when the other has ended, run it again with run_id={owner}"
             )
 
 
@@ -101,15 +102,15 @@ def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Ite
             try:
                 put()
             except Exception as error:  # the next turn tries again; when none succeeds the lease runs out, as it should
-                print(f"lease {name}: not renewed ({type(error).__name__})", flush=True)
+                print(f"lease {name} could not be renewed ({type(error).__name__})", flush=True)
 
     try:
         put()
     except OSError as error:
         if kind != "reading" or error.errno not in (None, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        print(f"{root}: no lease, these credentials may only read here: no erase will see this run, so start none "
-              "before its end", flush=True)  # fmt: skip
+        print(f"{root}: these credentials may only read here, so that this run has no lease and no erase will see it: "
+              "start none before its end", flush=True)  # fmt: skip
         _refuse(root, owner, "alone")
         yield
         return

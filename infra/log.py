@@ -1,7 +1,7 @@
-"""What stands in a table's log: a commit's own entries, what it said, and the parts of a new one.
+"""A table's log: the entries and the metadata of its commits, and the parts of a new one.
 
-The log is read by us and not through `DeltaTable.history()`: that keeps Python's lock while it waits for S3, so that
-nothing else in the process moves (a server in the same process: 180 s of time-outs), and it reads the log whole.
+We read the log ourselves: `DeltaTable.history()` keeps Python's lock while it waits for S3, so that nothing else in the
+process moves (a server in the same process: 180 s of time-outs), and it reads the whole log.
 """
 
 import json
@@ -16,22 +16,22 @@ _LIBRARY_KEYS = frozenset(
     "isolationLevel isBlindAppend userId userName userMetadata".split()
 )
 ERASED = "erased"
-"""In what a commit said: everything written before it has been deleted if no version named it."""
+"""Metadata key: everything written before this commit has been deleted, except files that it names."""
 OWN_ROWS = "own_rows"
-"""In what a commit said: it took away rows of its own run, and of no other."""
+"""Metadata key: this commit took away rows of its own run, and of no other."""
 ERASING = "erasing"
-"""In what a commit said: rows of erased users have gone, and the files that held them go next."""
+"""Metadata key: rows of erased users have gone with this commit, and the files that held them go next."""
 RESTORED = "restored"
-"""In what a commit said: the version whose files the table holds again from here on."""
+"""Metadata key: the version whose files the table holds again from this commit on."""
 _NOT_ROWS = ("metaData", "protocol")
 _REWRITTEN_BY = "rewritten_by"
 _OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, ERASING, RESTORED, OWN_ROWS})
 OF_ONE_COMMIT = (ERASED, ERASING, RESTORED, OWN_ROWS)
-"""What is true of one commit only, and is not said again by one that leaves the rows as they are."""
+"""Metadata keys that are true of one commit only: a commit that leaves the rows as they are does not repeat them."""
 
 
 def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
-    """A commit's entries (add, remove, commitInfo, ...); None when the log no longer has it.
+    """Returns a commit's entries (add, remove, commitInfo, ...), or None when the log no longer has it.
 
     The library removes commits beyond the table's log retention once a checkpoint stands in for them.
     """
@@ -42,65 +42,69 @@ def entries(storage: Storage, version: int) -> list[dict[str, Any]] | None:
     return [json.loads(line) for line in raw.splitlines() if line.strip()]
 
 
-def _info(said: list[dict[str, Any]]) -> dict[str, Any]:
-    return next((entry["commitInfo"] for entry in said if "commitInfo" in entry), {})
+def commit_info(actions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the commitInfo among a commit's entries: the library's keys and our metadata."""
+    return next((entry["commitInfo"] for entry in actions if "commitInfo" in entry), {})
 
 
 def back_from(storage: Storage, version: int) -> Iterator[dict[str, Any]]:
-    """What each commit said, with its version, newest first, as far back as the log goes."""
-    while version >= 0 and (found := entries(storage, version)) is not None:
-        yield _info(found) | {"version": version}
+    """Yields the info of each commit, with its version, newest first, as far back as the log goes."""
+    while version >= 0 and (actions := entries(storage, version)) is not None:
+        yield commit_info(actions) | {"version": version}
         version -= 1
 
 
 def metadata_of(storage: Storage, version: int) -> dict[str, str]:
-    """The custom metadata of one commit, without the library's own keys."""
-    said = _info(entries(storage, version) or [])
-    return {key: value for key, value in said.items() if key not in _LIBRARY_KEYS}
+    """Returns the custom metadata of one commit, without the library's own keys."""
+    info = commit_info(entries(storage, version) or [])
+    return {key: value for key, value in info.items() if key not in _LIBRARY_KEYS}
 
 
 def added(storage: Storage, version: int | None) -> set[str]:
-    """Paths of the files that one commit added."""
-    found = None if version is None else entries(storage, version)
-    return {entry["add"]["path"] for entry in found or [] if "add" in entry}
+    """Returns the paths of the files that one commit added."""
+    actions = None if version is None else entries(storage, version)
+    return {entry["add"]["path"] for entry in actions or [] if "add" in entry}
 
 
 def kinds(storage: Storage, since: int, until: int) -> set[str]:
-    """What the commits after `since` up to `until` did: "append", "same rows" in other files, "own rows" (some of the
-    committing run's own rows are gone), or "other"."""
-    found: set[str] = set() if since <= until else {"other"}
+    """Names the kinds of commits after `since` up to `until`.
+
+    The kinds are "append", "same rows" (in other files), "own rows" (the run took some of its own rows away) and
+    "other".
+    """
+    kinds: set[str] = set() if since <= until else {"other"}
     for version in range(since + 1, until + 1):
-        said = entries(storage, version)
-        own = _info(said or [])
+        actions = entries(storage, version)
+        info = commit_info(actions or [])
         if (
-            said is None
-            or any(key in own for key in OF_ONE_COMMIT)
-            or any(kind in entry for entry in said for kind in _NOT_ROWS)
+            actions is None
+            or any(key in info for key in OF_ONE_COMMIT)
+            or any(kind in entry for entry in actions for kind in _NOT_ROWS)
         ):
-            found.add("other")
+            kinds.add("other")
             continue
-        actions = [entry[kind] for entry in said for kind in ("add", "remove") if kind in entry]
-        if actions and not any(action.get("dataChange", True) for action in actions):
-            found.add("same rows")
-        elif OWN_ROWS in _info(said):
-            found.add("own rows")
+        moved = [entry[kind] for entry in actions for kind in ("add", "remove") if kind in entry]
+        if moved and not any(action.get("dataChange", True) for action in moved):
+            kinds.add("same rows")
+        elif OWN_ROWS in info:
+            kinds.add("own rows")
         else:
-            found.add("other" if any("remove" in entry for entry in said) else "append")
-    return found
+            kinds.add("other" if any("remove" in entry for entry in actions) else "append")
+    return kinds
 
 
-def written_at(said: list[dict[str, Any]]) -> float:
-    """When a commit was made, in seconds since 1970."""
-    return float(_info(said).get("timestamp", 0)) / 1000
+def written_at(actions: list[dict[str, Any]]) -> float:
+    """Returns the time of a commit, in seconds since 1970."""
+    return float(commit_info(actions).get("timestamp", 0)) / 1000
 
 
 def partition(file: DataFile) -> dict[str, str | None]:
-    """A file's partition values, as strings: the log takes nothing else."""
+    """Returns a file's partition values as strings, because the log takes nothing else."""
     return {} if file.bucket is None else {"bucket": str(file.bucket)}
 
 
 def stats(file: DataFile) -> str:
-    """The library takes a file without them, and its rows then cannot be counted; the only column is user_key."""
+    """Returns a file's statistics: row count and range of user_key. Without them the rows could not be counted."""
     known: dict[str, Any] = {"numRecords": file.rows}
     if file.min_key:
         known |= {"minValues": {"user_key": file.min_key}, "maxValues": {"user_key": file.max_key}}
@@ -108,7 +112,7 @@ def stats(file: DataFile) -> str:
 
 
 def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bool) -> dict[str, str]:
-    """A commit's custom metadata: the job's own keys beside run_id, group and complete; all values strings."""
+    """Builds a commit's custom metadata: the job's own keys beside run_id, group and complete, all as strings."""
     taken = sorted(set(given) & (_LIBRARY_KEYS | _OWN_KEYS))
     if taken:
         raise ValueError(f"commit metadata key {taken[0]!r} is taken; choose another name")
@@ -117,36 +121,39 @@ def metadata_for(given: Mapping[str, str], run_id: str, group: int, complete: bo
 
 
 def rewritten(below: Mapping[str, str], by: str, group: int, more: Mapping[str, str]) -> dict[str, str]:
-    """What a commit says that puts the rows of a complete version into other files: all that the run below had said."""
+    """Builds the metadata of a commit that puts the rows of a complete version into other files.
+
+    It repeats the metadata of the version below, so that readers still find the run that made the rows.
+    """
     kept = {key: value for key, value in below.items() if key not in OF_ONE_COMMIT}
     return kept | {"group": str(group), "complete": "true", _REWRITTEN_BY: by} | dict(more)
 
 
-def is_group(said: Mapping[str, Any], run_id: str, group: int) -> bool:
-    """Whether a commit is this group of this run."""
-    return said.get(_REWRITTEN_BY, said.get("run_id")) == run_id and said.get("group") == str(group)
+def is_group(info: Mapping[str, Any], run_id: str, group: int) -> bool:
+    """Says whether a commit is this group of this run."""
+    return info.get(_REWRITTEN_BY, info.get("run_id")) == run_id and info.get("group") == str(group)
 
 
-def writer(said: Mapping[str, Any]) -> str:
-    """The run that made a commit; a compaction's commit also names the run whose rows it holds."""
-    return str(said.get(_REWRITTEN_BY, said.get("run_id", "")))
+def writer(info: Mapping[str, Any]) -> str:
+    """Returns the run that made a commit; a compaction's commit also names the run whose rows it holds."""
+    return str(info.get(_REWRITTEN_BY, info.get("run_id", "")))
 
 
 def taken_back(storage: Storage, version: int, newest: int) -> str | None:
-    """The run that has restored a version older than a commit, which then no longer counts; None if there is none."""
+    """Returns the run that has restored a version older than a commit, which then no longer counts, or None."""
     until = newest
-    for said in back_from(storage, newest):
-        if said["version"] <= version:
+    for info in back_from(storage, newest):
+        if info["version"] <= version:
             return None
-        if RESTORED in said and said["version"] <= until:
-            until = int(said[RESTORED])  # what counts before it is the line that led there
+        if RESTORED in info and info["version"] <= until:
+            until = int(info[RESTORED])  # before it, only the commits that led to the restored version count
             if until < version:
-                return writer(said)
+                return writer(info)
     return None
 
 
 def lost_race(error: Exception) -> bool:
-    """Whether another writer took the version number first."""
+    """Says whether another writer took the version number first."""
     from deltalake.exceptions import CommitFailedError
 
     text = str(error).lower()

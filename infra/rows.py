@@ -1,10 +1,10 @@
-"""Rows as a table wants them: the spec of a table, the check of columns and types, vectors in 16 bits, Parquet form.
+"""Rows in the form that a table asks for: its spec, the check of columns and types, 16-bit vectors, Parquet files.
 
 Nothing here knows where a table lies. A message names columns and types, never a value: values are users' data.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,36 +14,41 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What decides a table's files."""
+    """A table's columns and the layout of its files."""
 
     name: str
     schema: pa.Schema
     schema_version: int
+    """Version of this table's columns and of their meaning. A table of another version is not opened: raising it needs
+    an entry in `steps`, and the job `migrate` brings older tables up to it."""
     sort: tuple[str, ...]
-    """Rows of a file are sorted by these, user_key first: a user's rows lie together and row groups can be skipped."""
+    """Columns that a file is sorted by, user_key first: a user's rows lie together and row groups can be skipped."""
     vectors: tuple[str, ...] = ()
-    """list<float32> columns: finite, rounded to 16 bits, BYTE_STREAM_SPLIT."""
+    """Columns of list<float32> that are finite, rounded to 16 bits and stored with BYTE_STREAM_SPLIT."""
     bucketed: bool = True
     row_group_rows: int = 65_536
     added: tuple[str, ...] = ()
     """Columns that came after the first release of this schema version. They may be null: tables and files that were
     written without them are read with nulls."""
+    steps: Mapping[int, Callable[[pa.Table], pa.Table]] = field(default_factory=dict)
+    """Step from each older schema version to the next one. It gets the rows of one bucket with the columns that the
+    older table has, and returns as many rows with the columns of the next version; `bucket` and `user_key` stay."""
 
     def empty(self, columns: Sequence[str]) -> pa.Table:
-        """No rows of these columns."""
+        """A table of these columns without rows."""
         return pa.schema([self.schema.field(name) for name in columns]).empty_table()
 
 
 def conform(data: pa.Table, spec: TableSpec) -> pa.Table:
-    """The data with the table's columns, order and types, vectors rounded to 16 bits.
+    """Returns the data with the table's columns, order and types, and with vectors rounded to 16 bits.
 
     Raises:
-        ValueError: names the column, what it is and what it should be.
+        ValueError: a column is missing, unknown or of another type; the message names it and what was expected.
     """
     wanted, got = spec.schema.names, data.column_names
     for column in wanted:
         if got.count(column) != 1:
-            problem = "is missing" if column not in got else f"is there {got.count(column)} times"
+            problem = "is missing" if column not in got else f"occurs {got.count(column)} times"
             raise ValueError(f"table {spec.name}: column {column!r} {problem}; the data has {', '.join(got)}")
     extra = [column for column in got if column not in wanted]
     if extra:
@@ -72,7 +77,7 @@ def _cast(column: pa.ChunkedArray, target: pa.Field, table: str) -> pa.ChunkedAr
 
 
 def _same_kind(got: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a cast only changes how values are held. Arrow would cast numbers to strings as well."""
+    """Says whether a cast only changes how values are held. Arrow would cast numbers to strings as well."""
     kinds = pa.types
     if kinds.is_null(got):
         return True
@@ -119,7 +124,7 @@ def _to_16_bits(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArr
 def write_parquet(data: pa.Table, out: pa.NativeFile, spec: TableSpec) -> int:
     """Writes sorted, conforming rows; returns the file's size in bytes.
 
-    Vectors: BYTE_STREAM_SPLIT + zstd without a dictionary: 1.76 bytes a 16-bit value held in float32, 3.72 plain.
+    Vectors get BYTE_STREAM_SPLIT and zstd without a dictionary: 1.76 bytes per 16-bit value in float32, 3.72 plain.
     """
     # Paths as pyarrow writes them; delta-rs's own writer says `.item` (platform.md section 5).
     vectors = [f"{column}.list.element" for column in spec.vectors]
@@ -136,11 +141,11 @@ def write_parquet(data: pa.Table, out: pa.NativeFile, spec: TableSpec) -> int:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Parquet paths of the columns that may be dictionary-encoded."""
-    found = []
+    """Lists the Parquet paths of the columns that may be dictionary-encoded."""
+    paths = []
     for column in schema:
         if pa.types.is_map(column.type):
-            found += [f"{column.name}.key_value.key", f"{column.name}.key_value.value"]
+            paths += [f"{column.name}.key_value.key", f"{column.name}.key_value.value"]
         else:
-            found.append(f"{column.name}.list.element" if _listy(column.type) else column.name)
-    return found
+            paths.append(f"{column.name}.list.element" if _listy(column.type) else column.name)
+    return paths

@@ -1,7 +1,7 @@
-"""Looks for values in files as they are read, not as they lie: Parquet, JSON, logs, checkpoints, packed files, arrays.
+"""Searches decoded files for values: Parquet, JSON, logs, checkpoints, packed files, arrays.
 
-A byte scan of compressed Parquet finds neither an id nor a text that is in it: every file is opened and decoded, and
-what cannot be decoded is searched as bytes and named. Nothing found is ever shown: only where, and how often.
+A byte scan of compressed Parquet finds neither an id nor a text that is in it: so every file is opened and decoded. A
+file that cannot be decoded is searched as bytes and named. No value that was found is shown, only where and how often.
 """
 
 import gzip
@@ -23,23 +23,25 @@ import pyarrow.parquet as pq
 from infra.storage import Storage, retrying
 
 LEAST_INSIDE = 6
-"""Characters from which a value is looked for inside other texts too: shorter ones stand in many by chance."""
+"""Least length of a value that is looked for inside other texts, too: shorter ones occur in many by chance."""
 ID_COLUMNS = ("user_id", "owner_id")
 _TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
 _BINARY_BYTES = 2**20
-"""Bytes of a binary value that are read as text: all names and notes of a safetensors file stand at its beginning."""
+"""Bytes of a binary value that are read as text: a safetensors file begins with all its names and notes."""
+_ARROW_SCHEMA = "/////"
+"""Beginning of Arrow's own schema in a footer."""
 _BLOCK_BYTES = 16 * 2**20
 _PARQUET_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class Needles:
-    """What is looked for. `values` anywhere; `ids` in columns of ids only, for they are words that others use too."""
+    """The values to look for: `values` anywhere, and `ids`, which others may use as words, in columns of ids only."""
 
     values: frozenset[str]
     ids: frozenset[str] = frozenset()
     digests: frozenset[str] = field(default=frozenset())
-    """`digest` of values that are not known in words any more, from an earlier try."""
+    """Digests (`digest`) of values that an earlier try looked for, and that are not known in words any more."""
 
     @cached_property
     def column(self) -> pa.Array:
@@ -50,20 +52,20 @@ class Needles:
         return pa.array(sorted(self.values | self.ids), pa.large_string())
 
     def hits(self, values: pa.Array, name: str = "") -> int:
-        """How many of a column's values are looked for."""
+        """Counts the values of a column that are looked for."""
         values = values.cast(pa.large_string())
         wanted = self.id_column if name in ID_COLUMNS else self.column
-        found = pc.sum(pc.is_in(values, value_set=wanted)).as_py() or 0
+        hits = pc.sum(pc.is_in(values, value_set=wanted)).as_py() or 0
         if self.digests:
-            found += sum(digest(value) in self.digests for value in pc.unique(values).drop_null().to_pylist())
-        return found
+            hits += sum(digest(value) in self.digests for value in pc.unique(values).drop_null().to_pylist())
+        return hits
 
     def is_one(self, value: str) -> bool:
-        """Whether a value is looked for, in words or by its digest."""
+        """Says whether a value is looked for, in words or by its digest."""
         return value in self.values or bool(self.digests) and digest(value) in self.digests
 
     def inside(self, text: str) -> int:
-        """How many are in a text, whole or as a part between other words."""
+        """Counts the values that occur in a text, whole or between other words."""
         return sum(
             1 for value in self.values
             if len(value) >= LEAST_INSIDE and value in text and re.search(_bounded(value), text)
@@ -71,57 +73,57 @@ class Needles:
 
 
 def digest(value: str) -> str:
-    """What a record keeps of a value instead of the value."""
+    """Returns the digest that a record keeps instead of a value."""
     return blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16, person=b"pplug erase").hexdigest()
 
 
 def _bounded(value: str) -> str:
-    """The value, not as a part of a longer word: user-1 is not in user-10."""
+    """Returns a pattern for a value that is no part of a longer word: user-1 is not in user-10."""
     before = r"(?<![\w-])" if re.match(r"[\w-]", value) else ""
     return before + re.escape(value) + (r"(?![\w-])" if re.search(r"[\w-]$", value) else "")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search of one file has found."""
+class Searched:
+    """The result of a search of one file."""
 
     hits: int
     decoded: bool
-    """False: of a kind that is not known, or damaged; searched as bytes."""
+    """False if the file is damaged or of an unknown kind, and was searched as bytes."""
 
 
-def search(storage: Storage, name: str, needles: Needles) -> Found:
-    """Opens, decodes and searches one file, its name included."""
+def search(storage: Storage, name: str, needles: Needles) -> Searched:
+    """Opens, decodes and searches one file, including its name."""
     named = needles.inside(unquote(name)) + sum(part in needles.values for part in unquote(name).split("/"))
     plain = name.removesuffix(".gz")
     try:
         if plain.endswith(".parquet"):
             hits = sum(needles.hits(values, column) + _in_log(name, values, needles)
                        for column, values in _parquet(storage, name))  # fmt: skip
-            return Found(named + hits, True)
+            return Searched(named + hits, True)
         if plain.endswith(".npy") and not name.endswith(".gz"):
-            return Found(named + _in_array(storage, name, needles), True)
+            return Searched(named + _in_array(storage, name, needles), True)
         if name.endswith(".safetensors"):  # numbers behind a header of JSON
             with storage.open_input(name) as source:
                 header = source.read(int.from_bytes(source.read(8), "little"))
-            return Found(named + _in_text(header.decode("utf-8"), needles), True)
+            return Searched(named + _in_text(header.decode("utf-8"), needles), True)
         if plain.endswith(_TEXT) or "/_" in f"/{plain}":  # _SUCCESS, _last_checkpoint
             raw = storage.read_bytes(name)
             text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8")
-            return Found(named + _in_text(text, needles, "_delta_log/" in f"/{name}"), True)
+            return Searched(named + _in_text(text, needles, "_delta_log/" in f"/{name}"), True)
     except FileNotFoundError:  # deleted since it was listed
-        return Found(0, True)
+        return Searched(0, True)
     except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, MemoryError):
         pass  # not what its name says
-    return Found(named + _in_bytes(storage, name, needles), False)
+    return Searched(named + _in_bytes(storage, name, needles), False)
 
 
 def _parquet(storage: Storage, name: str) -> Iterator[tuple[str, pa.Array]]:
-    """Column by column and row group by row group, all strings of a file; footer metadata too."""
+    """Yields all strings of a file by column and row group, and those of its footer metadata."""
     with retrying(lambda: storage.open_input(name), f"open {storage.full(name)}") as source:
         file = pq.ParquetFile(source)
-        said = [text.decode("utf-8", "replace") for pair in (file.metadata.metadata or {}).items() for text in pair]
-        yield "", pa.array([text for text in said if not text.startswith("/////")], pa.large_string())  # Arrow's schema
+        footer = [text.decode("utf-8", "replace") for pair in (file.metadata.metadata or {}).items() for text in pair]
+        yield "", pa.array([text for text in footer if not text.startswith(_ARROW_SCHEMA)], pa.large_string())
         columns = [field.name for field in file.schema_arrow if has_text(field.type)]
         if columns:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
@@ -131,6 +133,7 @@ def _parquet(storage: Storage, name: str) -> Iterator[tuple[str, pa.Array]]:
 
 
 def has_text(kind: pa.DataType) -> bool:
+    """Says whether values of a type may hold strings or bytes."""
     if pa.types.is_dictionary(kind):
         return has_text(kind.value_type)
     if kind.num_fields:
@@ -143,7 +146,7 @@ _BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_siz
 
 
 def leaves(values: pa.Array) -> Iterator[pa.Array]:
-    """All strings inside an array, whatever it is made of: maps, lists, structs, dictionaries; bytes as far as text."""
+    """Yields all strings inside an array of maps, lists, structs, dictionaries or bytes (their beginning, as text)."""
     kind = values.type
     if isinstance(values, pa.ExtensionArray):
         yield from leaves(values.storage)
@@ -165,21 +168,21 @@ def leaves(values: pa.Array) -> Iterator[pa.Array]:
 
 
 def _in_log(name: str, values: pa.Array, needles: Needles) -> int:
-    """Statistics of a checkpoint are JSON inside of strings."""
+    """Counts hits in a checkpoint's statistics, which are JSON inside strings."""
     if "_delta_log/" not in f"/{name}":
         return 0
     return sum(_in_text(text, needles, True) for text in pc.unique(values).drop_null().to_pylist() if "{" in text)
 
 
 def _in_text(text: str, needles: Needles, of_log: bool = False) -> int:
-    """A JSON document, JSON lines, or any text: its strings as whole values, and all of it as running text."""
-    said = [value for part in _documents(text) for value in strings(part)]
+    """Counts hits in JSON, JSON lines or any text: in its strings as whole values, and in all of it as running text."""
+    all_strings = [value for part in _documents(text) for value in strings(part)]
     # "7" may be a user and is the number of a commit's group: in a log, short ones count under the name of an id only
-    values = [value for value in said if len(value) >= LEAST_INSIDE] if of_log else said
+    values = [value for value in all_strings if len(value) >= LEAST_INSIDE] if of_log else all_strings
     whole = needles.hits(pa.array(values, pa.large_string())) if values else 0
-    after = zip(said, said[1:], strict=False)  # a key stands right before its value
+    after = zip(all_strings, all_strings[1:], strict=False)  # a key comes right before its value
     ids = sum(1 for name, value in after if name in ID_COLUMNS and value in needles.ids)
-    return whole + ids + needles.inside("\n".join([text, *said]))
+    return whole + ids + needles.inside("\n".join([text, *all_strings]))
 
 
 def _documents(text: str) -> Iterator[Any]:
@@ -196,7 +199,7 @@ def _documents(text: str) -> Iterator[Any]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All keys and strings of a JSON value; what looks like JSON inside of a string is opened too."""
+    """Yields all keys and strings of a JSON value, and those of JSON inside its strings."""
     if isinstance(value, str):
         yield value
         if value[:1] in ("{", "["):
@@ -214,7 +217,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _in_array(storage: Storage, name: str, needles: Needles) -> int:
-    """Numbers hold no words, and are not even read."""
+    """Counts hits in an array of strings; an array of numbers is not even read."""
     with storage.open_input(name) as source:
         major, _ = np.lib.format.read_magic(source)
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -222,18 +225,18 @@ def _in_array(storage: Storage, name: str, needles: Needles) -> int:
         if kind not in "USO":
             return 0
         source.seek(0)
-        found = np.load(io.BytesIO(source.read()), allow_pickle=False)
-    return needles.hits(pa.array(found.astype(str).ravel().tolist()))
+        values = np.load(io.BytesIO(source.read()), allow_pickle=False)
+    return needles.hits(pa.array(values.astype(str).ravel().tolist()))
 
 
 def _in_bytes(storage: Storage, name: str, needles: Needles) -> int:
-    """How many of the longer values stand in a file as they are, some megabytes at a time."""
+    """Counts the longer values whose bytes occur in a file, some megabytes at a time."""
     wanted = {value.encode("utf-8", "surrogatepass") for value in needles.values if len(value) >= LEAST_INSIDE}
     overlap, tail = max(map(len, wanted), default=0), b""
-    found: set[bytes] = set()
+    seen: set[bytes] = set()
     with storage.open_input(name) as source:
         while part := source.read(_BLOCK_BYTES):
             tail += part
-            found |= {value for value in wanted - found if value in tail}
+            seen |= {value for value in wanted - seen if value in tail}
             tail = tail[-overlap:] if overlap else b""
-    return len(found)
+    return len(seen)

@@ -1,4 +1,4 @@
-"""Where a user's rows lie: a bucket (partition) and a sort key, both from one hash of the user id.
+"""The place of a user's rows in a table: a bucket (partition) and a sort key, both from one hash of the user id.
 
 user_key = the first 16 bytes of blake2b(user_id), as 32 hex digits; bucket = its first 8 bytes, big endian, mod B.
 So the bucket follows from the key, and no file name, statistic or log line ever needs the id itself.
@@ -13,42 +13,42 @@ import pyarrow.compute as pc
 
 
 def user_key(user_id: str) -> str:
-    """32 hex digits that stand for the user in file statistics and sort orders."""
+    """Returns the 32 hex digits that stand for the user in file statistics and sort orders."""
     # surrogatepass: ids read from JSON may hold lone surrogates, and a hash must not fail on them. The digest is
     # truncated (not blake2b's own digest_size=16), so that key and bucket agree with design.md section 3.
     return blake2b(user_id.encode("utf-8", "surrogatepass")).digest()[:16].hex()
 
 
 def bucket_of(user_id: str, buckets: int) -> int:
-    """The partition of a user in a table of `buckets` buckets."""
+    """Returns the partition of a user in a table of `buckets` buckets."""
     return bucket_of_key(user_key(user_id), buckets)
 
 
 def bucket_of_key(key: str, buckets: int) -> int:
-    """The partition of the user whom a user_key stands for."""
+    """Returns the partition of the user that a user_key stands for."""
     return int(key[:16], 16) % buckets
 
 
 def keys_by_bucket(user_ids: Iterable[str] | None, buckets: int) -> dict[int, list[str]] | None:
-    """Sorted user keys, grouped by bucket. None means all users and stays None.
+    """Sorts user keys and groups them by bucket. None means all users and stays None.
 
-    A subset is parted once, on the driver: among the keys of a whole subset no row group of a bucket could be skipped.
+    The driver does it once: among the keys of a whole subset, no row group of a bucket could be skipped.
     """
     if user_ids is None:
         return None
-    found: dict[int, list[str]] = {}
+    groups: dict[int, list[str]] = {}
     for key in sorted(map(user_key, user_ids)):
-        found.setdefault(bucket_of_key(key, buckets), []).append(key)
-    return found
+        groups.setdefault(bucket_of_key(key, buckets), []).append(key)
+    return groups
 
 
 def of_bucket(users: Mapping[int, list[str]] | None, bucket: int) -> list[str] | None:
-    """A bucket's part of `keys_by_bucket`."""
+    """Returns a bucket's part of `keys_by_bucket`."""
     return None if users is None else users.get(bucket, [])
 
 
 def shard_columns(user_ids: pa.Array | pa.ChunkedArray, buckets: int) -> tuple[pa.Array, pa.Array]:
-    """Bucket (int32) and user_key (string) of each user id, in the same order.
+    """Returns bucket (int32) and user_key (string) of each user id, in the same order.
 
     Raises:
         ValueError: an id is null; set such rows aside before they are written.

@@ -1,4 +1,4 @@
-"""One version of a table, as its log names it: files with their buckets, rows and key ranges; and reading them.
+"""One version of a table, as its log names it: files with their buckets, row counts and key ranges, and their rows.
 
 The log is the table, the folder is not: files of a killed write and files already replaced lie in the same folder.
 """
@@ -27,32 +27,32 @@ class DataFile:
 
     table: str
     path: str
-    """Relative to the table's folder."""
+    """Path below the table's folder."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     rows: int
     bucket: int | None
     min_key: str
     max_key: str
-    """Smallest and greatest user_key; empty where the table has no such column."""
+    """Smallest and greatest user_key; both are empty where the table has no such column."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Rows that were set aside on the way into this file, by reason: for the job's counts only."""
+    """Number of rows set aside on the way into this file, by reason. Only the job's counts use it."""
     root: str = ""
-    """The table's folder."""
+    """Folder of the table."""
 
     @property
     def uri(self) -> str:
-        """Where it can be read."""
+        """Address of the file."""
         return f"{self.root}/{self.path}"
 
     def to_row(self) -> dict[str, Any]:
-        """A flat row for a Ray dataset: bucket -1 for None, reasons as JSON."""
+        """Returns a flat row for a Ray dataset: bucket -1 stands for None, reasons are JSON."""
         bucket = -1 if self.bucket is None else self.bucket
         return asdict(self) | {"bucket": bucket, "reasons": json.dumps(self.reasons)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "DataFile":
-        """The file of `to_row`; other columns of the row are left alone."""
+        """Returns the file that `to_row` describes; other columns of the row are ignored."""
         values = {f.name: row[f.name] for f in fields(cls) if f.name in row}
         bucket = None if values["bucket"] is None or values["bucket"] < 0 else int(values["bucket"])
         reasons = json.loads(values.get("reasons") or "{}")
@@ -63,11 +63,11 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A version of a table. What it names stays readable until a vacuum, whatever is committed later."""
+    """A version of a table. Its files stay readable until a vacuum, whatever is committed later."""
 
     version: int
     metadata: dict[str, str]
-    """What the commit that made this version said: run_id, group, complete, and the job's own keys."""
+    """Metadata of the commit that made this version: run_id, group, complete, and the job's own keys."""
     files: list[DataFile]
     table: str
     spec: TableSpec
@@ -81,29 +81,29 @@ class Snapshot:
         return sum(file.size for file in self.files)
 
     def by_bucket(self) -> dict[int, list[DataFile]]:
-        """Files of each bucket that has any, buckets in order; an unbucketed table has the one bucket -1."""
-        found: dict[int, list[DataFile]] = {}
+        """Groups the files by bucket, in order of the buckets; an unbucketed table has the one bucket -1."""
+        groups: dict[int, list[DataFile]] = {}
         for file in sorted(self.files, key=lambda file: (-1 if file.bucket is None else file.bucket, file.path)):
-            found.setdefault(-1 if file.bucket is None else file.bucket, []).append(file)
-        return found
+            groups.setdefault(-1 if file.bucket is None else file.bucket, []).append(file)
+        return groups
 
     def filled(self, users: Mapping[int, Sequence[str]] | None = None) -> list[int]:
-        """Buckets that have any file, in order; of a subset (`shards.keys_by_bucket`) those of its users only."""
+        """Lists the buckets that have a file, in order. With `users` (`shards.keys_by_bucket`), only their buckets."""
         return [bucket for bucket in self.by_bucket() if users is None or bucket in users]
 
     @property
-    def stamp(self) -> str:
-        """A name for exactly these files: equal stamps, equal rows, also after a table was made anew."""
+    def fingerprint(self) -> str:
+        """Name for exactly these files: equal fingerprints mean equal rows, even after a table was made anew."""
         names = "\n".join(sorted(file.path for file in self.files))
         return hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
 
     def of_users(
         self, columns: list[str], bucket: int | None, user_keys: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Rows of some users of a bucket (of all when None), some row groups at a time.
+        """Yields the rows of some users of a bucket (of all when None), some row groups at a time.
 
-        Only row groups whose range of user_key holds one of the keys are read, and rows of other users are left out:
-        what is in memory does not grow with the bucket. Files lie sorted by user_key, so that a user is in few groups.
+        Only row groups whose range of user_key holds one of the keys are read, and rows of other users are left out,
+        so that memory does not grow with the bucket. Files are sorted by user_key: a user lies in few row groups.
         """
         wanted = None if user_keys is None else np.array(sorted(user_keys), dtype=str)
         for file in self.files:
@@ -117,10 +117,10 @@ class Snapshot:
         filter: pc.Expression | None = None,
         user_keys: Sequence[str] | None = None,
     ) -> pa.Table:
-        """All of it in memory: for tests and tables known to be small; jobs read bucket by bucket in Ray tasks.
+        """Reads the whole version into memory. Jobs on large tables read bucket by bucket in Ray tasks instead.
 
         Args:
-            filter: as in `read_file`.
+            filter: an expression as in `read_file`.
             user_keys: only the rows of these users; files and row groups that can hold none of them are not read.
         """
         wanted = None if buckets is None else set(buckets)
@@ -140,7 +140,7 @@ def read_files(
     *,
     spec: TableSpec,
 ) -> pa.Table:
-    """Files of one table as one table, in the order given; of no files, no rows with the spec's columns."""
+    """Reads files of one table as one Arrow table, in the order given. Without a file it has the columns and no row."""
     names = spec.schema.names if columns is None else columns
     unknown = [name for name in names if name not in spec.schema.names]
     if unknown:
@@ -151,17 +151,17 @@ def read_files(
 def read_file(
     uri: str, columns: list[str] | None = None, filter: pc.Expression | None = None, spec: TableSpec | None = None
 ) -> pa.Table:
-    """Reads one file of a table, with `bucket` (int32, first) put back from its path where it is asked for.
+    """Reads one file of a table; `bucket` (int32, first) is put back from its path where it is asked for.
 
     Args:
-        uri: `DataFile.uri`.
-        columns: all when None; the result has this order.
-        filter: skips row groups by their statistics, then rows; e.g. `pc.field("user_key") == key`.
-        spec: the table's; columns that it has got since the file was written (`TableSpec.added`) are null.
+        uri: address of the file, `DataFile.uri`.
+        columns: columns in the order of the result; all when None.
+        filter: skips row groups by their statistics, then rows; for example `pc.field("user_key") == key`.
+        spec: spec of the table; columns added since the file was written (`TableSpec.added`) are null.
 
     Raises:
         ValueError: the file is damaged or has no such column.
-        FileNotFoundError: it is gone (a vacuum ran) or was written on a disk that this machine does not see.
+        FileNotFoundError: the file is gone (a vacuum ran) or lies on a disk that this machine does not see.
     """
     folder, _, name = uri.rpartition("/")
     storage = Storage(folder)
@@ -174,15 +174,15 @@ def read_file(
         with storage.open_input(name) as source:
             names = stored
             if late and stored is not None:  # the library refuses a column that the file does not have
-                there = set(pq.read_schema(source).names)
-                names = [column for column in stored if column in there or column not in late]
+                existing = set(pq.read_schema(source).names)
+                names = [column for column in stored if column in existing or column not in late]
             # partitioning=None: the path would otherwise give bucket as a dictionary or a string
             return pq.read_table(source, columns=names, filters=filter, partitioning=None)
 
     table = _read(read, uri)
     if bucket is not None and (columns is None or "bucket" in columns):
         table = _with_bucket(table, bucket)
-    table = _with_added(table, columns, spec)
+    table = with_added(table, columns, spec)
     missing = [column for column in columns or [] if column not in table.column_names]
     if missing:
         raise ValueError(f"{uri}: has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
@@ -190,7 +190,7 @@ def read_file(
 
 
 def _read(action: Callable[[], T], uri: str) -> T:
-    """With retries; a damaged file is named."""
+    """Runs a read with retries, and names a damaged file."""
     try:
         return retrying(action, f"read {uri}")
     except pa.ArrowInvalid as error:
@@ -198,12 +198,12 @@ def _read(action: Callable[[], T], uri: str) -> T:
 
 
 def _with_bucket(table: pa.Table, bucket: int) -> pa.Table:
-    """With the column that the path alone holds."""
+    """Adds the column that the path alone holds."""
     return table.add_column(0, pa.field("bucket", pa.int32()), pa.repeat(pa.scalar(bucket, pa.int32()), len(table)))
 
 
-def _with_added(table: pa.Table, columns: Sequence[str] | None, spec: TableSpec | None) -> pa.Table:
-    """With nulls in the columns asked for that the spec has got since the file was written."""
+def with_added(table: pa.Table, columns: Sequence[str] | None, spec: TableSpec | None) -> pa.Table:
+    """Adds the columns asked for that are younger than the file (`TableSpec.added`), filled with nulls."""
     if spec is None:
         return table
     for name in spec.added:
@@ -214,18 +214,18 @@ def _with_added(table: pa.Table, columns: Sequence[str] | None, spec: TableSpec 
 
 
 READ_ROWS = 32_768
-"""Rows read at a time by `of_users`: 50 MB of vectors at D=384."""
+"""Number of rows that `of_users` reads at a time: 50 MB of vectors at D=384."""
 
 
 def _between(keys: np.ndarray, low: str, high: str) -> bool:
-    """Whether one of the sorted keys lies in the range; an empty bound is an unknown one."""
+    """Says whether one of the sorted keys lies in the range; an empty bound is an unknown one."""
     if not low or not high:
         return True
     return bool(np.searchsorted(keys, low, side="left") < np.searchsorted(keys, high, side="right"))
 
 
 def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None, spec: TableSpec) -> Iterator[pa.Table]:
-    """The rows of these users (sorted keys; None: all), a few row groups at a time."""
+    """Yields the rows of these users (sorted keys; all when None), a few row groups at a time."""
     folder, _, name = file.uri.rpartition("/")
     storage = Storage(folder)
 
@@ -250,7 +250,7 @@ def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None, spe
                 table = table.filter(pc.is_in(table["user_key"], value_set=pa.array(keys.tolist())))
             if "bucket" in columns and file.bucket is not None:
                 table = _with_bucket(table, file.bucket)
-            yield _with_added(table, columns, spec).select(columns)
+            yield with_added(table, columns, spec).select(columns)
             chosen, rows = [], 0
         if group is not None:
             chosen.append(group)
@@ -258,7 +258,7 @@ def _row_groups(file: DataFile, columns: list[str], keys: np.ndarray | None, spe
 
 
 def _groups_with(facts: pq.FileMetaData, keys: np.ndarray | None) -> list[int]:
-    """Row groups that may hold one of the keys, by their statistics."""
+    """Lists the row groups that may hold one of the keys, by their statistics."""
     every = range(facts.num_row_groups)
     if keys is None or not len(every):
         return list(every)
@@ -272,7 +272,7 @@ def _groups_with(facts: pq.FileMetaData, keys: np.ndarray | None) -> list[int]:
 
 
 def bucket_of_path(path: str) -> int | None:
-    """The bucket that a file's folder names, `.../bucket=7/...`; None in an unbucketed table."""
+    """Returns the bucket that a file's folder names, `.../bucket=7/...`, or None in an unbucketed table."""
     parts = path.split("/")
     folder = parts[-2] if len(parts) > 1 else ""
     return int(folder.removeprefix("bucket=")) if folder.startswith("bucket=") else None

@@ -1,9 +1,9 @@
-"""Files on a local disk or on S3 behind one face.
+"""Files on a local disk or on S3 behind one interface.
 
 A `Storage` is a folder: a local path or `s3://bucket/prefix`. It pickles as its address only: every process opens its
 own connection, with endpoint and credentials from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...),
-which therefore stand in no config, log or pickle. What storage breaks for a moment (503, time-out, cut connection)
-is tried again with backoff and jitter, within a budget of seconds.
+so that these are in no config, log or pickle. An operation that fails for a moment (503, time-out, cut connection) is
+tried again with backoff and jitter, within a budget of seconds.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from infra.errors import InputError
 T = TypeVar("T")
 
 BUDGET_S = 120.0
-"""How long one operation is tried again before its error is passed on; PPLUG_STORAGE_BUDGET_S overrides."""
+"""Seconds for which one operation is tried again before its error is passed on; PPLUG_STORAGE_BUDGET_S overrides."""
 
 _TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not imported just to know their errors
     "TimeoutError ConnectTimeoutError ReadTimeoutError EndpointConnectionError ConnectionClosedError HTTPClientError "
@@ -46,7 +46,7 @@ _FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileE
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether trying again may help. Looks through the causes: libraries wrap the error that tells."""
+    """Says whether trying again may help. It looks through the causes, because libraries wrap the decisive error."""
     depth = 0
     while error is not None and depth < 8:
         if isinstance(error, _FINAL) or not isinstance(error, Exception):
@@ -63,7 +63,7 @@ def retrying(action: Callable[[], T], what: str, budget_s: float | None = None) 
     """Runs `action`, again and again while its error is transient and the budget lasts.
 
     Raises:
-        the action's last error, with `what` and the number of tries added as a note.
+        Exception: the action's last error, with `what` and the number of tries added as a note.
     """
     budget_s = float(os.environ.get("PPLUG_STORAGE_BUDGET_S", BUDGET_S)) if budget_s is None else budget_s
     end, tries = time.monotonic() + budget_s, 0
@@ -105,12 +105,12 @@ def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a listing says of a file."""
+    """A file's size and time in a listing."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified: float
-    """Seconds since 1970, by the storage's clock."""
+    """Time of the last write in seconds since 1970, by the storage's clock."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Storage:
         if uri.startswith("s3://"):
             uri = uri.rstrip("/")
             if len(uri) <= len("s3://"):
-                raise InputError(f"{self.uri!r}: no bucket in it; expected s3://bucket/prefix")
+                raise InputError(f"{self.uri!r} names no bucket; expected s3://bucket/prefix")
         elif "://" in uri and not uri.startswith("file://"):
             raise InputError(
                 f"{self.uri!r}: this kind of storage is not known; expected a local path or s3://bucket/prefix"
@@ -140,7 +140,7 @@ class Storage:
 
     @property
     def path(self) -> str:
-        """The folder as `filesystem` names it: no scheme."""
+        """Folder as `filesystem` names it, without a scheme."""
         return self.uri.removeprefix("s3://")
 
     @property
@@ -152,7 +152,7 @@ class Storage:
         return _s3(env.get("AWS_ENDPOINT_URL"), region, env.get("AWS_ACCESS_KEY_ID"), os.getpid())
 
     def delta_options(self) -> dict[str, str]:
-        """The same endpoint and credentials for deltalake, which has an S3 client of its own."""
+        """Returns endpoint and credentials for deltalake, which has an S3 client of its own."""
         if not self.is_s3:
             return {}
         env = os.environ
@@ -165,11 +165,11 @@ class Storage:
         return options | {"timeout": "60s", "connect_timeout": "10s", "max_retries": "5", "retry_timeout": "60s"}
 
     def join(self, *names: str) -> "Storage":
-        """The folder below this one."""
+        """Returns the folder below this one."""
         return Storage(self.full("/".join(names)))
 
     def full(self, name: str) -> str:
-        """The whole address of a name in this folder."""
+        """Returns the whole address of a name in this folder."""
         return f"{self.uri}/{_inside(name)}" if name else self.uri
 
     def _at(self, name: str) -> str:
@@ -185,42 +185,44 @@ class Storage:
         return self.filesystem.get_file_info(self._at(name))
 
     def folders(self, name: str = "") -> list[str]:
-        """Names of the folders right below, sorted."""
+        """Lists the names of the folders right below, sorted."""
         selector = pafs.FileSelector(self._at(name), allow_not_found=True)
-        found = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
-        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+        infos = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def list(self, name: str = "", recursive: bool = True) -> list[str]:
-        """Names of the files below, sorted, relative to this folder; none when there is no such folder."""
+        """Lists the names of all files below, sorted, relative to this folder; none when there is no such folder."""
         selector = pafs.FileSelector(self._at(name), recursive=recursive, allow_not_found=True)
-        found = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
-        return sorted(info.path.removeprefix(self.path + "/") for info in found if info.type == pafs.FileType.File)
+        infos = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        return sorted(info.path.removeprefix(self.path + "/") for info in infos if info.type == pafs.FileType.File)
 
     def facts(self, name: str = "") -> dict[str, "FileFacts"]:
-        """Size and time of every file below, by name relative to this folder."""
+        """Returns size and time of every file below, by name relative to this folder."""
         at = self._at(name)
 
         def look() -> dict[str, FileFacts]:
-            if self.is_s3:  # Arrow's face of s3fs has no times
-                found = self.filesystem.handler.fs.find(at, detail=True)
-                return {path: FileFacts(info["size"], info["LastModified"].timestamp()) for path, info in found.items()}
-            there = self.filesystem.get_file_info(pafs.FileSelector(at, recursive=True, allow_not_found=True))
-            files = [info for info in there if info.type == pafs.FileType.File]
+            if self.is_s3:  # Arrow's wrapper of s3fs has no times
+                objects = self.filesystem.handler.fs.find(at, detail=True)
+                return {
+                    path: FileFacts(info["size"], info["LastModified"].timestamp()) for path, info in objects.items()
+                }
+            infos = self.filesystem.get_file_info(pafs.FileSelector(at, recursive=True, allow_not_found=True))
+            files = [info for info in infos if info.type == pafs.FileType.File]
             return {info.path: FileFacts(info.size, info.mtime_ns / 1e9) for info in files}
 
-        found = retrying(look, f"list {self.full(name)}")
-        return {path.removeprefix(self.path + "/"): found[path] for path in sorted(found)}
+        facts = retrying(look, f"list {self.full(name)}")
+        return {path.removeprefix(self.path + "/"): facts[path] for path in sorted(facts)}
 
     def state_of(self, name: str) -> str:
-        """What changes when a file is written again, unread: its size, and its ETag on S3 or its time on a disk."""
+        """Describes a file unread, so that a rewrite changes it: size, and ETag on S3 or time of writing on a disk."""
         if self.is_s3:
-            found = retrying(lambda: self.filesystem.handler.fs.info(self._at(name)), f"look at {self.full(name)}")
-            return f"{found['size']} bytes, etag {found['ETag'].strip(chr(34))}"
+            facts = retrying(lambda: self.filesystem.handler.fs.info(self._at(name)), f"look at {self.full(name)}")
+            return f"{facts['size']} bytes, etag {facts['ETag'].strip(chr(34))}"
         info = retrying(lambda: self._info(name), f"look at {self.full(name)}")
         return f"{info.size} bytes, written at {info.mtime_ns} ns"
 
     def content_of(self, name: str) -> str:
-        """What tells one content of a file from another: its size, and its ETag on S3 or its digest on a disk."""
+        """Describes the content of a file: its size, and its ETag on S3 or its digest on a disk."""
         if self.is_s3:
             return self.state_of(name)
         with open(self._at(name), "rb") as file:
@@ -255,7 +257,7 @@ class Storage:
             out.write(data)
 
     def delete(self, name: str) -> None:
-        """Removes a file; one that is not there is fine, since the aim is reached."""
+        """Removes a file; a missing file is no error, since the aim is reached."""
 
         def remove() -> None:
             try:
@@ -266,11 +268,11 @@ class Storage:
         retrying(remove, f"delete {self.full(name)}")
 
     def open_input(self, name: str) -> pa.NativeFile:
-        """A seekable file. Errors while reading are the caller's; wrap the whole read in `retrying`."""
+        """Opens a seekable file. The caller handles errors while reading: wrap the whole read in `retrying`."""
         return retrying(lambda: self.filesystem.open_input_file(self._at(name)), f"open {self.full(name)}")
 
     def open_output(self, name: str) -> pa.NativeFile:
-        """A stream; multipart on S3. Not atomic on a local disk: give it a name that nobody reads yet."""
+        """Opens a stream, multipart on S3. It is not atomic on a local disk: give it a name that no job reads yet."""
         if not self.is_s3:
             Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
         return retrying(lambda: self.filesystem.open_output_stream(self._at(name)), f"open {self.full(name)}")

@@ -3,8 +3,8 @@
 - A file that no commit names is not in the table: a killed write leaves an orphan and nothing else.
 - Before a commit the newest version is loaded; a (run_id, group) already in it is not committed again. The library
   refuses only a concurrent duplicate; after a lost answer it would take the same files twice.
-- A replacement is committed on the version it was planned on or not at all (`TableMoved`): removals and additions in
-  one append commit without retries. The library's own overwrite accepts files outside its filter, and a stale one
+- A replacement is committed on the version it was planned on or not at all (`CommitConflict`): removals and additions
+  in one append commit without retries. The library's own overwrite accepts files outside its filter, and a stale one
   keeps both writers' files.
 - The log holds user_key ranges and never a user id; vectors are 16-bit values in float32 columns, byte-stream split.
 """
@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -32,16 +32,17 @@ from infra.storage import Storage, is_transient, retrying
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
+    from deltalake.transaction import AddAction
 
-__all__ = ["Commit", "DataFile", "Snapshot", "Table", "TableMoved", "TableSpec", "read_file", "read_files"]
+__all__ = ["Commit", "DataFile", "Snapshot", "Table", "CommitConflict", "TableSpec", "read_file", "read_files"]
 
 T = TypeVar("T")
 COMMIT_TRIES = 8
-"""For appends that lose the race for a version number, and for answers lost on the way."""
+"""Tries for appends that lose the race for a version number, and for answers lost on the way."""
 
 
-class TableMoved(Exception):
-    """Somebody else committed since the plan was made: plan again on the current version."""
+class CommitConflict(Exception):
+    """Another run has committed since the plan was made: plan again on the current version."""
 
     def __init__(self, table: str, current: int, planned_on: int) -> None:
         super().__init__(
@@ -51,21 +52,21 @@ class TableMoved(Exception):
         self.current, self.planned_on = current, planned_on
 
     def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
-        return TableMoved, (str(self.args[0]).split()[1], self.current, self.planned_on)
+        return CommitConflict, (str(self.args[0]).split()[1], self.current, self.planned_on)
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit that stands in the table."""
+    """A commit of the table."""
 
     version: int
     already: bool
-    """It stood there before this call; the files of this call were not added."""
+    """True if the commit existed before this call; the files of this call were then not added."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table at an address; pickles, opens the log anew for each question, keeps nothing between them."""
+    """A table at an address. It pickles, opens the log anew for each question and keeps nothing between them."""
 
     uri: str
     spec: TableSpec
@@ -75,80 +76,86 @@ class Table:
 
     @classmethod
     def exists(cls, uri: str) -> bool:
-        """Whether a Delta log is there."""
+        """Says whether the address has a Delta log."""
         return bool(Storage(uri).list("_delta_log", recursive=False))
 
     @classmethod
     def create(cls, uri: str, spec: TableSpec, buckets: int) -> "Table":
-        """Makes an empty table; bucket count and schema version are fixed in its description.
+        """Makes an empty table, with bucket count and schema version in its description.
 
         Raises:
-            InputError: a table is already there, or the bucket count is below 1.
+            InputError: the address has a table already, or the bucket count is below 1.
         """
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
+        table = cls(Storage(uri).uri, spec, buckets)
         if buckets < 1:
             raise InputError(f"table {spec.name}: buckets={buckets}; expected 1 or more")
-        storage = Storage(uri)
+        storage = table.storage
         if not storage.is_s3:
             storage.filesystem.create_dir(storage.path)
-        facts = {"table": spec.name, "buckets": buckets, "schema_version": spec.schema_version}
         try:
-            DeltaTable.create(
-                storage.uri,
-                spec.schema,
-                mode="error",
-                partition_by=["bucket"] if spec.bucketed else None,
-                name=spec.name,
-                description=json.dumps(facts),
-                # 30 days by default: the newest complete version could then outlive what the log says of it.
-                configuration={"delta.logRetentionDuration": "interval 365 days"},
-                storage_options=storage.delta_options(),
-            )
+            DeltaTable.create(storage.uri, spec.schema, mode="error", **table._definition())
         except DeltaError as error:
             if not cls.exists(uri):
                 raise
-            raise InputError(f"{storage.uri}: table {spec.name} cannot be made, a table is already there") from error
-        return cls(storage.uri, spec, buckets)
+            raise InputError(
+                f"{storage.uri}: table {spec.name} cannot be made, because the address has a table already"
+            ) from error
+        return table
+
+    def _definition(self) -> dict[str, Any]:
+        """Builds the library's arguments that define a table, beside its columns."""
+        facts = {"table": self.spec.name, "buckets": self.buckets, "schema_version": self.spec.schema_version}
+        return {
+            "partition_by": ["bucket"] if self.spec.bucketed else None,
+            "name": self.spec.name,
+            "description": json.dumps(facts),
+            # 30 days by default: the newest complete version could then outlive its metadata in the log.
+            "configuration": {"delta.logRetentionDuration": "interval 365 days"},
+            "storage_options": self.storage.delta_options(),
+        }
 
     @classmethod
     def open(cls, uri: str, spec: TableSpec) -> "Table":
-        """An existing table, checked against the spec.
+        """Opens an existing table and checks it against the spec.
 
         Raises:
-            InputError: there is none, it has another schema version, or its columns differ.
+            InputError: there is no table, it has another schema version, or its columns differ.
         """
+        table, delta = cls._opened(uri, spec)
+        _check_schema_version(table.uri, spec, delta)
+        _check_columns(table.uri, spec, delta)
+        return table
+
+    @classmethod
+    def open_as_stored(cls, uri: str, spec: TableSpec) -> "Table":
+        """Opens a table with the schema version and the columns that it has, whatever the spec says.
+
+        It is there to be read: columns that a file was written without are null.
+
+        Raises:
+            InputError: there is no table.
+        """
+        table, delta = cls._opened(uri, spec)
+        columns = pa.schema(delta.schema().to_arrow())
+        _, stored = _description(table.uri, spec, delta)
+        return replace(table, spec=replace(spec, schema=columns, schema_version=stored, added=tuple(columns.names)))
+
+    @classmethod
+    def _opened(cls, uri: str, spec: TableSpec) -> "tuple[Table, DeltaTable]":
         uri = Storage(uri).uri
         if not cls.exists(uri):
             raise InputError(
                 f"{uri}: there is no table {spec.name} here; check the address or run the job that writes it"
             )
         delta = cls(uri, spec, 0)._load()
-        try:
-            facts = json.loads(delta.metadata().description or "")
-            buckets, found = int(facts["buckets"]), int(facts["schema_version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{uri}: a Delta table, but its description does not record buckets and schema_version: it was not "
-                f"made as table {spec.name}; give the address of one that was"
-            ) from error
-        if found != spec.schema_version:
-            older = found < spec.schema_version
-            raise InputError(
-                f"{uri}: table {spec.name} has schema_version {found}, this release reads {spec.schema_version}; "
-                + (
-                    f"migrate it ({spec.name} {found} to {spec.schema_version}, see CHANGELOG.md) or write a new table"
-                    if older
-                    else f"the table is newer: use a release that reads {spec.name} schema_version {found}"
-                )
-            )
-        _check_columns(uri, spec, delta)
-        return cls(uri, spec, buckets)
+        return cls(uri, spec, _description(uri, spec, delta)[0]), delta
 
     @classmethod
     def open_or_create(cls, uri: str, spec: TableSpec, buckets: int) -> "Table":
-        """The table there, with the bucket count it was made with, or a new one with this count."""
+        """Opens the table with the bucket count it was made with, or makes one with this count."""
         if not cls.exists(uri):
             try:
                 return cls.create(uri, spec, buckets)
@@ -160,9 +167,9 @@ class Table:
         return table
 
     def _add_columns(self) -> None:
-        """Gives an older table the columns that its spec has since got; its rows have nulls there.
+        """Gives a table the columns that its spec has got since; its rows have nulls there.
 
-        The commit says what the one before it said, but belongs to no group: a complete version stays complete.
+        The commit repeats the metadata of the one before it, but belongs to no group: a complete version stays so.
         """
         from deltalake import CommitProperties, Schema
 
@@ -171,10 +178,10 @@ class Table:
         missing = [field for field in Schema.from_arrow(self.spec.schema).fields if field.name not in known]
         if not missing:
             return
-        said = log.metadata_of(self.storage, delta.version())
-        said = {key: value for key, value in said.items() if key not in ("group", *log.OF_ONE_COMMIT)}
+        metadata = log.metadata_of(self.storage, delta.version())
+        metadata = {key: value for key, value in metadata.items() if key not in ("group", *log.OF_ONE_COMMIT)}
         try:
-            delta.alter.add_columns(missing, commit_properties=CommitProperties(custom_metadata=said))
+            delta.alter.add_columns(missing, commit_properties=CommitProperties(custom_metadata=metadata))
         except Exception:
             known = {field.name for field in self._load().schema().fields}
             if any(field.name not in known for field in missing):  # else another driver was quicker
@@ -193,17 +200,17 @@ class Table:
         )
 
     def _asked(self, question: Callable[[], T]) -> T:
-        """What the library answers about a version it has loaded: it may read the log once more for it."""
+        """Asks the library about a loaded version, with retries: it may read the log once more for the answer."""
         return retrying(question, f"read the log of table {self.spec.name}")
 
     # -- worker side: files
 
     def write(self, data: pa.Table, run_id: str) -> list[DataFile]:
-        """Writes rows as one Parquet file per bucket; they are in the table when a commit names the files.
+        """Writes rows as one Parquet file per bucket. They are in the table once a commit names the files.
 
         Raises:
             ValueError: a column is missing, unknown or of another type, a bucket is out of range, or a vector is not
-                finite in 16 bits. Names the column, never a value of a user.
+                finite in 16 bits. The message names the column, never a value of a user.
         """
         data = conform(data, self.spec)
         order = [(column, "ascending") for column in (["bucket"] if self.spec.bucketed else []) + list(self.spec.sort)]
@@ -213,16 +220,16 @@ class Table:
         if not self.spec.bucketed:
             return [self._write_file(data, None, run_id)]
         # Rows lie by bucket now: each bucket is one slice, however many buckets a block touches.
-        found, starts = np.unique(data["bucket"].to_numpy(), return_index=True)
-        if not 0 <= found[0] <= found[-1] < self.buckets:
+        present, starts = np.unique(data["bucket"].to_numpy(), return_index=True)
+        if not 0 <= present[0] <= present[-1] < self.buckets:
             raise ValueError(
-                f"table {self.spec.name}: buckets {found[0]} to {found[-1]} in the data, but the table has "
+                f"table {self.spec.name}: the data has buckets {present[0]} to {present[-1]}, but the table has "
                 f"{self.buckets}; compute bucket with the table's own count"
             )
         data, ends = data.drop_columns(["bucket"]), [*starts[1:], len(data)]
         return [
             self._write_file(data.slice(start, end - start), int(bucket), run_id)
-            for bucket, start, end in zip(found, starts, ends, strict=True)
+            for bucket, start, end in zip(present, starts, ends, strict=True)
         ]
 
     def _write_file(self, data: pa.Table, bucket: int | None, run_id: str) -> DataFile:
@@ -244,14 +251,14 @@ class Table:
     # -- reading
 
     def snapshot(self, version: int | None = None, complete: bool = False) -> Snapshot:
-        """A version's files: the newest, the newest complete, or the one named.
+        """Reads the files of a version from the log: the newest, the newest complete one, or a given one.
 
         Args:
-            version: this one, complete or not (time travel).
-            complete: the newest version whose commit ended a run; later commits of unfinished runs are not seen.
+            version: number of the version to read, complete or not (time travel).
+            complete: takes the newest version whose commit ended a run; later commits of unfinished runs are not seen.
 
         Raises:
-            InputError: no complete version, or no such version (any more).
+            InputError: there is no complete version, no such version (any more), or it has another schema version.
         """
         from deltalake.exceptions import DeltaError
 
@@ -266,6 +273,13 @@ class Table:
                 f"{self.uri}: version {version} of table {self.spec.name} cannot be read ({error}); the newest is "
                 f"{self.version}"
             ) from error
+        _, stored = _description(self.uri, self.spec, delta)
+        if stored != self.spec.schema_version:
+            raise InputError(
+                f"{self.uri}: version {delta.version()} of table {self.spec.name} has schema version {stored}, and "
+                f"this release reads version {self.spec.schema_version}: the table has been migrated since; choose a "
+                "later version"
+            )
         return self._snapshot_of(delta)
 
     def _snapshot_of(self, delta: "DeltaTable") -> Snapshot:
@@ -274,7 +288,7 @@ class Table:
         unknown = [action["path"] for action in actions if action["num_records"] is None]
         if unknown:
             raise InputError(
-                f"{self.uri}: file {unknown[0]} stands in the log without a row count: something else has written to "
+                f"{self.uri}: the log names file {unknown[0]} without a row count: another program has written to "
                 f"table {self.spec.name}; restore an earlier version of the table"
             )
         files = [
@@ -290,8 +304,8 @@ class Table:
             )
             for action in actions
         ]
-        said = log.metadata_of(self.storage, delta.version())
-        return Snapshot(delta.version(), said, files, self.uri, self.spec)
+        metadata = log.metadata_of(self.storage, delta.version())
+        return Snapshot(delta.version(), metadata, files, self.uri, self.spec)
 
     def _newest_complete(self) -> int:
         for entry in log.back_from(self.storage, self.version):
@@ -304,22 +318,22 @@ class Table:
 
     @property
     def version(self) -> int:
-        """The newest version's number, asked of the log each time."""
+        """Number of the newest version, read from the log each time."""
         return self._load().version()
 
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """Commits, newest first: version, timestamp (ms), operation, and what the commit said."""
+        """Lists the commits, newest first: version, timestamp (ms), operation, and the metadata."""
         return list(islice(log.back_from(self.storage, self.version), limit))
 
-    def said_by(self, run_id: str) -> dict[str, str]:
-        """What the newest commit of a run said; empty where it has committed nothing, or the log no longer says."""
+    def metadata_of_run(self, run_id: str) -> dict[str, str]:
+        """Returns the metadata of a run's newest commit; empty where it has none, or where the log no longer has it."""
         for entry in log.back_from(self.storage, self.version) if len(self.committed(run_id)) else ():
             if entry.get("run_id") == run_id:
                 return log.metadata_of(self.storage, entry["version"])
         return {}
 
     def committed(self, run_id: str) -> range:
-        """Groups this run has committed: 0 to the last; empty before its first. A rerun starts at their number."""
+        """Returns the groups that this run has committed, 0 to the last. A rerun starts at their number."""
         delta = self._load()
         last = self._asked(lambda: delta.transaction_version(run_id))
         return range(0 if last is None else last + 1)
@@ -343,24 +357,24 @@ class Table:
         """Adds files to the table, all or none, once for each (run_id, group).
 
         Args:
-            files: of `write`; none is allowed, e.g. to mark a run complete.
-            group: 0, 1, 2, ... within the run. A rerun goes on at `len(committed(run_id))`.
-            mode: "append", or "replace": all files of `buckets` go, these come.
-            more: replace only: files that other buckets grow by in the same commit.
-            planned_on: the version the plan was made on; after a commit of one's own, that commit's version.
+            files: files of `write`; an empty list can mark a run complete.
+            group: number 0, 1, 2, ... within the run. A rerun goes on at `len(committed(run_id))`.
+            mode: "append", or "replace": these files take the place of all files of `buckets`.
+            more: in mode "replace", files that other buckets grow by in the same commit.
+            planned_on: the version that the plan was made on; after a commit of one's own, that commit's version.
             metadata: identities and the like; never anything of a user.
-            complete: this commit ends the run.
-            strict: an append, too, refuses a version that moved (it was planned from what the table holds).
+            complete: whether this commit ends the run.
+            strict: an append, too, refuses a version that moved, because its plan depends on the table's rows.
 
         Returns:
-            The version, and whether the group stood there before this call: then these files were NOT added now. A
-            group whose answer was lost within the call and is found to have landed is a commit like any other.
+            The version, and whether the group existed before this call: then these files were NOT added now. A
+            group that landed although its answer was lost within the call is a commit like any other.
 
         Raises:
-            InputError: the group stood there and an older version of the table has been restored since.
-            TableMoved: plan again. An append goes on over commits that only appended; anything over those that put the
-                same rows into other files.
-            Overtaken: somebody is alone at work on the tables of this root (`lease.alone`).
+            InputError: the group existed, and an older version of the table has been restored since.
+            CommitConflict: plan again. An append goes on over commits that only appended; any commit goes on over
+                those that put the same rows into other files.
+            ConcurrentRunError: another run works alone on the tables of this root (`lease.alone`).
             ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
         """
         files, wanted, beside = list(files), set(buckets), list(more)
@@ -375,13 +389,13 @@ class Table:
         twice = wanted & {file.bucket for file in beside}
         if twice:
             raise ValueError(f"table {self.spec.name}: bucket {min(twice)} is to be replaced and to grow in one commit")
-        said = log.metadata_for(metadata or {}, run_id, group, complete)
+        info = log.metadata_for(metadata or {}, run_id, group, complete)
         harmless = {"append", "same rows", "own rows"} if mode == "append" and not strict else {"same rows"}
 
         def removed(delta: "DeltaTable") -> list[DataFile]:
             return [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
 
-        return self._commit(files + beside, removed, said, run_id, group, planned_on, harmless, data_change=True)
+        return self._commit(files + beside, removed, info, run_id, group, planned_on, harmless, data_change=True)
 
     def rewrite(
         self,
@@ -394,26 +408,26 @@ class Table:
         same_rows: bool,
         more: Mapping[str, str] | None = None,
     ) -> Commit:
-        """Puts files in the place of others, on a complete version, and says again what the run below had said.
+        """Puts files in the place of others, on a complete version, and repeats that version's metadata.
 
         Args:
-            below: the newest version, which is what the plan was made on.
-            same_rows: the new files hold the rows of the old ones: whoever has a plan goes on over this commit.
+            below: the newest version, on which the plan was made.
+            same_rows: the new files hold the rows of the old ones, so that older plans go on over this commit.
             more: further metadata.
 
         Raises:
-            TableMoved: somebody has committed since `below`: plan again.
-            ValueError: same_rows, but another number of rows; and as `commit`.
+            CommitConflict: another run has committed since `below`: plan again.
+            ValueError: the number of rows differs in spite of `same_rows`; otherwise as in `commit`.
         """
         new, old = list(new), list(old)
         rows = sum(file.rows for file in new), sum(file.rows for file in old)
         if same_rows and rows[0] != rows[1]:
             raise ValueError(
-                f"table {self.spec.name}: {rows[1]} rows would become {rows[0]}; a rewrite of the same rows"
+                f"table {self.spec.name}: {rows[1]} rows would become {rows[0]}, but a rewrite keeps all rows"
             )
         self._check_files(new, None)
-        said = log.rewritten(below.metadata, run_id, group, more or {})
-        return self._commit(new, lambda delta: old, said, run_id, group, below.version, set(), not same_rows)
+        info = log.rewritten(below.metadata, run_id, group, more or {})
+        return self._commit(new, lambda delta: old, info, run_id, group, below.version, set(), not same_rows)
 
     def drop_own(
         self,
@@ -425,31 +439,83 @@ class Table:
         planned_on: int,
         metadata: Mapping[str, str],
     ) -> Commit:
-        """Puts files in the place of others that hold more rows: all rows of other runs, fewer of this one.
+        """Puts files in the place of others, without some of this run's own rows; rows of other runs all stay.
 
         The run goes on afterwards, so the version is not complete. Runs that only append go on over this commit.
 
         Raises:
-            TableMoved: the old files may no longer be there: plan again. Appends in between do no harm.
+            CommitConflict: the old files may no longer exist: plan again. Appends in between do no harm.
             ValueError: a file is of another table.
         """
         new, old = list(new), list(old)
         self._check_files(new, None)
-        said = log.metadata_for(metadata, run_id, group, complete=False) | {log.OWN_ROWS: "true"}
-        return self._commit(new, lambda delta: old, said, run_id, group, planned_on, {"append"}, data_change=True)
+        info = log.metadata_for(metadata, run_id, group, complete=False) | {log.OWN_ROWS: "true"}
+        return self._commit(new, lambda delta: old, info, run_id, group, planned_on, {"append"}, data_change=True)
+
+    def replace_schema(self, files: Iterable[DataFile], *, before: Snapshot, run_id: str, group: int) -> int:
+        """Puts these files, this spec's columns and its schema version in the place of an older version's.
+
+        The library makes one commit of it, and takes away all files that it finds in the table. So this is to be called
+        under `lease.no_other_writer`, and goes on only if `before` is still the newest version.
+
+        Returns:
+            The new version. It repeats the metadata of `before`, so that a complete version stays complete.
+
+        Raises:
+            CommitConflict: another run has committed since `before`.
+            InputError: another run has committed at the same moment, without a lease.
+            ConcurrentRunError: another run works alone on the tables of this root.
+        """
+        from deltalake import CommitProperties, Schema, Transaction
+        from deltalake.transaction import create_table_with_add_actions
+
+        files, version = list(files), before.version + 1
+        self._check_files(files, None)
+        if before.metadata.get("complete") == "true":
+            info = log.rewritten(before.metadata, run_id, group, {})
+        else:
+            info = log.metadata_for({}, run_id, group, complete=False)
+        done = False
+        for attempt in range(COMMIT_TRIES):
+            if log.is_group(log.metadata_of(self.storage, version), run_id, group):
+                return version
+            if done:
+                raise InputError(
+                    f"{self.uri}: another run has written version {version} of table {self.spec.name} without a lease "
+                    "while the table was migrated: its rows are in that version only, and have to be written again"
+                )
+            if self.version != before.version:
+                raise CommitConflict(self.spec.name, self.version, before.version)
+            lease.refuse_if_not_alone(self.uri.rpartition("/")[0], run_id)
+            self._check_there(files)
+            try:
+                create_table_with_add_actions(
+                    self.uri,
+                    Schema.from_arrow(self.spec.schema),
+                    _additions(files, change=True),
+                    mode="overwrite",
+                    commit_properties=CommitProperties(
+                        custom_metadata=info, app_transactions=[Transaction(run_id, group)], max_commit_retries=0
+                    ),
+                    **self._definition(),
+                )
+                done = True
+            except Exception as error:
+                _pause_or_raise(error, attempt, f"commit schema version {self.spec.schema_version} of {self.spec.name}")
+        raise AssertionError("the last attempt returns or raises")
 
     def _commit(
         self,
         files: list[DataFile],
         removed: "Callable[[DeltaTable], list[DataFile]]",
-        said: dict[str, str],
+        metadata: dict[str, str],
         run_id: str,
         group: int,
         planned_on: int,
         harmless: set[str],
         data_change: bool,
     ) -> Commit:
-        """Once for each (run_id, group), on the planned version or over commits that did no more than `harmless`."""
+        """Commits once per (run_id, group), on the planned version or over commits of the `harmless` kinds."""
         for attempt in range(COMMIT_TRIES):
             delta = self._load()
             last = self._asked(partial(delta.transaction_version, run_id))
@@ -459,26 +525,22 @@ class Table:
                 if undone is not None:
                     raise InputError(
                         f"{self.uri}: run {run_id} had committed to table {self.spec.name} in version {version}, and "
-                        f"run {undone} has restored an older version since: what this run wrote is no longer there; "
-                        "give another run_id to write it again"
+                        f"run {undone} has restored an older version since: the rows of this run are gone; give "
+                        "another run_id to write them again"
                     )
                 ours = attempt > 0 and log.added(self.storage, version) == {file.path for file in files}
                 return Commit(delta.version() if version is None else version, already=not ours)
             if delta.version() != planned_on and (
                 not harmless or log.kinds(self.storage, planned_on, delta.version()) - harmless
             ):
-                raise TableMoved(self.spec.name, delta.version(), planned_on)
+                raise CommitConflict(self.spec.name, delta.version(), planned_on)
             lease.refuse_if_not_alone(self.uri.rpartition("/")[0], run_id)
             self._check_there(files)
             try:
-                self._commit_on(delta, files, removed(delta), said, run_id, group, data_change)
+                self._commit_on(delta, files, removed(delta), metadata, run_id, group, data_change)
                 return Commit(delta.version() + 1, already=False)  # without retries it is this version or none
             except Exception as error:
-                # Lost race or lost answer: the next turn loads the table and sees which.
-                if attempt == COMMIT_TRIES - 1 or not (log.lost_race(error) or is_transient(error)):
-                    error.add_note(f"while: commit group {group} of run {run_id} to table {self.spec.name}")
-                    raise
-                time.sleep(np.random.default_rng().uniform(0.05, min(5.0, 0.1 * 2**attempt)))
+                _pause_or_raise(error, attempt, f"commit group {group} of run {run_id} to table {self.spec.name}")
         raise AssertionError("the last attempt returns or raises")
 
     def _commit_on(
@@ -486,24 +548,23 @@ class Table:
         delta: "DeltaTable",
         files: list[DataFile],
         removed: list[DataFile],
-        said: dict[str, str],
+        metadata: dict[str, str],
         run_id: str,
         group: int,
         change: bool = True,
     ) -> None:
         from deltalake import CommitProperties, Transaction
-        from deltalake.transaction import AddAction, RemoveAction
+        from deltalake.transaction import RemoveAction
 
         now = int(time.time() * 1000)
-        gone = [RemoveAction(f.path, change, now, f.size, log.partition(f)) for f in removed]
-        come = [AddAction(f.path, f.size, log.partition(f), now, change, log.stats(f)) for f in files]
+        removals = [RemoveAction(f.path, change, now, f.size, log.partition(f)) for f in removed]
         delta.create_write_transaction(
-            [*gone, *come],
+            [*removals, *_additions(files, change)],
             mode="append",  # with "overwrite" the library chooses what goes, see the head of this file
             schema=self.spec.schema,
             partition_by=["bucket"] if self.spec.bucketed else None,
             commit_properties=CommitProperties(
-                custom_metadata=said, app_transactions=[Transaction(run_id, group)], max_commit_retries=0
+                custom_metadata=metadata, app_transactions=[Transaction(run_id, group)], max_commit_retries=0
             ),
         )
 
@@ -535,28 +596,68 @@ class Table:
         return None
 
 
+def _description(uri: str, spec: TableSpec, delta: "DeltaTable") -> tuple[int, int]:
+    """Returns bucket count and schema version, which a table's description records."""
+    try:
+        facts = json.loads(delta.metadata().description or "")
+        return int(facts["buckets"]), int(facts["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{uri}: a Delta table, but its description does not record buckets and schema_version: it was not "
+            f"made as table {spec.name}; give the address of one that was"
+        ) from error
+
+
+def _check_schema_version(uri: str, spec: TableSpec, delta: "DeltaTable") -> None:
+    _, stored = _description(uri, spec, delta)
+    if stored < spec.schema_version:
+        raise InputError(
+            f"{uri}: table {spec.name} has schema version {stored}, and this release reads version "
+            f"{spec.schema_version}; run the job `migrate` on these tables first"
+        )
+    if stored > spec.schema_version:
+        raise InputError(
+            f"{uri}: table {spec.name} has schema version {stored}, and this release reads version "
+            f"{spec.schema_version}: the table is newer; use a release that reads version {stored}"
+        )
+
+
 def _check_columns(uri: str, spec: TableSpec, delta: "DeltaTable") -> None:
     from deltalake import Schema
 
     wanted = {field.name: str(field.type) for field in Schema.from_arrow(spec.schema).fields}
-    found = {field.name: str(field.type) for field in delta.schema().fields}
+    stored = {field.name: str(field.type) for field in delta.schema().fields}
     for column in spec.added:
-        if column not in found:
+        if column not in stored:
             del wanted[column]
-    for column in [*wanted, *found]:
-        if wanted.get(column) != found.get(column):
+    for column in [*wanted, *stored]:
+        if wanted.get(column) != stored.get(column):
             raise InputError(
-                f"{uri}: column {column!r} of table {spec.name} is {found.get(column, 'missing')}, expected "
-                f"{wanted.get(column, 'no such column')}; the table was not written by "
-                "this release: migrate it or write a new one"
+                f"{uri}: column {column!r} of table {spec.name} is {stored.get(column, 'missing')}, expected "
+                f"{wanted.get(column, 'no such column')}; use the release that wrote the table, or write a new one"
             )
 
 
 # -- small parts of a commit
 
 
+def _additions(files: list[DataFile], change: bool) -> "list[AddAction]":
+    from deltalake.transaction import AddAction
+
+    now = int(time.time() * 1000)
+    return [AddAction(f.path, f.size, log.partition(f), now, change, log.stats(f)) for f in files]
+
+
+def _pause_or_raise(error: Exception, attempt: int, what: str) -> None:
+    """Waits after a lost race or a lost answer: the next attempt loads the table and sees which. Raises the rest."""
+    if attempt == COMMIT_TRIES - 1 or not (log.lost_race(error) or is_transient(error)):
+        error.add_note(f"while: {what}")
+        raise error
+    time.sleep(np.random.default_rng().uniform(0.05, min(5.0, 0.1 * 2**attempt)))
+
+
 def _safe(run_id: str) -> str:
-    """A run id as part of a file name: itself, or its hash where it holds anything unusual."""
+    """Returns a run id as part of a file name: itself, or its hash where it holds anything unusual."""
     return (
         run_id if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", run_id) else hashlib.blake2b(run_id.encode()).hexdigest()[:16]
     )

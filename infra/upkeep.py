@@ -1,8 +1,8 @@
-"""Upkeep of a table: small files of many nights into few, files that nobody needs any more away, old versions back.
+"""Table maintenance: compaction (many small files into few), vacuum (deleting unreferenced files), restore, forget.
 
-All work while others read. Compaction changes no row: old and new files hold the same rows, which is checked before
-the commit, and the commit says so (dataChange false), so that a writer whose plan is older goes on over it. Vacuum
-removes what no version within the retention names; what a running job has written and not yet committed is younger.
+All of it works while others read. Compaction changes no row: old and new files hold the same rows, which is checked
+before the commit, and the commit says so (dataChange false), so that a writer whose plan is older goes on over it.
+Vacuum removes files that no version within the retention names; uncommitted files of a running job are younger.
 """
 
 import dataclasses
@@ -20,30 +20,30 @@ from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Commit, Table
 
 TARGET_BYTES = 128 * 2**20
-"""A file of this size is as good as a larger one; design.md section 3."""
+"""Size of a file that is as good as a larger one; design.md section 3."""
 LEAST_RETENTION_HOURS = 1.0
-"""Less could remove what a running job has written and not yet committed."""
+"""Least retention: with less, files that a running job has not committed yet could be deleted."""
 
 
 def cost(table: Table) -> dict[str, int]:
-    """What a table costs: files and bytes of its newest version, and those that lie dead beside them."""
-    there, live = _data_files(table), {file.path for file in table.snapshot().files}
-    dead = [size for name, (size, _) in there.items() if name not in live]
-    live_bytes = sum(size for name, (size, _) in there.items() if name in live)
+    """Counts files and bytes of a table's newest version, and of the dead files beside it."""
+    existing, live = _data_files(table), {file.path for file in table.snapshot().files}
+    dead = [size for name, (size, _) in existing.items() if name not in live]
+    live_bytes = sum(size for name, (size, _) in existing.items() if name in live)
     return {"files": len(live), "bytes": live_bytes, "dead_files": len(dead), "dead_bytes": sum(dead)}
 
 
 def _data_files(table: Table) -> dict[str, tuple[int, float]]:
-    """Size and time of all in the table's folder but its log."""
-    found = table.storage.facts()
-    return {name: (facts.size, facts.modified) for name, facts in found.items() if not name.startswith("_delta_log/")}
+    """Returns size and time of all files in the table's folder except its log."""
+    files = table.storage.facts()
+    return {name: (facts.size, facts.modified) for name, facts in files.items() if not name.startswith("_delta_log/")}
 
 
 # --- compaction
 
 
 def due(files: Iterable[DataFile], target_bytes: int = TARGET_BYTES) -> list[list[DataFile]]:
-    """Groups of a bucket's files to make one of: small ones, together about the target at most."""
+    """Groups a bucket's small files, each group to become one file of about the target size at most."""
     groups: list[list[DataFile]] = [[]]
     size = 0
     for file in sorted(files, key=lambda file: (file.size, file.path)):
@@ -64,25 +64,25 @@ class Rewritten:
     old: list[DataFile]
     new: list[DataFile]
     dropped: int
-    """Rows left out."""
+    """Number of rows left out."""
 
 
 def rewrite(
     table: Table, files: list[DataFile], run_id: str, keep: Callable[[pa.Table], pa.Array] | None = None
 ) -> Rewritten:
-    """Writes the rows of some files of one bucket as one file, sorted; to be committed by `Table.rewrite`.
+    """Writes the rows of some files of one bucket as one sorted file, which `Table.rewrite` then commits.
 
     Args:
-        keep: rows -> bool, true for those that stay; all when None.
+        keep: function from rows to bool, true for rows that stay; all stay when None.
 
     Raises:
-        ValueError: the files hold other rows than the log says, or the new file than the old ones.
+        ValueError: the files hold another number of rows than the log says, or the new file other rows than the old.
     """
     data = read_files(files, spec=table.spec)
     if data.num_rows != sum(file.rows for file in files):
         raise ValueError(
-            f"table {table.spec.name}: {files[0].path} and {len(files) - 1} more hold {data.num_rows} rows, the log "
-            f"says {sum(file.rows for file in files)}; restore an earlier version"
+            f"table {table.spec.name}: {files[0].path} and {len(files) - 1} more hold {data.num_rows} rows, and the "
+            f"log says {sum(file.rows for file in files)}; restore an earlier version"
         )
     kept = data if keep is None else data.filter(keep(data))
     order = [(column, "ascending") for column in table.spec.sort]
@@ -100,24 +100,24 @@ def rewrite(
 
 @dataclass(frozen=True)
 class Vacuumed:
-    """What a vacuum found dead."""
+    """The result of a vacuum."""
 
     deleted: int
     deleted_bytes: int
     kept: int
-    """Dead files that are younger than the retention, or that a version within it names."""
+    """Number of dead files that are younger than the retention, or that a version within it names."""
 
 
 def vacuum(table: Table, retention_hours: float, *, alone: bool = False) -> Vacuumed:
     """Deletes files that the newest version, the newest complete one and all within the retention do not name.
 
-    A file that no version names (an orphan of a killed write) goes when it is older than the retention.
+    A file that no version names (an orphan of a killed write) is deleted when it is older than the retention.
 
     Args:
-        alone: nobody else is at work (`lease.alone`): no retention is too short, and the newest version alone counts.
+        alone: no other job is at work (`lease.alone`): any retention will do, and only the newest version counts.
 
     Raises:
-        InputError: a retention below one hour while others may be at work.
+        InputError: the retention is below one hour while other jobs may be at work.
     """
     if retention_hours < LEAST_RETENTION_HOURS and not alone:
         raise InputError(
@@ -125,9 +125,9 @@ def vacuum(table: Table, retention_hours: float, *, alone: bool = False) -> Vacu
             "written and not yet committed could go; give more hours than the longest job takes"
         )
     since = time.time() - retention_hours * 3600
-    there = _data_files(table)  # listed before the log is read: what is committed in between is not in this list
+    existing = _data_files(table)  # listed before the log is read: files committed in between are not in this list
     newest = table.snapshot()
-    dead = there.keys() - {file.path for file in newest.files}
+    dead = existing.keys() - {file.path for file in newest.files}
     needed: set[str] = set()
     if not alone:
         try:
@@ -135,36 +135,36 @@ def vacuum(table: Table, retention_hours: float, *, alone: bool = False) -> Vacu
         except InputError:
             pass  # no run has ended yet
         needed |= _removed_since(table, newest.version, since)
-    old = [name for name in sorted(dead - needed) if alone or there[name][1] < since]
+    old = [name for name in sorted(dead - needed) if alone or existing[name][1] < since]
     drafts = [name for name, modified in _drafts(table).items() if alone or modified < since]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(table.storage.delete, [*old, *drafts]))
-    return Vacuumed(len(old), sum(there[name][0] for name in old), len(dead) - len(old))
+    return Vacuumed(len(old), sum(existing[name][0] for name in old), len(dead) - len(old))
 
 
 def _removed_since(table: Table, newest: int, since: float) -> set[str]:
-    """Files that a version younger than this still named."""
-    found: set[str] = set()
+    """Returns the files that a version younger than `since` still named."""
+    removed: set[str] = set()
     for version in range(newest, -1, -1):
         entries = log.entries(table.storage, version)
         if entries is None or log.written_at(entries) < since:
             break
-        found |= {entry["remove"]["path"] for entry in entries if "remove" in entry}
-    return found
+        removed |= {entry["remove"]["path"] for entry in entries if "remove" in entry}
+    return removed
 
 
 def _drafts(table: Table) -> dict[str, float]:
-    """What killed commits have left in the log's folder: not yet a version, and never one."""
+    """Returns the files that killed commits have left in the log's folder; they never become a version."""
     known = (".json", ".parquet", ".crc", "_last_checkpoint")
-    found = table.storage.facts("_delta_log")
-    return {name: facts.modified for name, facts in found.items() if not name.endswith(known)}
+    files = table.storage.facts("_delta_log")
+    return {name: facts.modified for name, facts in files.items() if not name.endswith(known)}
 
 
 # --- restore
 
 
 def version_before(table: Table, run_id: str) -> int | None:
-    """The newest complete version from before a run's first commit; None where the run has committed nothing here.
+    """Finds the newest complete version from before a run's first commit; None if the run has committed nothing here.
 
     Raises:
         InputError: the log no longer reaches back so far, or no version was complete by then.
@@ -172,10 +172,10 @@ def version_before(table: Table, run_id: str) -> int | None:
     if not table.committed(run_id):
         return None
     begun = False
-    for said in log.back_from(table.storage, table.version):
-        if begun and said.get("complete") == "true":
-            return int(said["version"])
-        begun = begun or log.is_group(said, run_id, 0)
+    for info in log.back_from(table.storage, table.version):
+        if begun and info.get("complete") == "true":
+            return int(info["version"])
+        begun = begun or log.is_group(info, run_id, 0)
     raise InputError(
         f"{table.uri}: table {table.spec.name} has no complete version from before run {run_id} in its log; "
         "it cannot be taken back to before that run"
@@ -183,21 +183,21 @@ def version_before(table: Table, run_id: str) -> int | None:
 
 
 def undone(table: Table, target: Snapshot, newest: int) -> list[str]:
-    """The runs whose commits stand after a version, newest first.
+    """Lists the runs that have committed after a version, newest first.
 
     Raises:
         InputError: users have been erased in between, or the log no longer reaches back so far.
     """
     runs: list[str] = []
-    for said in log.back_from(table.storage, newest):
-        if said["version"] <= target.version:
+    for info in log.back_from(table.storage, newest):
+        if info["version"] <= target.version:
             return runs
-        if log.ERASED in said or log.ERASING in said:
+        if log.ERASED in info or log.ERASING in info:
             raise InputError(
-                f"{table.uri}: run {log.writer(said)} has erased users from table {table.spec.name} after version "
+                f"{table.uri}: run {log.writer(info)} has erased users from table {table.spec.name} after version "
                 f"{target.version}: that version would bring them back; choose one from after the erase"
             )
-        runs += [log.writer(said)] * (log.writer(said) not in runs)
+        runs += [log.writer(info)] * (log.writer(info) not in runs)
     raise InputError(
         f"{table.uri}: the log of table {table.spec.name} no longer reaches back to version {target.version}; "
         "choose a younger version"
@@ -205,20 +205,20 @@ def undone(table: Table, target: Snapshot, newest: int) -> list[str]:
 
 
 def restored_since(table: Table, version: int) -> bool:
-    """Whether an older version has been put back after this one: rows that it held may be missing now."""
-    for said in log.back_from(table.storage, table.version):
-        if said["version"] <= version:
+    """Says whether an older version has been put back after this one, so that some of its rows may be gone."""
+    for info in log.back_from(table.storage, table.version):
+        if info["version"] <= version:
             return False
-        if log.RESTORED in said:
+        if log.RESTORED in info:
             return True
     return False
 
 
 def check_restorable(table: Table, target: Snapshot) -> None:
-    """Refuses a version that is not complete, or of which files have been deleted.
+    """Refuses a version that is not complete, or some of whose files have been deleted.
 
     Raises:
-        InputError: either of these; the message says which, and what to choose instead.
+        InputError: the message says which of the two, and which version to choose instead.
     """
     name = table.spec.name
     if target.metadata.get("complete") != "true":
@@ -226,27 +226,27 @@ def check_restorable(table: Table, target: Snapshot) -> None:
             f"{table.uri}: version {target.version} of table {name} is not complete: run "
             f"{target.metadata.get('run_id', '(none)')} had not ended; choose a version that ended a run"
         )
-    there = table.storage.facts()
-    gone = [file for file in target.files if file.path not in there or there[file.path].size != file.size]
+    existing = table.storage.facts()
+    gone = [file for file in target.files if file.path not in existing or existing[file.path].size != file.size]
     if gone:
         raise InputError(
             f"{table.uri}: {len(gone)} of {len(target.files)} files of version {target.version} of table {name} are "
-            f"gone or damaged, such as {gone[0].path}: a vacuum deletes what no version within its retention names; "
-            "choose a younger version"
+            f"gone or damaged, such as {gone[0].path}: a vacuum deletes files that no version within its retention "
+            "names; choose a younger version"
         )
 
 
 def restore(table: Table, target: Snapshot, run_id: str, group: int) -> Commit | None:
     """Makes the files of an older complete version the table's files again, by one new commit.
 
-    Only while nobody else writes here (`lease.no_other_writer`): a vacuum could delete the old files meanwhile.
+    It needs `lease.no_other_writer`: a vacuum could delete the old files meanwhile.
 
     Returns:
-        The commit; None when the table holds these files and says the same already.
+        The commit; None when the table has these files and this metadata already.
 
     Raises:
-        InputError: as `check_restorable`.
-        TableMoved: somebody has committed meanwhile.
+        InputError: as in `check_restorable`.
+        CommitConflict: another run has committed meanwhile.
     """
     check_restorable(table, target)
     newest = table.snapshot()
@@ -265,10 +265,10 @@ def restore(table: Table, target: Snapshot, run_id: str, group: int) -> Commit |
 
 
 def forget(table: Table, run_id: str, group: int) -> int:
-    """Ends what a table's log and folder still hold of rows that are gone: old files, old versions, old entries.
+    """Deletes everything that a table's log and folder still hold of rows that are gone: files, versions, entries.
 
-    Only under `lease.alone`. Who wrote files before this and commits afterwards is refused, for they are deleted. The
-    log begins anew with a checkpoint; which runs have committed what stays known.
+    It needs `lease.alone`. A run that wrote files before it and commits afterwards is refused, because its files are
+    deleted. The log begins anew with a checkpoint, which still knows the commits of each run.
 
     Returns:
         The version from which the table goes on, with exactly the rows it had.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 
 _OF_A_STAGE = re.compile(
     r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+)\s*\n"
@@ -86,6 +86,11 @@ JOBS = {
         "pipelines.upkeep.restore",
         "pipelines.upkeep.config:RestoreConfig",
         "takes tables back to an earlier complete version, as a new version",
+    ),
+    "migrate": Job(
+        "pipelines.upkeep.migrate",
+        "pipelines.upkeep.config:MigrateConfig",
+        "tables of an earlier release -> the schema versions that this release reads",
     ),
     "erase": Job(
         "pipelines.upkeep.erase",
@@ -168,7 +173,7 @@ def _explained(name: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, Overtaken):
+    if isinstance(error, ConcurrentRunError):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
         return 1
     wrong_input = _input_error(error)

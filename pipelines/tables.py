@@ -23,28 +23,16 @@ from pplug import schemas, tasks
 from pplug.tasks import TaskEntry
 
 GROUP_ROWS = 512
-"""Rows of texts or vectors that are read together. Reading 1% of users at random (20 items each, D=384) touches 24% of
-the bytes of `embeddings` with 512, 14% with 256; but 256 make the file 11% larger (1.98 for 1.79 bytes a value, random
-vectors)."""
+"""Number of rows of texts or vectors that are read together. Reading 1% of users at random (20 items each, D=384)
+touches 24% of the bytes of `embeddings` with 512 and 14% with 256; but 256 make the file 11% larger (1.98 for 1.79
+bytes per value, random vectors)."""
 _SPECS = [
-    TableSpec(
-        "histories",
-        schemas.HISTORIES,
-        schemas.SCHEMA_VERSION,
-        sort=("user_key", "position"),
-        row_group_rows=GROUP_ROWS,
-    ),
-    TableSpec(
-        "requests",
-        schemas.REQUESTS,
-        schemas.SCHEMA_VERSION,
-        sort=("user_key", "request_id"),
-        row_group_rows=GROUP_ROWS,
-    ),
+    TableSpec("histories", schemas.HISTORIES, 1, sort=("user_key", "position"), row_group_rows=GROUP_ROWS),
+    TableSpec("requests", schemas.REQUESTS, 1, sort=("user_key", "request_id"), row_group_rows=GROUP_ROWS),
     TableSpec(
         "embeddings",
         schemas.EMBEDDINGS,
-        schemas.SCHEMA_VERSION,
+        1,
         sort=("user_key", "text_hash"),
         vectors=("vector",),
         row_group_rows=GROUP_ROWS,
@@ -52,34 +40,20 @@ _SPECS = [
     TableSpec(
         "personas",
         schemas.PERSONAS,
-        schemas.SCHEMA_VERSION,
+        1,
         sort=("user_key",),
         vectors=("mean_vector", "persona"),
         row_group_rows=GROUP_ROWS,
     ),
     # one user's weights are fetched alone: a row group of few users
-    TableSpec(
-        "adapters",
-        schemas.ADAPTERS,
-        schemas.SCHEMA_VERSION,
-        sort=("user_key",),
-        row_group_rows=4,
-        added=schemas.LAST_ITEM,
-    ),
-    TableSpec(
-        "profiles",
-        schemas.PROFILES,
-        schemas.SCHEMA_VERSION,
-        sort=("user_key",),
-        row_group_rows=GROUP_ROWS,
-        added=schemas.LAST_ITEM,
-    ),
-    TableSpec("generations", schemas.GENERATIONS, schemas.SCHEMA_VERSION, sort=("user_key", "request_id", "method")),
-    TableSpec("rejects", schemas.REJECTS, schemas.SCHEMA_VERSION, sort=("key",), bucketed=False),
+    TableSpec("adapters", schemas.ADAPTERS, 1, sort=("user_key",), row_group_rows=4),
+    TableSpec("profiles", schemas.PROFILES, 1, sort=("user_key",), row_group_rows=GROUP_ROWS),
+    TableSpec("generations", schemas.GENERATIONS, 1, sort=("user_key", "request_id", "method")),
+    TableSpec("rejects", schemas.REJECTS, 1, sort=("key",), bucketed=False),
 ]
+SPECS = {spec.name: dataclasses.replace(spec, added=schemas.ADDED.get(spec.name, ())) for spec in _SPECS}
 _NAMED = 10
-"""Ids that a message names; of the others it gives the number."""
-SPECS = {spec.name: spec for spec in _SPECS}
+"""Number of ids that a message names; it counts the others."""
 _WRITERS = {
     "histories": "ingest",
     "requests": "ingest",
@@ -92,18 +66,18 @@ _WRITERS = {
 
 
 def location(tables: str, name: str) -> str:
-    """Where a table of a population is."""
+    """Returns the address of a table of a population."""
     return f"{tables.rstrip('/')}/{name}"
 
 
 def spec_of(name: str) -> TableSpec:
-    """The spec of a table; `embeddings-<encoder_id>` has the one of `embeddings`."""
+    """Returns the spec of a table; `embeddings-<encoder_id>` has that of `embeddings`."""
     base = name.partition("-")[0]
     return dataclasses.replace(SPECS[base], name=name)
 
 
 def open_table(tables: str, name: str) -> Table:
-    """An existing table.
+    """Opens an existing table.
 
     Raises:
         InputError: there is none; the message names the job that writes it.
@@ -117,38 +91,38 @@ def open_table(tables: str, name: str) -> Table:
 
 
 def open_or_create(tables: str, name: str, buckets: int) -> Table:
-    """A table to write to; made when it is not there yet."""
+    """Opens a table to write to, and makes it where there is none yet."""
     return Table.open_or_create(location(tables, name), spec_of(name), buckets)
 
 
 def snapshot(tables: str, name: str, versions: Mapping[Any, int]) -> Snapshot:
-    """What a job reads of a table: the version asked for, else the newest complete one.
+    """Returns the snapshot that a job reads: the version asked for, or else the newest complete one.
 
     Args:
-        versions: by table; `embeddings` stands for those of any encoder.
+        versions: version by table; `embeddings` stands for those of any encoder.
 
     Raises:
-        InputError: no such table, or no such version (any more).
+        InputError: there is no such table, or no such version (any more).
     """
     return open_table(tables, name).snapshot(versions.get(name.partition("-")[0]), complete=True)
 
 
 def newest(tables: str, name: str) -> Snapshot | None:
-    """The newest version of a table, complete or not; None where there is no such table."""
+    """Returns the newest version of a table, complete or not; None where there is no such table."""
     uri = location(tables, name)
     return Table.open(uri, spec_of(name)).snapshot() if Table.exists(uri) else None
 
 
 def names(tables: str) -> list[str]:
-    """The tables that a population has."""
-    known = Storage(tables).folders()
-    return [name for name in known if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
+    """Lists the tables that a population has."""
+    folders = Storage(tables).folders()
+    return [name for name in folders if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
 
 
-def said(table: Table, key: str) -> set[str]:
-    """What the commits of the newest version and of the newest complete one say under a key.
+def metadata_values(table: Table, key: str) -> set[str]:
+    """Returns the values of a metadata key in the newest version and in the newest complete one.
 
-    They differ while a run that broke off has not been ended: rows of both are in the table then.
+    They differ while a run that broke off has not been ended: the table then holds rows of both.
     """
     snapshots = [table.snapshot()]
     try:
@@ -159,56 +133,56 @@ def said(table: Table, key: str) -> set[str]:
 
 
 def chosen(tables: str, wanted: Iterable[str] | None) -> list[str]:
-    """The tables asked for, or all of the population.
+    """Returns the tables asked for, or all of the population.
 
     Raises:
-        InputError: there is no table, or not the one named.
+        InputError: there is no table at all, or not the one named.
     """
-    there = names(tables)
-    unknown = [name for name in wanted or () if name not in there]
-    if unknown or not there:
+    existing = names(tables)
+    unknown = [name for name in wanted or () if name not in existing]
+    if unknown or not existing:
         what = f"table {unknown[0]}" if unknown else "table"
-        raise InputError(f"{tables}: there is no {what} here; it has {', '.join(there) or 'none'}")
-    return there if wanted is None else list(wanted)
+        raise InputError(f"{tables}: there is no {what} here; it has {', '.join(existing) or 'none'}")
+    return existing if wanted is None else list(wanted)
 
 
 def costs(tables: str, names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """What each of these tables costs: `upkeep.cost`."""
-    found = (name for name in names if Table.exists(location(tables, name)))
-    return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in found}
+    """Returns the cost of each of these tables: `upkeep.cost`."""
+    existing = (name for name in names if Table.exists(location(tables, name)))
+    return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in existing}
 
 
 def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
-    """The ids in a file with one a line; None without a file. However the file was saved, the ids are the same.
+    """Reads user ids from a file with one id per line, however the file was saved. None without a file.
 
     Args:
-        among: tables in one of which each id should have a row; ids that have none are named on the screen.
+        among: tables in one of which each id should have a row; ids without a row are named on the screen.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     if path is None:
         return None
     try:
-        found = frozenset(lines(path))
+        users = frozenset(lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"users={path}: cannot be read ({error}); expected a file with a user id a line, in UTF-8"
+            f"users={path}: cannot be read ({error}); expected a file with one user id per line, in UTF-8"
         ) from error
-    absent = sorted(absent_from(found, *among)) if among else []
+    absent = sorted(absent_from(users, *among)) if among else []
     if absent:
         more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
         where = ", ".join(snapshot.spec.name for snapshot in among)
         print(
-            f"users={path}: {len(absent)} of {len(found)} ids have no row in {where}: "
+            f"users={path}: {len(absent)} of {len(users)} ids have no row in {where}: "
             f"{', '.join(map(repr, absent[:_NAMED]))}{more}",
             flush=True,
         )
-    return found
+    return users
 
 
 def absent_from(users: Iterable[str], *among: Snapshot) -> set[str]:
-    """Those of the users who have no row in any of these tables; reads user_key alone, and only where they can be."""
+    """Returns the users without a row in any of these tables. Only user_key is read, and only where they can be."""
     left = {user_key(user): user for user in users}
     for snapshot in among:
         by_bucket: dict[int, list[str]] = {}
@@ -216,26 +190,27 @@ def absent_from(users: Iterable[str], *among: Snapshot) -> set[str]:
         for key in left:
             by_bucket.setdefault(bucket_of_key(key, buckets), []).append(key)
 
-        def there(bucket: int, keys: list[str], snapshot: Snapshot = snapshot) -> set[str]:
+        def existing(bucket: int, keys: list[str], snapshot: Snapshot = snapshot) -> set[str]:
             parts = snapshot.of_users(["user_key"], bucket, keys)
             return {key for part in parts for key in pc.unique(part["user_key"]).to_pylist()}
 
         with ThreadPoolExecutor(8) as pool:
-            for found in pool.map(there, by_bucket, by_bucket.values()):
-                for key in found:
+            for present in pool.map(existing, by_bucket, by_bucket.values()):
+                for key in present:
                     left.pop(key, None)
     return set(left.values())
 
 
 def embeddings_name(encoder_id: str) -> str:
+    """Returns the name of the table with an encoder's vectors."""
     return f"embeddings-{encoder_id}"
 
 
 def task_entry(task: str | None, histories: Snapshot) -> TaskEntry:
-    """The task in force: the one asked for, or the one `ingest` stored with the histories.
+    """Returns the task in force: the one asked for, or the one that `ingest` stored with the histories.
 
     Raises:
-        InputError: neither, or the name or file asked for is not a task entry.
+        InputError: there is neither, or the name or file asked for is not a task entry.
     """
     try:
         if task is not None:

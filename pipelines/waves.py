@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.report import RunReport, progress
 from infra.snapshot import Snapshot
-from infra.table import Commit, DataFile, Table, TableMoved
+from infra.table import Commit, CommitConflict, DataFile, Table
 
 REASON, DETAIL = "reject_reason", "reject_detail"
 
@@ -133,16 +133,16 @@ def commit_first(table: Table, files: list[DataFile], *, run_id: str, group: int
     """Table.commit for a group that only this driver can have made.
 
     Raises:
-        Overtaken: another run moved the table, or another driver of this run has committed the group (its files then
-            are others than ours, and counting ours as written would lose or double rows).
+        ConcurrentRunError: another run moved the table, or another driver of this run has committed the group (its
+            files then are others than ours, and counting ours as written would lose or double rows).
     """
     try:
         commit = table.commit(files, run_id=run_id, group=group, **how)
-    except TableMoved as error:
-        raise Overtaken(_overtaken(str(error), run_id)) from error
+    except CommitConflict as error:
+        raise ConcurrentRunError(_overtaken(str(error), run_id)) from error
     if commit.already:
         what = f"table {table.spec.name} holds group {group} of this run: another run has committed it"
-        raise Overtaken(_overtaken(f"{what}, under the same run_id", run_id))
+        raise ConcurrentRunError(_overtaken(f"{what}, under the same run_id", run_id))
     return commit
 
 

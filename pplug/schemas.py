@@ -1,20 +1,22 @@
-"""What one row of each table holds: Arrow schemas, shared by every job.
+"""The columns of each table: Arrow schemas, shared by every job.
 
 `bucket` and `user_key` are functions of `user_id` (see `infra.shards`): rows of one user lie together, and the log's
 statistics hold `user_key` only, never a user id. Vectors are `list<float32>` with values rounded to 16 bits
 (Delta has neither float16 nor a list of fixed size).
+
+A new column that may be null goes into its schema and into `ADDED`: older tables are then read with nulls, and get the
+column when they are opened for writing. Any other change raises the table's schema version in `pipelines/tables.py`,
+with a step for the job `migrate`.
 """
 
 import pyarrow as pa
-
-SCHEMA_VERSION = 1
 
 _TIME = pa.timestamp("us", tz="UTC")
 _VECTOR = pa.list_(pa.float32())
 _SHARD = [pa.field("bucket", pa.int32()), pa.field("user_key", pa.string())]
 _LAST_ITEM = [
-    ("last_item_at", _TIME),  # of the newest item it was made from; null: the user's items have no times
-    ("last_item_position", pa.int64()),  # null: written before these two columns were there
+    ("last_item_at", _TIME),  # time of the newest item behind the row; null: the user's items have no times
+    ("last_item_position", pa.int64()),  # null: the row is older than these two columns
 ]
 LAST_ITEM = tuple(name for name, _ in _LAST_ITEM)
 
@@ -29,13 +31,13 @@ HISTORIES = _schema(
     ("position", pa.int64()),  # order within the user as given
     ("occurred_at", _TIME),  # null: unknown
     ("fields", pa.map_(pa.string(), pa.string())),
-    ("text_hash", pa.string()),  # of the fields: history.text_hash
+    ("text_hash", pa.string()),  # history.text_hash of the fields
 )
 
 REQUESTS = _schema(
     ("request_id", pa.string()),
     ("user_id", pa.string()),
-    ("owner_id", pa.string()),  # the person; = user_id unless one history is kept a question
+    ("owner_id", pa.string()),  # the person; = user_id unless each question has a history of its own
     ("task", pa.string()),
     ("input", pa.string()),
     ("as_of", _TIME),  # null with as_of_position null: the whole history counts
@@ -68,20 +70,20 @@ ADAPTERS = _schema(
     ("alpha", pa.float32()),
     ("targets", pa.list_(pa.string())),
     ("n_examples", pa.int64()),
-    ("loss", pa.float32()),  # of the last epoch, per target token
-    ("history_hash", pa.string()),  # of the items it was trained on
+    ("loss", pa.float32()),  # mean of the last epoch, per target token
+    ("history_hash", pa.string()),  # hash of the items that it was trained on
     ("weights", pa.binary()),  # safetensors
     *_LAST_ITEM,
 )
 
 PROFILES = _schema(
     ("user_id", pa.string()),
-    ("profile_id", pa.string()),  # of the settings, LLM and decoding that made it
+    ("profile_id", pa.string()),  # hash of the settings, LLM and decoding that made it
     ("text", pa.string()),
-    ("n_items", pa.int64()),  # that it could be made from
+    ("n_items", pa.int64()),  # number of items that it could be made from
     ("llm_id", pa.string()),
     ("decoding_id", pa.string()),
-    ("history_hash", pa.string()),  # of those items
+    ("history_hash", pa.string()),  # hash of those items
     *_LAST_ITEM,
 )
 
@@ -106,8 +108,11 @@ GENERATIONS = _schema(
 REJECTS = _schema(
     ("job", pa.string()),
     ("run_id", pa.string()),
-    ("key", pa.string()),  # what identifies the row where it came from
+    ("key", pa.string()),  # identifies the row in its source
     ("reason", pa.string()),  # a short constant, countable
     ("detail", pa.string()),  # never the user's text
     shard=False,
 )
+
+ADDED = {"adapters": LAST_ITEM, "profiles": LAST_ITEM}
+"""Columns that came to a table after the first release of its schema version."""

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
 from pipelines import __main__ as cli
 
@@ -235,7 +235,7 @@ def test_other_errors_end_with_1_and_a_traceback(job, capsys):
     ("error", "code"),
     [
         (InputError("no table"), 2),
-        (Overtaken("moved"), 1),
+        (ConcurrentRunError("moved"), 1),
         (RuntimeError("a user's text"), 1),
         (KeyboardInterrupt(), 130),
     ],
@@ -296,7 +296,7 @@ def test_keys_that_jobs_share_stand_around_a_jobs_own(capsys):
         keys = re.findall(r"^  --(\S+)", out, re.M)
         assert keys[:2] == first and keys[-len(last) :] == last and len(keys) == len(set(keys))
         assert re.search(r"--tables  text  \[required\]\n +Folder or s3:// prefix of the population's tables\.", out)
-    assert "Give the id of an erase that broke off, to end it." in out  # a job's own words for a shared key
+    assert "Give the name of an erase that broke off, to end it." in out  # a job's own words for a shared key
 
 
 def test_overview_lists_every_job(capsys):

@@ -89,7 +89,7 @@ def _adapters(
     _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
     requests = _requests(config, report) if config.cut == "requests" else None
     # when only some users are trained, the others keep their old adapters, which may be uncut
-    mixed = users is not None and "none" in tables.said(adapters, "cut")
+    mixed = users is not None and "none" in tables.metadata_values(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     pending = PendingUsers(
         histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets

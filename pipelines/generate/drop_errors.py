@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines.waves import each_bucket, files_of, listed, next_group
 
 TRIES = 5
@@ -50,7 +50,7 @@ def drop_errors(
     Until the run has ended, readers keep the newest complete version, which still holds them.
 
     Raises:
-        Overtaken: others put the table's rows into other files again and again.
+        ConcurrentRunError: others put the table's rows into other files again and again.
     """
     for _ in range(TRIES):
         stage = WithoutErrors(table, before, report.run_id)
@@ -68,11 +68,11 @@ def drop_errors(
                 planned_on=before.version,
                 metadata=metadata,
             )
-        except TableMoved:
+        except CommitConflict:
             before = table.snapshot()
             continue
         return table.snapshot()
-    raise Overtaken(
+    raise ConcurrentRunError(
         f"table {table.spec.name}: others wrote its files anew during each of {TRIES} tries to replace this run's "
         f"errors; when they have ended, run it again with run_id={report.run_id}"
     )

@@ -144,7 +144,7 @@ def _plan(
     identities |= {"decoding_id": config.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
     for part in parts:
         identities |= part.identities()
-    refuse_another_run(generations.said_by(report.run_id), identities, report.run_id)
+    refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
     plan = waves.plan(opened.requests.filled(users), pending.count, report)
     refuse_a_leak(config, using.methods, parts, plan)
     check_base(config, opened.requests, plan, report)

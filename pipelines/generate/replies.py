@@ -22,29 +22,9 @@ from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
+from pplug.schemas import GENERATIONS
 
-REPLIES = pa.schema(
-    {
-        "bucket": pa.int32(),
-        "user_key": pa.string(),
-        "run_id": pa.string(),
-        "request_id": pa.string(),
-        "method": pa.string(),
-        "user_id": pa.string(),
-        "text": pa.string(),
-        "finish_reason": pa.string(),
-        "prompt_tokens": pa.int32(),
-        "output_tokens": pa.int32(),
-        "persona": pa.string(),
-        "llm_id": pa.string(),
-        "plug_id": pa.string(),
-        "adapter_id": pa.string(),
-        "encoder_id": pa.string(),
-        "decoding_id": pa.string(),
-        "error": pa.string(),
-        "notes": pa.list_(pa.string()),  # counted in the report, not stored
-    }
-)
+REPLIES = GENERATIONS.append(pa.field("notes", pa.list_(pa.string())))  # notes are counted in the report, not stored
 _CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id",
             "notes")  # fmt: skip
 

@@ -46,7 +46,7 @@ def profiles_made_as(config: Config, task: TaskSpec, llm: str) -> str:
     place = tables.location(config.tables, "profiles")
     others = set[str]()
     if config.users is not None and Table.exists(place):
-        others = tables.said(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
+        others = tables.metadata_values(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
     if others:
         raise InputError(
             f"users={config.users}: the profiles in {config.tables} are of settings {', '.join(sorted(others))}, these "

@@ -4,20 +4,22 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.ingest.sources.base import FORMATS
+
 
 class IngestConfig(BaseModel):
-    """ingest: a LaMP folder, JSONL or Parquet -> the tables histories and requests of one population.
+    """Job `ingest`: a LaMP folder, JSONL or Parquet -> the tables histories and requests of one population.
 
-    Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeBucket (files) -> one commit a table.
-    Unit of work: a history item, a request (derived ones included). Rows that cannot be used stand in `rejects`, with a
-    reason and the place they came from. A second ingest into the same tables adds to them; see `mode`.
-    A run_id stands for its sources and config: the same again goes on where the run stopped, and other ones are
-    refused.
+    Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeBucket (files) -> one commit per
+    table. Unit of work: a history item or a request (derived ones included). Rows that cannot be used are kept in
+    `rejects`, with a reason and the place they came from. A second ingest into the same tables adds to them; see
+    `mode`. A run_id stands for its sources and config: the same command goes on where the run stopped, and other
+    sources under the same run_id are refused.
 
     LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile. With `download` it
-    is fetched from the benchmark's site first, and `split` says which separation and part: time, user, time/dev, ...
-    JSONL, Parquet: `source` has a history item a row (user_id, item_id, occurred_at, and either a mapping `fields` or
-    the other columns as fields), `requests_source` a request a row (request_id, user_id, input, as_of, target).
+    is fetched from the benchmark's site first, and `split` names separation and part: time, user, time/dev, ...
+    JSONL, Parquet: `source` has one history item per row (user_id, item_id, occurred_at, and either a mapping `fields`
+    or the other columns as fields), `requests_source` one request per row (request_id, user_id, input, as_of, target).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,39 +27,39 @@ class IngestConfig(BaseModel):
     tables: str
     """Folder or s3://bucket/prefix of the population's tables."""
     source: str | None = None
-    """LaMP folder, or file or folder of history items."""
+    """Folder of LaMP files, or a file or folder of history items."""
     requests_source: str | None = None
-    """File or folder of requests, JSONL or Parquet."""
-    format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    """File or folder of requests."""
+    format: Literal["auto", *FORMATS] = "auto"  # type: ignore[valid-type]
     """Format of the source; auto goes by the names of its files."""
     split: str = "train"
-    """LaMP: which `<split>_questions.json`; with download also time, user, time/dev and the like."""
+    """Part of a LaMP folder to read, `<split>_questions.json`; with download also time, user, time/dev and the like."""
     download: str | None = None
-    """A LaMP task to fetch from the benchmark's site, such as LaMP_2."""
+    """Name of a LaMP task to fetch from the benchmark's site, such as LaMP_2."""
     address: str = "https://ciir.cs.umass.edu/downloads/LaMP"
     """Address of the benchmark's site."""
     download_dir: str = "data/LaMP"
     """Folder that downloads are kept in; a rerun fetches only what is missing."""
     task: str | None = None
-    """A LaMP task's name or a YAML file; a LaMP folder with golds names its own."""
+    """Name of a LaMP task, or a YAML file with a task; a LaMP folder with golds names its own."""
     columns: dict[str, str] = {}
-    """Our name -> the source's column. Names other than the known ones become fields, and then only these do."""
+    """Column of the source for each of our names. Any other name becomes a field, and then no unnamed column does."""
     history_scope: Literal["auto", "user", "question"] = "auto"
-    """LaMP: one history a user or one a question; auto: a user's when dates prove that it gives the same."""
+    """Owner of a LaMP history, a user or one question; auto takes users when dates prove that it gives the same."""
     questions: Literal["keep", "skip"] = "keep"
-    """LaMP: skip to take the profiles only."""
+    """Treatment of the questions of a LaMP folder: they become requests, or only their profiles are read."""
     derive_requests: int = Field(0, ge=0)
-    """Each user's newest items that also become requests with a known answer."""
+    """Number of newest items per user that also become requests, with a known answer."""
     mode: Literal["upsert", "replace"] = "upsert"
-    """upsert: rows are added to what the tables hold. replace: the sources are all there is, other rows go; a table
-    that no source feeds stays as it is. A run with more rejects than max_reject_fraction, or with an unreadable file,
-    replaces nothing; an upsert adds its good rows all the same."""
+    """Treatment of the rows that the tables hold: upsert keeps them and adds the sources' rows; replace removes all
+    that are not in the sources, except in tables that no source feeds. A run with more rejects than
+    max_reject_fraction, or with an unreadable file, replaces nothing, while an upsert still adds its good rows."""
     buckets: int | None = Field(None, gt=0, le=65_536)
-    """Partitions of new tables; from the source's size when not given."""
+    """Number of partitions of new tables; it follows from the source's size when not given."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    """More rejects than this share of the rows end the run with exit code 3."""
+    """Greatest share of rows that may be rejected; more of them end the run with exit code 3."""
     run_id: str | None = None
-    """The same id again goes on where that run stopped, with the same sources and config only."""
+    """Name of this run; give it again, with the same sources and config, to go on where the run stopped."""
     run_dir: str | None = None
     """Folder of report.json; runs/<run_id> when not given."""
 

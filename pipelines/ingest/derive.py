@@ -1,4 +1,4 @@
-"""Derived requests: each user's newest items, asked again with their own answer, so that histories alone are enough."""
+"""Derived requests: each user's newest items become requests with a known answer, so that histories are enough."""
 
 import hashlib
 
@@ -15,15 +15,15 @@ _AFTER_ALL_FILES = 2**31 - 1
 
 
 def derive_requests(live: pa.Table, users: pa.Array, newest: int, entry: TaskEntry) -> pa.Table:
-    """Each user's newest items as requests; the item itself and later ones do not count for it (`history`).
+    """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
     Args:
-        live: working rows of a bucket's items, positions filled in.
-        users: user_key of the users to do.
-        newest: how many a user; an item with an empty answer asks nothing and is passed over.
+        live: working rows of a bucket's items, with positions.
+        users: user_key of the users to derive requests for.
+        newest: number of requests per user; items with an empty answer are skipped.
 
     Returns:
-        Rows of `WORK`: id is a hash of user and item, at the item's time (null for an untimed user).
+        Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times).
     """
     assert entry.input is not None and entry.target is not None, "checked before the run"
     live = live.filter(pc.is_in(live["user_key"], value_set=flat(users)))

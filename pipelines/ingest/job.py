@@ -1,6 +1,6 @@
-"""ingest: a LaMP folder, JSONL or Parquet -> the tables histories and requests of one population.
+"""Job `ingest`: files of any known format -> the tables histories and requests of one population.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 import json
@@ -12,30 +12,26 @@ import ray
 import ray.data
 
 from infra import lease, runs, session
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport, check_run_id, new_run_id, progress
-from infra.storage import Storage
-from infra.table import DataFile, Snapshot, Table, TableMoved
+from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.merge import MergeBucket
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
-from pipelines.ingest.sources import lamp, records
+from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, format_of, unpacked_bytes
 from pipelines.ingest.sources.download import fetch
-from pipelines.ingest.sources.lamp import LampFiles
-from pipelines.ingest.sources.lamp_survey import survey
-from pipelines.ingest.sources.records import SUFFIXES, UNREADABLE, Piece
 from pipelines.waves import next_group
 from pplug import tasks
 from pplug.identity import short_id
 from pplug.tasks import TaskEntry
 
 WITHHELD = "withheld"
-"""Reason of rows that could be used, in a run that may replace nothing."""
+"""Reject reason of usable rows in a run that may replace nothing."""
 LISTED_FILES = 100
-"""Files that the record of a run lists by name; the digest of all is in it."""
+"""Number of files that the record of a run lists by name; it holds the digest of all."""
 
 
 Config = IngestConfig
@@ -43,23 +39,24 @@ Config = IngestConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read and where to; light enough for the driver whatever the source's size."""
+    """Sources and targets of a run; light enough for the driver whatever the source's size."""
 
     entry: "TaskEntry"
-    pieces: "tuple[Piece | LampFiles, ...]"
+    pieces: "tuple[Piece, ...]"
+    options: Options
     histories: "Table"
     requests: "Table"
     rejects: "Table"
     before: "dict[str, Snapshot]"
     fed: "frozenset[str]"
-    """Tables that the sources have rows for."""
+    """Tables for which the sources have rows."""
     whole: "frozenset[str]"
-    """Those of them whose rows of before go, all of them."""
+    """Tables among them whose former rows all go."""
 
     @property
     def tables(self) -> "tuple[Table, ...]":
-        """In the order of their commits: rejects first, then histories, then requests: whoever sees the requests finds
-        the histories they need."""
+        """Tables in the order of their commits: requests come after histories, so that a reader who sees requests
+        finds the histories that they need."""
         return self.rejects, self.histories, self.requests
 
 
@@ -70,11 +67,12 @@ def run(config: IngestConfig) -> int:
         source, part = fetch(config.download, config.split, config.address, config.download_dir)
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
+    options = _options(config)
     pieces, entry = look(config)
     states = sources.states(pieces)
     session.start()
-    survey = _survey(pieces, entry, config)
-    plan = _open_tables(config, pieces, entry)
+    survey = _survey(pieces, entry, options)
+    plan = _open_tables(config, pieces, options, entry)
     report = RunReport(
         job="ingest",
         run_id=run_id,
@@ -95,30 +93,33 @@ def run(config: IngestConfig) -> int:
 # --- what is there --------------------------------------------------------------------------------------------------
 
 
-def look(config: IngestConfig) -> "tuple[tuple[Piece | LampFiles, ...], TaskEntry]":
-    """The pieces to read and the task in force, from names and first lines only.
+def _options(config: IngestConfig) -> Options:
+    return Options(config.columns, config.split, config.history_scope, config.questions == "keep")
+
+
+def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskEntry]":
+    """Finds the pieces to read and the task in force, from names and first lines only.
 
     Raises:
-        InputError: nothing there, another layout, a column or a task missing, a task that cannot be derived from.
+        InputError: there is no file, it has another layout, a column or a task is missing, or requests cannot be
+            derived for the task.
     """
-    pieces: list[Any] = []
-    named = None
+    pieces: list[Piece] = []
+    options, named = _options(config), None
     if config.source is not None:
-        format = config.format if config.format != "auto" else _format(config.source)
-        if format == "lamp":
-            pieces = [lamp.find(config.source, config.split)]
-            named = lamp.golds(pieces[0])[0]
-        else:
-            pieces = list(records.find(config.source, format, "items"))
-            records.check_columns(pieces, config.columns)
+        format = FORMATS[config.format] if config.format != "auto" else format_of(config.source)
+        pieces = format.find(config.source, "items", options)
+        named = format.check(pieces, options)
     if config.requests_source is not None:
-        format = _format(config.requests_source)
-        if format == "lamp":
+        format = format_of(config.requests_source)
+        if "requests" not in format.kinds:
+            known = ", ".join(name for name, known in FORMATS.items() if "requests" in known.kinds)
             raise InputError(
-                f"{config.requests_source}: requests come from JSONL or Parquet; a LaMP folder is a source"
+                f"{config.requests_source}: requests come from {known} files, and none is there; a folder of format "
+                f"{format.name} can only be the `source`"
             )
-        asked = records.find(config.requests_source, format, "requests", first_file=len(pieces) + 1)
-        records.check_columns(asked, config.columns)
+        asked = format.find(config.requests_source, "requests", options, first_file=len(pieces) + 1)
+        format.check(asked, options)
         pieces += asked
     entry = _task(config, named)
     if config.derive_requests and (entry.input is None or entry.target is None):
@@ -127,17 +128,6 @@ def look(config: IngestConfig) -> "tuple[tuple[Piece | LampFiles, ...], TaskEntr
             "request (input and target); give a task entry that has both, or derive none"
         )
     return tuple(pieces), entry
-
-
-def _format(source: str) -> str:
-    for format, suffixes in SUFFIXES.items():
-        if source.endswith(suffixes):
-            return format
-    there = Storage(source).list()
-    for format, suffixes in SUFFIXES.items():
-        if any(name.endswith(suffixes) for name in there):
-            return format
-    return "lamp"
 
 
 def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
@@ -155,12 +145,12 @@ def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
     )
 
 
-def _survey(pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry", config: IngestConfig) -> Any:
-    """A reference to what the first pass over a LaMP split found; None for other sources."""
-    files = next((piece for piece in pieces if isinstance(piece, LampFiles)), None)
-    if files is None:
+def _survey(pieces: "tuple[Piece, ...]", entry: "TaskEntry", options: Options) -> Any:
+    """Returns a reference to the result of a format's first pass over a source; None where it needs none."""
+    piece = next((piece for piece in pieces if FORMATS[piece.format].surveys), None)
+    if piece is None:
         return None
-    problem, found = ray.remote(survey).options(num_returns=2).remote(files, entry, config.history_scope)
+    problem, result = ray.remote(_surveyed).options(num_returns=2).remote(piece, entry, options)
     try:
         message = ray.get(problem)
     except ray.exceptions.RayTaskError as error:
@@ -169,31 +159,35 @@ def _survey(pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry", config:
         raise
     if message:
         raise InputError(message)
-    return found
+    return result
 
 
-def _open_tables(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> Plan:
+def _surveyed(piece: Piece, entry: "TaskEntry", options: Options) -> tuple[str | None, Any]:
+    return FORMATS[piece.format].survey(piece, entry, options)
+
+
+def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Options, entry: "TaskEntry") -> Plan:
     buckets = config.buckets or _buckets(pieces)
     histories = tables.open_or_create(config.tables, "histories", buckets)
     requests = tables.open_or_create(config.tables, "requests", histories.buckets)
     if config.buckets and config.buckets != histories.buckets or requests.buckets != histories.buckets:
         raise InputError(
-            f"{config.tables}: histories has {histories.buckets} buckets, requests {requests.buckets}, asked for are "
-            f"{config.buckets or 'the same'}; the number is fixed when tables are made: leave --buckets out, or use "
-            "new tables"
+            f"{config.tables}: histories has {histories.buckets} buckets and requests {requests.buckets}, but "
+            f"{config.buckets or 'the same number'} is asked for; the number is fixed when tables are made: leave "
+            "--buckets out, or use new tables"
         )
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
-    return Plan(entry, pieces, histories, requests, rejects, before, *_fed(config, pieces))
+    return Plan(entry, pieces, options, histories, requests, rejects, before, *_fed(config, pieces))
 
 
-def _fed(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]") -> tuple[frozenset[str], frozenset[str]]:
-    """The tables that the sources have rows for, and those of them that are replaced as a whole.
+def _fed(config: IngestConfig, pieces: "tuple[Piece, ...]") -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the tables for which the sources have rows, and those among them that are replaced as a whole.
 
     Derived requests have their place in the user's history: with replaced histories they are made anew or go, and the
     requests that were given stay.
     """
-    asks = config.questions == "keep" and any(isinstance(piece, LampFiles) for piece in pieces)
+    asks = config.questions == "keep" and any(FORMATS[piece.format].asks for piece in pieces)
     given = {"histories"} if config.source is not None else set()
     given |= {"requests"} if config.requests_source is not None or asks else set()
     replace = config.mode == "replace"
@@ -201,10 +195,10 @@ def _fed(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]") -> tuple
     return frozenset(given | derived), frozenset(given if replace else ())
 
 
-def _buckets(pieces: "tuple[Piece | LampFiles, ...]") -> int:
-    """About one file of 128 MB a bucket; a power of two, so that tables of different size split alike."""
-    names = {(p.folder, p.questions if isinstance(p, LampFiles) else p.name) for p in pieces}
-    size = sum(Storage(folder).size(name) * (4 if name.endswith(".gz") else 1) for folder, name in names)
+def _buckets(pieces: "tuple[Piece, ...]") -> int:
+    """Returns about one bucket per 128 MB; a power of two, so that tables of different size split alike."""
+    files = {(piece.folder, piece.name): piece for piece in pieces}
+    size = sum(unpacked_bytes(piece) for piece in files.values())
     return min(4096, max(16, 1 << (size // (128 * 2**20)).bit_length()))
 
 
@@ -212,8 +206,8 @@ def _addresses(config: IngestConfig) -> list[str]:
     return [address for address in (config.source, config.requests_source) if address is not None]
 
 
-def _given(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry: "TaskEntry") -> dict[str, str]:
-    """Everything that decides the rows, in words: files by name and content, wherever they lie, and the config."""
+def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", entry: "TaskEntry") -> dict[str, str]:
+    """Describes everything that decides the rows: the config, and files by name and content, wherever they lie."""
     files = sources.contents(pieces)
     given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
     given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
@@ -229,11 +223,11 @@ def _given(config: IngestConfig, pieces: "tuple[Piece | LampFiles, ...]", entry:
 def _files(
     plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport"
 ) -> "tuple[list[DataFile], dict[str, set[int]]]":
-    """Runs the stages; the driver sees one small row a bucket: its files, and the tables that it is made anew in."""
+    """Runs the stages. The driver sees one small row per bucket: its files, and the tables that replace it."""
     buckets = plan.histories.buckets
     derived_anew = "histories" in plan.whole and "requests" not in plan.whole
     held = {name: plan.before[name] for name in plan.fed - plan.whole}
-    parse = ParsePieces(plan.entry, buckets, plan.pieces, config.columns, survey, config.questions == "keep")
+    parse = ParsePieces(plan.entry, buckets, plan.pieces, plan.options, survey)
     merge = MergeBucket(
         plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held, derived_anew
     )
@@ -253,9 +247,9 @@ def _files(
             files += [DataFile.from_row(file) for file in json.loads(row["files"])]
             for name in json.loads(row["anew"]):
                 anew.setdefault(name, set()).add(row["bucket"])
-            found = Counter(json.loads(row["counts"]))
-            report.worker_memory(found.pop("peak_memory_bytes"))
-            counts += found
+            of_bucket = Counter(json.loads(row["counts"]))
+            report.worker_memory(of_bucket.pop("peak_memory_bytes"))
+            counts += of_bucket
             bar.update(row["bucket"] >= 0)
         stage.rows = counts["planned"]
     _count(counts, report)
@@ -281,13 +275,13 @@ def _commit(
     report: "RunReport",
     groups: dict[str, int],
 ) -> None:
-    """The rejects, then the tables that are fed, if the rows that could be used may take the place of others."""
+    """Commits the rejects, then the tables that are fed, unless nothing may be replaced."""
     metadata = {"task_entry": plan.entry.to_json()}
     for table in plan.tables:
         name = table.spec.name
         own = [file for file in files if file.table == name]
         before, buckets = plan.before[name], anew.get(name, set())
-        if name == "rejects" and not own or name != "rejects" and _stays(plan, name):
+        if name == "rejects" and not own or name != "rejects" and _unchanged(plan, name):
             continue
         if name in plan.whole:
             buckets = set(before.by_bucket())  # a table that holds nothing yet only grows
@@ -306,8 +300,8 @@ def _commit(
                 complete=True,
                 strict=name != "rejects",
             )
-        except TableMoved as error:
-            raise Overtaken(f"{error}. Nothing of this run is in {name}: run ingest again") from error
+        except CommitConflict as error:
+            raise ConcurrentRunError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
             _refuse_lost(config, before, name, report)
@@ -315,16 +309,16 @@ def _commit(
             report.already_there += report.extra[f"{name}_written"]
 
 
-def _stays(plan: Plan, name: str) -> bool:
-    """Whether no source has rows for a table; a new one still needs a version that readers may take."""
+def _unchanged(plan: Plan, name: str) -> bool:
+    """Says whether a table keeps its version: no source has rows for it, and readers may take the version it has."""
     return name not in plan.fed and plan.before[name].metadata.get("complete") == "true"
 
 
 def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
-    """Whether nothing may be replaced: then all rows count as rejected, and the tables stay as they are.
+    """Says whether nothing may be replaced: then all rows count as rejected, and the tables stay as they are.
 
     Raises:
-        InputError: a table that holds rows would be replaced by nothing at all.
+        InputError: a table with rows would become empty.
     """
     if report.problem() is not None:
         report.reject(WITHHELD, report.written + report.already_there)
@@ -336,16 +330,16 @@ def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
         if plan.before[name].rows and not report.extra[f"{name}_written"]:
             raise InputError(
                 f"{', '.join(_addresses(config))}: no row for table {name}, which holds {plan.before[name].rows}: "
-                "mode=replace would empty it; look at what was exported"
+                "mode=replace would empty it; check the source"
             )
     return False
 
 
 def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "RunReport") -> None:
-    """Refuses a run whose commit is in the table, but not its rows: other runs have replaced them since."""
+    """Refuses a run whose rows other runs have replaced since its commit."""
     lost, newest = report.extra[f"{name}_written"], before.metadata.get("run_id")
     if lost and (config.mode == "upsert" or newest != report.run_id):
         raise InputError(
             f"run {report.run_id} has committed to {name} before, and since then others have, run {newest} last: "
-            f"{lost} rows of the sources are not there as they were given; ingest them under another run_id"
+            f"{lost} rows of the sources are not in the table as they were given; ingest them under another run_id"
         )

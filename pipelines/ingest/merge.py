@@ -1,10 +1,10 @@
-"""Stage: a bucket's new rows beside those that its tables hold already become the bucket's new files.
+"""Stage: joins a bucket's new rows to those that its tables hold, and writes the bucket's new files.
 
-A night that only brings new items or requests adds a small file to the bucket and reads no other user's rows; a row
-that takes the place of a held one makes the bucket's files anew.
-An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again is already there;
-other content replaces the old and keeps its place in the user's order; within one source the last given wins, and each
-earlier one that differs is a reject.
+A night that only brings new items or requests adds a small file to the bucket and reads no other user's rows. A row
+that replaces an existing one makes the bucket's files anew.
+An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again counts as already
+there. Other content replaces the old and keeps its place in the user's order. Within one source the last row wins, and
+each earlier row that differs is a reject.
 """
 
 import json
@@ -33,8 +33,8 @@ _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "posit
 
 @dataclass(frozen=True)
 class MergeBucket:
-    """in: all rows (`rows.ROWS`) of one bucket; out: one row, `RESULT`: the files written, the tables whose bucket
-    they are to replace and not to grow, and counts, all as JSON."""
+    """in: all rows (`source_rows.ROWS`) of one bucket; out: one row, `RESULT`, all as JSON: the files written, the
+    tables whose bucket they replace instead of adding to it, and counts."""
 
     entry: TaskEntry
     histories: Table
@@ -43,9 +43,9 @@ class MergeBucket:
     run_id: str
     derive_requests: int
     held: Mapping[str, Snapshot]
-    """What the tables hold now, and keep; without a table that the source replaces."""
+    """Versions whose rows stay, by table; a table that the source replaces is not among them."""
     derived_anew: bool = False
-    """Whether the derived requests that are held go: the histories that they have their place in are replaced."""
+    """True if existing derived requests are removed, because their histories are replaced."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
@@ -77,7 +77,7 @@ class MergeBucket:
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> "Merged":
-        """The new rows and what the table holds of their users, as one; counts them."""
+        """Joins the new rows to the table's rows of the same users, and counts them."""
         users = pc.unique(new["user_key"])
         held = self._held(name, bucket, users.to_pylist())
         rows = pa.concat_tables([WORK.empty_table(), *held, new])
@@ -102,7 +102,7 @@ class MergeBucket:
         return Merged(live, pa.concat_tables([live, *others]), rejects, anew=True)
 
     def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
-        """Working rows of the table's bucket, of these users or of all."""
+        """Reads the bucket's rows of these users (all when None) as working rows."""
         if name not in self.held:
             return []
         columns = self.held[name].spec.schema.names
@@ -120,32 +120,32 @@ class MergeBucket:
 
 @dataclass(frozen=True)
 class Merged:
-    """New rows joined to a bucket: `live`, all rows of their users; `rows`, those that a new file is to hold."""
+    """New rows joined to a bucket: `live` are all rows of their users, `rows` are those of the new file."""
 
     live: pa.Table
     rows: pa.Table
     rejects: pa.Table
     anew: bool
-    """Whether the file takes the place of the bucket's files."""
+    """True if the new file replaces the bucket's files."""
 
 
 def _of_kind(rows: pa.Table, kind: int) -> pa.Table:
-    found = rows.select(ROWS.names).filter(pc.equal(rows["kind"], kind))
-    return found.append_column(WORK.field("position"), pa.nulls(len(found), pa.int64()))
+    rows = rows.select(ROWS.names).filter(pc.equal(rows["kind"], kind))
+    return rows.append_column(WORK.field("position"), pa.nulls(len(rows), pa.int64()))
 
 
 def _as_work(table: pa.Table, name: str) -> pa.Table:
-    """Rows of a table as working rows."""
+    """Converts rows of a table to working rows."""
     names = {"item_id": "id", "occurred_at": "at"} if name == "histories" else {
         "request_id": "id", "as_of": "at", "as_of_position": "position"}  # fmt: skip
-    found = table.rename_columns([names.get(column, column) for column in table.column_names])
+    renamed = table.rename_columns([names.get(column, column) for column in table.column_names])
     known = {"file": pa.repeat(pa.scalar(OLD, pa.int32()), len(table)), "seq": pa.array(np.arange(len(table)))}
     columns = []
     for field in WORK:
         if field.name in known:
             columns.append(known[field.name])
-        elif field.name in found.column_names:
-            columns.append(found[field.name].cast(field.type))
+        elif field.name in renamed.column_names:
+            columns.append(renamed[field.name].cast(field.type))
         else:
             columns.append(pa.nulls(len(table), field.type))
     return pa.table(columns, schema=WORK)
@@ -158,7 +158,7 @@ def _history_rows(live: pa.Table) -> pa.Table:
 
 
 def _request_rows(live: pa.Table, task: str) -> pa.Table:
-    found = live.select(["bucket", "user_key", "id", "user_id", "owner_id", "input", "at", "position", "target"])
+    rows = live.select(["bucket", "user_key", "id", "user_id", "owner_id", "input", "at", "position", "target"])
     names = {"id": "request_id", "at": "as_of", "position": "as_of_position"}
-    found = found.rename_columns([names.get(name, name) for name in found.column_names])
-    return found.append_column("task", pa.repeat(task, len(found)))
+    rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
+    return rows.append_column("task", pa.repeat(task, len(rows)))

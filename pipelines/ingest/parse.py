@@ -1,15 +1,14 @@
-"""Stage: reads a piece of a source and gives its rows, checked, as Arrow tables of `rows.ROWS`."""
+"""Stage: reads a piece of a source and gives its rows, checked, as Arrow tables of `source_rows.ROWS`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from pipelines.ingest.source_rows import RowWriter
-from pipelines.ingest.sources import lamp, records
-from pipelines.ingest.sources.lamp import LampFiles
-from pipelines.ingest.sources.records import Piece
+from pipelines.ingest.sources.base import FORMATS, Options, Piece
 from pplug.tasks import TaskEntry
 
 
@@ -19,23 +18,17 @@ class ParsePieces:
 
     entry: TaskEntry
     buckets: int
-    pieces: tuple[Piece | LampFiles, ...]
-    columns: Mapping[str, str]
+    pieces: tuple[Piece, ...]
+    options: Options
     survey: Any
-    """Reference to the `Survey` of a LaMP split in the object store, where the tasks read it."""
-    keep_questions: bool
+    """Reference to the format's survey in the object store, where the tasks read it; None without a survey."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for index in batch["piece"].to_pylist():
             piece = self.pieces[index]
-            if isinstance(piece, LampFiles):
-                import ray
-
-                writer = RowWriter(self.entry, self.buckets, file=0)
-                rows = lamp.read(piece, ray.get(self.survey), writer, self.keep_questions)
-            else:
-                writer = RowWriter(self.entry, self.buckets, piece.file)
-                rows = records.read(piece, self.columns, writer)
-            for _ in rows:
+            format = FORMATS[piece.format]
+            writer = RowWriter(self.entry, self.buckets, piece.file)
+            survey = ray.get(self.survey) if format.surveys else None
+            for _ in format.read(piece, self.options, survey, writer):
                 yield writer.take()
             yield writer.take()

@@ -1,7 +1,7 @@
-"""Which row of a key lives: the last one given; and where each item stands in its user's order.
+"""Decides between rows of one key (the last one given lives), and gives each item its place in its user's order.
 
-Working rows (`WORK`) are a table's rows and a source's new ones in one shape. Nothing here is per row in Python: a
-bucket may hold millions.
+Working rows (`WORK`) are a table's rows and a source's new ones with the same columns. No Python code runs per row,
+because a bucket may hold millions.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from pipelines.ingest.source_rows import ROWS
 
 WORK = pa.schema([*ROWS, ("position", pa.int64())])
 OLD = -1
-"""`file` of a row that a table holds already: it stands before all that is new."""
+"""Value of `file` for a row that a table holds already: it comes before all new rows."""
 HELD, NEW, SAME, REPLACED = range(4)
 
 
 def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """The last row of each (user_key, id), and what became of every row.
+    """Finds the last row of each (user_key, id), and the state of every row.
 
     Args:
-        rows: rows of `WORK`; those held already have file OLD.
+        rows: rows of `WORK`; rows that the table holds already have file OLD.
         content: columns that make a row differ from another of the same key.
-        ranked: fill in `position`: the old one, or the next ones of the user in the order as given.
+        ranked: fills in `position`: the old one, or the user's next ones in the order given.
 
     Returns:
-        Live rows; per live row whether its key was held before (K,) bool; per row of `rows` its state (N,): held
-        before, new, same as another, replaced by a later one.
+        Live rows; per live row whether its key was held before, (K,) bool; per row of `rows` its state, (N,): held
+        before, new, same as another, or replaced by a later one.
     """
     order = pc.sort_indices(rows, sort_keys=[("file", "ascending"), ("seq", "ascending")]).to_numpy()
     rows = rows.take(pa.array(order))
@@ -54,7 +54,7 @@ def resolve(rows: pa.Table, content: Sequence[str], ranked: bool) -> tuple[pa.Ta
 
 
 def _positions(rows: pa.Table, first: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """(K,) int64: position of each key; new keys follow the user's greatest one, in order of first appearance."""
+    """Returns the position of each key, (K,) int64; new keys follow the user's greatest one, in order of appearance."""
     users = encode(rows["user_key"])[first]
     position = pc.fill_null(rows["position"], 0).to_numpy()[first].copy()
     following = np.zeros(users.max() + 1, dtype=np.int64)

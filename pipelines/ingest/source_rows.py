@@ -1,7 +1,7 @@
-"""Rows on their way from any source into the tables: checked, of one shape, with the place they came from.
+"""Rows on their way from any source into the tables: checked, with the same columns, and with their place of origin.
 
-A source hands each row to a `RowWriter`. What cannot be used becomes a reject row with a reason (a short constant) and
-a place, never the user's text; nothing is dropped without one.
+A source hands each row to a `RowWriter`. A row that cannot be used becomes a reject row with a reason (a short
+constant) and a place, never the user's text; no row is dropped without one.
 """
 
 import math
@@ -23,7 +23,7 @@ ROWS = pa.schema(
         ("kind", pa.int8()),
         ("file", pa.int32()),  # with seq: the order as given
         ("seq", pa.int64()),
-        ("place", pa.string()),  # what names this row in a reject
+        ("place", pa.string()),  # names this row in a reject
         ("user_key", pa.string()),
         ("user_id", pa.string()),
         ("id", pa.string()),  # item_id or request_id
@@ -38,14 +38,14 @@ ROWS = pa.schema(
     ]
 )
 NO_BUCKET = -1
-"""Bucket of the rows that only count."""
+"""Bucket of rows that only count."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _LATEST = 253_402_300_799_999_999
 
 
 class RowError(Exception):
-    """A row that cannot be used: a reason to count by, and a detail for whoever mends the source."""
+    """A row that cannot be used: a reason to count by, and a detail that helps to mend the source."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -53,7 +53,7 @@ class RowError(Exception):
 
 
 class RowWriter:
-    """Collects rows of one file and gives them out as Arrow tables of `ROWS`."""
+    """Collects rows of one file and returns them as Arrow tables of `ROWS`."""
 
     def __init__(self, entry: TaskEntry, buckets: int, file: int) -> None:
         self.entry, self.buckets, self.file = entry, buckets, file
@@ -63,11 +63,11 @@ class RowWriter:
         self._bytes = 0
 
     def planned(self, n: int = 1) -> None:
-        """Counts rows of the source before anything is known of them: the end of the line is checked against it."""
+        """Counts rows of the source before they are checked; the job's final counts must add up to them."""
         self._planned += n
 
     def item(self, seq: int, place: str, user_id: object, item_id: object, at: object, fields: Mapping) -> None:
-        """A history item. Raises RowError."""
+        """Adds a history item. Raises RowError: it cannot be used."""
         texts = _texts(fields)
         lacking = [name for name in self._needed if name not in texts]
         if lacking:
@@ -83,7 +83,7 @@ class RowWriter:
         self, seq: int, place: str, request_id: object, user_id: object, input: object, *,
         owner_id: object = None, as_of: object = None, as_of_us: int | None = None, target: object = None,
     ) -> None:  # fmt: skip
-        """A request. Raises RowError."""
+        """Adds a request. Raises RowError: it cannot be used."""
         text, answer = _text(input), _text(target)
         if text is None or not text.strip():
             raise RowError("empty_text" if isinstance(input, str) else "missing_field", "input is not there as text")
@@ -97,7 +97,7 @@ class RowWriter:
         self._add(REQUEST, seq, place, len(text), user_id=user, id=request, **values)
 
     def reject(self, seq: int, place: str, error: RowError) -> None:
-        # Rejects have no user to be sorted by: they are spread over the buckets by where they stood.
+        """Adds a reject. It has no user to be sorted by: rejects are spread over the buckets by their number."""
         self._rows.append(
             {"bucket": seq % self.buckets, "kind": REJECT, "file": self.file, "seq": seq, "place": place,
              "reason": error.reason, "detail": error.detail}
@@ -109,11 +109,11 @@ class RowWriter:
 
     @property
     def full(self) -> bool:
-        """Time to give rows out: blocks of tens of megabytes at most."""
+        """True if rows should be taken now, so that blocks have tens of megabytes at most."""
         return len(self._rows) >= 20_000 or self._bytes >= 16 * 2**20
 
     def take(self) -> pa.Table:
-        """The rows collected so far, and one row that says how many the source held."""
+        """Returns the rows collected so far, and one row with the number of rows in the source."""
         rows = [*self._rows, {"bucket": NO_BUCKET, "kind": COUNT, "file": self.file, "seq": self._planned}]
         self._rows, self._planned, self._bytes = [], 0, 0
         table = pa.Table.from_pylist(rows, schema=ROWS)
@@ -127,14 +127,14 @@ class RowWriter:
 
 
 def nothing_in(buckets: Sequence[int]) -> pa.Table:
-    """A row per bucket that counts nothing: with it, the bucket is merged although no source has a row for it."""
+    """Makes a row per bucket that counts nothing, so that the bucket is merged although no source has a row for it."""
     return pa.Table.from_pylist(
         [{"bucket": bucket, "kind": COUNT, "file": 0, "seq": 0} for bucket in buckets], schema=ROWS
     )
 
 
 def identifier(value: object, name: str) -> str:
-    """An id as text: any characters but none of half a pair, which no file could hold. Raises RowError."""
+    """Returns an id as text. Raises RowError: it is missing, or it is no Unicode that a file could hold."""
     text = _text(value)
     if text is None or not text.strip():
         raise RowError("missing_id", f"{name} is missing, empty or neither text nor a whole number")
@@ -142,10 +142,12 @@ def identifier(value: object, name: str) -> str:
 
 
 def microseconds(value: object) -> int | None:
-    """A time as microseconds since 1970 UTC: ISO text, date, or a number by its size (s, ms, us, ns); naive is UTC.
+    """Returns a time as microseconds since 1970 UTC, from ISO text, a date or a number (s, ms, us or ns, by its size).
+
+    A time without a zone is UTC.
 
     Raises:
-        RowError: it is none of these; a bare year is refused, since as a number it would mean half an hour into 1970.
+        RowError: it is none of these, or a bare year, which as a number would mean half an hour into 1970.
     """
     if isinstance(value, bytes):
         value = _text(value)
@@ -187,15 +189,15 @@ def _scaled(number: float) -> int:
 
 
 def _texts(fields: object) -> dict[str, str]:
-    """The fields that hold text or a number; others (lists, null) are no text of an item."""
+    """Returns the fields that hold text or a number; others (lists, null) are no text of an item."""
     if not isinstance(fields, Mapping):
         raise RowError("wrong_type", "fields is not a mapping of names to texts")
-    found = {str(name): _text(value) for name, value in fields.items()}
-    return {name: text for name, text in found.items() if text is not None}
+    texts = {str(name): _text(value) for name, value in fields.items()}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _text(value: object) -> str | None:
-    """Text or a number as text, None for anything else. Raises RowError for what is no Unicode."""
+    """Returns text or a number as text, None for anything else. Raises RowError: the text is no Unicode."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if value == value else None
     if isinstance(value, bytes):

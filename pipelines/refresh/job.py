@@ -47,7 +47,7 @@ class Night:
         return {
             "encoder_id": self.encoder_id,
             "plug_id": self.plug_id or "",
-            "histories_files": self.histories.stamp,
+            "histories_files": self.histories.fingerprint,
             "history_cap": str(self.config.max_history_items),
         }
 
@@ -142,7 +142,7 @@ def _since(night: Night, embeddings: "Table") -> Since:
         then = night.table.snapshot(version=int(shown["histories_version"]))
     except InputError:  # older than the log
         return Since()
-    return Since.of(shown, then, night.histories) if then.stamp == shown["histories_files"] else Since()
+    return Since.of(shown, then, night.histories) if then.fingerprint == shown["histories_files"] else Since()
 
 
 def _late(night: Night, embeddings: "Table") -> Late:

@@ -1,6 +1,6 @@
-"""Job `compact`: the small files of many nights become few, sorted by user, and no row changes.
+"""Job `compact`: merges the small files of many nights, sorted by user, and changes no row.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 import dataclasses
@@ -8,14 +8,14 @@ import dataclasses
 from infra import lease, session
 from infra.report import RunReport, new_run_id
 from infra.snapshot import DataFile, Snapshot
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
 from pipelines.waves import each_bucket, files_of, next_group
 
 TRIES = 3
-"""Plans for one table before it is left to the next compaction."""
+"""Number of plans for one table before it is left to the next compaction."""
 
 
 def run(config: Config) -> int:
@@ -34,7 +34,7 @@ def run(config: Config) -> int:
 
 
 def _compact(config: Config, report: RunReport, table: "Table") -> int:
-    """Compacts one table, planning again when it moves; returns the number of files it replaced."""
+    """Compacts one table, and plans again when others commit to it; returns the number of replaced files."""
     name, left = table.spec.name, report.extra["left"]
     replaced: list[str] = []
     for _ in range(TRIES):
@@ -47,17 +47,17 @@ def _compact(config: Config, report: RunReport, table: "Table") -> int:
         try:
             _rewrite(config, report, table, snapshot, replaced)
             break
-        except TableMoved:  # what has been committed stays, the rest is planned anew
+        except CommitConflict:  # our commits stay, the rest is planned anew
             left[name] = f"others committed to it during each of {TRIES} tries"
-    stay = len(table.snapshot().files)
-    report.planned += len(replaced) + stay
+    unchanged = len(table.snapshot().files)
+    report.planned += len(replaced) + unchanged
     report.written += len(replaced)
-    report.already_there += stay
+    report.already_there += unchanged
     return len(replaced)
 
 
 def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snapshot", replaced: list[str]) -> None:
-    """Plans on a complete version and commits in waves; notes the files it has replaced."""
+    """Plans on a complete version and commits in waves; adds the replaced files to `replaced`."""
     of_vectors = table.spec.name.startswith("embeddings")
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True) if of_vectors else None
     stage = CompactBucket(table, snapshot, histories, config.target_mb * 2**20, report.run_id)

@@ -1,4 +1,4 @@
-"""Stage of compaction: a bucket's small files become few; vectors that no item of the histories needs any more go.
+"""Stage of compaction: merges a bucket's small files, and drops vectors that no item of the histories needs.
 
 Only file metadata travels on; the driver puts the new files in the place of the old ones.
 """
@@ -18,12 +18,12 @@ from pipelines.waves import listed
 
 @dataclass(frozen=True)
 class CompactBucket:
-    """in: bucket int. out: old and new files (JSON lists of DataFile.to_row()), dropped (rows left out)."""
+    """in: bucket int. out: old and new files (JSON lists of DataFile.to_row()), dropped (number of rows left out)."""
 
     table: Table
     snapshot: Snapshot
     histories: Snapshot | None
-    """For a table of vectors, the items that still need one; None where every row stays."""
+    """For a table of vectors, the items that need them; None where every row stays."""
     target_bytes: int
     run_id: str
 
@@ -32,7 +32,7 @@ class CompactBucket:
             files = self.snapshot.by_bucket()[bucket]
             keep = self._live(bucket)
             groups = upkeep.due(files, self.target_bytes)
-            if keep is not None:  # a file that is large enough still loses what nobody needs
+            if keep is not None:  # a file that is large enough still loses unneeded vectors
                 due = {file.path for group in groups for file in group}
                 groups += [[file] for file in files if file.path not in due and _has_dead(file, keep)]
             for group in groups:

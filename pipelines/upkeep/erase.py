@@ -1,6 +1,6 @@
-"""Job `erase`: some users are gone from every table, old version, run folder and export; the proof opens what is left.
+"""Job `erase`: removes users from all tables, old versions, run folders and exports, and proves it.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 import dataclasses
@@ -19,22 +19,23 @@ from infra.search import Needles, digest, strings
 from infra.shards import user_key
 from infra.snapshot import bucket_of_path, read_file
 from infra.storage import Storage
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.config import EraseConfig as Config
 from pipelines.upkeep.scrub import DropRows, OthersValues, OwnValues, Scrub, SearchFiles, Someone
 from pipelines.waves import files_of, next_group
 
 PENDING = "erase-pending.json"
-"""Digests of what an unfinished erase looks for: its rerun no longer finds the words themselves."""
+"""File with digests of the values that an unfinished erase looks for: a rerun no longer finds the values themselves."""
 FOUND = "erase-found.json"
-"""Digests of the ids that this erase has found in a table: when their rows are gone, a rerun cannot see them again."""
+"""File with digests of the ids that this erase has found in a table: once their rows are gone, a rerun needs it."""
 DUTIES = (
     "older versions of S3 objects, where the bucket keeps them",
-    "what Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders (/dev/shm)",
+    "files that Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders "
+    "(/dev/shm)",
     "the sources that ingest has read: another ingest would bring the users back",
     "adapters exported as folders: they carry no name to find them by",
-    "copies outside the folders named here, and the job's own command line where the id stood in it",
+    "copies outside the folders named here, and the job's own command line where it named the id",
     "plugs trained on the users' data (named in this record): weights cannot be erased, train anew where that matters",
 )
 
@@ -55,23 +56,23 @@ def run(config: Config) -> int:
 
 
 def _ids(config: Config) -> dict[str, int]:
-    """The ids to erase, each with its line in the file."""
+    """Returns the ids to erase, each with its line in the file."""
     if config.user_id is not None:
         return {config.user_id: 0}
     assert config.users is not None, "the config has seen to it"
     try:
-        found = {text: number for number, text in numbered_lines(config.users)}
+        places = {text: number for number, text in numbered_lines(config.users)}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"users={config.users}: cannot be read ({error}); expected a user id a line, in UTF-8"
+            f"users={config.users}: cannot be read ({error}); expected one user id per line, in UTF-8"
         ) from error
-    if not found:
-        raise InputError(f"users={config.users}: no user in it; expected a user id a line")
-    return found
+    if not places:
+        raise InputError(f"users={config.users}: no user in it; expected one user id per line")
+    return places
 
 
 def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, report: RunReport) -> None:
-    """Names the lines of ids that are in no table, never the ids: the output is kept."""
+    """Names the lines of ids that are in no table, but never the ids, because the output is kept."""
     numbers = sorted(places[user] for user in absent)
     some = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
     where = "the one of user_id" if config.users is None else f"line{'s' * (len(numbers) > 1)} {some} of {config.users}"
@@ -85,17 +86,17 @@ def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, r
 
 
 def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "list[Storage]") -> frozenset[str]:
-    """Returns those of the ids that neither this nor an earlier start of this run has found in a table."""
+    """Returns the ids that neither this nor an earlier start of this run has found in a table."""
     names = tables.chosen(config.tables, None)
     names.sort(key=lambda name: name == "requests")  # last: a rerun finds by them which histories are whose
-    found = {name: tables.open_table(config.tables, name) for name in names}
+    opened = {name: tables.open_table(config.tables, name) for name in names}
     run_dir = Storage(report.run_dir)
     pending = json.loads(run_dir.read_bytes(PENDING)) if run_dir.exists(PENDING) else []
     with report.stage("look") as stage:
-        someone, owners = _someone(found, given)
-        values, requests, known = _own_values(found, someone)
+        someone, owners = _someone(opened, given)
+        values, requests, known = _own_values(opened, someone)
         here = owners | {user for user in given if user_key(user) in known}
-        shared = _shared(found, someone, values | someone.ids)
+        shared = _shared(opened, someone, values | someone.ids)
         stage.rows = len(values)
     needles = Needles(
         values=frozenset((values | someone.ids | someone.keys) - shared),
@@ -111,14 +112,14 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     record["values_that_others_have"] = len(shared)
     record["trained_on_their_data"] = _trained(config.tables, folders)
     with report.stage("folders") as stage:
-        begun = Storage(config.tables).join(runs.FOLDER)  # what runs have read: a file may be called after a user
+        begun = Storage(config.tables).join(runs.FOLDER)  # sources of runs: a file may be called after a user
         places = [*folders, begun]
         files = [(place.uri, name) for place in places for name in place.list() if not name.endswith(PENDING)]
         what = [row["what"] for row in _over(files, Scrub(needles, requests))]
         record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
         stage.rows = len(files)
     with report.stage("tables") as stage:
-        record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in found.items()}
+        record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in opened.items()}
         stage.rows = sum(record["rows_dropped"].values())
     with report.stage("proof") as stage:
         survivors, opaque, stage.rows = prove(config.tables, folders, needles)
@@ -129,8 +130,8 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     report.failed = len(survivors)
     if survivors:
         print(
-            f"erase: {len(survivors)} files still hold something of the users, the first is {survivors[0]}; they are "
-            "of a kind that is not rewritten: remove them, then run this again",
+            f"erase: {len(survivors)} files still hold values of the users, the first is {survivors[0]}; such files "
+            "are not rewritten: remove them, then run this again",
             flush=True,
         )
     else:
@@ -139,7 +140,7 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
 
 
 def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> frozenset[str]:
-    """Those of the ids that neither this nor an earlier start of the run has found; notes those found now."""
+    """Returns the ids that neither this nor an earlier start of the run has found, and notes those found now."""
     before = json.loads(run_dir.read_bytes(FOUND)) if run_dir.exists(FOUND) else []
     ever = {*before, *map(digest, here)}
     run_dir.write_bytes(FOUND, json.dumps(sorted(ever)).encode())
@@ -147,25 +148,25 @@ def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> f
 
 
 def _over(files: "list[tuple[str, str]]", stage: Any) -> "Iterator[dict[str, Any]]":
-    """What a stage gives for each file."""
+    """Yields the rows that a stage returns for each file."""
     if files:
         rows = [{"root": root, "name": name} for root, name in files]
         source = ray.data.from_items(rows, override_num_blocks=min(len(rows), 256))
         yield from source.map_batches(stage.__call__, batch_size=16, batch_format="pyarrow").iter_rows()
 
 
-def _there(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
-    """All data files in a table's folder, of whatever version; of some buckets only."""
+def _existing(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
+    """Lists all data files in a table's folder, whatever their version; with `buckets`, only theirs."""
     names = [name for name in table.storage.list() if name.endswith(".parquet") and "_delta_log/" not in name]
     return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
 
 
-def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
-    """The users, and the histories that are theirs where ingest keeps one history a question; and whose these are."""
+def _someone(opened: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
+    """Returns the users with all their histories (ingest may keep one per question), and the owners of these."""
     ids, owners = set(given), set[str]()
-    if "requests" in found:
+    if "requests" in opened:
         of_theirs = pc.field("owner_id").isin(sorted(given))
-        for uri in _there(found["requests"]):
+        for uri in _existing(opened["requests"]):
             try:
                 theirs = read_file(uri, ["user_id", "owner_id"], of_theirs)
             except ValueError:  # damaged, as a killed write leaves it
@@ -175,29 +176,29 @@ def _someone(found: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone
     return Someone(frozenset(ids), frozenset(map(user_key, ids))), owners
 
 
-def _own_values(found: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:
-    """The users' own words and hashes, their request ids, and the keys of those of whom anything was there."""
+def _own_values(opened: "dict[str, Table]", someone: "Someone") -> tuple[set[str], frozenset[str], set[str]]:
+    """Returns the users' own words and hashes, their request ids, and the user keys that have any row."""
     uris = []
-    for table in found.values():
+    for table in opened.values():
         if table.spec.bucketed:
-            uris += _there(table, {int(key[:16], 16) % table.buckets for key in someone.keys})
+            uris += _existing(table, {int(key[:16], 16) % table.buckets for key in someone.keys})
     kinds: dict[str, set[str]] = {"text": set(), "request": set(), "user": set()}
-    for kind, value in _said(uris, OwnValues(someone)):
+    for kind, value in _values_in(uris, OwnValues(someone)):
         if value.strip():
             kinds[kind].add(value)
     return kinds["text"], frozenset(kinds["request"]), kinds["user"]
 
 
-def _shared(found: "dict[str, Table]", someone: "Someone", values: set[str]) -> set[str]:
-    """Those of the values that others have too, or that the tables' own words (labels, field names) hold."""
-    snapshots = [table.snapshot() for table in found.values()]
+def _shared(opened: "dict[str, Table]", someone: "Someone", values: set[str]) -> set[str]:
+    """Returns the values that other users have, too, or that the tables' own words (labels, field names) hold."""
+    snapshots = [table.snapshot() for table in opened.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
-    return (values & words) | {value for _, value in _said(uris, OthersValues(someone, frozenset(values)))}
+    return (values & words) | {value for _, value in _values_in(uris, OthersValues(someone, frozenset(values)))}
 
 
-def _said(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
-    """Kind and value of each row that a stage gives for some files."""
+def _values_in(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
+    """Yields kind and value of each row that a stage returns for some files."""
     if not uris:
         return
     source = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=min(len(uris), 256))
@@ -208,10 +209,10 @@ def _said(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
 
 
 def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needles") -> int:
-    """Takes the users' rows out of a table, then all that is older than that; returns the number of rows.
+    """Removes the users' rows from a table, and then all older files and versions; returns the number of rows.
 
-    A run that has not ended on the table loses what it had committed: a rerun makes it anew. Its version could not be
-    shown to readers, and the complete one before it holds the users.
+    A run that has not ended on the table loses its commits, and a rerun makes them anew: readers may not see its
+    version, and the complete one before it holds the users.
     """
     newest = table.snapshot()
     try:
@@ -231,9 +232,9 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
             new += files_of(row["new"])
             dropped += row["dropped"]
     without = {file.path for file in old}
-    stays = [file for file in shown.files if file.path not in without]
-    back = [file for file in stays if file.path not in paths]
-    keep = {file.path for file in stays}
+    unchanged = [file for file in shown.files if file.path not in without]
+    back = [file for file in unchanged if file.path not in paths]
+    keep = {file.path for file in unchanged}
     gone = [file for file in newest.files if file.path not in keep]
     group = next_group(table, report.run_id)
     try:
@@ -245,35 +246,35 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
             )
             group += 1
         report.table_written(table.spec.name, upkeep.forget(table, report.run_id, group))
-    except TableMoved as error:
-        raise InputError(f"{error}. Somebody writes here without a lease: end that, then run this again") from error
+    except CommitConflict as error:
+        raise InputError(f"{error}. That run has no lease here: end it, then run this again") from error
     return dropped
 
 
 def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
-    """Trainings on these tables, by what they have left: what they learned cannot be taken out of the weights."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """Lists the trainings on these tables by their reports, because weights cannot forget their data."""
+    trainings: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         for name in folder.list():
             if not name.endswith(("report.json", ".begun.json")):  # a killed training has checkpoints and no report
                 continue
             try:
-                said = json.loads(folder.read_bytes(name))
-                same = Storage(said["config"]["tables"]).uri == Storage(place).uri
+                report = json.loads(folder.read_bytes(name))
+                same = Storage(report["config"]["tables"]).uri == Storage(place).uri
             except (ValueError, KeyError, TypeError, InputError):
                 continue
-            if same and said.get("job") in ("train", "adapt", "base-lm"):
+            if same and report.get("job") in ("train", "adapt", "base-lm"):
                 names = ("job", "run_id", "plug", "plug_id", "adapter_id", "tables_read")
-                one = found.setdefault((said["job"], said.get("run_id", "")), {})
-                one |= {name: said[name] for name in names if name in said}
-    return list(found.values())
+                one = trainings.setdefault((report["job"], report.get("run_id", "")), {})
+                one |= {name: report[name] for name in names if name in report}
+    return list(trainings.values())
 
 
 def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[list[str], list[str], int]:
     """Opens and decodes every file of the tables and folders, orphans and logs included, and searches it.
 
     Returns:
-        Files in which something is left, files that could be searched as bytes only, and the number of all.
+        Files in which a value is left, files that could be searched only as bytes, and the number of all files.
     """
     roots = {folder.uri: folder for folder in [Storage(place), *folders]}
     files = [(root, name) for root, folder in roots.items() for name in folder.list() if not name.endswith(PENDING)]

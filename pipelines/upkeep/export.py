@@ -1,6 +1,6 @@
 """Job `export`: a table -> a folder of plain Parquet; or one user's adapter -> a PEFT folder.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 import json
@@ -56,12 +56,12 @@ def _table(config: Config, report: RunReport) -> int:
     snapshot = table.snapshot(config.as_of_version, complete=config.as_of_version is None)
     output = Storage(config.output)
     if output.exists(DONE):
-        raise InputError(f"{config.output}: holds a complete export, which is never changed; give another folder")
-    others = [there for there in output.list() if not re.fullmatch(PART_FILE, there)]
-    if others:  # all that is not of this export goes, as the halves of a killed one have to
+        raise InputError(f"{config.output} holds a complete export, which is never changed; give another folder")
+    others = [name for name in output.list() if not re.fullmatch(PART_FILE, name)]
+    if others:  # an export deletes all files that are not its own, such as the halves of a killed one
         raise InputError(
-            f"{config.output}: holds {others[0]} and {len(others) - 1} more files that no export has written; what an "
-            "export finds in its folder it replaces: give a folder of its own"
+            f"{config.output} holds {others[0]} and {len(others) - 1} more files that no export has written; an export "
+            "replaces all files in its folder: give it a folder of its own"
         )
     session.start()
     report.table_read(name, snapshot.version)

@@ -1,4 +1,4 @@
-"""One user's adapter as a PEFT folder: users own their adapter."""
+"""Exports one user's adapter as a PEFT folder: users own their adapter."""
 
 from pathlib import Path
 
@@ -17,20 +17,20 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
     The folder takes the place of a former adapter as a whole.
 
     Args:
-        adapters: the table; its newest complete version is read, and of that the user's rows alone.
-        base: model folder that the adapter was trained on; its config names it.
+        adapters: table of adapters; only the user's rows of its newest complete version are read.
+        base: folder of the model that the adapter was trained on; the adapter's config names it.
         llm_id: identity of that base with its prompt layout.
 
     Raises:
-        InputError: the user has no adapter, or it is not one of this base, or the folder holds something else.
+        InputError: the user has no adapter, it belongs to another base, or the folder holds other files.
     """
     mine = pc.field("user_key") == user_key(user_id)
     columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
     snapshot = adapters.snapshot(complete=True)
-    found = snapshot.read(columns, buckets=[bucket_of(user_id, adapters.buckets)], filter=mine).to_pylist()
-    if not found:
+    rows = snapshot.read(columns, buckets=[bucket_of(user_id, adapters.buckets)], filter=mine).to_pylist()
+    if not rows:
         raise InputError(f"{adapters.uri}: no adapter of this user in version {snapshot.version}; run `adapt` first")
-    row = found[0]
+    row = rows[0]
     shape = AdapterShape(targets=tuple(row["targets"]), rank=row["rank"], alpha=row["alpha"])
     try:
         from_bytes(row["weights"] or b"", shape, base_shapes(base, shape.targets), llm_id)

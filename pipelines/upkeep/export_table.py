@@ -1,4 +1,4 @@
-"""Stage of export: a bucket of a table as one plain Parquet file that needs no Delta reader and no class of ours."""
+"""Stage of export: writes a bucket as one plain Parquet file, which needs no Delta reader and no class of ours."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from infra.snapshot import Snapshot, read_file
 from infra.storage import Storage, retrying
 
 OURS = ("bucket", "user_key")
-"""Columns that follow from user_id and serve the tables alone."""
+"""Columns that follow from user_id and serve only the tables."""
 
 
 def vector_widths(snapshot: Snapshot) -> dict[str, int]:
-    """Width of each vector column; a column without any vector (personas without a plug) is not in it."""
-    found: dict[str, int] = {}
+    """Returns the width of each vector column, except columns without any vector (personas without a plug)."""
+    widths: dict[str, int] = {}
     for name in snapshot.spec.vectors:
         for file in snapshot.files:
             width = pc.max(pc.list_value_length(read_file(file.uri, [name])[name])).as_py() or 0
             if width:
-                found[name] = width
+                widths[name] = width
                 break
-    return found
+    return widths
 
 
 @dataclass(frozen=True)
 class ExportBucket:
-    """in: bucket int. out: name, rows of the file written. Rows as the table has them, vectors as fixed-size lists."""
+    """in: bucket int. out: name and rows of the file written. Vectors become fixed-size lists; rows are not changed."""
 
     snapshot: Snapshot
     output: str
@@ -53,7 +53,7 @@ class ExportBucket:
 
     @property
     def schema(self) -> pa.Schema:
-        """The table's columns without our own, vectors with their width; a column without a vector is left out."""
+        """Schema of the file: the table's columns without our own and without empty vector columns."""
         spec = self.snapshot.spec
         kept = [field for field in spec.schema if field.name not in OURS]
         kept = [field for field in kept if field.name not in spec.vectors or field.name in self.widths]
@@ -70,6 +70,6 @@ class ExportBucket:
             return values
         width = self.widths[field.name]
         lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
-        dense = np.zeros((len(values), width), np.float32)  # somebody without an item with a vector: zeros
+        dense = np.zeros((len(values), width), np.float32)  # zeros for a user without any vector
         dense[lengths > 0] = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
         return pa.FixedSizeListArray.from_arrays(pa.array(dense.reshape(-1)), width)

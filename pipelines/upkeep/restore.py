@@ -1,6 +1,6 @@
 """Job `restore`: takes tables of a population back to an earlier complete version, as a new version on top.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from infra import lease, upkeep
 from infra.errors import InputError
 from infra.report import RunReport, new_run_id
 from infra.snapshot import Snapshot
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.upkeep.config import RestoreConfig as Config
 from pipelines.waves import next_group
@@ -22,7 +22,7 @@ MADE_FROM_HISTORIES = {
 }
 """Tables that follow the histories, and the job that brings each up to date."""
 _ORDER = ("generations", "profiles", "adapters", "personas", "embeddings", "requests", "histories", "rejects")
-"""What is made from a table goes back before it: readers never see replies to requests that are not there."""
+"""Order of the tables: replies go back before their requests, so that no reader sees a reply without its request."""
 
 
 def run(config: Config) -> int:
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
 
 
 def _restore(config: Config, report: RunReport, names: list[str]) -> None:
-    """Looks at all tables before the first commit: a table that cannot go back keeps the others where they are."""
+    """Checks all tables before the first commit: if one cannot go back, the others stay as they are."""
     targets: list[tuple[Table, Snapshot, list[str]]] = []
     for name in names:
         table = tables.open_table(config.tables, name)
@@ -60,10 +60,8 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
             before = table.snapshot()
             try:
                 done = upkeep.restore(table, target, report.run_id, next_group(table, report.run_id))
-            except TableMoved as error:
-                raise InputError(
-                    f"{error}. Somebody writes here without a lease: end that, then run this again"
-                ) from error
+            except CommitConflict as error:
+                raise InputError(f"{error}. That run has no lease here: end it, then run this again") from error
             stage.rows = abs(before.rows - target.rows)
         if done is None:
             report.already_there += 1
@@ -73,7 +71,7 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
         restored[name] = {"version": target.version, "rows": target.rows, "rows_before": before.rows, "undone": runs}
         print(
             f"{name}: version {done.version} is version {target.version} again ({target.rows} rows, before "
-            f"{before.rows}); taken back: what {', '.join(runs)} wrote",
+            f"{before.rows}); the rows of {', '.join(runs)} are taken back",
             flush=True,
         )
     report.extra["restored"] = restored
@@ -81,7 +79,7 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
 
 
 def _say_what_follows(config: Config, restored: set[str]) -> None:
-    """Names the tables that were made from a state that is no longer there, with the jobs that make them anew."""
+    """Names the tables that were made from the later histories, with the jobs that make them anew."""
     if "histories" not in restored:
         return
     behind = [name for name in tables.names(config.tables) if name.partition("-")[0] in MADE_FROM_HISTORIES]
@@ -89,6 +87,6 @@ def _say_what_follows(config: Config, restored: set[str]) -> None:
     if behind:
         jobs = dict.fromkeys(MADE_FROM_HISTORIES[name.partition("-")[0]] for name in behind)
         print(
-            f"{', '.join(behind)} are as the later histories made them: run {', '.join(jobs)} before the next generate",
+            f"{', '.join(behind)} were made from the later histories: run {', '.join(jobs)} before the next generate",
             flush=True,
         )

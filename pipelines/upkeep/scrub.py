@@ -1,8 +1,8 @@
-"""Stages of erase: what of some users is where, who else has the same words, rows without them, and the proof.
+"""Stages of erase: they collect the users' values, write files without their rows, and search all files left.
 
-Route: files -> the users' own values -> those of them that nobody else has -> files without the users' rows
+Route: files -> the users' own values -> those that no other user has -> files without the users' rows
        all files left -> opened, decoded, searched.
-A user is known by user_key in the tables, in rejects by what they are about, in other files by any of the values.
+Rows of a user are known by user_key in the tables, by their key in rejects, and in other files by any of the values.
 """
 
 import io
@@ -27,7 +27,7 @@ _NOT_OF_THE_USER = frozenset(
     "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id profile_id decoding_id "
     "finish_reason persona targets error job reason detail key".split()
 )
-"""Columns whose values are the system's, or too common to be looked for; ids of users are looked for by themselves."""
+"""Columns whose values are the system's, or too common to look for; ids of users are looked for separately."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Someone:
 
     ids: frozenset[str]
     keys: frozenset[str]
-    """Their user_key."""
+    """The user_key of each of them."""
 
     def rows(self, table: pa.Table) -> pa.Array:
-        """Which rows of a bucketed table are theirs."""
+        """Marks the rows of a bucketed table that are theirs."""
         return pc.is_in(table["user_key"], value_set=pa.array(sorted(self.keys), pa.string()))
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
-    """Columns that may hold words of a user."""
+    """Lists the columns that may hold words of a user."""
     return [
         field.name
         for field in schema
@@ -54,7 +54,7 @@ def text_columns(schema: pa.Schema) -> list[str]:
 
 @dataclass(frozen=True)
 class OwnValues:
-    """in: uri of a table's file. out: user_key, kind ("text", "request"), value: all that the users' rows hold."""
+    """in: uri of a table's file. out: kind ("text", "request" or "user") and value of everything in the users' rows."""
 
     someone: Someone
 
@@ -81,7 +81,7 @@ def _values(kind: str, values: pa.Array) -> pa.Table:
 
 
 def _columns(uri: str, more: list[str]) -> pa.Table:
-    """The columns of a file that may hold words of a user, and some more where it has them."""
+    """Reads the columns of a file that may hold words of a user, and those of `more` that it has."""
     folder, _, name = uri.rpartition("/")
     try:
         with Storage(folder).open_input(name) as source:
@@ -94,7 +94,7 @@ def _columns(uri: str, more: list[str]) -> pa.Table:
 
 @dataclass(frozen=True)
 class OthersValues:
-    """in: uri of a table's file. out: kind "shared", value: those of the values that somebody else's rows hold too."""
+    """in: uri of a table's file. out: kind "shared", and each of the values that other users' rows hold, too."""
 
     someone: Someone
     values: frozenset[str]
@@ -114,7 +114,7 @@ class OthersValues:
 
 @dataclass(frozen=True)
 class DropRows:
-    """in: file (DataFile.to_row() as JSON). out: old, new (JSON lists), dropped; no row where nothing is theirs."""
+    """in: file (DataFile.to_row() as JSON). out: old, new (JSON lists), dropped; all are empty for untouched files."""
 
     table: Table
     someone: Someone
@@ -147,8 +147,8 @@ class DropRows:
 class Scrub:
     """in: root, name of a file of a run or an export. out: root, name, what ("", "rewritten" or "deleted").
 
-    Rows of Parquet, JSON lines and entries of JSON lists that hold one of the values go; other kinds stay as they are,
-    and the proof names them.
+    Parquet rows, JSON lines and entries of JSON lists that hold one of the values are removed. Other kinds of file stay
+    as they are, and the proof names them.
     """
 
     needles: Needles
@@ -163,7 +163,7 @@ class Scrub:
             if not search(storage, name, self.needles).hits and not self._predictions(storage, name):
                 return ""
             folder, _, last = name.rpartition("/")
-            if last.startswith("samples-") and last.endswith(".parquet"):  # of a training: a rerun makes them anew
+            if last.startswith("samples-") and last.endswith(".parquet"):  # a rerun of the training makes them anew
                 vectors = last.replace("samples-", "vectors-").replace(".parquet", ".npy")
                 for gone in (f"{folder}/{vectors}", name):  # the samples last: a rerun knows the vectors by them
                     storage.delete(gone)
@@ -174,22 +174,22 @@ class Scrub:
                 lines = storage.read_bytes(name).decode("utf-8").splitlines(keepends=True)
                 return _put(storage, name, "".join(line for line in lines if not self._has(_parsed(line))).encode())
             if name.endswith(".json"):
-                found = self._without(json.loads(storage.read_bytes(name)))
-                return _put(storage, name, json.dumps(found, indent=2, ensure_ascii=False).encode())
+                rest = self._without(json.loads(storage.read_bytes(name)))
+                return _put(storage, name, json.dumps(rest, indent=2, ensure_ascii=False).encode())
         except (ValueError, OSError, pa.ArrowException):
             pass  # not what its name says: for the proof
         return ""
 
     def _predictions(self, storage: Storage, name: str) -> bool:
-        """Whether it is a file of predictions with one of the users' requests: their ids may be short."""
+        """Says whether it is a file of predictions with one of the users' requests, whose ids may be short."""
         if not name.endswith(".json"):
             return False
-        found = json.loads(storage.read_bytes(name))
-        golds = found.get("golds") if isinstance(found, dict) else None
+        content = json.loads(storage.read_bytes(name))
+        golds = content.get("golds") if isinstance(content, dict) else None
         return isinstance(golds, list) and any(self._asked(one.get("id")) for one in golds)
 
     def _asked(self, name: Any) -> bool:
-        """Whether a name in predictions is of one of the users' requests: its id, or `user_id/request_id`."""
+        """Says whether a name in predictions is one of the users' requests: its id, or `user_id/request_id`."""
         user = unquote(name.partition("/")[0]) if isinstance(name, str) and "/" in name else None
         return name in self.requests or user in self.needles.ids
 
@@ -206,7 +206,7 @@ class Scrub:
         return _put(storage, name, out.getvalue())
 
     def _without(self, value: Any) -> Any:
-        """The JSON value without list entries that hold one of the values."""
+        """Returns the JSON value without list entries that hold one of the values."""
         if isinstance(value, dict):
             return {name: self._without(below) for name, below in value.items()}
         if isinstance(value, list):
@@ -253,6 +253,6 @@ class SearchFiles:
     needles: Needles
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        found = [search(Storage(root), name, self.needles) for root, name in _pairs(batch)]
-        batch = batch.append_column("hits", pa.array([one.hits for one in found], pa.int64()))
-        return batch.append_column("decoded", pa.array([one.decoded for one in found], pa.bool_()))
+        results = [search(Storage(root), name, self.needles) for root, name in _pairs(batch)]
+        batch = batch.append_column("hits", pa.array([one.hits for one in results], pa.int64()))
+        return batch.append_column("decoded", pa.array([one.decoded for one in results], pa.bool_()))

@@ -1,6 +1,6 @@
-"""Job `vacuum`: deletes files that no version within the retention names; what readers and running jobs need stays.
+"""Job `vacuum`: deletes files that no version within the retention names, and none that a job may still need.
 
-What it does and its keys stand in `config.py`.
+`config.py` describes the job and its keys.
 """
 
 from infra import lease, upkeep

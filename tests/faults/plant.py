@@ -100,7 +100,7 @@ FAULTS = {
     ),
     "restore-past-an-erase": Fault(
         "infra/upkeep.py",
-        " or log.ERASING in said",
+        " or log.ERASING in info",
         "",
         "tests/pipelines/test_restore.py::test_an_erase_that_broke_off_bars_the_way_too",
     ),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.storage import Storage
 from pipelines import tables
 from pipelines.refresh import job as refresh
@@ -281,7 +281,7 @@ def test_of_two_drivers_of_one_run_the_second_to_commit_is_stopped(tmp_path, str
     first.add(*files_of(table, 0, "night"))
     again = committer(table, "night", dict.fromkeys(range(1, 4), 1), strict)
     again.add(*files_of(table, 1, "night"))
-    with pytest.raises(Overtaken, match="run it again with run_id=night"):
+    with pytest.raises(ConcurrentRunError, match="run it again with run_id=night"):
         first.add(*files_of(table, 2, "night"))
     for bucket in (2, 3):
         again.add(*files_of(table, bucket, "night"))

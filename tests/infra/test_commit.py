@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from infra.table import Commit, Table, TableMoved
+from infra.table import Commit, CommitConflict, Table
 
 
 def append(table: Table, files, run="run", group=0, planned_on=0, **more) -> Commit:
@@ -46,7 +46,9 @@ def test_a_replacement_is_refused_when_the_version_moved(table, rows):
     append(table, table.write(rows(bucket=1), "one"), run="one")
     mine = table.write(rows(bucket=1, n=1), "two")
     append(table, table.write(rows(bucket=2), "three"), run="three", planned_on=1)
-    with pytest.raises(TableMoved, match="table things is at version 2, but the plan was made on version 1") as moved:
+    with pytest.raises(
+        CommitConflict, match="table things is at version 2, but the plan was made on version 1"
+    ) as moved:
         replace(table, mine, [1], run="two", planned_on=1)
     assert (moved.value.current, moved.value.planned_on) == (2, 1)
     assert replace(table, mine, [1], run="two", planned_on=2) == Commit(3, already=False)
@@ -74,7 +76,7 @@ def test_a_stale_replacement_does_not_keep_both_writers_files(table, rows):
 
     with pytest.raises(CommitFailedError):  # the window between loading and committing
         table._commit_on(stale, table.write(rows(bucket=1, n=2), "three"), old, {}, "three", 0)
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         replace(table, table.write(rows(bucket=1, n=2), "three"), [1], run="three", planned_on=1)
     assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]
 
@@ -84,7 +86,7 @@ def test_two_replacements_of_different_buckets_both_land_after_a_new_plan(table,
     before = table.snapshot()
     replace(table, table.write(rows(bucket=1, n=1), "two"), [1], run="two", planned_on=1)
     mine = table.write(rows(bucket=2, n=2), "three")
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         replace(table, mine, [2], run="three", planned_on=1)
     replace(table, mine, [2], run="three", planned_on=2)
     after = table.snapshot()
@@ -95,7 +97,7 @@ def test_two_replacements_of_different_buckets_both_land_after_a_new_plan(table,
 def test_an_append_goes_on_over_another_writers_append_unless_it_is_strict(table, rows):
     mine = table.write(rows(bucket=1), "mine")
     append(table, table.write(rows(bucket=2), "other"), run="other")
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         append(table, mine, run="mine", strict=True)
     assert append(table, mine, run="mine") == Commit(2, already=False)
     assert table.snapshot().rows == 4
@@ -105,12 +107,12 @@ def test_an_append_does_not_go_on_over_a_replacement(table, rows):
     append(table, table.write(rows(bucket=1), "one"), run="one")
     mine = table.write(rows(bucket=1), "mine")
     replace(table, table.write(rows(bucket=1, n=1), "two"), [1], run="two", planned_on=1)
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         append(table, mine, run="mine", planned_on=1)
 
 
 def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         append(table, table.write(rows(bucket=1), "run"), planned_on=5)
 
 
@@ -187,7 +189,7 @@ def test_of_parallel_replacements_planned_on_one_version_one_lands(place, rows, 
     def act(i):
         try:
             return replace(table, table.write(rows(bucket=i % 4, n=i), f"run{i}"), [i % 4], run=f"run{i}")
-        except TableMoved as moved:
+        except CommitConflict as moved:
             return moved
 
     done = _at_once(4, act)
@@ -198,5 +200,5 @@ def test_of_parallel_replacements_planned_on_one_version_one_lands(place, rows, 
 def test_an_error_pickles_on_its_way_from_a_worker():
     import pickle
 
-    moved = pickle.loads(pickle.dumps(TableMoved("things", 3, 2)))
-    assert (moved.current, moved.planned_on, str(moved)) == (3, 2, str(TableMoved("things", 3, 2)))
+    moved = pickle.loads(pickle.dumps(CommitConflict("things", 3, 2)))
+    assert (moved.current, moved.planned_on, str(moved)) == (3, 2, str(CommitConflict("things", 3, 2)))

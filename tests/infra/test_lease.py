@@ -6,7 +6,7 @@ import time
 import pytest
 
 from infra import lease
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from infra.storage import Storage
 from infra.table import Table
 
@@ -23,13 +23,15 @@ def test_writers_work_beside_each_other_and_leave_nothing(place):
 
 def test_who_must_be_alone_waits_for_writers_and_writers_for_him(place):
     with lease.writing(place, "night"):
-        with pytest.raises(Overtaken, match=r"run night is at work here \(writing; .* run it again with run_id=erase"):
+        with pytest.raises(
+            ConcurrentRunError, match=r"run night is at work here \(writing; .* run it again with run_id=erase"
+        ):
             with lease.alone(place, "erase"):
                 pytest.fail("both are at work")
         assert len(held(place)) == 1  # the refused one has taken its own back
     with lease.alone(place, "erase"):
         for other in (lease.writing, lease.alone):
-            with pytest.raises(Overtaken, match=r"run erase is at work here \(alone"):
+            with pytest.raises(ConcurrentRunError, match=r"run erase is at work here \(alone"):
                 with other(place, "night"):
                     pytest.fail("both are at work")
         with lease.alone(place, "erase"):  # its own rerun
@@ -44,7 +46,7 @@ def test_a_killed_holders_lease_runs_out(place, monkeypatch):
         f"{lease.FOLDER}/writing-killed.json",
         json.dumps({"owner": "killed", "kind": "writing", "until": time.time() + 0.5}).encode(),
     )
-    with pytest.raises(Overtaken, match="run killed is at work"):
+    with pytest.raises(ConcurrentRunError, match="run killed is at work"):
         with lease.alone(place, "erase"):
             pass
     time.sleep(0.6)
@@ -57,7 +59,7 @@ def test_a_living_holder_renews_its_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     with lease.writing(str(tmp_path), "long"):
         time.sleep(1.0)
-        with pytest.raises(Overtaken):
+        with pytest.raises(ConcurrentRunError):
             with lease.alone(str(tmp_path), "erase"):
                 pass
 
@@ -66,7 +68,7 @@ def test_nobody_commits_while_somebody_is_alone_but_he_himself(place, spec, rows
     table = Table.create(f"{place}/things", spec, 4)
     files = table.write(rows(bucket=1), "night")
     with lease.alone(place, "erase"):
-        with pytest.raises(Overtaken, match="run erase is at work"):
+        with pytest.raises(ConcurrentRunError, match="run erase is at work"):
             table.commit(files, run_id="night", group=0, mode="append", planned_on=0)
         own = table.commit(table.write(rows(bucket=2), "erase"), run_id="erase", group=0, mode="append", planned_on=0)
     assert own.version == 1
@@ -86,11 +88,11 @@ def test_who_makes_files_of_what_he_reads_keeps_away_who_must_be_alone_and_nobod
         assert len(held(place)) == 3
     Storage(place).write_bytes("histories/x", b"")
     with lease.reading(place, "train"):
-        with pytest.raises(Overtaken, match=r"run train is at work here \(reading; "):
+        with pytest.raises(ConcurrentRunError, match=r"run train is at work here \(reading; "):
             with lease.alone(place, "erase"):
                 pytest.fail("both are at work")
     with lease.alone(place, "erase"):
-        with pytest.raises(Overtaken, match=r"run erase is at work here \(alone"):
+        with pytest.raises(ConcurrentRunError, match=r"run erase is at work here \(alone"):
             with lease.reading(place, "train"):
                 pytest.fail("both are at work")
 
@@ -105,13 +107,13 @@ def test_who_may_only_read_goes_on_without_a_lease_and_says_so(s3_server, s3, ca
     s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE") else None
     with lease.reading(s3, "export"):
         assert Storage(s3).read_bytes("things/x") == b"x" and held(s3) == []
-    assert "no lease, these credentials may only read here" in capsys.readouterr().out
+    assert "these credentials may only read here, so that this run has no lease" in capsys.readouterr().out
     with pytest.raises(PermissionError):
         with lease.writing(s3, "night"):
             pytest.fail("it cannot write")
     s3_server.fault = lambda environ: None
     with lease.alone(s3, "erase"):
         s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] == "PUT" else None
-        with pytest.raises(Overtaken, match="run erase is at work here"):
+        with pytest.raises(ConcurrentRunError, match="run erase is at work here"):
             with lease.reading(s3, "export"):
                 pytest.fail("an erase is at work")

@@ -9,7 +9,7 @@ import pytest
 from infra import log, upkeep
 from infra.errors import InputError
 from infra.storage import Storage
-from infra.table import Table, TableMoved
+from infra.table import CommitConflict, Table
 
 USERS = [f"u{i}" for i in range(40)]
 
@@ -45,7 +45,7 @@ def age(table: Table, hours: float) -> None:
         os.utime(f"{folder}/{name}", (then, then))
         if name.startswith("_delta_log/") and name.endswith(".json"):
             lines = table.storage.read_bytes(name).decode()
-            said = log._info(log.entries(table.storage, int(name[-25:-5])) or [])["timestamp"]
+            said = log.commit_info(log.entries(table.storage, int(name[-25:-5])) or [])["timestamp"]
             table.storage.write_bytes(name, lines.replace(str(said), str(said - int(hours * 3600_000))).encode())
             os.utime(f"{folder}/{name}", (then, then))
 
@@ -83,7 +83,7 @@ def test_a_writer_that_planned_before_goes_on_over_a_compaction_and_not_over_a_l
     nights(table, rows, 1)
     compact(table, "drops", keep=lambda data: pc.not_equal(data["n"], 7))
     assert not [row for row in content(table) if row["n"] == 7]
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         table.commit(more, run_id="late", group=0, mode="append", planned_on=planned, strict=True)
 
 
@@ -93,7 +93,7 @@ def test_a_compaction_that_a_writer_has_overtaken_is_planned_again(table, rows):
     [group] = upkeep.due(below.by_bucket()[1])
     done = upkeep.rewrite(table, group, "compact")
     nights(table, rows, 1)
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         table.rewrite(done.new, done.old, below=below, run_id="compact", group=0, same_rows=True)
     before = content(table)
     compact(table)
@@ -110,7 +110,7 @@ def test_a_rewrite_refuses_another_number_of_rows_and_files_that_hold_others_tha
         table.rewrite(done.new, done.old, below=below, run_id="compact", group=0, same_rows=True)
     [other] = table.write(rows(bucket=1, count=1), "other")
     table.storage.write_bytes(group[0].path, table.storage.read_bytes(other.path))
-    with pytest.raises(ValueError, match="rows, the log says"):
+    with pytest.raises(ValueError, match="rows, and the log says"):
         upkeep.rewrite(table, group, "compact")
     assert table.version == below.version
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from infra import lease
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.shards import bucket_of, user_key
 from infra.storage import Storage
 from pipelines import __main__ as cli
@@ -293,7 +293,7 @@ def test_a_base_that_mixes_users_is_refused_and_nothing_is_trained(population, t
 
 def test_no_base_is_adapted_beside_an_erase(population, llm):
     fill(population, [item("ann", 1)])
-    with lease.alone(population.tables, "erase"), pytest.raises(Overtaken, match="run erase is at work here"):
+    with lease.alone(population.tables, "erase"), pytest.raises(ConcurrentRunError, match="run erase is at work here"):
         run(population, llm, "base", stage="base")
 
 

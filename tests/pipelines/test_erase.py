@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import lease, shards, upkeep
-from infra.errors import InputError, Overtaken
+from infra.errors import ConcurrentRunError, InputError
 from infra.search import Needles, digest
 from infra.storage import Storage
 from infra.table import Table
@@ -383,14 +383,14 @@ def test_a_run_that_broke_off_loses_what_nobody_saw_and_readers_see_the_complete
 def test_nobody_erases_beside_a_writer_and_no_writer_goes_on_from_before(people):
     for held in (lease.writing, lease.reading):
         with held(people.tables, "night"):
-            with pytest.raises(Overtaken, match="run night is at work here"):
+            with pytest.raises(ConcurrentRunError, match="run night is at work here"):
                 people.erase(user_id="user-1")
     table = tables.open_table(people.tables, "generations")
     planned, file = table.version, table.write(table.snapshot().read(buckets=[0]), "slow")
     assert people.erase(user_id="user-1") == 0
-    from infra.table import TableMoved
+    from infra.table import CommitConflict
 
-    with pytest.raises(TableMoved):  # its files are no more
+    with pytest.raises(CommitConflict):  # its files are no more
         table.commit(file, run_id="slow", group=0, mode="append", planned_on=planned)
 
 
@@ -401,7 +401,7 @@ def test_nobody_erases_beside_a_writer_and_no_writer_goes_on_from_before(people)
 def test_nobody_makes_a_model_an_export_or_a_report_beside_an_erase(tmp_path, job, more):
     place = str(tmp_path / "tables")
     with lease.alone(place, "erase"):
-        with pytest.raises(Overtaken, match="run erase is at work here"):
+        with pytest.raises(ConcurrentRunError, match="run erase is at work here"):
             job.run(job.Config(tables=place, run_dir=str(tmp_path / "run"), **more))
 
 

@@ -121,7 +121,7 @@ def test_a_folder_with_files_that_no_export_has_written_is_refused_and_left_as_i
     (out / "data").mkdir(parents=True)
     (out / "chapter.txt").write_text("years of work")
     (out / "data" / "part-00000.parquet").write_bytes(b"somebody's own")
-    with pytest.raises(InputError, match="thesis: holds chapter.txt and 1 more .* give a folder of its own"):
+    with pytest.raises(InputError, match="thesis holds chapter.txt and 1 more .* give it a folder of its own"):
         run(place, out)
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {"chapter.txt", "data/part-00000.parquet"}

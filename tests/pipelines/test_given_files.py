@@ -41,7 +41,7 @@ def test_a_file_of_ids_is_read_alike_however_it_was_saved(tmp_path, form):
 def test_a_file_of_ids_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "users.txt"
     path.write_bytes("anna\n".encode("utf-16"))
-    with pytest.raises(InputError, match=r"users=.*users.txt: cannot be read .* a user id a line, in UTF-8"):
+    with pytest.raises(InputError, match=r"users=.*users.txt: cannot be read .* one user id per line, in UTF-8"):
         tables.read_users(str(path))
 
 

@@ -16,7 +16,9 @@ from infra.errors import InputError
 from pipelines import tables
 from pipelines.ingest.resolve import HELD, NEW, OLD, WORK, resolve
 from pipelines.ingest.source_rows import RowError, microseconds
+from pipelines.ingest.sources import jsonl as jsonl_format
 from pipelines.ingest.sources import records
+from pipelines.ingest.sources.base import Options
 from pipelines.run import CpuShare
 from pplug import history
 from tests.pipelines.population import NOTES, Population
@@ -105,9 +107,9 @@ def test_pieces_of_a_file_give_what_the_whole_file_gives(population, tmp_path, m
     source = jsonl(tmp_path / "items.jsonl", rows)
     for size in (1, 97, 4096, 10**9):
         monkeypatch.setattr(records, "PIECE_BYTES", size)
-        pieces = records.find(source, "jsonl", "items")
+        pieces = jsonl_format.Jsonl().find(source, "items", Options({}, "train", "auto", True))
         assert (len(pieces) > 1) == (size < 10**9)
-        lines = [row for piece in pieces for row in records._lines(records.Storage(piece.folder), piece)]
+        lines = [row for piece in pieces for row in jsonl_format.lines(piece)]
         assert [json.loads(line) for _, line in lines] == rows
         assert sorted({at for at, _ in lines}) == [at for at, _ in lines]
     monkeypatch.setattr(records, "PIECE_BYTES", 9000)

@@ -385,7 +385,7 @@ def test_another_encoder_than_the_plugs_is_refused(line, tmp_path):
         ({"oracle": "no/such.jsonl"}, "expected JSON lines of {user_id, text}"),
         ({"tables": "no/such/tables"}, "no table requests in no/such/tables; run `ingest`"),
         ({"llm": LLMConfig(model="no/such/llm/folder")}, "no folder no/such/llm/folder"),
-        ({"users": "no/such/users"}, "expected a file with a user id a line"),
+        ({"users": "no/such/users"}, "expected a file with one user id per line"),
     ],
 )
 def test_generate_says_what_is_wrong(line, change, message):

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from infra import shards
-from infra.errors import Overtaken
+from infra.errors import ConcurrentRunError
 from pipelines import options, tables
 from pipelines.refresh import job as refresh
 from pipelines.upkeep import compact, vacuum
@@ -407,7 +407,7 @@ def test_personas_that_another_run_published_since_the_start_are_not_overwritten
         return embed(*given)
 
     monkeypatch.setattr(refresh, "_embed", slow)
-    with pytest.raises(Overtaken, match="run it again with run_id=slow"):
+    with pytest.raises(ConcurrentRunError, match="run it again with run_id=slow"):
         night.refresh("slow")
     assert night.personas()["user-1"]["n_items"] == 5
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from infra import lease, log, shards, upkeep
-from infra.errors import InputError, Overtaken
-from infra.table import TableMoved
+from infra.errors import ConcurrentRunError, InputError
+from infra.table import CommitConflict
 from pipelines import options, tables
 from pipelines.__main__ import main
 from pipelines.upkeep import erase, restore, vacuum
@@ -81,13 +81,13 @@ def test_a_table_goes_back_to_a_version_as_a_new_one(nights, capsys):
     assert nights.restore(names=("histories",), version=2) == 0
     now = table.snapshot(complete=True)
     assert now.version == 4 and nights.rows("histories") == GOOD
-    assert {file.path for file in now.files} == {file.path for file in old.files} and now.stamp == old.stamp
+    assert {file.path for file in now.files} == {file.path for file in old.files} and now.fingerprint == old.fingerprint
     assert (now.metadata["task_entry"], now.metadata["run_id"]) == ("task two", "second")  # as that version had said
     assert nights.rows("requests") == sorted([(u, "q") for u in USERS] + [(u, "oops") for u in USERS[:2]])
     assert bad.read().num_rows == 2  # a reader keeps its snapshot
     said = nights.report["restored"]["histories"]
     assert said == {"version": 2, "rows": 18, "rows_before": 2, "undone": ["bad"]}
-    assert "histories: version 4 is version 2 again (18 rows, before 2); taken back: what bad wrote\n" in (
+    assert "histories: version 4 is version 2 again (18 rows, before 2); the rows of bad are taken back\n" in (
         capsys.readouterr().out
     )
     assert nights.restore(names=("histories",), version=2) == 0 and table.version == 4  # once is enough
@@ -158,9 +158,12 @@ def test_restored_files_outlive_a_vacuum(on_disk):
 def test_nobody_writes_beside_a_restore_and_readers_go_on(on_disk):
     with lease.reading(on_disk.tables, "train"):
         assert on_disk.restore(names=("requests",), version=1) == 0
-    with lease.writing(on_disk.tables, "night"), pytest.raises(Overtaken, match="run night is at work here"):
+    with lease.writing(on_disk.tables, "night"), pytest.raises(ConcurrentRunError, match="run night is at work here"):
         on_disk.restore("other", names=("histories",), version=2)
-    with lease.no_other_writer(on_disk.tables, "back"), pytest.raises(Overtaken, match="run back is at work here"):
+    with (
+        lease.no_other_writer(on_disk.tables, "back"),
+        pytest.raises(ConcurrentRunError, match="run back is at work here"),
+    ):
         on_disk.put("requests", "night", USERS, "x")
 
 
@@ -171,7 +174,7 @@ def test_a_writer_whose_plan_is_from_before_the_restore_is_stopped(nights):
     planned, file = table.version, table.write(table.snapshot().read(buckets=[0]), "slow")
     assert nights.restore("forth", names=("requests",), version=2) == 0
     assert log.kinds(table.storage, planned, table.version) == {"other"}
-    with pytest.raises(TableMoved):
+    with pytest.raises(CommitConflict):
         table.commit(file, run_id="slow", group=0, mode="append", planned_on=planned)
 
 

@@ -1,8 +1,8 @@
-"""LaMP from the benchmark's own site, into a folder that `ingest` reads; goes on where it broke off.
+"""Fetches LaMP from the benchmark's own site into a folder that `ingest` reads, and resumes a broken download.
 
 A file is fetched into <name>.part with HTTP ranges, held together by its ETag, and gets its name when its length is
-right. Its SHA-256 stands in SHA256SUMS beside it (as `sha256sum -c` reads it): the site publishes none, so the first
-fetch is what later ones, and other machines, are compared with.
+right. Its SHA-256 is kept in SHA256SUMS beside it (as `sha256sum -c` reads it): the site publishes none, so later
+fetches, and other machines, are compared with the first fetch.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ def fetch(task: str, split: str, address: str, folder: str, budget_s: float | No
     """Fetches the questions and golds of one part of one separation.
 
     Args:
-        task: a LaMP name.
+        task: name of a LaMP task.
         split: `time` or `user` (their train part), or with a part: `time/dev`. A part alone is the user separation's.
-        folder: below it everything lies by separation and task.
-        budget_s: how long a broken connection is tried again; the storage's own by default.
+        folder: folder that gets a subfolder per separation and task.
+        budget_s: seconds for which a broken connection is tried again; the storage's own by default.
 
     Returns:
-        The folder with the files, and the part: what ingest calls source and split.
+        The folder with the files, and the part: these are the keys source and split of ingest.
 
     Raises:
-        InputError: no such task or split, no network, not there, or a file that is another than the recorded one.
+        InputError: there is no such task, split, network or file, or a file differs from the recorded one.
     """
     separation, part = _taken_apart(task, split)
     below = ("time/" if separation == "time" else "") + _FOLDERS.get(task, task)
@@ -81,14 +81,14 @@ def _download(url: str, target: Path, budget_s: float | None) -> None:
         raise InputError(
             f"{url}: cannot be fetched ({reason}). Where there is no network, fetch {target.name} elsewhere, put it "
             f"into {target.parent} and run this again, or give a LaMP folder with --source instead of --download; "
-            "what has come so far is kept, and a rerun goes on from there"
+            "the bytes fetched so far are kept, and a rerun goes on from there"
         ) from error
     os.replace(part, target)
     tag.unlink(missing_ok=True)
 
 
 def _go_on(url: str, part: Path, tag: Path) -> None:
-    """Fetches what is missing of a file. Raises ConnectionError: it breaks off again."""
+    """Fetches the missing rest of a file. Raises ConnectionError: the connection breaks again."""
     have = part.stat().st_size if part.exists() else 0
     headers = {}
     if have and tag.exists():  # without a tag nobody can tell whether the rest belongs to this beginning
@@ -104,21 +104,21 @@ def _go_on(url: str, part: Path, tag: Path) -> None:
             while chunk := answer.read(_CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))
-    found = part.stat().st_size
-    if total is not None and found != total:
-        raise ConnectionError(f"connection closed after {found} of {total} bytes")
+    size = part.stat().st_size
+    if total is not None and size != total:
+        raise ConnectionError(f"connection closed after {size} of {total} bytes")
 
 
 def _check(place: Path, name: str, url: str) -> None:
     """Compares a file with its recorded sum, or records it."""
     with open(place / name, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
     sums = place / SUMS
     lines = sums.read_text().splitlines() if sums.exists() else []
     recorded = {file: digest for digest, file in (line.split("  ", 1) for line in lines if "  " in line)}
-    if recorded.setdefault(name, found) != found:
+    if recorded.setdefault(name, actual) != actual:
         raise InputError(
-            f"{place / name}: its SHA-256 is {found}, but {sums} says {recorded[name]}: it was changed or cut off "
+            f"{place / name}: its SHA-256 is {actual}, but {sums} says {recorded[name]}: it was changed or cut off "
             f"since it was fetched. Remove it to fetch {url} again, or its line in {SUMS} if the new file is meant"
         )
     sums.write_text("".join(f"{digest}  {file}\n" for file, digest in sorted(recorded.items())))

@@ -1,229 +1,38 @@
-"""LaMP's folder: `{split}_questions.json[.gz]`, a list of questions with profiles, and `{split}_outputs.json[.gz]`.
+"""LaMP: one split of a folder as the benchmark publishes it; each question has a history, its profile, of its own."""
 
-Questions are cut out of the file at their beginnings and parsed one by one, so that a file of gigabytes needs the
-memory of one question, and a damaged question costs itself and not the file (a JSON parser would give up there).
-"""
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
-
-from infra.errors import InputError
-from infra.storage import Storage
-from pipelines.ingest.source_rows import RowError, RowWriter
-
-_TEXT = rb'"(?:[^"\\]|\\.)*"'
-_VALUE = rb"(?:%s|-?\d+)" % _TEXT
-# Inside a JSON text a quote stands behind a backslash: these bytes can only begin a question.
-_BEGINNING = re.compile(
-    rb'\{\s*"id"\s*:\s*(%s)\s*,\s*(?:"user_id"\s*:\s*%s\s*,\s*)?"(?:input|profile)"\s*:' % (_VALUE, _VALUE)
-)
-_CHUNK = 4 * 2**20
-_LONGEST_BEGINNING = 65_536
-_ITEMS = 2**24  # items a question may have before their order numbers touch the next question's
-
-LAYOUT = (
-    "expected <split>_questions.json, a list of {id, input, profile: [{id, <fields>, date?}], user_id?}, and beside it "
-    '<split>_outputs.json, {"task": ..., "golds": [{id, output}]} (none for a test split); each may end in .gz'
-)
+from pipelines.ingest.source_rows import RowWriter
+from pipelines.ingest.sources.base import Format, Kind, Options, Piece
+from pipelines.ingest.sources.lamp_files import LampFiles, Survey, find, golds, read
+from pipelines.ingest.sources.lamp_survey import survey
+from pplug.tasks import TaskEntry
 
 
-@dataclass(frozen=True)
-class LampFiles:
-    """Where a split lies."""
+class Lamp(Format):
+    """A folder with questions and golds; `lamp_files.LAYOUT` describes it."""
 
-    folder: str
-    questions: str
-    outputs: str | None
+    name = "lamp"
+    kinds = ("items",)
+    asks = True
+    surveys = True
 
+    def find(self, source: str, kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
+        files = find(source, options.split)
+        names = (files.questions,) if files.outputs is None else (files.questions, files.outputs)
+        return [Piece(self.name, kind, files.folder, names, first_file)]
 
-def find(source: str, split: str) -> LampFiles:
-    """The files of a split. Raises InputError: the folder has no such layout; the message lists what is there."""
-    storage = Storage(source)
-    there = set(storage.list(recursive=False))
+    def check(self, pieces: Sequence[Piece], options: Options) -> str | None:
+        return golds(_files(pieces[0]))[0]
 
-    def named(stem: str) -> str | None:
-        return next((name for name in (f"{stem}.json", f"{stem}.json.gz") if name in there), None)
+    def survey(self, piece: Piece, entry: TaskEntry, options: Options) -> tuple[str | None, Survey]:
+        return survey(_files(piece), entry, options.history_scope)
 
-    questions = named(f"{split}_questions")
-    if questions is None:
-        splits = sorted(name.partition("_questions.json")[0] for name in there if "_questions.json" in name)
-        hint = f"; it has the splits {', '.join(splits)}: give --split" if splits else ""
-        raise InputError(
-            f"{source}: no {split}_questions.json or .json.gz here (found: {', '.join(sorted(there)[:8]) or 'nothing'})"
-            f"{hint}. {LAYOUT}"
-        )
-    return LampFiles(source, questions, named(f"{split}_outputs"))
+    def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
+        return read(_files(piece), survey, writer, options.keep_questions)
 
 
-def golds(files: LampFiles) -> tuple[str | None, dict[str, str]]:
-    """Task name and answer by question id; none without an outputs file. Raises InputError: not of this shape."""
-    if files.outputs is None:
-        return None, {}
-    where = f"{files.folder}/{files.outputs}"
-    try:
-        with _open(files.folder, files.outputs) as stream:
-            found = json.load(stream)
-        listed = found["golds"]
-        answers = {str(gold["id"]): str(gold["output"]) for gold in listed}
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{where}: cannot be read as JSON ({error}). {LAYOUT}") from error
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where}: not a golds file ({error!r} is missing or of another kind). {LAYOUT}") from error
-    if len(answers) < len(listed):
-        raise InputError(
-            f"{where}: {len(listed) - len(answers)} golds have an id that another has too; ids must be unique"
-        )
-    return found.get("task"), answers
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of the file; `error` says why it cannot be used, then `value` is empty."""
-
-    number: int
-    id: str
-    value: dict[str, Any] = field(default_factory=dict)
-    error: RowError | None = None
-
-
-def questions(files: LampFiles) -> Iterator[Question]:
-    """All questions in the order of the file.
-
-    Raises:
-        InputError: the file is no list of questions, or breaks off before its end.
-    """
-    where = f"{files.folder}/{files.questions}"
-    number, last = 0, None
-    try:
-        with _open(files.folder, files.questions) as stream:
-            for piece in _pieces(stream):
-                if last is not None:
-                    yield _question(number - 1, last.rstrip().removesuffix(b","))
-                number, last = number + 1, piece
-        if last is None:
-            yield from _in_another_key_order(files, where)
-            return
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{where}: breaks off in or after question {number} ({error}); fetch the file again"
-        ) from error
-    if not last.rstrip().endswith(b"]"):
-        raise InputError(f"{where}: breaks off in question {number} (no closing bracket); fetch the file again")
-    yield _question(number - 1, last.rstrip().removesuffix(b"]"))
-
-
-def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
-    """The bytes from each beginning of a question to the next one."""
-    rest, searched, begun = b"", 0, False
-    while chunk := stream.read(_CHUNK):
-        rest += chunk
-        start = 0
-        for match in _BEGINNING.finditer(rest, searched):
-            if begun:
-                yield rest[start : match.start()]
-            elif rest[: match.start()].strip().removeprefix(b"\xef\xbb\xbf") != b"[":
-                return  # not a list of questions: the slow reader will say what it is
-            start, begun = match.start(), True
-        rest = rest[start:]
-        searched = max(1 if begun else 0, len(rest) - _LONGEST_BEGINNING)
-    if begun:
-        yield rest
-
-
-def _question(number: int, raw: bytes) -> Question:
-    match = _BEGINNING.match(raw)
-    id = "" if match is None else match.group(1).decode("utf-8", "replace").strip('"')
-    try:
-        return _checked(number, json.loads(raw))
-    except UnicodeDecodeError as error:
-        return Question(number, id, error=RowError("bad_utf8", f"byte {error.start} of the question is not UTF-8"))
-    except (ValueError, RecursionError) as error:
-        return Question(number, id, error=RowError("bad_json", str(error).partition(":")[0]))
-
-
-def _checked(number: int, value: object) -> Question:
-    if not isinstance(value, dict) or not isinstance(value.get("id"), str | int):
-        return Question(number, "", error=RowError("missing_id", "no id, or not an object"))
-    if not isinstance(value.get("profile"), list):
-        return Question(number, str(value["id"]), error=RowError("missing_field", "profile is not there as a list"))
-    return Question(number, str(value["id"]), value)
-
-
-def _in_another_key_order(files: LampFiles, where: str) -> Iterator[Question]:
-    """Any list of questions, by a streaming parser: correct for any order of keys, but one damaged question ends it."""
-    import ijson
-
-    number = -1
-    try:
-        with _open(files.folder, files.questions) as stream:
-            for number, value in enumerate(ijson.items(stream, "item", use_float=True)):
-                if number == 0 and not (isinstance(value, dict) and {"id", "input", "profile"} <= set(value)):
-                    raise InputError(f"{where}: the first entry is not a question. {LAYOUT}")
-                yield _checked(number, value)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not valid JSON after question {number + 1} ({error}). {LAYOUT}") from error
-    if number < 0:
-        raise InputError(f"{where}: holds no question. {LAYOUT}")
-
-
-def _open(folder: str, name: str) -> IO[bytes]:
-    stream = Storage(folder).open_input(name)
-    return gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream  # type: ignore[return-value]
-
-
-@dataclass
-class Survey:
-    """What the first pass found out. It stays with the workers: it grows with the number of questions."""
-
-    user_of: dict[str, str] = field(default_factory=dict)
-    """User id by question id, where it is not the question's own id."""
-    as_of: dict[str, int] = field(default_factory=dict)
-    """Cut-off by question id, where several questions share one history."""
-
-
-def read(files: LampFiles, found: Survey, writer: RowWriter, keep_questions: bool) -> Iterator[None]:
-    """Hands every row to the writer; yields when the writer is full."""
-    answers = golds(files)[1]
-    for question in questions(files):
-        place = f"{files.questions} question {question.id or f'number {question.number + 1}'}"
-        seq = question.number * _ITEMS
-        if question.error is not None:
-            writer.planned()
-            writer.reject(seq, place, question.error)
-            continue
-        user = found.user_of.get(question.id, question.id)
-        profile = question.value["profile"]
-        for at, item in enumerate(profile, start=1):
-            writer.planned()
-            item_place = f"{place} item {at}"
-            try:
-                if not isinstance(item, dict):
-                    raise RowError("wrong_type", "a profile item is not an object")
-                fields = {name: value for name, value in item.items() if name not in ("id", "date")}
-                writer.item(seq + at, item_place, user, item.get("id"), item.get("date"), fields)
-            except RowError as error:
-                writer.reject(seq + at, item_place, error)
-            if writer.full:
-                yield
-        if keep_questions:
-            _read_request(question, user, found, answers.get(question.id), writer, seq, place)
-
-
-def _read_request(
-    question: Question, user: str, found: Survey, target: str | None, writer: RowWriter, seq: int, place: str
-) -> None:
-    writer.planned()
-    cut = found.as_of.get(question.id)
-    owner = question.value.get("user_id")
-    try:
-        writer.request(
-            seq, place, question.id, user, question.value.get("input"), target=target,
-            owner_id=user if owner is None else owner, as_of_us=cut,
-        )  # fmt: skip
-    except RowError as error:
-        writer.reject(seq, place, error)
+def _files(piece: Piece) -> LampFiles:
+    questions, *outputs = piece.files
+    return LampFiles(piece.folder, questions, outputs[0] if outputs else None)

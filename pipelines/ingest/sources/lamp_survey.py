@@ -1,4 +1,4 @@
-"""The first pass over a LaMP split, before anything is written: do ids, golds and task fit, and whose history is whose?
+"""The first pass over a LaMP split, before anything is written: it checks ids, golds and task, and assigns histories.
 
 A question's history is exactly its profile. Where one user asks several questions, one history serves them all only if
 dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.ingest.source_rows import RowError, microseconds
-from pipelines.ingest.sources.lamp import LampFiles, Survey, golds, questions
+from pipelines.ingest.sources.lamp_files import LampFiles, Survey, golds, questions
 from pplug import tasks
 from pplug.history import text_hash
 from pplug.tasks import TaskEntry
@@ -19,10 +19,10 @@ _NO_TIME = np.iinfo(np.int64).min
 
 
 def survey(files: LampFiles, entry: TaskEntry, scope: str) -> tuple[str | None, Survey]:
-    """Checks ids, golds and task, and decides whose history each question has.
+    """Checks ids, golds and task, and decides which user's history each question has.
 
     Returns:
-        What is wrong with the source, or None; and the survey.
+        An error in the source, or None; and the survey.
     """
     answers = golds(files)[1]
     ids: list[str] = []
@@ -95,7 +95,7 @@ def _task_problem(files: LampFiles, entry: TaskEntry, answers: dict[str, str], n
 
 
 def _digest(profile: list[Any]) -> np.ndarray:
-    """(N, 3) int64: item id, content, time; what is needed to tell whether one history serves several questions."""
+    """Returns (N, 3) int64: item id, content and time, by which profiles can be compared."""
     rows = []
     for item in profile:
         try:
@@ -111,30 +111,30 @@ def _digest(profile: list[Any]) -> np.ndarray:
 def _share_histories(
     owners: dict[str, list[tuple[str, np.ndarray]]], ids: set[str], scope: str
 ) -> tuple[str | None, Survey]:
-    found, unproven = Survey(), []
+    survey, unproven = Survey(), []
     for owner, asked in owners.items():
         cuts = [None] if len(asked) == 1 else _cuts([digest for _, digest in asked])
         if cuts is None:
             unproven.append(asked[0][0])
             continue
         for (question, _), cut in zip(asked, cuts, strict=True):
-            found.user_of[question] = owner
+            survey.user_of[question] = owner
             if cut is not None:
-                found.as_of[question] = cut
+                survey.as_of[question] = cut
     if scope == "user" and unproven:
         return (
             f"history_scope=user: the profiles of {len(unproven)} users' questions, such as {unproven[0]!r}, are not, "
             "by their dates, earlier and later states of one history; use history_scope=question or auto"
         ), Survey()
-    own = ids - set(found.user_of)
-    if own & set(found.user_of.values()):
-        clash = min(own & set(found.user_of.values()))
+    own = ids - set(survey.user_of)
+    if own & set(survey.user_of.values()):
+        clash = min(own & set(survey.user_of.values()))
         return f"{clash!r} is the id of a question and of another question's user; use history_scope=question", Survey()
-    return None, found
+    return None, survey
 
 
 def _cuts(digests: list[np.ndarray]) -> list[int | None] | None:
-    """A time for each profile so that exactly its items of the union are earlier; None when there is none."""
+    """Returns a time per profile before which exactly its items of the union lie; None when there is none."""
     union = np.unique(np.concatenate(digests), axis=0)
     times = union[:, 2]
     if len(np.unique(union[:, 0])) < len(union) or (len(times) and times.min() == _NO_TIME):
