@@ -171,8 +171,8 @@ class _Stream:
             begun = ""
         *lines, rest = (begun + text).split("\n")
         for line in lines:
-            self._line(line.rpartition("\r")[2])  # a bar is drawn over and over in one line
-        self._begun.text = rest.rpartition("\r")[2]
+            self._line(_last_drawn(line))
+        self._begun.text = _last_drawn(rest)
         return len(text)
 
     def flush(self) -> None:
@@ -194,6 +194,12 @@ class _Stream:
             with tqdm.external_write_mode(file=terminal(sys.stderr)):  # else the line would stand behind a bar
                 self.under.write(shown + "\n")
                 self.under.flush()
+
+
+def _last_drawn(line: str) -> str:
+    """The line without the earlier states of a bar, which is drawn over and over in one line."""
+    *before, last = line.split("\r")
+    return "".join([part for part in before if not is_bar(part)] + [last])
 
 
 def terminal(stream: TextIO) -> TextIO:

@@ -14,12 +14,13 @@ _LEVELS = (
     re.compile(
         r"\[\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d,\d+ (?P<level>[DIWEFC]) \d+ \d+\]\s?(?:\([\w-]+\)\s)?"
     ),  # Ray's C++
+    re.compile(r"\[(?P<level>[DIWEF])\d{4} \d\d:\d\d:\d\d\.\d+ [^\]]*\]\s?"),  # torch's C++
     re.compile(r"(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s?"),  # vLLM
 )
 _BELOW_ERROR = frozenset("DEBUG INFO WARNING WARN D I W".split())
 _OURS = re.compile(r"(?:pplug|infra|pipelines)[.:\w]*: ")
 _WARNING = re.compile(r"\S*:\d+: \w*Warning\b")
-_BAR = re.compile(r"\d+%\|.*\| *[\d.,kMG]+/[\d.,kMG?]+ *\[|[\d.]+(?:it|s)/(?:it|s)[\],]|\d+(?:it|B) \[\d\d:\d\d")
+_BAR = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<[^,\]]*)?, *[^\]]*/(?:s|it)\b[^\]]*\]")  # [00:03<00:01, 4.3it/s]
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 _WITHIN = re.compile(r"\s|$|Traceback \(most|The above exception|During handling of|\+-|\|")
 _ERROR_LINE = re.compile(r"(?P<kind>[A-Za-z_][\w.]*)(?:\([^)]*\))?(?::|$)")

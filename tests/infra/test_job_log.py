@@ -84,6 +84,16 @@ def test_a_log_without_a_run_folder_stays_only_where_it_is_kept():
         os.unlink(kept.path)
 
 
+def test_a_librarys_bar_is_one_line_of_the_log_and_what_follows_it_is_shown(tmp_path, capsys):
+    with JobLog("fold") as log:
+        log.move_to(str(tmp_path))
+        for share in ("0%|  | 0/2 [00:00<?, ?it/s]", "50%|▌ | 1/2 [00:01<00:01, 1.0it/s]"):
+            sys.stderr.write(f"\rshards: {share}")
+        print("own line", file=sys.stderr)
+    assert capsys.readouterr().err == "own line\n"
+    assert lines(tmp_path / NAME)[1:] == ["shards: 50%|▌ | 1/2 [00:01<00:01, 1.0it/s]", "own line"]
+
+
 def test_lines_of_two_threads_stay_whole(tmp_path, capsys):
     def say(word: str) -> None:
         for _ in range(200):

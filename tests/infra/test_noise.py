@@ -17,17 +17,20 @@ def shown(*lines: str, job: str = "refresh") -> list[str]:
     [
         "2026-11-26 00:02:48,193\tWARNING authentication_token_setup.py:85 -- Token authentication is enabled.",
         "[2026-11-26 00:04:10,821 E 26409 26409] core_worker.cc:2465: Actor with class name: 'MapWorker' and ID: '6' has "
-        "constructor arguments in the object store and max_restarts > 0. If the arguments in the object store go ...",
+        "constructor arguments in the object store and max_restarts > 0. If the arguments go ...",
         "[2026-11-26 00:04:10,821 W 26409 26409] (raylet) memory.cc:1: error rate is high",
         "WARNING 11-26 00:05:00 [cpu.py:12] Environment variable VLLM_CPU_KVCACHE_SPACE is not set",
-        f"{CYAN}(MapWorker(MapBatches(Reply)) pid=30136){END} Triton is installed, but doesn't include CPU backend.",
-        f"{CYAN}(MapWorker(MapBatches(Reply)) pid=7){END} (EngineCore_0 pid=9) INFO 11-26 00:05:00 [core.py:7] error: no",
+        f"{CYAN}(MapWorker(MapBatches(Reply)) pid=7){END} Triton is installed, but doesn't include CPU backend.",
+        f"{CYAN}(MapWorker(MapBatches(Reply)) pid=7){END} (Engine pid=9) INFO 11-26 00:05:00 [core.py:7] error: no",
         f"{CYAN}(TrainController pid=28256){END} Requesting resources: {{'CPU': 1}} * 1",
         f"{CYAN}(TrainController pid=28256){END} [2026-11-26 00:05:12,635 E 1 2] core_worker.cc:2465: Actor has "
         "constructor arguments in the object store and max_restarts > 0.",
         f"{CYAN}(PlacementGroupCleaner pid=28304){END} ConnectionError: Found multiple active Ray instances: {{...}}",
         f"{CYAN}(RayTrainWorker pid=2, ip=10.0.0.7){END} Setting up process group for: env:// [rank=0, world_size=1]",
         "Writing model shards: 100%|██████████| 1/1 [00:00<00:00, 163.61it/s]",
+        f"{CYAN}(MapWorker(MapBatches(Reply)) pid=7){END} [W1126 00:09:42.316357954 utils.cpp:68] Warning: NUMA error",
+        "Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]",
+        "5it [00:10, 2.1s/it]",
         "pipelines/x.py:266: RayDeprecationWarning: `ray_remote_args` is deprecated and will be removed",
     ],
 )
