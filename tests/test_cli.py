@@ -1,17 +1,22 @@
 """The command line: what a user types becomes a checked config, and what is wrong with it is named."""
 
+import errno
 import json
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
+from infra.storage import Storage
 from pipelines import __main__ as cli
+from pipelines import failures
 
 
 class Encoder(BaseModel):
@@ -216,19 +221,99 @@ def test_input_errors_end_with_2_and_no_traceback_even_from_a_worker(job, capsys
     job.fails = InputError("no table histories in t; run ingest first")
     assert "fold: no table histories in t; run ingest first" in wrong(capsys, "--tables", "t")
 
-    from ray.exceptions import RayTaskError
-
     raised = RayTaskError("work", "remote traceback", InputError("vectors have width 3")).as_instanceof_cause()
     job.fails = raised
     err = wrong(capsys, "--tables", "t")
     assert "fold: vectors have width 3" in err and "remote traceback" not in err
 
 
-def test_other_errors_end_with_1_and_a_traceback(job, capsys):
-    job.fails = RuntimeError("boom")
+def last_line(capsys) -> str:
+    """The only line of a run that has failed."""
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1, err
+    return err
+
+
+def log_named_in(line: str) -> Path:
+    return Path(line.rsplit(" ", 1)[-1].strip())
+
+
+def test_other_errors_end_with_1_and_one_line_that_names_the_log_with_the_traceback(job, capsys):
+    job.fails = RuntimeError("words of a user")
     assert run("--tables", "t") == 1
+    line = last_line(capsys)
+    assert line.startswith("fold: failed: RuntimeError: if a rerun ends alike,") and "words of a user" not in line
+    log = log_named_in(line)
+    try:
+        assert "Traceback" in log.read_text() and "RuntimeError: words of a user" in log.read_text()
+    finally:
+        log.unlink()
+
+
+@pytest.mark.parametrize("how", ["before", "after", "variable"])
+def test_debug_shows_the_traceback_wherever_it_is_given(job, capsys, monkeypatch, how):
+    job.fails = RuntimeError("boom")
+    if how == "variable":
+        monkeypatch.setenv("PPLUG_DEBUG", "1")
+    words = {"before": ["--debug", "fold"], "after": ["fold", "--debug"], "variable": ["fold"]}[how]
+    assert cli.main([*words, "--tables", "t"]) == 1
     err = capsys.readouterr().err
-    assert "Traceback" in err and "boom" in err
+    assert "Traceback" in err and "RuntimeError: boom" in err
+    log_named_in(err.splitlines()[-1]).unlink()
+
+
+def test_the_line_of_a_failed_run_names_its_run_id_and_the_log_in_its_run_folder(job, capsys, monkeypatch, tmp_path):
+    def fails(config: Config) -> int:
+        RunReport("fold", "night-1", {}, str(tmp_path))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job, "run", fails)
+    assert run("--tables", "t") == 1
+    began, line = capsys.readouterr().err.splitlines()
+    assert began == f"fold: run night-1, log: {tmp_path / 'job.log'}"
+    assert line.startswith("fold: failed: OSError: the disk is full; free some space and run it again; run_id=night-1")
+    assert log_named_in(line) == tmp_path / "job.log" and "No space left" in (tmp_path / "job.log").read_text()
+
+
+class Own(ValueError):
+    pass
+
+
+def in_a_worker(error: Exception) -> Exception:
+    return RayTaskError("work", "remote traceback", error).as_instanceof_cause()
+
+
+IN_A_STAGE = """ray::Map(f)
+  File "x.py", line 1
+torch.OutOfMemoryError: words of a user
+more of them
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: ray::Map(f)"""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "advice"),
+    [
+        (MemoryError(), "MemoryError", "memory ran out"),
+        (in_a_worker(Own("text")), "Own", "fault of the program"),
+        (in_a_worker(TimeoutError("text")), "TimeoutError", "did not answer"),
+        (RuntimeError(IN_A_STAGE), "OutOfMemoryError", "memory ran out"),
+        (PermissionError(13, "Permission denied"), "PermissionError", "rights and the credentials"),
+        (ModuleNotFoundError("No module named 'vllm'"), "ModuleNotFoundError", "a library is missing"),
+        (ActorDiedError(), "ActorDiedError", "a worker process died"),
+    ],
+)
+def test_the_kind_of_an_error_and_what_to_do_about_it(error, kind, advice):
+    assert failures.kind(error) == kind and advice in failures.advice(error)
+
+
+def test_the_place_of_an_error_is_the_last_line_of_our_own(tmp_path):
+    with pytest.raises(OSError) as caught:
+        Storage(str(tmp_path)).read_bytes("none")
+    assert re.fullmatch(r"infra/storage\.py:\d+", failures.place(caught.value))
+    assert failures.place(ValueError()) == ""
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import ray
 import ray.data
 
 from infra.errors import InputError
-from infra.report import progress
+from infra.progress import Progress
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import tables
@@ -104,7 +104,7 @@ def score(
     tasks = ray.data.from_items([{"buckets": share} for share in shares], override_num_blocks=len(shares))
     done = tasks.map_batches(lambda batch: stage(batch), batch_size=1, batch_format="pyarrow")
     total = Scored()
-    with progress(len(shares), "shares scored") as bar:
+    with Progress(len(shares), "shares") as bar:
         for row in done.iter_rows():
             total = merged(total, pickle.loads(row["scored"]))
             bar.update()

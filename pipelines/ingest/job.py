@@ -13,7 +13,8 @@ import ray.data
 
 from infra import lease, runs, session
 from infra.errors import ConcurrentRunError, InputError
-from infra.report import RunReport, check_run_id, new_run_id, progress
+from infra.progress import Progress
+from infra.report import RunReport, check_run_id, new_run_id
 from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
 from pipelines.ingest import source_files as sources
@@ -242,7 +243,7 @@ def _files(
     files: list[DataFile] = []
     anew: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()
-    with report.stage("parse and merge") as stage, progress(buckets, "buckets") as bar:
+    with report.stage("parse and merge") as stage, Progress(buckets, "buckets") as bar:
         for row in done.iter_rows():
             files += [DataFile.from_row(file) for file in json.loads(row["files"])]
             for name in json.loads(row["anew"]):

@@ -1,6 +1,6 @@
 """Job `base-lm`: a histories table -> a tiny decoder-only language model with its tokenizer.
 
-What it does and its keys stand in `config.py`.
+`config.py` says what it does, and holds its keys.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import torch
 
 from infra import lease
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id, progress
+from infra.progress import Progress
+from infra.report import RunReport, new_run_id
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
@@ -24,7 +25,8 @@ from pipelines.lines.config import BaseLMConfig as Config
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec, fill
-from pplug.tiny_lm import RECORD_FILE, Progress, train_lm
+from pplug.tiny_lm import RECORD_FILE, train_lm
+from pplug.tiny_lm import Progress as TrainingProgress
 
 
 def run(config: Config) -> int:
@@ -60,12 +62,10 @@ def _run(config: Config, run_id: str) -> int:
         print(f"model: {config.output}, already there")
         return code
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    with report.stage("train") as stage, progress(config.lm.steps, "base-lm steps") as bar:
+    with report.stage("train") as stage, Progress(config.lm.steps, "steps") as bar:
 
-        def show(now: "Progress") -> None:
-            bar.update()
-            if now.step % 100 == 0:
-                print(f"base-lm: step {now.step}, loss {now.loss:.3f}, on targets {now.target_loss:.3f}", flush=True)
+        def show(now: TrainingProgress) -> None:
+            bar.update(note=f"loss {now.loss:.3f}, on targets {now.target_loss:.3f}")
 
         trained = train_lm(texts, config.lm, show, config.suffix)
         stage.rows = int(trained.facts["steps"])

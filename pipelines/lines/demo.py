@@ -15,6 +15,7 @@ from typing import Any
 
 from infra import session
 from infra.errors import InputError
+from infra.job_log import LINE_LOG, JobLog
 from pipelines.__main__ import main
 from pipelines.lines.config import DemoConfig as Config
 from pplug import world
@@ -32,6 +33,8 @@ def run(config: Config) -> int:
     """Runs the line; returns the exit code of the first job that fails, else 0."""
     start = time.monotonic()
     root = _fresh(Path(config.run_dir))
+    if JobLog.current is not None:
+        JobLog.current.move_to(str(root), LINE_LOG)
     settings = world.WorldConfig(
         seed=config.seed,
         train_users=config.train_users,
@@ -49,8 +52,9 @@ def run(config: Config) -> int:
     Path(files["adapter-users"]).write_text("".join(f"{person.user_id}\n" for person in some))
 
     session.start()  # once: the jobs below use this session
-    for words in _line(config, root, files):
-        print(f"\n$ python -m pipelines {shlex.join(words)}", flush=True)
+    commands = _line(config, root, files)
+    for number, words in enumerate(commands, start=1):
+        print(f"\nstep {number} of {len(commands)}: {words[0]}\n$ python -m pipelines {shlex.join(words)}", flush=True)
         code = _job(words)
         if code:
             print(f"demo: {words[0]} ended with exit code {code}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from infra.job_log import LINE_LOG, JobLog
 from infra.report import check_run_id
 from pipelines.__main__ import main
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
@@ -20,10 +21,13 @@ def run(config: Config) -> int:
     name = check_run_id(config.run_id or f"{Path(config.task).stem}-{config.use}")
     root = Path(config.run_dir or f"runs/{name}")
     (root / "configs").mkdir(parents=True, exist_ok=True)
-    for step, (job, values) in steps(config, root, name).items():
+    if JobLog.current is not None:
+        JobLog.current.move_to(str(root), LINE_LOG)
+    planned = steps(config, root, name)
+    for number, (step, (job, values)) in enumerate(planned.items(), start=1):
         path = root / "configs" / f"{step}.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
-        print(f"\n$ python -m pipelines {job} --config {path}", flush=True)
+        print(f"\nstep {number} of {len(planned)}: {step}\n$ python -m pipelines {job} --config {path}", flush=True)
         code = main([job, "--config", str(path)])
         if code:
             return code

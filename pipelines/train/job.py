@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from infra import lease, session
 from infra.errors import InputError
+from infra.progress import Progress
 from infra.report import new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
@@ -218,8 +220,8 @@ def fit_worker(given: dict[str, Any]) -> None:
         steps = math.ceil(len(train) / config.fit.batch_size) * config.fit.epochs
 
         def on_step(step: int, total: int, loss: float) -> None:
-            if rank == 0 and (step % max(1, total // 20) == 0 or step == total):
-                print(f"train: step {step} of {total}, loss {loss:.4f}", flush=True)
+            if bar is not None:
+                bar.update(note=f"loss {loss:.4f}")
 
         def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
             if rank == 0:
@@ -230,7 +232,8 @@ def fit_worker(given: dict[str, Any]) -> None:
             else:
                 ray.train.report(metrics)
 
-        run_epochs(fitter, resumed.step, resumed.best, on_step, on_checkpoint, config.checkpoint_steps)
+        with Progress(steps, "steps", "train, optimizer", begun=resumed.step) if rank == 0 else nullcontext() as bar:
+            run_epochs(fitter, resumed.step, resumed.best, on_step, on_checkpoint, config.checkpoint_steps)
         if resumed.step >= steps:  # the run had ended before; report again, so that the driver finds its checkpoint
             checkpoint = ray.train.Checkpoint.from_directory(resumed.folder) if rank == 0 else None
             ray.train.report({"step": steps, "best_val_loss": resumed.best}, checkpoint=checkpoint)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from infra.errors import InputError
-from infra.report import RunReport, check_run_id, new_run_id, progress
+from infra.report import RunReport, check_run_id, new_run_id
 from infra.storage import Storage
 
 
@@ -101,12 +101,16 @@ def test_run_ids_are_new_each_time_and_checked_when_given():
             check_run_id(bad)
 
 
-def test_progress_without_a_terminal_prints_few_lines(capsys):
-    with progress(1000, "users", every_s=60) as bar:
-        for _ in range(1000):
-            bar.update()
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "users: 1000 of 1000" in err
+def test_a_stage_is_one_line_with_its_rows(tmp_path, capsys):
+    made = report(tmp_path)
+    for rows in (16, 3):
+        with made.stage("plan") as stage:
+            stage.rows += rows
+    assert capsys.readouterr().err.splitlines() == [
+        "refresh, plan: 16 rows in 0.0 s",
+        "refresh, plan: 3 rows in 0.0 s",
+    ]
+    assert made.to_dict()["stages"]["plan"]["rows"] == 19
 
 
 def test_the_report_imports_no_heavy_library():

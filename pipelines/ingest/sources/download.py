@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from infra.errors import InputError
-from infra.report import progress
+from infra.progress import Progress
 from infra.storage import retrying
 
 PARTS = ("train", "dev", "test")
@@ -99,8 +99,8 @@ def _go_on(url: str, part: Path, tag: Path) -> None:
         total = int(length) + (have if goes_on else 0) if length else None
         seal = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         tag.write_text(seal) if seal else tag.unlink(missing_ok=True)
-        with open(part, "ab" if goes_on else "wb") as out, progress(total, f"bytes of {part.stem}") as bar:
-            bar.update(have if goes_on else 0)
+        bar = Progress(total, "bytes", f"download of {part.stem}", begun=have if goes_on else 0)
+        with open(part, "ab" if goes_on else "wb") as out, bar:
             while chunk := answer.read(_CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))

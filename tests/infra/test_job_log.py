@@ -1,0 +1,136 @@
+"""job.log has everything, and a person sees the job's own lines and errors."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from infra.job_log import NAME, JobLog
+from infra.report import RunReport
+from infra.storage import Storage
+
+NOISE = "(Worker pid=7) INFO 11-26 00:05:00 [core.py:7] nothing"
+
+
+def lines(path: Path | str) -> list[str]:
+    """Without the time before each."""
+    return [line[9:] for line in Path(path).read_text().splitlines()]
+
+
+def test_own_lines_go_to_both_and_noise_to_the_log(tmp_path, capsys):
+    with JobLog("fold") as log:
+        print("before the run folder is known")
+        log.move_to(str(tmp_path / "run"))
+        print("own line")
+        print(NOISE, file=sys.stderr)
+        print("an error line", file=sys.stderr)
+        print("begun", end="")
+    out, err = capsys.readouterr()
+    assert out == "before the run folder is known\nown line\nbegun\n" and err == "an error line\n"
+    head, *said = lines(tmp_path / "run" / NAME)
+    assert head.startswith("--- fold, ")
+    assert said == ["before the run folder is known", "own line", NOISE, "an error line", "begun"]
+    assert not os.path.exists(log._temporary)
+
+
+def test_debug_shows_all_also_inside_a_job_that_runs_jobs(tmp_path, capsys):
+    with JobLog("line", debug=True), JobLog("fold") as log:
+        print(NOISE)
+        log.error(ValueError("boom"))
+    out, err = capsys.readouterr()
+    assert out == NOISE + "\n" and "ValueError: boom" in err
+
+
+def test_without_debug_a_traceback_is_in_the_log_alone(tmp_path, capsys):
+    with JobLog("fold") as log:
+        log.move_to(str(tmp_path))
+        log.error(ValueError("boom"))
+    assert capsys.readouterr() == ("", "")
+    assert lines(tmp_path / NAME)[1:] == ["ValueError: boom"]
+
+
+def test_logs_of_jobs_inside_a_job_are_apart_and_streams_come_back(tmp_path, capsys):
+    before = sys.stdout, sys.stderr
+    with JobLog("line") as outer:
+        outer.move_to(str(tmp_path), "line.log")
+        for name in ("a", "b"):
+            with JobLog(name) as inner:
+                inner.move_to(str(tmp_path / name))
+                print(f"{name} at work")
+                print(NOISE)
+        print("over")
+    assert (sys.stdout, sys.stderr) == before and JobLog.current is None
+    assert lines(tmp_path / "line.log")[1:] == ["a at work", "b at work", "over"]
+    assert lines(tmp_path / "a" / NAME)[1:] == ["a at work", NOISE]
+    assert capsys.readouterr().out == "a at work\nb at work\nover\n"
+
+
+def test_a_rerun_adds_to_the_log_of_its_run_folder(tmp_path):
+    for _ in range(2):
+        with JobLog("fold") as log:
+            log.move_to(str(tmp_path))
+    assert [line[:9] for line in lines(tmp_path / NAME)] == ["--- fold,"] * 2
+
+
+def test_a_log_without_a_run_folder_stays_only_where_it_is_kept():
+    with JobLog("fold") as gone:
+        pass
+    with JobLog("fold") as kept:
+        kept.keep = True
+    try:
+        assert not os.path.exists(gone.path) and os.path.exists(kept.place)
+    finally:
+        os.unlink(kept.path)
+
+
+def test_a_librarys_bar_is_one_line_of_the_log_and_what_follows_it_is_shown(tmp_path, capsys):
+    with JobLog("fold") as log:
+        log.move_to(str(tmp_path))
+        for share in ("0%|  | 0/2 [00:00<?, ?it/s]", "50%|▌ | 1/2 [00:01<00:01, 1.0it/s]"):
+            sys.stderr.write(f"\rshards: {share}")
+        print("own line", file=sys.stderr)
+    assert capsys.readouterr().err == "own line\n"
+    assert lines(tmp_path / NAME)[1:] == ["shards: 50%|▌ | 1/2 [00:01<00:01, 1.0it/s]", "own line"]
+
+
+def test_lines_of_two_threads_stay_whole(tmp_path, capsys):
+    def say(word: str) -> None:
+        for _ in range(200):
+            print(word * 20)
+
+    with JobLog("fold") as log:
+        log.move_to(str(tmp_path))
+        threads = [threading.Thread(target=say, args=(word,)) for word in "ab"]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert sorted(lines(tmp_path / NAME)[1:]) == ["a" * 20] * 200 + ["b" * 20] * 200
+
+
+def test_a_run_folder_on_s3_gets_the_log_at_the_end(s3):
+    folder = Storage(s3).join("runs", "r").uri
+    for _ in range(2):
+        with JobLog("fold") as log:
+            RunReport("fold", "r", {}, folder)
+            assert log.place == Storage(folder).full(NAME)
+    said = Storage(folder).read_bytes(NAME).decode()
+    assert said.count("--- fold,") == 2 and not os.path.exists(log.path)
+
+
+_PAST_PYTHON = """
+import os, sys
+from infra.job_log import JobLog
+with JobLog("fold") as log:
+    os.write(2, b"C++ before\\n")
+    log.move_to(sys.argv[1])
+    os.write(2, b"C++ after\\n")
+    print("own line", file=sys.stderr)
+os.write(2, b"afterwards\\n")
+"""
+
+
+def test_what_is_written_past_python_goes_to_the_log(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _PAST_PYTHON, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "own line\nafterwards\n"
+    said = (tmp_path / NAME).read_text()
+    assert "C++ before\n" in said and "C++ after\n" in said and "own line\n" in said
