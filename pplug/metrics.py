@@ -10,12 +10,15 @@
 `score` is the figure itself. `item_sums` splits it into per-item columns that may be added over any set of items, and
 `from_sums` turns such sums back into scores: that is how an interval resamples thousands of times without scoring anew.
 
+To add a metric, add its record to `METRICS`. A kind of task has its record in `KINDS`.
+
 [1] "LaMP: When Large Language Models Meet Personalization", arXiv:2304.11406, and its published eval code.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -24,15 +27,71 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from pplug import tasks
 from pplug.tasks import TaskEntry
 
-NAMES = {"classification": ("accuracy", "f1"), "rating": ("mae", "rmse"), "text": ("rouge1", "rougeL")}
-LOWER_IS_BETTER = frozenset({"mae", "rmse"})
 Id = TypeVar("Id", bound=Hashable)
-"""What a request is known by: a plain id, or a pair of user and id."""
+"""The name of a request: a plain id, or a pair of user and id."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Golds beside predictions, N of each, read as their kind of task reads them (`Kind.read`)."""
+
+    gold: Any
+    predicted: Any
+    n_labels: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How answers of one kind of task are read."""
+
+    read: Callable[[TaskEntry, Sequence[Any], Sequence[str], Sequence[str]], tuple[Any, Any]]
+    """Turns the ids, golds and predictions into what the metrics of this kind compare; ids are for messages."""
+    understood: Callable[[TaskEntry, str], bool]
+    """Tells whether a prediction is an answer at all."""
+    answer: str | None
+    """What an understood prediction is, in words; None where any text is one."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: how it is computed from all items at once, and how from columns that add up over items."""
+
+    name: str
+    kind: str
+    """The `TaskEntry.metric` of the tasks that are scored by it."""
+    official: Callable[[Pairs], float]
+    """The score, as the benchmark computes it."""
+    items: Callable[[Pairs], np.ndarray]
+    """Columns (N, k) that may be added up over items. The first metric of a kind has one, which is its value."""
+    total: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """Turns R counts of items (R,) and R sums of those columns (R, k) into R scores (R,)."""
+    width: Callable[[TaskEntry], int] = lambda entry: 1
+    """k, the number of those columns."""
+    value: str | None = None
+    """Name of the value that the column of a single item holds; None where an item alone has none."""
+    higher_is_better: bool = True
+    percent: bool = False
+    """Whether people read it in percent: shares of right answers are."""
 
 
 def columns(entry: TaskEntry) -> int:
-    """K, the number of columns of `item_sums`. Column 0 counts, column 1 sums the first of `NAMES`, item by item."""
-    return 2 + 3 * len(entry.labels) if entry.metric == "classification" else 3
+    """K, the number of columns of `item_sums`. Column 0 counts, column 1 sums the first of `names`, item by item."""
+    return 1 + sum(metric.width(entry) for metric in of_task(entry))
+
+
+def names(entry: TaskEntry) -> tuple[str, ...]:
+    """The metrics of a task by name; the first is the one that a verdict goes by."""
+    return tuple(metric.name for metric in of_task(entry))
+
+
+def of_task(entry: TaskEntry) -> tuple[Metric, ...]:
+    """The metrics of a task."""
+    return tuple(metric for metric in METRICS.values() if metric.kind == entry.metric)
+
+
+def sign(name: str) -> int:
+    """+1 where more of this metric is better, -1 where less is: a gain is this times a difference."""
+    return 1 if METRICS[name].higher_is_better else -1
 
 
 def score(task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> dict[str, float]:
@@ -46,31 +105,22 @@ def score(task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[I
         ValueError: ids differ or there are none (the message names some), or a gold is outside the task's labels.
     """
     entry = _entry(task)
-    ids = _same_ids(golds, predictions)
-    if entry.metric == "classification":
-        gold, predicted = _label_indices(entry, ids, golds, predictions)
-        known = list(range(len(entry.labels)))
-        f1 = f1_score(gold, predicted, labels=known, average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(gold, predicted)), "f1": float(f1)}
-    if entry.metric == "rating":
-        gold_values, values = _ratings(entry, ids, golds, predictions)
-        rmse = math.sqrt(mean_squared_error(gold_values, values))
-        return {"mae": float(mean_absolute_error(gold_values, values)), "rmse": rmse}
-    return dict(zip(NAMES["text"], _rouge(ids, golds, predictions).mean(axis=0).tolist(), strict=True))
+    _, pairs = _pairs(entry, golds, predictions)
+    return {metric.name: metric.official(pairs) for metric in of_task(entry)}
 
 
 def per_item(
     task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]
 ) -> dict[Id, dict[str, float]]:
-    """What each item adds: accuracy 0/1, absolute and squared error, or the two ROUGE values.
+    """Values of each item: accuracy 0/1, absolute and squared error, or the two ROUGE values.
 
     Returns:
         By id: {"accuracy"}, {"mae", "squared_error"} or {"rouge1", "rougeL"}. Raises as `score` does.
     """
     entry = _entry(task)
-    ids, sums = item_sums(entry, golds, predictions)
-    names = {"classification": ("accuracy",), "rating": ("mae", "squared_error"), "text": NAMES["text"]}[entry.metric]
-    return {i: dict(zip(names, row[1:].tolist(), strict=False)) for i, row in zip(ids, sums, strict=True)}
+    ids, pairs = _pairs(entry, golds, predictions)
+    values = {metric.value: metric.items(pairs)[:, 0].tolist() for metric in of_task(entry) if metric.value}
+    return {i: {name: column[at] for name, column in values.items()} for at, i in enumerate(ids)}
 
 
 def item_sums(
@@ -79,59 +129,52 @@ def item_sums(
     """Per-item columns that may be added up; `from_sums` knows them.
 
     Returns:
-        ids, and (N, K) float64: a 1 that counts the item, then for classification hit, C columns each of true
-        positives, predictions and golds; for rating absolute and squared error; for text rouge1 and rougeL.
+        ids, and (N, K) float64: a 1 that counts the item, then the columns of each metric: for classification hit,
+        then C columns each of true positives, predictions and golds; for rating absolute and squared error; for text
+        rouge1 and rougeL.
     """
     entry = _entry(task)
-    ids = _same_ids(golds, predictions)
-    one = np.ones((len(ids), 1))
-    if entry.metric == "classification":
-        gold, predicted = _label_indices(entry, ids, golds, predictions)
-        labels = np.arange(len(entry.labels))
-        is_gold, is_predicted = gold[:, None] == labels, predicted[:, None] == labels
-        hit = (gold == predicted)[:, None]
-        return ids, np.hstack([one, hit, is_gold & is_predicted, is_predicted, is_gold]).astype(np.float64)
-    if entry.metric == "rating":
-        gold_values, values = _ratings(entry, ids, golds, predictions)
-        error = (values - gold_values)[:, None]
-        return ids, np.hstack([one, np.abs(error), error**2])
-    return ids, np.hstack([one, _rouge(ids, golds, predictions)])
+    ids, pairs = _pairs(entry, golds, predictions)
+    parts = [metric.items(pairs) for metric in of_task(entry)]
+    return ids, np.hstack([np.ones((len(ids), 1)), *parts]).astype(np.float64)
 
 
 def from_sums(task: str | TaskEntry, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Scores from summed columns of `item_sums`.
 
     Args:
-        sums: (R, K): one row a resample; its items may count several times.
+        sums: (R, K): one row per resample; its items may count several times.
 
     Returns:
         By metric (R,) float64, nan where a resample holds no item.
     """
     entry = _entry(task)
+    found, start = {}, 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        if entry.metric == "classification":
-            true, predicted, gold = np.split(sums[:, 2:], 3, axis=1)
-            either = predicted + gold
-            f1 = np.divide(2 * true, either, out=np.zeros_like(true), where=either > 0).mean(axis=1)
-            return {"accuracy": sums[:, 1] / sums[:, 0], "f1": np.where(sums[:, 0] > 0, f1, np.nan)}
-        if entry.metric == "rating":
-            return {"mae": sums[:, 1] / sums[:, 0], "rmse": np.sqrt(sums[:, 2] / sums[:, 0])}
-        return {name: sums[:, 1 + at] / sums[:, 0] for at, name in enumerate(NAMES["text"])}
+        for metric in of_task(entry):
+            end = start + metric.width(entry)
+            found[metric.name] = metric.total(sums[:, 0], sums[:, start:end])
+            start = end
+    return found
 
 
 def understood(task: str | TaskEntry, prediction: str) -> bool:
-    """Whether a prediction is an answer at all: one of the labels, or a finite number; any text is one.
+    """Tells whether a prediction is an answer at all: one of the labels, or a finite number; any text is one.
 
     Scoring counts what is no answer as wrong, so that a score alone does not tell a bad guess from no guess.
     """
     entry = _entry(task)
-    if entry.metric == "classification":
-        return prediction.strip() in entry.labels
-    return entry.metric == "text" or _number(prediction) is not None
+    return KINDS[entry.metric].understood(entry, prediction)
 
 
 def _entry(task: str | TaskEntry) -> TaskEntry:
     return task if isinstance(task, TaskEntry) else tasks.find(task)
+
+
+def _pairs(entry: TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> tuple[list[Id], Pairs]:
+    ids = _same_ids(golds, predictions)
+    texts = ([side[i].strip() for i in ids] for side in (golds, predictions))
+    return ids, Pairs(*KINDS[entry.metric].read(entry, ids, *texts), len(entry.labels))
 
 
 def _same_ids(golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> list[Id]:
@@ -147,36 +190,60 @@ def _same_ids(golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> list[Id
     return list(golds)
 
 
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
 def _label_indices(
-    entry: TaskEntry, ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]
+    entry: TaskEntry, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 each; a prediction outside the labels is -1."""
     index = {label: at for at, label in enumerate(entry.labels)}
-    gold = np.array([index.get(golds[i].strip(), -1) for i in ids], dtype=np.int64)
+    gold, predicted = (np.array([index.get(text, -1) for text in side], np.int64) for side in (golds, predictions))
     if (gold < 0).any():
         strange = [ids[at] for at in np.flatnonzero(gold < 0)]
         raise ValueError(
             f"task {entry.name}: {len(strange)} golds are outside its {len(entry.labels)} labels "
             f"({', '.join(entry.labels[:4])}, ...), such as that of id {strange[0]!r}; are they golds of another task?"
         )
-    return gold, np.array([index.get(predictions[i].strip(), -1) for i in ids], dtype=np.int64)
+    return gold, predicted
+
+
+def _macro_f1(pairs: Pairs) -> float:
+    known = list(range(pairs.n_labels))
+    return float(f1_score(pairs.gold, pairs.predicted, labels=known, average="macro", zero_division=0))
+
+
+def _label_counts(pairs: Pairs) -> np.ndarray:
+    """(N, 3C): true positives, predictions and golds of each label."""
+    labels = np.arange(pairs.n_labels)
+    is_gold, is_predicted = pairs.gold[:, None] == labels, pairs.predicted[:, None] == labels
+    return np.hstack([is_gold & is_predicted, is_predicted, is_gold])
+
+
+def _macro_f1_of_counts(n: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    true, predicted, gold = np.split(sums, 3, axis=1)
+    either = predicted + gold
+    f1 = np.divide(2 * true, either, out=np.zeros_like(true), where=either > 0).mean(axis=1)
+    return np.where(n > 0, f1, np.nan)
+
+
+# --- rating -----------------------------------------------------------------------------------------------------------
 
 
 def _ratings(
-    entry: TaskEntry, ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]
+    entry: TaskEntry, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) float64 each."""
     scale = [float(label) for label in entry.labels]
     low, high = min(scale), max(scale)
     gold_values, values = [], []
-    for i in ids:
-        gold = _number(golds[i])
+    for i, gold_text, text in zip(ids, golds, predictions, strict=True):
+        gold, value = _number(gold_text), _number(text)
         if gold is None or not low <= gold <= high:
             raise ValueError(f"task {entry.name}: the gold of id {i!r} is no number from {low:g} to {high:g}")
-        found = _number(predictions[i])
         furthest = low if abs(low - gold) > abs(high - gold) else high
         gold_values.append(gold)
-        values.append(furthest if found is None else found)
+        values.append(furthest if value is None else value)
     return np.array(gold_values), np.array(values)
 
 
@@ -188,8 +255,100 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _rouge(ids: Sequence[Id], golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> np.ndarray:
-    """(N, 2): rouge1 and rougeL F-measures."""
-    scorer = RougeScorer(list(NAMES["text"]), use_stemmer=False)
-    rows = [scorer.score(golds[i].strip(), predictions[i].strip()) for i in ids]
-    return np.array([[row[name].fmeasure for name in NAMES["text"]] for row in rows])
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _rouge(name: str) -> Callable[[Pairs], np.ndarray]:
+    """(N, 1): F-measures of one of rouge_score's scores."""
+
+    def items(pairs: Pairs) -> np.ndarray:
+        scorer = RougeScorer([name], use_stemmer=False)
+        rows = zip(pairs.gold, pairs.predicted, strict=True)
+        return np.array([[scorer.score(gold, text)[name].fmeasure] for gold, text in rows])
+
+    return items
+
+
+def _mean(items: Callable[[Pairs], np.ndarray]) -> Callable[[Pairs], float]:
+    return lambda pairs: sum(items(pairs)[:, 0].tolist()) / len(pairs.gold)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def _mean_of_sums(n: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    return sums[:, 0] / n
+
+
+KINDS = {
+    "classification": Kind(
+        read=_label_indices,
+        understood=lambda entry, prediction: prediction.strip() in entry.labels,
+        answer="label of the task",
+    ),
+    "rating": Kind(
+        read=_ratings,
+        understood=lambda entry, prediction: _number(prediction) is not None,
+        answer="number",
+    ),
+    "text": Kind(
+        read=lambda entry, ids, golds, predictions: (golds, predictions),
+        understood=lambda entry, prediction: True,
+        answer=None,
+    ),
+}
+"""The kinds of task by the name that `TaskEntry.metric` has for them."""
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "accuracy",
+            "classification",
+            official=lambda pairs: float(accuracy_score(pairs.gold, pairs.predicted)),
+            items=lambda pairs: (pairs.gold == pairs.predicted)[:, None],
+            total=_mean_of_sums,
+            value="accuracy",
+            percent=True,
+        ),
+        Metric(
+            "f1",
+            "classification",
+            official=_macro_f1,
+            items=_label_counts,
+            total=_macro_f1_of_counts,
+            width=lambda entry: 3 * len(entry.labels),
+            percent=True,
+        ),
+        Metric(
+            "mae",
+            "rating",
+            official=lambda pairs: float(mean_absolute_error(pairs.gold, pairs.predicted)),
+            items=lambda pairs: np.abs(pairs.predicted - pairs.gold)[:, None],
+            total=_mean_of_sums,
+            value="mae",
+            higher_is_better=False,
+        ),
+        Metric(
+            "rmse",
+            "rating",
+            official=lambda pairs: math.sqrt(mean_squared_error(pairs.gold, pairs.predicted)),
+            items=lambda pairs: ((pairs.predicted - pairs.gold) ** 2)[:, None],
+            total=lambda n, sums: np.sqrt(sums[:, 0] / n),
+            value="squared_error",
+            higher_is_better=False,
+        ),
+        *(
+            Metric(
+                name,
+                "text",
+                official=_mean(_rouge(name)),
+                items=_rouge(name),
+                total=_mean_of_sums,
+                value=name,
+            )
+            for name in ("rouge1", "rougeL")
+        ),
+    )
+}
+"""The metrics by name. The first of a kind is the one that a verdict goes by."""

@@ -131,8 +131,8 @@ FAULTS = {
     ),
     "nobody-says-that-nothing-was-understood": Fault(
         "pplug/metrics.py",
-        'return entry.metric == "text" or _number(prediction) is not None',
-        "return True",
+        "understood=lambda entry, prediction: _number(prediction) is not None",
+        "understood=lambda entry, prediction: True",
         "tests/pplug/test_metrics.py::test_a_reply_that_is_no_answer_is_told_from_a_wrong_one",
     ),
     "control-token-from-a-text": Fault(
