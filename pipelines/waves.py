@@ -427,7 +427,7 @@ def _commit_as_they_come(
     unit: str,
     counted: Callable[[Mapping[str, int]], None] | None,
 ) -> None:
-    with Progress(sum(committer.pending.values()), unit, f"{committer.report.job}, {unit}") as bar:
+    with Progress(sum(committer.pending.values()), unit) as bar:
         for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
                 file = DataFile.from_row(row)
