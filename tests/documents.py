@@ -65,6 +65,11 @@ class Document:
         return [" ".join(code.split()) for code in _INLINE.findall(self.prose)]
 
     @property
+    def plain(self) -> str:
+        """The text without any code."""
+        return _INLINE.sub("", self.prose)
+
+    @property
     def lines(self) -> list[str]:
         """Lines of all blocks, continued lines joined, without the content of files that they write."""
         bodies = [body for _, body in self.fences] + _INDENTED.findall(_FENCE.sub("", self.text))
