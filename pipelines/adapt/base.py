@@ -138,41 +138,23 @@ def fit_base(given: dict[str, Any]) -> None:
     llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]))
     llm.model.to(get_device())
     torch.manual_seed(config.seed)
-    shape = config.shape
-    model = peft.get_peft_model(
-        llm.model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=shape.rank,
-            lora_alpha=shape.alpha,
-            target_modules=list(shape.targets),
-            lora_dropout=config.dropout,
-        ),
-    )
-    llm.model = model
+    llm.model = model = _with_lora(llm.model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     prompts, answers = load_examples(given["examples"], given["shards"])
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
     per_epoch = -(-len(lengths) // config.batch_size)
-    nothing = torch.zeros(1, 1, llm.dim, device=llm.embedding.weight.device)
     start = _resume(model, optimizer)
     for name, module in model.named_modules():
         module.train("lora_dropout" in name)  # the adapter's dropout alone: the base is frozen
     for epoch in range(start, config.epochs):
-        total = torch.zeros((), device=nothing.device)
+        total = torch.zeros((), device=llm.embedding.weight.device)
         for place, batch in enumerate(plan_epoch(lengths, config.batch_size, config.seed, epoch)):
             step = epoch * per_epoch + place
             torch.manual_seed((config.seed << 40) + step * world + rank)  # the same dropout after a restart
             tokens = sum(len(answers[i]) for i in batch)
             for part in micro_batches(batch[rank::world], lengths, config.max_tokens_per_microbatch):
-                loss, _ = target_loss(
-                    llm,
-                    [Prompt(prompts[i], []) for i in part],
-                    nothing.expand(len(part), 1, llm.dim),
-                    [0] * len(part),
-                    [answers[i] for i in part],
-                )
+                loss = _answers_loss(llm, [prompts[i] for i in part], [answers[i] for i in part])
                 (loss / tokens).backward()
                 total += loss.detach() / tokens / per_epoch
             sum_gradients(trained, world)
@@ -189,6 +171,29 @@ def fit_base(given: dict[str, Any]) -> None:
         _report(model, optimizer, metrics, rank)
     if start == config.epochs:  # the run had ended before; report again, so that the driver finds its checkpoint
         _report(model, optimizer, {"epoch": start, "examples": len(lengths)}, rank)
+
+
+def _with_lora(model: Any, config: LoraConfig) -> Any:
+    """Puts one new LoRA on the base."""
+    shape = config.shape
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=shape.rank,
+            lora_alpha=shape.alpha,
+            target_modules=list(shape.targets),
+            lora_dropout=config.dropout,
+        ),
+    )
+
+
+def _answers_loss(llm: FrozenLLM, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    """Sum of the cross-entropy of the answers' tokens; no persona rows stand in the prompts."""
+    nothing = torch.zeros(1, 1, llm.dim, device=llm.embedding.weight.device)
+    n = len(prompts)
+    loss, _ = target_loss(llm, [Prompt(ids, []) for ids in prompts], nothing.expand(n, 1, llm.dim), [0] * n, answers)
+    return loss
 
 
 def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> None:
