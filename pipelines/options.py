@@ -31,7 +31,7 @@ _DICTS = (dict, Mapping)
 
 @dataclass
 class ParsedOptions:
-    """What the user gave: nested values, and per dotted key the place it came from."""
+    """Options that the user gave: nested values, and per dotted key the place it came from."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)

@@ -87,7 +87,7 @@ def order(occurred_at: np.ndarray | None, position: np.ndarray) -> np.ndarray:
 def visible_count(
     occurred_at: np.ndarray | None, position: np.ndarray, as_of: int | None, as_of_position: int | None
 ) -> int:
-    """How many of the oldest items a request may see; the visible items are always a prefix in `order`.
+    """Number of the oldest items that a request may see; the visible items are always a prefix in `order`.
 
     A timed user's request with `as_of` alone sees strictly earlier items; with `as_of_position` alone, the items up
     to the first one that stands at that position or later. A request with a time over an untimed history sees
@@ -114,7 +114,7 @@ def visible_count(
 
 
 def is_visible(occurred_at: int | None, position: int, as_of: int | None, as_of_position: int | None) -> bool:
-    """Whether a request may see one item; the same rule as `visible_count`.
+    """True if a request may see one item; the rule is that of `visible_count`.
 
     Args:
         occurred_at: microseconds, or None where the item's user is untimed.

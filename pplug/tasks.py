@@ -55,16 +55,16 @@ def fill(template: str, fields: Mapping[str, str], task: str) -> str:
 
 
 class RetrievalForm(Settings):
-    """How retrieved items stand in a prompt."""
+    """Sets how retrieved items stand in a prompt."""
 
     pattern: str
     """Template of one item."""
     words: str | None = None
     """Template of the text that BM25 reads of an item; None: the item without its label."""
     joiner: str = ", and "
-    """Between two items."""
+    """Text between two items."""
     wrap: str = "{items}. {input}"
-    """The whole prompt, from the joined `items` and the request's `input`."""
+    """Template of the whole prompt, from the joined `items` and the request's `input`."""
     insert_before: str | None = None
     """When given, `wrap` is not used: joiner and items go into the input, in front of the first such text."""
 
@@ -79,7 +79,7 @@ class RetrievalForm(Settings):
 
 
 class TaskSpec(Settings):
-    """One task. Frozen; stored as JSON in the histories table's commit, so that later jobs find it."""
+    """One task. It is stored as JSON in the histories table's commit, so that later jobs find it."""
 
     name: str = Field(min_length=1)
     marker: str = ""
