@@ -20,5 +20,6 @@ class ResumableConfig(JobConfig):
     """Keys of a job that a rerun goes on with, and that sets aside rows it cannot use."""
 
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    """More rejects than this fraction of the rows end the run with exit code 3."""
     run_id: str | None = None
     """Name of this run; default: a new one. Give the id of a run that broke off to go on with it."""

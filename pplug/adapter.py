@@ -31,6 +31,7 @@ class AdapterShape(Settings):
     targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
     """Last names of the linear modules that get an adapter, such as `q_proj`."""
     rank: int = Field(8, gt=0)
+    """Rank of an adapter's matrices."""
     alpha: float = Field(8.0, gt=0)
     """Scale of the adapter: its product is multiplied by alpha / rank."""
 
@@ -59,13 +60,17 @@ class LoraConfig(Settings):
     """Sets how an adapter is trained; every value decides the adapter's weights. The defaults are the paper's [1]."""
 
     shape: AdapterShape = AdapterShape()
+    """Modules and rank of an adapter."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Fraction of the adapter's inputs that are set to zero in training."""
     batch_size: int = Field(16, gt=0)
     """Number of a user's examples per step."""
     epochs: int = Field(2, gt=0)
+    """Number of passes over a user's examples."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
     weight_decay: float = Field(1e-2, ge=0)
+    """Weight decay of AdamW."""
     warmup_fraction: float = renamed("warmup", 0.1, ge=0, lt=1)
     """Fraction of a user's steps over which the learning rate rises; then it falls linearly to zero."""
     max_grad_norm: float = renamed("clip", 0.3, gt=0)
@@ -75,6 +80,7 @@ class LoraConfig(Settings):
     storage_dtype: Literal["bfloat16", "float32"] = renamed("stored", "bfloat16")
     """Number format of the weights in the table; they are trained in float32."""
     seed: int = 0
+    """Seed of the first weights, the order of the examples and the dropout."""
 
 
 class ExampleRule(Settings):

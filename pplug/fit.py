@@ -3,7 +3,7 @@
 Route: Samples (token ids of prompts, targets, queries; item vectors by range) -> plan_epoch -> Fitter.step, .validate.
 Every choice (order, dropped items, held-out users) depends on the seed and the sample alone, never on the number of
 workers: two workers take the same steps as one, each on its share of the same batch.
-Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a sample.
+Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows per sample.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
@@ -25,13 +25,16 @@ class FitConfig(Settings):
     """Sets how a plug is trained. The defaults are those of the paper or of its code."""
 
     epochs: int = Field(2, gt=0)
+    """Number of passes over the samples."""
     batch_size: int = Field(64, gt=0)
     """Number of samples per step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate of the plug, reached at the end of the warm-up."""
     query_learning_rate: float | None = Field(None, ge=0)
     """Learning rate of the query encoder; default: learning_rate. With 0 the encoder stays the copy that it is at the
     start, and each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of AdamW."""
     warmup_fraction: float = renamed("warmup", 0.05, ge=0, lt=1)
     """Fraction of the steps over which the learning rate rises; then it falls linearly to zero."""
     max_grad_norm: float = renamed("clip", 1.0, gt=0)
@@ -51,6 +54,7 @@ class FitConfig(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
     seed: int = 0
+    """Seed of the first weights, the order of the samples, the items left out and the users held out."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Fitter:
         return rows, counts
 
     def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:
-        """Query vectors (B, D); those of a query encoder that is not trained are computed once a sample."""
+        """Query vectors (B, D); those of a query encoder that is not trained are computed once per sample."""
         import torch
 
         from pplug.encoder import pad

@@ -50,7 +50,8 @@ def history_hash(text_hashes: Iterable[str]) -> str:
 def history_hashes(text_hashes: pa.Array, starts: np.ndarray, stops: np.ndarray) -> list[str]:
     """`history_hash` of many users at once: items start to stop of each, over one array of text hashes.
 
-    A hash has a fixed length, so that each user's lines are one slice of one buffer: 1 us a user instead of 1 an item.
+    A hash has a fixed length, so that each user's lines are one slice of one buffer: 1 us per user instead of one per
+    item.
     """
     if not len(text_hashes):
         return [history_hash(()) for _ in starts]

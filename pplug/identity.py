@@ -26,7 +26,7 @@ def stable_int(text: str) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """32 hex characters of a file's bytes (about 1 GB a second)."""
+    """32 hex characters of a file's bytes (about 1 GB per second)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

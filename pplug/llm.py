@@ -25,6 +25,7 @@ class LLMConfig(Settings):
     revision: str | None = None
     """Commit of the weights on the hub."""
     layout: PromptLayout = PromptLayout()
+    """Form of a prompt."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights in training. auto takes bfloat16 on a GPU and float32 elsewhere. It is no
     part of the identity."""

@@ -6,7 +6,7 @@ Shapes: B users, N items (padded), T items of all users (ragged), D encoder widt
 F = P*H width of the projector.
 
 The projector does not see the query and the weights of a user sum to 1, so its last Linear leaves the sum and runs
-once a user instead of once an item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i) + b2.
+once per user instead of once per item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i) + b2.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 3-4, and the authors' code (parameter names).
 """

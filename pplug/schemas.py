@@ -1,4 +1,4 @@
-"""What one row of each table holds: Arrow schemas, shared by every job.
+"""Arrow schemas of the tables, shared by every job: the columns of one row each.
 
 `bucket` and `user_key` are functions of `user_id` (see `infra.shards`): rows of one user lie together, and the log's
 statistics hold `user_key` only, never a user id. Vectors are `list<float32>` with values rounded to 16 bits

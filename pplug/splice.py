@@ -1,4 +1,4 @@
-"""Where persona rows stand in a prompt: the same rule in training and in generation.
+"""The place of persona rows in a prompt: the same rule in training and in generation.
 
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)

@@ -82,6 +82,7 @@ class TaskSpec(Settings):
     """One task. It is stored as JSON in the histories table's commit, so that later jobs find it."""
 
     name: str = Field(min_length=1)
+    """Name of the task."""
     marker: str = ""
     """The text to encode or retrieve with is what follows the first marker in the input; empty: the whole input."""
     query_end: str | None = None
@@ -95,10 +96,13 @@ class TaskSpec(Settings):
     target: str | None = None
     """Field that holds an item's right answer. With `input` None, the text itself is what an adapter learns."""
     metric: Metric
+    """Kind of answer, which decides the scores."""
     labels: tuple[str, ...] = ()
     """classification: every allowed answer. rating: the numbers of the scale."""
     retrieval: RetrievalForm | None = None
+    """Form of retrieved items in a prompt. Without it, methods with retrieval are refused."""
     max_output_tokens: int = Field(128, gt=0)
+    """Number of tokens that an answer of this task may have."""
 
     @field_validator("item", "item_without_label", "input")
     @classmethod

@@ -41,11 +41,14 @@ class TinyLMConfig(Settings):
     """Upper limit of the number of tokens; a small corpus may merge into fewer. 259 are taken by bytes and special
     tokens."""
     width: int = Field(128, ge=32)
+    """Width of the model's hidden states."""
     layers: int = Field(4, ge=1)
+    """Number of layers."""
     heads: int = Field(4, ge=1)
     """Number of attention heads. width / heads must be a multiple of 32: vLLM's CPU attention knows no narrower
     head."""
     ffn_width: int = Field(384, ge=32)
+    """Width of the feed-forward layers."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. In the embedded world 1 / sqrt(width) learns to use what the prompt
     says in a quarter of the steps; with a vocabulary of thousands and real text it ends worse."""
@@ -69,6 +72,7 @@ class TinyLMConfig(Settings):
     learning_rate: float = renamed("lr", 3e-3, gt=0)
     """Highest learning rate. It is reached after a twentieth of the run and falls by a cosine to a hundredth."""
     weight_decay: float = Field(0.05, ge=0)
+    """Weight decay of AdamW."""
     target_weight: float = Field(5.0, gt=0)
     """Weight of a target token in the loss relative to one of the prompt."""
     val_fraction: float = renamed("heldout", 0.02, ge=0, lt=1)
@@ -77,6 +81,7 @@ class TinyLMConfig(Settings):
     """Number format of the training. auto takes bfloat16 where the processor multiplies it in hardware, float32
     elsewhere."""
     seed: int = 0
+    """Seed of the first weights, the order of the texts and the texts that are only scored."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

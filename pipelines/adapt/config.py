@@ -33,13 +33,16 @@ class Config(ResumableConfig):
     """What is trained. users: an adapter per user. base: a base model adapted to the task on other people's
     examples."""
     llm: LLMConfig
+    """Base model that the adapters stand on."""
     users: str | None = None
     """File with one user id per line. Stage users makes adapters for them (default: all); stage base leaves them
     out."""
     lora: LoraConfig = LoraConfig()
+    """Settings of an adapter and its training."""
     epochs: int | None = Field(None, gt=0)
     """Number of passes over the examples. Default: lora.epochs for users; 3 for the base, as in the paper."""
     stack: StackConfig = StackConfig()
+    """Number of users who are trained together."""
     rule: ExampleRule = ExampleRule()
     """Settings of how an item becomes an example."""
     max_history_items: int = renamed("history_cap", 10_000, gt=0)

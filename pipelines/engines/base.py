@@ -1,5 +1,4 @@
-"""What every engine is told and what it answers: how a reply is chosen, how much of the machine it takes, a prompt, a
-reply.
+"""The protocol of all engines: how a reply is chosen, how much of the machine an engine takes, a prompt and a reply.
 
 Shapes: L prompt positions, R persona rows, H LLM width.
 """
@@ -24,6 +23,7 @@ class Decoding(Settings):
     temperature: float = Field(0.0, ge=0)
     """Temperature of sampling. 0 takes the most probable token each time (greedy)."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling draws from the likeliest tokens whose probabilities reach this sum."""
     num_beams: int = renamed("beams", 1, gt=0)
     """Number of beams, for the transformers engine only. The paper uses 4."""
     stop: tuple[str, ...] = ()

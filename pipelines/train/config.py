@@ -44,12 +44,15 @@ class Config(ResumableConfig):
     """
 
     llm: LLMConfig
+    """Frozen LLM that the plug is trained for."""
     encoder: EncoderConfig = EncoderConfig()
     """Encoder, the same as in refresh: its vectors are the history, and a trained copy encodes the query."""
     plug: str | None = None
     """Folder the plug is written to; default: <run_dir>/plug. It takes the place of a former plug as a whole."""
     shape: PlugShape = PlugShape()
+    """Form of the plug."""
     fit: FitConfig = FitConfig()
+    """Settings of the training."""
     users: str | None = None
     """File with one user id per line: only their requests are learned from."""
     as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}
