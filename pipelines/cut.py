@@ -1,4 +1,4 @@
-"""Which items of a bucket a base model may learn: those that all requests of their user may see.
+"""The items of a bucket that a base model may learn: those that all requests of their user may see.
 
 A request with a target is scored later, and its answer stands in an item that it may not see. Only what comes before
 the earliest request of a user is safe to learn, as for the user's own adapter (`pending_users`).

@@ -2,8 +2,9 @@
 
 Route: words of the command line -> values and where each came from -> the job's pydantic `Config`.
 Precedence: config file < `--set key=value` and `--key value`, the later of these wins. Dotted keys reach nested models.
-A renamed key is taken by its old name too (`pplug/settings.py`). Nothing here knows a job, and nothing heavy is
-imported: `--help` stays quick.
+A renamed key is taken by its old name too (`pplug/settings.py`). Nothing heavy is imported: `--help` stays quick.
+No library does this: pydantic-settings, jsonargparse, tyro and Hydra read files and flags too, but lose the line of the
+file, so that an error could not say `fit.max_grad_norm: got 0 (job.yaml, line 2), expected greater than 0`.
 """
 
 import ast
@@ -31,7 +32,7 @@ _DICTS = (dict, Mapping)
 
 @dataclass
 class ParsedOptions:
-    """What the user gave: nested values, and per dotted key the place it came from."""
+    """Options that the user gave: nested values, and per dotted key the place it came from."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)

@@ -26,13 +26,14 @@ _HEADER_BYTES = 100_000_000  # safetensors' own bound
 
 
 class AdapterShape(Settings):
-    """Which modules an adapter changes, and how. Defaults are the paper's [1]."""
+    """Sets which modules an adapter changes, and how. The defaults are the paper's [1]."""
 
     targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    """Last names of the linear modules that get an adapter."""
+    """Last names of the linear modules that get an adapter, such as `q_proj`."""
     rank: int = Field(8, gt=0)
+    """Rank of an adapter's matrices."""
     alpha: float = Field(8.0, gt=0)
-    """The adapter's part is scaled by alpha / rank."""
+    """Scale of the adapter: its product is multiplied by alpha / rank."""
 
     @property
     def scale(self) -> float:
@@ -56,16 +57,20 @@ class AdapterShape(Settings):
 
 
 class LoraConfig(Settings):
-    """How an adapter is trained: all of it decides its values. Defaults are the paper's [1]."""
+    """Sets how an adapter is trained; every value decides the adapter's weights. The defaults are the paper's [1]."""
 
     shape: AdapterShape = AdapterShape()
+    """Modules and rank of an adapter."""
     dropout: float = Field(0.05, ge=0, lt=1)
-    """Share of the adapter's inputs that are set to zero in training."""
+    """Fraction of the adapter's inputs that are set to zero in training."""
     batch_size: int = Field(16, gt=0)
-    """Examples of a user's step."""
+    """Number of a user's examples per step."""
     epochs: int = Field(2, gt=0)
+    """Number of passes over a user's examples."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
     weight_decay: float = Field(1e-2, ge=0)
+    """Weight decay of AdamW."""
     warmup_fraction: float = renamed("warmup", 0.1, ge=0, lt=1)
     """Fraction of a user's steps over which the learning rate rises; then it falls linearly to zero."""
     max_grad_norm: float = renamed("clip", 0.3, gt=0)
@@ -75,26 +80,28 @@ class LoraConfig(Settings):
     storage_dtype: Literal["bfloat16", "float32"] = renamed("stored", "bfloat16")
     """Number format of the weights in the table; they are trained in float32."""
     seed: int = 0
+    """Seed of the first weights, the order of the examples and the dropout."""
 
 
 class ExampleRule(Settings):
-    """How an item becomes an example."""
+    """Sets how an item becomes an example."""
 
     max_target_tokens: int = Field(128, gt=1)
-    """EOS included."""
+    """Number of tokens that an answer may have, EOS included; a longer one is cut."""
     retrieve: Literal["none", "bm25", "recency"] = "none"
-    """What stands before an item's input: items before it, found so. Then ask for adapter+bm25 or adapter+recency."""
+    """Retrieval that puts earlier items before an item's input. Ask `generate` for adapter+bm25 or adapter+recency
+    then."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """How many, and how much room; as in generate."""
+    """Number of retrieved items and the room for them, as in `generate`."""
 
 
 class StackConfig(Settings):
-    """How many users share a pass. Speed and memory only, no value of an adapter depends on it."""
+    """Sets how many users share a pass. It decides speed and memory only; no value of an adapter depends on it."""
 
     tokens: int = Field(16_384, gt=0)
-    """Tokens in one pass; more bring nothing once the processor is full."""
+    """Number of tokens in one pass. More bring nothing once the processor is full."""
     memory_gib: float = Field(8.0, gt=0)
-    """For what a pass keeps until its backward, and for the adapters with their optimiser states."""
+    """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states."""
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":

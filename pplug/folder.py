@@ -30,7 +30,7 @@ MODEL_FILES = (
 )  # fmt: skip
 """Names that a model folder may hold, as transformers and our jobs write it."""
 _ABANDONED_S = 86_400.0
-"""A draft of another machine that nobody has touched for so long belongs to a writer that was killed."""
+"""Age after which a draft of another machine belongs to a writer that was killed."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _READS = 20
 _drafts: set[Path] = set()
@@ -147,7 +147,7 @@ def _sweep(target: Path) -> None:
 
 
 def read_whole(folder: str | Path, read: Callable[[], T]) -> T:
-    """What `read` makes of the folder's files, all of them of one state of the folder.
+    """Returns what `read` makes of the folder's files, all of them of one state of the folder.
 
     Args:
         read: opens files of the folder; runs again when another folder took its place meanwhile.

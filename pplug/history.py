@@ -50,7 +50,8 @@ def history_hash(text_hashes: Iterable[str]) -> str:
 def history_hashes(text_hashes: pa.Array, starts: np.ndarray, stops: np.ndarray) -> list[str]:
     """`history_hash` of many users at once: items start to stop of each, over one array of text hashes.
 
-    A hash has a fixed length, so that each user's lines are one slice of one buffer: 1 us a user instead of 1 an item.
+    A hash has a fixed length, so that each user's lines are one slice of one buffer: 1 us per user instead of one per
+    item.
     """
     if not len(text_hashes):
         return [history_hash(()) for _ in starts]
@@ -87,7 +88,7 @@ def order(occurred_at: np.ndarray | None, position: np.ndarray) -> np.ndarray:
 def visible_count(
     occurred_at: np.ndarray | None, position: np.ndarray, as_of: int | None, as_of_position: int | None
 ) -> int:
-    """How many of the oldest items a request may see; the visible items are always a prefix in `order`.
+    """Number of the oldest items that a request may see; the visible items are always a prefix in `order`.
 
     A timed user's request with `as_of` alone sees strictly earlier items; with `as_of_position` alone, the items up
     to the first one that stands at that position or later. A request with a time over an untimed history sees
@@ -114,7 +115,7 @@ def visible_count(
 
 
 def is_visible(occurred_at: int | None, position: int, as_of: int | None, as_of_position: int | None) -> bool:
-    """Whether a request may see one item; the same rule as `visible_count`.
+    """True if a request may see one item; the rule is that of `visible_count`.
 
     Args:
         occurred_at: microseconds, or None where the item's user is untimed.

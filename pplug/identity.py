@@ -26,7 +26,7 @@ def stable_int(text: str) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """32 hex characters of a file's bytes (about 1 GB a second)."""
+    """32 hex characters of a file's bytes (about 1 GB per second)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -35,7 +35,7 @@ def file_digest(path: Path) -> str:
 
 
 def weights_id(folder: Path) -> str:
-    """What a model folder computes: its weights and its config, not its name or place.
+    """Identity of what a model folder computes: its weights and its config, not its name or place.
 
     Raises:
         FileNotFoundError: the folder holds no weights.
@@ -50,7 +50,7 @@ def weights_id(folder: Path) -> str:
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
-    """Where a model's files are: a local folder, `package:NAME/FOLDER` inside an installed package, or a hub name.
+    """Folder of a model's files: a local folder, `package:NAME/FOLDER` inside an installed package, or a hub name.
 
     Raises:
         FileNotFoundError: no such folder or package, or the hub cannot be reached.

@@ -95,7 +95,8 @@ def simultaneous(values: np.ndarray, drawn: np.ndarray, people: int) -> np.ndarr
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided, from resampled differences: how often they fall on the other side of zero, at least 2 / (R + 1)."""
+    """Two-sided p value from resampled differences: how often they fall on the other side of zero, at least 2 / (R +
+    1)."""
     known = differences[np.isfinite(differences)]
     beyond = 1 + min(int((known <= 0).sum()), int((known >= 0).sum()))
     return min(1.0, 2 * beyond / (len(known) + 1))

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 class LLMConfig(Settings):
-    """Which LLM, and how requests become prompts for it."""
+    """Names the LLM and sets how requests become prompts for it."""
 
     model: str
     """Folder or hub name of a causal LM or an encoder-decoder."""
     revision: str | None = None
     """Commit of the weights on the hub."""
     layout: PromptLayout = PromptLayout()
+    """Form of a prompt."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen weights in training. auto takes bfloat16 on a GPU and float32 elsewhere; it is no
+    """Number format of the frozen weights in training. auto takes bfloat16 on a GPU and float32 elsewhere. It is no
     part of the identity."""
 
 
@@ -82,7 +83,7 @@ class FrozenLLM:
 
 
 def caps_scores(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config, or a part of it, caps its attention's scores, as Gemma2's does."""
+    """True if a model's config, or a part of it, caps its attention's scores, as Gemma2's does."""
     if config.get("attn_logit_softcapping") is not None:
         return True
     return any(caps_scores(part) for part in config.values() if isinstance(part, Mapping))
@@ -99,7 +100,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    """AutoTokenizer, or at once the class that it would choose: it loads all of transformers, 10 s of a slow core."""
+    """Class of the tokenizer: AutoTokenizer, or the class that it would choose, since it loads all of transformers (10
+    s on a slow core)."""
     import json
 
     said = folder / "tokenizer_config.json"

@@ -42,7 +42,7 @@ ALIGN = 16
 _ATTENTION = "pplug_stack"
 _NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
                   "output_router_logits", "return_dict"}  # fmt: skip
-"""What a base hands to its attention that changes nothing here: it is in eval mode and knows its own positions."""
+"""Arguments of a base's attention that change nothing here: the base is in eval mode and knows its own positions."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one user does in one pass: rows (all but the last token of each example), or a part of a step's rows."""
+    """Rows of one user in one pass: all but the last token of each example, or a part of a step's rows."""
 
     rows: list[tuple[list[int], list[int]]]
     """Token ids and, at the end of the row, the labels of its last len(labels) positions."""

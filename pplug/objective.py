@@ -3,7 +3,7 @@
 Prompts of a decoder-only LLM are padded on the left, so that targets end at the same place and the LLM computes logits
 for the last positions only. An encoder's input is padded on the right: where its positions are learned (BART), they
 are counted from the first place. Nothing is padded to a fixed length.
-Shapes: B samples, L positions of the longest sample, T longest target, R rows a sample (1 or 1+P), H LLM width.
+Shapes: B samples, L positions of the longest sample, T longest target, R rows per sample (1 or 1+P), H LLM width.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 5.
 """

@@ -123,23 +123,23 @@ def control_tokens(tokenizer: Any, own: Iterable[int] = (), template_ids: Iterab
 
 
 def _is_markup(name: str) -> bool:
-    """Whether it begins with a sign and holds a letter or a digit, as `</think>` and `|||EMAIL|||` do."""
+    """True if the name begins with a sign and holds a letter or a digit, as `</think>` and `|||EMAIL|||` do."""
     return re.fullmatch(r"[▁\s]*[^\w\s▁].*\w.*", name, re.DOTALL) is not None
 
 
 def _has_sign(name: str) -> bool:
-    """Whether it holds a letter or a digit, and something that is neither, as `User:` does."""
+    """True if the name holds a letter or a digit, and something that is neither, as `User:` does."""
     return re.search(r"[^\W_]", name) is not None and re.search(r"[^\w\s▁]", name) is not None
 
 
 def _has_another_role(tokenizer: Any) -> bool:
-    """Whether the token for unknown characters also ends, begins or fills texts, as in GPT-2."""
+    """True if the token for unknown characters also ends, begins or fills texts, as in GPT-2."""
     roles = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
     return any(str(getattr(tokenizer, role, None)) == str(tokenizer.unk_token) for role in roles)
 
 
 def own_special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and after a text."""
+    """Tokens that the tokenizer itself puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):

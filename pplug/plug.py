@@ -6,7 +6,7 @@ Shapes: B users, N items (padded), T items of all users (ragged), D encoder widt
 F = P*H width of the projector.
 
 The projector does not see the query and the weights of a user sum to 1, so its last Linear leaves the sum and runs
-once a user instead of once an item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i) + b2.
+once per user instead of once per item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i) + b2.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 3-4, and the authors' code (parameter names).
 """
@@ -30,7 +30,8 @@ PLUG_FILES = ("model.safetensors", "config.json", "query_encoder")
 
 
 class PlugConfig(Settings):
-    """What a plug is made for and how it weighs a history. Stored beside its weights."""
+    """Settings of a plug: the models it is made for, and how it weighs a history. They are stored beside its
+    weights."""
 
     encoder_dim: int = Field(gt=0)
     """D, width of a history vector."""
@@ -39,25 +40,26 @@ class PlugConfig(Settings):
     persona_tokens: int = Field(1, gt=0)
     """P, rows a persona takes in the prompt; the paper uses 1."""
     aggregation: Literal["attention", "mean"] = "attention"
-    """attention: weights from the likeness of query and item; mean: uniform, the persona depends on the user alone."""
+    """Weights of the items. attention: by the likeness of query and item. mean: all alike, so that the persona depends
+    on the user alone."""
     temperature: float = Field(1.0, gt=0)
-    """Divides the dot products before the softmax; the paper uses 1."""
+    """Divisor of the dot products before the softmax; the paper uses 1."""
     persona_scale: float = Field(1.0, gt=0)
-    """Multiplies the persona rows; `train` puts the mean norm of the LLM's token embeddings here."""
+    """Factor of the persona rows; `train` puts the mean norm of the LLM's token embeddings here."""
     instruction_scale: float = Field(1.0, gt=0)
-    """Multiplies the instruction row."""
+    """Factor of the instruction row."""
     query_pooling: Literal["cls", "mean"] = "cls"
-    """How the trained query encoder pools; as the history encoder does."""
+    """Pooling of the trained query encoder, which is that of the history encoder."""
     query_prefix: str = ""
-    """Put before a query (BGE: `Represent this sentence for searching relevant passages:`)."""
+    """Text put before a query, such as BGE's `Represent this sentence for searching relevant passages:`."""
     query_max_tokens: int = Field(256, gt=2)
-    """Per query, special tokens included."""
+    """Number of tokens per query, special tokens included."""
     encoder_id: str | None = None
-    """The history vectors it was trained on; others are refused."""
+    """Encoder and text template of the vectors it was trained on; others are refused."""
     llm_id: str | None = None
-    """The LLM and prompt layout it was trained for; others are refused."""
+    """LLM and prompt layout it was trained for; others are refused."""
     trained_without_history: bool = False
-    """A soft prompt only: the control that shows how much of a gain is the task and not the user."""
+    """True for a soft prompt, the control that shows how much of a gain is the task and not the user."""
 
 
 def _projector(d_in: int, d_out: int) -> nn.Sequential:
@@ -186,7 +188,8 @@ class PersonaPlug(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, queries: bool = True) -> "PersonaPlug":
-        """Loads a plug folder. `queries=False`: without its query encoder, for personas of uniform weights alone.
+        """Loads a plug folder. With `queries=False` it leaves out the query encoder, for personas of uniform weights
+        alone.
 
         Raises:
             FileNotFoundError: not a plug folder.

@@ -21,21 +21,21 @@ from pplug.tasks import TaskSpec, slots
 
 
 class ProfileConfig(Settings):
-    """How a profile is asked for, and how it stands in a prompt."""
+    """Sets how a profile is asked for, and how it stands in a prompt."""
 
     items: int = Field(16, gt=0)
-    """Newest items that it is made from; fewer where they do not fit."""
+    """Number of newest items that a profile is made from; fewer where they do not fit."""
     prompt: str = "{items}. Describe in a few sentences the interests, preferences and style of this person."
-    """Asks for it; {items} are written as retrieval writes them, newest first."""
+    """Prompt that asks for a profile. {items} are written as retrieval writes them, newest first."""
     prompt_tokens: int | None = Field(None, gt=0)
-    """Tokens that the prompt may have; default: llm.layout.max_input_tokens. It may be more, as far as the engine's
-    context goes."""
+    """Number of tokens that this prompt may have; default: llm.layout.max_input_tokens. It may be more, up to the
+    engine's max_model_len."""
     text: str = "User profile: {profile}\n"
-    """Puts {profile} before a request."""
+    """Template that puts {profile} before a request."""
     max_tokens: int = Field(64, gt=0)
-    """Tokens that the profile may take in a prompt; a longer one is cut at its end."""
+    """Number of tokens that the profile may take in a prompt; a longer one is cut at its end."""
     llm_id: str | None = None
-    """The LLM that wrote the profiles, where that is not the one that replies; default: they must be the same."""
+    """LLM that wrote the profiles, if it is not the one that replies. By default they must be the same."""
 
     @field_validator("prompt", "text")
     @classmethod
@@ -78,7 +78,7 @@ def question(
 def prefix(
     profile: str, input: str, config: ProfileConfig, tokenizer: TextTokenizer, budget_tokens: int, input_share: float
 ) -> str:
-    """What a profile puts before a request; empty where there is no room.
+    """Text that a profile puts before a request; empty where there is no room.
 
     It takes `max_tokens` at most, and never what a request within `input_share` of the budget needs.
 

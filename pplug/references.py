@@ -73,7 +73,7 @@ def rating(text: str, task: TaskSpec) -> float | None:
 
 
 def text_of(fields: Mapping[str, str], task: TaskSpec) -> str:
-    """What a request made from this item would ask with, or the item without its label where the task makes none.
+    """Text that a request made from this item would ask with, or the item without its label where the task makes none.
 
     Raises:
         ValueError: a field is missing.

@@ -32,18 +32,20 @@ KINDS = {
 
 
 class RetrievalConfig(Settings):
-    """How many items a prompt shows, and how much room they have."""
+    """Sets how many items a prompt shows, and how much room they have."""
 
     k: int = Field(4, gt=0)
-    """Items in a prompt; the paper uses 1 to 4. Fewer where they do not fit."""
+    """Number of items in a prompt, fewer where they do not fit; the paper uses 1 to 4."""
     budget_tokens: int | None = Field(None, gt=0)
-    """Tokens that items and request may take together; default: llm.layout.max_input_tokens (256, as in the paper)."""
+    """Number of tokens that items and request may take together; default: llm.layout.max_input_tokens (256, as in the
+    paper)."""
     input_share: float = Field(0.6, gt=0, lt=1)
-    """Share of the budget that a long request may take; the items share the rest."""
+    """Fraction of the budget that a long request may take; the items share the rest."""
     encoder: EncoderConfig = EncoderConfig()
-    """For `dense`: the encoder of the refresh, whose vectors are searched."""
+    """Encoder of the refresh, whose vectors `dense` searches."""
     query_prefix: str = ""
-    """For `dense`: put before a request's text (BGE: `Represent this sentence for searching relevant passages:`)."""
+    """Text that `dense` puts before a request's text, such as BGE's `Represent this sentence for searching relevant
+    passages:`."""
 
 
 # --- which items ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where persona rows stand in a prompt: the same rule in training and in generation.
+"""The place of persona rows in a prompt: the same rule in training and in generation.
 
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
@@ -23,14 +23,14 @@ _HERE = "<<<input>>>"
 
 
 class PromptLayout(Settings):
-    """How a request becomes a prompt; part of `llm_id`."""
+    """Sets how a request becomes a prompt; it is part of `llm_id`."""
 
     chat: Literal["auto", "never"] = "auto"
-    """auto: the user's turn of the tokenizer's chat template, where it has one."""
+    """Chat template. auto writes the user's turn of the tokenizer's template, where it has one; never uses none."""
     suffix: str = "\n"
-    """Put between input and reply of a decoder-only LLM without a chat template."""
+    """Text between input and reply of a decoder-only LLM without a chat template."""
     max_input_tokens: int = Field(256, gt=0)
-    """A longer input is cut at its end; the paper cuts at 256."""
+    """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
 
 
 @dataclass(frozen=True)

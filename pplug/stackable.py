@@ -1,4 +1,4 @@
-"""Whether a base can be trained in a stack: users stay apart, and a user's loss is the one that the base itself gives.
+"""Checks that a base can be trained in a stack: users stay apart, and a user's loss is that of the base itself.
 
 A stack puts all users' tokens into one row and keeps users apart in attention alone. A layer that runs along the row (a
 convolution, a state space) would carry one user's text into another's adapter; an attention with parts that stacked

@@ -55,16 +55,16 @@ def fill(template: str, fields: Mapping[str, str], task: str) -> str:
 
 
 class RetrievalForm(Settings):
-    """How retrieved items stand in a prompt."""
+    """Sets how retrieved items stand in a prompt."""
 
     pattern: str
     """Template of one item."""
     words: str | None = None
     """Template of the text that BM25 reads of an item; None: the item without its label."""
     joiner: str = ", and "
-    """Between two items."""
+    """Text between two items."""
     wrap: str = "{items}. {input}"
-    """The whole prompt, from the joined `items` and the request's `input`."""
+    """Template of the whole prompt, from the joined `items` and the request's `input`."""
     insert_before: str | None = None
     """When given, `wrap` is not used: joiner and items go into the input, in front of the first such text."""
 
@@ -79,9 +79,10 @@ class RetrievalForm(Settings):
 
 
 class TaskSpec(Settings):
-    """One task. Frozen; stored as JSON in the histories table's commit, so that later jobs find it."""
+    """One task. It is stored as JSON in the histories table's commit, so that later jobs find it."""
 
     name: str = Field(min_length=1)
+    """Name of the task."""
     marker: str = ""
     """The text to encode or retrieve with is what follows the first marker in the input; empty: the whole input."""
     query_end: str | None = None
@@ -95,10 +96,13 @@ class TaskSpec(Settings):
     target: str | None = None
     """Field that holds an item's right answer. With `input` None, the text itself is what an adapter learns."""
     metric: Metric
+    """Kind of answer, which decides the scores."""
     labels: tuple[str, ...] = ()
     """classification: every allowed answer. rating: the numbers of the scale."""
     retrieval: RetrievalForm | None = None
+    """Form of retrieved items in a prompt. Without it, methods with retrieval are refused."""
     max_output_tokens: int = Field(128, gt=0)
+    """Number of tokens that an answer of this task may have."""
 
     @field_validator("item", "item_without_label", "input")
     @classmethod

@@ -35,42 +35,53 @@ Batch = tuple["Tensor", "Tensor", "Tensor"]  # ids (B, L); masks (B, L-1) over i
 
 
 class TinyLMConfig(Settings):
-    """Size of the model and of its training. The defaults suit the embedded world."""
+    """Sets the size of the model and of its training. The defaults suit the embedded world."""
 
     vocab_size: int = Field(512, ge=300)
-    """At most; a small corpus may merge into fewer tokens. 259 are taken by bytes and special tokens."""
+    """Upper limit of the number of tokens; a small corpus may merge into fewer. 259 are taken by bytes and special
+    tokens."""
     width: int = Field(128, ge=32)
+    """Width of the model's hidden states."""
     layers: int = Field(4, ge=1)
+    """Number of layers."""
     heads: int = Field(4, ge=1)
-    """width / heads must be a multiple of 32: vLLM's CPU attention knows no narrower head."""
+    """Number of attention heads. width / heads must be a multiple of 32: vLLM's CPU attention knows no narrower
+    head."""
     ffn_width: int = Field(384, ge=32)
+    """Width of the feed-forward layers."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. In the embedded world 1 / sqrt(width) learns to use what the prompt
     says in a quarter of the steps; with a vocabulary of thousands and real text it ends worse."""
     max_model_len: int = renamed("context", 512, ge=16)
-    """Longest prompt the saved model accepts, in tokens."""
+    """Number of tokens of the longest prompt that the saved model accepts."""
     max_tokens: int = Field(256, ge=16)
-    """Per training text, at most max_model_len; a longer input is cut at its end, suffix and target stay."""
+    """Number of tokens per training text, at most max_model_len. A longer input is cut at its end; suffix and target
+    stay."""
     batch_tokens: int = Field(1024, ge=64)
-    """Padded tokens per step. Small on purpose: at 2,048 the embedded world takes as many steps, so twice the time."""
+    """Padded tokens per step. The default is small on purpose: at 2,048 the embedded world takes as many steps, so
+    twice the time."""
     steps: int | None = Field(1800, ge=1)
-    """None: as many as fit into max_minutes."""
+    """Number of steps; null takes as many as fit into max_minutes."""
     max_minutes: float | None = Field(None, gt=0)
-    """Wall-clock budget. It shortens the schedule, so two runs that hit it need not be equal."""
+    """Wall-clock budget in minutes. It shortens the schedule, so two runs that hit it need not be equal."""
     short_first: float = Field(0.0, ge=0, lt=1)
-    """Share of the run that reads only texts of at most `short_tokens`: a skill that short texts teach comes sooner."""
+    """Fraction of the run that reads only texts of at most `short_tokens`. A skill that short texts teach then comes
+    sooner."""
     short_tokens: int = Field(64, ge=16)
-    """Longest text of that first part."""
+    """Number of tokens of the longest text in that first part."""
     learning_rate: float = renamed("lr", 3e-3, gt=0)
-    """Peak; warmed up over the first twentieth of the run, then a cosine to a hundredth of it."""
+    """Highest learning rate. It is reached after a twentieth of the run and falls by a cosine to a hundredth."""
     weight_decay: float = Field(0.05, ge=0)
+    """Weight decay of AdamW."""
     target_weight: float = Field(5.0, gt=0)
     """Weight of a target token in the loss relative to one of the prompt."""
     val_fraction: float = renamed("heldout", 0.02, ge=0, lt=1)
-    """Share of the texts that is only scored."""
+    """Fraction of the texts that are only scored, not trained on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where the processor multiplies it in hardware, float32 elsewhere."""
+    """Number format of the training. auto takes bfloat16 where the processor multiplies it in hardware, float32
+    elsewhere."""
     seed: int = 0
+    """Seed of the first weights, the order of the texts and the texts that are only scored."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -42,7 +42,7 @@ _FRAMES = (
 _STATEMENTS = ("I like {order}, in that order.", "My taste, best first: {order}.")
 
 ITEM = "{tag} is my tag for {description}"
-"""How an item with its label is put before the text encoder; the label comes first because it carries the signal."""
+"""Template of an item with its label before the text encoder; the label comes first because it carries the signal."""
 INPUT = "Tag this for me. description: {description}"
 MARKER = "description: "
 LINE = '"{tag}" is the tag for "{description}"'
@@ -57,9 +57,10 @@ class WorldConfig(Settings):
 
     seed: int = 0
     themes: int = Field(6, ge=3, le=8)
-    """How many themes an order has. At most 8: the best score from the visible items goes through all orders."""
+    """Number of themes in an order. At most 8, because the best score from the visible items goes through all
+    orders."""
     offered: int = Field(3, ge=2)
-    """Themes in one work, so the answers a request offers."""
+    """Number of themes in one work, and so of answers that a request offers."""
     evenness: float = Field(0.85, gt=0, le=1)
     """Popularity weight of a theme relative to the next more popular one; 1 makes all alike."""
     slip: float = Field(0.03, ge=0, lt=1)
@@ -69,13 +70,13 @@ class WorldConfig(Settings):
     items: tuple[int, int] = (24, 40)
     """Fewest and most history items of a train or test user."""
     train_requests: int = Field(16, ge=0)
-    """Per train user."""
+    """Number of requests per train user."""
     test_requests: int = Field(5, ge=0)
-    """Per test user."""
+    """Number of requests per test user."""
     corpus_users: int = Field(2000, ge=0)
     """People whose items only train the base LM; they are neither train nor test users."""
     corpus_items: int = Field(16, ge=1)
-    """Per corpus user."""
+    """Number of items per corpus user."""
     stated: float = Field(0.6, ge=0, le=1)
     """Share of corpus items that open with their person's order in words."""
     shown: float = Field(0.0, ge=0, le=1)

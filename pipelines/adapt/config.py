@@ -30,43 +30,49 @@ class Config(ResumableConfig):
     """
 
     stage: Literal["users", "base"] = "users"
-    """users: an adapter for each user; base: a base model adapted to the task on other people's examples."""
+    """What is trained. users: an adapter per user. base: a base model adapted to the task on other people's
+    examples."""
     llm: LLMConfig
+    """Base model that the adapters stand on."""
     users: str | None = None
-    """File with a target user's id a line. Stage users makes adapters for them (default: all); base leaves them out."""
+    """File with one user id per line. Stage users makes adapters for them (default: all); stage base leaves them
+    out."""
     lora: LoraConfig = LoraConfig()
+    """Settings of an adapter and its training."""
     epochs: int | None = Field(None, gt=0)
-    """Default: lora.epochs for users; 3 for the base, as in the paper."""
+    """Number of passes over the examples. Default: lora.epochs for users; 3 for the base, as in the paper."""
     stack: StackConfig = StackConfig()
+    """Number of users who are trained together."""
     rule: ExampleRule = ExampleRule()
-    """How an item becomes an example."""
+    """Settings of how an item becomes an example."""
     max_history_items: int = renamed("history_cap", 10_000, gt=0)
-    """Newest items of a user to train on."""
+    """Number of newest items of a user to train on."""
     cut: Literal["requests", "none"] = "requests"
-    """requests: items that one of the user's requests may not see are left out, as an evaluation needs; none: all
-    count, as for requests that are yet to come, or for a base made from other people than those who are evaluated."""
+    """Items to leave out. requests: those that one of the user's requests may not see, as an evaluation needs. none: no
+    item, for requests that are yet to come, or for a base made from other people than those who are evaluated."""
     changed_only: bool = False
-    """Go on from the adapters there, for new and changed users; refused where base or settings have changed."""
+    """Go on from the existing adapters, for new and changed users. This is refused where base or settings have
+    changed."""
     examples: Literal["requests", "items"] = "items"
-    """Stage base: what the examples are. items: each item that `cut` lets pass; requests: each request with a target,
-    whose answer the base then knows."""
+    """Examples of stage base. items: each item that `cut` lets pass. requests: each request with a target, whose answer
+    the base then knows."""
     output: str | None = None
-    """Stage base: folder of the merged model; default: <run_dir>/base. It takes the place of a former model as a
+    """Folder of the merged model of stage base; default: <run_dir>/base. It takes the place of a former model as a
     whole."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
-    """Training actors: one a GPU, or one a core of a CPU node."""
+    """Number of training actors: one per GPU, or one per core of a CPU node."""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """1 on a GPU cluster."""
+    """GPUs of one worker; 1 on a GPU cluster."""
     threads: int | None = Field(None, gt=0)
     """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
     batch_users: int = Field(64, gt=0)
-    """Users handed to a worker at a time; their adapters are in memory together."""
+    """Number of users handed to a worker at a time; their adapters are in memory together."""
     wave_users: int = Field(2_000, gt=0)
-    """Users in one commit."""
+    """Number of users in one commit."""
     max_failures: int = Field(2, ge=0)
-    """Stage base: times a lost worker group is started again within one run."""
+    """Number of times that stage base starts a lost worker group again within one run."""
 
     @property
     def trained(self) -> LoraConfig:

@@ -1,1 +1,1 @@
-"""What answers prompts: vLLM or transformers, and the adapters that it holds."""
+"""The engines that answer prompts, vLLM and transformers, and the adapters that they hold."""

@@ -27,7 +27,7 @@ _PREFIX = "pplug-adapters-"
 
 @dataclass(frozen=True)
 class AdapterName:
-    """Whose adapter, and which: the key of a user and what changes with the content. No user id stands in it."""
+    """Name of an adapter: the key of its user and an id that changes with its content. No user id stands in it."""
 
     user_key: str
     adapter_id: str
@@ -44,9 +44,9 @@ class Adapters:
     buckets: int
     llm_id: str
     rank: int
-    """The greatest."""
+    """Greatest rank among the adapters."""
     targets: tuple[str, ...]
-    """All modules that any of them changes."""
+    """All modules that any of the adapters changes."""
 
 
 def facts(snapshot: Snapshot, batch: pa.Table) -> pa.Table:
@@ -58,7 +58,7 @@ def facts(snapshot: Snapshot, batch: pa.Table) -> pa.Table:
 
 
 class AdapterIndex:
-    """Who of a bucket has which adapter."""
+    """Adapters of a bucket's users, by user."""
 
     def __init__(
         self, adapters: Snapshot, bucket: int, owners: Mapping[str, str], user_keys: Sequence[str] | None = None
@@ -79,7 +79,7 @@ class AdapterIndex:
         return None if self.knows_too_much(request) else self._here.get(request["user_id"])
 
     def knows_too_much(self, request: Mapping[str, Any]) -> bool:
-        """Whether the user's adapter was trained on items that the request may not see."""
+        """True if the user's adapter was trained on items that the request may not see."""
         made_from = self._made_from.get(request["user_id"])
         return made_from is not None and not made_from.is_visible_to(request)
 
@@ -97,7 +97,7 @@ class AdapterIndex:
         return None
 
     def _pools(self) -> Iterator[dict[str, AdapterName]]:
-        """This bucket, then, for whoever is alone in it, the others in turn."""
+        """Yields the adapters of this bucket, then, for a user who is alone in it, those of the others in turn."""
         yield self._here
         filled = sorted(self._adapters.by_bucket())
         for bucket in [b for b in filled if b > self._bucket] + [b for b in filled if b < self._bucket]:
@@ -158,7 +158,7 @@ class AdapterShelf:
 
 
 def _sweep(parent: Path) -> None:
-    """Folders of processes that were killed would fill the memory."""
+    """Removes folders of processes that were killed, which would fill the memory."""
     for path in parent.glob(f"{_PREFIX}*"):
         found = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", path.name)
         if found and not Path(f"/proc/{found[1]}").exists():

@@ -1,5 +1,4 @@
-"""What every engine is told and what it answers: how a reply is chosen, how much of the machine it takes, a prompt, a
-reply.
+"""The protocol of all engines: how a reply is chosen, how much of the machine an engine takes, a prompt and a reply.
 
 Shapes: L prompt positions, R persona rows, H LLM width.
 """
@@ -17,17 +16,18 @@ from pplug.settings import Settings, renamed
 
 
 class Decoding(Settings):
-    """How a reply is chosen; makes up `decoding_id`."""
+    """Sets how a reply is chosen; it makes up `decoding_id`."""
 
     max_tokens: int = Field(32, gt=0)
-    """Tokens that a reply may have."""
+    """Number of tokens that a reply may have."""
     temperature: float = Field(0.0, ge=0)
-    """0 takes the most probable token each time (greedy)."""
+    """Temperature of sampling. 0 takes the most probable token each time (greedy)."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling draws from the likeliest tokens whose probabilities reach this sum."""
     num_beams: int = renamed("beams", 1, gt=0)
-    """Number of beams; transformers engine only. The paper uses 4."""
+    """Number of beams, for the transformers engine only. The paper uses 4."""
     stop: tuple[str, ...] = ()
-    """A reply ends before the first of these."""
+    """Texts before the first of which a reply ends."""
     seed: int = 0
     """Seed of sampling. Each reply draws by its own user, request and method, whatever batch it is in."""
 
@@ -37,30 +37,30 @@ class Decoding(Settings):
 
 
 class EngineConfig(Settings):
-    """Which engine answers, and how much of the machine it may take."""
+    """Names the engine that answers, and sets how much of the machine it may take."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
-    """transformers: for encoder-decoder models such as FLAN-T5, which vLLM does not have, and for beams."""
+    """Engine. transformers serves encoder-decoder models such as FLAN-T5, which vLLM does not have, and beams."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on a GPU and on a CPU with AMX, float32 elsewhere."""
+    """Number format. auto takes bfloat16 on a GPU and on a CPU with AMX, float32 elsewhere."""
     max_model_len: int | None = renamed("context", None, gt=0)
-    """Tokens of prompt and reply together; default: the model's own limit."""
+    """Number of tokens of prompt and reply together; default: the model's own limit."""
     max_num_seqs: int = Field(256, gt=0)
     """Number of requests that the engine works on at once."""
     gpu_memory_utilization: float = renamed("memory_fraction", 0.85, gt=0, le=1)
-    """Share of the GPU's memory that the engine takes."""
+    """Fraction of the GPU's memory that the engine takes."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Memory for the keys and values of attention, on a CPU."""
+    """Memory in GiB for the keys and values of attention, on a CPU."""
     enforce_eager: bool | None = renamed("eager", None)
-    """No compilation; default: true on a CPU, where it starts a minute faster."""
+    """Run without compilation. Default: true on a CPU, where it starts a minute faster."""
     batch_rows: int = Field(64, gt=0)
     """Number of requests that are handed over at a time."""
     in_flight: int = Field(8, gt=0)
     """Number of batches in flight per engine: batch_rows * in_flight should exceed max_num_seqs."""
     max_loras: int = renamed("adapters_at_once", 32, gt=0)
-    """Adapters in one step of the engine; each takes room in its memory."""
+    """Number of adapters in one step of the engine; each takes room in its memory."""
     max_cpu_loras: int = renamed("adapters_ready", 512, gt=0)
-    """Adapters held in the machine's memory, the least recently used leave first."""
+    """Number of adapters held in the machine's memory; the least recently used leave first."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EnginePrompt:
     """Token ids before and after the soft prompt: instruction and persona rows, (R, H) float32; R may be 0."""
 
     key: str
-    """What a sampled reply draws by: no two prompts of a run share it."""
+    """Name that a sampled reply draws by; no two prompts of a run share it."""
     before: list[int]
     soft_prompt: np.ndarray
     after: list[int]
@@ -87,7 +87,7 @@ class EngineReply:
 
 
 class Engine(Protocol):
-    """What the stage needs of an engine."""
+    """Methods and facts that the reply stage needs from an engine."""
 
     context: int
     dim: int

@@ -17,7 +17,7 @@ from pplug.splice import Prompt
 
 
 class TransformersEngine:
-    """A batch in, a batch out; one at a time."""
+    """Engine that answers one batch at a time."""
 
     def __init__(self, llm: LLMConfig, config: EngineConfig, decoding: Decoding, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -30,7 +30,7 @@ class TransformersEngine:
         self._lock = threading.Lock()
 
     def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
-        """One reply a prompt, in order."""
+        """One reply per prompt, in order."""
         if not prompts:
             return []
         with self._lock:
@@ -39,7 +39,7 @@ class TransformersEngine:
             return self._generate(prompts)
 
     def shutdown(self) -> None:
-        """Nothing runs beside it."""
+        """Does nothing: no process runs beside it."""
 
     def _generate(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
         decoding, tokenizer = self.decoding, self.llm.tokenizer

@@ -93,7 +93,7 @@ class VLLMEngine:
             )
 
     def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
-        """One reply a prompt, in order."""
+        """One reply per prompt, in order."""
         return self._wait(self._many(prompts)) if prompts else []
 
     async def _many(self, prompts: Sequence[EnginePrompt], greedy_tokens: int | None = None) -> list[EngineReply]:
@@ -129,7 +129,7 @@ class VLLMEngine:
         return EngineReply(reply.text, reply.finish_reason or "", len(reply.token_ids))
 
     def _inputs(self, prompt: EnginePrompt) -> dict[str, Any]:
-        """Mixed mode: token ids with zero rows beside the persona rows; plain ids without a persona."""
+        """Inputs of vLLM: token ids with zeros beside the soft prompt (mixed mode), or plain ids without one."""
         if not len(prompt.soft_prompt):
             return {"prompt_token_ids": prompt.before + prompt.after}
         start, stop = len(prompt.before), len(prompt.before) + len(prompt.soft_prompt)
@@ -211,7 +211,7 @@ def engine_args(folder: str, config: EngineConfig, threads: int) -> dict[str, An
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can be made ready for (vllm.config.lora)."""
+"""Ranks that vLLM can be made ready for (vllm.config.lora)."""
 
 
 def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any]:

@@ -12,25 +12,27 @@ from pplug.settings import Settings, renamed
 
 
 class PlugShape(Settings):
-    """What kind of plug to train."""
+    """Sets what kind of plug is trained."""
 
     persona_tokens: int = Field(1, gt=0)
-    """Rows a persona takes in the prompt; the paper uses 1."""
+    """Number of rows that a persona takes in the prompt; the paper uses 1."""
     aggregation: Literal["attention", "mean"] = "attention"
-    """attention: items weighed by likeness to the query; mean: alike, so that refresh can store the persona."""
+    """Weights of the items. attention: by likeness to the query. mean: all alike, so that refresh can store the
+    persona."""
     temperature: float = Field(1.0, gt=0)
-    """Divides the likeness before the softmax; the paper uses 1."""
+    """Divisor of the likeness before the softmax; the paper uses 1."""
     query_prefix: str = ""
-    """Put before a query; BGE wants its own sentence here."""
+    """Text put before a query; BGE wants its own sentence here."""
     query_max_tokens: int | None = Field(None, gt=0)
-    """Where a query is cut; default: encoder.max_tokens. Fewer are quicker, in training and in generate."""
+    """Number of tokens at which a query is cut; default: encoder.max_tokens. Fewer are quicker, in training and in
+    generate."""
     persona_scale: float | None = Field(None, gt=0)
-    """Default: the mean norm of the LLM's token embeddings."""
+    """Factor of the persona rows; default: the mean norm of the LLM's token embeddings."""
     instruction_scale: float | None = Field(None, gt=0)
-    """Default: the same."""
+    """Factor of the instruction row; default: the mean norm of the LLM's token embeddings."""
     without_history: bool = False
-    """A soft prompt only, the control that shows how much of a gain is the task (method plug:soft-prompt). No vectors
-    are read, and the encoder says how wide the plug is, nothing else."""
+    """Train a soft prompt, the control that shows how much of a gain is the task (method plug:soft-prompt). No vectors
+    are read; the encoder only decides how wide the plug is."""
 
 
 class Config(ResumableConfig):
@@ -42,28 +44,31 @@ class Config(ResumableConfig):
     """
 
     llm: LLMConfig
+    """Frozen LLM that the plug is trained for."""
     encoder: EncoderConfig = EncoderConfig()
-    """As in refresh: its vectors are the history, a trained copy encodes the query."""
+    """Encoder, the same as in refresh: its vectors are the history, and a trained copy encodes the query."""
     plug: str | None = None
     """Folder the plug is written to; default: <run_dir>/plug. It takes the place of a former plug as a whole."""
     shape: PlugShape = PlugShape()
+    """Form of the plug."""
     fit: FitConfig = FitConfig()
+    """Settings of the training."""
     users: str | None = None
-    """File with a user id a line: only their requests are learned from."""
+    """File with one user id per line: only their requests are learned from."""
     as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}
     """Table versions to read instead of the newest complete one, for example `histories=12`. Any version works until
     `vacuum` removes it."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     max_history_items: int = renamed("history_cap", 512, gt=0)
-    """Newest items that count."""
+    """Number of newest items that count."""
     workers: int = Field(1, gt=0)
-    """Train workers, data parallel."""
+    """Number of train workers, data parallel."""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """1 on a GPU cluster."""
+    """GPUs of one worker; 1 on a GPU cluster."""
     threads: int | None = Field(None, gt=0)
     """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
     checkpoint_steps: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: one at each epoch's end."""
+    """Number of steps between checkpoints; 0 makes one at each epoch's end."""
     max_failures: int = Field(2, ge=0)
-    """Times a lost worker group is started again within one run."""
+    """Number of times that a lost worker group is started again within one run."""

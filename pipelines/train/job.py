@@ -249,7 +249,7 @@ class _Resume:
         os.makedirs(self.folder)
 
     def load(self, fitter: Any, left: list[str]) -> None:
-        """Goes on from Ray's newest checkpoint, or where it has lost its record from the newest whole one of `left`."""
+        """Resumes from Ray's newest checkpoint; if Ray's record was lost, from the newest complete folder in `left`."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:

@@ -51,13 +51,13 @@ class PrepareSamples:
 
     histories: Snapshot
     embeddings: Snapshot | None
-    """None: for a plug without history, whose samples have no items."""
+    """None for a plug without history, whose samples have no items."""
     requests: Snapshot
     task: TaskSpec
     cap: int
     folder: str
     users: Mapping[int, list[str]] | None = None
-    """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
+    """User keys by bucket (`shards.keys_by_bucket`): only the requests of these users are read."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
