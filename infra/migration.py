@@ -1,9 +1,9 @@
 """Migration of one table: its rows go through the steps of its spec, and one commit puts them in the old rows' place.
 
-Whoever raises `TableSpec.schema_version` adds a step for the version before to `TableSpec.steps`. Workers read a bucket
-with the columns that the table has, apply the steps and write the rows as one new file. The commit then takes away the
-old files, and sets the new columns and the new schema version. A killed run leaves files that no version names beside
-a table that is as it was, so that the same command starts that table again.
+A change that raises `TableSpec.schema_version` adds a step from the version before to `TableSpec.steps`. Workers read
+a bucket with the columns that the table has, apply the steps and write the rows as one new file. The commit then takes
+away the old files, and sets the new columns and the new schema version. A killed run leaves the table as it was, and
+beside it files that no version names, so that the same command starts that table again.
 """
 
 from dataclasses import dataclass

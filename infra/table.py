@@ -471,10 +471,8 @@ class Table:
 
         files, version = list(files), before.version + 1
         self._check_files(files, None)
-        if before.metadata.get("complete") == "true":
-            info = log.rewritten(before.metadata, run_id, group, {})
-        else:
-            info = log.metadata_for({}, run_id, group, complete=False)
+        same = {"complete": before.metadata.get("complete", "false")}
+        info = log.rewritten(before.metadata, run_id, group, same)
         done = False
         for attempt in range(COMMIT_TRIES):
             if log.is_group(log.metadata_of(self.storage, version), run_id, group):

@@ -21,7 +21,7 @@ def contents(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
 
 
 def refuse_changed(before: dict[str, str], pieces: Sequence[Piece]) -> None:
-    """Raises InputError: a file is no longer as it was, so that nobody knows which of its rows were read."""
+    """Raises InputError: a file is no longer as it was, so that the rows read may be of either state."""
     for address, state in states(pieces).items():
         if state != before[address]:
             raise InputError(

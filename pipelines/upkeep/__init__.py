@@ -1,1 +1,1 @@
-"""Jobs that keep tables in order: compact, vacuum, restore, erase, export."""
+"""Jobs that keep tables in order: compact, vacuum, restore, migrate, erase, export."""

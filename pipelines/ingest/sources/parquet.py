@@ -1,4 +1,4 @@
-"""Parquet: one record per row. A file that cannot be read is one reject, since nobody knows how many rows it held."""
+"""Parquet: one record per row. A file that cannot be read is one reject, since its number of rows is unknown."""
 
 from collections.abc import Iterator
 from typing import Any
