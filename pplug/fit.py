@@ -3,7 +3,7 @@
 Route: Samples (token ids of prompts, targets, queries; item vectors by range) -> plan_epoch -> Fitter.step, .validate.
 Every choice (order, dropped items, held-out users) depends on the seed and the sample alone, never on the number of
 workers: two workers take the same steps as one, each on its share of the same batch.
-Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows a sample.
+Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows per sample.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
@@ -19,29 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FitConfig(BaseModel):
-    """How a plug is trained. Defaults are the paper's or its code's."""
+    """Settings of a plug's training. The defaults are the paper's or its code's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(2, gt=0)
     batch_size: int = Field(64, gt=0)
-    """Samples a step, over all workers."""
+    """Samples per step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
     query_learning_rate: float | None = Field(None, ge=0)
     """Learning rate of the query encoder; default: learning_rate. With 0 it stays the copy that it is at the start, and
     each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps; then linear to zero."""
+    """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
     clip: float = Field(1.0, gt=0)
-    """Gradient norm over all parameters."""
+    """Largest gradient norm over all parameters; a larger one is scaled down."""
     item_dropout: float = Field(0.5, ge=0, lt=1)
-    """Each epoch int(n*U(0, this)) + 1 random items of a sample with more than two are left out; 0: none."""
+    """Largest share of a sample's items that an epoch leaves out: int(n*U(0, this)) + 1 of more than two; 0: none."""
     history_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of an epoch's samples that see none of their history, so that the instruction alone serves who has none
-    as well as the LLM itself does; 0, as published: never."""
+    """Share of an epoch's samples that see none of their history, so that the instruction alone serves users without
+    one as well as the LLM itself does; 0, as published: never."""
     max_target_tokens: int = Field(128, gt=1)
-    """EOS included."""
+    """Most tokens of a target, EOS included."""
     micro_tokens: int = Field(16_384, gt=0)
     """Padded prompt and target tokens of one forward pass; bounds memory, changes no result."""
     held_out: float = Field(0.1, gt=0, lt=1)
@@ -53,7 +53,7 @@ class FitConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on. `spans[i]` = (shard, start, stop): the item vectors of sample i, oldest first."""
+    """The samples of a training. `spans[i]` = (shard, start, stop): the item vectors of sample i, oldest first."""
 
     prompts: Sequence[Any]
     targets: Sequence[list[int]]
@@ -76,7 +76,7 @@ class Samples:
 
 
 def held_out(owner_id: str, share: float, seed: int) -> bool:
-    """Whether this person's samples choose the checkpoint instead of training: fixed by id and seed."""
+    """Returns whether a user's samples choose the checkpoint instead of training; id and seed decide it."""
     digest = hashlib.blake2b(f"{seed}:{owner_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < share
 
@@ -95,7 +95,7 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
 
 
 def kept_items(n: int, config: FitConfig, epoch: int, sample: int) -> np.ndarray:
-    """Which of n items a sample keeps in an epoch (the authors' augmentation, drawn on line), in order."""
+    """Returns which of n items a sample keeps in an epoch (the authors' augmentation, drawn on line), in order."""
     if config.history_dropout:
         if np.random.default_rng((config.seed, epoch, sample, 1)).random() < config.history_dropout:
             return np.arange(0)
@@ -118,7 +118,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
 
 
 class Fitter:
-    """Plug, optimiser and schedule; takes steps and validates. One a worker."""
+    """Plug, optimiser and schedule; takes steps and validates. Each worker has one."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Fitter:
         return rows, counts
 
     def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
-        """Query vectors (B, D); those of a query encoder that is not trained are computed once a sample."""
+        """Query vectors (B, D); those of a query encoder that is not trained are computed once per sample."""
         import torch
 
         from pplug.encoder import pad

@@ -39,7 +39,7 @@ class TinyLMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     vocab_size: int = Field(512, ge=300)
-    """At most; a small corpus may merge into fewer tokens. 259 are taken by bytes and special tokens."""
+    """Largest number of tokens; a small corpus may merge into fewer. Bytes and special tokens take 259."""
     width: int = Field(128, ge=32)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
@@ -51,24 +51,24 @@ class TinyLMConfig(BaseModel):
     context: int = Field(512, ge=16)
     """Longest prompt the saved model accepts, in tokens."""
     max_tokens: int = Field(256, ge=16)
-    """Per training text, at most context; a longer input is cut at its end, suffix and target stay."""
+    """Most tokens of a training text, at most `context`; a longer input is cut at its end, suffix and target stay."""
     batch_tokens: int = Field(1024, ge=64)
-    """Padded tokens per step. Small on purpose: at 2,048 the embedded world takes as many steps, so twice the time."""
+    """Padded tokens per step. The default is small: with 2,048 the embedded world takes twice the time."""
     steps: int | None = Field(1800, ge=1)
-    """None: as many as fit into max_minutes."""
+    """Number of training steps; None: as many as fit into max_minutes."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget. It shortens the schedule, so two runs that hit it need not be equal."""
     short_first: float = Field(0.0, ge=0, lt=1)
     """Share of the run that reads only texts of at most `short_tokens`: a skill that short texts teach comes sooner."""
     short_tokens: int = Field(64, ge=16)
-    """Longest text of that first part."""
+    """Longest text of that first part, in tokens."""
     lr: float = Field(3e-3, gt=0)
-    """Peak; warmed up over the first twentieth of the run, then a cosine to a hundredth of it."""
+    """Peak learning rate; it is reached after a twentieth of the run, then falls along a cosine to a hundredth."""
     weight_decay: float = Field(0.05, ge=0)
     target_weight: float = Field(5.0, gt=0)
     """Weight of a target token in the loss relative to one of the prompt."""
     heldout: float = Field(0.02, ge=0, lt=1)
-    """Share of the texts that is only scored."""
+    """Share of the texts that are scored and not trained on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the processor multiplies it in hardware, float32 elsewhere."""
     seed: int = 0
@@ -335,7 +335,7 @@ def _length(row: Row) -> int:
 
 
 def _endless(rows: list[Row], config: TinyLMConfig, pad: int) -> Iterator[Batch]:
-    """Epoch after epoch: shuffled, then cut into batches of like length, which come in random order."""
+    """Yields batches epoch after epoch: rows are shuffled, then cut into batches of like length in random order."""
     rng = random.Random(config.seed + 1)
     while True:
         rng.shuffle(rows)
