@@ -47,7 +47,7 @@ class JobLog:
         self._at_end: str | None = None
         self._moved = False
         self.keep = False
-        """Whether a log that never got to a run folder stays as a temporary file; else it is deleted at the end."""
+        """True: a log that never got to a run folder stays as a temporary file; else it is deleted at the end."""
         self._lock = threading.RLock()
         self._outer: JobLog | None = None
         self._streams: dict[str, Any] = {}
@@ -150,12 +150,12 @@ class JobLog:
 
     @property
     def place(self) -> str:
-        """Where a person finds the log when the job has ended."""
+        """The path or address where a person finds the log when the job has ended."""
         return self.path if self._at_end is None else Storage(self._at_end).full(NAME)
 
 
 class _Stream:
-    """Stands in for sys.stdout or sys.stderr: splits what is written into lines, and passes on what a person is to see.
+    """Stands in for sys.stdout or sys.stderr: splits texts into lines, and passes on those that a person is to see.
 
     All else that a stream can do (fileno, isatty, encoding) is done by the one below, which is where bars are drawn.
     """
@@ -179,7 +179,7 @@ class _Stream:
         self.under.flush()
 
     def finish(self) -> None:
-        """Passes on what was begun without the end of a line."""
+        """Passes on a line that was begun and not ended."""
         if begun := getattr(self._begun, "text", ""):
             self._begun.text = ""
             self._line(begun)

@@ -1,4 +1,4 @@
-"""Which lines of a job's output a person is shown; job.log has all of them.
+"""The lines of a job's output that a person is shown; job.log has all of them.
 
 Lines of this process are shown unless a library says them below the level of an error. Lines of Ray's workers, which
 Ray prints here behind `(name pid=7)`, are shown if they are the job's own or look like an error: workers say much else.
@@ -8,7 +8,7 @@ The frames of a traceback and the words of its error are not shown, since those 
 import re
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_WORKER = re.compile(r"\((?:(?:.*? )?pid=\d+(?:, ip=[^)]+)?|raylet|gcs_server|autoscaler[^)]*)\)\s+")
+_WORKER = re.compile(r"\((?:(?:.*? )?pid=\d+(?:, ip=[^)]+)?|raylet|gcs_server|autoscaler[^)]*)\) ?")
 _LEVELS = (
     re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[,.]\d+\s+(?P<level>[A-Z]+)\s"),  # Python's logging, Ray's
     re.compile(
@@ -87,7 +87,7 @@ def plain(line: str) -> str:
 
 
 def is_bar(text: str) -> bool:
-    """Whether a text is a library's progress bar."""
+    """Returns whether a text is a library's progress bar."""
     return bool(_BAR.search(text))
 
 

@@ -1,4 +1,4 @@
-"""How far a step has come, for a person: a bar where there is a terminal, and a line every 30 s where there is none.
+"""The progress of a step, for a person: a bar where there is a terminal, and a line every 30 s where there is none.
 
 Both end with one line that stays. A step that counts nothing says every 30 s that it is still at work. Only names of
 steps, counts and times are shown, never a value of a row.
@@ -170,7 +170,7 @@ class Progress:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be drawn on the stream; PPLUG_PROGRESS=1 draws one anywhere."""
+    """Returns whether a bar can be drawn on the stream; PPLUG_PROGRESS=1 draws one anywhere."""
     return stream.isatty() or os.environ.get("PPLUG_PROGRESS") == "1"
 
 

@@ -1,4 +1,4 @@
-"""What one run of a job did: counts that must add up, times, memory, versions; report.json in the run folder.
+"""The report of one run of a job: counts that must add up, times, memory, versions; report.json in the run folder.
 
 The identity every job keeps: planned == written + already there + rejected. A job in which it does not hold has
 failed, whatever it printed. Exit codes: 0 done; 1 failed or partly done; 3 more rejects than allowed (2, wrong usage,
@@ -33,12 +33,12 @@ _SECRET = re.compile(r"secret|password|token$|credential|access_key|api_key", re
 
 
 def new_run_id(job: str) -> str:
-    """A name no other run has, sorted by time: refresh-20250131T020000-9f3a."""
+    """Makes a name that no other run has; names sort by time: refresh-20250131T020000-9f3a."""
     return f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
 
 
 def check_run_id(run_id: str) -> str:
-    """The run id itself, if it can stand in file names and logs.
+    """Returns the run id itself, if it can stand in file names and logs.
 
     Raises:
         InputError: it holds other characters, is longer than 80, or is made of dots.
@@ -80,7 +80,7 @@ class RunReport:
     rejected: Counter[str] = field(default_factory=Counter)
     """Units set aside, by reason."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What this job alone reports."""
+    """Facts that this job alone reports."""
 
     unfinished: ClassVar["RunReport | None"] = None
     """The report of the run that is going on in this process; None before it and after."""
@@ -111,15 +111,15 @@ class RunReport:
             stage.seconds += time.monotonic() - start
 
     def table_read(self, name: str, version: int) -> None:
-        """The version of a table that was read."""
+        """Notes the version of a table that was read."""
         self._read[name] = version
 
     def table_written(self, name: str, version: int) -> None:
-        """The newest version of a table that this run made."""
+        """Notes the newest version of a table that this run made."""
         self._written[name] = max(version, self._written.get(name, version))
 
     def worker_memory(self, peak_bytes: int) -> None:
-        """A worker's peak memory; the greatest is reported."""
+        """Notes a worker's peak memory; the greatest is reported."""
         self._worker_peak_bytes = max(self._worker_peak_bytes, peak_bytes)
 
     def reject(self, reason: str, n: int = 1) -> None:
@@ -129,11 +129,11 @@ class RunReport:
 
     @property
     def too_many_rejects(self) -> bool:
-        """Whether more units were set aside than the run may lose: then it ends with 3, whatever comes after."""
+        """True if more units were set aside than the run may lose: then it ends with 3, whatever comes after."""
         return self.rejected.total() > self.max_reject_fraction * self.planned
 
     def problem(self) -> str | None:
-        """Why this run is not a full success, in one sentence; None when it is."""
+        """The reason why this run is not a full success, in one sentence; None when it is."""
         if self._ended_by:
             return f"ended by {self._ended_by[0]} before it was done"
         rejects = self.rejected.total()

@@ -1,4 +1,4 @@
-"""What a run began with, written down beside the tables: a run_id stands for one piece of work.
+"""The record of a run's input, written down beside the tables: a run_id stands for one piece of work.
 
 A rerun under the same run_id goes on where that run stopped. The same run_id with other input would find the first
 input's commits and take its own rows for written, so it is refused, and both inputs are named. The record is there
@@ -15,19 +15,19 @@ from infra.storage import Storage
 
 FOLDER = "_runs"
 _SHOWN = 3
-"""Differences that an error lists."""
+"""Number of differences that an error lists."""
 
 
 def begin(
     root: str, run_id: str, job: str, given: Mapping[str, str], named: Sequence[str], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes down what a run begins with, or finds that it began with the same.
+    """Writes down the input that a run begins with, or finds that it began with the same.
 
     Args:
         root: folder of the tables.
         given: everything that decides the run's rows, in words, by key. Two runs with the same words do the same.
         named: addresses of the input, for the error; the same content at another address is the same input.
-        kept: what a rerun needs to know of the first start; not compared.
+        kept: facts of the first start that a rerun needs; not compared.
 
     Returns:
         `kept` of the first start.

@@ -38,8 +38,9 @@ def start(
 
     Args:
         cpus: logical CPUs of a local session; at least 4, the machine's own and need["CPU"] are taken.
-        need: what the job's actors ask for together, e.g. {"GPU": 2, "CPU": 6}; checked against the whole cluster.
-        object_store_bytes: of a local session; Ray's own choice when None.
+        need: resources that the job's actors ask for together, e.g. {"GPU": 2, "CPU": 6}; compared with the whole
+            cluster.
+        object_store_bytes: size of a local session's object store; Ray's own choice when None.
 
     Raises:
         InputError: the cluster cannot be reached, or does not have what is needed and cannot grow to it.
@@ -75,7 +76,7 @@ def start(
 
 
 def quiet_worker() -> None:
-    """Runs at a worker's start: what it prints afterwards is the job's own, or a real warning."""
+    """Runs at a worker's start and turns off messages that would repeat themselves for as long as the worker lives."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     # asks a dashboard that a local session does not have, every second
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
@@ -84,7 +85,7 @@ def quiet_worker() -> None:
 
 
 def go_back_to(folder: str) -> None:
-    """In a worker of Ray Train, which moves it elsewhere: a config's relative paths count from this folder."""
+    """Moves a worker back that Ray Train has moved elsewhere: relative paths of a config count from this folder."""
     if os.path.isdir(folder):
         os.chdir(folder)
 
@@ -103,7 +104,7 @@ def local_cpus(cpus: int | None, need: Mapping[str, float]) -> int:
 
 
 def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) -> None:
-    """Refuses what the cluster can never schedule.
+    """Refuses a need that the cluster can never meet.
 
     Args:
         need: resource -> amount.
@@ -137,10 +138,10 @@ SHARED_WAIT_S = 10.0
 
 
 def check_shared(folder: str, key: str) -> None:
-    """Refuses a local folder that another node of the cluster does not see: what is written here is looked for there.
+    """Refuses a local folder that another node of the cluster does not see: workers there look for this node's files.
 
     Args:
-        key: what the user calls the folder, for the message.
+        key: the config's name for the folder, for the message.
 
     Raises:
         InputError: names the folder and the nodes.
@@ -175,7 +176,7 @@ def check_shared(folder: str, key: str) -> None:
 
 
 def sees(folder: str, name: str, content: str, wait_s: float = SHARED_WAIT_S) -> bool:
-    """Task: whether the file is on this node, with this content."""
+    """Task: says whether the file is on this node, with this content."""
     until = time.monotonic() + wait_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What ended a job, in words for a person: the kind of the error, the place, and what can be done about it.
+"""The end of a failed job in words for a person: the kind of the error, the place, and what can be done about it.
 
 The words of an error that nobody foresaw are left out: they may quote a user's text. Errors for a person to act on are
 `infra.errors.InputError`, whose words are shown as they are; Ray wraps what a worker raised.
@@ -48,7 +48,7 @@ def place(error: BaseException) -> str:
 
 
 def advice(error: BaseException) -> str:
-    """What a person can do about an error of this kind."""
+    """Returns what a person can do about an error of this kind."""
     kinds = {cls.__name__ for one in _causes(error) for cls in type(one).__mro__} | {kind(error)}
     if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in _causes(error)):
         return "the disk is full; free some space and run it again"

@@ -345,7 +345,7 @@ def _length(row: Row) -> int:
 
 
 def _endless(rows: list[Row], config: TinyLMConfig, pad: int) -> Iterator[Batch]:
-    """Epoch after epoch: shuffled, then cut into batches of like length, which come in random order."""
+    """Yields batches epoch after epoch: rows are shuffled, then cut into batches of like length in random order."""
     rng = random.Random(config.seed + 1)
     while True:
         rng.shuffle(rows)

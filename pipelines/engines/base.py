@@ -36,6 +36,24 @@ class Decoding(Settings):
         return short_id(self.decisive())
 
 
+@dataclass(frozen=True)
+class Can:
+    """What an engine is able to do, known before it is started."""
+
+    adapters: bool
+    """It serves many adapters in one batch."""
+    encoder_decoder: bool
+    """It has models such as FLAN-T5."""
+    beams: bool
+    """It searches with beams."""
+
+
+CAN = {
+    "vllm": Can(adapters=True, encoder_decoder=False, beams=False),
+    "transformers": Can(adapters=False, encoder_decoder=True, beams=True),
+}
+
+
 class EngineConfig(Settings):
     """Names the engine that answers, and sets how much of the machine it may take."""
 

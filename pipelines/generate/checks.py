@@ -9,6 +9,7 @@ from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines import made_from, tables
+from pipelines.engines.base import CAN
 from pipelines.generate.config import Config
 from pipelines.generate.parts import Part
 from pipelines.methods import Method
@@ -20,16 +21,23 @@ Plan = Mapping[int, Mapping[str, Any]]
 
 
 def is_encoder_decoder(config: Config) -> bool:
-    """Whether the LLM is an encoder-decoder.
+    """Returns whether the LLM is an encoder-decoder.
 
     Raises:
-        InputError: it is one, and the engine has no such models.
+        InputError: the engine has no such models, or no beams where they are asked for.
     """
+    can = CAN[config.engine.kind]
+    if config.decoding.num_beams > 1 and not can.beams:
+        raise InputError(
+            f"decoding.num_beams={config.decoding.num_beams} needs engine.kind=transformers; {config.engine.kind} "
+            "samples or is greedy"
+        )
     folder = model_folder(config.llm.model, config.llm.revision)
     found = bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder", False))
-    if found and config.engine.kind == "vllm":
+    if found and not can.encoder_decoder:
         raise InputError(
-            f"llm {config.llm.model} is an encoder-decoder, which vLLM does not have; set engine.kind=transformers"
+            f"llm {config.llm.model} is an encoder-decoder, which {config.engine.kind} does not have; set "
+            "engine.kind=transformers"
         )
     return found
 

@@ -49,10 +49,11 @@ class Reply:
         threads = cpu.torch_threads()
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
-        if engine.kind == "vllm":
-            self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
-        else:
-            self.engine = TransformersEngine(llm, engine, decoding, threads)
+        match engine.kind:
+            case "vllm":
+                self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
+            case "transformers":
+                self.engine = TransformersEngine(llm, engine, decoding, threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         prompts, errors = [], batch["error"].to_pylist()

@@ -101,7 +101,7 @@ def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:
 def _texts(
     config: Config, histories: "Snapshot", requests: "Snapshot | None", task: "TaskSpec", report: RunReport
 ) -> list[tuple[str, str]]:
-    """(prompt, target) of each item; items that lack a field of the template are counted and left out.
+    """Returns (prompt, target) of each item; items that lack a field of the template are counted and left out.
 
     Args:
         requests: where given, items that one of them may not see are left out too.

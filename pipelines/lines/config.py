@@ -18,16 +18,16 @@ SOFT_PROMPT = "plug:soft-prompt"
 
 
 BASE_LM = "base-lm"
-"""Given as llm.model: the tiny LM that is trained first."""
+"""The name that stands for the tiny LM where it is given as llm.model; that LM is then trained first."""
 
 
 class Model(Settings):
     """An LLM, how it replies, and the plug's shape for it."""
 
     llm: LLMConfig
-    """Its model may be `base-lm`: a tiny one that is trained first, on the train users' items."""
+    """The LLM; its model may be `base-lm`, a tiny one that is trained first, on the train users' items."""
     lm: TinyLMConfig = TinyLMConfig()
-    """How that one is trained."""
+    """Settings of the tiny LM's training, where `llm.model` is `base-lm`."""
     engine: EngineConfig = EngineConfig()
     decoding: Decoding = Decoding()
     shape: dict[str, Any] = {}
@@ -52,29 +52,29 @@ class LampConfig(Settings):
     task: str
     """A LaMP task, such as LaMP_2, or the YAML file of one's own."""
     models: dict[str, Model]
-    """By a name of one's own."""
+    """The LLMs that can be used, each by a name of one's own."""
     use: str
-    """Which of the models."""
+    """Name of the model in `models` that this run uses."""
     encoder: EncoderConfig = EncoderConfig()
     fit: FitConfig = FitConfig()
     methods: tuple[str, ...] = ("none", "bm25", "plug", "plug:no-history", "plug:other-user")
-    """As in generate. plug:soft-prompt trains a second plug, without histories."""
+    """Methods that are compared, as in `generate`; plug:soft-prompt trains a second plug, without histories."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """Its encoder is the one above."""
+    """Settings of retrieval as in `generate`; its encoder is the one above."""
     source: str | None = None
     """Folder in LaMP's layout with the splits train and dev; default: the benchmark's files are downloaded."""
     derive_requests: tuple[int, int] | None = None
     """Newest items of each train and each dev user that become requests; default: the published questions are used."""
     separation: Literal["time", "user"] = "time"
-    """How the benchmark splits: the paper's figures are of the time separation."""
+    """The benchmark's split; the paper's figures belong to the time separation."""
     address: str | None = None
     """Address of the benchmark's site, where it has moved."""
     download_dir: str = "data/LaMP"
     """Folder that downloads are kept in."""
     workers: int = Field(1, gt=0)
-    """GPUs."""
+    """Number of workers, and so of GPUs if `gpus_per_worker` is 1."""
     gpus_per_worker: float = Field(1.0, ge=0)
-    """0 on a CPU."""
+    """GPUs per worker; 0 on a CPU."""
     run_id: str | None = None
     """Name of the run; default: the task's name and the model's."""
     run_dir: str | None = None
@@ -90,11 +90,11 @@ class LampConfig(Settings):
 class BaseLMConfig(JobConfig):
     """Job `base-lm`: a histories table -> a tiny decoder-only language model with its tokenizer.
 
-    It is there so that the line can be tried where no model can be downloaded, and that is all it is for: a model of
-    some million parameters that has read nothing but these items knows its one task and nothing else.
+    The job serves to try the line where no model can be downloaded, and nothing else: a model of some million
+    parameters that has read nothing but these items knows its one task only.
     Each item becomes a prompt (the task's input template) and a target; nothing says whose item it is. Items that a
     request of their user may not see are left out, since they hold answers that the model would be scored on; with
-    tables of other people than those who are evaluated, `--cut none` uses all items. A rerun that would train the same
+    tables of other users than those who are evaluated, `--cut none` uses all items. A rerun that would train the same
     model on the same texts finds it there and leaves it.
     Unit of work: a history item.
     """
@@ -104,14 +104,14 @@ class BaseLMConfig(JobConfig):
     prompt: str | None = None
     """Template of the prompt; default: the task's own `input`. May name fields that only these items have."""
     suffix: str = "\n"
-    """Between prompt and target; give the same as llm.layout.suffix."""
+    """Text between prompt and target; give the same as llm.layout.suffix."""
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     cut: Literal["requests", "none"] = "requests"
-    """requests: items that one of the user's requests may not see are left out; none: all count, for a model made from
-    other people than those who are evaluated."""
+    """requests: items that one of the user's requests may not see are left out; none: all items count, for a model made
+    from other users than those who are evaluated."""
     max_items: int = Field(200_000, gt=0)
-    """Items to train on, at most. Those of the first buckets are taken, whole users by chance; the rest is not read."""
+    """Most items to train on. The items of the first buckets are taken, whole users by chance; the rest is not read."""
     lm: TinyLMConfig = TinyLMConfig()
     threads: int | None = Field(None, gt=0)
     """Torch threads; default: all cores."""
@@ -135,13 +135,13 @@ class DemoConfig(Settings):
     seed: int = 0
     """Seed of the world and of every training."""
     train_users: int = Field(360, gt=1)
-    """People the plug learns from."""
+    """Number of users that the plug learns from."""
     test_users: int = Field(400, gt=1)
-    """People that neither LM nor plug were trained on; five requests each."""
+    """Number of users that neither LM nor plug were trained on; each has five requests."""
     adapter_users: int = Field(80, gt=1)
     """Number of test users who get an adapter, trained on what came before their requests."""
     corpus_users: int = Field(2000, gt=1)
-    """Other people, whose texts the base LM learns from."""
+    """Number of other users, whose texts the base LM learns from."""
     lm_steps: int = Field(1500, gt=0)
     """Training steps of the base LM."""
     epochs: int = Field(5, gt=0)

@@ -1,6 +1,6 @@
 """Job `demo`: the whole line on an embedded world, no download, a CPU is enough.
 
-What it does and its keys stand in `config.py`.
+`config.py` says what it does, and holds its keys.
 """
 
 import itertools
@@ -23,10 +23,10 @@ from pplug.world import INPUT
 
 MARK = ".pplug-demo"
 TOLD_WITHIN = 0.1
-"""How close to the best possible score the oracle prompt has to come for the comparison to mean anything."""
+"""Largest distance of the oracle prompt from the best possible score at which the comparison means anything."""
 METHODS = ("none", "bm25", "plug", "plug:mean", "plug:no-history", "plug:other-user", "oracle")
 WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
-"""Scored for those who own an adapter: training one for everybody would take as long as all the rest."""
+"""Methods scored for users who own an adapter: training one for everybody would take as long as all the rest."""
 
 
 def run(config: Config) -> int:
@@ -71,7 +71,7 @@ def run(config: Config) -> int:
 
 
 def weakness(report: dict[str, Any]) -> str | None:
-    """Why the scores say nothing about the plug: a tiny LM that never learned to use a preference it is told.
+    """Returns the reason why the scores say nothing about the plug: the tiny LM never learned to use a preference.
 
     That skill appears in its training all at once, and with a short training or an unlucky seed not at all.
     """

@@ -1,6 +1,6 @@
 """Job `lamp`: one data set in LaMP's layout from its files to the report, by one command.
 
-What it does and its keys stand in `config.py`.
+`config.py` says what it does, and holds its keys.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def run(config: Config) -> int:
 
 
 def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """By step, in order: the job and its config."""
+    """Returns the job and its config by step, in order."""
     model = config.models[config.use].model_dump(mode="json")
     given = config.model_dump(mode="json")
     encoder, methods = given["encoder"], parse_all(config.methods)

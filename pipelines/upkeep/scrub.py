@@ -147,8 +147,8 @@ class DropRows:
 class Scrub:
     """in: root, name of a file of a run or an export. out: root, name, what ("", "rewritten" or "deleted").
 
-    Parquet rows, JSON lines and entries of JSON lists that hold one of the values are removed. Other kinds of file stay
-    as they are, and the proof names them.
+    Rows of Parquet, lines of JSON lines and logs, and entries of JSON lists that hold one of the values go; files of
+    other kinds stay as they are, and the proof names them.
     """
 
     needles: Needles
@@ -170,7 +170,7 @@ class Scrub:
                 return "deleted"
             if name.endswith(".parquet"):
                 return self._parquet(storage, name)
-            if name.endswith((".jsonl", ".ndjson")):
+            if name.endswith((".jsonl", ".ndjson", ".log")):
                 lines = storage.read_bytes(name).decode("utf-8").splitlines(keepends=True)
                 return _put(storage, name, "".join(line for line in lines if not self._has(_parsed(line))).encode())
             if name.endswith(".json"):

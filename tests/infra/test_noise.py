@@ -16,8 +16,8 @@ def shown(*lines: str, job: str = "refresh") -> list[str]:
     "line",
     [
         "2026-11-26 00:02:48,193\tWARNING authentication_token_setup.py:85 -- Token authentication is enabled.",
-        "[2026-11-26 00:04:10,821 E 26409 26409] core_worker.cc:2465: Actor with class name: 'MapWorker' and ID: '6' has "
-        "constructor arguments in the object store and max_restarts > 0. If the arguments go ...",
+        "[2026-11-26 00:04:10,821 E 26409 26409] core_worker.cc:2465: Actor with class name: 'MapWorker' has "
+        "constructor arguments in the object store and max_restarts > 0. If the ...",
         "[2026-11-26 00:04:10,821 W 26409 26409] (raylet) memory.cc:1: error rate is high",
         "WARNING 11-26 00:05:00 [cpu.py:12] Environment variable VLLM_CPU_KVCACHE_SPACE is not set",
         f"{CYAN}(MapWorker(MapBatches(Reply)) pid=7){END} Triton is installed, but doesn't include CPU backend.",

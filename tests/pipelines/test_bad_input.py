@@ -176,7 +176,7 @@ def test_an_item_of_10_mb_a_clock_in_the_future_and_an_encoder_that_gives_nan(tm
 
 def test_an_encoder_decoder_is_refused_by_vllm_before_anything_starts(tmp_path):
     llm = LLMConfig(model=str(tiny_t5(tmp_path)))
-    with pytest.raises(InputError, match="is an encoder-decoder, which vLLM does not have; set engine.kind=transform"):
+    with pytest.raises(InputError, match="is an encoder-decoder, which vllm does not have; set engine.kind=transform"):
         generate.run(generate.Config(tables="no/such/tables", llm=llm))
 
 

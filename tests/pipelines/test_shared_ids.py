@@ -184,3 +184,10 @@ def test_an_erased_user_is_taken_out_of_predictions_under_a_name_with_the_user(t
         scrub(pa.table({"root": [str(tmp_path)], "name": ["plug.json"]}))
         golds = json.loads((tmp_path / "plug.json").read_text())["golds"]
         assert [row["id"] for row in golds] == left
+
+
+def test_a_line_of_a_jobs_log_that_quotes_an_erased_user_goes_and_the_others_stay(tmp_path):
+    text = "the cat that only one user has seen"
+    (tmp_path / "job.log").write_text(f"01:00:00 refresh, plan\n01:00:01 ValueError: {text}\n01:00:02 done\n")
+    Scrub(Needles(frozenset({text})), frozenset())(pa.table({"root": [str(tmp_path)], "name": ["job.log"]}))
+    assert (tmp_path / "job.log").read_text() == "01:00:00 refresh, plan\n01:00:02 done\n"

@@ -7,6 +7,7 @@ from infra.errors import InputError
 from infra.snapshot import Snapshot
 from pipelines import tables
 from pipelines.engines.adapters import AdapterIndex, Adapters, facts
+from pipelines.engines.base import CAN
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Part
 from pipelines.methods import PartInfo
 from pipelines.waves import each_bucket
@@ -25,8 +26,9 @@ class Adapter(Part):
     @classmethod
     def open(cls, run: GenerateRun) -> Self:
         config, methods = run.config, run.methods_with("adapter")
-        if config.engine.kind != "vllm":
-            raise InputError(f"methods {methods} need engine.kind=vllm, which serves many adapters in one batch")
+        if not CAN[config.engine.kind].adapters:
+            others = " or ".join(kind for kind, can in CAN.items() if can.adapters)
+            raise InputError(f"methods {methods} need engine.kind={others}, which serves many adapters in one batch")
         adapters = tables.snapshot(config.tables, "adapters", config.as_of_version)
         if not adapters.files:
             raise InputError(f"methods {methods}: the table adapters in {config.tables} is empty; run `adapt`")
