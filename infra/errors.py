@@ -2,7 +2,7 @@
 
 
 class InputError(Exception):
-    """What was asked for cannot be done: bad config, missing path, other schema version, mixed identity.
+    """The job cannot do as asked: bad config, missing path, other schema version, mixed identity.
 
     The command line prints the message without a traceback and exits with 2. The message says what is wrong, where,
     what was expected, and what to do.

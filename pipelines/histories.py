@@ -72,7 +72,7 @@ class Histories:
         return dataclasses.replace(self, vector_row=vector_row, vectors=vectors)
 
     def with_vector(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows whose item has a vector, as rows of `vectors`."""
+        """Returns the rows whose item has a vector, as rows of `vectors`."""
         found = self.vector_row[rows]
         return found[found >= 0]
 
@@ -125,7 +125,7 @@ def _ordered(items: pa.Table) -> pa.Array:
 
 
 def _starts(keys: pa.ChunkedArray) -> np.ndarray:
-    """Where each run of equal neighbours starts, plus the end: (U+1,) int64."""
+    """Returns the start of each run of equal neighbours, and the end: (U+1,) int64."""
     codes = pc.dictionary_encode(_flat(keys)).indices.to_numpy()
     changes = np.flatnonzero(codes[1:] != codes[:-1]) + 1
     return np.r_[np.zeros(min(1, len(codes)), np.int64), changes, len(codes)].astype(np.int64)

@@ -1,4 +1,4 @@
-"""What an adapter or a profile was made from: its newest item, compared with what a request may see.
+"""The newest item that an adapter or a profile was made from, compared with the items that a request may see.
 
 Adapters and profiles are cut at the requests of the day on which they were made. A request that came later, with an
 earlier cut-off, must not be answered by one that knows its answer.
@@ -24,7 +24,7 @@ class LastItem:
     """None where the row does not say: it was written by an earlier release."""
 
     def is_visible_to(self, request: Mapping[str, Any]) -> bool:
-        """Whether a request (as_of, as_of_position) may see that item, and so all that it was made from."""
+        """Returns whether a request (as_of, as_of_position) may see that item, and so all that the row was made from."""
         as_of, as_of_position = to_us(request["as_of"]), request["as_of_position"]
         if as_of is None and as_of_position is None:
             return True
@@ -34,11 +34,11 @@ class LastItem:
 
 
 def last_item(row: Mapping[str, Any]) -> LastItem:
-    """What a row of `adapters` or `profiles` says."""
+    """Reads the newest item from a row of `adapters` or `profiles`."""
     return LastItem(to_us(row["last_item_at"]), row["last_item_position"])
 
 
 def last_items(snapshot: Snapshot, bucket: int, user_keys: Sequence[str] | None) -> dict[str, LastItem]:
-    """By user, of a bucket of `adapters` or `profiles`."""
+    """Newest item by user, in a bucket of `adapters` or `profiles`."""
     rows = snapshot.read(["user_id", *LAST_ITEM], buckets=[bucket], user_keys=user_keys).to_pylist()
     return {row["user_id"]: last_item(row) for row in rows}

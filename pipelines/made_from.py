@@ -1,4 +1,4 @@
-"""What a base model has learned from: `made_from.json` in its folder, written by `adapt --stage base` and `base-lm`.
+"""Record of the tables that a base model has learned from: `made_from.json` in its folder, written by `adapt --stage base` and `base-lm`.
 
 `generate` reads it: a base that has learned the answers of a population's requests must not be scored on them.
 """

@@ -25,11 +25,11 @@ class PartInfo:
     about: str
     """The part in words."""
     control: bool = False
-    """Whether it keeps everything but the user, so that a gain can be laid to the user."""
+    """True if the part keeps everything but the user, so that a gain can be laid to the user."""
 
     @property
     def kind(self) -> str:
-        """What stands behind the colon, or the name itself."""
+        """The word behind the colon, or the name itself."""
         return self.name.partition(":")[2] or self.name
 
 

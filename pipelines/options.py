@@ -1,4 +1,4 @@
-"""From a YAML file, `--set` and flags to a checked config; errors name the key, its place and what was expected.
+"""Makes a checked config of a YAML file, `--set` and flags; errors name the key, its place and what was expected.
 
 Route: words of the command line -> values and where each came from -> the job's pydantic `Config`.
 Precedence: config file < `--set key=value` and `--key value`, the later of these wins. Dotted keys reach nested models.

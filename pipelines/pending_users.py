@@ -46,11 +46,11 @@ class PendingBucket:
 
 @dataclass(frozen=True)
 class PendingUsers:
-    """Which users still need a row: one answer for plan and work."""
+    """Users who still need a row, for the plan and for the work."""
 
     histories: Snapshot
     requests: Snapshot | None
-    """Where given, items are cut at each user's earliest request."""
+    """Requests at whose earliest each user's items are cut; None cuts none."""
     before: Snapshot | None
     """The table before this run's work began."""
     made_as: str
@@ -161,7 +161,7 @@ def newest_of(own: Histories, user: int, items: range) -> LastItem:
 
 
 def _cuts(own: Histories, asked: list[dict[str, Any]]) -> dict[int, int]:
-    """How many of a user's oldest items come before the earliest of the user's requests."""
+    """Number of a user's oldest items that come before the earliest of the user's requests."""
     cuts: dict[int, int] = {}
     for request in asked:
         user = own.user(request["user_id"])

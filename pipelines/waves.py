@@ -168,11 +168,11 @@ class Committer:
     metadata: dict[str, str]
     planned_on: int
     strict: bool = True
-    """Whether another run's appends undo the plan; not where each run has rows of its own."""
+    """True if another run's appends undo the plan; they do not where each run has rows of its own."""
     complete: bool = False
-    """Whether the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
+    """True if the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
     replace: bool = False
-    """Whether a bucket's new files take the place of those it has; otherwise the table only grows."""
+    """True if a bucket's new files take the place of those it has; otherwise the table only grows."""
     rejected: dict[int, Counter[str]] = field(default_factory=dict)
     """Rows set aside, by bucket and reason."""
     _got: Counter[int] = field(default_factory=Counter)

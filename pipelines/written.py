@@ -1,4 +1,4 @@
-"""What a run has written is what its workers read: each file there, and just as many rows."""
+"""Workers of a run read what the run has written: each file exists, and has just as many rows."""
 
 from infra.storage import Storage
 

@@ -86,7 +86,7 @@ class TaskSpec(Settings):
     marker: str = ""
     """The text to encode or retrieve with is what follows the first marker in the input; empty: the whole input."""
     query_end: str | None = None
-    """That text ends before the first such string; None: it goes to the end."""
+    """String before which that text ends; None: it goes to the end."""
     item: str
     """Template of a history item's text, label included. The label stands first: a long text is cut at its end."""
     item_without_label: str

@@ -99,7 +99,7 @@ class TinyLMConfig(Settings):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training stands, for a progress bar. Losses are per token, in nats."""
+    """Position of the training, for a progress bar. Losses are per token, in nats."""
 
     step: int
     steps: int | None

@@ -69,7 +69,7 @@ class BaseExamples:
     """None where there is no such table."""
     examples: Literal["items", "requests"]
     cut: bool
-    """Whether items that a request of their user may not see are left out."""
+    """True if items that a request of their user may not see are left out."""
     task: TaskSpec
     left_out: frozenset[str]
     """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read."""

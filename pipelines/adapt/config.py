@@ -30,7 +30,7 @@ class Config(ResumableConfig):
     """
 
     stage: Literal["users", "base"] = "users"
-    """What is trained. users: an adapter per user. base: a base model adapted to the task on other people's
+    """Kind of training. users: an adapter per user. base: a base model adapted to the task on other people's
     examples."""
     llm: LLMConfig
     """Base model that the adapters stand on."""

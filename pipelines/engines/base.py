@@ -38,7 +38,7 @@ class Decoding(Settings):
 
 @dataclass(frozen=True)
 class Can:
-    """What an engine is able to do, known before it is started."""
+    """Abilities of an engine, known before it is started."""
 
     adapters: bool
     """It serves many adapters in one batch."""

@@ -25,17 +25,18 @@ class Config(ResumableConfig):
 
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
-    """Any of none, plug, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter, adapter:other-user,
-    random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or adapter+profile."""
+    """Any of none, plug, plug:attention, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter,
+    adapter:other-user, random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or
+    adapter+profile."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """For random, recency, bm25 and dense: how many items, how much room."""
+    """Number of items and room in the prompt, for random, recency, bm25 and dense."""
     write_profiles: bool = False
     """Write user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then ignored.
     decoding.max_tokens is the length of a profile."""
     profile: ProfileConfig = ProfileConfig()
-    """For write_profiles and the method profile: how one is asked for, and how it stands in a prompt."""
+    """Form of the question for a profile and of its place in a prompt, for write_profiles and the method profile."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: Literal["all", "open", "labelled"] = "all"

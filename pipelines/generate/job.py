@@ -38,7 +38,7 @@ TOKENS = ("prompt_tokens", "output_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run has opened and checked before anything starts."""
+    """The tables and the task of a run, opened and checked before anything starts."""
 
     requests: Snapshot
     histories: Snapshot

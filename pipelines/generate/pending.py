@@ -1,4 +1,4 @@
-"""Which requests and methods a run still has to answer: one answer for the plan and for the work."""
+"""Requests and methods that a run still has to answer: the plan and the work take them from the same place."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from pipelines.learned import last_items
 
 @dataclass(frozen=True)
 class PendingReplies:
-    """Which requests and methods a run still has to answer: one answer for plan and work."""
+    """Requests and methods that a run still has to answer, for the plan and for the work."""
 
     requests: Snapshot
     done: Snapshot | None
@@ -82,7 +82,7 @@ class BucketRequests:
     requests: pa.Table
     """Sorted by user_key and request_id."""
     answered: dict[tuple[str, str], set[str]]
-    """By `request_key`: the methods with a reply. A reply with an error does not count: it is asked for again."""
+    """Methods with a reply, by `request_key`. A reply with an error does not count: it is asked for again."""
     failed: int
     """Replies of this run that are errors."""
 

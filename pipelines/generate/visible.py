@@ -53,7 +53,7 @@ class VisibleItems:
         return self.own.vectors[self.own.with_vector(self.rows(request))]
 
     def lacks_vectors(self, request: Mapping[str, Any]) -> bool:
-        """Whether an item that the request may see has no vector yet."""
+        """Returns whether an item that the request may see has no vector yet."""
         rows = self.rows(request)
         return len(self.own.with_vector(rows)) < len(rows)
 

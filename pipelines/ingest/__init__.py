@@ -1,1 +1,1 @@
-"""From people's files to the tables of a population."""
+"""The way from people's files to the tables of a population."""

@@ -35,7 +35,7 @@ class PendingTexts:
     pairs: pa.Array
     """Each once, as `pair_keys`."""
     source: Snapshot
-    """Where their texts stand: the histories, or the rows that have been added."""
+    """The table of their texts: the histories, or the rows that have been added."""
     users: list[str] | None
     """user_key of their users; None: no user has a vector yet."""
     texts: int
@@ -127,7 +127,7 @@ class ReadPending:
                     yield self._texts(texts.slice(start, BLOCK_TEXTS), bucket)
 
     def _pending(self, bucket: int) -> tuple[Snapshot, pa.Array, list[str] | None]:
-        """Where the texts stand, their pairs, and their users (None: all users in it)."""
+        """The table of the texts, their pairs, and their users (None: all users in it)."""
         if bucket in self.every:  # as the plan found it: there is nothing to compare with
             source = self.since.part(self.histories, bucket) if bucket in self.since.added else self.histories
             return source, _pairs(source, bucket, None)[0], None

@@ -83,7 +83,7 @@ class Since:
         )
 
     def is_unchanged(self, bucket: int) -> bool:
-        """Whether the bucket is as it was."""
+        """Returns whether the bucket is as it was."""
         return bucket in self.added and not self.added[bucket]
 
     def only(self, buckets: Collection[int]) -> "Since":

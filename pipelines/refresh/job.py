@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Night:
-    """What one refresh has opened, and all that decides its personas."""
+    """The tables of one refresh, and all that decides its personas."""
 
     config: Config
     report: RunReport
@@ -58,7 +58,7 @@ class Night:
 
     @property
     def is_made(self) -> bool:
-        """Whether the newest personas are complete and made from the same."""
+        """True if the newest personas are complete and made from the same."""
         return {"complete": "true", **self.decides}.items() <= self.shown.items()
 
     @property
@@ -93,7 +93,7 @@ def _open(config: Config, report: RunReport, table: "Table") -> Night:
 
 
 def _nothing_changed(night: Night) -> bool:
-    """Whether the newest personas are complete and made from the same, and no text is to be tried again.
+    """Returns whether the newest personas are complete and made from the same, and no text is to be tried again.
 
     Then nothing is read, and Ray does not start.
     """
@@ -193,7 +193,7 @@ def _check_plug(config: Config, encoder: str) -> str | None:
 
 @dataclass
 class TextPlan:
-    """What each bucket has of texts, and which have no vector yet."""
+    """Texts of each bucket, and those of them that have no vector yet."""
 
     pending: dict[int, int]
     """Texts without a vector."""

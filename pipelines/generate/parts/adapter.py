@@ -20,7 +20,7 @@ class Adapter(Part):
     def __init__(self, adapters: Snapshot, kinds: frozenset[str], buckets: int, llm_id: str) -> None:
         self.adapters, self.kinds, self.buckets, self.llm_id = adapters, kinds, buckets, llm_id
         self.for_engine: Adapters | None = None
-        """What an engine has to be made ready for, once the run has started."""
+        """The adapters that an engine has to be made ready for; None before the run has started."""
         self._index: AdapterIndex | None = None
 
     @classmethod

@@ -30,7 +30,7 @@ from pplug.tasks import TaskSpec
 
 @dataclass
 class GenerateRun:
-    """What a part is opened with, on the driver."""
+    """The run for which a part is opened, on the driver."""
 
     config: Config
     methods: Sequence[Method]
@@ -67,7 +67,7 @@ class GenerateRun:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a part finds in an actor that builds prompts."""
+    """The surroundings of a part in an actor that builds prompts."""
 
     llm: LLMConfig
     task: TaskSpec
@@ -77,29 +77,29 @@ class Worker:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a group of parts reads of its bucket's histories."""
+    """The share of a bucket's histories that a group of parts reads."""
 
     items: bool = False
     """The items that a request may see, with vectors where the run has any."""
     fields: bool = False
     """Their texts too."""
     others: bool = False
-    """Those of other users too."""
+    """The items of other users too."""
 
 
 @dataclass(frozen=True)
 class BucketView:
-    """What a bucket's requests may look at."""
+    """The rows that a bucket's requests may look at."""
 
     bucket: int
     requests: pa.Table
     """Sorted by user_key and request_id."""
     user_keys: Sequence[str]
-    """Of the requests' users."""
+    """Keys of the requests' users."""
     items: VisibleItems | None
     """None where no part needs them, or where there is no request."""
     encoder_id: str | None
-    """Of the vectors beside the items."""
+    """Encoder of the vectors beside the items."""
 
     @property
     def owners(self) -> dict[str, str]:
@@ -121,12 +121,12 @@ class Drafts:
     soft_prompts: list[np.ndarray] = field(default_factory=list)
     """Persona rows, (R*H,) float32; R is 0 without a plug."""
     personas: list[str] = field(default_factory=list)
-    """How the persona was weighed: none, attention, mean."""
+    """Kind of weighing behind the persona: none, attention, mean."""
     adapters: list[AdapterName | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
     """The first reason for which a prompt cannot be answered."""
     notes: list[list[str]] = field(default_factory=list)
-    """What the report has to count (`prompts.NOTES`)."""
+    """Events that the report has to count (`prompts.NOTES`)."""
     plug_id: str | None = None
     encoder_id: str | None = None
 
@@ -146,7 +146,7 @@ class Part(ABC):
 
     group: ClassVar[Group]
     remedy: ClassVar[str] = ""
-    """What to do where a row of `made_from_items` knows too much."""
+    """Remedy where a row of `made_from_items` knows too much."""
 
     @classmethod
     @abstractmethod
@@ -169,7 +169,7 @@ class Part(ABC):
         return None
 
     def needs(self) -> Needs:
-        """What of the histories it reads."""
+        """Returns which part of the histories it reads."""
         return Needs()
 
     def load(self, worker: Worker) -> None:  # noqa: B027  most groups have nothing to do here

@@ -139,7 +139,7 @@ class StoredPersonas:
         return self._personas[user_id] if self._current.get(user_id) else None
 
     def notes(self, request: Mapping[str, Any], wanted: bool) -> list[str]:
-        """What the report has to count about a persona. `wanted`: a stored one would have done."""
+        """Events about a persona that the report has to count. `wanted`: a stored one would have done."""
         if wanted and self.persona(request) is not None:
             return []
         notes = ["items_without_vector"] if self._items.lacks_vectors(request) else []

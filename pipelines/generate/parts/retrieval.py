@@ -30,7 +30,7 @@ class Retrieval(Part):
         self.encoder: TextEncoder | None = None
         self._view: BucketView | None = None
         self._found: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
-        """By kind, user and request: fields of the items, best first. Two users may call their requests alike."""
+        """Fields of the items, best first, by kind, user and request. Two users may call their requests alike."""
         self._words: tuple[tuple[int, int], WordIndex] | None = None
         """The last user's index, and the first and last item in it: requests come user by user."""
 
