@@ -197,7 +197,11 @@ class TextEncoder:
         return out
 
     def encode_each(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes like `encode`, but a text whose vector is not finite spoils no other: (n, D) float32, and (n,) bool finite."""
+        """Encodes like `encode`, but a text without a finite vector spoils no other.
+
+        Returns:
+            (n, D) float32, and (n,) bool: whether each is finite.
+        """
         out = np.empty((len(texts), self.dim), np.float32)
         pieces = [slice(start, start + _PIECE) for start in range(0, len(texts), _PIECE)]
         with ThreadPoolExecutor(1) as beside:  # the next texts are tokenised beside the matrix work for these
