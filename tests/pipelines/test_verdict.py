@@ -150,8 +150,7 @@ def test_a_lower_error_is_better_everywhere():
     assert (found.best, found.words) == ("plug", verdict.USER)
     assert found.reference.name == "own mean" and not found.reference.beaten
     assert (
-        "plug gains 0.400 of mae. plug does not beat own mean, which needs no LLM and reaches 0.400"
-        in found.headline
+        "plug gains 0.400 of mae. plug does not beat own mean, which needs no LLM and reaches 0.400" in found.headline
     )
     assert found.methods["bm25"] == "harms"
 
