@@ -1,6 +1,7 @@
 """Record of what a base model has learned from: `made_from.json` in its folder.
 
-`adapt --stage base` and `base-lm` write it. `generate` reads it: a base that has learned the answers of a population's requests must not be scored on them.
+`adapt --stage base` and `base-lm` write it. `generate` reads it: a base that has learned the answers of a population's
+requests must not be scored on them.
 """
 
 import json

@@ -23,15 +23,15 @@ from scipy.special import ndtr, stdtrit
 FEW_OWNERS = 30
 """Below this the intervals are wide and rough; a report says so."""
 FEWEST_OWNERS = 6
-"""Below this nothing is claimed: five people who all gain are a matter of chance in 1 of 32 cases, more than 2.5%."""
+"""Below this nothing is claimed: five people all gain by chance in 1 of 32 cases, which is more than 2.5%."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _CDF = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])
 
 
-def weights(owner_ids: Sequence[str], resamples: int, seed: int) -> np.ndarray:
-    """(N, R) uint8: how often each owner counts in each resample; about Poisson(1), independent of each other."""
+def weights(owner_ids: Sequence[str], n_bootstrap: int, seed: int) -> np.ndarray:
+    """Draws how often each owner counts in each resample, (N, R) uint8: about Poisson(1), independent of each other."""
     digests = b"".join(digest(owner, seed) for owner in owner_ids)
-    state = np.frombuffer(digests, dtype="<u8")[:, None] + _GAMMA * np.arange(1, resamples + 1, dtype=np.uint64)
+    state = np.frombuffer(digests, dtype="<u8")[:, None] + _GAMMA * np.arange(1, n_bootstrap + 1, dtype=np.uint64)
     # splitmix64: a counter-based generator, so that no generator per owner has to be set up
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -44,11 +44,11 @@ def digest(owner_id: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\0{owner_id}".encode(), digest_size=8).digest()
 
 
-def resampled_sums(owner_ids: Sequence[str], sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums of each resample; those of other people are added to them.
+def resampled_sums(owner_ids: Sequence[str], sums: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
+    """Sums the items of each resample. Sums over other people may be added to them.
 
     Args:
-        owner_ids: (N,) of the items; may repeat.
+        owner_ids: the owner of each item (N,); may repeat.
         sums: (N, K) `metrics.item_sums`.
 
     Returns:
@@ -57,22 +57,25 @@ def resampled_sums(owner_ids: Sequence[str], sums: np.ndarray, resamples: int, s
     owners, index = np.unique(np.asarray(owner_ids, dtype=object), return_inverse=True)
     own = np.zeros((len(owners), sums.shape[1]))
     np.add.at(own, index, sums)
-    total = np.zeros((resamples, sums.shape[1]))
-    step = max(1, 2**22 // resamples)  # 32 MB of weights at a time
+    total = np.zeros((n_bootstrap, sums.shape[1]))
+    step = max(1, 2**22 // n_bootstrap)  # 32 MB of weights at a time
     for start in range(0, len(owners), step):
-        drawn = weights(owners[start : start + step].tolist(), resamples, seed)
+        drawn = weights(owners[start : start + step].tolist(), n_bootstrap, seed)
         total += drawn.T.astype(np.float64) @ own[start : start + step]
     return total
 
 
-def ci95(values: np.ndarray) -> list[float]:
-    """[low, high]: the middle 95% of the resampled values; resamples without anyone are left out."""
+def ci95(values: np.ndarray) -> tuple[float, float]:
+    """Low and high end of the middle 95% of the resampled values; resamples without anyone are left out."""
     known = values[np.isfinite(values)]
-    return [math.nan, math.nan] if not len(known) else np.percentile(known, [2.5, 97.5]).tolist()
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.percentile(known, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def simultaneous(values: np.ndarray, drawn: np.ndarray, people: int) -> np.ndarray:
-    """95% intervals of several values that leave out the truth of any one of them in 2.5% of cases at each end.
+    """Computes 95% intervals of several values that leave out any one's truth in 2.5% of cases at each end.
 
     Args:
         values: (M,) the values themselves.
@@ -95,8 +98,7 @@ def simultaneous(values: np.ndarray, drawn: np.ndarray, people: int) -> np.ndarr
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided p value from resampled differences: how often they fall on the other side of zero, at least 2 / (R +
-    1)."""
+    """The two-sided share of resampled differences on the other side of zero, at least 2 / (R + 1)."""
     known = differences[np.isfinite(differences)]
     beyond = 1 + min(int((known <= 0).sum()), int((known >= 0).sum()))
     return min(1.0, 2 * beyond / (len(known) + 1))

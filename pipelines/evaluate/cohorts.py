@@ -1,6 +1,6 @@
-"""Who is who among the users that are scored: thirds by history length, by history age, by distance from the average.
+"""Facts about the users that are scored: thirds by history length, by history age, by distance from the average.
 
-Route: survey(buckets) -> histograms of bins, added up on the driver -> cuts(...) -> thirds(...) of each request.
+Route: census(buckets) -> histograms of bins, added up on the driver -> cuts(...) -> thirds(...) of each request.
 A fact becomes a bin (a whole number) at once: histograms have a fixed size, whatever the number of users.
 
 length    items that the request may see
@@ -28,7 +28,7 @@ _ALL = 2**31
 
 
 def bins(kind: str, values: np.ndarray) -> np.ndarray:
-    """(N,) int64 of (N,) float64: the bin of each value, UNKNOWN of nan. Ages have bins 2% wide."""
+    """The bin (N,) int64 of each value (N,) float64; nan is UNKNOWN. Ages have bins 2% wide."""
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
     scaled = {"length": filled, "age": 50 * np.log1p(filled), "distance": 1000 * filled}[kind]
@@ -41,26 +41,26 @@ def lowest(kind: str, bin: int) -> float:
 
 
 @dataclass
-class Survey:
-    """The part of some buckets; adds up."""
+class Census:
+    """Counts of the requests and users of some buckets; parts add up."""
 
     counts: dict[str, np.ndarray] = field(default_factory=dict)
     """Requests by kind and bin."""
     vectors: np.ndarray = field(default_factory=lambda: np.zeros(1))
-    """Sum of the users' mean vectors, (D,); (1,) where none is stored."""
+    """Sum of the users' mean vectors (D,); (1,) where no vector is stored."""
     users: int = 0
     """Users in that sum."""
     items: int = 0
     """Items that the requests may see, all together."""
     requests: int = 0
     persona_values: int = 0
-    """P*H of a stored persona; 0 where none is."""
+    """Values of a stored persona, P*H; 0 where no persona is stored."""
     row_bytes: dict[str, float] = field(default_factory=dict)
-    """Bytes in storage of a row of the tables `adapters` and `profiles`, where there are any."""
+    """Bytes in storage per row of the tables `adapters` and `profiles`, where these exist."""
 
-    def __add__(self, other: "Survey") -> "Survey":
+    def __add__(self, other: "Census") -> "Census":
         nothing = np.zeros(1, np.int64)
-        return Survey(
+        return Census(
             {kind: self.counts.get(kind, nothing) + other.counts.get(kind, nothing) for kind in KINDS},
             self.vectors + other.vectors,
             self.users + other.users,
@@ -72,14 +72,15 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Reads the facts of requests. `average` (D,): None before it is known, or where there are no personas."""
+class FactReader:
+    """Reads the facts of requests as bins."""
 
     histories: Snapshot
     personas: Snapshot | None
     average: np.ndarray | None = None
+    """Mean vector (D,) of all users scored; None before it is known, or where there are no personas."""
 
-    def read(self, bucket: int, requests: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def read_bins(self, bucket: int, requests: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Bins (N,) of each kind for a bucket's requests (user_id, as_of, as_of_position)."""
         keys = sorted({user_key(request["user_id"]) for request in requests})
         users = read_bucket(self.histories, None, bucket, user_keys=keys)
@@ -103,35 +104,35 @@ class Facts:
         return {kind: bins(kind, values) for kind, values in facts.items()}
 
     def vectors(self, bucket: int, requests: Sequence[Mapping[str, Any]]) -> tuple[list[str], np.ndarray]:
-        """Mean vectors (U, D) of those of the requests' users that have one."""
+        """Ids and mean vectors (U, D) of the requests' users; a user without a vector is left out."""
         assert self.personas is not None
         keys = {user_key(request["user_id"]) for request in requests}
         wanted = pc.field("n_items") > 0
-        found = self.personas.read(["user_id", "mean_vector"], buckets=[bucket], filter=wanted, user_keys=sorted(keys))
-        return found["user_id"].to_pylist(), matrix(found["mean_vector"])
+        rows = self.personas.read(["user_id", "mean_vector"], buckets=[bucket], filter=wanted, user_keys=sorted(keys))
+        return rows["user_id"].to_pylist(), matrix(rows["mean_vector"])
 
 
-def survey(
+def census(
     buckets: Sequence[int],
     requests: Snapshot,
     generations: Snapshot,
     runs: Sequence[str],
-    facts: Facts,
+    facts: FactReader,
     users: Mapping[int, list[str]] | None = None,
-) -> Survey:
-    """Histograms of the requests that any of the runs answered; with no average yet, what it is made from.
+) -> Census:
+    """Counts the requests that any of the runs answered; with no average yet, also sums the vectors it is made from.
 
     Args:
-        users: keys by bucket (`shards.keys_by_bucket`); everybody when None.
+        users: keys by bucket (`shards.keys_by_bucket`); all users when None.
     """
-    total = Survey()
+    total = Census()
     for bucket in buckets:
         asked = _answered(requests, generations, bucket, runs, users)
         if not asked:
             continue
-        found = facts.read(bucket, asked)
-        counts = {kind: np.bincount(at[at >= 0], minlength=BINS[kind]) for kind, at in found.items()}
-        part = Survey(counts, items=int(found["length"].sum()), requests=len(asked))
+        places = facts.read_bins(bucket, asked)
+        counts = {kind: np.bincount(at[at >= 0], minlength=BINS[kind]) for kind, at in places.items()}
+        part = Census(counts, items=int(places["length"].sum()), requests=len(asked))
         if facts.personas is not None and facts.average is None:
             names, vectors = facts.vectors(bucket, asked)
             if names:
@@ -153,25 +154,25 @@ def _answered(
 
 
 def _persona_values(personas: Snapshot, bucket: int, user_id: str) -> int:
-    found = personas.read(["persona"], buckets=[bucket], filter=pc.field("user_id") == user_id)["persona"]
-    return pc.sum(pc.list_value_length(found)).as_py() or 0
+    stored = personas.read(["persona"], buckets=[bucket], filter=pc.field("user_id") == user_id)["persona"]
+    return pc.sum(pc.list_value_length(stored)).as_py() or 0
 
 
 def cuts(counts: np.ndarray) -> tuple[int, int]:
-    """Highest bin of the lowest and of the middle third. Equal values stay together: thirds may differ in size."""
+    """Highest bin of the lowest third and of the middle one. Equal values stay together: thirds may differ in size."""
     shares = np.cumsum(counts) / max(1, counts.sum())
     low, middle = (int(np.searchsorted(shares, share - 1e-9)) for share in (1 / 3, 2 / 3))
     return low, middle
 
 
 def thirds(bins: np.ndarray, cut: tuple[int, int]) -> np.ndarray:
-    """(N,) int64: 0, 1, 2 or UNKNOWN."""
+    """The third (N,) int64 of each bin: 0, 1, 2 or UNKNOWN."""
     return np.where(bins < 0, UNKNOWN, (bins > cut[0]).astype(np.int64) + (bins > cut[1]))
 
 
-def ranges(kind: str, counts: np.ndarray, cut: tuple[int, int]) -> list[list[float] | None]:
-    """Smallest and greatest value in each third, to the width of a bin; None of an empty one."""
+def ranges(kind: str, counts: np.ndarray, cut: tuple[int, int]) -> list[tuple[float, float] | None]:
+    """Smallest and greatest value in each third, to the width of a bin; None for an empty third."""
     filled = np.flatnonzero(counts)
     place = thirds(filled, cut)
     own = [filled[place == third] for third in range(3)]
-    return [[lowest(kind, int(at[0])), lowest(kind, int(at[-1]))] if len(at) else None for at in own]
+    return [(lowest(kind, int(at[0])), lowest(kind, int(at[-1]))) if len(at) else None for at in own]

@@ -1,9 +1,9 @@
-"""What has changed: two runs of generate on the requests that both answered, two versions of the personas.
+"""Differences between two runs of generate on the requests that both answered, or between two nights' personas.
 
 Route: either run's replies beside the other's requests -> sums -> paired differences, method by method.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import ray
 
@@ -11,30 +11,33 @@ from infra import session
 from infra.errors import InputError
 from infra.report import RunReport
 from pipelines import tables
-from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate import drift, scoring
+from pipelines.evaluate.cohorts import FactReader
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.summary import cell, reply_warnings
+from pipelines.evaluate.figures import Change, Comparison, PersonaDrift
+from pipelines.evaluate.report import screen
+from pipelines.evaluate.score import Scored
+from pipelines.evaluate.summary import few_users_warning, reply_warnings
 from pplug import intervals, metrics
+from pplug.tasks import TaskEntry
 
 
-def compare(config: "EvaluateConfig", run_id: str) -> int:
-    """Differences between two runs and between two versions of the personas: report.json and lines on the screen."""
+def compare(config: EvaluateConfig, run_id: str) -> int:
+    """Writes the differences to report.json and shows them on the screen; returns the exit code."""
     report = RunReport("evaluate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     session.start()
     if config.compare:
-        report.extra["compare"] = found = _compared_runs(config, config.compare, report)
-        print(compare_text(found), flush=True)
+        comparison = _compared_runs(config, config.compare, report)
+        report.extra["compare"] = comparison.dump()
+        print(screen.comparison_text(comparison), flush=True)
     if config.drift:
-        report.extra["drift"] = moved = _drift(config, config.drift, report)
-        shown = ", ".join(
-            f"{name} {value:.4g}" for name, value in moved.items() if name not in ("versions", "threshold")
-        )
-        print(f"personas, version {config.drift[0]} to {config.drift[1]}: {shown}", flush=True)
+        moved = _drift(config, config.drift, report)
+        report.extra["drift"] = moved.dump()
+        print(screen.drift_text(moved), flush=True)
     return report.finish()
 
 
-def _compared_runs(config: "EvaluateConfig", runs: tuple[str, str], report: RunReport) -> dict[str, Any]:
+def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunReport) -> Comparison:
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     entry = tables.task_entry(config.task, snapshots["histories"])
@@ -43,61 +46,61 @@ def _compared_runs(config: "EvaluateConfig", runs: tuple[str, str], report: RunR
     sides = []
     with report.stage("score") as stage:
         for own, other in (runs, runs[::-1]):
-            facts = groups.Facts(snapshots["histories"], None)
+            facts = FactReader(snapshots["histories"], None)
             sides.append(scoring.score(config, entry, snapshots, (own,), facts, {}, beside=(other,)))
         stage.rows = sum(scored.answered * len(scored.methods) for scored in sides)
     earlier, later = sides
-    shared = [name for name in later.methods if name in earlier.methods]
-    if not shared:
+    if earlier.methods.keys().isdisjoint(later.methods):
         has = [f"{run} has {', '.join(sorted(side.seen)) or 'no reply'}" for run, side in zip(runs, sides, strict=True)]
         raise InputError(f"compare={list(runs)}: the runs share no method ({'; '.join(has)})")
     for run, side in zip(runs, sides, strict=True):
         scoring.refuse_gaps(side, (run,), config)
     report.planned = report.written = stage.rows
-    k, found = metrics.columns(entry), {}
-    for name in shared:
-        both = [side.methods[name] for side in sides]
-        old, new = (scoring.scores(side.methods, entry)[name] for side in sides)
-        drawn = [metrics.from_sums(entry, tally.resampled[:, :k]) for tally in both]
-        found[name] = {
-            metric: {"earlier": old[metric], "later": new[metric], "difference": new[metric] - old[metric],
-                     "ci95": intervals.ci95(drawn[1][metric] - drawn[0][metric]),
-                     "p_value": intervals.p_value(drawn[1][metric] - drawn[0][metric])}
-            for metric in old
-        }  # fmt: skip
     n_users = later.users + len(later.split_owners)
-    left = {run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out}
-    warnings = [f"only {n_users} users: the intervals are wide and rough"] * (n_users < intervals.FEW_OWNERS)
-    for run, side in zip(runs, sides, strict=True):
-        warnings += [f"run {run}: {warning}" for warning in reply_warnings(side, entry)]
-    warnings += [f"{n} requests of {run} are not in the other run" for run, n in left.items()]
-    gone = {run: side.n_strangers for run, side in zip(runs, sides, strict=True) if side.n_strangers}
-    warnings += [f"{n} requests that {run} answered are in the table requests no more" for run, n in gone.items()]
-    return {
-        "task": entry.name,
-        "runs": list(runs),
-        "n_requests": later.answered,
-        "n_users": n_users,
-        "methods": found,
-        "left_out": left,
-        "warnings": warnings,
-    }
+    return Comparison(
+        task=entry.name,
+        runs=list(runs),
+        n_requests=later.answered,
+        n_users=n_users,
+        methods=_changes(entry, earlier, later),
+        left_out={run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out},
+        warnings=few_users_warning(n_users) + _warnings(entry, runs, sides),
+    )
 
 
-def compare_text(found: dict[str, Any]) -> str:
-    """The comparison as lines for the screen; * marks a difference whose interval leaves out zero."""
-    lines = [
-        f"{found['task']}: {found['n_requests']} requests of {found['n_users']} users, {' -> '.join(found['runs'])}"
+def _changes(entry: TaskEntry, earlier: Scored, later: Scored) -> dict[str, dict[str, Change]]:
+    """Changes by metric of the methods that both sides have."""
+    k, methods = metrics.columns(entry), {}
+    old_scores, new_scores = (scoring.scores(side.methods, entry) for side in (earlier, later))
+    for name in (name for name in later.methods if name in earlier.methods):
+        old, new = (metrics.from_sums(entry, side.methods[name].resampled[:, :k]) for side in (earlier, later))
+        methods[name] = {
+            metric: Change(
+                earlier=score,
+                later=new_scores[name][metric],
+                difference=new_scores[name][metric] - score,
+                ci95=intervals.ci95(new[metric] - old[metric]),
+                p_value=intervals.p_value(new[metric] - old[metric]),
+            )
+            for metric, score in old_scores[name].items()
+        }
+    return methods
+
+
+def _warnings(entry: TaskEntry, runs: tuple[str, str], sides: Sequence[Scored]) -> list[str]:
+    both = list(zip(runs, sides, strict=True))
+    return [
+        *(f"run {run}: {warning}" for run, side in both for warning in reply_warnings(side, entry)),
+        *(f"{side.left_out} requests of {run} are not in the other run" for run, side in both if side.left_out),
+        *(
+            f"{side.n_unknown} requests that {run} answered are in the table requests no more"
+            for run, side in both
+            if side.n_unknown
+        ),
     ]
-    for name, row in found["methods"].items():
-        for metric, one in row.items():
-            change = cell(one["difference"], one["ci95"], signed=True)
-            lines.append(f"{name}  {metric}  {one['earlier']:.3f} -> {one['later']:.3f}  {change}")
-    return "\n".join([*lines, *(f"note: {warning}" for warning in found["warnings"])])
 
 
-def _drift(config: "EvaluateConfig", versions: tuple[int, int], report: RunReport) -> dict[str, Any]:
-
+def _drift(config: EvaluateConfig, versions: tuple[int, int], report: RunReport) -> PersonaDrift:
     table = tables.open_table(config.tables, "personas")
     earlier, later = (table.snapshot(version) for version in versions)
     encoders = [snapshot.metadata.get("encoder_id") for snapshot in (earlier, later)]
@@ -108,14 +111,15 @@ def _drift(config: "EvaluateConfig", versions: tuple[int, int], report: RunRepor
         )
     report.table_read("personas", later.version)
     buckets = sorted({*earlier.by_bucket(), *later.by_bucket()})
-    task = ray.remote(drift.drift)
+    task = ray.remote(drift.measure)
     with report.stage("drift") as stage:
         parts = [
             task.remote(buckets[start :: scoring.SHARES], earlier, later, config.drift_threshold)
             for start in range(min(scoring.SHARES, len(buckets)))
         ]
-        found = sum((ray.get(part) for part in parts), drift.Drift()).figures()
-        stage.rows = int(found["users"])
+        moves = sum((ray.get(part) for part in parts), drift.Moves())
+        figures = moves.figures(versions, config.drift_threshold)
+        stage.rows = figures.users
     report.planned += stage.rows
     report.written += stage.rows
-    return {"versions": list(versions), "threshold": config.drift_threshold} | found
+    return figures

@@ -1,6 +1,7 @@
 """Stage: how far users have moved between two versions of the table personas, as sums and histograms.
 
-A user's move is the cosine distance of the two mean vectors: of the history itself, whatever plug made the persona.
+A user's move is the cosine distance of the two mean vectors: a matter of the history itself, whatever plug made the
+persona.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
-from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate import cohorts
+from pipelines.evaluate.figures import PersonaDrift
 from pipelines.histories import matrix
 from pplug.history import cosine_distance
 
@@ -19,34 +21,43 @@ KIND = "distance"
 
 
 @dataclass
-class Drift:
-    """The part of some buckets; adds up."""
+class Moves:
+    """The moves of the users of some buckets; parts add up."""
 
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(groups.BINS[KIND], np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(cohorts.BINS[KIND], np.int64))
     """Users in both versions, by bin of their distance."""
     total: float = 0.0
+    """Sum of these distances."""
     above: int = 0
+    """Users whose distance is above the threshold."""
     only: tuple[int, int] = (0, 0)
     """Users of the earlier and of the later version alone."""
 
-    def __add__(self, other: "Drift") -> "Drift":
+    def __add__(self, other: "Moves") -> "Moves":
         only = (self.only[0] + other.only[0], self.only[1] + other.only[1])
-        return Drift(self.counts + other.counts, self.total + other.total, self.above + other.above, only)
+        return Moves(self.counts + other.counts, self.total + other.total, self.above + other.above, only)
 
-    def figures(self) -> dict[str, float | int]:
-        """users, mean, median and 95th percentile of the distance, share above the threshold, users come and gone."""
-        n = int(self.counts.sum())
-        places = np.cumsum(self.counts) / max(1, n)
-        median, most = (groups.lowest(KIND, int(np.searchsorted(places, share - 1e-9))) for share in (0.5, 0.95))
-        found: dict[str, float | int] = {"users": n, "gone": self.only[0], "new": self.only[1]}
-        if n:
-            found |= {"mean": self.total / n, "median": median, "p95": most, "share_above": self.above / n}
-        return found
+    def figures(self, versions: tuple[int, int], threshold: float) -> PersonaDrift:
+        """The figures of report.json; median and 95th percentile are exact to the width of a bin."""
+        drift = PersonaDrift(
+            versions=list(versions),
+            threshold=threshold,
+            users=int(self.counts.sum()),
+            gone=self.only[0],
+            new=self.only[1],
+        )
+        if drift.users:
+            places = np.cumsum(self.counts) / drift.users
+            drift.mean, drift.share_above = self.total / drift.users, self.above / drift.users
+            drift.median, drift.p95 = (
+                cohorts.lowest(KIND, int(np.searchsorted(places, share - 1e-9))) for share in (0.5, 0.95)
+            )
+        return drift
 
 
-def drift(buckets: Sequence[int], earlier: Snapshot, later: Snapshot, threshold: float) -> Drift:
+def measure(buckets: Sequence[int], earlier: Snapshot, later: Snapshot, threshold: float) -> Moves:
     """Compares the users of some buckets; one without a vector on a side counts as gone or new."""
-    total = Drift()
+    total = Moves()
     for bucket in buckets:
         sides = []
         for snapshot in (earlier, later):
@@ -58,7 +69,7 @@ def drift(buckets: Sequence[int], earlier: Snapshot, later: Snapshot, threshold:
         second = matrix(sides[1]["mean_vector"].take(pa.array(rows[rows >= 0])))
         moved = cosine_distance(first, second)
         moved = moved[np.isfinite(moved)]
-        counts = np.bincount(groups.bins(KIND, moved), minlength=groups.BINS[KIND])
+        counts = np.bincount(cohorts.bins(KIND, moved), minlength=cohorts.BINS[KIND])
         only = (len(sides[0]) - len(first), len(sides[1]) - len(second))
-        total += Drift(counts, float(moved.sum()), int((moved > threshold).sum()), only)
+        total += Moves(counts, float(moved.sum()), int((moved > threshold).sum()), only)
     return total

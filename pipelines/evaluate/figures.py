@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.evaluate.config import EvaluateConfig
 
+BASELINE = "none"
+"""The method without personalisation; gains are differences to it."""
 Interval = tuple[float, float]
 """Low and high end."""
 
@@ -97,7 +99,7 @@ class Cost(Figures):
     """Tokens per request."""
     seconds_per_reply: float | None
     """Seconds; None where several methods shared the engine's time."""
-    bytes_per_user: float | None
+    bytes_per_user: int | float | None
     """Bytes that the method reads of a user beside the history; None where the size is not known."""
 
 
@@ -187,7 +189,7 @@ class ControlDifference(Difference):
     """The best method minus one of its controls."""
 
     kind: str
-    """What the control replaces the user by: other-user, no-history or soft-prompt."""
+    """Replacement for the user in this control: other-user, no-history or soft-prompt."""
     keeps: list[str]
     """Parts of the method that are still the user's own in the control."""
 
@@ -197,8 +199,9 @@ class BestReference(Difference):
 
     name: str
     score: float
+    """The reference's own score."""
     beaten: bool
-    """Whether the interval lies on the method's side of zero."""
+    """True where the interval lies on the method's side of zero."""
 
 
 class MostUnclear(Figures):
@@ -251,7 +254,7 @@ class ExampleReply(Figures):
     method: str
     text: str
     right: bool
-    """Whether it is the right answer; no reply is where the task asks for a text."""
+    """True for the right answer; never true where the task asks for a text."""
 
 
 class Example(Figures):

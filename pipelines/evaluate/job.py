@@ -1,21 +1,26 @@
-"""evaluate: generations + targets -> report.json, report.html, predictions in LaMP's format, a table on the screen.
+"""Job `evaluate`: scores replies against targets, or compares two runs or two nights' personas.
 
-What it does and its keys stand in `config.py`.
+`config.py` says what it does in full, and its keys.
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from infra import lease, session
 from infra.errors import InputError
 from infra.report import RunReport, check_run_id, new_run_id
 from infra.shards import keys_by_bucket
+from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import tables
 from pipelines.evaluate import predictions, references, scoring, summary
 from pipelines.evaluate.compare import compare
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.report import page
+from pipelines.evaluate.figures import KnownScores, Report
+from pipelines.evaluate.report import page, screen
+from pipelines.evaluate.score import Scored
+from pplug.tasks import TaskEntry
 
 Config = EvaluateConfig
 
@@ -32,7 +37,7 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _evaluate(config: EvaluateConfig, run_id: str) -> int:
-    reference = read_reference(config.reference)
+    known = known_scores(config.reference)
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     buckets = tables.open_table(config.tables, "requests").buckets
@@ -44,7 +49,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     for name in ("requests", "generations"):
         report.table_read(name, snapshots[name].version)
     with report.stage("survey"):
-        survey, facts, cuts = scoring.survey(config, snapshots, runs, users)
+        census, facts, cuts = scoring.take_census(config, snapshots, runs, users)
     with report.stage("references"):
         others = [
             (tables.snapshot(place, "histories", {}), tables.newest(place, "requests"))
@@ -56,62 +61,75 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
         scored = scoring.pooled(parts)
         stage.rows = sum(part.answered * len(part.methods) for part in parts.values())
     report.planned = report.written = stage.rows
-    seconds = read_seconds(config.generate_reports, runs)
-    report.extra |= summary.summary(scored, entry, survey, cuts, seconds, scoring.repeats(parts))
-    for name, row in report.extra["references"].items():
-        row["about"] = fitted.about[name]
-    report.extra |= {"runs": list(runs), "reference": reference}
+    seconds = seconds_per_reply(config.generate_reports, runs)
+    evaluation = summary.summarise(scored, entry, census, cuts, seconds, scoring.repeats(parts), fitted.about)
+    evaluation.runs, evaluation.reference = list(runs), known
+    evaluation.identities = summary.identities(list(parts.values()))
     if len(parts) > 1:
-        report.extra["by_run"] = {run: scoring.scores(part.methods, entry) for (run,), part in parts.items()}
-    with report.stage("predictions"):
-        folder, files = config.predictions_dir or f"{report.run_dir}/predictions", {}
-        for repeat, part in parts.items():
-            place = f"{folder}/{repeat[0]}" if len(parts) > 1 else folder
-            methods = list(part.methods)
-            written = predictions.write_predictions(place, entry, snapshots, repeat, methods, users)
-            files["+".join(repeat)] = written
-        report.extra["predictions"] = files if len(parts) > 1 else next(iter(files.values()))
+        evaluation.by_run = {run: scoring.scores(part.methods, entry) for (run,), part in parts.items()}
     if config.examples:
-        report.extra["examples"] = summary.examples(scored, entry, config.examples)
-    report.extra["identities"] = summary.identities(list(parts.values()))
+        evaluation.examples = summary.examples(scored, entry, config.examples)
+    report.extra |= evaluation.dump()  # so that the report of a run that breaks off below holds them
+    with report.stage("predictions"):
+        folder = config.predictions_dir or f"{report.run_dir}/predictions"
+        evaluation.predictions = _write_predictions(folder, entry, snapshots, parts, users)
+    report.extra |= evaluation.dump()
     with report.stage("page"):
-        page.write(report.run_dir, report.to_dict())
-    print(summary.table_text(report.extra), flush=True)
+        page.write(report.run_dir, Report.model_validate(report.to_dict()))
+    print(screen.evaluation_text(evaluation), flush=True)
     return report.finish()
 
 
-def read_reference(path: str | None) -> dict[str, float] | None:
+def _write_predictions(
+    folder: str,
+    entry: TaskEntry,
+    snapshots: Mapping[str, Snapshot],
+    parts: Mapping[tuple[str, ...], Scored],
+    users: dict[int, list[str]] | None,
+) -> dict[str, str] | dict[str, dict[str, str]]:
+    """Writes the predictions; returns their addresses by method or, where runs were pooled, by run and method."""
+    files = {}
+    for repeat, part in parts.items():
+        place = f"{folder}/{repeat[0]}" if len(parts) > 1 else folder
+        written = predictions.write_predictions(place, entry, snapshots, repeat, list(part.methods), users)
+        files["+".join(repeat)] = written
+    return files if len(parts) > 1 else next(iter(files.values()))
+
+
+def known_scores(path: str | None) -> KnownScores | None:
     """The known best scores, and that of another user's history if it is known.
 
-    Raises InputError: no such file, or not both best numbers in it.
+    Raises:
+        InputError: there is no such file, or it does not hold both best numbers.
     """
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8-sig") as stream:
-            found = json.load(stream)
-        known = {name: float(found[name]) for name in ("best_without_history", "best_with_history")}
-        known |= {name: float(found[name]) for name in ("other_user",) if name in found}
+            known = json.load(stream)
+        numbers = {name: float(known[name]) for name in ("best_without_history", "best_with_history")}
+        numbers |= {name: float(known[name]) for name in ("other_user",) if name in known}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"reference {path}: expected a JSON file with the numbers best_without_history and best_with_history "
             f"({error!r})"
         ) from error
-    return found | known
+    return KnownScores(**known | numbers)
 
 
-def read_seconds(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, float]:
-    """Seconds a reply by method, where a run answered by that method alone: others share their engine's time.
+def seconds_per_reply(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, float]:
+    """Seconds per reply by method, where a run answered by that method alone: several methods share the engine's time.
 
     Raises:
         InputError: a file that was asked for is not the report of one of the runs.
     """
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for path in paths or tuple(f"runs/{run}/report.json" for run in runs):
         folder, _, name = path.rpartition("/")
         try:
-            said = json.loads(Storage(folder or ".").read_bytes(name))
-            (run_id, methods), stage = (said["run_id"], said["config"]["methods"]), said["stages"].get("generate")
+            run_report = json.loads(Storage(folder or ".").read_bytes(name))
+            run_id, methods = run_report["run_id"], run_report["config"]["methods"]
+            stage = run_report["stages"].get("generate")
         except FileNotFoundError:
             if not paths:
                 continue
@@ -121,5 +139,5 @@ def read_seconds(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, flo
         if paths and run_id not in runs:
             raise InputError(f"generate_reports: {path} is of run {run_id}, but scored is {', '.join(runs)}")
         if stage and stage["rows"] and len(methods) == 1:
-            found[methods[0]] = stage["seconds"] / stage["rows"]
-    return found
+            seconds[methods[0]] = stage["seconds"] / stage["rows"]
+    return seconds

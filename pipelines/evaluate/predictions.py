@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines.evaluate.replies import Key, key, read_bucket
+from pipelines.evaluate.replies import Key, join_bucket, key
 from pplug import intervals
 from pplug.tasks import TaskEntry
 
@@ -30,7 +30,7 @@ def write_predictions(
     methods: Sequence[str],
     users: Mapping[int, list[str]] | None = None,
 ) -> dict[str, str]:
-    """One file a method (its key is `golds` for predictions too), a bucket in memory at a time.
+    """Writes one file per method (its key is `golds` for predictions too) with one bucket in memory at a time.
 
     Returns:
         Method -> address of its file.
@@ -44,11 +44,11 @@ def write_predictions(
         for out in outs.values():
             out.write(f'{{"task": {json.dumps(entry.name)}, "golds": ['.encode())
         for bucket in requests.filled(users):
-            found = read_bucket(requests, snapshots["generations"], bucket, runs, users=users)
-            ids = [key(row) for row in found.rows]
+            replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users)
+            ids = [key(row) for row in replies.rows]
             for method, out in outs.items():
                 for one, name in zip(ids, named(ids), strict=True):
-                    row = json.dumps({"id": name, "output": found.texts[method][one]}, ensure_ascii=False)
+                    row = json.dumps({"id": name, "output": replies.texts[method][one]}, ensure_ascii=False)
                     out.write(("\n" if first[method] else ",\n").encode() + row.encode())
                     first[method] = False
         for out in outs.values():
@@ -57,7 +57,7 @@ def write_predictions(
 
 
 def names(batches: Iterable[Sequence[Key]]) -> Callable[[Sequence[Key]], list[str]]:
-    """A function from requests to their names in a file of all of these; 16 bytes per request are held meanwhile."""
+    """Returns a function from requests to their names in a file of all of these; it holds 16 bytes per request."""
     digests = [(_digests([request for _, request in keys]), _digests([_full(one) for one in keys])) for keys in batches]
     plain, full = (np.concatenate([np.zeros(0, "<u8"), *kind]) for kind in zip(*digests, strict=True))
     ids, times = np.unique(plain, return_counts=True)
@@ -81,12 +81,12 @@ def _full(one: Key) -> str:
 
 
 def _digests(texts: Sequence[str]) -> np.ndarray:
-    """(N,) uint64."""
+    """Digests (N,) uint64 of N texts."""
     return np.frombuffer(b"".join(intervals.digest(text, 0) for text in texts), dtype="<u8")
 
 
 def _asked(requests: Snapshot, users: Mapping[int, list[str]] | None) -> Iterator[list[Key]]:
-    """All requests with a target, by bucket."""
+    """Yields the keys of all requests with a target, bucket by bucket."""
     for bucket in requests.filled(users):
         rows = requests.read(
             ["user_id", "request_id"],

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import ray
 
 from infra.shards import user_key
 from infra.snapshot import Snapshot
@@ -34,12 +35,12 @@ _ALL = 2**31
 
 @dataclass
 class Learned:
-    """What some buckets teach; adds up."""
+    """Counts and examples from the items of some buckets; parts add up."""
 
     counts: np.ndarray
     """(L,) items by label; for ratings (2,): the number of items and the sum of their ratings."""
     drawn: list[tuple[int, str, int, str]] = field(default_factory=list)
-    """The sample: draw, text, label, user_key."""
+    """The sample as rows of draw, text, label and user_key."""
 
     def __add__(self, other: "Learned") -> "Learned":
         return Learned(self.counts + other.counts, self.drawn + other.drawn)
@@ -47,16 +48,16 @@ class Learned:
 
 @dataclass(frozen=True)
 class References:
-    """What is known from all users; pickles, and reads one bucket at a time."""
+    """The references, fitted on all users; pickles, and reads one bucket at a time."""
 
     task: TaskEntry
     histories: Snapshot
     names: tuple[str, ...]
-    """References that this task has; none where its items have no answer of their own."""
+    """Names of the references that this task has; empty where its items have no answer of their own."""
     about: dict[str, str]
     """One plain sentence per reference."""
     overall: np.ndarray
-    """As `Learned.counts`."""
+    """Counts like `Learned.counts`, from all users."""
     classifier: Classifier | None = None
     n_training: int = 0
     """Items that the classifier was trained on."""
@@ -67,9 +68,9 @@ class References:
         Args:
             rows: requests with the columns NEEDS.
         """
-        found: dict[str, list[str]] = {name: [] for name in self.names}
+        texts: dict[str, list[str]] = {name: [] for name in self.names}
         if not rows or not self.names:
-            return found
+            return texts
         keys = sorted({user_key(row["user_id"]) for row in rows})
         users = read_bucket(self.histories, None, bucket, with_fields=True, user_keys=keys)
         items: dict[str, list[Mapping[str, str]]] = {}
@@ -91,8 +92,8 @@ class References:
                 question = query(row["input"], self.task)
                 predicted = {"similar-item": references.most_similar(question, items[user][:count], self.task)}
             for name in self.names:
-                found[name].append(predicted[name])
-        return found
+                texts[name].append(predicted[name])
+        return texts
 
     def _labels(self, seen: list[str], probabilities: np.ndarray | None) -> dict[str, str]:
         labels = self.task.labels
@@ -121,12 +122,13 @@ def fit(
     users: Mapping[int, Sequence[str]] | None = None,
     others: Sequence[tuple[Snapshot, Snapshot | None]] = (),
 ) -> References:
-    """Learns on the driver what all users have in common, in Ray tasks.
+    """Learns what all users have in common, in Ray tasks.
 
     Args:
-        users: those to predict for, by bucket. The fit learns from all users nevertheless: its cost is bounded.
-        others: histories and requests (None: there are none) of other populations, such as the training users, from
-            whose items the classifier may learn too. Their users who have a request in `requests` are left out.
+        users: the users to predict for, by bucket. The fit learns from all users nevertheless: its cost is bounded.
+        others: histories and requests (None where there are no requests) of other populations, such as the training
+            users, from whose items the classifier may learn too. Users of theirs that have a request in `requests` are
+            left out.
     """
     about = dict(references.ABOUT[task.metric]) if task.target is not None else {}
     overall = np.zeros(2 if task.metric == "rating" else len(task.labels))
@@ -145,8 +147,6 @@ def fit(
 
 
 def _learn_all(task: TaskEntry, histories: Snapshot, requests: Snapshot | None, limit: int) -> Learned:
-    import ray
-
     buckets, rows = [], 0
     for bucket, files in histories.by_bucket().items():
         if rows < limit:
@@ -171,10 +171,10 @@ def learn(
     hold the answer to a request here.
 
     Args:
-        chance: that an item is drawn for the classifier; the same item is drawn in every run.
+        chance: probability that an item is drawn for the classifier; the same item is drawn in every run.
     """
     rated = task.metric == "rating"
-    found = Learned(np.zeros(2 if rated else len(task.labels)))
+    learned = Learned(np.zeros(2 if rated else len(task.labels)))
     index = {label: at for at, label in enumerate(task.labels)}
     for bucket in buckets:
         users = read_bucket(histories, None, bucket, with_fields=True)
@@ -185,17 +185,17 @@ def learn(
                 if own is None:
                     continue
                 if rated:
-                    found.counts += (1, float(own))
+                    learned.counts += (1, float(own))
                     continue
-                found.counts[index[own]] += 1
+                learned.counts[index[own]] += 1
                 try:
                     text = references.text_of(fields, task)[: references.MAX_CHARS]
                 except ValueError:  # an item without a field of the template: it counts, and has no text
                     continue
                 draw = _draw(key, text)
                 if draw < chance * 2**64:
-                    found.drawn.append((draw, text, index[own], key))
-    return found
+                    learned.drawn.append((draw, text, index[own], key))
+    return learned
 
 
 def _draw(key: str, text: str) -> int:
@@ -204,7 +204,7 @@ def _draw(key: str, text: str) -> int:
 
 
 def _visible_to_all(users: Histories, requests: Snapshot | None, bucket: int) -> dict[str, int]:
-    """By user with a request: how many of the oldest items all of the user's requests may see."""
+    """Number of the oldest items that all requests of a user may see, by user with a request."""
     counts: dict[str, int] = {}
     if requests is None:
         return counts
@@ -224,7 +224,7 @@ def _visible(users: Histories, request: Mapping[str, Any]) -> int:
 
 
 def _fields_of(users: Histories, user_id: str) -> list[Mapping[str, str]]:
-    """Fields of a user's items, oldest first."""
+    """Returns the fields of a user's items, oldest first."""
     user = users.user(user_id)
     if user is None:
         return []
@@ -234,9 +234,7 @@ def _fields_of(users: Histories, user_id: str) -> list[Mapping[str, str]]:
 
 
 def _without_asking(drawn: list[tuple[int, str, int, str]], requests: Snapshot) -> list[tuple[int, str, int, str]]:
-    """Without the users who have a request here, under their own id or as the person behind several histories."""
-    import ray
-
+    """Leaves out users that have a request here, under their own id or as the person behind several histories."""
     if not drawn:
         return drawn
     known, buckets = frozenset(row[3] for row in drawn), requests.filled()
@@ -247,9 +245,9 @@ def _without_asking(drawn: list[tuple[int, str, int, str]], requests: Snapshot) 
 
 
 def _asking(buckets: Sequence[int], requests: Snapshot, known: frozenset[str]) -> frozenset[str]:
-    found: set[str] = set()
+    asking: set[str] = set()
     for bucket in buckets:
         rows = requests.read(["user_key", "owner_id"], buckets=[bucket])
-        found |= known.intersection(rows["user_key"].to_pylist())
-        found |= known.intersection(user_key(owner) for owner in pc.unique(rows["owner_id"]).to_pylist() if owner)
-    return frozenset(found)
+        asking |= known.intersection(rows["user_key"].to_pylist())
+        asking |= known.intersection(user_key(owner) for owner in pc.unique(rows["owner_id"]).to_pylist() if owner)
+    return frozenset(asking)

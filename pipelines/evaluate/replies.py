@@ -18,10 +18,13 @@ from infra.snapshot import Snapshot
 Key: TypeAlias = tuple[str, str]
 """user_id and request_id."""
 IDENTITIES = ("llm_id", "plug_id", "decoding_id")
+"""Columns that tell which models and decoding a reply is by."""
 COSTS = ("prompt_tokens", "output_tokens", "vectors", "stored_persona", "adapters", "profiles")
+"""Costs of a reply: tokens of prompt and reply, then each kind of thing that is kept per user and may be read."""
 
 
 def key(row: Mapping[str, Any]) -> Key:
+    """The key of a row that has both columns."""
     return row["user_id"], row["request_id"]
 
 
@@ -37,32 +40,32 @@ class Replies:
     rows: list[dict[str, Any]]
     """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
     texts: dict[str, dict[Key, str]]
-    """By method, by user and id; empty for a row with an error."""
+    """Texts by method and request; empty for a row with an error."""
     costs: dict[str, dict[Key, tuple[int, ...]]]
-    """Likewise: prompt tokens, output tokens, whether each kind of thing kept for a user was read (COSTS)."""
+    """COSTS by method and request: numbers of tokens, then 1 for each kind of thing that was read, else 0."""
     errors: dict[str, set[Key]]
-    """By method, the requests whose reply is an error."""
+    """Requests whose reply is an error, by method."""
     cut: dict[str, set[Key]]
-    """By method, the requests whose reply ended at the limit of tokens."""
+    """Requests whose reply ended at the limit of tokens, by method."""
     labelled: int
     """Requests with a target, answered or not."""
-    strangers: list[Key]
-    """Replies to no request that there is."""
+    unknown: list[Key]
+    """Keys of replies to requests that the table requests does not have."""
     made_by: frozenset[tuple[str, str, str]]
-    """Method, kind of identity (IDENTITIES), identity: of all replies there are."""
+    """Method, column of IDENTITIES and identity of all replies there are."""
 
     @property
     def users(self) -> int:
-        """Distinct people who are themselves a user."""
+        """Number of distinct people who are themselves a user."""
         return len({row["owner_id"] for row in self.rows if row["owner_id"] == row["user_id"]})
 
     @property
     def split_owners(self) -> set[str]:
-        """Distinct people with one history a question: their questions lie in many buckets."""
+        """Distinct people with one history per question: their questions lie in many buckets."""
         return {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
 
 
-def read_bucket(
+def join_bucket(
     requests: Snapshot,
     generations: Snapshot,
     bucket: int,
@@ -70,7 +73,10 @@ def read_bucket(
     with_input: bool = False,
     users: Mapping[int, list[str]] | None = None,
 ) -> Replies:
-    """Joins a bucket, of these users where they are given (`shards.keys_by_bucket`).
+    """Joins the replies of a bucket to their requests.
+
+    Args:
+        users: keys by bucket (`shards.keys_by_bucket`); where given, only their requests are joined.
 
     Raises:
         ValueError: a request was answered twice by one method, or a user has two requests of one id.
@@ -83,10 +89,10 @@ def read_bucket(
     names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
              "persona", "adapter_id"]  # fmt: skip
     rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
-    there = set(_keys(everything))
-    if len(there) < len(everything):
+    existing = set(_keys(everything))
+    if len(existing) < len(everything):
         twice = next(one for one, times in Counter(_keys(everything)).items() if times > 1)
-        raise ValueError(f"request {shown(twice)} stands twice in the table requests; ingest the requests anew")
+        raise ValueError(f"request {shown(twice)} stands twice in the table requests; ingest the requests again")
     replies = _by_method(rows, set(_keys(asked)), runs)
     answered: set[Key] = set().union(*replies["texts"].values())
     kept = [row for row in asked.to_pylist() if key(row) in answered]
@@ -94,7 +100,7 @@ def read_bucket(
         rows=kept,
         **replies,
         labelled=len(asked),
-        strangers=sorted(set(_keys(rows)) - there, key=lambda stranger: stranger[::-1]),
+        unknown=sorted(set(_keys(rows)) - existing, key=lambda one: one[::-1]),
         made_by=frozenset(
             (row["method"], name, row[name])
             for row in rows.group_by(["method", *IDENTITIES]).aggregate([]).to_pylist()
@@ -105,7 +111,7 @@ def read_bucket(
 
 
 def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> dict[str, Any]:
-    """texts, costs, errors and cut of `Replies`."""
+    """The fields texts, costs, errors and cut of `Replies`."""
     texts: dict[str, dict[Key, str]] = {}
     costs: dict[str, dict[Key, tuple[int, ...]]] = {}
     errors: dict[str, set[Key]] = {}
@@ -117,7 +123,7 @@ def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> dict[str
         if key(row) in of_method:
             raise ValueError(
                 f"request {shown(key(row))} has two replies of method {row['method']} in runs {', '.join(runs)}; "
-                "name one run a method, or give --pool when the runs repeat the same methods"
+                "name one run per method, or give --pool when the runs repeat the same methods"
             )
         of_method[key(row)] = row["text"] or "" if row["error"] is None else ""
         costs.setdefault(row["method"], {})[key(row)] = _costs(row)
@@ -133,7 +139,7 @@ def _keys(rows: pa.Table) -> list[Key]:
 
 
 def _costs(row: Mapping[str, Any]) -> tuple[int, ...]:
-    """As COSTS."""
+    """The values of COSTS."""
     parts = row["method"].split("+")
     return (
         row["prompt_tokens"] or 0,

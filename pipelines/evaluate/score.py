@@ -8,171 +8,227 @@ import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from infra.snapshot import Snapshot
-from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate import cohorts
+from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
-from pipelines.evaluate.replies import COSTS, Key, Replies, key, read_bucket, shown
+from pipelines.evaluate.replies import COSTS, Key, Replies, join_bucket, key, shown
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
 
-BASELINE = "none"
-MOST_EXAMPLES = 100
-MOST_UNCLEAR = 3
+MAX_EXAMPLES = 100
+MAX_UNCLEAR_SHOWN = 3
 """Replies that were not understood, shown per method."""
 UNCLEAR_CHARACTERS = 60
 """Characters shown of each of them."""
 
 
 @dataclass(frozen=True)
+class DrawnReply:
+    """A reply that was not understood, with its place in a random order that is the same in every run."""
+
+    draw: bytes
+    user_id: str
+    text: str
+    """The first characters, on one line."""
+
+
+@dataclass(frozen=True)
+class DrawnExample:
+    """A request with its replies, with its place in a random order that is the same in every run."""
+
+    draw: bytes
+    input: str
+    target: str
+    replies: dict[str, str]
+    """Text by method."""
+
+
+Drawn = TypeVar("Drawn", DrawnReply, DrawnExample)
+
+
+@dataclass(frozen=True)
 class Columns:
-    """Where the columns of a tally stand: those of the scores first, then what is broken down, W in all."""
+    """Places of a tally's columns: those of the scores first, then those of the breakdowns, W in all."""
 
     scores: int
-    """K of metrics.item_sums."""
+    """Number of columns of `metrics.item_sums`."""
 
     def third(self, kind: str, third: int) -> slice:
-        """Two columns: requests of this third, and the sum of their first metric."""
-        start = self.scores + 2 * (3 * groups.KINDS.index(kind) + third)
+        """Two columns: the requests of a third, and the sum of their first metric."""
+        start = self.scores + 2 * (3 * cohorts.KINDS.index(kind) + third)
         return slice(start, start + 2)
 
     @property
     def users(self) -> slice:
-        """Four columns: users, those better, worse and as well off as with the baseline."""
-        start = self.scores + 6 * len(groups.KINDS)
+        """Four columns: users, and users better, worse and as well off as with the baseline."""
+        start = self.scores + 6 * len(cohorts.KINDS)
         return slice(start, start + 4)
 
     @property
     def costs(self) -> slice:
-        """As COSTS, summed over requests."""
+        """Columns of COSTS, summed over requests."""
         return slice(self.users.stop, self.users.stop + len(COSTS))
 
 
 @dataclass
 class Tally:
-    """What the driver adds up: sums of a method's items, plain and of every resample."""
+    """Sums over a method's replies, plain and of every resample; the driver adds them up."""
 
     sums: np.ndarray
-    """(W,) by `Columns`."""
+    """Sums (W,) of the columns that `Columns` tells."""
     resampled: np.ndarray
-    """(R, W)."""
+    """The same sums (R, W) in each of R resamples."""
     errors: int = 0
+    """Replies that are errors."""
     missing: list[str] = field(default_factory=list)
     """Some requests, as messages name them, that other methods answered and this one did not."""
     n_missing: int = 0
+    """Number of such requests."""
     cut: int = 0
     """Replies that ended at the limit of tokens."""
     n_unclear: int = 0
     """Replies without an error that are no label or no number."""
-    unclear: tuple[dict[str, Any], ...] = ()
-    """Some of them, drawn at random: draw, user_id and cut text."""
+    unclear: tuple[DrawnReply, ...] = ()
+    """Some of them, drawn at random."""
 
 
 @dataclass
 class Scored:
-    """The part of some buckets; grows with methods and resamples, not with users (but for split owners)."""
+    """Sums over some buckets; the size grows with methods and resamples, not with users (but for split owners)."""
 
     methods: dict[str, Tally] = field(default_factory=dict)
     references: dict[str, Tally] = field(default_factory=dict)
     """References that need no LLM."""
     labelled: int = 0
+    """Requests with a target."""
     answered: int = 0
+    """Requests with a target that were answered and are scored."""
     users: int = 0
+    """People who are themselves a user."""
     split_owners: frozenset[bytes] = frozenset()
+    """Digests of people with one history per question."""
     seen: frozenset[str] = frozenset()
     """Methods that the runs have, asked for or not."""
-    examples: tuple[dict[str, Any], ...] = ()
-    """Requests with their replies, drawn at random: those of the smallest `draw`."""
+    examples: tuple[DrawnExample, ...] = ()
+    """Requests with their replies, drawn at random: the ones with the smallest `draw`."""
     left_out: int = 0
     """Requests that the runs beside have not answered."""
     which: int = 0
     """Sum of digests of the users and ids of the requests answered: equal for runs that answered the same ones."""
-    strangers: tuple[str, ...] = ()
-    """Some replies, as messages name them, to no request that there is."""
-    n_strangers: int = 0
+    unknown: tuple[str, ...] = ()
+    """Some requests, as messages name them, that were answered and are not in the table requests."""
+    n_unknown: int = 0
+    """Number of such requests."""
     made_by: frozenset[tuple[str, str, str]] = frozenset()
-    """As in `Replies`."""
+    """Method, kind of identity and identity, as in `Replies`."""
     problem: str | None = None
+    """Message on a bucket that cannot be scored."""
 
 
 @dataclass(frozen=True)
 class ScoreBuckets:
-    """in: buckets list<int>, a task's share; out: one row, a pickled `Scored`."""
+    """Stage: scores the buckets of a task.
+
+    in:  buckets list<int>
+    out: scored binary, one row with a pickled `Scored`
+    """
 
     entry: TaskEntry
     requests: Snapshot
     generations: Snapshot
     runs: tuple[str, ...]
     methods: tuple[str, ...] | None
-    """Those to score; None: every one there is."""
-    resamples: int
+    """Methods to score; None means all that the runs have."""
+    n_bootstrap: int
+    """Resamples of people."""
     seed: int
-    facts: groups.Facts
+    facts: cohorts.FactReader
     cuts: dict[str, tuple[int, int]]
-    """Where the thirds of each kind of group end; kinds that are not known here are left out."""
+    """Last bins of the lower two thirds by kind of fact; kinds that are not known here are left out."""
     examples: int = 0
     """Requests to show side by side."""
     beside: tuple[str, ...] = ()
-    """Where given, only requests that one of these runs has answered too are scored: for a comparison of runs."""
+    """Runs to compare with; where given, only requests that one of them has answered too are scored."""
     users: Mapping[int, list[str]] | None = None
-    """Keys by bucket; where given, only their requests."""
-    references: "References | None" = None
-    """Where given, its texts are scored beside the replies."""
+    """User keys by bucket; where given, only the requests of these users are scored."""
+    references: References | None = None
+    """Fitted references; where given, their texts are scored beside the replies."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored()
         for bucket in batch["buckets"].to_pylist()[0]:
             try:
                 total = merged(total, self.score(bucket))
-            except ValueError as error:  # of the metrics and the join: they name ids and what to do
+            except ValueError as error:  # the metrics and the join name ids and what to do
                 total.problem = str(error)
         return pa.table({"scored": pa.array([pickle.dumps(total)], pa.large_binary())})
 
     def score(self, bucket: int) -> Scored:
-        """One bucket."""
-        tables, with_input = (self.requests, self.generations), self.examples > 0 or self.references is not None
-        found = read_bucket(*tables, bucket, self.runs, with_input=with_input, users=self.users)
-        left = len(found.rows)
-        if self.beside:
-            others = read_bucket(*tables, bucket, self.beside)
-            shared = {key(row) for row in others.rows}
-            found = dataclasses.replace(found, rows=[row for row in found.rows if key(row) in shared])
-        left -= len(found.rows)
-        golds = {key(row): row["target"] for row in found.rows}
-        base = self._first_metric(golds, found.texts.get(BASELINE, {}))
-        known = self.facts.read(bucket, found.rows) if found.rows and self.cuts else {}
-        thirds = {kind: groups.thirds(known[kind], cut) for kind, cut in self.cuts.items() if kind in known}
-        tallies = {}
-        for method in found.texts if self.methods is None else self.methods:
-            texts = found.texts.get(method, {})
-            tally = self._tally(found.rows, texts, found.costs.get(method, {}), base, thirds)
-            missing = [one for one in golds if one not in texts]
-            tally.missing, tally.n_missing = [shown(one) for one in missing[:3]], len(missing)
-            tally.errors, tally.cut = (len(of.get(method, set()) & golds.keys()) for of in (found.errors, found.cut))
-            said = {one: texts[one] for one in golds if one in texts and one not in found.errors.get(method, ())}
-            tally.n_unclear, tally.unclear = self._unclear(said)
-            tallies[method] = tally
+        """Scores one bucket."""
+        replies, left_out = self._replies(bucket)
+        golds = {key(row): row["target"] for row in replies.rows}
+        base = self._first_metric(golds, replies.texts.get(BASELINE, {}))
+        places = self.facts.read_bins(bucket, replies.rows) if replies.rows and self.cuts else {}
+        thirds = {kind: cohorts.thirds(places[kind], cut) for kind, cut in self.cuts.items() if kind in places}
+        tallies = {
+            method: self._method(method, replies, golds, base, thirds)
+            for method in (replies.texts if self.methods is None else self.methods)
+        }
+        references = {
+            name: self._tally(replies.rows, texts, {}, {}, {}) for name, texts in self._referred(bucket, replies)
+        }
         return Scored(
             methods=tallies,
-            references={
-                name: self._tally(found.rows, texts, {}, {}, {}) for name, texts in self._referred(bucket, found)
-            },
-            labelled=found.labelled,
+            references=references,
+            labelled=replies.labelled,
             answered=len(golds),
-            users=found.users,
-            split_owners=frozenset(intervals.digest(owner, self.seed) for owner in found.split_owners),
-            seen=frozenset(found.texts),
-            examples=self._examples(found, list(tallies)),
-            left_out=left,
+            users=replies.users,
+            split_owners=frozenset(intervals.digest(owner, self.seed) for owner in replies.split_owners),
+            seen=frozenset(replies.texts),
+            examples=self._examples(replies, list(tallies)),
+            left_out=left_out,
             which=sum(int.from_bytes(intervals.digest("\0".join(one), self.seed), "big") for one in golds),
-            strangers=tuple(map(shown, found.strangers[:3])),
-            n_strangers=len(found.strangers),
-            made_by=found.made_by,
+            unknown=tuple(map(shown, replies.unknown[:3])),
+            n_unknown=len(replies.unknown),
+            made_by=replies.made_by,
         )
+
+    def _replies(self, bucket: int) -> tuple[Replies, int]:
+        """The bucket's replies to the requests to score, and how many requests the runs beside leave out."""
+        with_input = self.examples > 0 or self.references is not None
+        replies = join_bucket(
+            self.requests, self.generations, bucket, self.runs, with_input=with_input, users=self.users
+        )
+        if not self.beside:
+            return replies, 0
+        shared = {key(row) for row in join_bucket(self.requests, self.generations, bucket, self.beside).rows}
+        rows = [row for row in replies.rows if key(row) in shared]
+        return dataclasses.replace(replies, rows=rows), len(replies.rows) - len(rows)
+
+    def _method(
+        self,
+        method: str,
+        replies: Replies,
+        golds: Mapping[Key, str],
+        base: Mapping[Key, float],
+        thirds: Mapping[str, np.ndarray],
+    ) -> Tally:
+        """The tally of a method, with counts of replies that are missing, errors, cut or not understood."""
+        texts, errors = replies.texts.get(method, {}), replies.errors.get(method, set())
+        tally = self._tally(replies.rows, texts, replies.costs.get(method, {}), base, thirds)
+        missing = [one for one in golds if one not in texts]
+        tally.missing, tally.n_missing = [shown(one) for one in missing[:3]], len(missing)
+        tally.errors = len(errors & golds.keys())
+        tally.cut = len(replies.cut.get(method, set()) & golds.keys())
+        without_errors = {one: texts[one] for one in golds if one in texts and one not in errors}
+        tally.n_unclear, tally.unclear = self._unclear(without_errors)
+        return tally
 
     def _tally(
         self,
@@ -182,62 +238,62 @@ class ScoreBuckets:
         base: Mapping[Key, float],
         thirds: Mapping[str, np.ndarray],
     ) -> Tally:
-        """Sums over the requests that have a text; thirds (N,) are of all rows."""
+        """Sums over the requests that have a text.
+
+        Args:
+            base: the baseline's first metric by request.
+            thirds: by kind of fact, the third of each of the rows (N,).
+        """
         answered = {key(row): row["target"] for row in rows if key(row) in texts}
         if not answered:
-            return Tally(np.zeros(1), np.zeros((self.resamples, 1)))
+            return Tally(np.zeros(1), np.zeros((self.n_bootstrap, 1)))
         ids, sums = metrics.item_sums(self.entry, answered, {one: texts[one] for one in answered})
         place = {key(row): at for at, row in enumerate(rows)}
         at = np.array([place[one] for one in ids])
-        of_thirds = [
+        by_third = [
             sums[:, :2] * (thirds[kind][at] == third)[:, None] if kind in thirds else np.zeros((len(ids), 2))
-            for kind in groups.KINDS
+            for kind in cohorts.KINDS
             for third in range(3)
         ]
         users = self._users([user for user, _ in ids], sums[:, 1], [base.get(one) for one in ids])
         spent = np.array([costs.get(one, (0,) * len(COSTS)) for one in ids], dtype=np.float64)
-        wide = np.hstack([sums, *of_thirds, users, spent])
+        wide = np.hstack([sums, *by_third, users, spent])
         owners = [rows[row]["owner_id"] for row in at]
-        return Tally(wide.sum(axis=0), intervals.resampled_sums(owners, wide, self.resamples, self.seed))
+        return Tally(wide.sum(axis=0), intervals.resampled_sums(owners, wide, self.n_bootstrap, self.seed))
 
-    def _referred(self, bucket: int, found: Replies) -> list[tuple[str, dict[Key, str]]]:
+    def _referred(self, bucket: int, replies: Replies) -> list[tuple[str, dict[Key, str]]]:
         """The references' texts by name; they are made without a look at the targets."""
-        if self.references is None or not found.rows:
+        if self.references is None or not replies.rows:
             return []
-        asked = [row | {"target": None} for row in found.rows]
+        asked = [row | {"target": None} for row in replies.rows]
         texts = self.references.predict(bucket, asked)
         ids = [key(row) for row in asked]
         return [(name, dict(zip(ids, of_name, strict=True))) for name, of_name in texts.items()]
 
-    def _unclear(self, texts: Mapping[Key, str]) -> tuple[int, tuple[dict[str, Any], ...]]:
-        """How many replies are no answer at all, and some of them, different ones, first in a random order."""
-        found = [(one, text) for one, text in texts.items() if not metrics.understood(self.entry, text)]
-        rows = [
-            {"draw": self._draw("unclear", one), "user_id": one[0], "text": " ".join(text.split())[:UNCLEAR_CHARACTERS]}
-            for one, text in found
+    def _unclear(self, texts: Mapping[Key, str]) -> tuple[int, tuple[DrawnReply, ...]]:
+        """Counts the replies that are no answer at all, and shows some different ones, first in a random order."""
+        unclear = [
+            DrawnReply(self._draw("unclear", one), one[0], " ".join(text.split())[:UNCLEAR_CHARACTERS])
+            for one, text in texts.items()
+            if not metrics.understood(self.entry, text)
         ]
-        return len(found), _different(rows)
+        return len(unclear), _different(unclear)
 
     def _draw(self, what: str, one: Key) -> bytes:
         return intervals.digest("\0".join((what, *one)), self.seed)
 
-    def _examples(self, found: Replies, methods: list[str]) -> tuple[dict[str, Any], ...]:
+    def _examples(self, replies: Replies, methods: list[str]) -> tuple[DrawnExample, ...]:
         """Requests that the methods answer differently, the first of a random order that is the same in every run."""
-        rows = []
-        for row in found.rows if self.examples else []:
-            replies = {name: found.texts.get(name, {}).get(key(row), "") for name in methods}
-            if len(set(replies.values())) > 1:
-                rows.append(
-                    {
-                        "draw": self._draw("example", key(row)),
-                        "input": row["input"],
-                        "target": row["target"],
-                        "replies": replies,
-                    }
-                )
-        return first(rows, self.examples)
+        examples = []
+        for row in replies.rows if self.examples else []:
+            texts = {name: replies.texts.get(name, {}).get(key(row), "") for name in methods}
+            if len(set(texts.values())) > 1:
+                draw = self._draw("example", key(row))
+                examples.append(DrawnExample(draw, row["input"], row["target"], texts))
+        return first(examples, self.examples)
 
-    def _first_metric(self, golds: dict[Key, str], texts: dict[Key, str]) -> dict[Key, float]:
+    def _first_metric(self, golds: Mapping[Key, str], texts: Mapping[Key, str]) -> dict[Key, float]:
+        """The first metric of each request that has a text."""
         answered = {i: gold for i, gold in golds.items() if i in texts}
         if not answered:
             return {}
@@ -245,35 +301,35 @@ class ScoreBuckets:
         return dict(zip(ids, sums[:, 1].tolist(), strict=True))
 
     def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
-        """(N, 4): on each user's first row a 1, and whether the user does better, worse or as well over all rows."""
-        lower = metrics.NAMES[self.entry.metric][0] in metrics.LOWER_IS_BETTER
+        """Columns (N, 4): on each user's first row a 1, and a 1 for better, worse or as well over all rows."""
+        turn = metrics.sign(metrics.names(self.entry)[0])
         gain: dict[str, float] = {}
         for user, value, without in zip(user_ids, values.tolist(), base, strict=True):
-            gain[user] = gain.get(user, 0.0) + (np.nan if without is None else value - without) * (-1 if lower else 1)
-        found, seen = np.zeros((len(user_ids), 4)), set()
+            gain[user] = gain.get(user, 0.0) + turn * (np.nan if without is None else value - without)
+        columns, seen = np.zeros((len(user_ids), 4)), set()
         for row, user in enumerate(user_ids):
             if user not in seen and np.isfinite(gain[user]):
                 better, worse = gain[user] > 1e-9, gain[user] < -1e-9
-                found[row] = (1, better, worse, not better and not worse)
+                columns[row] = (1, better, worse, not better and not worse)
             seen.add(user)
-        return found
+        return columns
 
 
-def first(examples: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
-    """Those that come first in the random order."""
-    return tuple(sorted(examples, key=lambda row: row["draw"])[:count])
+def first(drawn: Sequence[Drawn], count: int) -> tuple[Drawn, ...]:
+    """The ones that come first in the random order."""
+    return tuple(sorted(drawn, key=lambda one: one.draw)[:count])
 
 
-def _different(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Those that come first in the random order, each text once."""
-    by_text: dict[str, dict[str, Any]] = {}
-    for row in first(rows, len(rows)):
-        by_text.setdefault(row["text"], row)
-    return tuple(by_text.values())[:MOST_UNCLEAR]
+def _different(replies: Sequence[DrawnReply]) -> tuple[DrawnReply, ...]:
+    """The ones that come first in the random order, each text once."""
+    by_text: dict[str, DrawnReply] = {}
+    for reply in first(replies, len(replies)):
+        by_text.setdefault(reply.text, reply)
+    return tuple(by_text.values())[:MAX_UNCLEAR_SHOWN]
 
 
 def merged(one: Scored, other: Scored) -> Scored:
-    """Both together. A method that a part does not have misses everything that part answered."""
+    """Adds up two parts. A method that a part does not have misses everything that part answered."""
     methods = _both(one.methods, other.methods)
     for method, tally in methods.items():
         tally.n_missing += sum(part.answered for part in (one, other) if method not in part.methods)
@@ -285,26 +341,26 @@ def merged(one: Scored, other: Scored) -> Scored:
         users=one.users + other.users,
         split_owners=one.split_owners | other.split_owners,
         seen=one.seen | other.seen,
-        examples=first([*one.examples, *other.examples], MOST_EXAMPLES),
+        examples=first([*one.examples, *other.examples], MAX_EXAMPLES),
         left_out=one.left_out + other.left_out,
         which=one.which + other.which,
-        strangers=(one.strangers + other.strangers)[:3],
-        n_strangers=one.n_strangers + other.n_strangers,
+        unknown=(one.unknown + other.unknown)[:3],
+        n_unknown=one.n_unknown + other.n_unknown,
         made_by=one.made_by | other.made_by,
         problem=one.problem or other.problem,
     )
 
 
 def _both(one: dict[str, Tally], other: dict[str, Tally]) -> dict[str, Tally]:
-    found = {}
+    tallies = {}
     for name in one | other:
         parts = [part[name] for part in (one, other) if name in part]
-        found[name] = parts[0] if len(parts) == 1 else added(*parts)
-    return found
+        tallies[name] = parts[0] if len(parts) == 1 else added(*parts)
+    return tallies
 
 
 def added(one: Tally, other: Tally) -> Tally:
-    """Both together; the sums of a method's repeats add up like those of buckets."""
+    """Adds up two tallies; the sums of a method's repeats add up like those of buckets."""
     return Tally(
         sums=one.sums + other.sums,
         resampled=one.resampled + other.resampled,

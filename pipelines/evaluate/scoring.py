@@ -1,6 +1,6 @@
 """Scoring on the driver: buckets shared out to tasks, sums added up, and what cannot be scored refused by name.
 
-Route: survey(...) -> histograms of the users' facts, and where they fall into thirds; score(...) -> sums by method,
+Route: take_census(...) -> histograms of the users' facts, and the ends of their thirds; score(...) -> sums by method,
 plain and resampled; pooled(...) -> the sums of runs that repeat the same methods, or that share none.
 """
 
@@ -18,73 +18,86 @@ from infra.progress import Progress
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import tables
-from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate import cohorts
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
-from pipelines.evaluate.score import BASELINE, ScoreBuckets, Scored, Tally, added, merged
+from pipelines.evaluate.score import ScoreBuckets, Scored, Tally, added, merged
 from pplug import metrics
 from pplug.tasks import TaskEntry
 
 SHARES = 64
-"""Tasks that the buckets are shared out to: each result is a few megabytes, whatever the number of users."""
+"""Tasks that the buckets are shared out to; each result is a few megabytes, whatever the number of users."""
 
 
 def shares_of(
-    snapshots: dict[str, Snapshot], config: "EvaluateConfig", users: dict[int, list[str]] | None
+    snapshots: dict[str, Snapshot], config: EvaluateConfig, users: dict[int, list[str]] | None
 ) -> list[list[int]]:
-    """The buckets to look at, shared out to tasks."""
+    """Shares out the buckets to look at to tasks."""
     requests = snapshots["requests"]
     if not requests.files:
         raise InputError(f"{config.tables}: the table requests is empty; ingest requests with targets first")
     asked = requests.filled(users)
     if not asked:
-        raise InputError(f"users={config.users}: none of them has a request in {config.tables}")
+        raise InputError(f"users={config.users}: none of these users has a request in {config.tables}")
     buckets = sorted({*asked, *snapshots["generations"].filled(users)})  # a reply without its request counts too
     return [buckets[start::SHARES] for start in range(min(SHARES, len(buckets)))]
 
 
-def survey(
-    config: "EvaluateConfig", snapshots: dict[str, Snapshot], runs: tuple[str, ...], users: dict[int, list[str]] | None
-) -> tuple[groups.Survey, groups.Facts, dict[str, tuple[int, int]]]:
-    """Histograms of the users' facts, and where they fall into thirds. Where personas exist, a second look is needed:
-    a distance from the average can be told only when the average is known."""
+def take_census(
+    config: EvaluateConfig, snapshots: dict[str, Snapshot], runs: tuple[str, ...], users: dict[int, list[str]] | None
+) -> tuple[cohorts.Census, cohorts.FactReader, dict[str, tuple[int, int]]]:
+    """Counts the users' facts and finds the ends of their thirds. Where personas exist it looks twice: a distance from
+    the average can be told only when the average is known.
+
+    Returns:
+        Counts, a reader of the facts that knows the average, and by kind the last bins of the lower two thirds.
+    """
     personas = None
     if Table.exists(tables.location(config.tables, "personas")):
         personas = tables.snapshot(config.tables, "personas", config.as_of_version)
-    task = ray.remote(groups.survey)
+    task = ray.remote(cohorts.census)
 
-    def look(facts: groups.Facts) -> groups.Survey:
+    def look(facts: cohorts.FactReader) -> cohorts.Census:
         parts = [
             task.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
             for share in shares_of(snapshots, config, users)
         ]
-        return sum((ray.get(part) for part in parts), groups.Survey())
+        return sum((ray.get(part) for part in parts), cohorts.Census())
 
-    facts = groups.Facts(snapshots["histories"], personas)
-    found = look(facts)
-    if found.users:
-        facts = dataclasses.replace(facts, average=found.vectors / found.users)
-        found.counts |= {"distance": look(facts).counts["distance"]}
+    facts = cohorts.FactReader(snapshots["histories"], personas)
+    census = look(facts)
+    if census.users:
+        facts = dataclasses.replace(facts, average=census.vectors / census.users)
+        census.counts |= {"distance": look(facts).counts["distance"]}
     for name in ("adapters", "profiles"):
         stored = tables.newest(config.tables, name)  # a run that has not ended must not end this one
         if stored is not None:
-            found.row_bytes[name] = sum(file.size for file in stored.files) / max(1, stored.rows)
-    known = {kind: counts for kind, counts in found.counts.items() if counts.sum()}
-    return found, facts, {kind: groups.cuts(counts) for kind, counts in known.items()}
+            census.row_bytes[name] = sum(file.size for file in stored.files) / max(1, stored.rows)
+    known = {kind: counts for kind, counts in census.counts.items() if counts.sum()}
+    return census, facts, {kind: cohorts.cuts(counts) for kind, counts in known.items()}
 
 
 def score(
-    config: "EvaluateConfig",
+    config: EvaluateConfig,
     entry: TaskEntry,
     snapshots: dict[str, Snapshot],
     runs: tuple[str, ...],
-    facts: groups.Facts,
+    facts: cohorts.FactReader,
     cuts: dict[str, tuple[int, int]],
     beside: tuple[str, ...] = (),
     users: dict[int, list[str]] | None = None,
-    references: "References | None" = None,
+    references: References | None = None,
 ) -> Scored:
-    """All buckets in a few dozen tasks."""
+    """Scores all buckets, in a few dozen tasks.
+
+    Args:
+        beside: runs to compare with; where given, only requests that one of them has answered too are scored.
+        users: keys by bucket; where given, only their requests are scored.
+
+    Raises:
+        InputError: a bucket cannot be scored; the message names the request.
+    """
     shares = shares_of(snapshots, config, users)
     stage = ScoreBuckets(
         entry,
@@ -116,24 +129,27 @@ def score(
 
 
 def score_runs(
-    config: "EvaluateConfig",
+    config: EvaluateConfig,
     entry: TaskEntry,
     snapshots: dict[str, Snapshot],
     runs: tuple[str, ...],
-    facts: groups.Facts,
+    facts: cohorts.FactReader,
     cuts: dict[str, tuple[int, int]],
     users: dict[int, list[str]] | None,
-    references: "References",
+    references: References,
 ) -> dict[tuple[str, ...], Scored]:
-    """All runs together, or where they are pooled each by itself; refused where something is missing.
+    """Scores all runs together, or each by itself where they are pooled.
 
     References are scored with the first: they answer the same in every repeat.
+
+    Raises:
+        InputError: a reply is missing, or answers a request that is not there.
     """
     parts: dict[tuple[str, ...], Scored] = {}
     for repeat in [(run,) for run in runs] if config.pool else [runs]:
         own = None if parts else references
         parts[repeat] = score(config, entry, snapshots, repeat, facts, cuts, users=users, references=own)
-        refuse_strangers(parts[repeat], repeat, config)
+        refuse_unknown_requests(parts[repeat], repeat, config)
     seen = frozenset[str]().union(*(part.seen for part in parts.values()))
     for repeat, part in parts.items():  # a method that was asked for may be of other runs
         part.methods = {name: tally for name, tally in part.methods.items() if name in part.seen or name not in seen}
@@ -142,7 +158,7 @@ def score_runs(
 
 
 def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
-    """Repeats of the same methods added up; what is counted in requests and users stays that of one of them.
+    """Adds up repeats of the same methods; counts of requests and users stay those of one repeat.
 
     Some runs may repeat other methods than the rest, such as `plug:soft-prompt`, which is generated in runs of its own:
     each method is scored over the replies of all runs that have it.
@@ -174,12 +190,12 @@ def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
 
 
 def repeats(parts: Mapping[tuple[str, ...], Scored]) -> int:
-    """How many runs repeat the methods that are repeated most."""
+    """Number of runs that repeat the methods that are repeated most."""
     return max(Counter(name for part in parts.values() for name in part.methods).values(), default=1)
 
 
 def scores(tallies: Mapping[str, Tally], entry: TaskEntry) -> dict[str, dict[str, float]]:
-    """Method -> metric -> score."""
+    """Scores by method and metric."""
     k = metrics.columns(entry)
     return {
         name: {metric: float(values[0]) for metric, values in metrics.from_sums(entry, tally.sums[None, :k]).items()}
@@ -187,18 +203,27 @@ def scores(tallies: Mapping[str, Tally], entry: TaskEntry) -> dict[str, dict[str
     }
 
 
-def refuse_strangers(scored: Scored, runs: tuple[str, ...], config: "EvaluateConfig") -> None:
-    """The official rule: predictions are of the same requests as the golds."""
-    if scored.n_strangers:
+def refuse_unknown_requests(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
+    """Refuses replies to requests that are not in the table: by the official rule, predictions and golds have the same
+    ids.
+
+    Raises:
+        InputError: there are such replies; the message names some.
+    """
+    if scored.n_unknown:
         raise InputError(
-            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_strangers} requests that the table "
-            f"requests does not have, such as {', '.join(scored.strangers)}; ingest those requests again, "
+            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_unknown} requests that the table "
+            f"requests does not have, such as {', '.join(scored.unknown)}; ingest those requests again, "
             "or score the users that are left with --users"
         )
 
 
-def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: "EvaluateConfig") -> None:
-    """Every method must have answered what the others have."""
+def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
+    """Refuses a method that has not answered all that the others have.
+
+    Raises:
+        InputError: nothing can be scored, a method is not there, or it lacks replies; the message names some.
+    """
     where = f"run {', '.join(runs)} in {config.tables}"
     if not scored.labelled:
         raise InputError(

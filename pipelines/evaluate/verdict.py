@@ -1,26 +1,34 @@
-"""Verdict: what the report of an evaluation claims, and no more than its controls allow. Page and screen say its words.
+"""The verdict: the claims that an evaluation makes, which its controls must allow. Page and screen say its words.
 
 Each method that is neither a control nor told the truth is judged twice, by paired differences over people:
   - its gain over the method `none`, with intervals corrected for the number of methods;
   - its gain over its controls: the same method with the persona or the adapter of another user, of no history or of a
     training without any. A hybrid's control keeps every other part: that of plug+bm25 is plug:other-user+bm25, for
-    items in a prompt may help whoever wrote them. Intervals are corrected for all pairs of a method and a control of
-    it, and a method has to beat every control it has.
+    items in a prompt may help whatever user wrote them. Intervals are corrected for all pairs of a method and a control
+    of it, and a method has to beat every control it has.
 "It is the user" needs a control with another user's persona or adapter that was run and beaten. Methods that only
 retrieve or read a profile have no such control, and what a control keeps of the user cannot tell that it is not them.
 The best method is also set against the best of the references that need no LLM.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from pipelines.evaluate.report.charts import between, gain, is_bound, is_control, percent, sign, value
-from pplug import intervals
+from pipelines.evaluate.figures import (
+    BASELINE,
+    BestReference,
+    ControlDifference,
+    Difference,
+    Judgement,
+    MostUnclear,
+    Verdict,
+)
+from pipelines.evaluate.wording import between, leaves_out_zero, percent, points, share, turned, value
+from pplug import intervals, metrics
 
-BASELINE = "none"
 USER = "helps, and it is the user"
 OTHER = "helps, but another's history helps as much"
 NO_HISTORY = "helps, but no history at all helps as much"
@@ -29,9 +37,8 @@ UNKNOWN = "helps; whether it is the user is not known"
 NO_DIFFERENCE = "no difference seen"
 HARMS = "harms"
 NOT_THE_USER = {"other-user": OTHER, "no-history": NO_HISTORY, "soft-prompt": SOFT_PROMPT}
-MOST_UNCLEAR = 0.2
-"""Share of replies that are no answer, above which the headline says so."""
-
+MANY = 0.2
+"""Share of replies that are no answer, or that were cut, above which headline and warnings say so."""
 
 Pair = TypeVar("Pair", bound=Hashable)
 
@@ -42,32 +49,42 @@ class Figure:
 
     score: float
     drawn: np.ndarray
-    """(R,)"""
+    """Scores (R,) of R resamples."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A method that stands for another with less of the user in it."""
+    """A method that repeats another one with less of the user in it."""
 
     name: str
     replaced: tuple[str, ...]
-    """Its parts that are not the user's, such as plug:other-user."""
+    """Parts that are not the user's, such as plug:other-user."""
     kept: tuple[str, ...]
-    """Its parts that still are."""
+    """Parts that are the user's own."""
 
     @property
     def kind(self) -> str:
-        """other-user, or else no-history or soft-prompt."""
+        """The replacement for the user: other-user, or else no-history or soft-prompt."""
         kinds = [part.partition(":")[2] for part in self.replaced]
         return "other-user" if "other-user" in kinds else kinds[0]
 
 
-def candidates(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def is_control(method: str) -> bool:
+    """Tells whether a method replaces the user: by another user, by no history, or by a training without any."""
+    return any(part.partition(":")[2] in NOT_THE_USER for part in method.split("+"))
+
+
+def is_bound(method: str) -> bool:
+    """Tells whether a method is told the truth."""
+    return "oracle" in method.split("+")
+
+
+def candidates(names: Iterable[str]) -> list[str]:
     """Methods that may be claimed to help: neither the baseline nor a control, and not told the truth."""
     return [name for name in names if name != BASELINE and not is_control(name) and not is_bound(name)]
 
 
-def differences(pairs: Mapping[Pair, tuple[Figure, Figure]], people: int) -> dict[Pair, dict[str, Any]]:
+def differences(pairs: Mapping[Pair, tuple[Figure, Figure]], people: int) -> dict[Pair, Difference]:
     """First minus second of each pair, with intervals corrected for the number of pairs."""
     if not pairs:
         return {}
@@ -75,93 +92,87 @@ def differences(pairs: Mapping[Pair, tuple[Figure, Figure]], people: int) -> dic
     drawn = np.stack([one.drawn - other.drawn for one, other in pairs.values()], axis=1)
     ends = intervals.simultaneous(values, drawn, people).tolist()
     return {
-        name: {"difference": float(difference), "ci95_corrected": own}
-        for name, difference, own in zip(pairs, values, ends, strict=True)
+        pair: Difference(difference=float(difference), ci95_corrected=own)
+        for pair, difference, own in zip(pairs, values, ends, strict=True)
     }
 
 
-def controls(method: str, names: Sequence[str] | Mapping[str, Any]) -> list[Control]:
-    """Those of the names that are the method with its persona, its adapter or both replaced, and all else kept."""
-    own, found = _roles(method), []
+def controls(method: str, names: Iterable[str]) -> list[Control]:
+    """Finds the methods that repeat this one with its persona, its adapter or both replaced, and keep all else."""
+    own, suitable = _roles(method), []
     for name in names:
         parts = _roles(name)
         changed = sorted(parts[role] for role in own if role in parts and is_control(parts[role]))
         kept = [role for role in own if parts.get(role) == own[role]]
         if changed and parts.keys() == own.keys() and len(changed) + len(kept) == len(own):
-            found.append(Control(name, tuple(changed), tuple(own[role] for role in kept)))
-    return found
+            suitable.append(Control(name, tuple(changed), tuple(own[role] for role in kept)))
+    return suitable
 
 
 def wanted_control(method: str) -> str | None:
-    """The control that could tell whether it is the user; None where there is none of this kind."""
+    """Names the control that could tell whether it is the user; None where a method has no such control."""
     roles = _roles(method)
     parts = [f"{role}:other-user" if role in ("plug", "adapter") else part for role, part in roles.items()]
     return None if "plug" not in roles and "adapter" not in roles else "+".join(parts)
 
 
 def _roles(method: str) -> dict[str, str]:
-    """Part by what it does: all kinds of plug do the same, so do all kinds of adapter."""
+    """Parts by what they do: all kinds of plug do the same, and so do all kinds of adapter."""
     parts = {part: part.partition(":")[0] for part in method.split("+")}
     return {role if role in ("plug", "adapter") else part: part for part, role in parts.items()}
 
 
-def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, Figure], people: int) -> dict[str, Any]:
-    """The verdict as data; `say` adds its words.
+def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, Figure], people: int) -> Judgement:
+    """Judges the methods by one metric; `say` adds the words.
 
-    Returns:
-        metric, n_methods (that may be claimed to help), best (the one with the best score), words (of the best), gain
-        (of the best over `none`), controls (of the best: differences to each), control (the best of them), reference
-        (the best of those without an LLM: name, score, difference of the best method to it, beaten), methods (words by
-        method). Differences are method minus other; `ci95_corrected` holds for all methods at once. What cannot be told
-        is None or empty.
+    Differences are method minus other, and their intervals hold for all methods at once.
     """
-    own, turn = candidates(methods), sign(metric)
-    found: dict[str, Any] = {"metric": metric, "n_methods": len(own), "n_users": people, "best": None, "words": None}
-    found |= {"gain": None, "control": None, "controls": {}, "reference": None, "methods": {}}
+    own, turn = candidates(methods), metrics.sign(metric)
+    judgement = Judgement(metric=metric, n_methods=len(own), n_users=people)
     if not own:
-        return found
-    found["best"] = best = max(own, key=lambda name: turn * methods[name].score)
+        return judgement
+    best = judgement.best = max(own, key=lambda name: turn * methods[name].score)
     if references:
         name = max(references, key=lambda name: turn * references[name].score)
         beside = differences({one: (methods[one], references[name]) for one in own}, people)[best]
         beaten = _clear(metric, beside, people) > 0
-        found["reference"] = {"name": name, "score": references[name].score, **beside, "beaten": beaten}
+        judgement.reference = BestReference(name=name, score=references[name].score, **beside.dump(), beaten=beaten)
     if BASELINE not in methods:
-        return found
+        return judgement
     gains = differences({one: (methods[one], methods[BASELINE]) for one in own}, people)
     against = _against_controls(methods, own, people)
-    found["methods"] = {one: _words(metric, gains[one], against[one], people) for one in own}
-    found |= {"words": found["methods"][best], "gain": gains[best]}
-    found["controls"] = {control.name: row for control, row in against[best]}
-    if found["controls"]:
-        found["control"] = max(found["controls"], key=lambda name: turn * methods[name].score)
-    return found
+    judgement.methods = {one: _words(metric, gains[one], against[one], people) for one in own}
+    judgement.words, judgement.gain = judgement.methods[best], gains[best]
+    judgement.controls = {control.name: difference for control, difference in against[best]}
+    judgement.control = max(judgement.controls, key=lambda name: turn * methods[name].score, default=None)
+    return judgement
 
 
 def _against_controls(
     methods: Mapping[str, Figure], own: Sequence[str], people: int
-) -> dict[str, list[tuple[Control, dict[str, Any]]]]:
-    """By method: each of its controls with the difference to it."""
+) -> dict[str, list[tuple[Control, ControlDifference]]]:
+    """The controls of each method with the difference to each."""
     pairs = {(one, control): (methods[one], methods[control.name]) for one in own for control in controls(one, methods)}
-    found: dict[str, list[tuple[Control, dict[str, Any]]]] = {one: [] for one in own}
-    for (one, control), row in differences(pairs, people).items():
-        found[one].append((control, row | {"kind": control.kind, "keeps": list(control.kept)}))
-    return found
+    against: dict[str, list[tuple[Control, ControlDifference]]] = {one: [] for one in own}
+    for (one, control), difference in differences(pairs, people).items():
+        to_control = ControlDifference(**difference.dump(), kind=control.kind, keeps=list(control.kept))
+        against[one].append((control, to_control))
+    return against
 
 
-def _clear(metric: str, row: Mapping[str, Any], people: int) -> int:
+def _clear(metric: str, difference: Difference, people: int) -> int:
     """+1 for a difference in favour that is no chance, -1 for one against, else 0."""
-    _, (low, high) = gain(metric, row["difference"], row["ci95_corrected"])
+    _, (low, high) = turned(metric, difference.difference, difference.ci95_corrected)
     return 0 if people < intervals.FEWEST_OWNERS else int(low > 0) - int(high < 0)
 
 
 def _words(
-    metric: str, over_none: Mapping[str, Any], against: Sequence[tuple[Control, Mapping[str, Any]]], people: int
+    metric: str, over_none: Difference, against: Sequence[tuple[Control, ControlDifference]], people: int
 ) -> str:
     effect = _clear(metric, over_none, people)
     if effect <= 0:
         return HARMS if effect else NO_DIFFERENCE
-    unbeaten = [control for control, row in against if _clear(metric, row, people) <= 0]
+    unbeaten = [control for control, difference in against if _clear(metric, difference, people) <= 0]
     whole = {control.kind for control in unbeaten if not control.kept}
     for kind, words in NOT_THE_USER.items():
         if kind in whole:
@@ -173,47 +184,35 @@ def _words(
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def say(
-    found: Mapping[str, Any],
-    task: str,
-    scored: Sequence[str] | Mapping[str, Any],
-    unclear: Mapping[str, float],
-    what: str,
-) -> dict[str, Any]:
-    """The verdict with its headline and the sentences that say why.
+def say(judgement: Judgement, task: str, scored: Iterable[str], unclear: Mapping[str, float], answer: str) -> Verdict:
+    """Adds the headline and the sentences that say why.
 
     Args:
-        found: as `judge` gives it.
         scored: names of all methods.
-        unclear: by method, the share of its replies that are no answer.
-        what: what such replies are not: a label of the task.
+        unclear: share of the replies that are no answer, by method.
+        answer: what those replies should be: a label of the task.
     """
     worst = max(unclear, key=lambda name: unclear[name], default=None)
-    many: dict[str, Any] | None = None
-    if worst is not None and unclear[worst] > MOST_UNCLEAR:
-        many = {"method": worst, "share": unclear[worst]}
-    parts = [_claim(found, task, scored)]
-    reference, best = found["reference"], found["best"]
-    if reference and not reference["beaten"]:
-        score = value(found["metric"], reference["score"])
-        parts.append(f"{best} does not beat {reference['name']}, which needs no LLM and reaches {score}")
+    many = None
+    if worst is not None and unclear[worst] > MANY:
+        many = MostUnclear(method=worst, share=unclear[worst])
+    parts = [_claim(judgement, task, scored)]
+    reference = judgement.reference
+    if reference and not reference.beaten:
+        score = value(judgement.metric, reference.score)
+        parts.append(f"{judgement.best} does not beat {reference.name}, which needs no LLM and reaches {score}")
     if many:
-        every = " (and of every other method)" * (len(unclear) > 1 and min(unclear.values()) == many["share"])
-        parts.append(f"{value('accuracy', many['share'])} of the replies of {worst}{every} are no {what}")
-    return dict(found) | {"not_understood": many, "headline": ". ".join(parts), "because": _because(found)}
+        every = " (and of every other method)" * (len(unclear) > 1 and min(unclear.values()) == many.share)
+        parts.append(f"{share(many.share)} of the replies of {worst}{every} are no {answer}")
+    return Verdict(**dict(judgement), not_understood=many, headline=". ".join(parts), because=_because(judgement))
 
 
-def _amount(metric: str, number: float) -> str:
-    """A gain in words: 4.2 points, 0.031."""
-    return f"{100 * number:.1f} points" if percent(metric) else f"{number:.3f}"
-
-
-def _claim(found: Mapping[str, Any], task: str, scored: Sequence[str] | Mapping[str, Any]) -> str:
-    metric, best, words = found["metric"], found["best"], found["words"]
-    if words is None:
+def _claim(judgement: Judgement, task: str, scored: Iterable[str]) -> str:
+    metric, best, words = judgement.metric, judgement.best, judgement.words
+    if judgement.gain is None:
         return f"{task}: scores of {', '.join(scored)}"
-    middle, _ = gain(metric, found["gain"]["difference"], found["gain"]["ci95_corrected"])
-    among = f", the best of {found['n_methods']} methods," if found["n_methods"] > 1 else ""
+    middle, _ = turned(metric, judgement.gain.difference, judgement.gain.ci95_corrected)
+    among = f", the best of {judgement.n_methods} methods," if judgement.n_methods > 1 else ""
     if words == NO_DIFFERENCE:
         return f"Personalisation: {words}; the gain of {best}{among} may be chance"
     if words == HARMS:
@@ -222,28 +221,33 @@ def _claim(found: Mapping[str, Any], task: str, scored: Sequence[str] | Mapping[
     return f"Personalisation {words}: {best} gains {_amount(metric, middle)} of {metric}"
 
 
-def _because(found: Mapping[str, Any]) -> list[str]:
-    best, words, metric = found["best"], found["words"], found["metric"]
-    if found["n_users"] < intervals.FEWEST_OWNERS and words is not None:
+def _amount(metric: str, number: float) -> str:
+    """A gain in words: 4.2 points, 0.031."""
+    return f"{100 * number:.1f} points" if percent(metric) else f"{number:.3f}"
+
+
+def _because(judgement: Judgement) -> list[str]:
+    best, words, metric = judgement.best, judgement.words, judgement.metric
+    if best is None or words is None:
+        return []
+    if judgement.n_users < intervals.FEWEST_OWNERS:
         return [f"Nothing is claimed of fewer than {intervals.FEWEST_OWNERS} users: all of them may gain by chance."]
-    said = []
-    for name, row in found["controls"].items():
-        middle, interval = gain(metric, row["difference"], row["ci95_corrected"])
-        chance = "" if interval[0] > 0 or interval[1] < 0 else ", which may be chance"
-        keeps = f"; {name} keeps the user's own {' and '.join(row['keeps'])}" if row["keeps"] else ""
-        unit = " points" if percent(metric) else ""
-        said.append(
-            f"{best} minus its control {name}: {value(metric, middle, True)}{unit} "
-            f"({between(metric, interval, True)}){chance}{keeps}."
-        )
-    if words == UNKNOWN and not any(row["kind"] == "other-user" for row in found["controls"].values()):
+    sentences = []
+    for name, row in judgement.controls.items():
+        middle, interval = turned(metric, row.difference, row.ci95_corrected)
+        chance = "" if leaves_out_zero(interval) else ", which may be chance"
+        keeps = f"; {name} keeps the user's own {' and '.join(row.keeps)}" if row.keeps else ""
+        gain = f"{points(metric, middle)} ({between(metric, interval, True)})"
+        sentences.append(f"{best} minus its control {name}: {gain}{chance}{keeps}.")
+    if words == UNKNOWN and not any(row.kind == "other-user" for row in judgement.controls.values()):
         control = wanted_control(best)
-        said.append(
+        sentences.append(
             f"No control of {best} with another user's history was run; generate {control} too."
             if control
             else f"No control shows whether {best} would gain as much from another user's history."
         )
-    others = [name for name, own in found["methods"].items() if own == USER]
+    others = [name for name, own in judgement.methods.items() if own == USER]
     if words == UNKNOWN and others:
-        said.append(f"{', '.join(others)}, which {'has a control' if len(others) == 1 else 'have controls'}: {USER}.")
-    return said
+        have = "has a control" if len(others) == 1 else "have controls"
+        sentences.append(f"{', '.join(others)}, which {have}: {USER}.")
+    return sentences

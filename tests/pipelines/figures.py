@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluate import verdict
+from pipelines.evaluate.figures import Report
 
 METHODS = {  # accuracy, half width of its interval, gain, half width, better, worse, prompt tokens, bytes
     "none": (0.341, 0.021, None, None, None, None, 24, 0),
@@ -26,7 +27,7 @@ REFERENCES = {  # accuracy, half width of its interval
     "linear classifier": (0.541, 0.023),
 }
 UNCLEAR = {"none": 0.041, "plug:no-history": 0.012}
-"""Share of replies that are no label; none of other methods'."""
+"""Share of the replies that are no label; 0 for other methods."""
 
 
 def made_up(**change: Any) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def made_up(**change: Any) -> dict[str, Any]:
         "job": "evaluate",
         "run_id": "evaluate-20260301T020000-9f3a",
         "started_at": "2026-03-01T02:00:00+00:00",
-        "config": {"n_bootstrap": 2000, "seed": 0},
+        "config": {"tables": "population", "n_bootstrap": 2000, "seed": 0},
         "task": "world",
         "n_users": 400,
         "n_requests": 2000,
@@ -117,16 +118,21 @@ def made_up(**change: Any) -> dict[str, Any]:
     return found | change
 
 
+def typed(report: dict[str, Any] | None = None) -> Report:
+    """report.json as the page reads it."""
+    return Report.model_validate(made_up() if report is None else report)
+
+
 def claim(scores: dict[str, tuple[float, float]], metric: str = "accuracy", **unclear: float) -> dict[str, Any]:
-    """The verdict on made-up scores, each with the standard deviation of its difference to another method."""
+    """A verdict on made-up scores, each with the standard deviation of its difference to another method."""
     rng = np.random.default_rng(0)
 
     def drawn(of: dict[str, tuple[float, float]]) -> dict[str, verdict.Figure]:
         return {name: verdict.Figure(score, rng.normal(score, sd / 2**0.5, 2000)) for name, (score, sd) in of.items()}
 
     references = {name: (score, half / 1.96) for name, (score, half) in REFERENCES.items()}
-    found = verdict.judge(metric, drawn(scores), drawn(references), 400)
-    return verdict.say(found, "world", list(scores), UNCLEAR | unclear, "label of the task")
+    judgement = verdict.judge(metric, drawn(scores), drawn(references), 400)
+    return verdict.say(judgement, "world", list(scores), UNCLEAR | unclear, "label of the task").dump()
 
 
 def examples(count: int = 10) -> list[dict[str, Any]]:

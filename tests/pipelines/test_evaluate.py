@@ -14,6 +14,7 @@ from infra.errors import InputError
 from pipelines import tables
 from pipelines.__main__ import main
 from pipelines.evaluate import job as evaluate
+from pipelines.evaluate.figures import Evaluation, Report
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
 
@@ -114,6 +115,25 @@ def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsy
     assert report["planned"] == report["written"] == 3 * USERS * EACH
     assert "plug: 1 replies were errors" in printed and "120 requests of 40 users" in printed
     assert list(report["methods"]) == ["none", "plug", "plug:mean"]
+
+
+def test_report_json_is_the_dump_of_figures_that_can_be_read_again(generated, tmp_path):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"best_without_history": 0.34, "best_with_history": 0.97, "of": "a key of its own"}))
+    _, report, _ = run(generated, run=("night-1",), reference=str(path), examples=2)
+    absent = {"by_run"}  # nothing was pooled
+    assert set(Evaluation.model_fields) - absent == set(Evaluation.model_fields) & set(report)
+    dumped = json.loads(json.dumps(Report.model_validate(report).dump(), default=str))
+    for name in set(Evaluation.model_fields) - absent:
+        assert dumped[name] == report[name], name
+    assert report["reference"]["of"] == "a key of its own"
+    baseline, plug = report["methods"]["none"], report["methods"]["plug"]
+    assert plug.keys() - baseline.keys() == {"vs_none", "users_vs_none"}
+    assert set(plug["vs_none"]["f1"]) == {"difference", "ci95", "p_value", "ci95_corrected"}
+    assert set(report["groups"]["length"]["thirds"][0]) == {"from", "to", "n", "methods"}
+    report["methods"]["plug"]["cost"]["tokens"] = 1
+    with pytest.raises(ValueError, match="methods.plug.cost.tokens"):
+        Report.model_validate(report)
 
 
 def test_the_table_on_the_screen_says_how_many_users_do_better_and_worse(generated, capsys):

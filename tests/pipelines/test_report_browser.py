@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from pipelines.evaluate.report import page
-from tests.pipelines.figures import METHODS, REFERENCES, claim, examples, made_up
+from tests.pipelines.figures import METHODS, REFERENCES, claim, examples, made_up, typed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -60,7 +60,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
-    return {name: page.write(str(root / name), found)["report.html"] for name, found in VARIANTS.items()}
+    return {name: page.write(str(root / name), typed(report))["report.html"] for name, report in VARIANTS.items()}
 
 
 def show(browser, address: str, width: int, scheme: str = "light") -> None:

@@ -7,16 +7,16 @@ import pytest
 
 from pipelines.evaluate.report import charts, page
 from pipelines.evaluate.verdict import NO_DIFFERENCE, UNKNOWN, USER
-from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up
+from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up, typed
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    return charts.draw_all(made_up())
+    return charts.draw_all(typed())
 
 
 def test_the_page_loads_nothing_and_shows_every_method(tmp_path):
-    files = page.write(str(tmp_path), made_up(warnings=["only 12 users: <rough>"]))
+    files = page.write(str(tmp_path), typed(made_up(warnings=["only 12 users: <rough>"])))
     html = (tmp_path / "report.html").read_text()
     assert set(files) == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:,)""", html) and "<script" not in html
@@ -68,7 +68,7 @@ def test_colours_are_told_apart_by_their_role():
 
 
 def test_the_same_figures_give_the_same_files(drawn):
-    again = charts.draw_all(made_up())
+    again = charts.draw_all(typed())
     assert [(chart.svg, chart.png, chart.inline) for chart in again] == [
         (chart.svg, chart.png, chart.inline) for chart in drawn
     ]
@@ -94,7 +94,7 @@ def test_a_lower_error_is_a_gain():
                 row[part] = {"mae": row[part]["accuracy"], "rmse": row[part]["f1"]}
     ends = {"ci95": [-0.3, -0.2], "ci95_corrected": [-0.3, -0.1]}
     found["methods"]["plug"]["vs_none"]["mae"] = {"difference": -0.2, "p_value": 0.001} | ends
-    (row,) = [row for row in charts.draw_all(found | {"groups": {}})[0].rows if row[0] == "plug"]
+    (row,) = [row for row in charts.draw_all(typed(found | {"groups": {}}))[0].rows if row[0] == "plug"]
     assert row == ["plug", "+0.200", "+0.100 to +0.300"]
 
 
@@ -116,38 +116,38 @@ def test_the_headline_is_the_verdicts(scores, says):
     found = claim(
         {"none": (0.34, 0.01), "oracle": (0.9, 0.01)} | {name: (score, 0.01) for name, score in scores.items()}
     )
-    html = page.render(made_up(verdict=found), [])
+    html = page.render(typed(made_up(verdict=found)), [])
     headline = re.search("<h1>(.*)</h1>", html)[1]
     assert says in headline and f"{found['best']} does not beat linear classifier" in headline
     assert [words in html for words in ("&lt;i&gt;crime&lt;/i&gt;, 2", "<i>crime")] == [True, False]
 
 
 def test_references_have_a_table_of_their_own():
-    html = page.render(made_up(), [])
+    html = page.render(typed(), [])
     methods, references = html.partition("<h2>References without an LLM</h2>")[::2]
     for name, (score, _) in REFERENCES.items():
         assert f">{name}<small>what {name} is<" in references and f"{100 * score:.1f}%" in references
         assert name not in methods.partition("<h2>All methods</h2>")[2]
-    assert "References without" not in page.render(made_up(references={}), [])
-    assert all(name not in row for name in REFERENCES for chart in charts.draw_all(made_up()) for row in chart.rows)
+    assert "References without" not in page.render(typed(made_up(references={})), [])
+    assert all(name not in row for name in REFERENCES for chart in charts.draw_all(typed()) for row in chart.rows)
 
 
 def test_replies_that_were_not_understood_are_counted_and_shown_with_their_users_for_an_erasure():
-    html = page.render(made_up(), [])
+    html = page.render(typed(), [])
     assert html.count('<span data-user="user-7">The tag is') == 3 * len(UNCLEAR)
     assert 'data-label="not understood"><span>4.1%' in html and 'data-label="not understood"><span>0.0%' in html
     found = made_up(verdict=claim({"none": (0.3, 0.01), "plug": (0.5, 0.01)}, plug=0.35))
     found["methods"]["plug"]["not_understood"]["share"] = 0.35
-    html = page.render(found, [])
+    html = page.render(typed(found), [])
     assert "35.0% of the replies of plug are no label of the task</h1>" in html
     assert 'data-label="not understood"><span class="bad">35.0%' in html
     for row in found["methods"].values():  # a task that writes
         row["not_understood"] = None
-    html = page.render(found, [])
+    html = page.render(typed(found), [])
     assert "not understood</th>" not in html and "were not understood" not in html
 
 
 def test_examples_stand_there_as_text_only_when_given():
-    assert "Examples side by side" not in page.render(made_up(), [])
-    html = page.render(made_up(examples=examples()), [])
+    assert "Examples side by side" not in page.render(typed(), [])
+    html = page.render(typed(made_up(examples=examples())), [])
     assert html.count('<article class="example">') == 10 and "&lt;b&gt;romance&lt;/b&gt;" in html

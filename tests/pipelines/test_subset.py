@@ -214,12 +214,12 @@ def test_adapters_and_profiles_of_a_subset_are_made_from_its_row_groups(place, s
 
 def test_evaluate_reads_of_a_subset_its_row_groups(place, some, read):
     requests, generations = snapshot(place, "requests"), snapshot(place, "generations")
-    facts = groups.Facts(snapshot(place, "histories"), snapshot(place, "personas"))
+    facts = groups.FactReader(snapshot(place, "histories"), snapshot(place, "personas"))
     keys = shards.keys_by_bucket(some, BUCKETS)
-    found = groups.survey(requests.filled(keys), requests, generations, ["one"], facts, keys)
+    found = groups.census(requests.filled(keys), requests, generations, ["one"], facts, keys)
     assert (found.requests, found.users, found.items) == (2, 2, 6)
     little = taken(read)
-    assert groups.survey([0, 1], requests, generations, ["one"], facts).requests == len(USERS)
+    assert groups.census([0, 1], requests, generations, ["one"], facts).requests == len(USERS)
     assert_little(little, read, "histories")
     scored = replies.read_bucket(requests, generations, 1, ["one"], users=keys)
     every = replies.read_bucket(requests, generations, 1, ["one"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.evaluate import verdict
+from pipelines.evaluate.figures import MostUnclear
 from pipelines.evaluate.verdict import Figure
 from pplug import intervals
 
@@ -48,9 +49,9 @@ def test_where_no_method_does_anything_help_is_claimed_in_2_5_percent_of_evaluat
     helps = harms = uncorrected = 0
     for figures in populations(dict.fromkeys(("none", *CANDIDATES, *CONTROLS), 0.4), seed=1):
         found = verdict.judge("accuracy", figures, {}, PEOPLE)
-        helps += any(words.startswith("helps") for words in found["methods"].values())
-        harms += found["words"] == "harms"
-        gain = figures[found["best"]].drawn - figures["none"].drawn
+        helps += any(words.startswith("helps") for words in found.methods.values())
+        harms += found.words == "harms"
+        gain = figures[found.best].drawn - figures["none"].drawn
         uncorrected += intervals.ci95(gain)[0] > 0
     assert 0.005 * TRIALS < helps <= ALLOWED and harms <= ALLOWED
     assert uncorrected > 0.1 * TRIALS  # what the headline said before: the best method by its own interval
@@ -63,16 +64,16 @@ def test_where_anothers_history_helps_as_much_the_user_is_claimed_in_2_5_percent
     claimed = helps = uncorrected = 0
     for figures in populations(rates, seed=2):
         found = verdict.judge("accuracy", figures, {}, PEOPLE)
-        claimed += verdict.USER in found["methods"].values()
-        helps += found["words"] == verdict.OTHER
-        best, control = found["best"], found["control"]
+        claimed += verdict.USER in found.methods.values()
+        helps += found.words == verdict.OTHER
+        best, control = found.best, found.control
         uncorrected += intervals.ci95(figures[best].drawn - figures[control].drawn)[0] > 0
     assert 0.004 * TRIALS < claimed <= ALLOWED < uncorrected and helps > 0.9 * TRIALS
 
 
 def test_where_only_the_users_own_history_helps_it_is_said():
     rates = {"none": 0.3, "plug": 0.6, "plug:other-user": 0.3, "plug:no-history": 0.3, "bm25": 0.3}
-    said = [verdict.judge("accuracy", figures, {}, PEOPLE)["words"] for figures in populations(rates, seed=3)]
+    said = [verdict.judge("accuracy", figures, {}, PEOPLE).words for figures in populations(rates, seed=3)]
     assert said.count("helps, and it is the user") > 0.99 * TRIALS
 
 
@@ -121,13 +122,13 @@ def judged(scores: dict[str, float], references: dict[str, float] | None = None,
 )  # fmt: skip
 def test_the_words_follow_the_controls(scores, words):
     found = judged({"none": 0.3} | scores)
-    assert (found["best"], found["words"]) == (next(iter(scores)), words)
-    assert found["headline"].startswith(("Personalisation ", "Personalisation: ")) and words in found["headline"]
+    assert (found.best, found.words) == (next(iter(scores)), words)
+    assert found.headline.startswith(("Personalisation ", "Personalisation: ")) and words in found.headline
 
 
 def test_a_control_is_never_the_best_method_nor_one_of_several():
     found = judged({"none": 0.3, "plug": 0.4, "plug:other-user": 0.5, "oracle": 0.9, "plug:soft-prompt+bm25": 0.8})
-    assert (found["best"], found["n_methods"], found["control"]) == ("plug", 1, "plug:other-user")
+    assert (found.best, found.n_methods, found.control) == ("plug", 1, "plug:other-user")
 
 
 def test_the_best_control_is_the_one_that_is_named_and_the_difference_is_paired():
@@ -136,48 +137,47 @@ def test_the_best_control_is_the_one_that_is_named_and_the_difference_is_paired(
     luck = rng.normal(0, 0.2, 2000)  # of a resample, the same for all: it must drop out
     alike = {name: Figure(score, score + luck + rng.normal(0, 0.01, 2000)) for name, score in scores.items()}
     found = verdict.judge("accuracy", alike, {}, 1000)
-    assert found["control"] == "plug:no-history" and found["words"] == verdict.USER
-    row = found["controls"]["plug:no-history"]
-    assert row["difference"] == pytest.approx(0.15)
-    low, high = row["ci95_corrected"]
+    assert found.control == "plug:no-history" and found.words == verdict.USER
+    row = found.controls["plug:no-history"]
+    assert row.difference == pytest.approx(0.15)
+    low, high = row.ci95_corrected
     assert 0.02 < 0.15 - low < 0.04 and 0.02 < high - 0.15 < 0.04  # 0.014 each, times about 2.24 for two at once
 
 
 def test_a_lower_error_is_better_everywhere():
     scores = {"none": 0.9, "plug": 0.5, "plug:other-user": 0.7, "bm25": 1.2}
     found = judged(scores, {"own mean": 0.4, "everyone's": 0.8}, metric="mae")
-    assert (found["best"], found["words"]) == ("plug", verdict.USER)
-    assert found["reference"]["name"] == "own mean" and not found["reference"]["beaten"]
+    assert (found.best, found.words) == ("plug", verdict.USER)
+    assert found.reference.name == "own mean" and not found.reference.beaten
     assert (
-        "plug gains 0.400 of mae. plug does not beat own mean, which needs no LLM and reaches 0.400"
-        in found["headline"]
+        "plug gains 0.400 of mae. plug does not beat own mean, which needs no LLM and reaches 0.400" in found.headline
     )
-    assert found["methods"]["bm25"] == "harms"
+    assert found.methods["bm25"] == "harms"
 
 
 @pytest.mark.parametrize(("reference", "beaten"), [(0.2, True), (0.595, False), (0.9, False)])
 def test_the_headline_says_when_a_reference_without_an_llm_is_not_beaten(reference, beaten):
     found = judged({"none": 0.3, "plug": 0.6, "plug:other-user": 0.4}, {"majority": 0.1, "linear": reference})
-    assert found["reference"]["beaten"] is beaten and found["n_methods"] == 1
-    assert ("plug does not beat linear, which needs no LLM" in found["headline"]) is not beaten
-    assert set(found["methods"]) == {"plug"}
+    assert found.reference.beaten is beaten and found.n_methods == 1
+    assert ("plug does not beat linear, which needs no LLM" in found.headline) is not beaten
+    assert set(found.methods) == {"plug"}
 
 
 def test_without_the_baseline_nothing_is_claimed_but_references_are_told():
     found = judged({"plug": 0.6, "plug:other-user": 0.4}, {"linear": 0.7})
-    assert found["words"] is None and found["gain"] is None
-    assert found["headline"] == (
+    assert found.words is None and found.gain is None
+    assert found.headline == (
         "notes: scores of plug, plug:other-user. plug does not beat linear, which needs no LLM and reaches 70.0%"
     )
     found = judged({"none": 0.6})
-    assert found["headline"] == "notes: scores of none" and found["best"] is None
+    assert found.headline == "notes: scores of none" and found.best is None
 
 
 def test_nothing_is_claimed_of_five_users():
     scores = {"none": 0.3, "plug": 0.6, "plug:other-user": 0.4}
-    assert judged(scores, people=6)["words"] == verdict.USER
+    assert judged(scores, people=6).words == verdict.USER
     found = judged(scores, people=5)
-    assert found["words"] == "no difference seen" and "fewer than 6 users" in found["because"][0]
+    assert found.words == "no difference seen" and "fewer than 6 users" in found.because[0]
 
 
 def test_replies_that_nobody_understood_are_in_the_headline_above_20_percent():
@@ -191,15 +191,15 @@ def test_replies_that_nobody_understood_are_in_the_headline_above_20_percent():
         ),
     ):
         said = verdict.say(found, "notes", ["none", "plug"], shares, "label of the task")
-        assert said["headline"].endswith(says) if says else "replies" not in said["headline"]
-        assert said["not_understood"] == ({"method": "none", "share": shares["none"]} if says else None)
+        assert said.headline.endswith(says) if says else "replies" not in said.headline
+        assert said.not_understood == (MostUnclear(method="none", share=shares["none"]) if says else None)
 
 
 def test_what_is_missing_to_know_is_named():
     none = {"none": 0.3, "plug": 0.5, "plug:other-user": 0.2}
-    because = " ".join(judged(none | {"plug+bm25": 0.6})["because"])
+    because = " ".join(judged(none | {"plug+bm25": 0.6}).because)
     assert "No control of plug+bm25 with another user's history was run; generate plug:other-user+bm25 too." in because
     assert "plug, which has a control: helps, and it is the user." in because
-    assert "No control shows whether bm25 would gain" in " ".join(judged(none | {"bm25": 0.6})["because"])
-    kept = judged({"none": 0.3, "plug+bm25": 0.6, "plug:other-user+bm25": 0.6})["because"]
+    assert "No control shows whether bm25 would gain" in " ".join(judged(none | {"bm25": 0.6}).because)
+    kept = judged({"none": 0.3, "plug+bm25": 0.6, "plug:other-user+bm25": 0.6}).because
     assert "which may be chance; plug:other-user+bm25 keeps the user's own bm25." in kept[0]

@@ -1,15 +1,19 @@
 """The report's charts: drawn once, as SVG to stand in the page and as SVG and PNG files beside it.
 
 Colours are named by what they say (ink, grid, good, bad, ...). In the page's SVG each is a CSS variable, so that the
-page decides what light and dark look like; in the files they are those of the light page.
+page decides what light and dark look like; in the files they are the colours of the light page.
 """
 
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from pipelines.evaluate.figures import BASELINE, Cohort, Evaluation, Interval, MethodFigures, UserShares
+from pipelines.evaluate.verdict import is_bound, is_control
+from pipelines.evaluate.wording import between, percent, seconds, shares_between, size, turned, value
 from pplug import metrics
 
 LIGHT = {  # all different: a colour in a drawing tells its role
@@ -19,7 +23,6 @@ LIGHT = {  # all different: a colour in a drawing tells its role
 SERIES = ("one", "two", "three", "four", "five")
 WIDTH = 4.7
 """Inches; the page shows a chart at up to 1.25 times this, and a phone at three quarters of it."""
-_BASELINE = "none"
 
 
 @dataclass(frozen=True)
@@ -38,102 +41,37 @@ class Chart:
     png: bytes
 
 
-def percent(metric: str) -> bool:
-    """Whether a metric is told in percent: shares of right answers are, the others are not."""
-    return metric in ("accuracy", "f1")
-
-
-def sign(metric: str) -> int:
-    """+1 where more is better, -1 where less is: a gain is this times a difference."""
-    return -1 if metric in metrics.LOWER_IS_BETTER else 1
-
-
-def is_control(method: str) -> bool:
-    """Whether a method shows what is not the user: another user's history, none of it, or a training without any."""
-    return any(part.partition(":")[2] in ("no-history", "other-user", "soft-prompt") for part in method.split("+"))
-
-
-def is_bound(method: str) -> bool:
-    """Whether a method is told the truth."""
-    return "oracle" in method.split("+")
-
-
-def value(metric: str, number: float | None, signed: bool = False) -> str:
-    """A figure as the page writes it: 81.4%, +0.031, +4.2 (points)."""
-    if number is None or number != number:
-        return "-"
-    shown = 100 * number if percent(metric) else number
-    digits = 1 if percent(metric) else 3
-    unit = "%" if percent(metric) and not signed else ""
-    return f"{shown:{'+' if signed else ''}.{digits}f}{unit}".replace("-", "\N{MINUS SIGN}")
-
-
-def between(metric: str, interval: Sequence[float], signed: bool = False) -> str:
-    low, high = (value(metric, end, signed) for end in interval)
-    return f"{low.removesuffix('%')} to {high}"
-
-
-def gain(metric: str, difference: float, interval: Sequence[float]) -> tuple[float, list[float]]:
-    """A difference and its interval, turned so that more is better."""
-    turn = sign(metric)
-    return turn * difference, sorted(turn * end for end in interval)
-
-
-def ends(row: Mapping[str, Any]) -> list[float]:
-    """A difference's interval: the one that holds for all methods at once where the method is one of several."""
-    return row.get("ci95_corrected", row["ci95"])
-
-
-def draw_all(found: Mapping[str, Any]) -> list[Chart]:
-    """All charts that these figures (report.json of evaluate) can fill."""
-    metric = next(iter(next(iter(found["methods"].values()))["scores"]))
-    charts = [_forest(found, metric)]
+def draw_all(evaluation: Evaluation) -> list[Chart]:
+    """Draws all charts that these figures can fill, by the first metric."""
+    methods = evaluation.methods
+    charts = [_forest(evaluation)]
     for kind in ("length", "age", "distance"):
-        if kind in found["groups"] and _BASELINE in found["methods"] and len(found["methods"]) > 1:
-            charts.append(_thirds(found, metric, kind))
-    if any(row.get("users_vs_none", {}).get("n") for row in found["methods"].values()):
-        charts.append(_users(found))
-    charts.append(_cost(found, metric))
+        if kind in evaluation.groups and BASELINE in methods and len(methods) > 1:
+            charts.append(_thirds(evaluation, kind))
+    compared = {name: row.users_compared for name, row in methods.items() if row.users_compared}
+    if compared:
+        charts.append(_users(compared))
+    charts.append(_cost(evaluation))
     return charts
 
 
 # --- the charts -------------------------------------------------------------------------------------------------------
 
 
-def _forest(found: Mapping[str, Any], metric: str) -> Chart:
+def _forest(evaluation: Evaluation) -> Chart:
     """Gains over the baseline with their paired intervals; plain scores where it was not run."""
-    paired = {name: row["vs_none"][metric] for name, row in found["methods"].items() if "vs_none" in row}
-    rows = {name: gain(metric, row["difference"], ends(row)) for name, row in paired.items()}
-    if not rows:
-        rows = {name: (row["scores"][metric], row["ci95"][metric]) for name, row in found["methods"].items()}
+    metric, methods = evaluation.metrics[0], evaluation.methods
+    paired = {name: row.vs_none[metric] for name, row in methods.items() if row.vs_none is not None}
+    rows: dict[str, tuple[float, Interval]]
+    if paired:
+        rows = {name: turned(metric, gain.difference, gain.interval) for name, gain in paired.items()}
+    else:
+        rows = {name: (row.scores[metric], row.ci95[metric]) for name, row in methods.items()}
     names = sorted(rows, key=lambda name: rows[name][0])
-    scale = 100 if percent(metric) else 1
-    lines: dict[str, float] = {}
-    if paired and found.get("reference"):
-        none = found["methods"][_BASELINE]["scores"][metric]
-        best = found["reference"]["best_with_history"]
-        lines = {"best possible": sign(metric) * (best - none) * scale}
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, grid="x")
-        for at, name in enumerate(names):
-            middle, (low, high) = rows[name]
-            role = "even" if not paired or low <= 0 <= high else ("good" if low > 0 else "bad")
-            full = LIGHT[role] if role != "even" else LIGHT["paper"]
-            axes.plot([low * scale, high * scale], [at, at], color=LIGHT[role], linewidth=2, solid_capstyle="round")
-            shape = {"good": "o", "bad": "D", "even": "o"}[role]
-            axes.plot([middle * scale], [at], shape, color=LIGHT[role], markerfacecolor=full, markersize=7)
-        if paired:
-            axes.axvline(0, color=LIGHT["ink"], linewidth=1)
-        for label, place in lines.items():
-            axes.axvline(place, color=LIGHT["muted"], linewidth=1, linestyle=(0, (2, 3)))
-            axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), xytext=(-4, 4), ha="right",
-                          textcoords="offset points", color=LIGHT["muted"], fontsize=9)  # fmt: skip
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        unit = ", percentage points" if percent(metric) else ""
-        axes.set_xlabel(f"gain in {metric}{unit}" if paired else metric)
-
+    best_possible = None
+    if paired and evaluation.reference:
+        possible = evaluation.reference.best_with_history - methods[BASELINE].scores[metric]
+        best_possible = metrics.sign(metric) * possible
     own = [name for name in names if not is_control(name) and not is_bound(name)] or names
     clear = [name for name in own if paired and rows[name][1][0] > 0]
     aside = ", controls and the oracle left aside" if len(own) < len(names) else ""
@@ -142,11 +80,40 @@ def _forest(found: Mapping[str, Any], metric: str) -> Chart:
         [name, value(metric, rows[name][0], bool(paired)), between(metric, rows[name][1], bool(paired))]
         for name in reversed(names)
     ]
-    what = "gain" if paired else metric
     return _chart(
         "forest", "How much each method gains", says if paired else f"The {metric} of each method.",
-        ["method", what, "95% interval"], table, 0.9 + 0.36 * len(names), paint,
+        ["method", "gain" if paired else metric, "95% interval"], table, 0.9 + 0.36 * len(names),
+        lambda figure: _paint_forest(figure, metric, names, rows, bool(paired), best_possible),
     )  # fmt: skip
+
+
+def _paint_forest(
+    figure: Any,
+    metric: str,
+    names: Sequence[str],
+    rows: Mapping[str, tuple[float, Interval]],
+    paired: bool,
+    best_possible: float | None,
+) -> None:
+    axes, scale = _axes(figure, grid="x"), 100 if percent(metric) else 1
+    for at, name in enumerate(names):
+        middle, (low, high) = rows[name]
+        role = "even" if not paired or low <= 0 <= high else ("good" if low > 0 else "bad")
+        full = LIGHT[role] if role != "even" else LIGHT["paper"]
+        axes.plot([low * scale, high * scale], [at, at], color=LIGHT[role], linewidth=2, solid_capstyle="round")
+        shape = {"good": "o", "bad": "D", "even": "o"}[role]
+        axes.plot([middle * scale], [at], shape, color=LIGHT[role], markerfacecolor=full, markersize=7)
+    if paired:
+        axes.axvline(0, color=LIGHT["ink"], linewidth=1)
+    if best_possible is not None:
+        place = best_possible * scale
+        axes.axvline(place, color=LIGHT["muted"], linewidth=1, linestyle=(0, (2, 3)))
+        axes.annotate("best possible", (place, 1), xycoords=("data", "axes fraction"), xytext=(-4, 4), ha="right",
+                      textcoords="offset points", color=LIGHT["muted"], fontsize=9)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    unit = ", percentage points" if percent(metric) else ""
+    axes.set_xlabel(f"gain in {metric}{unit}" if paired else metric)
 
 
 _KINDS = {
@@ -156,73 +123,76 @@ _KINDS = {
 }
 
 
-def _thirds(found: Mapping[str, Any], metric: str, kind: str) -> Chart:
-    group = found["groups"][kind]
-    thirds, (title, label) = group["thirds"], _KINDS[kind]
-    shown = _leading(found, metric, len(SERIES))
-    scale = 100 if percent(metric) else 1
-    ticks = [_range(third["from"], third["to"], kind) for third in thirds]
-    figures = {
-        name: [
-            gain(metric, third["methods"][name]["difference"], third["methods"][name]["difference_ci95"])
-            for third in thirds
-        ]
-        for name in shown
-    }
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, grid="y")
-        axes.axhline(0, color=LIGHT["ink"], linewidth=1)
-        for number, name in enumerate(shown):
-            own = LIGHT[SERIES[number]]
-            places = [at + 0.06 * (number - (len(shown) - 1) / 2) for at in range(len(thirds))]
-            for place, (_, (low, high)) in zip(places, figures[name], strict=True):
-                axes.plot([place, place], [low * scale, high * scale], color=own, linewidth=2, alpha=0.45)
-            middles = [middle * scale for middle, _ in figures[name]]
-            axes.plot(places, middles, "osD^v"[number] + "-", color=own, linewidth=1.2, markersize=6, label=name)
-        axes.set_xticks(
-            range(len(thirds)), [f"{tick}\nn={third['n']}" for tick, third in zip(ticks, thirds, strict=True)]
-        )
-        axes.set_xlim(-0.5, len(thirds) - 0.5)
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"gain in {metric}{' (points)' if percent(metric) else ''}")
-        legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=2, frameon=False, fontsize=9,
-                             handlelength=1.6, columnspacing=1.2)  # fmt: skip
-        for text in legend.get_texts():
-            text.set_color(LIGHT["ink"])
-
+def _thirds(evaluation: Evaluation, kind: str) -> Chart:
+    metric, group = evaluation.metrics[0], evaluation.groups[kind]
+    thirds, (title, label) = group.thirds, _KINDS[kind]
+    shown = _leading(evaluation, metric, len(SERIES))
+    ticks = [_range(third.low, third.high, kind) for third in thirds]
+    gains = {name: [_gain_in(third, name, metric) for third in thirds] for name in shown}
     first = shown[0]
-    ends = [value(metric, figures[first][at][0], True) for at in (0, -1)]
+    ends = [value(metric, gains[first][at][0], True) for at in (0, -1)]
     says = f"{first} gains {ends[0]} at {ticks[0]} and {ends[1]} at {ticks[-1]} ({label})."
+    if group.unknown:
+        says += f" {group.unknown} requests have no such fact and are left out."
     table = [
-        [name, f"{tick} (n={third['n']})", value(metric, middle, True), between(metric, interval, True)]
+        [name, f"{tick} (n={third.n})", value(metric, middle, True), between(metric, interval, True)]
         for name in shown
-        for tick, third, (middle, interval) in zip(ticks, thirds, figures[name], strict=True)
+        for tick, third, (middle, interval) in zip(ticks, thirds, gains[name], strict=True)
     ]
-    if group["unknown"]:
-        says += f" {group['unknown']} requests have no such fact and are left out."
-    columns = ["method", label, "gain", "95% interval"]
-    return _chart(f"gain-by-{kind}", title, says, columns, table, 3.4, paint)
+    tick_labels = [f"{tick}\nn={third.n}" for tick, third in zip(ticks, thirds, strict=True)]
+    return _chart(
+        f"gain-by-{kind}", title, says, ["method", label, "gain", "95% interval"], table, 3.4,
+        lambda figure: _paint_thirds(figure, metric, gains, tick_labels, label),
+    )  # fmt: skip
 
 
-def _users(found: Mapping[str, Any]) -> Chart:
-    rows = {
-        name: row["users_vs_none"] for name, row in found["methods"].items() if row.get("users_vs_none", {}).get("n")
-    }
-    names = sorted(rows, key=lambda name: rows[name]["better"]["share"] - rows[name]["worse"]["share"])
-    parts = (("better", "good"), ("equal", "grid"), ("worse", "bad"))
+def _gain_in(third: Cohort, name: str, metric: str) -> tuple[float, Interval]:
+    score = third.methods[name]
+    assert score.difference is not None and score.difference_ci95 is not None, "the baseline was scored"
+    return turned(metric, score.difference, score.difference_ci95)
+
+
+def _paint_thirds(
+    figure: Any,
+    metric: str,
+    gains: Mapping[str, Sequence[tuple[float, Interval]]],
+    tick_labels: Sequence[str],
+    label: str,
+) -> None:
+    axes, scale = _axes(figure, grid="y"), 100 if percent(metric) else 1
+    axes.axhline(0, color=LIGHT["ink"], linewidth=1)
+    for number, (name, rows) in enumerate(gains.items()):
+        own = LIGHT[SERIES[number]]
+        places = [at + 0.06 * (number - (len(gains) - 1) / 2) for at in range(len(rows))]
+        for place, (_, (low, high)) in zip(places, rows, strict=True):
+            axes.plot([place, place], [low * scale, high * scale], color=own, linewidth=2, alpha=0.45)
+        middles = [middle * scale for middle, _ in rows]
+        axes.plot(places, middles, "osD^v"[number] + "-", color=own, linewidth=1.2, markersize=6, label=name)
+    axes.set_xticks(range(len(tick_labels)), tick_labels)
+    axes.set_xlim(-0.5, len(tick_labels) - 0.5)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"gain in {metric}{' (points)' if percent(metric) else ''}")
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=2, frameon=False, fontsize=9,
+                         handlelength=1.6, columnspacing=1.2)  # fmt: skip
+    for text in legend.get_texts():
+        text.set_color(LIGHT["ink"])
+
+
+def _users(users: Mapping[str, UserShares]) -> Chart:
+    names = sorted(users, key=lambda name: users[name].better.share - users[name].worse.share)
+    parts = {name: (users[name].better, users[name].equal, users[name].worse) for name in names}
 
     def paint(figure: Any) -> None:
         axes = _axes(figure, grid=None)
         for at, name in enumerate(names):
             left = 0.0
-            for part, role in parts:
-                share = 100 * rows[name][part]["share"]
-                axes.barh(at, share, left=left, color=LIGHT[role], height=0.62, edgecolor=LIGHT["paper"], linewidth=1)
-                if share >= 7:
+            for part, role in zip(parts[name], ("good", "grid", "bad"), strict=True):
+                width = 100 * part.share
+                axes.barh(at, width, left=left, color=LIGHT[role], height=0.62, edgecolor=LIGHT["paper"], linewidth=1)
+                if width >= 7:
                     ink = LIGHT["ink"] if role == "grid" else LIGHT["paper"]
-                    axes.text(left + share / 2, at, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
-                left += share
+                    axes.text(left + width / 2, at, f"{width:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
+                left += width
         axes.set_yticks(range(len(names)), names)
         axes.set_xlim(0, 100)
         axes.set_ylim(-0.6, len(names) - 0.4)
@@ -230,76 +200,79 @@ def _users(found: Mapping[str, Any]) -> Chart:
 
     best = next((name for name in reversed(names) if not is_control(name) and not is_bound(name)), names[-1])
     says = (
-        f"With {best}, {100 * rows[best]['better']['share']:.0f}% of users do better than without personalisation and "
-        f"{100 * rows[best]['worse']['share']:.0f}% do worse."
+        f"With {best}, {100 * users[best].better.share:.0f}% of users do better than without personalisation and "
+        f"{100 * users[best].worse.share:.0f}% do worse."
     )
     table = [
-        [name, *(f"{100 * rows[name][part]['share']:.1f}% ({between('accuracy', rows[name][part]['ci95'])})"
-                 for part, _ in parts)]
+        [name, *(f"{100 * part.share:.1f}% ({shares_between(part.ci95)})" for part in parts[name])]
         for name in reversed(names)
-    ]  # fmt: skip
+    ]
     columns = ["method", "better (95% interval)", "as well", "worse"]
     return _chart("users", "Who is helped, who is harmed", says, columns, table, 0.9 + 0.36 * len(names), paint)
 
 
-def _cost(found: Mapping[str, Any], metric: str) -> Chart:
+def _cost(evaluation: Evaluation) -> Chart:
+    metric, methods = evaluation.metrics[0], evaluation.methods
     scale = 100 if percent(metric) else 1
-    points = {
-        name: (row["cost"]["prompt_tokens"], row["scores"][metric] * scale) for name, row in found["methods"].items()
-    }
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, grid="both")
-        for name, (x, y) in points.items():
-            role = "even" if is_control(name) or is_bound(name) or name == _BASELINE else "one"
-            axes.plot([x], [y], "o", color=LIGHT[role], markersize=7)
-        axes.margins(x=0.12, y=0.12)
-        left, right = axes.get_xlim()
-        low, high = axes.get_ylim()
-        step = (high - low) / 15
-        places = _spread(points, (right - left) / 3, step)
-        for name, place in places.items():
-            beside = place[0] + 0.04 * (right - left), place[1]
-            if place != points[name]:  # a name that stands apart is led to its point
-                axes.plot(*zip(points[name], beside, strict=True), color=LIGHT["muted"], linewidth=0.6, zorder=1)
-            axes.annotate(name, beside, va="center", color=LIGHT["ink"], fontsize=9)
-        axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
-        heights = [height for _, height in places.values()]
-        axes.set_ylim(min(low, min(heights) - step), max(high, max(heights) + step))
-        axes.set_xlabel("prompt tokens a request")
-        axes.set_ylabel(f"{metric}{' (%)' if percent(metric) else ''}")
-        if sign(metric) < 0:
-            axes.invert_yaxis()
-
-    table = [
-        [
-            name, value(metric, row["scores"][metric]), f"{row['cost']['prompt_tokens']:.0f}",
-            f"{row['cost']['output_tokens']:.1f}", seconds(row["cost"]["seconds_per_reply"]),
-            size(row["cost"]["bytes_per_user"]),
-        ]
-        for name, row in found["methods"].items()
-    ]  # fmt: skip
+    points = {name: (row.cost.prompt_tokens, row.scores[metric] * scale) for name, row in methods.items()}
+    table = [[name, *_cost_cells(metric, row)] for name, row in methods.items()]
     least = min(points, key=lambda name: points[name][0])
     most = max(points, key=lambda name: points[name][0])
     says = f"Prompts take from {points[least][0]:.0f} tokens ({least}) to {points[most][0]:.0f} ({most})."
-    columns = ["method", metric, "prompt tokens", "reply tokens", "seconds a reply", "kept a user"]
-    return _chart("cost", "Cost against quality", says, columns, table, 3.6, paint)
+    columns = ["method", metric, "prompt tokens", "reply tokens", "seconds per reply", "kept per user"]
+    return _chart(
+        "cost", "Cost against quality", says, columns, table, 3.6, lambda figure: _paint_cost(figure, metric, points)
+    )
+
+
+def _cost_cells(metric: str, row: MethodFigures) -> list[str]:
+    return [
+        value(metric, row.scores[metric]),
+        f"{row.cost.prompt_tokens:.0f}",
+        f"{row.cost.output_tokens:.1f}",
+        seconds(row.cost.seconds_per_reply),
+        size(row.cost.bytes_per_user),
+    ]
+
+
+def _paint_cost(figure: Any, metric: str, points: Mapping[str, tuple[float, float]]) -> None:
+    axes = _axes(figure, grid="both")
+    for name, (x, y) in points.items():
+        role = "even" if is_control(name) or is_bound(name) or name == BASELINE else "one"
+        axes.plot([x], [y], "o", color=LIGHT[role], markersize=7)
+    axes.margins(x=0.12, y=0.12)
+    left, right = axes.get_xlim()
+    low, high = axes.get_ylim()
+    step = (high - low) / 15
+    places = _spread(points, (right - left) / 3, step)
+    for name, place in places.items():
+        beside = place[0] + 0.04 * (right - left), place[1]
+        if place != points[name]:  # a name that stands apart is led to its point
+            axes.plot(*zip(points[name], beside, strict=True), color=LIGHT["muted"], linewidth=0.6, zorder=1)
+        axes.annotate(name, beside, va="center", color=LIGHT["ink"], fontsize=9)
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+    heights = [height for _, height in places.values()]
+    axes.set_ylim(min(low, min(heights) - step), max(high, max(heights) + step))
+    axes.set_xlabel("prompt tokens per request")
+    axes.set_ylabel(f"{metric}{' (%)' if percent(metric) else ''}")
+    if metrics.sign(metric) < 0:
+        axes.invert_yaxis()
 
 
 def _spread(points: Mapping[str, tuple[float, float]], near: float, step: float) -> dict[str, tuple[float, float]]:
-    """Where the points' names go: at their points; in a column at the rightmost where points are close together."""
+    """Places for the points' names: at their points, or in a column at the rightmost of points close together."""
     groups: list[list[str]] = []
     for name in sorted(points, key=lambda name: points[name][1]):
         groups.append([name])
         while len(groups) > 1 and _touch(points, groups[-2], groups[-1], near, step):
             groups[-2:] = [groups[-2] + groups[-1]]
-    found = {}
+    places = {}
     for group in groups:
         edge = max(points[name][0] for name in group)
         middle = sum(points[name][1] for name in group) / len(group)
         for at, name in enumerate(group):
-            found[name] = (edge, middle + step * (at - (len(group) - 1) / 2))
-    return found
+            places[name] = (edge, middle + step * (at - (len(group) - 1) / 2))
+    return places
 
 
 def _touch(
@@ -310,27 +283,12 @@ def _touch(
     return close and middles[1] - middles[0] < step * (len(lower) + len(upper)) / 2
 
 
-def seconds(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}"
-
-
-def size(number: float | None) -> str:
-    """Bytes in words."""
-    if number is None:
-        return "-"
-    for unit in ("B", "KB", "MB"):
-        if number < 1000 or unit == "MB":
-            return f"{number:.0f} {unit}" if unit == "B" or number >= 10 else f"{number:.1f} {unit}"
-        number /= 1000
-    return ""
-
-
-def _leading(found: Mapping[str, Any], metric: str, count: int) -> list[str]:
+def _leading(evaluation: Evaluation, metric: str, count: int) -> list[str]:
     """The methods with the greatest gains, best first; controls and bounds only where nothing else is."""
     gains = {
-        name: gain(metric, row["vs_none"][metric]["difference"], [0, 0])[0]
-        for name, row in found["methods"].items()
-        if "vs_none" in row
+        name: metrics.sign(metric) * row.vs_none[metric].difference
+        for name, row in evaluation.methods.items()
+        if row.vs_none is not None
     }
     ordered = sorted(gains, key=lambda name: -gains[name])
     own = [name for name in ordered if not is_control(name) and not is_bound(name)]
@@ -384,8 +342,6 @@ def _chart(
 
 def _inline(svg: str, name: str, title: str, says: str) -> str:
     """The svg element alone: colours as CSS variables, the page's letters, ids of its own, title and description."""
-    from html import escape
-
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     for role, colour in LIGHT.items():
