@@ -195,8 +195,9 @@ class _ToStderr(logging.Handler):
 
 def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | None) -> int:
     """Says in one line what ended a job and what to do. Returns the exit code."""
+    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
     if isinstance(error, KeyboardInterrupt):
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted{again}", file=sys.stderr)
         return 130
     if isinstance(error, Overtaken):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
@@ -205,7 +206,6 @@ def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | Non
     if wrong_input is not None:
         return _wrong(f"{name}: {wrong_input}")
     log.keep = True
-    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
     where = f" at {place}" if (place := failures.place(error)) else ""
     shown = "above and in" if log.debug else f"in (or shown by {DEBUG})"
     what = failures.own_words(error) or f"{failures.kind(error)}{where}: {failures.advice(error)}"
