@@ -115,7 +115,12 @@ JOBS = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one job and returns its exit code."""
+    """Runs one job and returns its exit code.
+
+    Args:
+        words: the command line; None: that of this process, whose Ray session then ends with the job.
+    """
+    is_process = words is None
     words = sys.argv[1:] if words is None else words
     debug = DEBUG in words or os.environ.get("PPLUG_DEBUG") == "1"
     words = [word for word in words if word != DEBUG]
@@ -135,10 +140,10 @@ def main(words: list[str] | None = None) -> int:
         close = difflib.get_close_matches(name.replace("_", "-"), JOBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
-    return _run(name, rest, debug)
+    return _run(name, rest, debug, is_process)
 
 
-def _run(name: str, words: list[str], debug: bool) -> int:
+def _run(name: str, words: list[str], debug: bool, is_process: bool) -> int:
     from pipelines import options
 
     keys = JOBS[name].config
@@ -151,10 +156,15 @@ def _run(name: str, words: list[str], debug: bool) -> int:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
         return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)")
+    from infra import session
     from infra.job_log import JobLog
 
     with JobLog(name, debug) as log:
-        return _logged(name, config, log)
+        try:
+            return _logged(name, config, log)
+        finally:
+            if is_process and "ray" in sys.modules:  # at the end workers' last lines come, which the log has to take
+                session.stop()
 
 
 def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
@@ -190,8 +200,9 @@ class _ToStderr(logging.Handler):
 
 def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | None) -> int:
     """Says in one line what ended a job and what to do. Returns the exit code."""
+    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
     if isinstance(error, KeyboardInterrupt):
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted{again}", file=sys.stderr)
         return 130
     if isinstance(error, ConcurrentRunError):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
@@ -200,11 +211,10 @@ def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | Non
     if wrong_input is not None:
         return _wrong(f"{name}: {wrong_input}")
     log.keep = True
-    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
     where = f" at {place}" if (place := failures.place(error)) else ""
     shown = "above and in" if log.debug else f"in (or shown by {DEBUG})"
-    what = f"{failures.kind(error)}{where}: {failures.advice(error)}{again}"
-    print(f"{name}: failed: {what}. The traceback is {shown} {log.place}", file=sys.stderr)
+    what = failures.own_words(error) or f"{failures.kind(error)}{where}: {failures.advice(error)}"
+    print(f"{name}: failed: {what}{again}. The traceback is {shown} {log.place}", file=sys.stderr)
     return 1
 
 

@@ -1,7 +1,7 @@
 """The end of a failed job in words for a person: the kind of the error, the place, and what can be done about it.
 
-The words of an error that nobody foresaw are left out: they may quote a user's text. Errors for a person to act on are
-`infra.errors.InputError`, whose words are shown as they are; Ray wraps what a worker raised.
+Errors for a person to act on are `infra.errors.InputError`; Ray wraps those that a worker raised. The words of other
+errors are shown where a `raise` of our own wrote them: a library's words may quote a user's text.
 """
 
 import errno
@@ -19,6 +19,12 @@ _OF_A_STAGE = re.compile(
 )
 _KIND = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit))(?::|$)", re.MULTILINE)
 """The line of a traceback that names the error."""
+_RAISED = re.compile(
+    r'^ *File "[^"]*?/?(?P<file>(?:infra|pplug|pipelines)/[\w/]+\.py)", line (?P<line>\d+), in .*\n *raise .*\n'
+    r"(?: .*\n)*(?P<kind>[A-Za-z_][\w.]*): (?P<words>.*)",
+    re.MULTILINE,
+)
+"""A `raise` of our own in the text of a traceback, which is all that comes back from some workers."""
 _OWN = tuple(str(Path(__file__).parents[1] / package) for package in ("pipelines", "infra", "pplug"))
 
 
@@ -33,6 +39,23 @@ def _causes(error: BaseException) -> list[BaseException]:
     return found
 
 
+def own_words(error: BaseException) -> str:
+    """The words of an error that our own code has raised, with its kind and place; empty if there is no such error."""
+    for one in _causes(error):
+        last = traceback.extract_tb(one.__traceback__)[-1:]
+        if (
+            last
+            and _is_own(last[0])
+            and (last[0].line or "").startswith("raise")
+            and type(one).__module__ == "builtins"
+        ):
+            return f"{' '.join(str(one).split())} ({type(one).__name__} at {_short(last[0])})"
+        if found := [*_RAISED.finditer(str(one))][-1:]:
+            raised = found[0]
+            return f"{raised['words']} ({raised['kind']} at {raised['file']}:{raised['line']})"
+    return ""
+
+
 def kind(error: BaseException) -> str:
     """The name of the error at the bottom; its words are left out, since they may quote a user's text."""
     first, is_chained, _ = str(error).partition("\nThe above exception was the direct cause")
@@ -43,8 +66,16 @@ def kind(error: BaseException) -> str:
 def place(error: BaseException) -> str:
     """File and line of our own code that the error came through last; empty if there is none."""
     frames = [frame for one in _causes(error) for frame in traceback.extract_tb(one.__traceback__)]
-    own = [frame for frame in frames if frame.filename.startswith(_OWN) and not frame.filename.endswith("__main__.py")]
-    return f"{Path(own[-1].filename).relative_to(Path(__file__).parents[1])}:{own[-1].lineno}" if own else ""
+    own = [frame for frame in frames if _is_own(frame)]
+    return _short(own[-1]) if own else ""
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(_OWN) and not frame.filename.endswith("__main__.py")
+
+
+def _short(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).relative_to(Path(__file__).parents[1])}:{frame.lineno}"
 
 
 def advice(error: BaseException) -> str:
@@ -56,6 +87,8 @@ def advice(error: BaseException) -> str:
         return "memory ran out; lower workers or batch sizes in the config, or take a larger machine"
     if kinds & {"RayActorError", "ActorDiedError", "WorkerCrashedError", "NodeDiedError"}:
         return "a worker process died, most often because memory ran out; lower workers or batch sizes in the config"
+    if "FileNotFoundError" in kinds:
+        return "a file is missing; the log names it"
     if "PermissionError" in kinds:
         return "a file or address may not be read or written; check the rights and the credentials"
     if kinds & {"ConnectionError", "TimeoutError", "EndpointConnectionError", "ClientError"}:
