@@ -24,7 +24,7 @@ class LastItem:
     """None where the row does not say: it was written by an earlier release."""
 
     def is_visible_to(self, request: Mapping[str, Any]) -> bool:
-        """Returns whether a request (as_of, as_of_position) may see that item, and so all that the row was made from."""
+        """Returns whether a request (as_of, as_of_position) may see that item, and so all that came before it."""
         as_of, as_of_position = to_us(request["as_of"]), request["as_of_position"]
         if as_of is None and as_of_position is None:
             return True
