@@ -1,4 +1,4 @@
-"""Record of the begin of a training: its config, the tables' versions. A later start of the same run goes on with the same.
+"""Record of the begin of a training: its config and the tables' versions. A later start of the run goes on with them.
 
 `<run_dir>/<run_id>.begun.json` is written before the first worker starts. `erase` reads it too: a killed training
 leaves checkpoints and no report, but has learned from the users of these tables.

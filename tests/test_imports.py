@@ -130,7 +130,7 @@ def test_own_modules_are_imported_at_the_top():
         if roots({name for name in names if name}) & set(PACKAGES):
             deferred.add(str(path.relative_to(ROOT)))
     assert deferred <= DEFERRED, f"imports of our own modules inside functions: {deferred - DEFERRED}"
-    assert inner <= 0.085 * every, f"{inner} of {every} imports stand inside functions"
+    assert inner <= 0.08 * every, f"{inner} of {every} imports stand inside functions"
 
 
 def test_imports_go_round_in_no_circle():
@@ -192,3 +192,18 @@ def test_every_key_of_every_job_says_what_it_is_for_and_hides_no_option(name):
         ".".join(key) for key, _, about, _ in keys if not about and len(key) == 1 and key[0] != "max_reject_fraction"
     ]
     assert not silent, f"{name} --help says nothing about {silent}: a docstring below the field does"
+
+
+def test_no_function_is_above_60_lines_without_a_reason():
+    found, checked = [], 0
+    for package in ("pplug", "infra", "pipelines"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    checked += 1
+                    lines = node.end_lineno - node.lineno + 1
+                    if lines > 60 and "more than 60 lines because" not in " ".join(
+                        (ast.get_docstring(node) or "").split()
+                    ):
+                        found.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    assert checked > 1000 and not found, found

@@ -24,7 +24,7 @@ class EvaluateConfig(Settings):
     """run_id of one or several runs of generate, no method in two of them but to pool them; the newest complete run
     when not given."""
     methods: tuple[str, ...] | None = Field(None, min_length=1)
-    """Those to score; all that the runs have when not given."""
+    """Methods to score; all methods of the runs by default."""
     users: str | None = None
     """File with a user id a line: only their requests, as for those who have an adapter."""
     as_of_version: dict[Literal["histories", "requests", "generations", "personas"], NonNegativeInt] = {}

@@ -1,4 +1,4 @@
-"""How figures and their intervals are written, the same on page, charts and screen."""
+"""Words for figures and their intervals, the same on page, charts and screen."""
 
 import math
 from collections.abc import Sequence
