@@ -213,8 +213,8 @@ def _reading(report: Report) -> str:
     return (
         f"Small print: 95% intervals, from {report.config.n_bootstrap:,} resamples of whole users; gains are "
         f"differences to {BASELINE} on the same requests. Intervals of gains hold for all {report.verdict.n_methods} "
-        "methods at once; those of controls and of the oracle stand by themselves. In colour: the interval leaves out zero."
-        f"{turned_words} Kept per user: beside the history itself."
+        "methods at once; those of controls and of the oracle stand by themselves. In colour: the interval leaves out "
+        f"zero.{turned_words} Kept per user: beside the history itself."
     )
 
 
