@@ -3,7 +3,7 @@
 import string
 
 _AROUND = string.whitespace + "\ufeff\u00a0"
-"""Characters that are no part of a line's content at its ends; a byte order mark stands within a file, too, when two are joined."""
+"""Characters that belong to no line at its ends; a byte order mark stands within a file, too, when two are joined."""
 
 
 def lines(path: str) -> list[str]:
