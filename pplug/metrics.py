@@ -42,19 +42,19 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Kind:
-    """How answers of one kind of task are read."""
+    """Readers of the answers of one kind of task."""
 
     read: Callable[[TaskEntry, Sequence[Any], Sequence[str], Sequence[str]], tuple[Any, Any]]
     """Turns the ids, golds and predictions into what the metrics of this kind compare; ids are for messages."""
     understood: Callable[[TaskEntry, str], bool]
     """Tells whether a prediction is an answer at all."""
     answer: str | None
-    """What an understood prediction is, in words; None where any text is one."""
+    """Words for an understood prediction; None where any text is one."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: how it is computed from all items at once, and how from columns that add up over items."""
+    """A metric, computed in two ways: from all items at once, and from columns that add up over items."""
 
     name: str
     kind: str
@@ -71,7 +71,7 @@ class Metric:
     """Name of the value that the column of a single item holds; None where an item alone has none."""
     higher_is_better: bool = True
     percent: bool = False
-    """Whether people read it in percent: shares of right answers are."""
+    """True where people read it in percent, as shares of right answers are."""
 
 
 def columns(entry: TaskEntry) -> int:
@@ -119,7 +119,8 @@ def per_item(
     """
     entry = _entry(task)
     ids, pairs = _pairs(entry, golds, predictions)
-    values = {metric.value: metric.items(pairs)[:, 0].tolist() for metric in of_task(entry) if metric.value}
+    firsts = {metric.value: metric.items(pairs)[:, 0] for metric in of_task(entry) if metric.value}
+    values = {name: column.astype(np.float64).tolist() for name, column in firsts.items()}
     return {i: {name: column[at] for name, column in values.items()} for at, i in enumerate(ids)}
 
 

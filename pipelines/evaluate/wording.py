@@ -1,4 +1,4 @@
-"""How figures and their intervals are written, the same on page, charts and screen."""
+"""Writes figures and their intervals, in the same way on page, charts and screen."""
 
 import math
 from collections.abc import Sequence
