@@ -24,7 +24,7 @@ class EvaluateConfig(BaseModel):
     """run_id of one or several runs of generate; the newest complete run when not given. No method may be in two of
     them, unless `pool` is given."""
     methods: tuple[str, ...] | None = Field(None, min_length=1)
-    """Methods to score; all that the runs have when not given."""
+    """Methods to score; all methods of the runs by default."""
     users: str | None = None
     """File with one user id per line; only the requests of these users are scored, for example of users with an
     adapter."""
@@ -59,7 +59,7 @@ class EvaluateConfig(BaseModel):
     examples: int = Field(0, ge=0, le=100)
     """Requests to show side by side in the report, which then holds what users wrote: pass it on accordingly."""
     resamples: int = Field(2000, ge=100)
-    """Resamples of people behind each interval."""
+    """Draws of people behind each interval."""
     seed: int = 0
     """Seed of the resamples: the same seed gives the same intervals."""
     run_id: str | None = None
