@@ -42,14 +42,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Kind:
-    """Readers of the answers of one kind of task."""
+    """The reading of answers of one kind of task."""
 
     read: Callable[[TaskEntry, Sequence[Any], Sequence[str], Sequence[str]], tuple[Any, Any]]
     """Turns the ids, golds and predictions into what the metrics of this kind compare; ids are for messages."""
     understood: Callable[[TaskEntry, str], bool]
     """Tells whether a prediction is an answer at all."""
     answer: str | None
-    """Words for an understood prediction; None where any text is one."""
+    """An understood prediction in words; None where any text is one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Metric:
     """Name of the value that the column of a single item holds; None where an item alone has none."""
     higher_is_better: bool = True
     percent: bool = False
-    """True where people read it in percent, as shares of right answers are."""
+    """True if people read it in percent, as shares of right answers."""
 
 
 def columns(entry: TaskEntry) -> int:

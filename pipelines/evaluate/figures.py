@@ -355,7 +355,7 @@ class Comparison(Figures):
 
 
 class PersonaDrift(Figures):
-    """Distances of users between two versions of the table personas, as cosine distances from 0 to 2."""
+    """Cosine distances (0 to 2) that users have moved between two versions of the table personas."""
 
     versions: list[int]
     """The earlier first."""

@@ -1,4 +1,4 @@
-"""Writes figures and their intervals, in the same way on page, charts and screen."""
+"""Words for figures and their intervals, the same on page, charts and screen."""
 
 import math
 from collections.abc import Sequence
