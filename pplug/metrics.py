@@ -54,7 +54,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: how it is computed from all items at once, and how from columns that add up over items."""
+    """A metric, computed in two ways: from all items at once, and from columns that add up over items."""
 
     name: str
     kind: str
@@ -119,7 +119,8 @@ def per_item(
     """
     entry = _entry(task)
     ids, pairs = _pairs(entry, golds, predictions)
-    values = {metric.value: metric.items(pairs)[:, 0].tolist() for metric in of_task(entry) if metric.value}
+    firsts = {metric.value: metric.items(pairs)[:, 0] for metric in of_task(entry) if metric.value}
+    values = {name: column.astype(np.float64).tolist() for name, column in firsts.items()}
     return {i: {name: column[at] for name, column in values.items()} for at, i in enumerate(ids)}
 
 

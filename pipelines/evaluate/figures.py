@@ -87,7 +87,7 @@ class NotUnderstood(Figures):
     share: float
     """Share of the replies without an error, from 0 to 1."""
     replies: list[UnclearReply]
-    """Some of them, all different."""
+    """A few of these replies, all different."""
 
 
 class Cost(Figures):
@@ -136,7 +136,7 @@ class ReferenceFigures(Figures):
     scores: dict[str, float]
     ci95: dict[str, Interval]
     about: str = ""
-    """One sentence that says what it is."""
+    """Sentence that says what the reference is."""
 
 
 # --- groups of users --------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ class Comparison(Figures):
     """run_ids, the earlier first."""
     n_requests: int
     n_users: int
-    """People who asked them."""
+    """People who asked the requests."""
     methods: dict[str, dict[str, Change]]
     """Change by method and metric; methods of one run alone are not here."""
     left_out: dict[str, int]

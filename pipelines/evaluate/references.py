@@ -38,7 +38,7 @@ class Learned:
     """Counts and examples from the items of some buckets; parts add up."""
 
     counts: np.ndarray
-    """(L,) items by label; for ratings (2,): the number of items and the sum of their ratings."""
+    """Items by label (L,); for ratings (2,) the number of items and the sum of their ratings."""
     drawn: list[tuple[int, str, int, str]] = field(default_factory=list)
     """The sample as rows of draw, text, label and user_key."""
 
@@ -55,7 +55,7 @@ class References:
     names: tuple[str, ...]
     """Names of the references that this task has; empty where its items have no answer of their own."""
     about: dict[str, str]
-    """One plain sentence per reference."""
+    """Plain sentences, one per reference."""
     overall: np.ndarray
     """Counts like `Learned.counts`, from all users."""
     classifier: Classifier | None = None
@@ -63,7 +63,7 @@ class References:
     """Items that the classifier was trained on."""
 
     def predict(self, bucket: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-        """One text per reference and request of a bucket, in the order of the requests.
+        """Predicts one text per reference and request of a bucket, in the order of the requests.
 
         Args:
             rows: requests with the columns NEEDS.

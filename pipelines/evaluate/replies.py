@@ -35,7 +35,7 @@ def shown(one: Key) -> str:
 
 @dataclass(frozen=True)
 class Replies:
-    """One bucket's requests that have a target and were answered by any of the runs, and the answers."""
+    """The requests of a bucket that have a target and were answered by any of the runs, and the answers."""
 
     rows: list[dict[str, Any]]
     """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""

@@ -87,7 +87,7 @@ class Tally:
     errors: int = 0
     """Replies that are errors."""
     missing: list[str] = field(default_factory=list)
-    """Some requests, as messages name them, that other methods answered and this one did not."""
+    """Names, for messages, of some requests that other methods answered and this one did not."""
     n_missing: int = 0
     """Number of such requests."""
     cut: int = 0
@@ -95,7 +95,7 @@ class Tally:
     n_unclear: int = 0
     """Replies without an error that are no label or no number."""
     unclear: tuple[DrawnReply, ...] = ()
-    """Some of them, drawn at random."""
+    """A few of these replies, drawn at random."""
 
 
 @dataclass
@@ -119,10 +119,10 @@ class Scored:
     """Requests with their replies, drawn at random: the ones with the smallest `draw`."""
     left_out: int = 0
     """Requests that the runs beside have not answered."""
-    which: int = 0
-    """Sum of digests of the users and ids of the requests answered: equal for runs that answered the same ones."""
+    fingerprint: int = 0
+    """Order-independent fingerprint of the answered requests; equal when two runs answered the same ones."""
     unknown: tuple[str, ...] = ()
-    """Some requests, as messages name them, that were answered and are not in the table requests."""
+    """Names, for messages, of some requests that were answered and are not in the table requests."""
     n_unknown: int = 0
     """Number of such requests."""
     made_by: frozenset[tuple[str, str, str]] = frozenset()
@@ -193,7 +193,7 @@ class ScoreBuckets:
             seen=frozenset(replies.texts),
             examples=self._examples(replies, list(tallies)),
             left_out=left_out,
-            which=sum(int.from_bytes(intervals.digest("\0".join(one), self.seed), "big") for one in golds),
+            fingerprint=sum(int.from_bytes(intervals.digest("\0".join(one), self.seed), "big") for one in golds),
             unknown=tuple(map(shown, replies.unknown[:3])),
             n_unknown=len(replies.unknown),
             made_by=replies.made_by,
@@ -343,7 +343,7 @@ def merged(one: Scored, other: Scored) -> Scored:
         seen=one.seen | other.seen,
         examples=first([*one.examples, *other.examples], MAX_EXAMPLES),
         left_out=one.left_out + other.left_out,
-        which=one.which + other.which,
+        fingerprint=one.fingerprint + other.fingerprint,
         unknown=(one.unknown + other.unknown)[:3],
         n_unknown=one.n_unknown + other.n_unknown,
         made_by=one.made_by | other.made_by,

@@ -171,7 +171,7 @@ def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
         for run, part in parts.items():
             same = other.methods.keys() == part.methods.keys() or other.methods.keys().isdisjoint(part.methods)
             alike = same and other.answered == part.answered
-            if not alike or other.which != part.which:
+            if not alike or other.fingerprint != part.fingerprint:
                 has = [
                     f"{', '.join(run)} has {', '.join(part.methods)} on {part.answered} requests"
                     for run, part in ((run, part), (name, other))

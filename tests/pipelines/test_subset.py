@@ -221,7 +221,7 @@ def test_evaluate_reads_of_a_subset_its_row_groups(place, some, read):
     little = taken(read)
     assert groups.census([0, 1], requests, generations, ["one"], facts).requests == len(USERS)
     assert_little(little, read, "histories")
-    scored = replies.read_bucket(requests, generations, 1, ["one"], users=keys)
-    every = replies.read_bucket(requests, generations, 1, ["one"])
+    scored = replies.join_bucket(requests, generations, 1, ["one"], users=keys)
+    every = replies.join_bucket(requests, generations, 1, ["one"])
     assert {row["request_id"] for row in scored.rows} == {f"{user}/0" for user in some}
     assert all(every.texts["none"][replies.key(row)] == scored.texts["none"][replies.key(row)] for row in scored.rows)

@@ -32,7 +32,7 @@ class Chart:
     name: str
     title: str
     says: str
-    """One sentence that stands for the picture."""
+    """A sentence that stands for the picture."""
     columns: list[str]
     rows: list[list[str]]
     inline: str

@@ -71,7 +71,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Number:
-    """One of the numbers in large letters at the top."""
+    """A number in large letters at the top of the page."""
 
     name: str
     value: str
