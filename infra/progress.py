@@ -162,7 +162,7 @@ class Progress:
         counted = f"{self._counts()} in " if self.done or self.total else ""
         rate = f" ({new / seconds:,.1f} {self.unit}/s)" if new > 0 and seconds >= 1 else ""
         if failed:
-            return self._line(f"broke off: {counted or 'after '}{duration(seconds)}")
+            return self._line(f"broke off{': ' + counted if counted else ' after '}{duration(seconds)}")
         return self._line(f"{counted or 'done in '}{duration(seconds)}{rate}")
 
     def _line(self, said: str) -> str:

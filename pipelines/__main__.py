@@ -212,9 +212,9 @@ def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | Non
         return _wrong(f"{name}: {wrong_input}")
     log.keep = True
     where = f" at {place}" if (place := failures.place(error)) else ""
-    shown = "above and in" if log.debug else f"in (or shown by {DEBUG})"
+    shown = "The traceback stands above and" if log.debug else f"{DEBUG} shows the traceback, which stands"
     what = failures.own_words(error) or f"{failures.kind(error)}{where}: {failures.advice(error)}"
-    print(f"{name}: failed: {what}{again}. The traceback is {shown} {log.place}", file=sys.stderr)
+    print(f"{name}: failed: {what}{again}. {shown} in {log.place}", file=sys.stderr)
     return 1
 
 

@@ -243,6 +243,7 @@ def test_other_errors_end_with_1_and_one_line_that_names_the_log_with_the_traceb
     assert run("--tables", "t") == 1
     line = last_line(capsys)
     assert line.startswith("fold: failed: RuntimeError: if a rerun ends alike,") and "words of a user" not in line
+    assert "--debug shows the traceback, which stands in" in line
     log = log_named_in(line)
     try:
         assert "Traceback" in log.read_text() and "RuntimeError: words of a user" in log.read_text()
