@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, TextIO, cast
 
 from tqdm import tqdm
 
-from infra.noise import Filter, is_bar, plain
+from infra.noise import Filter, has_traceback, is_bar, plain
 from infra.storage import Storage
 
 NAME = "job.log"
@@ -170,8 +170,9 @@ class _Stream:
             self._line(begun)
             begun = ""
         *lines, rest = (begun + text).split("\n")
-        for line in lines:
-            self._line(_last_drawn(line))
+        whole = has_traceback(text) and len(lines) > 1  # Ray logs a record with its traceback as one text
+        for number, line in enumerate(lines):
+            self._line(_last_drawn(line), hidden=whole and (number > 0 or has_traceback(line)))
         self._begun.text = _last_drawn(rest)
         return len(text)
 
@@ -187,9 +188,12 @@ class _Stream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.under, name)
 
-    def _line(self, line: str) -> None:
+    def _line(self, line: str, hidden: bool = False) -> None:
         self._log.write(line)
-        shown = line if self._log.debug else self._filter.shown(line)
+        if self._log.debug:
+            shown: str | None = line
+        else:
+            shown = None if hidden else self._filter.shown(line)
         if shown is not None:
             with tqdm.external_write_mode(file=terminal(sys.stderr)):  # else the line would stand behind a bar
                 self.under.write(shown + "\n")

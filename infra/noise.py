@@ -23,6 +23,7 @@ _WARNING = re.compile(r"\S*:\d+: \w*Warning\b")
 _BAR = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<[^,\]]*)?, *[^\]]*/(?:s|it)\b[^\]]*\]")  # [00:03<00:01, 4.3it/s]
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 _WITHIN = re.compile(r"\s|$|Traceback \(most|The above exception|During handling of|\+-|\|")
+_CHAIN = re.compile(r"\s*$|The above exception|During handling of")
 _ERROR_LINE = re.compile(r"(?P<kind>[A-Za-z_][\w.]*)(?:\([^)]*\))?(?::|$)")
 _SILENT = re.compile(r"PlacementGroupCleaner")
 """Workers of Ray whose errors change nothing: this one asks a dashboard that a local session does not have."""
@@ -36,6 +37,8 @@ _HARMLESS = re.compile(
     # of a dashboard or an exporter that a local session does not have
     r"|metrics (?:exporter )?agent|event aggregator|MetricsHead|metrics_head|OpenTelemetry"
     r"|Exception ignored in|RAY_IGNORE_UNHANDLED_ERRORS"
+    # the last line of the job says what was raised
+    r"|An exception was raised from a task of operator"
 )
 
 
@@ -66,7 +69,11 @@ class Filter:
         if _TRACEBACK.search(text) or (began == "traceback" and _WITHIN.match(text)):
             self._within[source] = "traceback"
             return None
+        if began == "after" and _CHAIN.match(text):
+            self._within[source] = "after"
+            return None
         if began == "traceback":
+            self._within[source] = "after"  # another traceback may follow, of the error that came of this one
             kind = _ERROR_LINE.match(text)
             return f"{source}{kind['kind'] if kind else 'an error'} (job.log has its words and its traceback)"
         if _WARNING.match(text):
@@ -84,6 +91,11 @@ class Filter:
 def plain(line: str) -> str:
     """The line without colours."""
     return _ANSI.sub("", line)
+
+
+def has_traceback(text: str) -> bool:
+    """Returns whether a traceback begins in a text."""
+    return bool(_TRACEBACK.search(text))
 
 
 def is_bar(text: str) -> bool:

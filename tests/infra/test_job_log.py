@@ -50,6 +50,21 @@ def test_without_debug_a_traceback_is_in_the_log_alone(tmp_path, capsys):
     assert lines(tmp_path / NAME)[1:] == ["ValueError: boom"]
 
 
+def test_a_record_that_is_logged_with_its_traceback_shows_its_first_line_alone(capsys):
+    record = """2026-11-26 00:42:38,624 ERROR x.py:747 -- A task failed.
+Traceback (most recent call last):
+  File "x.py", line 1, in f
+ValueError: words of a user
+more of them
+
+The above exception was the direct cause of the following exception:
+"""
+    with JobLog("fold"):
+        sys.stderr.write(record)
+        print("own line", file=sys.stderr)
+    assert capsys.readouterr().err.splitlines() == [record.splitlines()[0], "own line"]
+
+
 def test_logs_of_jobs_inside_a_job_are_apart_and_streams_come_back(tmp_path, capsys):
     before = sys.stdout, sys.stderr
     with JobLog("line") as outer:

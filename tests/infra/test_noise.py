@@ -75,6 +75,8 @@ def test_a_traceback_shows_the_kind_of_its_error_and_none_of_its_words():
         "(g pid=2)   frame of another worker, between the lines of the first",
         "(f pid=1) ValueError: words of a user",
         "(g pid=2) torch.OutOfMemoryError",
+        "(f pid=1) ",
+        "(f pid=1) The above exception was the direct cause of the following exception:",
         "(f pid=1) said later",
     )
     assert got == [
