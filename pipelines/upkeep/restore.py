@@ -31,9 +31,14 @@ def run(config: Config) -> int:
     report = RunReport("restore", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
     names = tables.chosen(config.tables, config.names)
     with lease.no_other_writer(config.tables, run_id):
-        _restore(config, report, sorted(names, key=lambda name: _ORDER.index(name.partition("-")[0])))
+        _restore(config, report, sorted(names, key=_rank))
     report.extra["tables"] = tables.costs(config.tables, names)
     return report.finish()
+
+
+def _rank(name: str) -> int:
+    base = name.partition("-")[0]
+    return _ORDER.index(base) if base in _ORDER else len(_ORDER)
 
 
 def _restore(config: Config, report: RunReport, names: list[str]) -> None:
