@@ -18,13 +18,14 @@ from pipelines.evaluate.figures import Change, Comparison, PersonaDrift
 from pipelines.evaluate.report import screen
 from pipelines.evaluate.score import Scored
 from pipelines.evaluate.summary import few_users_warning, reply_warnings
+from pipelines.run import begin
 from pplug import intervals, metrics
 from pplug.tasks import TaskEntry
 
 
 def compare(config: EvaluateConfig, run_id: str) -> int:
     """Writes the differences to report.json and shows them on the screen; returns the exit code."""
-    report = RunReport("evaluate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("evaluate", config, run_id=run_id)
     session.start()
     if config.compare:
         comparison = _compared_runs(config, config.compare, report)

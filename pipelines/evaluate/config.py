@@ -4,10 +4,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
-from pplug.settings import Settings, renamed
+from pipelines.job_config import JobConfig
+from pplug.settings import renamed
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(JobConfig):
     """evaluate: generations + targets -> report.json, report.html, predictions in LaMP's format, a table on the screen.
 
     Route: per bucket, facts about the users -> histograms -> thirds; then replies beside targets -> ScoreBuckets
@@ -18,8 +19,6 @@ class EvaluateConfig(Settings):
     beside the methods (pipelines.evaluate.references); they are never counted as methods.
     """
 
-    tables: str
-    """Folder or s3://bucket/prefix of the population's tables."""
     run: tuple[str, ...] = ()
     """run_id of one or several runs of generate; the newest complete run when not given. No method may be in two of
     them, unless `pool` is given."""
@@ -62,7 +61,3 @@ class EvaluateConfig(Settings):
     """Draws of people behind each interval."""
     seed: int = 0
     """Seed of the resamples: the same seed gives the same intervals."""
-    run_id: str | None = None
-    """Name of this evaluation; a new one when not given."""
-    run_dir: str | None = None
-    """Folder of report.json; runs/<run_id> when not given."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.report import RunReport, check_run_id, new_run_id
+from infra.report import check_run_id, new_run_id
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
@@ -20,6 +20,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.figures import KnownScores, Report
 from pipelines.evaluate.report import page, screen
 from pipelines.evaluate.score import Scored
+from pipelines.run import begin
 from pplug.tasks import TaskEntry
 
 Config = EvaluateConfig
@@ -45,7 +46,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     entry = tables.task_entry(config.task, snapshots["histories"])
     runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
     session.start()
-    report = RunReport("evaluate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("evaluate", config, run_id=run_id)
     for name in ("requests", "generations"):
         report.table_read(name, snapshots[name].version)
     with report.stage("survey"):

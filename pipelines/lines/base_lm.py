@@ -22,6 +22,7 @@ from pipelines import made_from as origin
 from pipelines import tables
 from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
 from pipelines.lines.config import BaseLMConfig as Config
+from pipelines.run import begin
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec, fill
@@ -37,9 +38,7 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
-    report = RunReport(
-        "base-lm", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}", config.max_reject_fraction
-    )
+    report = begin("base-lm", config, run_id=run_id)
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
     task = tables.task_entry(config.task, histories)

@@ -6,10 +6,11 @@
 import dataclasses
 
 from infra import lease, session
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot
 from infra.table import CommitConflict, Table
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
 from pipelines.waves import each_bucket, files_of, next_group
@@ -20,12 +21,11 @@ TRIES = 3
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("compact")
-    report = RunReport("compact", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("compact", config)
     names = tables.chosen(config.tables, config.names)
     report.extra |= {"left": {}, "rows_dropped": {}}
     session.start()
-    with lease.writing(config.tables, run_id):
+    with lease.writing(config.tables, report.run_id):
         for name in names:
             with report.stage(f"compact {name}") as stage:
                 stage.rows = _compact(config, report, tables.open_table(config.tables, name))

@@ -14,13 +14,14 @@ import ray.data
 from infra import lease, log, runs, session, upkeep
 from infra.errors import InputError
 from infra.lines import numbered_lines
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.search import Needles, digest, strings
 from infra.shards import user_key
 from infra.snapshot import bucket_of_path, read_file
 from infra.storage import Storage
 from infra.table import CommitConflict, Table
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.config import EraseConfig as Config
 from pipelines.upkeep.scrub import DropRows, OthersValues, OwnValues, Scrub, SearchFiles, Someone
 from pipelines.waves import files_of, next_group
@@ -43,12 +44,11 @@ DUTIES = (
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     places = _ids(config)
-    run_id = config.run_id or new_run_id("erase")
     shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
-    report = RunReport("erase", run_id, shown, config.run_dir or f"runs/{run_id}")
+    report = begin("erase", config, shown=shown)
     folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
     session.start()
-    with lease.alone(config.tables, run_id):
+    with lease.alone(config.tables, report.run_id):
         absent = _erase(config, report, frozenset(places), folders)
     if absent and not config.confirm_absent:
         _ask_about(absent, places, config, report)

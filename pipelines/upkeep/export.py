@@ -9,10 +9,11 @@ from pathlib import Path
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.config import ExportConfig as Config
 from pipelines.upkeep.export_adapter import export_adapter
 from pipelines.upkeep.export_table import ExportBucket, vector_widths
@@ -27,11 +28,10 @@ PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("export")
     # the config may name a user: the report does not
     shown = config.model_dump(exclude={"user_id"})
-    report = RunReport("export", run_id, shown, config.run_dir or f"runs/{run_id}")
-    with lease.reading(config.tables, run_id):
+    report = begin("export", config, shown=shown)
+    with lease.reading(config.tables, report.run_id):
         if config.user_id is not None and config.llm is not None:
             return _adapter(config, config.user_id, config.llm, report)
         return _table(config, report)

@@ -11,9 +11,10 @@ import pyarrow as pa
 from infra import lease, migration, session
 from infra.errors import InputError
 from infra.migration import Migration
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.table import CommitConflict
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.config import MigrateConfig as Config
 from pipelines.waves import each_bucket, files_of, listed, next_group
 
@@ -26,10 +27,9 @@ def run(config: Config) -> int:
         lines = [one.summary for one in waiting] or ["every table has the schema version that this release reads"]
         print("\n".join(f"migrate would do: {line}" if waiting else f"migrate: {line}" for line in lines), flush=True)
         return 0
-    run_id = config.run_id or new_run_id("migrate")
-    report = RunReport("migrate", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("migrate", config)
     report.extra["migrated"] = {}
-    with lease.no_other_writer(config.tables, run_id):
+    with lease.no_other_writer(config.tables, report.run_id):
         waiting = _pending(config, names)
         report.planned, report.already_there = len(names), len(names) - len(waiting)
         if waiting:

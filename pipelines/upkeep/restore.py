@@ -7,10 +7,11 @@ from typing import Any
 
 from infra import lease, upkeep
 from infra.errors import InputError
-from infra.report import RunReport, new_run_id
+from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.table import CommitConflict, Table
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.config import RestoreConfig as Config
 from pipelines.waves import next_group
 
@@ -27,10 +28,9 @@ _ORDER = ("generations", "profiles", "adapters", "personas", "embeddings", "requ
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("restore")
-    report = RunReport("restore", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("restore", config)
     names = tables.chosen(config.tables, config.names)
-    with lease.no_other_writer(config.tables, run_id):
+    with lease.no_other_writer(config.tables, report.run_id):
         _restore(config, report, sorted(names, key=_rank))
     report.extra["tables"] = tables.costs(config.tables, names)
     return report.finish()

@@ -4,18 +4,17 @@
 """
 
 from infra import lease, upkeep
-from infra.report import RunReport, new_run_id
 from pipelines import tables
+from pipelines.run import begin
 from pipelines.upkeep.config import VacuumConfig as Config
 
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    run_id = config.run_id or new_run_id("vacuum")
-    report = RunReport("vacuum", run_id, config.model_dump(), config.run_dir or f"runs/{run_id}")
+    report = begin("vacuum", config)
     names = tables.chosen(config.tables, config.names)
     report.extra["deleted_bytes"] = 0
-    with lease.writing(config.tables, run_id):
+    with lease.writing(config.tables, report.run_id):
         for name in names:
             with report.stage(f"vacuum {name}") as stage:
                 done = upkeep.vacuum(tables.open_table(config.tables, name), config.retention_hours)
