@@ -50,6 +50,10 @@ class Histories:
             object.__setattr__(self, "_index_cache", cached)
         return cached
 
+    def visible_to(self, request: Mapping[str, Any], user: int, cap: int) -> np.ndarray:
+        """Rows (into T) of a user's newest `cap` items that a request (as_of, as_of_position) may see, oldest first."""
+        return self.visible(user, to_us(request["as_of"]), request["as_of_position"], cap)
+
     def visible(self, user: int, as_of: int | None, as_of_position: int | None, cap: int) -> np.ndarray:
         """Rows (into T) of the newest `cap` items that a request may see, oldest first."""
         start, end = self.starts[user], self.starts[user + 1]

@@ -19,7 +19,7 @@ import ray
 
 from infra.shards import user_key
 from infra.snapshot import Snapshot
-from pipelines.histories import Histories, decode_fields, read_bucket, to_us
+from pipelines.histories import Histories, decode_fields, read_bucket
 from pplug import references
 from pplug.references import Classifier
 from pplug.tasks import TaskEntry, query
@@ -220,7 +220,7 @@ def _visible(users: Histories, request: Mapping[str, Any]) -> int:
     user = users.user(request["user_id"])
     if user is None:
         return 0
-    return len(users.visible(user, to_us(request["as_of"]), request["as_of_position"], _ALL))
+    return len(users.visible_to(request, user, _ALL))
 
 
 def _fields_of(users: Histories, user_id: str) -> list[Mapping[str, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.snapshot import Snapshot
-from pipelines.histories import Histories, read_bucket, to_us
+from pipelines.histories import Histories, read_bucket
 from pplug.controls import drawn_for
 
 
@@ -42,7 +42,7 @@ class VisibleItems:
         user = self.own.user(request["user_id"])
         if user is None:
             return np.zeros(0, np.int64)
-        return self.own.visible(user, to_us(request["as_of"]), request["as_of_position"], self.max_items)
+        return self.own.visible_to(request, user, self.max_items)
 
     def hashes(self, request: Mapping[str, Any]) -> list[str]:
         """Text hashes of the items the request may see, oldest first."""

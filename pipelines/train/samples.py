@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines.histories import read_bucket, to_us
+from pipelines.histories import read_bucket
 from pipelines.written import read_written, refuse_another_count
 from pplug.tasks import TaskSpec, query
 
@@ -75,7 +75,7 @@ class PrepareSamples:
             user = users.user(request["user_id"]) if self.embeddings is not None else None
             start = stop = 0
             if user is not None:
-                seen = users.visible(user, to_us(request["as_of"]), request["as_of_position"], self.cap)
+                seen = users.visible_to(request, user, self.cap)
                 if len(seen):
                     start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
                     missing += len(seen) - (stop - start)
