@@ -11,19 +11,19 @@ from pplug.settings import renamed
 
 
 class Config(ResumableConfig):
-    """Job `adapt`: histories (and requests) -> one adapter a user, many trained together; or the base they stand on.
+    """Job `adapt`: histories (and requests) -> one adapter per user, many trained together; or the base they stand on.
 
     stage users: Ray Data spreads users over workers, each of which trains many adapters in one stack. Buckets are
-    committed wave by wave as their users are finished; a rerun trains only who is missing or whose items have changed.
-    Where there are requests, a user's items are cut at the earliest of them: an adapter never knows what a request may
-    not see.
+    committed wave by wave as their users are finished; a rerun trains only users whose adapter is missing or whose items have changed.
+    Where there are requests, a user's items are cut at the earliest of them: an adapter never knows an item that a
+    request may not see.
     Unit of work: a user.
     stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
-    folder; give that folder as llm.model to stage users and to generate. Unit of work: an example.
+    folder. Give that folder as llm.model to stage users and to `generate`. Unit of work: an example.
 
     A base must not know the answers that it is scored on. Best is a population of its own, with other people than those
     who are evaluated (`--cut none` then lets it learn all of their items), or `--users FILE` with the people to be
-    evaluated, who are left out. Else the base learns only items that all requests of their user may see (`--cut
+    evaluated, who are left out. Otherwise the base learns only items that all requests of their user may see (`--cut
     requests`); the targets of requests (`--examples requests`) are always answers. The base's folder records what it
     was made from (made_from.json), and `generate` refuses requests whose answers the base may have learned.
     A rerun with the same run_id goes on with the tables' versions that the run began with, and with no other config.

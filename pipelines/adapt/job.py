@@ -1,4 +1,4 @@
-"""Job `adapt`: histories (and requests) -> one adapter a user, many trained together; or the base they stand on.
+"""Job `adapt`: histories (and requests) -> one adapter per user, many trained together; or the base they stand on.
 
 What it does and its keys stand in `config.py`.
 """

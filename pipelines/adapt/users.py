@@ -1,6 +1,6 @@
 """Stages of adapt: users of a bucket become examples, examples become adapters, many users at once.
 
-Route: bucket -> users who are owed an adapter, each with the items that count -> token ids -> stacked training -> rows
+Route: bucket -> users whose adapter is pending, each with the items that count -> token ids -> stacked training -> rows
 of `adapters`. A bucket's other adapters travel beside them, since a bucket is replaced as a whole.
 
 An item becomes an example by the task's own input and target; where retrieval is on, with what it finds among the items

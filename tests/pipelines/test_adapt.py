@@ -183,8 +183,10 @@ def test_only_who_is_new_or_changed_or_made_otherwise_is_owed(population, llm):
     def owed(**how):
         found = [owing(population, before=table.snapshot(), **how).read(bucket) for bucket in range(BUCKETS)]
         names = [one.own.user_ids[user] for one in found for user in one.users]
-        assert len(names) + sum(one.there for one in found) == len({name for one in found for name in one.own.user_ids})
-        return set(names), sorted(key for one in found for key in one.stays)
+        assert len(names) + sum(one.existing for one in found) == len(
+            {name for one in found for name in one.own.user_ids}
+        )
+        return set(names), sorted(key for one in found for key in one.unchanged)
 
     assert owed() == (set(), sorted(map(user_key, people)))
     fill(population, [item("user-2", 9, "bad"), item("new", 1)])
