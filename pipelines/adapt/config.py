@@ -14,9 +14,9 @@ class Config(ResumableConfig):
     """Job `adapt`: histories (and requests) -> one adapter per user, many trained together; or the base they stand on.
 
     stage users: Ray Data spreads users over workers, each of which trains many adapters in one stack. Buckets are
-    committed wave by wave as their users are finished; a rerun trains only users whose adapter is missing or whose items have changed.
-    Where there are requests, a user's items are cut at the earliest of them: an adapter never knows an item that a
-    request may not see.
+    committed wave by wave as their users are finished. A rerun trains only users whose adapter is missing or whose
+    items have changed. Where there are requests, a user's items are cut at the earliest of them: an adapter never knows
+    an item that a request may not see.
     Unit of work: a user.
     stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
     folder. Give that folder as llm.model to stage users and to `generate`. Unit of work: an example.
