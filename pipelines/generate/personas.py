@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pplug.bert import forward_of
-from pplug.encoder import best_dtype, default_batch_tokens, each_batch, pad, pool
+from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PersonaPlug
 
@@ -99,15 +99,9 @@ class PersonaMaker:
         texts = [config.query_prefix + text for text in queries]
         ids = self.words.framed(texts, config.query_max_tokens)
         out = torch.empty(len(ids), config.encoder_dim, device=self.device)
-
-        def work(rows: np.ndarray) -> None:
-            with torch.inference_mode():
-                tokens, mask = pad([ids[row] for row in rows], tokenizer.pad_token_id or 0)
-                tokens, mask = tokens.to(self.device), mask.to(self.device)
-                out[rows] = pool(self.forward(tokens, mask), mask, config.query_pooling)
-
         budget = default_batch_tokens(self.device, self.dtype, config.query_max_tokens)
-        each_batch([len(row) for row in ids], budget, self.device, work)
+        pad_id = tokenizer.pad_token_id or 0
+        encode_batches(ids, self.forward, config.query_pooling, pad_id, budget, self.device, out)
         return out
 
 

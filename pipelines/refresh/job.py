@@ -85,7 +85,7 @@ def _open(config: Config, report: RunReport, table: "Table") -> Night:
     report.table_read("histories", histories.version)
     task = tables.task_entry(config.task, histories)
     try:
-        rule = task.item if config.encoder.with_label else task.item_without_label
+        rule = task.item_template(config.encoder.with_label)
         encoder = encoder_id(config.encoder, rule)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder: {error}") from error

@@ -50,7 +50,7 @@ class Retrieval(Part):
             )
         if "dense" in run.kinds("retrieval"):
             try:
-                rule = task.item if config.retrieval.encoder.with_label else task.item_without_label
+                rule = task.item_template(config.retrieval.encoder.with_label)
                 name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))
             except (FileNotFoundError, ValueError) as error:
                 raise InputError(f"retrieval.encoder: {error}") from error
