@@ -20,7 +20,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table, TableSpec
 from pplug import schemas, tasks
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 GROUP_ROWS = 512
 """Number of rows of texts or vectors that are read together. Reading 1% of users at random (20 items each, D=384)
@@ -206,7 +206,7 @@ def embeddings_name(encoder_id: str) -> str:
     return f"embeddings-{encoder_id}"
 
 
-def task_entry(task: str | None, histories: Snapshot) -> TaskEntry:
+def task_entry(task: str | None, histories: Snapshot) -> TaskSpec:
     """Returns the task in force: the one asked for, or the one that `ingest` stored with the histories.
 
     Raises:
@@ -220,4 +220,4 @@ def task_entry(task: str | None, histories: Snapshot) -> TaskEntry:
     stored = histories.metadata.get("task_entry")
     if stored is None:
         raise InputError("the histories name no task; give one with --task (a LaMP name or a YAML file)")
-    return TaskEntry.model_validate(json.loads(stored))
+    return TaskSpec.model_validate(json.loads(stored))

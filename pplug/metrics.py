@@ -25,7 +25,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
 from pplug import tasks
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 Id = TypeVar("Id", bound=Hashable)
 """The name of a request: a plain id, or a pair of user and id."""
@@ -44,9 +44,9 @@ class Pairs:
 class Kind:
     """The reading of answers of one kind of task."""
 
-    read: Callable[[TaskEntry, Sequence[Any], Sequence[str], Sequence[str]], tuple[Any, Any]]
+    read: Callable[[TaskSpec, Sequence[Any], Sequence[str], Sequence[str]], tuple[Any, Any]]
     """Turns the ids, golds and predictions into what the metrics of this kind compare; ids are for messages."""
-    understood: Callable[[TaskEntry, str], bool]
+    understood: Callable[[TaskSpec, str], bool]
     """Tells whether a prediction is an answer at all."""
     answer: str | None
     """An understood prediction in words; None where any text is one."""
@@ -58,14 +58,14 @@ class Metric:
 
     name: str
     kind: str
-    """The `TaskEntry.metric` of the tasks that are scored by it."""
+    """The `TaskSpec.metric` of the tasks that are scored by it."""
     official: Callable[[Pairs], float]
     """The score, as the benchmark computes it."""
     items: Callable[[Pairs], np.ndarray]
     """Columns (N, k) that may be added up over items. The first metric of a kind has one, which is its value."""
     total: Callable[[np.ndarray, np.ndarray], np.ndarray]
     """Turns R counts of items (R,) and R sums of those columns (R, k) into R scores (R,)."""
-    width: Callable[[TaskEntry], int] = lambda entry: 1
+    width: Callable[[TaskSpec], int] = lambda entry: 1
     """k, the number of those columns."""
     value: str | None = None
     """Name of the value that the column of a single item holds; None where an item alone has none."""
@@ -74,17 +74,17 @@ class Metric:
     """True if people read it in percent, as shares of right answers."""
 
 
-def columns(entry: TaskEntry) -> int:
+def columns(entry: TaskSpec) -> int:
     """K, the number of columns of `item_sums`. Column 0 counts, column 1 sums the first of `names`, item by item."""
     return 1 + sum(metric.width(entry) for metric in of_task(entry))
 
 
-def names(entry: TaskEntry) -> tuple[str, ...]:
+def names(entry: TaskSpec) -> tuple[str, ...]:
     """The metrics of a task by name; the first is the one that a verdict goes by."""
     return tuple(metric.name for metric in of_task(entry))
 
 
-def of_task(entry: TaskEntry) -> tuple[Metric, ...]:
+def of_task(entry: TaskSpec) -> tuple[Metric, ...]:
     """The metrics of a task."""
     return tuple(metric for metric in METRICS.values() if metric.kind == entry.metric)
 
@@ -94,7 +94,7 @@ def sign(name: str) -> int:
     return 1 if METRICS[name].higher_is_better else -1
 
 
-def score(task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> dict[str, float]:
+def score(task: str | TaskSpec, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> dict[str, float]:
     """Official scores of the predictions: accuracy and f1, mae and rmse, or rouge1 and rougeL.
 
     Args:
@@ -110,7 +110,7 @@ def score(task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[I
 
 
 def per_item(
-    task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]
+    task: str | TaskSpec, golds: Mapping[Id, str], predictions: Mapping[Id, str]
 ) -> dict[Id, dict[str, float]]:
     """Values of each item: accuracy 0/1, absolute and squared error, or the two ROUGE values.
 
@@ -125,7 +125,7 @@ def per_item(
 
 
 def item_sums(
-    task: str | TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]
+    task: str | TaskSpec, golds: Mapping[Id, str], predictions: Mapping[Id, str]
 ) -> tuple[list[Id], np.ndarray]:
     """Per-item columns that may be added up; `from_sums` knows them.
 
@@ -140,7 +140,7 @@ def item_sums(
     return ids, np.hstack([np.ones((len(ids), 1)), *parts]).astype(np.float64)
 
 
-def from_sums(task: str | TaskEntry, sums: np.ndarray) -> dict[str, np.ndarray]:
+def from_sums(task: str | TaskSpec, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Scores from summed columns of `item_sums`.
 
     Args:
@@ -159,7 +159,7 @@ def from_sums(task: str | TaskEntry, sums: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def understood(task: str | TaskEntry, prediction: str) -> bool:
+def understood(task: str | TaskSpec, prediction: str) -> bool:
     """Tells whether a prediction is an answer at all: one of the labels, or a finite number; any text is one.
 
     Scoring counts what is no answer as wrong, so that a score alone does not tell a bad guess from no guess.
@@ -168,11 +168,11 @@ def understood(task: str | TaskEntry, prediction: str) -> bool:
     return KINDS[entry.metric].understood(entry, prediction)
 
 
-def _entry(task: str | TaskEntry) -> TaskEntry:
-    return task if isinstance(task, TaskEntry) else tasks.find(task)
+def _entry(task: str | TaskSpec) -> TaskSpec:
+    return task if isinstance(task, TaskSpec) else tasks.find(task)
 
 
-def _pairs(entry: TaskEntry, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> tuple[list[Id], Pairs]:
+def _pairs(entry: TaskSpec, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> tuple[list[Id], Pairs]:
     ids = _same_ids(golds, predictions)
     texts = ([side[i].strip() for i in ids] for side in (golds, predictions))
     return ids, Pairs(*KINDS[entry.metric].read(entry, ids, *texts), len(entry.labels))
@@ -195,7 +195,7 @@ def _same_ids(golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> list[Id
 
 
 def _label_indices(
-    entry: TaskEntry, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
+    entry: TaskSpec, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 each; a prediction outside the labels is -1."""
     index = {label: at for at, label in enumerate(entry.labels)}
@@ -232,7 +232,7 @@ def _macro_f1_of_counts(n: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def _ratings(
-    entry: TaskEntry, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
+    entry: TaskSpec, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) float64 each."""
     scale = [float(label) for label in entry.labels]
@@ -298,7 +298,7 @@ KINDS = {
         answer=None,
     ),
 }
-"""The kinds of task by the name that `TaskEntry.metric` has for them."""
+"""The kinds of task by the name that `TaskSpec.metric` has for them."""
 
 METRICS = {
     metric.name: metric

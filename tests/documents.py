@@ -192,7 +192,7 @@ def wrong_yaml(document: Document) -> Iterator[str]:
     for name, content in document.shown_files.items():
         if name.endswith(".yaml") and "metric" in (found := yaml.safe_load(content)):
             try:
-                tasks.TaskEntry.model_validate(found)
+                tasks.TaskSpec.model_validate(found)
             except ValueError as error:
                 yield f"{name}: {error}"
 

@@ -13,7 +13,7 @@ from pipelines.evaluate.figures import BASELINE, Cohort, Cohorts, CohortScore, C
 from pipelines.evaluate.replies import COSTS
 from pipelines.evaluate.score import Columns, Scored, Tally
 from pplug import intervals, metrics
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 UNITS = {"length": "items", "age": "days", "distance": "1 - cosine"}
 VALUE_BYTES = 2
@@ -21,13 +21,13 @@ VALUE_BYTES = 2
 
 
 def by_thirds(
-    scored: Scored, entry: TaskEntry, census: cohorts.Census, cuts: dict[str, tuple[int, int]], repeats: int = 1
+    scored: Scored, task: TaskSpec, census: cohorts.Census, cuts: dict[str, tuple[int, int]], repeats: int = 1
 ) -> dict[str, Cohorts]:
     """Figures of the thirds by kind of fact; a third without a request is left out.
 
     A third's n counts requests: a method has `repeats` replies to each.
     """
-    columns, metric = Columns(metrics.columns(entry)), metrics.names(entry)[0]
+    columns, metric = Columns(metrics.columns(task)), metrics.names(task)[0]
     groups: dict[str, Cohorts] = {}
     for kind, cut in cuts.items():
         counts, thirds = census.counts[kind], []
@@ -65,9 +65,9 @@ def _ratio(pair: np.ndarray) -> float:
     return float(pair[1] / pair[0]) if pair[0] else float("nan")
 
 
-def user_shares(tally: Tally, entry: TaskEntry) -> UserShares:
+def user_shares(tally: Tally, task: TaskSpec) -> UserShares:
     """Shares of users better, worse and as well off, with intervals; n is 0 where the baseline was not scored."""
-    at = Columns(metrics.columns(entry)).users
+    at = Columns(metrics.columns(task)).users
     total = tally.sums[at]
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = tally.resampled[:, at][:, 1:] / tally.resampled[:, at][:, :1]
@@ -78,10 +78,10 @@ def user_shares(tally: Tally, entry: TaskEntry) -> UserShares:
     return UserShares(n=int(total[0]), **shares)
 
 
-def cost(tally: Tally, entry: TaskEntry, census: cohorts.Census, seconds: float | None) -> Cost:
+def cost(tally: Tally, task: TaskSpec, census: cohorts.Census, seconds: float | None) -> Cost:
     """Tokens per request, seconds per reply, and bytes per user of all that the method reads beside the history: item
     vectors or a stored persona, an adapter, a profile."""
-    sums = dict(zip(COSTS, tally.sums[Columns(metrics.columns(entry)).costs].tolist(), strict=True))
+    sums = dict(zip(COSTS, tally.sums[Columns(metrics.columns(task)).costs].tolist(), strict=True))
     n = tally.sums[0]
     width = len(census.vectors) if census.users else 0
     sizes = {

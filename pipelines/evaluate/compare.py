@@ -20,7 +20,7 @@ from pipelines.evaluate.score import Scored
 from pipelines.evaluate.summary import few_users_warning, reply_warnings
 from pipelines.run import begin
 from pplug import intervals, metrics
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 def compare(config: EvaluateConfig, run_id: str) -> int:
@@ -41,14 +41,14 @@ def compare(config: EvaluateConfig, run_id: str) -> int:
 def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunReport) -> Comparison:
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
-    entry = tables.task_entry(config.task, snapshots["histories"])
+    task = tables.task_entry(config.task, snapshots["histories"])
     for name in names[1:]:
         report.table_read(name, snapshots[name].version)
     sides = []
     with report.stage("score") as stage:
         for own, other in (runs, runs[::-1]):
             facts = FactReader(snapshots["histories"], None)
-            sides.append(scoring.score(config, entry, snapshots, (own,), facts, {}, beside=(other,)))
+            sides.append(scoring.score(config, task, snapshots, (own,), facts, {}, beside=(other,)))
         stage.rows = sum(scored.answered * len(scored.methods) for scored in sides)
     earlier, later = sides
     if earlier.methods.keys().isdisjoint(later.methods):
@@ -59,22 +59,22 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     report.planned = report.written = stage.rows
     n_users = later.users + len(later.split_owners)
     return Comparison(
-        task=entry.name,
+        task=task.name,
         runs=list(runs),
         n_requests=later.answered,
         n_users=n_users,
-        methods=_changes(entry, earlier, later),
+        methods=_changes(task, earlier, later),
         left_out={run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out},
-        warnings=few_users_warning(n_users) + _warnings(entry, runs, sides),
+        warnings=few_users_warning(n_users) + _warnings(task, runs, sides),
     )
 
 
-def _changes(entry: TaskEntry, earlier: Scored, later: Scored) -> dict[str, dict[str, Change]]:
+def _changes(task: TaskSpec, earlier: Scored, later: Scored) -> dict[str, dict[str, Change]]:
     """Changes by metric of the methods that both sides have."""
-    k, methods = metrics.columns(entry), {}
-    old_scores, new_scores = (scoring.scores(side.methods, entry) for side in (earlier, later))
+    k, methods = metrics.columns(task), {}
+    old_scores, new_scores = (scoring.scores(side.methods, task) for side in (earlier, later))
     for name in (name for name in later.methods if name in earlier.methods):
-        old, new = (metrics.from_sums(entry, side.methods[name].resampled[:, :k]) for side in (earlier, later))
+        old, new = (metrics.from_sums(task, side.methods[name].resampled[:, :k]) for side in (earlier, later))
         methods[name] = {
             metric: Change(
                 earlier=score,
@@ -88,10 +88,10 @@ def _changes(entry: TaskEntry, earlier: Scored, later: Scored) -> dict[str, dict
     return methods
 
 
-def _warnings(entry: TaskEntry, runs: tuple[str, str], sides: Sequence[Scored]) -> list[str]:
+def _warnings(task: TaskSpec, runs: tuple[str, str], sides: Sequence[Scored]) -> list[str]:
     both = list(zip(runs, sides, strict=True))
     return [
-        *(f"run {run}: {warning}" for run, side in both for warning in reply_warnings(side, entry)),
+        *(f"run {run}: {warning}" for run, side in both for warning in reply_warnings(side, task)),
         *(f"{side.left_out} requests of {run} are not in the other run" for run, side in both if side.left_out),
         *(
             f"{side.n_unknown} requests that {run} answered are in the table requests no more"
@@ -112,10 +112,10 @@ def _drift(config: EvaluateConfig, versions: tuple[int, int], report: RunReport)
         )
     report.table_read("personas", later.version)
     buckets = sorted({*earlier.by_bucket(), *later.by_bucket()})
-    task = ray.remote(drift.measure)
+    remote = ray.remote(drift.measure)
     with report.stage("drift") as stage:
         parts = [
-            task.remote(buckets[start :: scoring.SHARES], earlier, later, config.drift_threshold)
+            remote.remote(buckets[start :: scoring.SHARES], earlier, later, config.drift_threshold)
             for start in range(min(scoring.SHARES, len(buckets)))
         ]
         moves = sum((ray.get(part) for part in parts), drift.Moves())

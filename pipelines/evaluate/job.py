@@ -21,7 +21,7 @@ from pipelines.evaluate.figures import KnownScores, Report
 from pipelines.evaluate.report import page, screen
 from pipelines.evaluate.score import Scored
 from pipelines.run import begin
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 Config = EvaluateConfig
 
@@ -43,7 +43,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     buckets = tables.open_table(config.tables, "requests").buckets
     users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)
-    entry = tables.task_entry(config.task, snapshots["histories"])
+    task = tables.task_entry(config.task, snapshots["histories"])
     runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
     session.start()
     report = begin("evaluate", config, run_id=run_id)
@@ -56,24 +56,24 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
             (tables.snapshot(place, "histories", {}), tables.newest(place, "requests"))
             for place in config.references_from
         ]
-        fitted = references.fit(entry, snapshots["histories"], snapshots["requests"], users, others)
+        fitted = references.fit(task, snapshots["histories"], snapshots["requests"], users, others)
     with report.stage("score") as stage:
-        parts = scoring.score_runs(config, entry, snapshots, runs, facts, cuts, users, fitted)
+        parts = scoring.score_runs(config, task, snapshots, runs, facts, cuts, users, fitted)
         scored = scoring.pooled(parts)
         stage.rows = sum(part.answered * len(part.methods) for part in parts.values())
     report.planned = report.written = stage.rows
     seconds = seconds_per_reply(config.generate_reports, runs)
-    evaluation = summary.summarise(scored, entry, census, cuts, seconds, scoring.repeats(parts), fitted.about)
+    evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(parts), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
     evaluation.identities = summary.identities(list(parts.values()))
     if len(parts) > 1:
-        evaluation.by_run = {run: scoring.scores(part.methods, entry) for (run,), part in parts.items()}
+        evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}
     if config.examples:
-        evaluation.examples = summary.examples(scored, entry, config.examples)
+        evaluation.examples = summary.examples(scored, task, config.examples)
     report.extra |= evaluation.dump()  # so that the report of a run that breaks off below holds them
     with report.stage("predictions"):
         folder = config.predictions_dir or f"{report.run_dir}/predictions"
-        evaluation.predictions = _write_predictions(folder, entry, snapshots, parts, users)
+        evaluation.predictions = _write_predictions(folder, task, snapshots, parts, users)
     report.extra |= evaluation.dump()
     with report.stage("page"):
         page.write(report.run_dir, Report.model_validate(report.to_dict()))
@@ -83,7 +83,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
 
 def _write_predictions(
     folder: str,
-    entry: TaskEntry,
+    task: TaskSpec,
     snapshots: Mapping[str, Snapshot],
     parts: Mapping[tuple[str, ...], Scored],
     users: dict[int, list[str]] | None,
@@ -92,7 +92,7 @@ def _write_predictions(
     files = {}
     for repeat, part in parts.items():
         place = f"{folder}/{repeat[0]}" if len(parts) > 1 else folder
-        written = predictions.write_predictions(place, entry, snapshots, repeat, list(part.methods), users)
+        written = predictions.write_predictions(place, task, snapshots, repeat, list(part.methods), users)
         files["+".join(repeat)] = written
     return files if len(parts) > 1 else next(iter(files.values()))
 

@@ -19,12 +19,12 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.evaluate.replies import Key, join_bucket, key
 from pplug import intervals
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 def write_predictions(
     folder: str,
-    entry: TaskEntry,
+    task: TaskSpec,
     snapshots: Mapping[str, Snapshot],
     runs: Sequence[str],
     methods: Sequence[str],
@@ -42,7 +42,7 @@ def write_predictions(
         outs = {method: stack.enter_context(storage.open_output(name)) for method, name in files.items()}
         first = dict.fromkeys(methods, True)
         for out in outs.values():
-            out.write(f'{{"task": {json.dumps(entry.name)}, "golds": ['.encode())
+            out.write(f'{{"task": {json.dumps(task.name)}, "golds": ['.encode())
         for bucket in requests.filled(users):
             replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users)
             ids = [key(row) for row in replies.rows]

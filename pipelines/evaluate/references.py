@@ -22,7 +22,7 @@ from infra.snapshot import Snapshot
 from pipelines.histories import Histories, decode_fields, read_bucket
 from pplug import references
 from pplug.references import Classifier
-from pplug.tasks import TaskEntry, query
+from pplug.tasks import TaskSpec, query
 
 NEEDS = ("user_id", "as_of", "as_of_position", "input")
 """Columns of a request that `References.predict` reads; `input` is not read for ratings."""
@@ -50,7 +50,7 @@ class Learned:
 class References:
     """The references, fitted on all users; pickles, and reads one bucket at a time."""
 
-    task: TaskEntry
+    task: TaskSpec
     histories: Snapshot
     names: tuple[str, ...]
     """Names of the references that this task has; empty where its items have no answer of their own."""
@@ -116,7 +116,7 @@ class References:
 
 
 def fit(
-    task: TaskEntry,
+    task: TaskSpec,
     histories: Snapshot,
     requests: Snapshot,
     users: Mapping[int, Sequence[str]] | None = None,
@@ -146,7 +146,7 @@ def fit(
     return References(task, histories, tuple(about), about, learned.counts, classifier, len(drawn))
 
 
-def _learn_all(task: TaskEntry, histories: Snapshot, requests: Snapshot | None, limit: int) -> Learned:
+def _learn_all(task: TaskSpec, histories: Snapshot, requests: Snapshot | None, limit: int) -> Learned:
     buckets, rows = [], 0
     for bucket, files in histories.by_bucket().items():
         if rows < limit:
@@ -163,7 +163,7 @@ def _learn_all(task: TaskEntry, histories: Snapshot, requests: Snapshot | None, 
 
 
 def learn(
-    buckets: Sequence[int], task: TaskEntry, histories: Snapshot, requests: Snapshot | None, chance: float
+    buckets: Sequence[int], task: TaskSpec, histories: Snapshot, requests: Snapshot | None, chance: float
 ) -> Learned:
     """Learns from the items of some buckets that are visible to all requests of their user.
 

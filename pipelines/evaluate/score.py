@@ -19,7 +19,7 @@ from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
 from pipelines.evaluate.replies import COSTS, Key, Replies, join_bucket, key, shown
 from pplug import intervals, metrics
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 MAX_EXAMPLES = 100
 MAX_UNCLEAR_SHOWN = 3
@@ -139,7 +139,7 @@ class ScoreBuckets:
     out: scored binary, one row with a pickled `Scored`
     """
 
-    entry: TaskEntry
+    task: TaskSpec
     requests: Snapshot
     generations: Snapshot
     runs: tuple[str, ...]
@@ -247,7 +247,7 @@ class ScoreBuckets:
         answered = {key(row): row["target"] for row in rows if key(row) in texts}
         if not answered:
             return Tally(np.zeros(1), np.zeros((self.n_bootstrap, 1)))
-        ids, sums = metrics.item_sums(self.entry, answered, {one: texts[one] for one in answered})
+        ids, sums = metrics.item_sums(self.task, answered, {one: texts[one] for one in answered})
         place = {key(row): at for at, row in enumerate(rows)}
         at = np.array([place[one] for one in ids])
         by_third = [
@@ -275,7 +275,7 @@ class ScoreBuckets:
         unclear = [
             DrawnReply(self._draw("unclear", one), one[0], " ".join(text.split())[:UNCLEAR_CHARACTERS])
             for one, text in texts.items()
-            if not metrics.understood(self.entry, text)
+            if not metrics.understood(self.task, text)
         ]
         return len(unclear), _different(unclear)
 
@@ -297,12 +297,12 @@ class ScoreBuckets:
         answered = {i: gold for i, gold in golds.items() if i in texts}
         if not answered:
             return {}
-        ids, sums = metrics.item_sums(self.entry, answered, {i: texts[i] for i in answered})
+        ids, sums = metrics.item_sums(self.task, answered, {i: texts[i] for i in answered})
         return dict(zip(ids, sums[:, 1].tolist(), strict=True))
 
     def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
         """Columns (N, 4): on each user's first row a 1, and a 1 for better, worse or as well over all rows."""
-        turn = metrics.sign(metrics.names(self.entry)[0])
+        turn = metrics.sign(metrics.names(self.task)[0])
         gain: dict[str, float] = {}
         for user, value, without in zip(user_ids, values.tolist(), base, strict=True):
             gain[user] = gain.get(user, 0.0) + turn * (np.nan if without is None else value - without)

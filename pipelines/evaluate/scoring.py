@@ -24,7 +24,7 @@ from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
 from pipelines.evaluate.score import ScoreBuckets, Scored, Tally, added, merged
 from pplug import metrics
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 SHARES = 64
 """Tasks that the buckets are shared out to; each result is a few megabytes, whatever the number of users."""
@@ -56,11 +56,11 @@ def take_census(
     personas = None
     if Table.exists(tables.location(config.tables, "personas")):
         personas = tables.snapshot(config.tables, "personas", config.as_of_version)
-    task = ray.remote(cohorts.census)
+    remote = ray.remote(cohorts.census)
 
     def look(facts: cohorts.FactReader) -> cohorts.Census:
         parts = [
-            task.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
+            remote.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
             for share in shares_of(snapshots, config, users)
         ]
         return sum((ray.get(part) for part in parts), cohorts.Census())
@@ -80,7 +80,7 @@ def take_census(
 
 def score(
     config: EvaluateConfig,
-    entry: TaskEntry,
+    task: TaskSpec,
     snapshots: dict[str, Snapshot],
     runs: tuple[str, ...],
     facts: cohorts.FactReader,
@@ -100,7 +100,7 @@ def score(
     """
     shares = shares_of(snapshots, config, users)
     stage = ScoreBuckets(
-        entry,
+        task,
         snapshots["requests"],
         snapshots["generations"],
         runs,
@@ -130,7 +130,7 @@ def score(
 
 def score_runs(
     config: EvaluateConfig,
-    entry: TaskEntry,
+    task: TaskSpec,
     snapshots: dict[str, Snapshot],
     runs: tuple[str, ...],
     facts: cohorts.FactReader,
@@ -148,7 +148,7 @@ def score_runs(
     parts: dict[tuple[str, ...], Scored] = {}
     for repeat in [(run,) for run in runs] if config.pool else [runs]:
         own = None if parts else references
-        parts[repeat] = score(config, entry, snapshots, repeat, facts, cuts, users=users, references=own)
+        parts[repeat] = score(config, task, snapshots, repeat, facts, cuts, users=users, references=own)
         refuse_unknown_requests(parts[repeat], repeat, config)
     seen = frozenset[str]().union(*(part.seen for part in parts.values()))
     for repeat, part in parts.items():  # a method that was asked for may be of other runs
@@ -194,11 +194,11 @@ def repeats(parts: Mapping[tuple[str, ...], Scored]) -> int:
     return max(Counter(name for part in parts.values() for name in part.methods).values(), default=1)
 
 
-def scores(tallies: Mapping[str, Tally], entry: TaskEntry) -> dict[str, dict[str, float]]:
+def scores(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, float]]:
     """Scores by method and metric."""
-    k = metrics.columns(entry)
+    k = metrics.columns(task)
     return {
-        name: {metric: float(values[0]) for metric, values in metrics.from_sums(entry, tally.sums[None, :k]).items()}
+        name: {metric: float(values[0]) for metric, values in metrics.from_sums(task, tally.sums[None, :k]).items()}
         for name, tally in tallies.items()
     }
 

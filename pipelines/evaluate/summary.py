@@ -25,12 +25,12 @@ from pipelines.evaluate.replies import IDENTITIES
 from pipelines.evaluate.score import Scored, Tally, first
 from pipelines.evaluate.verdict import MANY, Figure
 from pplug import intervals, metrics
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 def summarise(
     scored: Scored,
-    entry: TaskEntry,
+    task: TaskSpec,
     census: Census,
     cuts: dict[str, tuple[int, int]],
     seconds: Mapping[str, float],
@@ -45,40 +45,40 @@ def summarise(
         about: one sentence per reference.
     """
     n_users = scored.users + len(scored.split_owners)
-    own, references = (_figures(tallies, entry) for tallies in (scored.methods, scored.references))
+    own, references = (_figures(tallies, task) for tallies in (scored.methods, scored.references))
     methods = {
         name: MethodFigures(
             n=int(tally.sums[0]),
             scores=_scores(own[name]),
             ci95=_intervals(own[name]),
             errors=tally.errors,
-            not_understood=_not_understood(tally, entry),
+            not_understood=_not_understood(tally, task),
             cut_at_the_limit=tally.cut,
-            cost=breakdown.cost(tally, entry, census, seconds.get(name)),
+            cost=breakdown.cost(tally, task, census, seconds.get(name)),
         )
         for name, tally in scored.methods.items()
     }
-    _add_gains(methods, scored, entry, own, n_users)
+    _add_gains(methods, scored, task, own, n_users)
     return Evaluation(
-        task=entry.name,
+        task=task.name,
         n_users=n_users,
         n_requests=scored.answered,
         not_generated=scored.labelled - scored.answered,
-        verdict=_verdict(entry, methods, own, references, n_users),
+        verdict=_verdict(task, methods, own, references, n_users),
         methods=methods,
         references={
             name: ReferenceFigures(scores=_scores(figures), ci95=_intervals(figures), about=about[name])
             for name, figures in references.items()
         },
-        groups=breakdown.by_thirds(scored, entry, census, cuts, repeats),
-        warnings=_warnings(scored, entry, n_users),
+        groups=breakdown.by_thirds(scored, task, census, cuts, repeats),
+        warnings=_warnings(scored, task, n_users),
     )
 
 
-def _figures(tallies: Mapping[str, Tally], entry: TaskEntry) -> dict[str, dict[str, Figure]]:
+def _figures(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, Figure]]:
     """Figures by name and metric."""
-    k, scores = metrics.columns(entry), scoring.scores(tallies, entry)
-    drawn = {name: metrics.from_sums(entry, tally.resampled[:, :k]) for name, tally in tallies.items()}
+    k, scores = metrics.columns(task), scoring.scores(tallies, task)
+    drawn = {name: metrics.from_sums(task, tally.resampled[:, :k]) for name, tally in tallies.items()}
     return {
         name: {metric: Figure(score, drawn[name][metric]) for metric, score in own.items()}
         for name, own in scores.items()
@@ -96,7 +96,7 @@ def _intervals(figures: Mapping[str, Figure]) -> dict[str, Interval]:
 def _add_gains(
     methods: Mapping[str, MethodFigures],
     scored: Scored,
-    entry: TaskEntry,
+    task: TaskSpec,
     figures: Mapping[str, Mapping[str, Figure]],
     people: int,
 ) -> None:
@@ -105,7 +105,7 @@ def _add_gains(
     if BASELINE not in methods:
         return
     gains: dict[str, dict[str, Gain]] = {name: {} for name in methods if name != BASELINE}
-    for metric in metrics.names(entry):
+    for metric in metrics.names(task):
         base = figures[BASELINE][metric]
         pairs = {name: (figures[name][metric], base) for name in verdict.candidates(methods)}
         corrected = verdict.differences(pairs, people)
@@ -119,33 +119,33 @@ def _add_gains(
             )
     for name, own in gains.items():
         methods[name].vs_none = own
-        methods[name].users_vs_none = breakdown.user_shares(scored.methods[name], entry)
+        methods[name].users_vs_none = breakdown.user_shares(scored.methods[name], task)
 
 
 def _verdict(
-    entry: TaskEntry,
+    task: TaskSpec,
     methods: Mapping[str, MethodFigures],
     own: Mapping[str, Mapping[str, Figure]],
     references: Mapping[str, Mapping[str, Figure]],
     people: int,
 ) -> Verdict:
     """The verdict by the first metric of the task."""
-    metric = metrics.names(entry)[0]
+    metric = metrics.names(task)[0]
     of_methods, of_references = ({name: row[metric] for name, row in rows.items()} for rows in (own, references))
     judgement = verdict.judge(metric, of_methods, of_references, people)
     unclear = {name: row.not_understood.share for name, row in methods.items() if row.not_understood}
-    return verdict.say(judgement, entry.name, methods, unclear, _answer(entry) or "")
+    return verdict.say(judgement, task.name, methods, unclear, _answer(task) or "")
 
 
-def _answer(entry: TaskEntry) -> str | None:
+def _answer(task: TaskSpec) -> str | None:
     """Words for what a reply must be to count as understood; None where any text is an answer."""
-    return metrics.KINDS[entry.metric].answer
+    return metrics.KINDS[task.metric].answer
 
 
-def _not_understood(tally: Tally, entry: TaskEntry) -> NotUnderstood | None:
+def _not_understood(tally: Tally, task: TaskSpec) -> NotUnderstood | None:
     """None where any text is an answer, or where there is no reply without an error."""
     n_replies = int(tally.sums[0]) - tally.errors
-    if _answer(entry) is None or not n_replies:
+    if _answer(task) is None or not n_replies:
         return None
     some = [UnclearReply(user_id=reply.user_id, text=reply.text) for reply in tally.unclear]
     return NotUnderstood(n=tally.n_unclear, share=tally.n_unclear / n_replies, replies=some)
@@ -157,9 +157,9 @@ def identities(parts: Sequence[Scored]) -> dict[str, str | None]:
     return {kind: ", ".join(sorted(name for of, name in made_by if of == kind)) or None for kind in IDENTITIES}
 
 
-def examples(scored: Scored, entry: TaskEntry, count: int) -> list[Example]:
+def examples(scored: Scored, task: TaskSpec, count: int) -> list[Example]:
     """Requests drawn at random among those that the methods answer differently, with the replies in one order."""
-    told = entry.metric != "text"  # no reply is right or wrong where a free text is asked for
+    told = task.metric != "text"  # no reply is right or wrong where a free text is asked for
     rows = []
     for example in first(scored.examples, count):
         texts = {name: example.replies[name] for name in scored.methods if name in example.replies}
@@ -171,9 +171,9 @@ def examples(scored: Scored, entry: TaskEntry, count: int) -> list[Example]:
     return rows
 
 
-def reply_warnings(scored: Scored, entry: TaskEntry) -> list[str]:
+def reply_warnings(scored: Scored, task: TaskSpec) -> list[str]:
     """Names methods of which many replies are no answer, or were cut: their scores tell little."""
-    warnings, answer = [], _answer(entry)
+    warnings, answer = [], _answer(task)
     for name, tally in scored.methods.items():
         n_replies = max(1, int(tally.sums[0]) - tally.errors)
         if answer and tally.n_unclear > MANY * n_replies:
@@ -189,7 +189,7 @@ def few_users_warning(n_users: int) -> list[str]:
     return [f"only {n_users} users: the intervals are wide and rough"] * (n_users < intervals.FEW_OWNERS)
 
 
-def _warnings(scored: Scored, entry: TaskEntry, n_users: int) -> list[str]:
+def _warnings(scored: Scored, task: TaskSpec, n_users: int) -> list[str]:
     warnings = few_users_warning(n_users)
     left = scored.labelled - scored.answered
     if left:
@@ -201,4 +201,4 @@ def _warnings(scored: Scored, entry: TaskEntry, n_users: int) -> list[str]:
         for name, tally in scored.methods.items()
         if tally.errors
     ]
-    return warnings + reply_warnings(scored, entry)
+    return warnings + reply_warnings(scored, task)

@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from pipelines.codes import encode, flat
 from pipelines.ingest.resolve import WORK
 from pipelines.ingest.source_rows import REQUEST
-from pplug.tasks import TaskEntry, fill
+from pplug.tasks import TaskSpec, fill
 
 _AFTER_ALL_FILES = 2**31 - 1
 
 
-def derive_requests(live: pa.Table, users: pa.Array, newest: int, entry: TaskEntry) -> pa.Table:
+def derive_requests(live: pa.Table, users: pa.Array, newest: int, task: TaskSpec) -> pa.Table:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
     Args:
@@ -25,9 +25,9 @@ def derive_requests(live: pa.Table, users: pa.Array, newest: int, entry: TaskEnt
     Returns:
         Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times).
     """
-    assert entry.input is not None and entry.target is not None, "checked before the run"
+    assert task.input is not None and task.target is not None, "checked before the run"
     live = live.filter(pc.is_in(live["user_key"], value_set=flat(users)))
-    answer = pc.map_lookup(flat(live["fields"]), entry.target, "first")
+    answer = pc.map_lookup(flat(live["fields"]), task.target, "first")
     answered = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(answer)), 0), False)
     user = encode(live["user_key"])
     untimed = np.zeros(len(live), dtype=bool)
@@ -38,13 +38,13 @@ def derive_requests(live: pa.Table, users: pa.Array, newest: int, entry: TaskEnt
     order = order[answered.to_numpy(zero_copy_only=False)[order]]
     ends = np.searchsorted(user[order], user[order], side="right")
     chosen = order[ends - np.arange(len(order)) <= newest]
-    rows = [_ask(row, bool(timed[at]), entry) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
+    rows = [_ask(row, bool(timed[at]), task) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
     for seq, row in enumerate(rows):
         row["file"], row["seq"] = _AFTER_ALL_FILES, seq
     return pa.Table.from_pylist(rows, schema=WORK)
 
 
-def _ask(item: dict, timed: bool, entry: TaskEntry) -> dict:
+def _ask(item: dict, timed: bool, task: TaskSpec) -> dict:
     fields = dict(item["fields"])
     name = f"{item['user_id']}\0{item['id']}".encode()
     same = ("bucket", "place", "user_key", "user_id", "position")
@@ -52,7 +52,7 @@ def _ask(item: dict, timed: bool, entry: TaskEntry) -> dict:
         "kind": REQUEST,
         "id": f"derived-{hashlib.blake2b(name, digest_size=12).hexdigest()}",
         "at": item["at"] if timed else None,
-        "input": fill(entry.input or "", fields, entry.name),
-        "target": fields[entry.target],
+        "input": fill(task.input or "", fields, task.name),
+        "target": fields[task.target],
         "owner_id": item["user_id"],
     }

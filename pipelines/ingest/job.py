@@ -27,7 +27,7 @@ from pipelines.ingest.sources.download import fetch
 from pipelines.waves import next_group
 from pplug import tasks
 from pplug.identity import short_id
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 WITHHELD = "withheld"
 """Reject reason of usable rows in a run that may replace nothing."""
@@ -42,7 +42,7 @@ Config = IngestConfig
 class Plan:
     """Sources and targets of a run; light enough for the driver whatever the source's size."""
 
-    entry: "TaskEntry"
+    task: "TaskSpec"
     pieces: "tuple[Piece, ...]"
     options: Options
     histories: "Table"
@@ -69,22 +69,22 @@ def run(config: IngestConfig) -> int:
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
     options = _options(config)
-    pieces, entry = look(config)
+    pieces, task = look(config)
     states = sources.states(pieces)
     session.start()
-    survey = _survey(pieces, entry, options)
-    plan = _open_tables(config, pieces, options, entry)
+    survey = _survey(pieces, task, options)
+    plan = _open_tables(config, pieces, options, task)
     report = RunReport(
         job="ingest",
         run_id=run_id,
         config=config.model_dump(),
         run_dir=config.run_dir or f"runs/{run_id}",
         max_reject_fraction=config.max_reject_fraction,
-        extra={"task": entry.name},
+        extra={"task": task.name},
     )
     with lease.writing(config.tables, run_id):
         kept = {"groups": {table.spec.name: next_group(table, run_id) for table in plan.tables}}
-        kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, entry), _addresses(config), kept)
+        kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, task), _addresses(config), kept)
         files, anew = _files(plan, config, run_id, survey, report)
         sources.refuse_changed(states, pieces)
         _commit(plan, config, files, anew, report, kept["groups"])
@@ -98,7 +98,7 @@ def _options(config: IngestConfig) -> Options:
     return Options(config.columns, config.split, config.history_scope, config.questions == "keep")
 
 
-def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskEntry]":
+def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskSpec]":
     """Finds the pieces to read and the task in force, from names and first lines only.
 
     Raises:
@@ -122,16 +122,16 @@ def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskEntry]":
         asked = format.find(config.requests_source, "requests", options, first_file=len(pieces) + 1)
         format.check(asked, options)
         pieces += asked
-    entry = _task(config, named)
-    if config.derive_requests and (entry.input is None or entry.target is None):
+    task = _task(config, named)
+    if config.derive_requests and (task.input is None or task.target is None):
         raise InputError(
-            f"derive_requests={config.derive_requests}: task {entry.name} has no template that turns an item into a "
+            f"derive_requests={config.derive_requests}: task {task.name} has no template that turns an item into a "
             "request (input and target); give a task entry that has both, or derive none"
         )
-    return tuple(pieces), entry
+    return tuple(pieces), task
 
 
-def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
+def _task(config: IngestConfig, named: str | None) -> "TaskSpec":
     wanted = config.task or named
     try:
         if wanted is not None:
@@ -140,18 +140,18 @@ def _task(config: IngestConfig, named: str | None) -> "TaskEntry":
         raise InputError(f"task: {error}") from error
     if config.source is None:  # requests only: the histories there say what the task is
         return tables.task_entry(None, tables.open_table(config.tables, "histories").snapshot(complete=True))
-    known = ", ".join(entry.name for entry in tasks.lamp_entries())
+    known = ", ".join(task.name for task in tasks.lamp_entries())
     raise InputError(
         f"{config.source}: names no task; give --task with one of {known}, or a YAML file with a task entry of your own"
     )
 
 
-def _survey(pieces: "tuple[Piece, ...]", entry: "TaskEntry", options: Options) -> Any:
+def _survey(pieces: "tuple[Piece, ...]", task: "TaskSpec", options: Options) -> Any:
     """Returns a reference to the result of a format's first pass over a source; None where it needs none."""
     piece = next((piece for piece in pieces if FORMATS[piece.format].surveys), None)
     if piece is None:
         return None
-    problem, result = ray.remote(_surveyed).options(num_returns=2).remote(piece, entry, options)
+    problem, result = ray.remote(_surveyed).options(num_returns=2).remote(piece, task, options)
     try:
         message = ray.get(problem)
     except ray.exceptions.RayTaskError as error:
@@ -163,11 +163,11 @@ def _survey(pieces: "tuple[Piece, ...]", entry: "TaskEntry", options: Options) -
     return result
 
 
-def _surveyed(piece: Piece, entry: "TaskEntry", options: Options) -> tuple[str | None, Any]:
-    return FORMATS[piece.format].survey(piece, entry, options)
+def _surveyed(piece: Piece, task: "TaskSpec", options: Options) -> tuple[str | None, Any]:
+    return FORMATS[piece.format].survey(piece, task, options)
 
 
-def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Options, entry: "TaskEntry") -> Plan:
+def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Options, task: "TaskSpec") -> Plan:
     buckets = config.buckets or _buckets(pieces)
     histories = tables.open_or_create(config.tables, "histories", buckets)
     requests = tables.open_or_create(config.tables, "requests", histories.buckets)
@@ -179,7 +179,7 @@ def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Opt
         )
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
-    return Plan(entry, pieces, options, histories, requests, rejects, before, *_fed(config, pieces))
+    return Plan(task, pieces, options, histories, requests, rejects, before, *_fed(config, pieces))
 
 
 def _fed(config: IngestConfig, pieces: "tuple[Piece, ...]") -> tuple[frozenset[str], frozenset[str]]:
@@ -207,12 +207,12 @@ def _addresses(config: IngestConfig) -> list[str]:
     return [address for address in (config.source, config.requests_source) if address is not None]
 
 
-def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", entry: "TaskEntry") -> dict[str, str]:
+def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") -> dict[str, str]:
     """Describes everything that decides the rows: the config, and files by name and content, wherever they lie."""
     files = sources.contents(pieces)
     given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
     given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
-    given["task"] = f"{entry.name}, digest {short_id(entry.model_dump(mode='json'))}"
+    given["task"] = f"{task.name}, digest {short_id(task.model_dump(mode='json'))}"
     for key in ("mode", "columns", "history_scope", "questions", "derive_requests"):
         given[key] = json.dumps(getattr(config, key), sort_keys=True)
     return given
@@ -228,9 +228,9 @@ def _files(
     buckets = plan.histories.buckets
     derived_anew = "histories" in plan.whole and "requests" not in plan.whole
     held = {name: plan.before[name] for name in plan.fed - plan.whole}
-    parse = ParsePieces(plan.entry, buckets, plan.pieces, plan.options, survey)
+    parse = ParsePieces(plan.task, buckets, plan.pieces, plan.options, survey)
     merge = MergeBucket(
-        plan.entry, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held, derived_anew
+        plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held, derived_anew
     )
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
@@ -277,7 +277,7 @@ def _commit(
     groups: dict[str, int],
 ) -> None:
     """Commits the rejects, then the tables that are fed, unless nothing may be replaced."""
-    metadata = {"task_entry": plan.entry.to_json()}
+    metadata = {"task_entry": plan.task.to_json()}
     for table in plan.tables:
         name = table.spec.name
         own = [file for file in files if file.table == name]

@@ -23,7 +23,7 @@ from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests
 from pipelines.ingest.resolve import NEW, OLD, REPLACED, SAME, WORK, resolve
 from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, ROWS
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 RESULT = pa.schema(
     [("bucket", pa.int32()), ("files", pa.large_string()), ("anew", pa.string()), ("counts", pa.string())]
@@ -36,7 +36,7 @@ class MergeBucket:
     """in: all rows (`source_rows.ROWS`) of one bucket; out: one row, `RESULT`, all as JSON: the files written, the
     tables whose bucket they replace instead of adding to it, and counts."""
 
-    entry: TaskEntry
+    task: TaskSpec
     histories: Table
     requests: Table
     rejects: Table
@@ -61,14 +61,14 @@ class MergeBucket:
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
             if self.derive_requests:
-                derived = derive_requests(merged.live, pc.unique(items["user_key"]), self.derive_requests, self.entry)
+                derived = derive_requests(merged.live, pc.unique(items["user_key"]), self.derive_requests, self.task)
                 counts["planned"] += len(derived)
                 counts["derived"] += len(derived)
                 asked = pa.concat_tables([asked, derived])
         if len(asked) or self.derived_anew:
             merged = self._merged("requests", bucket, asked, counts)
             bad.append(merged.rejects)
-            files += self.requests.write(_request_rows(merged.rows, self.entry.name), self.run_id)
+            files += self.requests.write(_request_rows(merged.rows, self.task.name), self.run_id)
             anew += ["requests"] * merged.anew
         files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
         counts["peak_memory_bytes"] = peak_memory_bytes()

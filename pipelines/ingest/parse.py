@@ -9,14 +9,14 @@ import ray
 
 from pipelines.ingest.source_rows import RowWriter
 from pipelines.ingest.sources.base import FORMATS, Options, Piece
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
 class ParsePieces:
     """in: index of a piece; out: its rows, a few megabytes at a time, so that no task holds its whole file."""
 
-    entry: TaskEntry
+    task: TaskSpec
     buckets: int
     pieces: tuple[Piece, ...]
     options: Options
@@ -27,7 +27,7 @@ class ParsePieces:
         for index in batch["piece"].to_pylist():
             piece = self.pieces[index]
             format = FORMATS[piece.format]
-            writer = RowWriter(self.entry, self.buckets, piece.file)
+            writer = RowWriter(self.task, self.buckets, piece.file)
             survey = ray.get(self.survey) if format.surveys else None
             for _ in format.read(piece, self.options, survey, writer):
                 yield writer.take()

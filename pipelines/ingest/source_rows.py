@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from infra.shards import shard_columns
 from pplug.history import text_hash
-from pplug.tasks import TaskEntry, slots
+from pplug.tasks import TaskSpec, slots
 
 ITEM, REQUEST, REJECT, COUNT = range(4)
 TIME = pa.timestamp("us", tz="UTC")
@@ -55,9 +55,9 @@ class RowError(Exception):
 class RowWriter:
     """Collects rows of one file and returns them as Arrow tables of `ROWS`."""
 
-    def __init__(self, entry: TaskEntry, buckets: int, file: int) -> None:
-        self.entry, self.buckets, self.file = entry, buckets, file
-        self._needed, self._told = entry.fields, set(slots(entry.item_without_label))
+    def __init__(self, task: TaskSpec, buckets: int, file: int) -> None:
+        self.task, self.buckets, self.file = task, buckets, file
+        self._needed, self._told = task.fields, set(slots(task.item_without_label))
         self._rows: list[dict[str, Any]] = []
         self._planned = 0
         self._bytes = 0
@@ -72,9 +72,9 @@ class RowWriter:
         lacking = [name for name in self._needed if name not in texts]
         if lacking:
             kind = "wrong_type" if fields.get(lacking[0]) is not None else "missing_field"
-            raise RowError(kind, f"field {lacking[0]} of task {self.entry.name} is not there as text")
+            raise RowError(kind, f"field {lacking[0]} of task {self.task.name} is not there as text")
         if not any(text.strip() for name, text in texts.items() if name in self._told):
-            raise RowError("empty_text", f"nothing in the fields of {self.entry.item_without_label}")
+            raise RowError("empty_text", f"nothing in the fields of {self.task.item_without_label}")
         user, item = identifier(user_id, "user_id"), identifier(item_id, "item_id")
         values = {"fields": list(texts.items()), "text_hash": text_hash(texts), "at": microseconds(at)}
         self._add(ITEM, seq, place, sum(map(len, texts.values())), user_id=user, id=item, **values)
@@ -87,8 +87,8 @@ class RowWriter:
         text, answer = _text(input), _text(target)
         if text is None or not text.strip():
             raise RowError("empty_text" if isinstance(input, str) else "missing_field", "input is not there as text")
-        if answer is not None and self.entry.metric == "classification" and answer.strip() not in self.entry.labels:
-            raise RowError("target_outside_labels", f"not one of the {len(self.entry.labels)} labels of the task")
+        if answer is not None and self.task.metric == "classification" and answer.strip() not in self.task.labels:
+            raise RowError("target_outside_labels", f"not one of the {len(self.task.labels)} labels of the task")
         user = identifier(user_id, "user_id")
         owner = user if owner_id is None else identifier(owner_id, "owner_id")
         at = microseconds(as_of) if as_of_us is None else as_of_us

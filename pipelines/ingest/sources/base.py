@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar, Literal
 
 from infra.storage import Storage
 from pipelines.ingest.source_rows import RowWriter
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 Kind = Literal["items", "requests"]
 UNREADABLE = "unreadable_file"
@@ -83,7 +83,7 @@ class Format(ABC):
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every row of a piece to the writer; yields when the writer is full."""
 
-    def survey(self, piece: Piece, entry: TaskEntry, options: Options) -> tuple[str | None, Any]:
+    def survey(self, piece: Piece, entry: TaskSpec, options: Options) -> tuple[str | None, Any]:
         """Returns an error in the source, or None, and facts about the whole of it that `read` needs."""
         return None, None
 

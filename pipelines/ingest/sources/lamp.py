@@ -7,7 +7,7 @@ from pipelines.ingest.source_rows import RowWriter
 from pipelines.ingest.sources.base import Format, Kind, Options, Piece
 from pipelines.ingest.sources.lamp_files import LampFiles, Survey, find, golds, read
 from pipelines.ingest.sources.lamp_survey import survey
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 
 class Lamp(Format):
@@ -26,7 +26,7 @@ class Lamp(Format):
     def check(self, pieces: Sequence[Piece], options: Options) -> str | None:
         return golds(_files(pieces[0]))[0]
 
-    def survey(self, piece: Piece, entry: TaskEntry, options: Options) -> tuple[str | None, Survey]:
+    def survey(self, piece: Piece, entry: TaskSpec, options: Options) -> tuple[str | None, Survey]:
         return survey(_files(piece), entry, options.history_scope)
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:

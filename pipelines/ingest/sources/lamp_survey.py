@@ -12,13 +12,13 @@ from pipelines.ingest.source_rows import RowError, microseconds
 from pipelines.ingest.sources.lamp_files import LampFiles, Survey, golds, questions
 from pplug import tasks
 from pplug.history import text_hash
-from pplug.tasks import TaskEntry
+from pplug.tasks import TaskSpec
 
 _SAMPLE = 50
 _NO_TIME = np.iinfo(np.int64).min
 
 
-def survey(files: LampFiles, entry: TaskEntry, scope: str) -> tuple[str | None, Survey]:
+def survey(files: LampFiles, entry: TaskSpec, scope: str) -> tuple[str | None, Survey]:
     """Checks ids, golds and task, and decides which user's history each question has.
 
     Returns:
@@ -71,7 +71,7 @@ def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: di
     return None
 
 
-def _task_problem(files: LampFiles, entry: TaskEntry, answers: dict[str, str], no_marker: bool) -> str | None:
+def _task_problem(files: LampFiles, entry: TaskSpec, answers: dict[str, str], no_marker: bool) -> str | None:
     outside = sum(answer.strip() not in entry.labels for answer in answers.values())
     wrong_labels = entry.metric == "classification" and 2 * outside > len(answers)
     if not no_marker and not wrong_labels:
