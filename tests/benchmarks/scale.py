@@ -110,7 +110,7 @@ def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: in
         of_bucket[bucket] = users[lies_in == bucket]
     stage = WriteHistories(table, of_bucket, first, count, words, run)
     made = each_bucket(sorted(of_bucket), stage)
-    files = [DataFile.from_row(row) for row in made.iter_rows()]
+    files = [DataFile.from_row(row) for row in made]
     table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=True,
                  metadata={"task_entry": json.dumps(TASK)})  # fmt: skip
 

@@ -50,8 +50,11 @@ TOO_LONG = "x" * 300
 
 
 def test_methods_with_an_adapter_are_read():
-    assert (parse("adapter").adapter, parse("adapter").plug) == ("own", None)
-    assert (parse("plug:mean+adapter:other-user").adapter, parse("adapter+plug").plug) == ("other-user", "trained")
+    def parts(name):
+        return [part and part.name for part in (parse(name).part("adapter"), parse(name).part("plug"))]
+
+    assert parts("adapter") == ["adapter", None] and parts("adapter+plug") == ["adapter", "plug"]
+    assert parts("plug:mean+adapter:other-user") == ["adapter:other-user", "plug:mean"]
     for name in ("adapter+adapter:other-user", "adapter+none", "adapter:own"):
         with pytest.raises(InputError, match="methods"):
             parse(name)

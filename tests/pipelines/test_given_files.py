@@ -1,13 +1,11 @@
 """Files that a person wrote: a byte order mark, CRLF, blank lines and spaces at line ends change nothing."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from infra.errors import InputError
 from pipelines import options, tables
-from pipelines.generate.config import Config
 from pipelines.generate.parts.oracle import read_oracle
 from pplug import tasks
 from pplug.encoder import EncoderConfig
@@ -47,10 +45,10 @@ def test_a_file_of_ids_in_another_encoding_is_named(tmp_path):
 
 @pytest.mark.parametrize("form", forms(""))
 def test_an_oracle_file_is_read_alike_however_it_was_saved(tmp_path, form):
-    path, method = tmp_path / "oracle.jsonl", SimpleNamespace(oracle=True)
+    path = tmp_path / "oracle.jsonl"
     lines = [json.dumps({"user_id": user, "text": f"{user} likes cats"}, ensure_ascii=False) for user in sorted(USERS)]
     path.write_bytes(forms("".join(line + "\n" for line in lines))[form])
-    found = read_oracle(Config.model_construct(oracle=str(path)), [method])
+    found = read_oracle(str(path))
     assert found == {user: f"{user} likes cats" for user in USERS}
 
 

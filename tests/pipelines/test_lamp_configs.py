@@ -62,7 +62,7 @@ def test_every_job_takes_its_part(path, use, tmp_path):
 def test_a_folder_of_ones_own_with_its_own_tiny_llm(path, tmp_path):
     config = load(path, "--source", "somewhere")
     made = jobs(config, tmp_path)
-    adapt = ["adapt"] * any(method.adapter for method in parse_all(config.methods))
+    adapt = ["adapt"] * any(method.part("adapter") for method in parse_all(config.methods))
     assert list(made) == ["ingest-train", "base-lm", "refresh-train", "train", "ingest-dev", "refresh-dev", *adapt,
                           "generate", "train-soft", "generate-soft", "evaluate"]  # fmt: skip
     assert (made["ingest-train"].split, made["ingest-dev"].split) == ("train", "dev")

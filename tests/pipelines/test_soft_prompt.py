@@ -105,7 +105,7 @@ def test_it_stands_in_the_report_as_a_row_of_its_own_beside_the_plug(made):
 
 
 def test_it_is_never_taken_for_a_plug_nor_a_plug_for_it(made):
-    assert parse(f"{SOFT}+bm25").plug == "soft-prompt"
+    assert parse(f"{SOFT}+bm25").part("plug").name == SOFT
     with pytest.raises(InputError, match=r"trained without any history, so methods \['plug', 'plug:mean'\] say"):
         made.world.run(generate, "wrong", **made.common, plug=made.plug, methods=("none", "plug", "plug:mean"))
     with pytest.raises(InputError, match="need a plug that was trained without .* shape.without_history=true"):
