@@ -16,6 +16,23 @@ Group = Literal["none", "oracle", "profile", "retrieval", "plug", "adapter"]
 
 
 @dataclass(frozen=True)
+class Instead:
+    """The replacement for the user that a control makes: it keeps everything else, so that a gain can be laid to the
+    user."""
+
+    about: str
+    """The replacement in words."""
+    as_good: str
+    """The verdict on a method that helps, but no more than this control."""
+
+
+ANOTHERS_HISTORY = Instead("another person's history", "another's history helps as much")
+ANOTHERS_ADAPTER = Instead("another person's adapter", "another's history helps as much")
+NO_HISTORY = Instead("no history at all", "no history at all helps as much")
+SOFT_PROMPT = Instead("a soft prompt trained without any history", "a prompt trained without any history helps as much")
+
+
+@dataclass(frozen=True)
 class PartInfo:
     """One part of a method's name."""
 
@@ -24,8 +41,8 @@ class PartInfo:
     """Parts of one group exclude each other in one method."""
     about: str
     """The part in words."""
-    control: bool = False
-    """True if the part keeps everything but the user, so that a gain can be laid to the user."""
+    instead: Instead | None = None
+    """The replacement for the user, where the part is a control."""
 
     @property
     def kind(self) -> str:
@@ -45,19 +62,22 @@ PARTS = {
             "persona whose items are weighed alike; a request without a cut-off uses the one that `refresh` stored",
         ),
         PartInfo(
-            "plug:no-history", "plug", "control: the instruction row alone, as for a user without history", control=True
+            "plug:no-history",
+            "plug",
+            "control: the instruction row alone, as for a user without history",
+            NO_HISTORY,
         ),
         PartInfo(
             "plug:other-user",
             "plug",
             "control: the persona of another user, drawn at random but the same in every run",
-            control=True,
+            ANOTHERS_HISTORY,
         ),
         PartInfo(
             "plug:soft-prompt",
             "plug",
             "control: a plug that was trained without any history, so that its gain is the task's and nobody's",
-            control=True,
+            SOFT_PROMPT,
         ),
         PartInfo(
             "adapter", "adapter", "the user's own LoRA adapter from `adapt`; a user without one gets the base's reply"
@@ -66,7 +86,7 @@ PARTS = {
             "adapter:other-user",
             "adapter",
             "control: another person's adapter, drawn at random but the same in every run",
-            control=True,
+            ANOTHERS_ADAPTER,
         ),
         PartInfo(
             "profile",
@@ -77,6 +97,11 @@ PARTS = {
         PartInfo("oracle", "oracle", "the user's preference in words, where it is known (the embedded world)"),
     )
 }
+
+
+def known_parts(name: str) -> list[PartInfo]:
+    """The parts of a name that are known; replies may come from a release that has others."""
+    return [PARTS[part] for part in name.split("+") if part in PARTS]
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class Classifier:
         return self._hashing.transform([text[:MAX_CHARS] for text in texts])
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, L) float64; 0 for a label that the training had no text of."""
+        """(N, L) float64; 0 for a label that no training text has."""
         found = np.zeros((len(texts), len(self.shares)))
         if not texts:
             return found

@@ -278,7 +278,7 @@ def _all_orders(config: WorldConfig) -> tuple[list[tuple[int, ...]], dict[tuple[
 
 
 def _sets_in_turn(config: WorldConfig, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Sets of offered themes without end: all of them in random turns, so that none is frequent by luck."""
+    """Yields sets of offered themes for ever, reshuffled each round, so that each comes equally often."""
     deck = list(itertools.combinations(range(config.themes), config.offered))
     while True:
         rng.shuffle(deck)

@@ -61,7 +61,7 @@ class BaseExamples:
 
     in:  bucket int
     out: bucket, examples, rejected (rows without an answer), items_cut_off (items that a request of their user may not
-         see), users_left_out (users with such rows of whom nothing is read), latest_us (time of the newest item)
+         see), users_left_out (users in `left_out` who have rows here), latest_us (time of the newest item)
     """
 
     histories: Snapshot
@@ -124,7 +124,7 @@ class BaseExamples:
 
 
 def fit_base(given: dict[str, Any]) -> None:
-    """One Ray Train worker: loads, goes on from a checkpoint, trains, reports; checkpoints at each epoch's end.
+    """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports after each epoch.
 
     Args:
         given: llm, lora (LoraConfig), examples (folder), shards (the files written there), cpu (CpuShare), started_in

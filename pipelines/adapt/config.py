@@ -76,6 +76,6 @@ class Config(ResumableConfig):
 
     @property
     def trained(self) -> LoraConfig:
-        """The settings in force."""
+        """The settings of the training that was chosen."""
         epochs = self.epochs or (self.lora.epochs if self.stage == "users" else 3)
         return self.lora.model_copy(update={"epochs": epochs})

@@ -104,7 +104,7 @@ def item_example(fields: Any, task: TaskSpec) -> tuple[str | None, str] | None:
 def tokenised(
     prompt_builder: PromptBuilder, pairs: list[tuple[str | None, str]], max_target_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and answers; a text without an input stands where a user's words begin."""
+    """Token ids of prompts and answers; the answer of a pair without an input starts where the user's words would."""
     prompts = []
     for (words, _), prompt in zip(pairs, prompt_builder.prompts([words or "" for words, _ in pairs]), strict=True):
         prompts.append(prompt.before + (prompt.after if words is not None else []))

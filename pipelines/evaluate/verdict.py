@@ -27,16 +27,17 @@ from pipelines.evaluate.figures import (
     Verdict,
 )
 from pipelines.evaluate.wording import between, leaves_out_zero, percent, points, share, turned, value
+from pipelines.methods import PARTS, known_parts
 from pplug import intervals, metrics
 
 USER = "helps, and it is the user"
-OTHER = "helps, but another's history helps as much"
-NO_HISTORY = "helps, but no history at all helps as much"
-SOFT_PROMPT = "helps, but a prompt trained without any history helps as much"
 UNKNOWN = "helps; whether it is the user is not known"
 NO_DIFFERENCE = "no difference seen"
 HARMS = "harms"
-NOT_THE_USER = {"other-user": OTHER, "no-history": NO_HISTORY, "soft-prompt": SOFT_PROMPT}
+_CONTROLS = sorted((part for part in PARTS.values() if part.instead), key=lambda part: part.kind != "other-user")
+NOT_THE_USER = {part.kind: f"helps, but {part.instead.as_good}" for part in _CONTROLS if part.instead}
+"""Verdict on a method that helps no more than a control of this kind; the control of another user speaks first."""
+OTHER = NOT_THE_USER["other-user"]
 MANY = 0.2
 """Share of replies that are no answer, or that were cut, above which headline and warnings say so."""
 
@@ -71,12 +72,12 @@ class Control:
 
 def is_control(method: str) -> bool:
     """Tells whether a method replaces the user: by another user, by no history, or by a training without any."""
-    return any(part.partition(":")[2] in NOT_THE_USER for part in method.split("+"))
+    return any(part.instead for part in known_parts(method))
 
 
 def is_bound(method: str) -> bool:
     """Tells whether a method is told the truth."""
-    return "oracle" in method.split("+")
+    return any(part.group == "oracle" for part in known_parts(method))
 
 
 def candidates(names: Iterable[str]) -> list[str]:
@@ -112,14 +113,14 @@ def controls(method: str, names: Iterable[str]) -> list[Control]:
 def wanted_control(method: str) -> str | None:
     """Names the control that could tell whether it is the user; None where a method has no such control."""
     roles = _roles(method)
-    parts = [f"{role}:other-user" if role in ("plug", "adapter") else part for role, part in roles.items()]
-    return None if "plug" not in roles and "adapter" not in roles else "+".join(parts)
+    parts = [other if (other := f"{role}:other-user") in PARTS else part for role, part in roles.items()]
+    return None if parts == list(roles.values()) else "+".join(parts)
 
 
 def _roles(method: str) -> dict[str, str]:
-    """Parts by what they do: all kinds of plug do the same, and so do all kinds of adapter."""
-    parts = {part: part.partition(":")[0] for part in method.split("+")}
-    return {role if role in ("plug", "adapter") else part: part for part, role in parts.items()}
+    """Parts by what they do: parts of one group do the same where the group has a control of another user."""
+    groups = {part: PARTS[part].group if part in PARTS else part for part in method.split("+")}
+    return {group if f"{group}:other-user" in PARTS else part: part for part, group in groups.items()}
 
 
 def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, Figure], people: int) -> Judgement:

@@ -47,7 +47,7 @@ def refuse_a_leak(config: Config, methods: Sequence[Method], parts: Sequence[Par
     for part in parts:
         leaks = sum(row.get(f"{part.group}_leaks", 0) for row in plan.values())
         if leaks:
-            using = [m.name for m in methods if (own := m.part(part.group)) and not own.control]
+            using = [m.name for m in methods if (own := m.part(part.group)) and not own.instead]
             raise InputError(
                 f"methods {using}: the {part.group}s in {config.tables} were made from items that {leaks} of the "
                 f"requests with a known answer may not see, perhaps from the answers themselves; {part.remedy}, or ask "

@@ -31,12 +31,12 @@ class Config(ResumableConfig):
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """Number of items and room in the prompt, for random, recency, bm25 and dense."""
+    """Number of retrieved items that a prompt shows and of tokens they may take, for random, recency, bm25 and dense."""
     write_profiles: bool = False
     """Write user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then ignored.
     decoding.max_tokens is the length of a profile."""
     profile: ProfileConfig = ProfileConfig()
-    """Form of the question for a profile and of its place in a prompt, for write_profiles and the method profile."""
+    """Question by which the LLM is asked for a profile, and form in which a prompt holds it."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: Literal["all", "open", "labelled"] = "all"

@@ -140,7 +140,7 @@ def _plan(
         users,
         {part.group: table for part in parts if (table := part.made_from_items()) is not None},
     )
-    identities = {"llm_id": opened.llm_id, "plug_id": "", "profile_id": ""}
+    identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
     identities |= {"decoding_id": config.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
     for part in parts:
         identities |= part.identities()

@@ -18,7 +18,7 @@ class PendingReplies:
 
     requests: Snapshot
     done: Snapshot | None
-    """Generations before this run's work began."""
+    """Version of `generations` when this run started; None if the table was empty."""
     run_id: str
     methods: tuple[str, ...]
     only: str

@@ -11,7 +11,7 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
 import json
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +54,8 @@ class Reply:
                 self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
             case "transformers":
                 self.engine = TransformersEngine(llm, engine, decoding, threads)
+            case other:
+                assert_never(other)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         prompts, errors = [], batch["error"].to_pylist()

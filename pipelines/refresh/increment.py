@@ -24,7 +24,7 @@ none of these is part of an encoder's identity. The other reasons follow from th
 
 
 def retried(metadata: Mapping[str, str], encoder: str) -> frozenset[int]:
-    """Buckets with a text that the refresh of this commit has set aside and that is to be tried again."""
+    """Buckets with a text that the refresh which made this commit set aside and that must be tried again."""
     if metadata.get("encoder_id") != encoder:
         return frozenset()
     counted = json.loads(metadata.get(SETTLED, "{}"))
@@ -38,7 +38,7 @@ class Late:
     buckets: frozenset[int] = frozenset()
     """Buckets in which a text had been set aside that is tried again."""
     before: Snapshot | None = None
-    """The vectors that the stored personas were made from; None: not known, all users of a bucket are made anew."""
+    """The vectors that the stored personas were made from; If None, the version is unknown, and all personas of a bucket are made anew."""
 
     def users(self, now: Snapshot, bucket: int) -> Iterable[str] | None:
         """user_key of the users of a bucket who have new vectors; None means all of them."""

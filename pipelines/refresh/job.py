@@ -196,13 +196,13 @@ class TextPlan:
     """Texts of each bucket, and those of them that have no vector yet."""
 
     pending: dict[int, int]
-    """Texts without a vector."""
+    """Number of texts without a vector per bucket."""
     texts: dict[int, int]
-    """Texts of live items."""
+    """Number of distinct texts per bucket."""
     rejected: dict[int, Counter[str]]
-    """Texts set aside before, by reason."""
+    """Number of texts per bucket and reason that earlier runs set aside."""
     settled: set[int]
-    """Buckets of which only the added rows were looked at."""
+    """Buckets in which only the added rows were read."""
     every: set[int]
     """Buckets in which no text that was looked at has a vector."""
 

@@ -26,19 +26,13 @@ from pipelines.evaluate.wording import (
     unclear_share,
     value,
 )
-from pipelines.methods import PARTS
+from pipelines.methods import PARTS, known_parts
 from pplug import metrics
 
 DARK = {
     "ink": "#e8eaed", "muted": "#a3acb8", "grid": "#3a414b", "paper": "#1c2025", "good": "#4fb985", "bad": "#e5816b",
     "even": "#8b94a1", "one": "#7fb0f5", "two": "#e8a45c", "three": "#5cc596", "four": "#c79ae0", "five": "#a3acb8",
 }  # fmt: skip
-_CONTROLS = {
-    "adapter:other-user": "another person's adapter",
-    "other-user": "another person's history",
-    "no-history": "no history at all",
-    "soft-prompt": "a soft prompt trained without any history",
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ def _lead(report: Report, best: str | None) -> list[str]:
 def _control_sentence(metric: str, name: str, gain: Gain) -> str:
     middle, interval = turned(metric, gain.difference, gain.interval)
     chance = "" if leaves_out_zero(interval) else ", which may be chance"
-    about = next(text for part, text in _CONTROLS.items() if part in name)
+    about = " and ".join(part.instead.about for part in known_parts(name) if part.instead)
     return f"The control {name} ({about}) changes it by {points(metric, middle)}{chance}."
 
 

@@ -17,5 +17,6 @@ def open_parts(run: GenerateRun) -> list[Part]:
     Raises:
         InputError: as `Part.open`.
     """
-    opened = {group: group.open(run) for group in (Plug, Adapter, Retrieval, Profile, Oracle) if run.kinds(group.group)}
-    return [opened[group] for group in GROUPS if group in opened]
+    wanted = [group for group in GROUPS if run.kinds(group.group)]
+    opened = {group: group.open(run) for group in sorted(wanted, key=lambda group: group is not Plug)}
+    return [opened[group] for group in wanted]

@@ -8,13 +8,14 @@ from infra.errors import InputError
 from infra.lines import lines
 from pipelines.generate.parts.base import Drafts, GenerateRun, Part
 from pipelines.methods import PartInfo
+from pplug.identity import short_id
 
 
 class Oracle(Part):
     group = "oracle"
 
     def __init__(self, words: Mapping[str, str]) -> None:
-        """`words`: user_id -> what is known of the user."""
+        """`words`: for each user_id, the text that states the user's preference."""
         self.words = words
 
     @classmethod
@@ -22,6 +23,9 @@ class Oracle(Part):
         if run.config.oracle is None:
             raise InputError("method oracle needs --oracle FILE: JSON lines of {user_id, text}")
         return cls(read_oracle(run.config.oracle))
+
+    def identities(self) -> dict[str, str]:
+        return {"oracle_id": short_id({"words": json.dumps(dict(self.words), sort_keys=True)})}
 
     def contribute(self, part: PartInfo, drafts: Drafts) -> None:
         for i, request in enumerate(drafts.requests):

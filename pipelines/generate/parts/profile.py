@@ -20,7 +20,7 @@ class Profile(Part):
     remedy = "run `generate --write-profiles` again, which cuts them at the requests that there are now"
 
     def __init__(self, profiles: Snapshot, config: ProfileConfig, input_share: float) -> None:
-        """`input_share`: of the prompt's tokens, the share that the request keeps beside a profile."""
+        """`input_share`: fraction of the prompt's tokens that the request may keep when a profile is added."""
         self.profiles, self.config, self.input_share = profiles, config, input_share
         self._texts: dict[str, tuple[str, LastItem]] = {}
 

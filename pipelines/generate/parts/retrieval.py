@@ -141,8 +141,10 @@ class Retrieval(Part):
             best = self._index(rows, own).rank(text)
         elif kind == "recency":
             best = retrieval.recency(len(rows))
-        else:
+        elif kind == "random":
             best = retrieval.at_random(len(rows), k, json.dumps([request["user_id"], request["request_id"]]))
+        else:
+            raise AssertionError(f"{kind}: no way to find items by it")
         return [_fields(own, row) for row in rows[best[:k]]]
 
     def _index(self, rows: np.ndarray, own: Histories) -> WordIndex:
