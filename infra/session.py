@@ -85,7 +85,10 @@ def quiet_worker() -> None:
 
 
 def go_back_to(folder: str) -> None:
-    """Returns a worker to `folder` after Ray Train has changed its working directory: relative paths of a config count from this folder."""
+    """Returns a worker to `folder` after Ray Train has changed its working directory.
+
+    Relative paths of a config count from this folder.
+    """
     if os.path.isdir(folder):
         os.chdir(folder)
 

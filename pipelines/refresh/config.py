@@ -25,10 +25,10 @@ class Config(ResumableConfig):
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     max_history_items: int = renamed("history_cap", 512, gt=0)
-    """Newest items a persona is made from."""
+    """Number of newest items that a persona is made from."""
     workers: int = Field(1, gt=0)
-    """Encoder actors: one a GPU, or one a CPU node."""
+    """Number of encoder actors: one per GPU, or one per CPU node."""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """1 on a GPU cluster."""
+    """Number of GPUs per encoder actor; 1 on a GPU cluster."""
     wave_texts: int = Field(200_000, gt=0)
-    """Texts, or personas, in one commit: one wave. What a killed run has committed is not done again."""
+    """Number of texts or personas per commit (one wave). A rerun does not repeat committed waves."""

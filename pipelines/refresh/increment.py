@@ -38,7 +38,8 @@ class Late:
     buckets: frozenset[int] = frozenset()
     """Buckets in which a text had been set aside that is tried again."""
     before: Snapshot | None = None
-    """The vectors that the stored personas were made from; If None, the version is unknown, and all personas of a bucket are made anew."""
+    """The vectors that the stored personas were made from. If None, the version is unknown, and all personas of a
+    bucket are made anew."""
 
     def users(self, now: Snapshot, bucket: int) -> Iterable[str] | None:
         """user_key of the users of a bucket who have new vectors; None means all of them."""

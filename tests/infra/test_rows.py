@@ -89,7 +89,7 @@ def test_a_null_inside_a_vector_is_refused(spec, rows):
     [
         (lambda d: d.drop_columns(["n"]), "column 'n' is missing; the data has bucket, user_key"),
         (lambda d: d.append_column("more", d["n"]), "column 'more' is not one of the table's"),
-        (lambda d: d.append_column("n", d["n"]), "column 'n' is there 2 times"),
+        (lambda d: d.append_column("n", d["n"]), "column 'n' occurs 2 times"),
         (lambda d: changed(d, "n", pa.array(["1", "2"])), "column 'n' is string, expected int64"),
         (lambda d: changed(d, "user_id", pa.array([1, 2])), "column 'user_id' is int64, expected string"),
         (lambda d: changed(d, "seen_at", pa.array([0, 0], pa.timestamp("us"))), "'seen_at' is timestamp"),
@@ -100,7 +100,7 @@ def test_a_null_inside_a_vector_is_refused(spec, rows):
         (lambda d: changed(d, "user_key", pa.array([None, "k"])), "'user_key' is null in 1 rows"),
         (
             lambda d: changed(d, "bucket", pa.array([9, 0], pa.int32())),
-            "buckets 0 to 9 in the data, but the table has 4",
+            "the data has buckets 0 to 9, but the table has 4",
         ),
     ],
 )

@@ -345,7 +345,7 @@ def test_the_proof_fails_of_each_file_in_which_something_has_survived(people, mo
     monkeypatch.setattr(erase, "prove", planting)
     assert people.erase(user_id="user-1") == 1
     assert sorted(people.report["erasure"]["survivors"]) == sorted(map(str, planted))
-    assert "4 files still hold something of the users" in capsys.readouterr().out
+    assert "4 files still hold values of the users" in capsys.readouterr().out
     monkeypatch.setattr(erase, "prove", prove)
     assert people.erase(user_id="user-1") == 0  # its rerun ends the work
     assert people.report["erasure"]["survivors"] == []

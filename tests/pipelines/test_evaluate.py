@@ -162,7 +162,7 @@ def test_only_the_users_of_a_list_are_scored(generated, tmp_path):
     assert report["methods"]["plug"]["scores"] == pytest.approx(want, abs=1e-12)
     written = json.loads((tmp_path / "p" / "plug.json").read_text())["golds"]
     assert {row["id"] for row in written} == asked
-    with pytest.raises(InputError, match="users=no/such/file: cannot be read .* a user id a line"):
+    with pytest.raises(InputError, match="users=no/such/file: cannot be read .* one user id per line"):
         run(generated, users="no/such/file")
 
 

@@ -261,7 +261,7 @@ def test_a_source_that_is_not_lamps_is_refused(population, tmp_path, content, go
 
 
 def test_missing_files_splits_tasks_and_golds_are_named(population, tmp_path):
-    with pytest.raises(InputError, match=r"no dev_questions.json or .json.gz here \(found: nothing\)"):
+    with pytest.raises(InputError, match=r"no dev_questions.json or .json.gz here \(it has no file\)"):
         population.ingest(source=str(tmp_path / "nowhere"), split="dev")
     source = write_lamp(tmp_path / "lamp", [question("1", [])], split="train")
     with pytest.raises(InputError, match="it has the splits train: give --split"):
