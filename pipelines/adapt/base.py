@@ -124,7 +124,7 @@ class BaseExamples:
 
 
 def fit_base(given: dict[str, Any]) -> None:
-    """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports after each epoch.
+    """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports each epoch.
 
     Args:
         given: llm, lora (LoraConfig), examples (folder), shards (the files written there), cpu (CpuShare), started_in

@@ -31,7 +31,7 @@ class Config(ResumableConfig):
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """Number of retrieved items that a prompt shows and of tokens they may take, for random, recency, bm25 and dense."""
+    """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense."""
     write_profiles: bool = False
     """Write user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then ignored.
     decoding.max_tokens is the length of a profile."""
