@@ -29,6 +29,8 @@ MODEL_FILES = (
     "additional_chat_templates", "*processor_config.json", "*.py", "training.json", "made_from.json",
 )  # fmt: skip
 """Names that a model folder may hold, as transformers and our jobs write it."""
+RUN_FILES = ("job.log", "line.log", "report.json")
+"""Names that a run leaves in its folder; where that is the model's folder too, they move on into the new one."""
 _ABANDONED_S = 86_400.0
 """Age after which a draft of another machine belongs to a writer that was killed."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -53,7 +55,7 @@ def check_replaceable(target: str | Path, known: Sequence[str]) -> None:
         raise ValueError(f"{target} is no folder; give another path")
     if target.is_mount():
         raise ValueError(f"{target} is a mount point, which cannot be replaced; give a folder below it")
-    kept = (*known, ".nfs*")
+    kept = (*known, *RUN_FILES, ".nfs*")
     strange = sorted(name for name in os.listdir(target) if not any(fnmatch.fnmatch(name, one) for one in kept))
     if strange:
         raise ValueError(
@@ -101,6 +103,9 @@ def _put(draft: Path, target: Path) -> None:
         os.rename(target, old)
         os.rename(draft, target)
         os.rename(old, draft)
+    for name in RUN_FILES:  # a log that is being written keeps its file
+        if (draft / name).exists() and not (target / name).exists():
+            os.rename(draft / name, target / name)
 
 
 def _exchange(one: Path, other: Path) -> bool:

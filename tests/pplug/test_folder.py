@@ -141,3 +141,18 @@ def test_two_renames_do_where_the_file_system_cannot_exchange(tmp_path, monkeypa
 
     monkeypatch.setattr(pplug.folder, "_exchange", lambda one, other: False)
     test_nothing_of_the_former_folder_stays(tmp_path)
+
+
+def test_what_the_run_itself_leaves_in_its_folder_moves_on_into_the_new_one(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "a").write_text("old")
+    (target / "report.json").write_text("{}")
+    with open(target / "job.log", "w") as log:
+        log.write("before\n")
+        check_replaceable(target, KNOWN)
+        with whole_folder(target, KNOWN) as draft:
+            (draft / "b").write_text("new")
+        log.write("after\n")
+    assert names(tmp_path) == ["model/b", "model/job.log", "model/report.json"]
+    assert (target / "job.log").read_text() == "before\nafter\n"
