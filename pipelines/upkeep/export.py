@@ -18,6 +18,7 @@ from pipelines.upkeep.config import ExportConfig as Config
 from pipelines.upkeep.export_adapter import export_adapter
 from pipelines.upkeep.export_table import ExportBucket, vector_widths
 from pipelines.waves import each_bucket
+from pplug.folder import RUN_FILES
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, llm_id
 
@@ -57,7 +58,7 @@ def _table(config: Config, report: RunReport) -> int:
     output = Storage(config.output)
     if output.exists(DONE):
         raise InputError(f"{config.output} holds a complete export, which is never changed; give another folder")
-    others = [name for name in output.list() if not re.fullmatch(PART_FILE, name)]
+    others = [name for name in output.list() if not re.fullmatch(PART_FILE, name) and name not in RUN_FILES]
     if others:  # an export deletes all files that are not its own, such as the halves of a killed one
         raise InputError(
             f"{config.output} holds {others[0]} and {len(others) - 1} more files that no export has written; an export "
@@ -76,7 +77,7 @@ def _export(snapshot: "Snapshot", output: "Storage") -> int:
     stage = ExportBucket(snapshot, output.uri, vector_widths(snapshot))
     written = {row["name"]: row["rows"] for row in each_bucket(list(snapshot.by_bucket()), stage)}
     for name in output.list():  # of a killed export of another version
-        if name not in written:
+        if name not in written and name not in RUN_FILES:
             output.delete(name)
     facts = {
         "table": snapshot.spec.name,

@@ -127,6 +127,14 @@ def test_a_folder_with_files_that_no_export_has_written_is_refused_and_left_as_i
     assert names == {"chapter.txt", "data/part-00000.parquet"}
 
 
+def test_the_log_of_a_run_whose_folder_is_the_output_stays(place, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "job.log").write_text("begun")
+    assert run(place, out) == 0
+    assert (out / "job.log").read_text() == "begun" and len(pq.read_table(list(out.glob("*.parquet")))) == len(USERS)
+
+
 def test_the_table_may_stand_without_its_name():
     given = options.read(["generations", "--tables", "t", "--output", "o"], export.Config)
     assert options.check(export.Config, given).table == "generations"
