@@ -161,7 +161,7 @@ SMALLER = {
     "lm.steps=1400": "lm.steps=30",
     "fit.epochs=3": "fit.epochs=1",
 }
-"""What the line of docs/own-data.md is shortened by."""
+"""Settings by which the line of docs/own-data.md is shortened."""
 
 
 def write_changes(folder: Path, labels: list[str]) -> None:

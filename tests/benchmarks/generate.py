@@ -242,7 +242,7 @@ def run(given: Given) -> Found:
 
 
 def llm_flops(prompt_tokens: int, output_tokens: int) -> float:
-    """Of the LLM's linear layers: every token through the blocks, the output's through the vocabulary."""
+    """Operations of the LLM's linear layers: all tokens pass the blocks, those of the output the vocabulary."""
     width, sizes = prepare.LARGE["width"], prepare.LARGE
     block = 4 * width**2 + 3 * width * sizes["ffn_width"]
     tokens = prompt_tokens + output_tokens

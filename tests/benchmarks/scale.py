@@ -162,7 +162,7 @@ def refreshed(place: str, run: str, plug: str | None, folder: Path) -> dict:
 
 
 def reading(place: str, users: int, changed: np.ndarray) -> dict:
-    """What reading some users' vectors costs: those of 1% of the buckets, and users at random.
+    """Cost of reading some users' vectors: those of 1% of the buckets, and users at random.
 
     Bytes are those this process asked of the system, the files' footers included, beside the table's.
     """

@@ -99,7 +99,7 @@ def assert_as_undisturbed(place, undisturbed):
 
 @pytest.fixture(scope="module")
 def address(ray_session):
-    """Of the tests' own Ray, for the jobs that are killed: starting another takes longer than their work."""
+    """Address of the tests' own Ray, for the jobs that are killed: starting another takes longer than their work."""
     import ray
 
     return ray.get_runtime_context().gcs_address

@@ -258,7 +258,7 @@ def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path, 
 
 @pytest.mark.slow
 def test_the_table_says_whether_its_adapters_are_cut(population, llm, tmp_path):
-    """Of a table that knows too much, only training everybody anew makes one that does not."""
+    """Only training everybody anew makes a table that does not know too much of one that does."""
     fill(population, [item(name, i, text=f"{name} dog {i}") for name in ("ann", "bob") for i in range(3)],
          derive_requests=1)  # fmt: skip
     (tmp_path / "users").write_text("ann\n")

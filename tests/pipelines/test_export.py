@@ -145,7 +145,7 @@ def test_the_table_may_stand_without_its_name():
 
 
 def test_halves_of_a_value_are_exact(place, tmp_path):
-    """What the table rounded to 16 bits the export holds unchanged."""
+    """The export holds the values as the table has rounded them to 16 bits."""
     assert run(place, tmp_path / "out") == 0
     stored = tables.open_table(place, "personas").snapshot(complete=True).read(["user_id", "persona"]).to_pylist()
     found = {row["user_id"]: row["persona"] for row in pq.read_table(tmp_path / "out").to_pylist()}

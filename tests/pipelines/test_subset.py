@@ -112,7 +112,7 @@ def taken(read: Counter) -> Counter:
 
 
 def assert_little(little: Counter, whole: Counter, *names: str) -> None:
-    """Of the other bucket nothing; of the two users' little more than a file's end and two row groups of 24."""
+    """Nothing of the other bucket was read, and of the two users' little more than a file's end and two row groups."""
     assert {bucket for _, bucket in little} == {1} and {bucket for _, bucket in whole} == {0, 1}
     for name in names:
         assert 0 < little[name, 1] < 0.4 * whole[name, 1], name

@@ -58,7 +58,7 @@ def report_of(days, name: str) -> dict:
 
 
 def test_generate_plans_on_the_versions_named(days):
-    """Of the version before the first ingest there is nothing to answer, so that no engine has to start."""
+    """The version before the first ingest has nothing to answer, so that no engine has to start."""
     llm = LLMConfig(model=str(tiny_llama(days.folder / "llm")))
     versions = {"requests": 0, "histories": 1}
     given = {"tables": days.tables, "llm": llm, "methods": ("none",), "task": days.task(NOTES)}
