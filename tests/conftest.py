@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_workers
+
 pytest_plugins = ["tests.ray_head", "tests.s3_server"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
@@ -22,9 +24,10 @@ def ray_session():
     """A local Ray with few logical CPUs; started at most once, ended with the tests."""
     from infra import session
 
-    session.start(cpus=4, object_store_bytes=300 * 2**20)
-    yield
-    session.stop()
+    with warm_workers.started():
+        session.start(cpus=4, object_store_bytes=300 * 2**20)
+        yield
+        session.stop()
 
 
 @pytest.fixture(scope="session")
