@@ -58,12 +58,12 @@ class PendingUsers:
     max_items: int
     """Newest items that count."""
     users: frozenset[str] | None
-    """Only these, where given."""
+    """Users to look at; None: all users."""
     buckets: int
     """Number of buckets of the tables."""
     id_column: str = "adapter_id"
     only_asking: bool = False
-    """Only users who have a request."""
+    """True looks only at users who have a request."""
 
     def read(self, bucket: int) -> PendingBucket:
         wanted: set[str] | None = None

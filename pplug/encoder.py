@@ -40,7 +40,7 @@ class EncoderConfig(Settings):
     max_tokens: int = Field(256, gt=2)
     """Number of tokens per text, special tokens included; a longer text is cut at its end."""
     with_label: bool = True
-    """Include the item's label (tag, score, ...) in the history text."""
+    """True includes the item's label (tag, score, ...) in the history text."""
     batch_tokens: int | None = Field(None, gt=0)
     """Padded tokens per forward pass. By default 1,024 on a CPU (2,048 in bfloat16), which suits its caches, and 16,384
     on a GPU. It decides the speed only and is no part of the identity."""

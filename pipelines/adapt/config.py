@@ -51,7 +51,7 @@ class Config(ResumableConfig):
     """Items to leave out. requests: those that one of the user's requests may not see, as an evaluation needs. none: no
     item, for requests that are yet to come, or for a base made from other people than those who are evaluated."""
     changed_only: bool = False
-    """Go on from the existing adapters, for new and changed users. This is refused where base or settings have
+    """True goes on from the existing adapters, for new and changed users. It is refused where base or settings have
     changed."""
     examples: Literal["requests", "items"] = "items"
     """Examples of stage base. items: each item that `cut` lets pass. requests: each request with a target, whose answer

@@ -70,7 +70,7 @@ class EngineConfig(Settings):
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory in GiB for the keys and values of attention, on a CPU."""
     enforce_eager: bool | None = renamed("eager", None)
-    """Run without compilation. Default: true on a CPU, where it starts a minute faster."""
+    """True runs without compilation. Default: true on a CPU, where it starts a minute faster."""
     batch_rows: int = Field(64, gt=0)
     """Number of requests that are handed over at a time."""
     in_flight: int = Field(8, gt=0)

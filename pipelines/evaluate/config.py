@@ -58,6 +58,6 @@ class EvaluateConfig(JobConfig):
     examples: int = Field(0, ge=0, le=100)
     """Requests to show side by side in the report, which then holds what users wrote: pass it on accordingly."""
     n_bootstrap: int = renamed("resamples", 2000, ge=100)
-    """Draws of people behind each interval."""
+    """Number of resamples of people behind each interval."""
     seed: int = 0
     """Seed of the resamples: the same seed gives the same intervals."""

@@ -33,8 +33,8 @@ class Config(ResumableConfig):
     retrieval: RetrievalConfig = RetrievalConfig()
     """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense."""
     write_profiles: bool = False
-    """Write user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then ignored.
-    decoding.max_tokens is the length of a profile."""
+    """True writes user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then
+    ignored. decoding.max_tokens is the length of a profile."""
     profile: ProfileConfig = ProfileConfig()
     """Question by which the LLM is asked for a profile, and form in which a prompt holds it."""
     oracle: str | None = None

@@ -102,7 +102,7 @@ class BaseLMConfig(JobConfig):
     output: str
     """Folder the model is written to."""
     prompt: str | None = None
-    """Template of the prompt; default: the task's own `input`. May name fields that only these items have."""
+    """Template of the prompt; default: the task's own `input`. It may name fields that only these items have."""
     suffix: str = "\n"
     """Text between prompt and target; give the same as llm.layout.suffix."""
     task: str | None = None
@@ -111,7 +111,8 @@ class BaseLMConfig(JobConfig):
     """requests: items that one of the user's requests may not see are left out; none: all items count, for a model made
     from other users than those who are evaluated."""
     max_items: int = Field(200_000, gt=0)
-    """Most items to train on. The items of the first buckets are taken, whole users by chance; the rest is not read."""
+    """Upper limit of the items to train on. The items of the first buckets are taken, whole users by chance; the
+    rest is not read."""
     lm: TinyLMConfig = TinyLMConfig()
     threads: int | None = Field(None, gt=0)
     """Torch threads; default: all cores."""

@@ -31,8 +31,8 @@ class PlugShape(Settings):
     instruction_scale: float | None = Field(None, gt=0)
     """Factor of the instruction row; default: the mean norm of the LLM's token embeddings."""
     without_history: bool = False
-    """Train a soft prompt, the control that shows how much of a gain is the task (method plug:soft-prompt). No vectors
-    are read; the encoder only decides how wide the plug is."""
+    """True trains a soft prompt, the control that shows how much of a gain is the task (method plug:soft-prompt). No
+    vectors are read; the encoder only decides how wide the plug is."""
 
 
 class Config(ResumableConfig):

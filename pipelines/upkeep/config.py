@@ -108,7 +108,7 @@ class MigrateConfig(JobConfig):
     names: tuple[str, ...] | None = None
     """Tables to migrate, such as profiles,adapters; all when not given."""
     dry_run: bool = False
-    """Only print which tables would be migrated, from which schema version to which; nothing is written."""
+    """True only prints which tables would be migrated, from which schema version to which; nothing is written."""
 
 
 class ExportConfig(JobConfig):

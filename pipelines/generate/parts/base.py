@@ -80,11 +80,11 @@ class Needs:
     """The share of a bucket's histories that a group of parts reads."""
 
     items: bool = False
-    """The items that a request may see, with vectors where the run has any."""
+    """True if a part reads the items that a request may see, with vectors where the run has any."""
     fields: bool = False
-    """Their texts too."""
+    """True if it reads their texts too."""
     others: bool = False
-    """The items of other users too."""
+    """True if it reads the items of other users too."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Drafts:
     method: Method
     requests: list[dict[str, Any]]
     inputs: list[str]
-    """Text behind the persona rows."""
+    """Text behind the persona rows, by prompt."""
     prefixes: list[str] = field(default_factory=list)
-    """Text before them."""
+    """Text before the persona rows, by prompt."""
     soft_prompts: list[np.ndarray] = field(default_factory=list)
     """Persona rows, (R*H,) float32; R is 0 without a plug."""
     personas: list[str] = field(default_factory=list)
