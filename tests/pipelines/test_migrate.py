@@ -168,4 +168,4 @@ def test_every_spec_has_a_step_from_each_earlier_version():
 def test_the_help_says_what_it_does(capsys):
     assert main(["migrate", "--help"]) == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "Only print which tables would be migrated" in text and "one commit puts the new files" in text
+    assert "True only prints which tables would be migrated" in text and "one commit puts the new files" in text
