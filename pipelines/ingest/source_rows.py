@@ -337,6 +337,16 @@ def nothing_in(buckets: Sequence[int]) -> pa.Table:
     )
 
 
+def by_kind(rows: pa.Table) -> dict[int, pa.Table]:
+    """Splits rows of `ROWS` by kind; rows of one kind alone are not copied."""
+    kind = rows["kind"].to_numpy()
+    found = {}
+    for one in (ITEM, REQUEST, REJECT, COUNT):
+        those = kind == one
+        found[one] = rows if those.all() else rows.filter(pa.array(those)) if those.any() else rows.slice(0, 0)
+    return found
+
+
 def _maps(texts: Mapping[str, pa.Array], count: int) -> pa.Array:
     """Returns a mapping of the texts per row, without those that are null."""
     width = len(texts)
