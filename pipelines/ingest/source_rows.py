@@ -157,7 +157,8 @@ class RowWriter:
     def _items(
         self, columns: Mapping[str, Column], fields: Mapping[str, Column], count: int, errors: dict[int, RowError]
     ) -> dict[str, pa.Array]:
-        texts = {name: self._texts(name, column, errors) for name, column in fields.items()}
+        found = {name: self._texts(name, fields[name], errors) for name in sorted(fields)}  # which error counts
+        texts = {name: found[name] for name in fields}
         nothing = pa.nulls(count, pa.string())
         for name in self._needed:
             for row in np.flatnonzero(texts.get(name, nothing).is_null().to_numpy(zero_copy_only=False)):

@@ -277,7 +277,8 @@ def test_a_source_without_times_warns_with_likely_columns_and_a_mapped_one_witho
 
 value = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.floats(),
-    st.sampled_from(["", " ", "good", "Bad", "x\ud800", "7"]), st.lists(st.integers(), max_size=2), st.dictionaries(st.just("a"), st.none(), max_size=1),
+    st.sampled_from(["", " ", "good", "Bad", "x\ud800", "7"]), st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.just("a"), st.none(), max_size=1),
 )  # fmt: skip
 row = st.fixed_dictionaries(
     {"user_id": value, "item_id": st.one_of(st.integers(), value),
