@@ -207,10 +207,9 @@ class RowWriter:
         """Answers of requests. A list or a truth value is a reject: without a target a request would pass as one that
         has no known answer."""
         target, wrong = text_column(column)
-        kind = column.type if isinstance(column, pa.Array | pa.ChunkedArray) else None
-        if kind is None:
+        if not isinstance(column, pa.Array | pa.ChunkedArray):
             odd = [row for row, value in enumerate(column) if isinstance(value, bool | list | tuple | dict)]
-        elif pa.types.is_boolean(kind) or pa.types.is_nested(kind):
+        elif pa.types.is_boolean(column.type) or pa.types.is_nested(column.type):
             odd = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist()
         else:
             odd = []
