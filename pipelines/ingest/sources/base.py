@@ -7,11 +7,11 @@ else asks for a format by name or by the suffix of a file.
 import gzip
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar, Literal
 
 from infra.storage import Storage
-from pipelines.ingest.source_rows import RowWriter
+from pipelines.ingest.source_rows import RowRules, RowWriter
 from pplug.tasks import TaskSpec
 
 Kind = Literal["items", "requests"]
@@ -29,6 +29,7 @@ class Options:
     split: str
     history_scope: str
     keep_questions: bool
+    rules: RowRules = field(default_factory=RowRules)
 
 
 @dataclass(frozen=True)
