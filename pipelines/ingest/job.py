@@ -19,13 +19,14 @@ from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.look import look, options_of
 from pipelines.ingest.merge import MergeBucket
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
-from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, format_of, unpacked_bytes
+from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, unpacked_bytes
+from pipelines.ingest.sources.discover import addresses
 from pipelines.ingest.sources.download import fetch
 from pipelines.waves import next_group
-from pplug import tasks
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec
 
@@ -68,7 +69,7 @@ def run(config: IngestConfig) -> int:
         source, part = fetch(config.download, config.split, config.address, config.download_dir)
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
-    options = _options(config)
+    options = options_of(config)
     pieces, task = look(config)
     states = sources.states(pieces)
     session.start()
@@ -92,58 +93,6 @@ def run(config: IngestConfig) -> int:
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
-
-
-def _options(config: IngestConfig) -> Options:
-    return Options(config.columns, config.split, config.history_scope, config.questions == "keep")
-
-
-def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskSpec]":
-    """Finds the pieces to read and the task in force, from names and first lines only.
-
-    Raises:
-        InputError: there is no file, it has another layout, a column or a task is missing, or requests cannot be
-            derived for the task.
-    """
-    pieces: list[Piece] = []
-    options, named = _options(config), None
-    if config.source is not None:
-        format = FORMATS[config.format] if config.format != "auto" else format_of(config.source)
-        pieces = format.find(config.source, "items", options)
-        named = format.check(pieces, options)
-    if config.requests_source is not None:
-        format = format_of(config.requests_source)
-        if "requests" not in format.kinds:
-            known = ", ".join(name for name, known in FORMATS.items() if "requests" in known.kinds)
-            raise InputError(
-                f"{config.requests_source}: requests come from {known} files, and none is there; a folder of format "
-                f"{format.name} can only be the `source`"
-            )
-        asked = format.find(config.requests_source, "requests", options, first_file=len(pieces) + 1)
-        format.check(asked, options)
-        pieces += asked
-    task = _task(config, named)
-    if config.derive_requests and (task.input is None or task.target is None):
-        raise InputError(
-            f"derive_requests={config.derive_requests}: task {task.name} has no template that turns an item into a "
-            "request (input and target); give a task entry that has both, or derive none"
-        )
-    return tuple(pieces), task
-
-
-def _task(config: IngestConfig, named: str | None) -> "TaskSpec":
-    wanted = config.task or named
-    try:
-        if wanted is not None:
-            return tasks.find(wanted)
-    except ValueError as error:
-        raise InputError(f"task: {error}") from error
-    if config.source is None:  # requests only: the histories there say what the task is
-        return tables.task_entry(None, tables.open_table(config.tables, "histories").snapshot(complete=True))
-    known = ", ".join(task.name for task in tasks.lamp_entries())
-    raise InputError(
-        f"{config.source}: names no task; give --task with one of {known}, or a YAML file with a task entry of your own"
-    )
 
 
 def _survey(pieces: "tuple[Piece, ...]", task: "TaskSpec", options: Options) -> Any:
@@ -204,7 +153,7 @@ def _buckets(pieces: "tuple[Piece, ...]") -> int:
 
 
 def _addresses(config: IngestConfig) -> list[str]:
-    return [address for address in (config.source, config.requests_source) if address is not None]
+    return [*addresses(config.source), *addresses(config.requests_source)]
 
 
 def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") -> dict[str, str]:
@@ -215,6 +164,12 @@ def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") 
     given["task"] = f"{task.name}, digest {short_id(task.model_dump(mode='json'))}"
     for key in ("mode", "columns", "history_scope", "questions", "derive_requests"):
         given[key] = json.dumps(getattr(config, key), sort_keys=True)
+    plain = IngestConfig(tables=config.tables, source="-")
+    for key in ("requests_columns", "explode", "query", "requests_query", "csv"):
+        if getattr(config, key) != getattr(
+            plain, key
+        ):  # left out where it says nothing: older records have no such key
+            given[key] = json.dumps(config.model_dump(mode="json")[key], sort_keys=True)
     return given
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from infra.errors import InputError
+from infra.remote import reading
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Piece
 
@@ -33,6 +34,6 @@ def refuse_changed(before: dict[str, str], pieces: Sequence[Piece]) -> None:
 def _of_each(pieces: Sequence[Piece], look: Callable[[Storage, str], str]) -> list[tuple[tuple[Storage, str], str]]:
     """Calls `look` for every file, each once."""
     addresses = dict.fromkeys((piece.folder, name) for piece in pieces for name in piece.files)
-    files = [(Storage(folder), name) for folder, name in addresses]
+    files = [(reading(folder), name) for folder, name in addresses]
     with ThreadPoolExecutor(16) as pool:
         return list(zip(files, pool.map(lambda file: look(*file), files), strict=True))

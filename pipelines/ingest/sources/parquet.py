@@ -7,31 +7,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.storage import Storage
-from pipelines.ingest.sources.base import Piece
-from pipelines.ingest.sources.records import Record, RecordFormat
+from infra.remote import reading
+from pipelines.ingest.sources.base import Options, Piece
+from pipelines.ingest.sources.records import Record, RowFormat
 
 
-class Parquet(RecordFormat):
+class Parquet(RowFormat):
     """Parquet files with any columns."""
 
     name = "parquet"
     suffixes = (".parquet",)
-    place = " row "
 
-    def columns(self, piece: Piece) -> set[str]:
-        try:
-            with Storage(piece.folder).open_input(piece.name) as stream:
-                return set(pq.read_schema(stream).names)
-        except (pa.ArrowInvalid, OSError):
-            return set()  # the task that reads the file sets it aside
-
-    def records(self, piece: Piece) -> Iterator[tuple[int, Record]]:
-        with Storage(piece.folder).open_input(piece.name) as stream:
+    def records(self, piece: Piece, options: Options) -> Iterator[tuple[int, str, Record]]:
+        with reading(piece.folder).open_input(piece.name) as stream:
             row = 0
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=4096):
                 for record in _rows(pa.table(batch)):
-                    yield row, record
+                    yield row, f" row {row}", record
                     row += 1
 
 
