@@ -12,6 +12,8 @@ from pipelines import tables
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.sources.base import FORMATS, Kind, Options, Piece, find
 from pipelines.ingest.sources.discover import Source, addresses
+from pipelines.ingest.sources.query import Query
+from pipelines.ingest.sources.records import RecordFormat
 from pplug import tasks
 from pplug.tasks import TaskSpec
 
@@ -125,7 +127,14 @@ def _found(
             )
     for number, file in enumerate(source.files, start=first):
         pieces += FORMATS[file.format].pieces([file], kind, options, number)
-    return source, pieces
+    asked = config.query if kind == "items" else config.requests_query
+    if asked is None:
+        return source, pieces
+    if not all(isinstance(FORMATS[name], RecordFormat) for name in source.formats):
+        raise InputError(
+            f"{addresses(given)[0]}: a folder of format {source.formats[0]} is read as it is; give no query"
+        )
+    return source, [Query().over(pieces, kind)]
 
 
 def _task(config: IngestConfig, named: str | None) -> TaskSpec:

@@ -32,8 +32,10 @@ def refuse_changed(before: dict[str, str], pieces: Sequence[Piece]) -> None:
 
 
 def _of_each(pieces: Sequence[Piece], look: Callable[[Storage, str], str]) -> list[tuple[tuple[Storage, str], str]]:
-    """Calls `look` for every file, each once."""
-    addresses = dict.fromkeys((piece.folder, name) for piece in pieces for name in piece.files)
-    files = [(reading(folder), name) for folder, name in addresses]
+    """Calls `look` for every file, each once; a version of a table never changes, and its identity stands for it."""
+    single = [part for piece in pieces for part in (piece.parts or (piece,))]
+    known = {(piece.folder, name): piece.identity for piece in single for name in piece.files}
+    files = [(reading(folder), name, identity) for (folder, name), identity in known.items()]
     with ThreadPoolExecutor(16) as pool:
-        return list(zip(files, pool.map(lambda file: look(*file), files), strict=True))
+        found = pool.map(lambda file: file[2] or look(file[0], file[1]), files)
+        return [((storage, name), said) for (storage, name, _), said in zip(files, found, strict=True)]

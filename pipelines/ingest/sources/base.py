@@ -28,6 +28,12 @@ UNREADABLE = "unreadable_file"
 """Reason of the one reject that stands for a file which cannot be read."""
 DAMAGED = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
 """Errors of a file that is damaged, cut off, or not what its name says."""
+
+
+class NotThisFormat(OSError):
+    """A file that is not what its name says, or cannot be used. Its message holds nothing of the file's text."""
+
+
 _PACKED_BY = 4
 """Factor by which gzip shrinks texts like these, roughly."""
 _PACKINGS: dict[bytes, Any] = {
@@ -87,6 +93,12 @@ class Piece:
     """Columns that the names of the file's folders give."""
     version: int | None = None
     """Version of a table that is read through its log."""
+    identity: str | None = None
+    """Text that stands for the content of such a table."""
+    size: int = 0
+    """Size of the file or table in bytes, as it lies there."""
+    parts: "tuple[Piece, ...]" = ()
+    """Pieces that a query stands over; it has no file of its own."""
 
     @property
     def name(self) -> str:
@@ -197,7 +209,7 @@ def is_packed(name: str) -> bool:
 
 def unpacked_bytes(piece: Piece) -> int:
     """Estimates the size of a piece's rows, unread."""
-    return reading(piece.folder).size(piece.name) * (_PACKED_BY if is_packed(piece.name) else 1)
+    return piece.size * (_PACKED_BY if is_packed(piece.name) else 1)
 
 
 def opened(folder: str, name: str) -> Any:

@@ -7,22 +7,22 @@ An array, or an object with an array of objects in it, is read by ijson, record 
 
 import io
 import json
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ijson
+import numpy as np
 
-from pipelines.ingest.source_rows import RowError
-from pipelines.ingest.sources.base import Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.base import NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.discover import File
-from pipelines.ingest.sources.records import NotThisFormat, Record, RowFormat, refuse_content
+from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
+from pipelines.ingest.values import RowError
 
 _BOM = b"\xef\xbb\xbf"
 _BEGINNING = 2**16
 
 
-class Jsonl(RowFormat):
+class Jsonl(RecordFormat):
     """Files under the common names of files with one JSON object per line."""
 
     name = "jsonl"
@@ -33,21 +33,30 @@ class Jsonl(RowFormat):
     def divisible(self, file: File, options: Options) -> bool:
         return not begins_packed(file.folder, file.name) and self._array(file.folder, file.name, options) is None
 
-    def records(self, piece: Piece, options: Options) -> Iterator[tuple[int, str, Record]]:
+    def place_of(self, piece: Piece, options: Options) -> Callable[[int], str]:
+        place = super().place_of(piece, options)
+        if piece.start or self._array(piece.folder, piece.name, options) is None:
+            return place
+        return lambda seq: place(seq).replace(f"{piece.name}@", f"{piece.name} record ", 1)
+
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
         refuse_content(piece, "JSON")
         array = None if piece.start else self._array(piece.folder, piece.name, options)
-        if array is None:
-            for seq, line in lines(piece):
-                yield seq, f"@{seq}", partial(_json_object, line)
-            return
-        with opened(piece.folder, piece.name) as stream:
-            if stream.peek(3)[:3] == _BOM:
-                stream.read(3)
-            try:
-                for seq, value in enumerate(ijson.items(stream, array, use_float=True)):
-                    yield seq, f" record {seq + 1}", partial(_an_object, value)
-            except (ijson.JSONError, UnicodeDecodeError) as error:
-                raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
+        explode = options.explode if piece.kind == "items" else None
+        batch = _Filling(explode)
+        if array is not None:
+            for seq, value in _values(piece, array):
+                batch.add(seq, None, value, 0)
+                if batch.full:
+                    yield batch.take()
+        else:
+            for number, (at, line) in enumerate(_all_lines(piece), start=1):
+                batch.lines += 1
+                if not line.isspace():
+                    batch.add(at, number, line, len(line))
+                    if batch.full:
+                        yield batch.take()
+        yield batch.take()
 
     def _array(self, folder: str, name: str, options: Options) -> str | None:
         """Returns ijson's path to the array of records that a file is; None for a file of lines."""
@@ -68,6 +77,67 @@ class Json(Jsonl):
     suffixes = (".json",)
     beside = True
     wraps = True
+
+
+class _Filling:
+    """Records on their way into a batch."""
+
+    def __init__(self, explode: str | None) -> None:
+        self.explode = explode
+        self._new()
+
+    def _new(self) -> None:
+        self.found: list[Mapping[str, Any]] = []
+        self.seq: list[int] = []
+        self.line: list[int] = []
+        self.bad: list[tuple[int, RowError, int | None, str | None]] = []
+        self.size = self.lines = 0
+
+    def add(self, seq: int, number: int | None, given: Any, size: int) -> None:
+        """Adds a record, given as a line or as a value; one that cannot be used is kept as bad."""
+        try:
+            record = _an_object(_parsed(given) if isinstance(given, bytes) else given)
+            if self.explode is not None and not isinstance(_at(record, self.explode), list | None):
+                raise RowError("wrong_type", f"{self.explode} is no list")
+            self.found.append(record)
+            self.seq.append(seq)
+            self.line.append(number or 0)
+        except RowError as error:
+            text = given.decode("utf-8", "replace").strip() if isinstance(given, bytes) else None
+            self.bad.append((seq, error, number, text))
+        self.size += size
+
+    @property
+    def full(self) -> bool:
+        return len(self.found) + len(self.bad) >= BATCH_ROWS or self.size >= BATCH_BYTES
+
+    def take(self) -> Batch:
+        """Returns the records by column, in the order in which their names first stand there."""
+        names = dict.fromkeys(name for names in {tuple(record): None for record in self.found} for name in names)
+        columns = {name: [record.get(name) for record in self.found] for name in names}
+        if self.explode is not None and "." not in self.explode:
+            columns.setdefault(self.explode, [None] * len(self.found))
+        line = np.array(self.line, np.int64) if all(self.line) else None
+        batch = Batch(columns, np.array(self.seq, np.int64), line, self.bad, self.lines)
+        self._new()
+        return batch
+
+
+def _at(record: Mapping[str, Any], path: str) -> Any:
+    for part in [path] if path in record else path.split("."):
+        record = record.get(part) if isinstance(record, Mapping) else None  # type: ignore[assignment]
+    return record
+
+
+def _values(piece: Piece, array: str) -> Iterator[tuple[int, Any]]:
+    """Yields number and value of each record of an array. Raises NotThisFormat: it is damaged after these."""
+    with opened(piece.folder, piece.name) as stream:
+        if stream.peek(3)[:3] == _BOM:
+            stream.read(3)
+        try:
+            yield from enumerate(ijson.items(stream, array, use_float=True), start=1)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
 
 
 def _parses(line: bytes) -> bool:
@@ -94,30 +164,42 @@ def _path_to_array(text: bytes) -> str | None:
 
 def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Yields byte offset and text of each line of a piece that is not empty."""
+    return ((at, line) for at, line in _all_lines(piece) if not line.isspace())
+
+
+def _all_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yields byte offset and text of each line of a piece."""
     with opened(piece.folder, piece.name) as stream:
         at = piece.start
         if at:
             stream.seek(at - 1)
             at += len(stream.readline()) - 1
         while (piece.end is None or at < piece.end) and (line := stream.readline()):
-            text = line.removeprefix(_BOM) if at == 0 else line
-            if text.strip():
-                yield at, text
+            yield at, line.removeprefix(_BOM) or b"\n" if at == 0 else line
             at += len(line)
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Parses a line. Raises RowError: it is no JSON object."""
+def _parsed(line: bytes) -> Any:
+    """Parses a line. Raises RowError: it is no JSON, or an object has one name twice."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("bad_utf8", f"byte {error.start} of the line is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise RowError("bad_json", str(error).partition(":")[0]) from None
-    return _an_object(value)
 
 
 def _an_object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError("wrong_type", "the record is not a JSON object")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RowError("duplicate_key", "a name stands twice in one JSON object, and which value counts is unknown")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

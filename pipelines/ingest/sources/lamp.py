@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from infra.remote import reading
 from infra.storage import Storage
 from pipelines.ingest.source_rows import RowWriter
 from pipelines.ingest.sources.base import Format, Kind, Options, Piece
@@ -32,7 +33,7 @@ class Lamp(Format):
     def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
         split = find(files[0].folder, options.split)
         names = (split.questions,) if split.outputs is None else (split.questions, split.outputs)
-        return [Piece(self.name, kind, split.folder, names, first_file)]
+        return [Piece(self.name, kind, split.folder, names, first_file, size=reading(split.folder).size(names[0]))]
 
     def check(self, pieces: Sequence[Piece], options: Options) -> str | None:
         return golds(_files(pieces[0]))[0]

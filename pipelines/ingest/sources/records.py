@@ -1,43 +1,100 @@
 """Formats with one record per history item or request, whose columns a mapping names.
 
-A format says which files are its own, which columns they have and which records a piece of them holds; everything else
-is here. `RowFormat` is for formats whose records come one by one, `columns.ColumnFormat` for those that come as Arrow
-columns.
+A format says which columns its files have and which records a piece of them holds; everything else is here.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.source_rows import RowError, RowWriter
-from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, Options, Piece
+from pipelines.ingest.source_rows import CORE, RowWriter
+from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
+from pipelines.ingest.times import looks_like_time
+from pipelines.ingest.values import Column, RowError, as_array, values
 
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "items": ("user_id", "item_id"),
     "requests": ("request_id", "user_id", "input"),
 }
-OPTIONAL: dict[Kind, tuple[str, ...]] = {
-    "items": ("occurred_at", "fields"),
-    "requests": ("as_of", "target", "owner_id"),
-}
+FIELDS = "fields"
+"""Our name of a column that holds an item's fields as a mapping."""
 PIECE_BYTES = 32 * 2**20
-Record = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
-"""A record, or a call that returns it and may raise RowError."""
+BATCH_ROWS, BATCH_BYTES = 8192, 4 * 2**20
+"""Rows and bytes that a format hands over at once, roughly."""
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")
+"""Columns that pandas adds to number the rows; they are no field unless they are mapped to one."""
+_KEPT_NAMES = 200
+_LOOKED_AT = 100
+"""Number of records in which a source's columns are looked for."""
+
+
+@dataclass
+class Batch:
+    """Some records of a piece, by column."""
+
+    columns: Mapping[str, Column]
+    """Values by the source's name of the column; every column has a value or null per record."""
+    seq: np.ndarray
+    """(N,) int64, the records' order in their file; the format's `place` and it make the name of a row."""
+    line: np.ndarray | None = None
+    """(N,) int64, each record's line within the piece, from 1; None in a format without lines."""
+    bad: list[tuple[int, RowError, int | None, str | None]] = field(default_factory=list)
+    """Records that are none: seq, error, line and text."""
+    lines: int = 0
+    """Number of lines read for this batch, empty ones too."""
+
+    @classmethod
+    def of_table(cls, table: pa.Table | pa.RecordBatch, first: int) -> "Batch":
+        """Makes a batch of Arrow columns, whose rows are counted from `first`."""
+        columns = {name: table.column(at) for at, name in enumerate(table.schema.names)}
+        return cls(columns, np.arange(first, first + table.num_rows))
 
 
 class RecordFormat(Format):
     """A format with one record per row."""
 
+    place: ClassVar[str] = " row "
+    """Text between a file's name and a record's number in the place that a reject names."""
+
     def divisible(self, file: File, options: Options) -> bool:
-        """Says whether several tasks may read parts of a file."""
+        """Says whether several tasks may read parts of a file: the records that begin in [start, end) of its bytes."""
         return False
+
+    @abstractmethod
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        """Yields the records of a piece in the order given, some megabytes at a time.
+
+        Args:
+            only: columns and paths that are needed; None for all. A format may give more.
+        """
+
+    def schema(self, piece: Piece, options: Options) -> pa.Schema | None:
+        """Returns the columns that a piece's file states; None for a format in which each record has its own.
+
+        Raises:
+            OSError, pa.ArrowException: it cannot be read.
+        """
+        return None
+
+    def form(self, piece: Piece, options: Options) -> str | None:
+        """Describes what was found of a file's form, for formats that have a choice."""
+        return None
+
+    def place_of(self, piece: Piece, options: Options) -> Callable[[int], str]:
+        """Returns the text that names a record in a reject, by its seq."""
+        before = f"{piece.name}{self.place}"
+        if options.explode and piece.kind == "items":
+            return lambda seq: f"{before}{seq // ELEMENTS} item {seq % ELEMENTS}"
+        return lambda seq: f"{before}{seq}"
 
     def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
         """Divides large files among tasks, where their format allows it."""
@@ -47,15 +104,45 @@ class RecordFormat(Format):
             starts = range(0, file.size, PIECE_BYTES) if large else [0]
             for start, end in zip(starts, [*starts[1:], None], strict=True):
                 names = (file.name,)
-                pieces.append(Piece(self.name, kind, file.folder, names, number, start, end, file.partition))
+                pieces.append(
+                    Piece(self.name, kind, file.folder, names, number, start, end, file.partition, size=file.size)
+                )
         return pieces
+
+    def head(self, piece: Piece, options: Options, rows: int) -> Head:
+        whole, first, columns, form = replace(piece, start=0, end=None), list[dict[str, Any]](), pa.schema([]), None
+        try:
+            stated = self.schema(whole, options)
+            form = self.form(whole, options)
+            if stated is not None:
+                columns = schema_of(_laid_out(Batch.of_table(stated.empty_table(), 0), whole, options).columns)
+            for batch in self.batches(whole, options):
+                found = _laid_out(batch, whole, options).columns
+                lists = [plain(column) for column in found.values()]
+                first += [dict(zip(found, row, strict=True)) for row in zip(*lists, strict=True)]
+                if stated is None:
+                    more = schema_of({name: column[:_LOOKED_AT] for name, column in found.items()})
+                    columns = pa.schema([*columns, *(one for one in more if one.name not in columns.names)])
+                if len(first) >= rows:
+                    break
+        except DAMAGED:  # the task that reads the file sets it aside
+            pass
+        return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
         """Looks for the needed columns in the first file. Raises InputError: one is missing; it lists those there."""
         piece = pieces[0]
+        if options.explode and piece.kind == "items":
+            columns = self.head(piece, replace(options, explode=None), _LOOKED_AT).columns
+            if len(columns) and options.explode not in paths(columns):
+                raise InputError(
+                    f"{piece.folder}/{piece.name}: no column {options.explode!r} to explode; it has "
+                    f"{', '.join(sorted(columns.names)[:20])}"
+                )
         head = self.head(piece, options, _LOOKED_AT)
-        existing = paths(head.columns)
-        mapping = options.mapping(piece.kind)
+        if head.form is not None:
+            print(f"ingest: {piece.name}: {head.form}", flush=True)
+        existing, mapping = paths(head.columns), options.mapping(piece.kind)
         wanted = {name: mapping.get(name, name) for name in NEEDED[piece.kind]}
         missing = [column for column in wanted.values() if column not in existing]
         if existing and missing:
@@ -66,99 +153,43 @@ class RecordFormat(Format):
                 f"{', '.join(sorted(head.columns.names)[:20])}; name the right one with --{key} {name}=COLUMN"
             )
 
-
-_LOOKED_AT = 100
-"""Number of records in which a source's columns are looked for."""
-
-
-def paths(columns: pa.Schema) -> set[str]:
-    """Returns every name by which a mapping may reach a value: columns, and fields of structs by their paths."""
-    found: set[str] = set()
-
-    def add(above: str, fields: Sequence[pa.Field]) -> None:
-        for field in fields:
-            found.add(f"{above}{field.name}")
-            if pa.types.is_struct(field.type):
-                add(f"{above}{field.name}.", list(field.type))
-
-    add("", list(columns))
-    return found
-
-
-def named_fields(mapping: Mapping[str, str], kind: Kind = "items") -> dict[str, str]:
-    """Returns the part of a mapping that names fields of items, apart from our own columns."""
-    core = (*NEEDED[kind], *OPTIONAL[kind])
-    return {name: column for name, column in mapping.items() if name not in core}
-
-
-class RowFormat(RecordFormat):
-    """A format whose records come one by one."""
-
-    @abstractmethod
-    def records(self, piece: Piece, options: Options) -> Iterator[tuple[int, str, Record]]:
-        """Yields number, place within the file and content of each record of a piece, in the order given."""
-
-    def head(self, piece: Piece, options: Options, rows: int) -> Head:
-        first: list[dict[str, Any]] = []
-        try:
-            for _, _, record in islice(self.records(replace(piece, start=0, end=None), options), rows):
-                try:
-                    first += (dict(one) for one in _exploded(_read(record), piece, options.explode))
-                except RowError:  # set aside when it is read
-                    pass
-        except DAMAGED:
-            pass
-        return Head(_columns(first), first[:rows])
-
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every record of the piece to the writer; yields when the writer is full."""
-        put = _put_item if piece.kind == "items" else _put_request
-        mapping = options.mapping(piece.kind)
-        explode = options.explode if piece.kind == "items" else None
+        place, mapping = self.place_of(piece, options), options.mapping(piece.kind)
+        several = ELEMENTS if options.explode and piece.kind == "items" else 1
         try:
-            for seq, where, record in self.records(piece, options):
-                place = f"{piece.name}{where}"
-                try:
-                    whole = _read(record)
-                    several = _exploded(whole, piece, explode)
-                except RowError as error:
-                    writer.planned()
-                    writer.reject(seq, place, error)
-                    continue
-                for number, one in enumerate(several, start=1):
-                    writer.planned()
-                    at = f"{place} item {number}" if explode else place
-                    try:
-                        put(one, mapping, writer, seq, at)
-                    except RowError as error:
-                        writer.reject(seq, at, error)
-                    if writer.full:
-                        yield
+            for batch in self.batches(piece, options, _needed(piece.kind, mapping, options)):
+                writer.notes.lines += batch.lines
+                writer.planned(len(batch.bad))
+                for seq, error, line, text in batch.bad:
+                    writer.reject(seq, place(seq * several), error, line, text)
+                put(_laid_out(batch, piece, options), piece.kind, mapping, writer, place)
+                if writer.full:
+                    yield
+        except RowError as error:
+            writer.planned()
+            writer.reject(piece.start, piece.name, error)
         except DAMAGED as error:
-            reject_file(piece, error, writer)
+            writer.planned()
+            writer.reject(piece.start, piece.name, damage(error))
 
 
-def reject_file(piece: Piece, error: Exception, writer: RowWriter) -> None:
-    """Adds the one reject of a file that cannot be read to its end; the rows before stay."""
+def damage(error: Exception) -> RowError:
+    """Returns the error of the one reject that stands for a file which cannot be read to its end."""
     said = str(error) if isinstance(error, NotThisFormat) else f"{type(error).__name__}: damaged or cut off"
-    writer.planned()
-    writer.reject(0, piece.name, RowError(UNREADABLE, said))
-
-
-class NotThisFormat(OSError):
-    """A file that is not what its name says. Its message holds nothing of the file's text."""
+    return RowError(UNREADABLE, said)
 
 
 def refuse_content(piece: Piece, wanted: str) -> None:
     """Raises NotThisFormat: the first bytes are those of another kind of file."""
     with reading(piece.folder).open_input(piece.name) as stream:
         first = bytes(stream.read(8))
-    other = next((kind for magic, kind in _OTHERS.items() if first.startswith(magic)), None)
+    other = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
     if other is not None and other != wanted:
         raise NotThisFormat(f"the content is {other} and not {wanted}, whatever the name says")
 
 
-_OTHERS = {
+_MAGIC = {
     b"PAR1": "Parquet",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"ARROW1": "an Arrow file",
@@ -169,68 +200,96 @@ _OTHERS = {
 }
 
 
-def _read(record: Record) -> Mapping[str, Any]:
-    return record() if callable(record) else record
+def _needed(kind: Kind, mapping: Mapping[str, str], options: Options) -> list[str] | None:
+    """Returns the columns that rows need; None for all, as where every column that is not ours becomes a field."""
+    if kind == "items" and not set(mapping) - {*CORE[kind], FIELDS}:
+        return None
+    names = [mapping.get(name, name) for name in (*CORE[kind], FIELDS)]
+    return list(dict.fromkeys([*names, *mapping.values(), *([options.explode] if options.explode else [])]))
 
 
-def _exploded(record: Mapping[str, Any], piece: Piece, column: str | None) -> list[Mapping[str, Any]]:
-    """Returns a record with the columns of its folders, once per element of the column that holds a list."""
-    whole = {**dict(piece.partition), **record} if piece.partition else record
-    if column is None or piece.kind == "requests":
-        return [whole]
-    found = value_at(whole, column)
-    if found is None:
-        return []
-    if not isinstance(found, list):
-        raise RowError("wrong_type", f"the column {column} to explode is no list")
-    rows: list[Mapping[str, Any]] = []
-    for element in found:
-        inside = element if isinstance(element, Mapping) else {}
-        rows.append({**inside, **{name: value for name, value in whole.items() if name != column}, column: element})
-    return rows
+def _laid_out(batch: Batch, piece: Piece, options: Options) -> Batch:
+    """Returns a batch with the columns of its folders, and with its list column exploded."""
+    columns = dict(batch.columns)
+    for name, value in piece.partition:
+        if name not in columns:
+            columns[name] = pa.repeat(pa.scalar(value, pa.string()), len(batch.seq))
+    if not options.explode or piece.kind != "items":
+        return replace(batch, columns=columns)
+    columns, rows, number = exploded(columns, options.explode)
+    line = None if batch.line is None else batch.line[rows]
+    return Batch(columns, batch.seq[rows] * ELEMENTS + number, line)
 
 
-def value_at(record: Mapping[str, Any], column: str) -> Any:
-    """Returns the value of a column, or at a path into structs such as actor.login; None where it is not there."""
-    if column in record or "." not in column:
-        return record.get(column)
-    first, _, rest = column.partition(".")
-    below = record.get(first)
-    return value_at(below, rest) if isinstance(below, Mapping) else None
+def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter, place: Any) -> None:
+    """Hands a batch to the writer under our names.
+
+    Without a mapping `fields` and without mapped fields, all columns that are not ours are fields.
+    """
+    core = {name: mapping.get(name, name) for name in CORE[kind]}
+    found = {name: at_path(batch.columns, column) for name, column in {**mapping, **core}.items()}
+    there = {name: column for name, column in found.items() if column is not None}
+    columns = {name: there[name] for name in core if name in there}
+    _note(batch, kind, core, mapping, writer)
+    fields: dict[str, Column] = {}
+    errors: dict[int, RowError] = {}
+    if kind == "items":
+        mapped = mapping.get(FIELDS, FIELDS)
+        named = {name: there[name] for name in mapping if name in there and name not in core and name != FIELDS}
+        taken = {*core.values(), mapped}
+        free = [name for name in batch.columns if name not in taken and not _INDEX.fullmatch(name)]
+        rest = {name: batch.columns[name] for name in free}
+        fields = named if any(name not in core and name != FIELDS for name in mapping) else rest
+        given = at_path(batch.columns, mapped)
+        if given is not None:
+            fields, errors = _spread(given, fields, keep=fields is named)
+    writer.batch(kind, columns, fields, batch.seq, place, batch.line, errors)
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
-    """Returns the columns of JSON records; a column of several types is text."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    fields = []
-    for name in names:
-        try:
-            fields.append((name, pa.array([row.get(name) for row in rows]).type))
-        except (pa.ArrowException, OverflowError, UnicodeError):
-            fields.append((name, pa.string()))
-    return pa.schema(fields)
+def _spread(given: Column, others: Mapping[str, Column], keep: bool) -> tuple[dict[str, Column], dict[int, RowError]]:
+    """Returns the fields of a column of mappings, by name, and an error for each value that is no mapping.
+
+    Args:
+        others: fields of columns of their own.
+        keep: they stand beside the mapping's; otherwise only in rows whose mapping is empty.
+    """
+    array = as_array(given)
+    rows = given if array is None else values(array)
+    found: dict[str, list[Any]] = {}
+    errors: dict[int, RowError] = {}
+    bare = np.ones(len(rows), bool)
+    for at, row in enumerate(rows):
+        if row is None:
+            continue
+        if isinstance(row, list) and all(isinstance(pair, tuple) for pair in row):  # an Arrow map
+            row = dict(row)
+        if not isinstance(row, Mapping):
+            errors[at] = RowError("wrong_type", "fields is not a mapping of names to texts")
+            continue
+        bare[at] = not row
+        for name, value in row.items():
+            found.setdefault(str(name), [None] * len(rows))[at] = value
+    spread: dict[str, Column] = dict(found)
+    for name, column in others.items():
+        if keep or bare.all():
+            spread[name] = column
+        elif bare.any():
+            own = found.get(name, [None] * len(rows))
+            array = as_array(column)
+            other = column if array is None else values(array)
+            spread[name] = [other[at] if bare[at] else own[at] for at in range(len(rows))]
+    return spread, errors
 
 
-def _put_item(record: Mapping[str, Any], columns: Mapping[str, str], writer: RowWriter, seq: int, place: str) -> None:
-    core = {name: columns.get(name, name) for name in (*NEEDED["items"], *OPTIONAL["items"])}
-    named = named_fields(columns)
-    given = value_at(record, core["fields"])
-    fields: dict[str, Any] = dict(given) if isinstance(given, dict | list) else {}
-    if named:
-        fields |= {name: value_at(record, column) for name, column in named.items()}
-    elif not fields:
-        fields = {name: value for name, value in record.items() if name not in core.values()}
-    user, item, at = (value_at(record, core[name]) for name in ("user_id", "item_id", "occurred_at"))
-    writer.item(seq, place, user, item, at, fields)
-
-
-def _put_request(
-    record: Mapping[str, Any], columns: Mapping[str, str], writer: RowWriter, seq: int, place: str
-) -> None:
-    def get(name: str) -> Any:
-        return value_at(record, columns.get(name, name))
-
-    writer.request(
-        seq, place, get("request_id"), get("user_id"), get("input"),
-        owner_id=get("owner_id"), as_of=get("as_of"), target=get("target"),
-    )  # fmt: skip
+def _note(batch: Batch, kind: Kind, core: Mapping[str, str], mapping: Mapping[str, str], writer: RowWriter) -> None:
+    """Notes the columns there are, and those that may be times where the mapped one is missing."""
+    seen = writer.notes.columns[kind]
+    wanted = set(mapping.values()) | set(core.values())
+    there = [*batch.columns, *(path for path in wanted if "." in path and at_path(batch.columns, path) is not None)]
+    new = [name for name in there if name not in seen and (name in wanted or len(seen) < _KEPT_NAMES)]
+    seen += new
+    if kind == "items" and core["occurred_at"] not in there:
+        own = {core["user_id"], core["item_id"]}
+        writer.notes.times += [
+            n for n in new if n not in own and n in batch.columns and looks_like_time(n, batch.columns[n])
+        ]
