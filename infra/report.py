@@ -73,6 +73,8 @@ class RunReport:
     planned: int = 0
     written: int = 0
     already_there: int = 0
+    repeated: int = 0
+    """Units among those already there that are the same as another unit of this run, word for word."""
     failed: int = 0
     """Units written as errors or given up; any of them makes the run partly done."""
     rejected: Counter[str] = field(default_factory=Counter)
@@ -202,8 +204,9 @@ class RunReport:
         tables = ", ".join(f"{name} version {number}" for name, number in self._written.items()) or "no table"
         state = "done" if not problem else "NOT fully done"
         print(
-            f"{self.job} {state}: {self.written} written, {self.already_there} already there, "
-            f"{self.rejected.total()} rejected, {self.failed} failed of {self.planned}; wrote {tables}; "
+            f"{self.job} {state}: {self.written} written, {self.already_there - self.repeated} already there, "
+            + (f"{self.repeated} given twice word for word, " if self.repeated else "")
+            + f"{self.rejected.total()} rejected, {self.failed} failed of {self.planned}; wrote {tables}; "
             f"report: {folder.full('report.json')}",
             flush=True,
         )

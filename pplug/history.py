@@ -18,6 +18,7 @@ import pyarrow as pa
 from pplug.tasks import TaskSpec, fill
 
 HASH_BYTES = 16
+_quoted = json.encoder.encode_basestring_ascii
 
 
 def text_hash(fields: Mapping[str, str]) -> str:
@@ -28,6 +29,29 @@ def text_hash(fields: Mapping[str, str]) -> str:
     """
     canonical = json.dumps(sorted(fields.items()), ensure_ascii=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=HASH_BYTES).hexdigest()
+
+
+def text_hashes(fields: Mapping[str, pa.Array], count: int) -> list[str]:
+    """`text_hash` of many items at once, about 2 us per item.
+
+    Args:
+        fields: strings by field name, (N,) each; null: the item has no such field.
+        count: N.
+    """
+    digest = hashlib.blake2b
+    pairs = []
+    for name in sorted(fields):
+        head = f"[{_quoted(name)},"
+        pairs.append([None if text is None else head + _quoted(text) + "]" for text in fields[name].to_pylist()])
+    rows = zip(*pairs, strict=True) if pairs else [()] * count
+    gaps = any(column.null_count for column in fields.values())
+    return [
+        digest(
+            f"[{','.join([pair for pair in row if pair is not None] if gaps else row)}]".encode("ascii"),
+            digest_size=HASH_BYTES,
+        ).hexdigest()
+        for row in rows
+    ]
 
 
 def item_text(fields: Mapping[str, str], task: TaskSpec, with_label: bool = True) -> str:

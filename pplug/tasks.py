@@ -98,7 +98,8 @@ class TaskSpec(Settings):
     metric: Metric
     """Kind of answer, which decides the scores."""
     labels: tuple[str, ...] = ()
-    """classification: every allowed answer. rating: the numbers of the scale."""
+    """classification: every allowed answer. rating: the numbers of the scale. Without any, `ingest` with
+    labels=infer finds them in the source, and stores them with the histories."""
     retrieval: RetrievalForm | None = None
     """Form of retrieved items in a prompt. Without it, methods with retrieval are refused."""
     max_output_tokens: int = Field(128, gt=0)
@@ -121,7 +122,7 @@ class TaskSpec(Settings):
 
     @model_validator(mode="after")
     def _labels_fit_the_metric(self) -> Self:
-        if self.metric != "text" and len(set(self.labels)) < 2:
+        if self.metric != "text" and len(set(self.labels)) == 1:
             raise ValueError(f"metric {self.metric} needs at least two labels, got {list(self.labels)}")
         if self.metric == "rating":
             try:

@@ -4,7 +4,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.ingest.labels import Matching
 from pipelines.ingest.sources.base import CsvForm, choices
+from pipelines.ingest.times import TimeRule
 
 
 class IngestConfig(BaseModel):
@@ -45,7 +47,10 @@ class IngestConfig(BaseModel):
     """Name of a LaMP task, or a YAML file with a task; a LaMP folder with golds names its own."""
     columns: dict[str, str] = {}
     """Column of the source for each of our names, with a path into nested ones (user_id=actor.login). Any other name
-    becomes a field, and then no unnamed column does. It serves requests too where requests_columns is not given."""
+    becomes a field, and then no unnamed column does. It serves requests too where requests_columns is not given. Ids
+    are texts as they stand, whole numbers (7.0 of a column of numbers is 7) or UUIDs. Fields are texts as they stand,
+    numbers in their shortest form (4.0 is 4), decimals as given, true, false, ISO dates, and lists joined by a comma
+    and a space. Mappings and lists of lists are left out, with a note in the summary; so is pandas' index column."""
     requests_columns: dict[str, str] = {}
     """Column of the requests' source for each of our names; with it, `columns` is for items alone."""
     explode: str | None = None
@@ -57,6 +62,16 @@ class IngestConfig(BaseModel):
     csv: CsvForm = CsvForm()
     allow_empty: bool = False
     """Acceptance of a source without any row, which otherwise ends the run before anything is written."""
+    time: TimeRule = TimeRule()
+    """Meaning of the values in time columns."""
+    undated: Literal["neighbour", "reject", "untimed"] = "neighbour"
+    """Treatment of an item without a time whose user has items with one. With neighbour it takes the time of the item
+    before it in the order given, or of the next one. With untimed, all of its user's items count by position alone."""
+    labels: Matching = "normalise"
+    """Matching of answers with the task's labels: normalise stores the label where case, spaces or the form of a number
+    differ, exact takes its spelling alone, and infer makes labels of the answers that are none yet."""
+    show_text: bool = False
+    """Show the text of rejected rows on the screen; no file ever holds it."""
     history_scope: Literal["auto", "user", "question"] = "auto"
     """Owner of a LaMP history, a user or one question; auto takes users when dates prove that it gives the same."""
     questions: Literal["keep", "skip"] = "keep"

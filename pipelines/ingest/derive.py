@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.codes import encode, flat
+from pipelines.ingest.labels import LabelRule
 from pipelines.ingest.resolve import WORK
 from pipelines.ingest.source_rows import REQUEST
 from pplug.tasks import TaskSpec, fill
@@ -14,16 +15,20 @@ from pplug.tasks import TaskSpec, fill
 _AFTER_ALL_FILES = 2**31 - 1
 
 
-def derive_requests(live: pa.Table, users: pa.Array, newest: int, task: TaskSpec) -> pa.Table:
+def derive_requests(
+    live: pa.Table, users: pa.Array, newest: int, task: TaskSpec, labels: LabelRule
+) -> tuple[pa.Table, pa.Table]:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
     Args:
         live: working rows of a bucket's items, with positions.
         users: user_key of the users to derive requests for.
         newest: number of requests per user; items with an empty answer are skipped.
+        labels: rule of the answers.
 
     Returns:
-        Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times).
+        Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). And
+        the same of items whose answer is outside the task's labels: `evaluate` could not score them.
     """
     assert task.input is not None and task.target is not None, "checked before the run"
     live = live.filter(pc.is_in(live["user_key"], value_set=flat(users)))
@@ -41,7 +46,10 @@ def derive_requests(live: pa.Table, users: pa.Array, newest: int, task: TaskSpec
     rows = [_ask(row, bool(timed[at]), task) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
     for seq, row in enumerate(rows):
         row["file"], row["seq"] = _AFTER_ALL_FILES, seq
-    return pa.Table.from_pylist(rows, schema=WORK)
+    asked = pa.Table.from_pylist(rows, schema=WORK)
+    target, outside = labels.column(flat(asked["target"]))
+    asked = asked.set_column(asked.schema.get_field_index("target"), WORK.field("target"), target)
+    return asked.filter(pa.array(~outside)), asked.filter(pa.array(outside))
 
 
 def _ask(item: dict, timed: bool, task: TaskSpec) -> dict:

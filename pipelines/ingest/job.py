@@ -4,8 +4,9 @@
 """
 
 import json
+import pickle
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,7 +19,9 @@ from infra.report import RunReport, check_run_id, new_run_id
 from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
 from pipelines.ingest import source_files as sources
+from pipelines.ingest import summary
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.figures import Figures
 from pipelines.ingest.look import look, options_of
 from pipelines.ingest.merge import MergeBucket
 from pipelines.ingest.parse import ParsePieces
@@ -32,6 +35,9 @@ from pplug.tasks import TaskSpec
 
 WITHHELD = "withheld"
 """Reject reason of usable rows in a run that may replace nothing."""
+_OLD_KEYS = ("mode", "columns", "history_scope", "questions", "derive_requests")
+_NEW_KEYS = ("time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv")
+"""Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
 
@@ -86,8 +92,11 @@ def run(config: IngestConfig) -> int:
     with lease.writing(config.tables, run_id):
         kept = {"groups": {table.spec.name: next_group(table, run_id) for table in plan.tables}}
         kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, task), _addresses(config), kept)
-        files, anew = _files(plan, config, run_id, survey, report)
+        files, anew, figures = _files(plan, config, run_id, survey, report)
         sources.refuse_changed(states, pieces)
+        summary.refuse_missing(config, figures)
+        plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
+        summary.tell(config, pieces, figures, report)
         _commit(plan, config, files, anew, report, kept["groups"])
     return report.finish()
 
@@ -162,14 +171,9 @@ def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") 
     given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
     given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
     given["task"] = f"{task.name}, digest {short_id(task.model_dump(mode='json'))}"
-    for key in ("mode", "columns", "history_scope", "questions", "derive_requests"):
-        given[key] = json.dumps(getattr(config, key), sort_keys=True)
-    plain = IngestConfig(tables=config.tables, source="-")
-    for key in ("requests_columns", "explode", "query", "requests_query", "csv"):
-        if getattr(config, key) != getattr(
-            plain, key
-        ):  # left out where it says nothing: older records have no such key
-            given[key] = json.dumps(config.model_dump(mode="json")[key], sort_keys=True)
+    values, plain = config.model_dump(mode="json"), IngestConfig(tables="-", source="-").model_dump(mode="json")
+    for key in (*_OLD_KEYS, *(key for key in _NEW_KEYS if values[key] != plain[key])):
+        given[key] = json.dumps(values[key], sort_keys=True)
     return given
 
 
@@ -178,15 +182,16 @@ def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") 
 
 def _files(
     plan: Plan, config: IngestConfig, run_id: str, survey: Any, report: "RunReport"
-) -> "tuple[list[DataFile], dict[str, set[int]]]":
+) -> "tuple[list[DataFile], dict[str, set[int]], Figures]":
     """Runs the stages. The driver sees one small row per bucket: its files, and the tables that replace it."""
     buckets = plan.histories.buckets
     derived_anew = "histories" in plan.whole and "requests" not in plan.whole
     held = {name: plan.before[name] for name in plan.fed - plan.whole}
     parse = ParsePieces(plan.task, buckets, plan.pieces, plan.options, survey)
     merge = MergeBucket(
-        plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held, derived_anew
-    )
+        plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held,
+        config.undated, config.labels, derived_anew,
+    )  # fmt: skip
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
     )
@@ -198,6 +203,7 @@ def _files(
     files: list[DataFile] = []
     anew: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()
+    figures = Figures()
     with report.stage("parse and merge") as stage, Progress(buckets, "buckets") as bar:
         for row in done.iter_rows():
             files += [DataFile.from_row(file) for file in json.loads(row["files"])]
@@ -206,20 +212,21 @@ def _files(
             of_bucket = Counter(json.loads(row["counts"]))
             report.worker_memory(of_bucket.pop("peak_memory_bytes"))
             counts += of_bucket
+            figures.add(pickle.loads(row["figures"]))
             bar.update(row["bucket"] >= 0)
         stage.rows = counts["planned"]
     _count(counts, report)
-    return files, anew
+    return files, anew, figures.numbered()
 
 
 def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.planned, report.written = counts["planned"], counts["written"]
-    report.already_there = counts["already_there"]
+    report.already_there, report.repeated = counts["already_there"], counts["repeated"]
     for name, n in counts.items():
         if name.startswith("rejected:"):
             report.reject(name.removeprefix("rejected:"), n)
     report.failed = report.rejected[UNREADABLE]
-    parts = ("histories_written", "requests_written", "derived")
+    parts = ("histories_written", "requests_written", "derived", "repeated", "undated_filled", "undated_users")
     report.extra |= {name: counts[name] for name in parts}
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from infra.errors import InputError
 from pipelines import tables
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.source_rows import RowRules
 from pipelines.ingest.sources.base import FORMATS, Kind, Options, Piece, find
 from pipelines.ingest.sources.discover import Source, addresses
 from pipelines.ingest.sources.query import Query
@@ -75,8 +76,8 @@ def options_of(config: IngestConfig) -> Options:
     """Returns the keys that formats need."""
     return Options(
         config.columns, config.split, config.history_scope, config.questions == "keep",
-        requests_columns=config.requests_columns, explode=config.explode, csv=config.csv,
-        query=config.query, requests_query=config.requests_query,
+        rules=RowRules(config.time, config.labels, config.show_text), requests_columns=config.requests_columns,
+        explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
     )  # fmt: skip
 
 
@@ -103,6 +104,11 @@ def look(config: IngestConfig) -> tuple[tuple[Piece, ...], TaskSpec]:
         raise InputError(
             f"derive_requests={config.derive_requests}: task {task.name} has no template that turns an item into a "
             "request (input and target); give a task entry that has both, or derive none"
+        )
+    if task.metric != "text" and not task.labels and config.labels != "infer":
+        raise InputError(
+            f"task {task.name}: metric {task.metric} needs labels, and it has none; list them in the task entry, or "
+            "give --labels infer to take those of the source"
         )
     return tuple(pieces), task
 

@@ -3,14 +3,17 @@
 A night that only brings new items or requests adds a small file to the bucket and reads no other user's rows. A row
 that replaces an existing one makes the bucket's files anew.
 An item is known by (user_id, item_id), a request by (user_id, request_id). The same content again counts as already
-there. Other content replaces the old and keeps its place in the user's order. Within one source the last row wins, and
-each earlier row that differs is a reject.
+there. Other content replaces the old and keeps its place in the user's order. Within one source the last row wins; each
+earlier row that differs is a reject, and one that is just the same counts as repeated. An item without a time, of a
+user who has items with one, takes a neighbour's time or is a reject (`undated`).
 """
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +24,30 @@ from infra.snapshot import Snapshot
 from infra.table import DataFile, Table
 from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests
-from pipelines.ingest.resolve import NEW, OLD, REPLACED, SAME, WORK, resolve
-from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, ROWS
+from pipelines.ingest.figures import Figures, answers
+from pipelines.ingest.labels import LabelRule, Matching
+from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
+from pipelines.ingest.source_rows import ITEM, REJECT, REQUEST, ROWS
 from pplug.tasks import TaskSpec
 
 RESULT = pa.schema(
-    [("bucket", pa.int32()), ("files", pa.large_string()), ("anew", pa.string()), ("counts", pa.string())]
+    [
+        ("bucket", pa.int32()),
+        ("files", pa.large_string()),
+        ("anew", pa.string()),
+        ("counts", pa.string()),
+        ("figures", pa.binary()),  # `Figures`, pickled
+    ]
 )
+UNDATED = "undated"
+"""Reject reason of an item without a time whose user has items with one."""
 _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
 
 
 @dataclass(frozen=True)
 class MergeBucket:
-    """in: all rows (`source_rows.ROWS`) of one bucket; out: one row, `RESULT`, all as JSON: the files written, the
-    tables whose bucket they replace instead of adding to it, and counts."""
+    """in: all rows (`source_rows.ROWS`) of one bucket; out: one row, `RESULT`, as JSON: the files written, the tables
+    whose bucket they replace instead of adding to it, and counts; and the figures of the source's rows."""
 
     task: TaskSpec
     histories: Table
@@ -44,6 +57,8 @@ class MergeBucket:
     derive_requests: int
     held: Mapping[str, Snapshot]
     """Versions whose rows stay, by table; a table that the source replaces is not among them."""
+    undated: Literal["neighbour", "reject", "untimed"]
+    labels: Matching
     derived_anew: bool = False
     """True if existing derived requests are removed, because their histories are replaced."""
 
@@ -52,7 +67,8 @@ class MergeBucket:
         counts: Counter[str] = Counter()
         files: list[DataFile] = []
         anew: list[str] = []
-        counts["planned"] = pc.sum(_of_kind(rows, COUNT)["seq"]).as_py() or 0
+        figures = Figures.of(rows, self.task)
+        counts["planned"] = figures.rows
         items, asked = _of_kind(rows, ITEM), _of_kind(rows, REQUEST)
         bad = [_of_kind(rows, REJECT)]
         if len(items):
@@ -61,19 +77,28 @@ class MergeBucket:
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
             if self.derive_requests:
-                derived = derive_requests(merged.live, pc.unique(items["user_key"]), self.derive_requests, self.task)
-                counts["planned"] += len(derived)
+                derived, outside = derive_requests(
+                    merged.live, pc.unique(items["user_key"]), self.derive_requests, self.task,
+                    LabelRule(self.task, self.labels),
+                )  # fmt: skip
+                counts["planned"] += len(derived) + len(outside)
                 counts["derived"] += len(derived)
+                figures.add(Figures(targets=answers(derived["target"], self.task)))
+                detail = f"the answer of a derived request is none of the {len(self.task.labels)} labels of the task"
+                bad.append(_as_rejects(outside, "target_outside_labels", detail))
                 asked = pa.concat_tables([asked, derived])
         if len(asked) or self.derived_anew:
             merged = self._merged("requests", bucket, asked, counts)
             bad.append(merged.rejects)
             files += self.requests.write(_request_rows(merged.rows, self.task.name), self.run_id)
             anew += ["requests"] * merged.anew
+        for more in bad[1:]:
+            figures.add_rejects(more)
         files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
         counts["peak_memory_bytes"] = peak_memory_bytes()
         listed = json.dumps([file.to_row() for file in files])
-        row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts)}
+        row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts),
+               "figures": pickle.dumps(figures)}  # fmt: skip
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> "Merged":
@@ -81,21 +106,31 @@ class MergeBucket:
         users = pc.unique(new["user_key"])
         held = self._held(name, bucket, users.to_pylist())
         rows = pa.concat_tables([WORK.empty_table(), *held, new])
-        live, known, state = resolve(rows, _CONTENT[name], ranked=name == "histories")
-        written, same = int((state == NEW).sum()), int((state == SAME).sum())
+        bad = WORK.empty_table()
+        if name == "histories" and self.undated == "reject":
+            undated = half_timed(rows) & (rows["file"].to_numpy() != OLD)
+            detail = "an item without a time, whose user has items with one; see the key undated"
+            bad = _as_rejects(rows.filter(pa.array(undated)), UNDATED, detail)
+            rows = rows.filter(pa.array(~undated))
+        fill = name == "histories" and self.undated == "neighbour"
+        live, known, state = resolve(rows, _CONTENT[name], ranked=name == "histories", keep_times=fill)
+        filled = np.zeros(len(live), bool)
+        if fill:
+            live, filled = fill_times(live)
+            counts["undated_filled"] += int(filled.sum())
+        elif name == "histories":
+            counts["undated_users"] += len(pc.unique(live.filter(pa.array(half_timed(live)))["user_key"]))
+        written, same, repeated = (int((state == one).sum()) for one in (NEW, SAME, REPEATED))
         counts["written"] += written
-        counts["already_there"] += same
+        counts["already_there"] += same + repeated
+        counts["repeated"] += repeated
         counts[f"{name}_written"] += written
         what = "item_id" if name == "histories" else "request_id"
-        rejects = rows.filter(pa.array(state == REPLACED))
-        for column, value in {
-            "reason": f"duplicate_{what}",
-            "detail": f"a later row of its user has this {what}",
-        }.items():
-            at = WORK.get_field_index(column)
-            rejects = rejects.set_column(at, WORK.field(at), pa.repeat(value, len(rejects)))
+        replaced = rows.filter(pa.array(state == REPLACED))
+        rejects = _as_rejects(replaced, f"duplicate_{what}", f"a later row of its user has this {what}")
+        rejects = pa.concat_tables([bad, rejects])
         fresh = live.filter(pa.array(~known))
-        if written == len(fresh) and not (self.derived_anew and name == "requests"):
+        if written == len(fresh) and not (known & filled).any() and not (self.derived_anew and name == "requests"):
             return Merged(live, fresh, rejects, anew=False)
         whole = self._held(name, bucket, None)
         others = [part.filter(pc.invert(pc.is_in(part["user_key"], value_set=flat(users)))) for part in whole]
@@ -127,6 +162,16 @@ class Merged:
     rejects: pa.Table
     anew: bool
     """True if the new file replaces the bucket's files."""
+
+
+def _as_rejects(rows: pa.Table, reason: str, detail: str) -> pa.Table:
+    for column, value in {"reason": reason, "detail": detail}.items():
+        at = WORK.get_field_index(column)
+        rows = rows.set_column(at, WORK.field(at), pa.repeat(value, len(rows)))
+    at = WORK.get_field_index("place")
+    rows = rows.set_column(at, WORK.field(at), pc.coalesce(rows["place"], rows["id"]))
+    at = WORK.get_field_index("input")  # a reject has none
+    return rows.set_column(at, WORK.field(at), pa.nulls(len(rows), WORK.field(at).type))
 
 
 def _of_kind(rows: pa.Table, kind: int) -> pa.Table:

@@ -27,7 +27,7 @@ class ParsePieces:
         for index in batch["piece"].to_pylist():
             piece = self.pieces[index]
             format = FORMATS[piece.format]
-            writer = RowWriter(self.task, self.buckets, piece.file)
+            writer = RowWriter(self.task, self.buckets, piece.file, self.options.rules, piece.start)
             survey = ray.get(self.survey) if format.surveys else None
             for _ in format.read(piece, self.options, survey, writer):
                 yield writer.take()

@@ -1,18 +1,25 @@
 """Rows on their way from any source into the tables: checked, with the same columns, and with their place of origin.
 
-A source hands each row to a `RowWriter`. A row that cannot be used becomes a reject row with a reason (a short
-constant) and a place, never the user's text; no row is dropped without one.
+A source hands its rows to a `RowWriter`, by columns (`batch`) or one by one (`item`, `request`). A row that cannot be
+used becomes a reject row with a reason (a short constant) and a place, never the user's text; no row is dropped
+without one.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
-from typing import Any
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from infra.shards import shard_columns
-from pplug.history import text_hash
+from pipelines.ingest.labels import LabelRule, Matching
+from pipelines.ingest.times import TimeRule
+from pipelines.ingest.values import Column, RowError, blank, id_column, text_column
+from pplug.history import text_hashes
 from pplug.tasks import TaskSpec, slots
 
 ITEM, REQUEST, REJECT, COUNT = range(4)
@@ -30,100 +37,297 @@ ROWS = pa.schema(
         ("at", TIME),  # occurred_at or as_of
         ("fields", pa.map_(pa.string(), pa.string())),
         ("text_hash", pa.string()),
-        ("input", pa.large_string()),
+        ("input", pa.large_string()),  # of a reject: the row, if its text is asked for
         ("owner_id", pa.string()),
         ("target", pa.large_string()),
         ("reason", pa.string()),
-        ("detail", pa.string()),
+        ("detail", pa.string()),  # of a count: `Notes` as JSON
+        ("line", pa.int64()),  # of a reject: the line within its piece, from 1
     ]
 )
 NO_BUCKET = -1
 """Bucket of rows that only count."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_LATEST = 253_402_300_799_999_999
+CORE: dict[str, tuple[str, ...]] = {
+    "items": ("user_id", "item_id", "occurred_at"),
+    "requests": ("request_id", "user_id", "input", "as_of", "target", "owner_id"),
+}
+"""Our names of each kind's columns that are no fields."""
+_MANY_NAMES = 256
+"""Number of fields from which rows are laid out in small groups: rows that share few names would be mostly gaps."""
+_SHOWN = 300
+"""Number of characters of a row that are shown where its text is asked for."""
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 20_000, 16 * 2**20
 
 
-class RowError(Exception):
-    """A row that cannot be used: a reason to count by, and a detail that helps to mend the source."""
+@dataclass(frozen=True)
+class RowRules:
+    """Keys of `ingest` that decide what a row is."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    time: TimeRule = TimeRule()
+    labels: Matching = "normalise"
+    show_text: bool = False
+    """True if rejects carry the text of their row, for the screen alone."""
+
+
+@dataclass
+class Notes:
+    """Counts of a piece that belong to no user; a COUNT row carries them."""
+
+    start: int = 0
+    """Place of the piece in its file."""
+    lines: int = 0
+    """Number of lines read, in a format that has lines."""
+    values: Counter[str] = field(default_factory=Counter)
+    """Number of rows with a value, by kind and our name, such as `items.occurred_at`."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Number of values that have no text, by column."""
+    columns: dict[str, list[str]] = field(default_factory=lambda: {"items": [], "requests": []})
+    """Columns of the source by kind, as far as they are mapped or few."""
+    times: list[str] = field(default_factory=list)
+    """Columns that look like times, in a source without the column that is mapped to one."""
 
 
 class RowWriter:
-    """Collects rows of one file and returns them as Arrow tables of `ROWS`."""
+    """Collects rows of one piece of a file and returns them as Arrow tables of `ROWS`."""
 
-    def __init__(self, task: TaskSpec, buckets: int, file: int) -> None:
-        self.task, self.buckets, self.file = task, buckets, file
+    def __init__(
+        self, task: TaskSpec, buckets: int, file: int, rules: RowRules = RowRules(), start: int = 0
+    ) -> None:  # fmt: skip
+        self.task, self.buckets, self.file, self.rules = task, buckets, file, rules
+        self.notes, self._start = Notes(start), start
+        self._labels = LabelRule(task, rules.labels)
         self._needed, self._told = task.fields, set(slots(task.item_without_label))
-        self._rows: list[dict[str, Any]] = []
-        self._planned = 0
-        self._bytes = 0
+        self._tables: list[pa.Table] = []
+        self._waiting: dict[str, list[dict[str, Any]]] = {"items": [], "requests": []}
+        self._rejects: list[dict[str, Any]] = []
+        self._planned = self._rows = self._bytes = 0
 
     def planned(self, n: int = 1) -> None:
         """Counts rows of the source before they are checked; the job's final counts must add up to them."""
         self._planned += n
 
+    # --- by columns -------------------------------------------------------------------------------------------------
+
+    def batch(
+        self, kind: Literal["items", "requests"], columns: Mapping[str, Column], fields: Mapping[str, Column],
+        seq: np.ndarray, place: Callable[[int], str], line: np.ndarray | None = None,
+        errors: dict[int, RowError] | None = None,
+    ) -> None:  # fmt: skip
+        """Adds rows, counts them as planned, and sets aside those that cannot be used.
+
+        Args:
+            kind: what a row is.
+            columns: values by our name (`CORE`); Arrow columns, or lists of Python values. A name may be missing.
+            fields: an item's fields by name, in the order in which they are stored; null is no field.
+            seq: (N,) int64, the order of the rows in their file.
+            place: makes of a row's seq the text that names the row in a reject.
+            line: (N,) int64, each row's line within the piece, from 1; None in a format without lines.
+            errors: what is wrong with rows beforehand, by number in the batch.
+        """
+        count = len(seq)
+        self._planned += count
+        if not count:
+            return
+        fields = {name: column for name, column in fields.items() if self._sound_name(name, column)}
+        errors = dict(errors or {})
+        made = self._items(columns, fields, count, errors) if kind == "items" else self._asked(columns, count, errors)
+        for row in sorted(errors):
+            shown = _shown({**columns, **fields}, row) if self.rules.show_text else None
+            self.reject(
+                int(seq[row]), place(int(seq[row])), errors[row], None if line is None else int(line[row]), shown
+            )
+        good = np.setdiff1d(np.arange(count), np.fromiter(errors, np.int64, len(errors)))
+        if not len(good):
+            return
+        if len(good) < count:
+            made = {name: column.take(pa.array(good)) for name, column in made.items()}
+            seq = seq[good]
+        bucket, user_key = shard_columns(made["user_id"], self.buckets)
+        made |= {
+            "bucket": bucket, "user_key": user_key, "seq": pa.array(seq, pa.int64()),
+            "place": pa.array([place(one) for one in seq.tolist()], pa.string()),
+            "kind": pa.repeat(pa.scalar(ITEM if kind == "items" else REQUEST, pa.int8()), len(good)),
+            "file": pa.repeat(pa.scalar(self.file, pa.int32()), len(good)),
+        }  # fmt: skip
+        arrays = [made[column.name] if column.name in made else pa.nulls(len(good), column.type) for column in ROWS]
+        self._tables.append(pa.table(arrays, schema=ROWS))
+        self._rows += len(good)
+        self._bytes += self._tables[-1].nbytes
+
+    def _items(
+        self, columns: Mapping[str, Column], fields: Mapping[str, Column], count: int, errors: dict[int, RowError]
+    ) -> dict[str, pa.Array]:
+        texts = {name: self._texts(name, column, errors) for name, column in fields.items()}
+        nothing = pa.nulls(count, pa.string())
+        for name in self._needed:
+            for row in np.flatnonzero(texts.get(name, nothing).is_null().to_numpy(zero_copy_only=False)):
+                detail = f"field {name} of task {self.task.name} is not there as text"
+                errors.setdefault(int(row), RowError("missing_field", detail))
+        empty = np.ones(count, bool)
+        for name in self._told & texts.keys():
+            empty &= blank(texts[name])
+        for row in np.flatnonzero(empty):
+            detail = f"nothing in the fields of {self.task.item_without_label}"
+            errors.setdefault(int(row), RowError("empty_text", detail))
+        if self.task.target in texts and self.task.metric != "text":
+            texts[self.task.target] = self._labels.column(texts[self.task.target])[0]
+        user, item = (self._ids(columns.get(name), name, count, errors) for name in ("user_id", "item_id"))
+        at = self._times("items.occurred_at", columns.get("occurred_at"), count, errors)
+        for name, text in texts.items():
+            self.notes.values[f"items.{name}"] += len(text) - text.null_count
+        return {
+            "user_id": user, "id": item, "at": at, "fields": _maps(texts, count),
+            "text_hash": pa.array(text_hashes(texts, count), pa.string()),
+        }  # fmt: skip
+
+    def _asked(self, columns: Mapping[str, Column], count: int, errors: dict[int, RowError]) -> dict[str, pa.Array]:
+        nothing = pa.nulls(count, pa.string())
+        text, wrong = text_column(columns.get("input", nothing))
+        for row, error in wrong.items():
+            errors.setdefault(row, error)
+        for row in np.flatnonzero(blank(text)):
+            reason = "missing_field" if text[int(row)].as_py() is None else "empty_text"
+            errors.setdefault(int(row), RowError(reason, "input is not there as text"))
+        target = self._targets(columns.get("target", nothing), errors)
+        user = self._ids(columns.get("user_id"), "user_id", count, errors)
+        owner, wrong = id_column(columns.get("owner_id", nothing), "owner_id")
+        for row, error in wrong.items():
+            if error.reason != "missing_id":
+                errors.setdefault(row, error)
+        request = self._ids(columns.get("request_id"), "request_id", count, errors)
+        at = self._times("requests.as_of", columns.get("as_of"), count, errors)
+        self.notes.values["requests.target"] += count - target.null_count
+        return {
+            "user_id": user, "id": request, "at": at, "owner_id": pc.coalesce(owner, user),
+            "input": text.cast(pa.large_string()), "target": target.cast(pa.large_string()),
+        }  # fmt: skip
+
+    def _targets(self, column: Column, errors: dict[int, RowError]) -> pa.Array:
+        """Answers of requests. A list or a truth value is a reject: without a target a request would pass as one that
+        has no known answer."""
+        target, wrong = text_column(column)
+        kind = column.type if isinstance(column, pa.Array | pa.ChunkedArray) else None
+        if kind is None:
+            odd = [row for row, value in enumerate(column) if isinstance(value, bool | list | tuple | dict)]
+        elif pa.types.is_boolean(kind) or pa.types.is_nested(kind):
+            odd = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist()
+        else:
+            odd = []
+        wrong |= {row: RowError("wrong_type", "target is neither text nor a number") for row in odd}
+        for row, error in wrong.items():
+            errors.setdefault(row, error)
+        target, outside = self._labels.column(target)
+        for row in np.flatnonzero(outside):
+            detail = f"not one of the {len(self.task.labels)} labels of the task"
+            errors.setdefault(int(row), RowError("target_outside_labels", detail))
+        return target
+
+    def _texts(self, name: str, column: Column, errors: dict[int, RowError]) -> pa.Array:
+        """A field's texts. What has no text is left out and counted, or rejects its row where the task needs it."""
+        texts, wrong = text_column(column)
+        for row, error in wrong.items():
+            if error.reason != "wrong_type":
+                errors.setdefault(row, error)
+            elif name in self._needed:
+                detail = f"field {name} of task {self.task.name} is not there as text"
+                errors.setdefault(row, RowError("wrong_type", detail))
+            else:
+                self.notes.left_out[name] += 1
+        return texts
+
+    def _ids(self, column: Column | None, name: str, count: int, errors: dict[int, RowError]) -> pa.Array:
+        ids, wrong = id_column(pa.nulls(count, pa.string()) if column is None else column, name)
+        for row, error in wrong.items():
+            errors.setdefault(row, error)
+        return ids
+
+    def _times(self, name: str, column: Column | None, count: int, errors: dict[int, RowError]) -> pa.Array:
+        if column is None:
+            return pa.nulls(count, TIME)
+        times, wrong = self.rules.time.column(column)
+        for row, error in wrong.items():
+            errors.setdefault(row, error)
+        self.notes.values[name] += count - times.null_count + len(wrong)
+        return times.cast(TIME)
+
+    def _sound_name(self, name: str, column: Column) -> bool:
+        """A name with half a surrogate pair can stand in no file; its values are counted as left out."""
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            self.notes.left_out["a name that is not Unicode"] += sum(value is not None for value in column)
+            return False
+        return True
+
+    # --- one by one -------------------------------------------------------------------------------------------------
+
     def item(self, seq: int, place: str, user_id: object, item_id: object, at: object, fields: Mapping) -> None:
-        """Adds a history item. Raises RowError: it cannot be used."""
-        texts = _texts(fields)
-        lacking = [name for name in self._needed if name not in texts]
-        if lacking:
-            kind = "wrong_type" if fields.get(lacking[0]) is not None else "missing_field"
-            raise RowError(kind, f"field {lacking[0]} of task {self.task.name} is not there as text")
-        if not any(text.strip() for name, text in texts.items() if name in self._told):
-            raise RowError("empty_text", f"nothing in the fields of {self.task.item_without_label}")
-        user, item = identifier(user_id, "user_id"), identifier(item_id, "item_id")
-        values = {"fields": list(texts.items()), "text_hash": text_hash(texts), "at": microseconds(at)}
-        self._add(ITEM, seq, place, sum(map(len, texts.values())), user_id=user, id=item, **values)
+        """Adds a history item, counted as planned before. Raises RowError: `fields` is no mapping."""
+        if not isinstance(fields, Mapping):
+            raise RowError("wrong_type", "fields is not a mapping of names to texts")
+        row = {"user_id": user_id, "item_id": item_id, "occurred_at": at, "seq": seq, "place": place, "fields": fields}
+        self._wait("items", row, sum(len(value) for value in fields.values() if isinstance(value, str | bytes)))
 
     def request(
         self, seq: int, place: str, request_id: object, user_id: object, input: object, *,
-        owner_id: object = None, as_of: object = None, as_of_us: int | None = None, target: object = None,
+        owner_id: object = None, as_of: object = None, target: object = None,
     ) -> None:  # fmt: skip
-        """Adds a request. Raises RowError: it cannot be used."""
-        text, answer = _text(input), _text(target)
-        if text is None or not text.strip():
-            raise RowError("empty_text" if isinstance(input, str) else "missing_field", "input is not there as text")
-        if answer is not None and self.task.metric == "classification" and answer.strip() not in self.task.labels:
-            raise RowError("target_outside_labels", f"not one of the {len(self.task.labels)} labels of the task")
-        user = identifier(user_id, "user_id")
-        owner = user if owner_id is None else identifier(owner_id, "owner_id")
-        at = microseconds(as_of) if as_of_us is None else as_of_us
-        request = identifier(request_id, "request_id")
-        values = {"input": text, "target": answer, "owner_id": owner, "at": at}
-        self._add(REQUEST, seq, place, len(text), user_id=user, id=request, **values)
+        """Adds a request, counted as planned before."""
+        row = {"request_id": request_id, "user_id": user_id, "input": input, "owner_id": owner_id, "as_of": as_of,
+               "target": target, "seq": seq, "place": place}  # fmt: skip
+        self._wait("requests", row, len(input) if isinstance(input, str) else 0)
 
-    def reject(self, seq: int, place: str, error: RowError) -> None:
-        """Adds a reject. It has no user to be sorted by: rejects are spread over the buckets by their number."""
-        self._rows.append(
-            {"bucket": seq % self.buckets, "kind": REJECT, "file": self.file, "seq": seq, "place": place,
-             "reason": error.reason, "detail": error.detail}
-        )  # fmt: skip
-
-    def _add(self, kind: int, seq: int, place: str, size: int, **values: Any) -> None:
-        self._rows.append({"kind": kind, "file": self.file, "seq": seq, "place": place, **values})
+    def _wait(self, kind: str, row: dict[str, Any], size: int) -> None:
+        self._waiting[kind].append(row)
+        self._rows += 1
         self._bytes += size
+
+    def _lay_out(self) -> None:
+        """Turns the rows that came one by one into columns."""
+        for kind, rows in self._waiting.items():
+            self._waiting[kind] = []
+            names = {str(name) for row in rows for name in row.get("fields", ())}
+            step = len(rows) if len(names) <= _MANY_NAMES else 100
+            for start in range(0, len(rows), step or 1):
+                self._lay_out_some(kind, rows[start : start + step])
+
+    def _lay_out_some(self, kind: Any, rows: list[dict[str, Any]]) -> None:
+        places = {row["seq"]: row["place"] for row in rows}
+        fields: dict[str, list[Any]] = {}
+        for at, row in enumerate(rows):
+            for name, value in row.get("fields", {}).items():
+                fields.setdefault(str(name), [None] * len(rows))[at] = value
+        columns = {name: [row[name] for row in rows] for name in CORE[kind]}
+        self._planned -= len(rows)  # they are counted already
+        self.batch(kind, columns, fields, np.array([row["seq"] for row in rows], np.int64), places.__getitem__)
+
+    def reject(self, seq: int, place: str, error: RowError, line: int | None = None, text: str | None = None) -> None:
+        """Adds a reject. It has no user to be sorted by: rejects are spread over the buckets by their number.
+
+        Args:
+            line: line within the piece, from 1.
+            text: the row as it was given; it is kept only where the run may show it.
+        """
+        self._rejects.append(
+            {"bucket": seq % self.buckets, "kind": REJECT, "file": self.file, "seq": seq, "place": place,
+             "reason": error.reason, "detail": error.detail, "line": line,
+             "input": text[:_SHOWN].encode("utf-8", "replace").decode() if text and self.rules.show_text else None}
+        )  # fmt: skip
 
     @property
     def full(self) -> bool:
         """True if rows should be taken now, so that blocks have tens of megabytes at most."""
-        return len(self._rows) >= 20_000 or self._bytes >= 16 * 2**20
+        return self._rows + len(self._rejects) >= _ROWS_AT_ONCE or self._bytes >= _BYTES_AT_ONCE
 
     def take(self) -> pa.Table:
         """Returns the rows collected so far, and one row with the number of rows in the source."""
-        rows = [*self._rows, {"bucket": NO_BUCKET, "kind": COUNT, "file": self.file, "seq": self._planned}]
-        self._rows, self._planned, self._bytes = [], 0, 0
-        table = pa.Table.from_pylist(rows, schema=ROWS)
-        has_user = [row.get("user_id") is not None for row in rows]
-        bucket, user_key = shard_columns(table["user_id"].filter(pa.array(has_user)), self.buckets)
-        at = iter(zip(bucket.to_pylist(), user_key.to_pylist(), strict=True))
-        pairs = [next(at) if has else (row["bucket"], None) for has, row in zip(has_user, rows, strict=True)]
-        table = table.set_column(0, ROWS.field(0), pa.array([pair[0] for pair in pairs], pa.int32()))
-        column = ROWS.get_field_index("user_key")
-        return table.set_column(column, ROWS.field(column), pa.array([pair[1] for pair in pairs], pa.string()))
+        self._lay_out()
+        notes = json.dumps(vars(self.notes))
+        count = {"bucket": NO_BUCKET, "kind": COUNT, "file": self.file, "seq": self._planned, "detail": notes}
+        tables = [*self._tables, pa.Table.from_pylist([*self._rejects, count], schema=ROWS)]
+        self._tables, self._rejects, self.notes = [], [], Notes(self._start)
+        self._planned = self._rows = self._bytes = 0
+        return pa.concat_tables(tables)
 
 
 def nothing_in(buckets: Sequence[int]) -> pa.Table:
@@ -133,83 +337,29 @@ def nothing_in(buckets: Sequence[int]) -> pa.Table:
     )
 
 
-def identifier(value: object, name: str) -> str:
-    """Returns an id as text. Raises RowError: it is missing, or it is no Unicode that a file could hold."""
-    text = _text(value)
-    if text is None or not text.strip():
-        raise RowError("missing_id", f"{name} is missing, empty or neither text nor a whole number")
-    return text
+def _maps(texts: Mapping[str, pa.Array], count: int) -> pa.Array:
+    """Returns a mapping of the texts per row, without those that are null."""
+    width = len(texts)
+    if not width:
+        offsets = pa.array(np.zeros(count + 1, np.int32))
+        return pa.MapArray.from_arrays(offsets, pa.array([], pa.string()), pa.array([], pa.string()))
+    there = np.stack([text.is_valid().to_numpy(zero_copy_only=False) for text in texts.values()], axis=1)
+    cells = np.flatnonzero(there.ravel())  # row by row, and in each row in the order of the fields
+    row, column = cells // width, cells % width
+    items = pa.concat_arrays(list(texts.values())).take(pa.array(column * count + row))
+    keys = pa.array(list(texts), pa.string()).take(pa.array(column))
+    offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))]).astype(np.int32)
+    return pa.MapArray.from_arrays(pa.array(offsets), keys, items)
 
 
-def microseconds(value: object) -> int | None:
-    """Returns a time as microseconds since 1970 UTC, from ISO text, a date or a number (s, ms, us or ns, by its size).
-
-    A time without a zone is UTC.
-
-    Raises:
-        RowError: it is none of these, or a bare year, which as a number would mean half an hour into 1970.
-    """
-    if isinstance(value, bytes):
-        value = _text(value)
-    if value is None or (isinstance(value, str) and not value.strip()) or value != value:
-        return None
-    try:
-        if isinstance(value, str):
-            text = value.strip()
-            try:
-                return _since_epoch(datetime.fromisoformat(text))
-            except ValueError:
-                number = float(text)
-                return _scaled(number if not number.is_integer() else int(number))
-        if isinstance(value, datetime):
-            return _since_epoch(value)
-        if isinstance(value, date):
-            return _since_epoch(datetime(value.year, value.month, value.day))
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return _scaled(value)
-    except (ValueError, OverflowError):
-        pass
-    raise RowError("bad_date", "expected an ISO date or time, or seconds since 1970")
-
-
-def _since_epoch(moment: datetime) -> int:
-    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
-
-
-def _scaled(number: float) -> int:
-    size = abs(number)
-    if not math.isfinite(number) or 1000 <= size < 3000:
-        raise ValueError("a bare year, or no number")
-    per_second = next((scale for scale in (1, 1_000, 1_000_000) if size < 1e11 * scale), 1_000_000_000)
-    whole = isinstance(number, int)
-    time = number * 1_000_000 // per_second if whole else round(number * (1_000_000 / per_second))
-    if abs(time) > _LATEST:
-        raise OverflowError("beyond the year 9999")
-    return int(time)
-
-
-def _texts(fields: object) -> dict[str, str]:
-    """Returns the fields that hold text or a number; others (lists, null) are no text of an item."""
-    if not isinstance(fields, Mapping):
-        raise RowError("wrong_type", "fields is not a mapping of names to texts")
-    texts = {str(name): _text(value) for name, value in fields.items()}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def _text(value: object) -> str | None:
-    """Returns text or a number as text, None for anything else. Raises RowError: the text is no Unicode."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value) if value == value else None
-    if isinstance(value, bytes):
+def _shown(columns: Mapping[str, Column], row: int) -> str:
+    """Returns a row as text for the screen."""
+    parts = []
+    for name, column in columns.items():
+        value = column[row]
         try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RowError("bad_utf8", f"byte {error.start} of a text is not UTF-8") from error
-    if not isinstance(value, str):
-        return None
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("bad_utf8", f"character {error.start} of a text is half a surrogate pair") from error
-    return value
+            value = value.as_py() if isinstance(value, pa.Scalar) else value
+        except (ValueError, OverflowError):  # not UTF-8, or beyond the year 9999
+            value = "?"
+        parts.append(f"{name}={value}")
+    return ", ".join(parts)

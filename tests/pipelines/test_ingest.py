@@ -206,7 +206,7 @@ def test_damaged_questions_and_items_are_set_aside_and_all_others_come_through(p
         news(""),
         7,
         news("w", date="soon"),
-        news("v", text=["list"]),
+        news("v", text={"a": "mapping"}),
     ]
     raw[3] = json.dumps(question("3", [news("x"), *bad, news("s", text="\ud800")])).encode()
     raw[4] = json.dumps(question("4", [news("4a")]) | {"input": ""}).encode()

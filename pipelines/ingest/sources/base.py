@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.source_rows import RowWriter
+from pipelines.ingest.source_rows import RowRules, RowWriter
 from pipelines.ingest.sources.discover import PACKINGS, File, Kinds, Source, addresses, discover
 from pplug.settings import Settings
 from pplug.tasks import TaskSpec
@@ -66,6 +66,7 @@ class Options:
     split: str
     history_scope: str
     keep_questions: bool
+    rules: RowRules = field(default_factory=RowRules)
     requests_columns: Mapping[str, str] = field(default_factory=dict)
     explode: str | None = None
     csv: CsvForm = CsvForm()

@@ -9,12 +9,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import IO, Any
 
 from infra.errors import InputError
 from infra.storage import Storage
-from pipelines.ingest.source_rows import RowError, RowWriter
+from pipelines.ingest.source_rows import RowWriter
 from pipelines.ingest.sources.base import opened
+from pipelines.ingest.values import RowError
 
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _VALUE = rb"(?:%s|-?\d+)" % _TEXT
@@ -24,6 +26,7 @@ _BEGINNING = re.compile(
 )
 _CHUNK = 4 * 2**20
 _LONGEST_BEGINNING = 65_536
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ITEMS = 2**24  # items a question may have before their order numbers touch the next question's
 
 LAYOUT = (
@@ -214,11 +217,12 @@ def _read_request(
 ) -> None:
     writer.planned()
     cut = survey.as_of.get(question.id)
+    as_of = None if cut is None else _EPOCH + timedelta(microseconds=cut)
     owner = question.value.get("user_id")
     try:
         writer.request(
             seq, place, question.id, user, question.value.get("input"), target=target,
-            owner_id=user if owner is None else owner, as_of_us=cut,
+            owner_id=user if owner is None else owner, as_of=as_of,
         )  # fmt: skip
     except RowError as error:
         writer.reject(seq, place, error)

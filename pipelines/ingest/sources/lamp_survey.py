@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ingest.source_rows import RowError, microseconds
 from pipelines.ingest.sources.lamp_files import LampFiles, Survey, golds, questions
+from pipelines.ingest.times import TimeRule
+from pipelines.ingest.values import RowError
 from pplug import tasks
 from pplug.history import text_hash
 from pplug.tasks import TaskSpec
@@ -18,7 +19,7 @@ _SAMPLE = 50
 _NO_TIME = np.iinfo(np.int64).min
 
 
-def survey(files: LampFiles, entry: TaskSpec, scope: str) -> tuple[str | None, Survey]:
+def survey(files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule) -> tuple[str | None, Survey]:
     """Checks ids, golds and task, and decides which user's history each question has.
 
     Returns:
@@ -39,7 +40,7 @@ def survey(files: LampFiles, entry: TaskSpec, scope: str) -> tuple[str | None, S
             without_marker += entry.marker not in str(question.value.get("input", ""))
         owner = question.value.get("user_id")
         if owner is not None and scope != "question":
-            owners.setdefault(str(owner), []).append((question.id, _digest(question.value["profile"])))
+            owners.setdefault(str(owner), []).append((question.id, _digest(question.value["profile"], time)))
     problem = _id_problem(files, ids, damaged, answers) or _task_problem(
         files, entry, answers, sample > 0 and without_marker == sample
     )
@@ -94,12 +95,12 @@ def _task_problem(files: LampFiles, entry: TaskSpec, answers: dict[str, str], no
     return f"{files.folder}: these are not questions of task {entry.name}: {why}; {hint}"
 
 
-def _digest(profile: list[Any]) -> np.ndarray:
+def _digest(profile: list[Any], time: TimeRule) -> np.ndarray:
     """Returns (N, 3) int64: item id, content and time, by which profiles can be compared."""
     rows = []
     for item in profile:
         try:
-            at = microseconds(item.get("date"))
+            at = time.microseconds(item.get("date"))
             content = text_hash({str(k): str(v) for k, v in item.items() if k not in ("id", "date")})
         except (RowError, AttributeError):
             continue  # a reject; the second pass says so

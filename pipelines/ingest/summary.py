@@ -1,0 +1,87 @@
+"""The summary of an ingest, for screen and report, and what it refuses or warns of before it commits."""
+
+import sys
+from collections.abc import Sequence
+
+from infra.errors import InputError
+from infra.report import RunReport
+from infra.snapshot import Snapshot
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.figures import Figures
+from pipelines.ingest.labels import with_labels
+from pipelines.ingest.sources.base import Piece
+from pplug.tasks import TaskSpec
+
+
+def refuse_missing(config: IngestConfig, figures: Figures) -> None:
+    """Refuses a mapping that no row follows: the table would lack a column that was meant to be there.
+
+    Raises:
+        InputError: a mapped column is in no row of the source, or the mapped time column has no value.
+    """
+    there = set().union(*figures.columns.values())
+    if not there:  # nothing was read, or the format has no columns
+        return
+    for name, column in config.columns.items():
+        if column not in there:
+            raise InputError(
+                f"{config.source or config.requests_source}: no row has the column {column!r}, which --columns maps to "
+                f"{name}; the rows have {', '.join(sorted(there)[:20])}; nothing has been written"
+            )
+    time = config.columns.get("occurred_at")
+    if time is not None and figures.items and not figures.values["items.occurred_at"]:
+        raise InputError(
+            f"{config.source}: no row has a value in {time!r}, which --columns maps to occurred_at; map the column "
+            "with the times, or leave occurred_at out, and the order of the rows counts; nothing has been written"
+        )
+
+
+def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: Snapshot) -> TaskSpec:
+    """Returns the task as it is stored: with `labels` infer, also with the labels of the source and of the table.
+
+    Raises:
+        InputError: the source has too many labels, or fewer than two.
+    """
+    if config.labels != "infer" or task.metric == "text":
+        return task
+    stored = before.metadata.get("task_entry")
+    known = TaskSpec.from_json(stored) if stored and config.mode == "upsert" else None
+    labels = known.labels if known is not None and known.name == task.name else ()
+    found = {label.strip() for label in (*figures.labels, *figures.targets, *labels)} - {""}
+    return with_labels(task, found)
+
+
+def tell(config: IngestConfig, pieces: Sequence[Piece], figures: Figures, report: RunReport) -> None:
+    """Prints the summary, and puts it into the report, there without the text of any row."""
+    files = len({(piece.folder, name) for piece in pieces for name in piece.files})
+    report.extra["source"] = {"files": files} | figures.to_dict()
+    lines = [f"files {files}, {first}" if at == 0 else first for at, first in enumerate(figures.told())]
+    for name, text in (
+        ("repeated", "rows given twice, word for word, of which one is kept"),
+        (
+            "undated_filled",
+            "items without a time took that of a neighbour in their user's history (undated=neighbour)",
+        ),
+        ("undated_users", "users have items with and without a time, so that the order of their rows alone counts"),
+    ):
+        if report.extra.get(name):
+            lines.append(f"{report.extra[name]} {text}")
+    for line in lines:
+        print(f"ingest: {line}", flush=True)
+    warning = untimed_warning(config, figures)
+    report.extra["warnings"] = [warning] if warning else []
+    if warning:
+        print(f"ingest: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def untimed_warning(config: IngestConfig, figures: Figures) -> str | None:
+    """Returns what to say about a source of items without any time, or None."""
+    if not figures.items or figures.timed or config.source is None:
+        return None
+    likely = sorted(figures.times)
+    hint = (
+        f"{', '.join(likely[:5])} may be one: --columns occurred_at={likely[0]}"
+        if likely
+        else "no column looks like one"
+    )
+    return f"no item has a time, so that the order of the rows is the order of each history; {hint}"
