@@ -73,7 +73,7 @@ def scanned(table: "DeltaTable", only: Sequence[str] | None) -> tuple[Any, pa.Sc
         dataset = table.to_pyarrow_dataset()
         columns = None if only is None else top_columns(dataset.schema.names, only)
         return dataset.to_batches(
-            columns=columns, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1
+            columns=columns, batch_size=BATCH_ROWS, use_threads=False
         ), dataset.schema
     except DeltaProtocolError:
         schema = pa.schema(table.schema().to_arrow())
