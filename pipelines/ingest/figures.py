@@ -145,7 +145,7 @@ class Figures:
         """Turns lines within pieces into lines of files, once the figures of all pieces are added; returns self."""
         for example in (one for kept in self.examples.values() for one in kept if one.line is not None):
             starts = sorted(start for file, start in self.lines if file == example.file and start <= example.seq)
-            example.line += sum(self.lines[example.file, start] for start in starts[:-1])
+            example.line = (example.line or 0) + sum(self.lines[example.file, start] for start in starts[:-1])
         return self
 
     # --- for people and for files -------------------------------------------------------------------------------------

@@ -150,9 +150,10 @@ class TimeRule(Settings):
         if self.earliest is None and unit != "excel" and number in _UNKNOWN:
             return None
         times, over, plus = _SCALES[unit]
-        exact = number if whole else Decimal(str(number) if not isinstance(number, float) else repr(number))
-        found = exact * times // over if whole else math.floor(Decimal(exact) * times / over + Decimal("0.5"))
-        found = int(found) + plus
+        if isinstance(number, int):
+            found = number * times // over + plus
+        else:
+            found = math.floor(Decimal(str(number)) * times / over + Decimal("0.5")) + plus
         if self.unit == "auto" and found < _AUTO_FROM[unit]:
             return None
         return found

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import date, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipelines.codes import flat
 
-Column = pa.Array | pa.ChunkedArray | Sequence[Any]
+Column: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[Any]
 WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
 """Characters that `str.strip` removes; Arrow's own list is another one."""
 _EXACT = 2**53
