@@ -96,7 +96,7 @@ class Delimited(RecordFormat):
 
         for row in _rows(counted(), form, piece):
             found.append(row)
-            size += row.size
+            size += row[2]
             if len(found) >= BATCH_ROWS or size >= BATCH_BYTES:
                 yield _batch(found, form, wanted, seen - told)
                 found, size, told = [], 0, seen
@@ -105,15 +105,15 @@ class Delimited(RecordFormat):
 
 def _batch(rows: Sequence["_Row"], form: "Form", wanted: Sequence[int], lines: int) -> Batch:
     width = len(form.names)
-    good = [row for row in rows if row.error is None and len(row.values) == width]
-    values = list(zip(*(row.values for row in good), strict=True)) if good else [()] * width
+    good = [row for row in rows if row[4] is None and len(row[3]) == width]
+    values = list(zip(*(row[3] for row in good), strict=True)) if good else [()] * width
     bad = [
-        (row.offset, row.error or RowError("wrong_columns", f"{len(row.values)} values for {width} columns"), row.line,
-         form.delimiter.join(row.values) or None)
-        for row in rows
-        if row.error is not None or len(row.values) != width
+        (offset, error or RowError("wrong_columns", f"{len(found)} values for {width} columns"), line,
+         form.delimiter.join(found) or None)
+        for offset, line, _, found, error in rows
+        if error is not None or len(found) != width
     ]  # fmt: skip
-    seq, line = (np.array([getattr(row, name) for row in good], np.int64) for name in ("offset", "line"))
+    seq, line = (np.array([row[at] for row in good], np.int64) for at in (0, 1))
     return Batch({form.names[at]: list(values[at]) for at in wanted}, seq, line, bad, lines)
 
 
@@ -138,7 +138,7 @@ def form_of(piece: Piece, options: Options) -> Form:
     best = _best(lines, delimiters, quote, encoding)
     if given.quote is None and _quotes_mislead(lines, best):
         best = _best(lines, delimiters, None, encoding)
-    first = next((row.values for row in _rows(_plain_lines(lines), best) if row.error is None), [])
+    first = next((values for *_, values, error in _rows(_plain_lines(lines), best) if error is None), [])
     names = [name.strip() for name in first]
     header = _is_header(names, piece.kind, options) if given.header is None else given.header
     return replace(
@@ -156,8 +156,8 @@ def _best(lines: Sequence[str], delimiters: Sequence[str], quote: str | None, en
 def _quotes_mislead(lines: Sequence[str], form: Form) -> bool:
     """Says whether more rows break at a quote than hold quotes and do not."""
     rows = list(islice(_rows(_plain_lines(lines), form), _SAMPLE_ROWS))
-    broken = sum(row.error is not None for row in rows)
-    return broken > sum('"' in lines[row.offset] for row in rows if row.error is None)
+    broken = sum(error is not None for *_, error in rows)
+    return broken > sum('"' in lines[offset] for offset, *_, error in rows if error is None)
 
 
 def _unescaped(delimiter: str) -> str:
@@ -181,7 +181,7 @@ def _encoding(sample: bytes, cut: bool) -> str:
 def _fit(lines: Sequence[str], form: Form) -> tuple[float, int]:
     """Returns how well a form fits: the share of rows with the usual number of values, and that number."""
     counts = [
-        0 if row.error else len(row.values) for row in islice(_rows(_plain_lines(lines), form), _SAMPLE_ROWS)
+        0 if error else len(values) for *_, values, error in islice(_rows(_plain_lines(lines), form), _SAMPLE_ROWS)
     ] or [0]
     usual = max(set(counts), key=counts.count)
     share = counts.count(usual) / len(counts) if usual > 1 else 0.0
@@ -201,16 +201,8 @@ def _is_header(first: Sequence[str], kind: Kind, options: Options) -> bool:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    offset: int
-    line: int
-    """Number of its first line within the piece, from 1."""
-    size: int
-    values: list[str]
-    error: RowError | None = None
-
-
+_Row = tuple[int, int, int, list[str], RowError | None]
+"""Byte offset, first line within the piece from 1, size in bytes, values, and the error of a row."""
 _Line = tuple[int, int, int, str]
 """Byte offset, number, size in bytes and text of a line."""
 
@@ -281,7 +273,8 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
         offset, line, size, _ = taken[0]
         if end is not None and offset >= end:
             return
-        size = sum(line[2] for line in taken) if len(taken) > 1 else size
+        if len(taken) > 1:
+            size = sum(one[2] for one in taken)
         if end is not None and offset + size > end and error is None:
             raise NotThisFormat(
                 "quotes are not closed, so that the file cannot be divided; compress it to read it whole"
@@ -289,7 +282,7 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
         if header and error is None:
             header = False
         elif values or error is not None:
-            yield _Row(offset, line, size, values, error)
+            yield offset, line, size, values, error
 
 
 def _divided(whole: Piece, given: CsvForm) -> list[Piece]:

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 
 from infra.errors import InputError
 from infra.remote import reading
+from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind, Options, Piece
 from pipelines.ingest.sources.columns import refuse_duplicates, top_columns
 from pipelines.ingest.sources.discover import File
@@ -38,7 +41,7 @@ class Delta(RecordFormat):
         return pieces
 
     def schema(self, piece: Piece, options: Options) -> pa.Schema:
-        return pa.schema(_rows(piece, None)[1])
+        return _rows(piece, None)[1]
 
     def form(self, piece: Piece, options: Options) -> str | None:
         return f"Delta table, version {piece.version}"
@@ -65,25 +68,29 @@ def open_table(address: str, version: int | None = None) -> "DeltaTable":
         raise InputError(f"{address}: the Delta table cannot be opened ({error})") from error
 
 
-def scanned(table: "DeltaTable", only: Sequence[str] | None) -> tuple[Any, pa.Schema]:
+def _rows(piece: Piece, only: Sequence[str] | None) -> tuple[Any, pa.Schema]:
     """Returns the rows of a table as an iterator of Arrow batches, and the columns of the whole table."""
+    root = reading(piece.folder).join(piece.name)
+    rows = rows_of(open_table(root.uri, piece.version), root)
+    refuse_duplicates(rows.schema.names)
+    columns = None if only is None else top_columns(rows.schema.names, only)
+    if isinstance(rows, pads.Dataset):
+        return rows.to_batches(columns=columns, batch_size=BATCH_ROWS, use_threads=False), rows.schema
+    return (batch if columns is None else batch.select(columns) for batch in rows), rows.schema
+
+
+def rows_of(table: "DeltaTable", root: Storage) -> pads.Dataset | pa.RecordBatchReader:
+    """Returns the rows of a table's version: as a dataset, or as a stream where Arrow cannot read such a table.
+
+    Raises:
+        OSError: deltalake cannot read it either.
+    """
     from deltalake.exceptions import DeltaError, DeltaProtocolError
 
     try:
-        dataset = table.to_pyarrow_dataset()
-        columns = None if only is None else top_columns(dataset.schema.names, only)
-        return dataset.to_batches(
-            columns=columns, batch_size=BATCH_ROWS, use_threads=False
-        ), dataset.schema
+        # Without a file system, Arrow's threads would call deltalake's through Python, also while Python ends.
+        return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(root.path, root.filesystem))
     except DeltaProtocolError:
-        schema = pa.schema(table.schema().to_arrow())
-        columns = None if only is None else top_columns(schema.names, only)
-        return pa.RecordBatchReader.from_stream(table.scan(columns)), schema
+        return pa.RecordBatchReader.from_stream(table.scan())
     except DeltaError as error:
         raise OSError(f"deltalake cannot read the table ({type(error).__name__})") from error
-
-
-def _rows(piece: Piece, only: Sequence[str] | None) -> tuple[Any, pa.Schema]:
-    batches, schema = scanned(open_table(reading(piece.folder).full(piece.name), piece.version), only)
-    refuse_duplicates(schema.names)
-    return batches, schema

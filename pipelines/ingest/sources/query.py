@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece
 from pipelines.ingest.sources.columns import plain, refuse_duplicates
-from pipelines.ingest.sources.delta import open_table
+from pipelines.ingest.sources.delta import open_table, rows_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.jsonl import Jsonl
 from pipelines.ingest.sources.records import BATCH_ROWS, Batch, RecordFormat, damage
@@ -150,7 +150,9 @@ def _view(
         refuse_duplicates(dataset.schema.names)
         connection.register(name, dataset)
     elif part.version is not None:
-        connection.register(name, _table(open_table(reading(part.folder).full(part.name), part.version)))
+        root = reading(part.folder).join(part.name)
+        rows = rows_of(open_table(root.uri, part.version), root)
+        connection.register(name, rows.read_all() if isinstance(rows, pa.RecordBatchReader) else rows)
     elif isinstance(format, Jsonl):
         path = folder / f"{name}.jsonl"
         _keep_lines(format, part, options, path, rows, bad)
@@ -161,15 +163,6 @@ def _view(
         _keep_columns(format, part, options, path, rows, bad)
         return f"read_parquet('{path}')"
     return name
-
-
-def _table(table: Any) -> Any:
-    from deltalake.exceptions import DeltaProtocolError
-
-    try:
-        return table.to_pyarrow_dataset()
-    except DeltaProtocolError:  # deletion vectors: deltalake's own engine reads them
-        return pa.RecordBatchReader.from_stream(table.scan()).read_all()
 
 
 def _placed(error: RowError, place: str, line: int | None = None, text: str | None = None) -> Bad:
