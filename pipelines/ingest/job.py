@@ -22,7 +22,7 @@ from pipelines.ingest import source_files as sources
 from pipelines.ingest import summary
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.look import look, options_of
+from pipelines.ingest.look import look, options_of, sources_of
 from pipelines.ingest.merge import MergeBucket
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
@@ -76,7 +76,8 @@ def run(config: IngestConfig) -> int:
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
     options = options_of(config)
-    pieces, task = look(config)
+    found = sources_of(config)
+    pieces, task = look(config, found)
     states = sources.states(pieces)
     session.start()
     survey = _survey(pieces, task, options)
@@ -94,6 +95,8 @@ def run(config: IngestConfig) -> int:
         kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, task), _addresses(config), kept)
         files, anew, figures = _files(plan, config, run_id, survey, report)
         sources.refuse_changed(states, pieces)
+        sources.refuse_empty(config, pieces, figures.by_file)
+        report.extra |= sources.in_report(found, pieces, figures.by_file, LISTED_FILES)
         summary.refuse_missing(config, figures)
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
         summary.tell(config, pieces, figures, report)

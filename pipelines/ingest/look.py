@@ -1,6 +1,6 @@
 """What a source holds, seen without Ray: its files, their format, their columns and their first rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -81,8 +81,20 @@ def options_of(config: IngestConfig) -> Options:
     )  # fmt: skip
 
 
-def look(config: IngestConfig) -> tuple[tuple[Piece, ...], TaskSpec]:
+def sources_of(config: IngestConfig) -> dict[Kind, Source]:
+    """Finds the files of each kind of source. Raises InputError: nothing is there, or nothing of a known kind."""
+    options = options_of(config)
+    return {
+        kind: find(given, config.format if kind == "items" else "auto", options)
+        for kind, given in _sources(config).items()
+    }
+
+
+def look(config: IngestConfig, instead: Mapping[Kind, Source] | None = None) -> tuple[tuple[Piece, ...], TaskSpec]:
     """Finds the pieces to read and the task in force, from names and first rows only.
+
+    Args:
+        instead: sources that are known already, by kind.
 
     Raises:
         InputError: there is no file, it has another layout, a column or a task is missing, or requests cannot be
@@ -90,8 +102,9 @@ def look(config: IngestConfig) -> tuple[tuple[Piece, ...], TaskSpec]:
     """
     pieces: list[Piece] = []
     options, named = options_of(config), None
-    for kind, given in _sources(config).items():
-        source, own = _found(config, kind, given, options, pieces[-1].file + 1 if pieces else 0)
+    for kind, given in (dict.fromkeys(instead or {}, config.source) | _sources(config)).items():
+        there = (instead or {}).get(kind)
+        source, own = _found(config, kind, given or (), options, pieces[-1].file + 1 if pieces else 0, there)
         said = source.left_out_in_words()
         if said:
             print(f"ingest: {', '.join(addresses(given))}: {said}", flush=True)
@@ -119,10 +132,15 @@ def _sources(config: IngestConfig) -> dict[Kind, str | Sequence[str]]:
 
 
 def _found(
-    config: IngestConfig, kind: Kind, given: str | Sequence[str], options: Options, first: int
+    config: IngestConfig,
+    kind: Kind,
+    given: str | Sequence[str],
+    options: Options,
+    first: int,
+    there: Source | None = None,
 ) -> tuple[Source, list[Piece]]:
     """Finds a source's files and divides them."""
-    source = find(given, config.format if kind == "items" else "auto", options)
+    source = there or find(given, config.format if kind == "items" else "auto", options)
     pieces: list[Piece] = []
     for format in (FORMATS[name] for name in source.formats):
         if kind not in format.kinds:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE
 from pipelines.ingest.sources import records
-from pipelines.ingest.sources.base import CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.base import DAMAGED, CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.columns import refuse_duplicates
 from pipelines.ingest.sources.discover import File, unpacked_name
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, FIELDS, Batch, RecordFormat, refuse_content
@@ -94,12 +94,16 @@ class Delimited(RecordFormat):
                 seen = line[1] if piece.end is None or line[0] < piece.end else seen
                 yield line
 
-        for row in _rows(counted(), form, piece):
-            found.append(row)
-            size += row[2]
-            if len(found) >= BATCH_ROWS or size >= BATCH_BYTES:
-                yield _batch(found, form, wanted, seen - told)
-                found, size, told = [], 0, seen
+        try:
+            for row in _rows(counted(), form, piece):
+                found.append(row)
+                size += row[2]
+                if len(found) >= BATCH_ROWS or size >= BATCH_BYTES:
+                    yield _batch(found, form, wanted, seen - told)
+                    found, size, told = [], 0, seen
+        except DAMAGED:
+            yield _batch(found, form, wanted, seen - told)  # what stands before the damage
+            raise
         yield _batch(found, form, wanted, seen - told)
 
 
@@ -148,7 +152,7 @@ def form_of(piece: Piece, options: Options) -> Form:
 
 
 def _best(lines: Sequence[str], delimiters: Sequence[str], quote: str | None, encoding: str) -> Form:
-    escapes = (None, "\\") if quote else (None,)
+    escapes = (None, "\\") if quote and any(f"\\{quote}" in line for line in lines) else (None,)
     tried = [Form(delimiter, quote, escape, encoding) for delimiter in delimiters for escape in escapes]
     return max(tried, key=lambda form: (*_fit(lines, form), -tried.index(form)))
 
@@ -253,7 +257,7 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
             return (text.rstrip("\r\n").split(form.delimiter) for text in feed())
         return csv.reader(
             feed(), delimiter=form.delimiter, quotechar=form.quote or '"', escapechar=form.escape,
-            quoting=csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE, doublequote=form.escape is None, strict=True,
+            quoting=csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE, doublequote=True, strict=True,
         )  # fmt: skip
 
     end = None if piece is None else piece.end

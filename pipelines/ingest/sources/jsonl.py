@@ -13,7 +13,7 @@ from typing import Any
 import ijson
 import numpy as np
 
-from pipelines.ingest.sources.base import NotThisFormat, Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.base import DAMAGED, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
 from pipelines.ingest.values import RowError
@@ -27,6 +27,7 @@ class Jsonl(RecordFormat):
 
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
+    place = "@"
     wraps = False
     """True if a file may be one object that holds the array of records."""
 
@@ -44,18 +45,22 @@ class Jsonl(RecordFormat):
         array = None if piece.start else self._array(piece.folder, piece.name, options)
         explode = options.explode if piece.kind == "items" else None
         batch = _Filling(explode)
-        if array is not None:
-            for seq, value in _values(piece, array):
-                batch.add(seq, None, value, 0)
-                if batch.full:
-                    yield batch.take()
-        else:
-            for number, (at, line) in enumerate(_all_lines(piece), start=1):
-                batch.lines += 1
-                if not line.isspace():
-                    batch.add(at, number, line, len(line))
+        try:
+            if array is not None:
+                for seq, value in _values(piece, array):
+                    batch.add(seq, None, value, 0)
                     if batch.full:
                         yield batch.take()
+            else:
+                for number, (at, line) in enumerate(_all_lines(piece), start=1):
+                    batch.lines += 1
+                    if not line.isspace():
+                        batch.add(at, number, line, len(line))
+                        if batch.full:
+                            yield batch.take()
+        except DAMAGED:
+            yield batch.take()  # what stands before the damage
+            raise
         yield batch.take()
 
     def _array(self, folder: str, name: str, options: Options) -> str | None:
@@ -153,7 +158,7 @@ def _path_to_array(text: bytes) -> str | None:
     depth, above = 0, None
     try:
         for prefix, event, _ in ijson.parse(io.BytesIO(text)):
-            if event == "start_map" and above is not None and depth == 1:
+            if event == "start_map" and above is not None:
                 return f"{above}.item"
             above = prefix if event == "start_array" and depth == 1 else None
             depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))

@@ -202,7 +202,7 @@ _MAGIC = {
 
 def _needed(kind: Kind, mapping: Mapping[str, str], options: Options) -> list[str] | None:
     """Returns the columns that rows need; None for all, as where every column that is not ours becomes a field."""
-    if kind == "items" and not set(mapping) - {*CORE[kind], FIELDS}:
+    if kind == "items" and not set(mapping) - {*CORE[kind], FIELDS, *CORE["requests"]}:
         return None
     names = [mapping.get(name, name) for name in (*CORE[kind], FIELDS)]
     return list(dict.fromkeys([*names, *mapping.values(), *([options.explode] if options.explode else [])]))
@@ -239,7 +239,9 @@ def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter,
         taken = {*core.values(), mapped}
         free = [name for name in batch.columns if name not in taken and not _INDEX.fullmatch(name)]
         rest = {name: batch.columns[name] for name in free}
-        fields = named if any(name not in core and name != FIELDS for name in mapping) else rest
+        # A name of requests, such as input, is a field only where the items have its column: one mapping serves both.
+        meant = {name for name in mapping if name in named or name not in CORE["requests"]} - {*core, FIELDS}
+        fields = named if meant else rest
         given = at_path(batch.columns, mapped)
         if given is not None:
             fields, errors = _spread(given, fields, keep=fields is named)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from pipelines.ingest.sources.base import Options, Piece, opened
+from pipelines.ingest.sources.base import DAMAGED, Options, Piece, opened
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
 
 _COLUMNS = pa.schema([("line", pa.string()), ("number", pa.int64())])
@@ -27,13 +27,17 @@ class Text(RecordFormat):
         refuse_content(piece, "text")
         with opened(piece.folder, piece.name) as stream:
             first, size, lines = 1, 0, list[str]()
-            for line in stream:
-                text = line.decode("utf-8-sig" if first == 1 and not lines else "utf-8", "surrogateescape")
-                lines.append(text.rstrip("\r\n"))
-                size += len(line)
-                if len(lines) >= BATCH_ROWS or size >= BATCH_BYTES:
-                    yield _batch(lines, first)
-                    first, size, lines = first + len(lines), 0, []
+            try:
+                for line in stream:
+                    text = line.decode("utf-8-sig" if first == 1 and not lines else "utf-8", "surrogateescape")
+                    lines.append(text.rstrip("\r\n"))
+                    size += len(line)
+                    if len(lines) >= BATCH_ROWS or size >= BATCH_BYTES:
+                        yield _batch(lines, first)
+                        first, size, lines = first + len(lines), 0, []
+            except DAMAGED:
+                yield _batch(lines, first)
+                raise
             yield _batch(lines, first)
 
 
