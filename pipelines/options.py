@@ -116,11 +116,10 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
         if path_of_key in spelled and _is_list(annotation) and not repeats(annotation):
             raise InputError(f"{place} is given twice: several values are written with commas, a,b")
         value = _renamed(_value(text, annotation, place), path_of_key, config, place)
-        if path_of_key in spelled and repeats(annotation):
-            value = [*several[path_of_key], value]
-        several[path_of_key] = value if isinstance(value, list) else [value]
+        several.setdefault(path_of_key, []).append(value)
         spelled[path_of_key] = key
-        given.put(path_of_key, value, place)
+        all_given = several[path_of_key]
+        given.put(path_of_key, all_given if repeats(annotation) and len(all_given) > 1 else value, place)
     return given
 
 
@@ -369,12 +368,8 @@ def spell(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
-        bounds = [
-            f"{sign} {getattr(m, attribute)}"
-            for m in args[1:]
-            for attribute, sign in signs.items()
-            if getattr(m, attribute, None) is not None
-        ]
+        known = [(sign, getattr(m, attribute, None)) for m in args[1:] for attribute, sign in signs.items()]
+        bounds = [f"{sign} {bound}" for sign, bound in known if bound is not None]
         kind, or_null, _ = spell(args[0]).partition(" or null")
         return " ".join([kind, *bounds]) + or_null
     if repeats(annotation):
@@ -388,14 +383,8 @@ def spell(annotation: Any) -> str:
         return "a,b,..." + (f" of {spell(inner[0])}" if inner else "")
     if (origin or annotation) in _DICTS:
         return "key=value,..."
-    names: dict[Any, str] = {
-        str: "text",
-        int: "integer",
-        float: "number",
-        bool: "true|false",
-        type(None): "null",
-        Path: "path",
-    }
+    names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}
+    names[type(None)] = "null"
     return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 

@@ -1,7 +1,7 @@
 """Tables in memory as the source of an ingest: pandas, Polars, Arrow, DuckDB, Ray Data.
 
-The rows are written as Parquet beside the tables, where every worker finds them, and read by the same job as files; they
-are removed at its end. So a row is checked, counted and rejected as from a file, and a run_id means the same.
+The rows are written as Parquet beside the tables, where every worker finds them, and read by the same job as files;
+they are removed at its end. So a row is checked, counted and rejected as from a file, and a run_id means the same.
 """
 
 import uuid
@@ -71,5 +71,6 @@ def _reader(frame: Any) -> pa.RecordBatchReader:
     if hasattr(frame, "__arrow_c_stream__"):
         return pa.RecordBatchReader.from_stream(frame)
     raise InputError(
-        f"{type(frame).__name__} is no table: expected a pandas or Polars frame, an Arrow table or reader, or a Ray Dataset"
+        f"{type(frame).__name__} is no table: expected a pandas or Polars frame, an Arrow table or reader, or a Ray "
+        "Dataset"
     )

@@ -1,4 +1,4 @@
-"""What a source holds, seen without Ray: its files, their format, their columns and their first rows."""
+"""Quick view of a source, seen without Ray: its files, their format, their columns and their first rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class SourceLook:
     rows: list[dict[str, Any]]
     """First rows as plain Python, before any check."""
     form: str | None
-    """What was found of the form: delimiter, header, encoding; None for formats without a choice."""
+    """Form that was found: delimiter, header, encoding; None for formats without a choice."""
 
     @property
     def format(self) -> str:

@@ -8,7 +8,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from infra.storage import Storage
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.sources.base import Piece
+from pipelines.ingest.sources.base import Kind, Piece
 from pipelines.ingest.sources.discover import Source
 
 
@@ -56,7 +56,7 @@ def refuse_empty(config: IngestConfig, pieces: Sequence[Piece], rows: Mapping[in
 
 
 def in_report(
-    found: Mapping[str, Source], pieces: Sequence[Piece], rows: Mapping[int, int], most: int
+    found: Mapping[Kind, Source], pieces: Sequence[Piece], rows: Mapping[int, int], most: int
 ) -> dict[str, Any]:
     """Returns the files that were read, with their rows, and those left out, at most so many of each, for a report."""
     read = {piece.file: piece for piece in pieces}

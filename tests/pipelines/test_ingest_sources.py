@@ -60,7 +60,7 @@ def test_a_mapping_of_requests_in_columns_rejects_no_item(population, tmp_path):
     code = population.ingest(
         source=items, requests_source=asked, columns={"input": "ask"}, task=population.task(NOTES)
     )  # fmt: skip
-    assert code == 0 and population.rejects() == {}
+    assert code == 0 and population.report["rejected"] == {}
     assert population.items()["u"][0]["fields"] == {"text": "text 1", "mood": "good"}
     assert population.requests()["r"]["input"] == "How?"
 

@@ -115,7 +115,7 @@ class Head:
     """Columns with their types; those of JSON follow from its first records."""
     rows: list[dict[str, Any]]
     form: str | None = None
-    """What was found of the file's form, in words: delimiter, header, encoding."""
+    """Form that was found, in words: delimiter, header, encoding."""
 
 
 class Format(ABC):

@@ -19,9 +19,9 @@ import charset_normalizer
 import numpy as np
 import pyarrow as pa
 
+import pipelines.ingest.sources.records as records
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE
-from pipelines.ingest.sources import records
 from pipelines.ingest.sources.base import DAMAGED, CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.columns import refuse_duplicates
 from pipelines.ingest.sources.discover import File, unpacked_name
@@ -36,7 +36,15 @@ _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BO
 _WIDE = ("utf-16", "utf-32")
 """Encodings whose line ends are no single byte."""
 csv.field_size_limit(_LONGEST)
-codecs.register_error("odd letters", lambda error: ("\udc80", error.end))  # half a surrogate pair: its row is a reject
+
+
+def _odd_letter(error: UnicodeError) -> tuple[str, int]:
+    """Puts half a surrogate pair for bytes that are no letter, so that their row alone is a reject."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+codecs.register_error("odd letters", _odd_letter)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def _batch(rows: Sequence["_Row"], form: "Form", wanted: Sequence[int], lines: i
     width = len(form.names)
     good = [row for row in rows if row[4] is None and len(row[3]) == width]
     values = list(zip(*(row[3] for row in good), strict=True)) if good else [()] * width
-    bad = [
+    bad: list[tuple[int, RowError, int | None, str | None]] = [
         (offset, error or RowError("wrong_columns", f"{len(found)} values for {width} columns"), line,
          form.delimiter.join(found) or None)
         for offset, line, _, found, error in rows

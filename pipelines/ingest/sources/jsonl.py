@@ -8,7 +8,7 @@ An array, or an object with an array of objects in it, is read by ijson, record 
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ijson
 import numpy as np
@@ -26,7 +26,7 @@ class Jsonl(RecordFormat):
     """Files under the common names of files with one JSON object per line."""
 
     name = "jsonl"
-    suffixes = (".jsonl", ".ndjson")
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
     place = "@"
     wraps = False
     """True if a file may be one object that holds the array of records."""
