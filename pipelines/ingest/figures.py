@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -81,10 +81,9 @@ class Figures:
     """Number of lines by file and start of a piece."""
 
     @classmethod
-    def of(cls, rows: pa.Table, task: TaskSpec) -> "Figures":
-        """Figures of rows of `source_rows.ROWS`."""
-        kind = rows["kind"]
-        items, asked, bad, counts = (rows.filter(pc.equal(kind, one)) for one in (ITEM, REQUEST, REJECT, COUNT))
+    def of(cls, rows: Mapping[int, pa.Table], task: TaskSpec) -> "Figures":
+        """Figures of rows by kind (`source_rows.by_kind`)."""
+        items, asked, bad, counts = (rows[kind] for kind in (ITEM, REQUEST, REJECT, COUNT))
         found = cls(
             rows=pc.sum(counts["seq"]).as_py() or 0,
             users=len(pc.unique(pa.chunked_array([*items["user_key"].chunks, *asked["user_key"].chunks], pa.string()))),

@@ -27,7 +27,7 @@ from pipelines.ingest.derive import derive_requests
 from pipelines.ingest.figures import Figures, answers
 from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
-from pipelines.ingest.source_rows import ITEM, REJECT, REQUEST, ROWS
+from pipelines.ingest.source_rows import ITEM, REJECT, REQUEST, ROWS, by_kind
 from pplug.tasks import TaskSpec
 
 RESULT = pa.schema(
@@ -67,10 +67,11 @@ class MergeBucket:
         counts: Counter[str] = Counter()
         files: list[DataFile] = []
         anew: list[str] = []
-        figures = Figures.of(rows, self.task)
+        kinds = by_kind(rows)
+        figures = Figures.of(kinds, self.task)
         counts["planned"] = figures.rows
-        items, asked = _of_kind(rows, ITEM), _of_kind(rows, REQUEST)
-        bad = [_of_kind(rows, REJECT)]
+        items, asked = _as_new(kinds[ITEM]), _as_new(kinds[REQUEST])
+        bad = [_as_new(kinds[REJECT])]
         if len(items):
             merged = self._merged("histories", bucket, items, counts)
             bad.append(merged.rejects)
@@ -129,7 +130,7 @@ class MergeBucket:
         replaced = rows.filter(pa.array(state == REPLACED))
         rejects = _as_rejects(replaced, f"duplicate_{what}", f"a later row of its user has this {what}")
         rejects = pa.concat_tables([bad, rejects])
-        fresh = live.filter(pa.array(~known))
+        fresh = live.filter(pa.array(~known)) if known.any() else live
         if written == len(fresh) and not (known & filled).any() and not (self.derived_anew and name == "requests"):
             return Merged(live, fresh, rejects, anew=False)
         whole = self._held(name, bucket, None)
@@ -174,8 +175,8 @@ def _as_rejects(rows: pa.Table, reason: str, detail: str) -> pa.Table:
     return rows.set_column(at, WORK.field(at), pa.nulls(len(rows), WORK.field(at).type))
 
 
-def _of_kind(rows: pa.Table, kind: int) -> pa.Table:
-    rows = rows.select(ROWS.names).filter(pc.equal(rows["kind"], kind))
+def _as_new(rows: pa.Table) -> pa.Table:
+    rows = rows.select(ROWS.names)
     return rows.append_column(WORK.field("position"), pa.nulls(len(rows), pa.int64()))
 
 

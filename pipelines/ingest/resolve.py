@@ -36,7 +36,7 @@ def resolve(
         before, new, same as the one held, replaced by a later one, or repeated by a later one.
     """
     order = pc.sort_indices(rows, sort_keys=[("file", "ascending"), ("seq", "ascending")]).to_numpy()
-    rows = rows.take(pa.array(order))
+    rows = take(rows, order)
     nothing = pa.scalar("", pa.large_string())  # user_key has a fixed length: joined keys cannot be mistaken
     codes = encode(pc.binary_join_element_wise(large(rows["user_key"]), large(rows["id"]), nothing))
     count = len(rows)
@@ -50,13 +50,18 @@ def resolve(
     like_held = held[first[codes]] & np.logical_and.reduce([c == c[first[codes]] for c in contents])
     is_last = np.arange(count) == last[codes]
     state = np.select([held, is_last & like_held, is_last, like_last], [HELD, SAME, NEW, REPEATED], default=REPLACED)
-    live = rows.take(pa.array(last))
+    live = take(rows, last)
     if ranked:
         at = WORK.get_field_index("position")
         live = live.set_column(at, WORK.field(at), pa.array(_positions(rows, first, held[first])))
     unsorted = np.empty(count, dtype=np.int64)
     unsorted[order] = state
     return live, held[first], unsorted
+
+
+def take(rows: pa.Table, at: np.ndarray) -> pa.Table:
+    """Returns rows by number; all of them in their order are not copied, as texts are most of an ingest's bytes."""
+    return rows if np.array_equal(at, np.arange(len(rows))) else rows.take(pa.array(at))
 
 
 def fill_times(live: pa.Table) -> tuple[pa.Table, np.ndarray]:

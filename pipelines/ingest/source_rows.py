@@ -157,7 +157,8 @@ class RowWriter:
     def _items(
         self, columns: Mapping[str, Column], fields: Mapping[str, Column], count: int, errors: dict[int, RowError]
     ) -> dict[str, pa.Array]:
-        texts = {name: self._texts(name, column, errors) for name, column in fields.items()}
+        found = {name: self._texts(name, fields[name], errors) for name in sorted(fields)}  # which error counts
+        texts = {name: found[name] for name in fields}
         nothing = pa.nulls(count, pa.string())
         for name in self._needed:
             for row in np.flatnonzero(texts.get(name, nothing).is_null().to_numpy(zero_copy_only=False)):
@@ -335,6 +336,16 @@ def nothing_in(buckets: Sequence[int]) -> pa.Table:
     return pa.Table.from_pylist(
         [{"bucket": bucket, "kind": COUNT, "file": 0, "seq": 0} for bucket in buckets], schema=ROWS
     )
+
+
+def by_kind(rows: pa.Table) -> dict[int, pa.Table]:
+    """Splits rows of `ROWS` by kind; rows of one kind alone are not copied."""
+    kind = rows["kind"].to_numpy()
+    found = {}
+    for one in (ITEM, REQUEST, REJECT, COUNT):
+        those = kind == one
+        found[one] = rows if those.all() else rows.filter(pa.array(those)) if those.any() else rows.slice(0, 0)
+    return found
 
 
 def _maps(texts: Mapping[str, pa.Array], count: int) -> pa.Array:

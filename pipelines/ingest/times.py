@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.ingest.values import Column, RowError, as_array, values
 from pplug.settings import Settings
@@ -22,6 +23,8 @@ _TIME_NAME = re.compile(
     r"(?i)(?<![a-z])(time|date|day|year|created|updated|timestamp|when|ts)(?![a-z])|"
     r"(time|date|timestamp|utc|epoch|_at|(?<=[a-z])At)$"
 )
+_ISO = r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|\+00:00)?)?$"
+"""Texts that Arrow and Python read alike."""
 _SAMPLE = 20
 """Number of first values that tell whether a column may hold times."""
 Unit = Literal["auto", "s", "ms", "us", "ns", "days", "excel", "filetime", "year", "yyyymmdd"]
@@ -101,6 +104,8 @@ class TimeRule(Settings):
             return self._counted(whole.cast(pa.int64()), unit, stamped=True)
         if pa.types.is_integer(kind) and kind != pa.uint64() and self.format is None:
             return self._numbers(array.cast(pa.int64()))
+        if pa.types.is_string(kind) and self.format is None:
+            return self._iso(array)
         return self._each(values(array))
 
     # --- one value --------------------------------------------------------------------------------------------------
@@ -171,6 +176,25 @@ class TimeRule(Settings):
                 found.append(None)
         return pa.array(found, pa.int64()), errors
 
+    def _iso(self, texts: pa.Array) -> tuple[pa.Array, dict[int, RowError]]:
+        """Times of texts: Arrow reads those in ISO form, 50 times as fast as Python, and Python all others."""
+        if not (plain := _matches(texts, _ISO)).any():
+            return self._each(values(texts))
+        stripped = pc.replace_substring_regex(texts, r"(Z|\+00:00)$", "")
+        try:
+            read = pc.if_else(pa.array(plain), stripped, None).cast(pa.timestamp("us")).cast(pa.int64())
+        except pa.ArrowInvalid:  # there is no such day
+            return self._each(values(texts))
+        times, errors = self._checked(read.fill_null(0).to_numpy(), plain, plain, _no_time)
+        others = np.flatnonzero(~plain & texts.is_valid().to_numpy(zero_copy_only=False))
+        if not len(others):
+            return times, errors
+        found, wrong = self._each(values(texts.take(pa.array(others))))
+        place = np.full(len(texts), -1)
+        place[others] = np.arange(len(others))
+        times = pc.if_else(pa.array(place >= 0), found.take(pa.array(np.maximum(place, 0))), times)
+        return times, errors | {int(others[row]): error for row, error in wrong.items()}
+
     def _counted(self, array: pa.Array, unit: str, stamped: bool) -> tuple[pa.Array, dict[int, RowError]]:
         """Times of a column that says its unit itself."""
         there = array.is_valid().to_numpy(zero_copy_only=False)
@@ -211,6 +235,14 @@ class TimeRule(Settings):
         inside = is_time & (found >= self.window[0]) & (found <= self.window[1])
         errors = {int(row): _implausible() if is_time[row] else error() for row in np.flatnonzero(there & ~inside)}
         return pa.array(found, pa.int64(), mask=~inside), errors
+
+
+def _matches(texts: pa.Array, pattern: str) -> np.ndarray:
+    try:
+        found = pc.match_substring_regex(texts, pattern)
+    except pa.ArrowInvalid:  # a text that is not UTF-8
+        return np.zeros(len(texts), bool)
+    return found.fill_null(False).to_numpy(zero_copy_only=False)
 
 
 def _scaled(number: np.ndarray, unit: str) -> tuple[np.ndarray, np.ndarray]:

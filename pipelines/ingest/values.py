@@ -57,7 +57,7 @@ def canonical_id(value: object, name: str) -> str:
         raise _no_id(name)
     if isinstance(value, int | np.integer):
         return str(int(value))
-    if isinstance(value, float | np.floating) and math.isfinite(value) and value == int(value) and abs(value) <= _EXACT:
+    if isinstance(value, float | np.floating) and math.isfinite(value) and _whole(value):
         return str(int(value))
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return str(int(value))
@@ -99,7 +99,11 @@ def text_of(value: object) -> str | None:
 def _float(value: float | np.floating) -> str | None:
     if not math.isfinite(value):
         return None
-    return str(int(value)) if value == int(value) and abs(value) <= _EXACT else str(value)
+    return str(int(value)) if _whole(value) else str(value)
+
+
+def _whole(number: float | np.floating) -> bool:
+    return number == int(number) and -_EXACT <= float(number) <= _EXACT
 
 
 def _unicode(value: str | bytes) -> str:
