@@ -178,6 +178,14 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         return retrying(lambda: self._info(name).type != pafs.FileType.NotFound, f"look for {self.full(name)}")
 
+    def is_file(self, name: str) -> bool:
+        """Says whether a name is a file, and neither a folder nor missing."""
+        return retrying(lambda: self._info(name).type == pafs.FileType.File, f"look for {self.full(name)}")
+
+    def is_folder(self, name: str = "") -> bool:
+        """Says whether a name is a folder, or on S3 the beginning of names."""
+        return retrying(lambda: self._info(name).type == pafs.FileType.Directory, f"look for {self.full(name)}")
+
     def size(self, name: str) -> int:
         return retrying(lambda: self._info(name).size, f"size of {self.full(name)}")
 

@@ -105,6 +105,7 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
     for path in files:
         _read_file(path, given, config)
     spelled: dict[Key, str] = {}
+    several: dict[Key, list[Any]] = {}
     for key, text, place in settings:
         path_of_key = _present(tuple(key.split(".")), config)
         annotation = annotation_at(config, path_of_key)
@@ -112,10 +113,13 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
             raise InputError(f"{place}: unknown option{_near(key, config)}")
         if path_of_key in spelled and spelled[path_of_key] != key:
             raise InputError(f"{place}: {_names(path_of_key, config)} is given by both of its names; keep the new one")
-        if path_of_key in spelled and _is_list(annotation):
+        if path_of_key in spelled and _is_list(annotation) and not repeats(annotation):
             raise InputError(f"{place} is given twice: several values are written with commas, a,b")
+        value = _renamed(_value(text, annotation, place), path_of_key, config, place)
+        several.setdefault(path_of_key, []).append(value)
         spelled[path_of_key] = key
-        given.put(path_of_key, _renamed(_value(text, annotation, place), path_of_key, config, place), place)
+        all_given = several[path_of_key]
+        given.put(path_of_key, all_given if repeats(annotation) and len(all_given) > 1 else value, place)
     return given
 
 
@@ -364,14 +368,12 @@ def spell(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
-        bounds = [
-            f"{sign} {getattr(m, attribute)}"
-            for m in args[1:]
-            for attribute, sign in signs.items()
-            if getattr(m, attribute, None) is not None
-        ]
+        known = [(sign, getattr(m, attribute, None)) for m in args[1:] for attribute, sign in signs.items()]
+        bounds = [f"{sign} {bound}" for sign, bound in known if bound is not None]
         kind, or_null, _ = spell(args[0]).partition(" or null")
         return " ".join([kind, *bounds]) + or_null
+    if repeats(annotation):
+        return "text, may be given again" + (" or null" if type(None) in args else "")
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(spell(a) for a in args))
     if origin is Literal:
@@ -381,14 +383,8 @@ def spell(annotation: Any) -> str:
         return "a,b,..." + (f" of {spell(inner[0])}" if inner else "")
     if (origin or annotation) in _DICTS:
         return "key=value,..."
-    names: dict[Any, str] = {
-        str: "text",
-        int: "integer",
-        float: "number",
-        bool: "true|false",
-        type(None): "null",
-        Path: "path",
-    }
+    names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}
+    names[type(None)] = "null"
     return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
@@ -437,6 +433,11 @@ def _leaves(annotation: Any) -> list[Any]:
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     return [leaf for leaf in _leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+
+
+def repeats(annotation: Any) -> bool:
+    """Says whether a key takes one text or several, so that its flag may be given again; commas do not divide it."""
+    return str in _leaves(annotation) and _is_list(annotation)
 
 
 def _is_list(annotation: Any) -> bool:

@@ -5,12 +5,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.ingest.labels import Matching
-from pipelines.ingest.sources.base import FORMATS
+from pipelines.ingest.sources.base import CsvForm, choices
 from pipelines.ingest.times import TimeRule
 
 
 class IngestConfig(BaseModel):
-    """Job `ingest`: a LaMP folder, JSONL or Parquet -> the tables histories and requests of one population.
+    """Job `ingest`: files of any common format -> the tables histories and requests of one population.
 
     Route: pieces of the source -> ParsePieces (checked rows) -> by bucket -> MergeBucket (files) -> one commit per
     table. Unit of work: a history item or a request (derived ones included). Rows that cannot be used are kept in
@@ -20,7 +20,7 @@ class IngestConfig(BaseModel):
 
     LaMP: one split of a folder as published, plain or gzipped; a question's history is its profile. With `download` it
     is fetched from the benchmark's site first, and `split` names separation and part: time, user, time/dev, ...
-    JSONL, Parquet: `source` has one history item per row (user_id, item_id, occurred_at, and either a mapping `fields`
+    Other formats: `source` has one history item per row (user_id, item_id, occurred_at, and either a mapping `fields`
     or the other columns as fields), `requests_source` one request per row (request_id, user_id, input, as_of, target).
     """
 
@@ -28,11 +28,12 @@ class IngestConfig(BaseModel):
 
     tables: str
     """Folder or s3://bucket/prefix of the population's tables."""
-    source: str | None = None
-    """Folder of LaMP files, or a file or folder of history items."""
-    requests_source: str | None = None
-    """File or folder of requests."""
-    format: Literal["auto", *FORMATS] = "auto"  # type: ignore[valid-type]
+    source: str | tuple[str, ...] | None = None
+    """File, folder or pattern such as 'data/*.csv' of history items, or a LaMP folder; on a disk, s3://, or another
+    address with its package (gs://, az://, https://, hf://). Several are read in the order given, each by file name."""
+    requests_source: str | tuple[str, ...] | None = None
+    """File, folder or pattern of requests."""
+    format: Literal["auto", *choices()] = "auto"  # type: ignore[valid-type]
     """Format of the source; auto goes by the names of its files."""
     split: str = "train"
     """Part of a LaMP folder to read, `<split>_questions.json`; with download also time, user, time/dev and the like."""
@@ -45,10 +46,22 @@ class IngestConfig(BaseModel):
     task: str | None = None
     """Name of a LaMP task, or a YAML file with a task; a LaMP folder with golds names its own."""
     columns: dict[str, str] = {}
-    """Column of the source for each of our names. Any other name becomes a field, and then no unnamed column does. Ids
+    """Column of the source for each of our names, with a path into nested ones (user_id=actor.login). Any other name
+    becomes a field, and then no unnamed column does. It serves requests too where requests_columns is not given. Ids
     are texts as they stand, whole numbers (7.0 of a column of numbers is 7) or UUIDs. Fields are texts as they stand,
     numbers in their shortest form (4.0 is 4), decimals as given, true, false, ISO dates, and lists joined by a comma
     and a space. Mappings and lists of lists are left out, with a note in the summary; so is pandas' index column."""
+    requests_columns: dict[str, str] = {}
+    """Column of the requests' source for each of our names; with it, `columns` is for items alone."""
+    explode: str | None = None
+    """Column with a list, each element of which becomes an item, beside the other columns of its row."""
+    query: str | None = None
+    """SQL that makes the items, in DuckDB's words; the view `source` stands for the files found."""
+    requests_query: str | None = None
+    """SQL that makes the requests; the view `source` stands for the files of requests_source."""
+    csv: CsvForm = CsvForm()
+    allow_empty: bool = False
+    """Acceptance of a source without any row, which otherwise ends the run before anything is written."""
     time: TimeRule = TimeRule()
     """Meaning of the values in time columns."""
     undated: Literal["neighbour", "reject", "untimed"] = "neighbour"

@@ -75,6 +75,8 @@ class Figures:
     """Columns of the source by kind, as far as they are mapped or few."""
     times: set[str] = field(default_factory=set)
     """Columns that look like times, although none is mapped."""
+    by_file: Counter[int] = field(default_factory=Counter)
+    """Number of rows by the place of their file in the order of reading."""
     lines: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Number of lines by file and start of a piece."""
 
@@ -96,7 +98,9 @@ class Figures:
         if task.target is not None and len(items):
             found.labels = answers(pc.map_lookup(flat(items["fields"]), task.target, "first"), task)
         found.add_rejects(bad)
-        for file, text in zip(counts["file"].to_pylist(), counts["detail"].to_pylist(), strict=True):
+        of_counts = (counts[name].to_pylist() for name in ("file", "seq", "detail"))
+        for file, count, text in zip(*of_counts, strict=True):
+            found.by_file[file] += count
             if text is not None:
                 found._add_notes(file, Notes(**json.loads(text)))
         return found
@@ -129,7 +133,7 @@ class Figures:
         """Adds the figures of other rows, of other users."""
         for name in ("rows", "users", "items", "timed", "requests"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("labels", "targets", "rejects", "values", "left_out", "lines"):
+        for name in ("labels", "targets", "rejects", "values", "left_out", "lines", "by_file"):
             getattr(self, name).update(getattr(other, name))
         self.times |= other.times
         for kind, names in other.columns.items():

@@ -22,19 +22,22 @@ from pipelines.ingest import source_files as sources
 from pipelines.ingest import summary
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
+from pipelines.ingest.look import look, options_of, sources_of
 from pipelines.ingest.merge import MergeBucket
 from pipelines.ingest.parse import ParsePieces
-from pipelines.ingest.source_rows import RowRules, nothing_in
-from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, format_of, unpacked_bytes
+from pipelines.ingest.source_rows import nothing_in
+from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, unpacked_bytes
+from pipelines.ingest.sources.discover import addresses
 from pipelines.ingest.sources.download import fetch
 from pipelines.waves import next_group
-from pplug import tasks
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec
 
 WITHHELD = "withheld"
 """Reject reason of usable rows in a run that may replace nothing."""
-_NEW_KEYS = ("time", "undated", "labels")
+_OLD_KEYS = ("mode", "columns", "history_scope", "questions", "derive_requests")
+_NEW_KEYS = ("time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv")
+"""Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
 
@@ -72,8 +75,9 @@ def run(config: IngestConfig) -> int:
         source, part = fetch(config.download, config.split, config.address, config.download_dir)
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
-    options = _options(config)
-    pieces, task = look(config)
+    options = options_of(config)
+    found = sources_of(config)
+    pieces, task = look(config, found)
     states = sources.states(pieces)
     session.start()
     survey = _survey(pieces, task, options)
@@ -91,6 +95,8 @@ def run(config: IngestConfig) -> int:
         kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, task), _addresses(config), kept)
         files, anew, figures = _files(plan, config, run_id, survey, report)
         sources.refuse_changed(states, pieces)
+        sources.refuse_empty(config, pieces, figures.by_file)
+        report.extra |= sources.in_report(found, pieces, figures.by_file, LISTED_FILES)
         summary.refuse_missing(config, figures)
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
         summary.tell(config, pieces, figures, report)
@@ -99,64 +105,6 @@ def run(config: IngestConfig) -> int:
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
-
-
-def _options(config: IngestConfig) -> Options:
-    rules = RowRules(config.time, config.labels, config.show_text)
-    return Options(config.columns, config.split, config.history_scope, config.questions == "keep", rules)
-
-
-def look(config: IngestConfig) -> "tuple[tuple[Piece, ...], TaskSpec]":
-    """Finds the pieces to read and the task in force, from names and first lines only.
-
-    Raises:
-        InputError: there is no file, it has another layout, a column or a task is missing, or requests cannot be
-            derived for the task.
-    """
-    pieces: list[Piece] = []
-    options, named = _options(config), None
-    if config.source is not None:
-        format = FORMATS[config.format] if config.format != "auto" else format_of(config.source)
-        pieces = format.find(config.source, "items", options)
-        named = format.check(pieces, options)
-    if config.requests_source is not None:
-        format = format_of(config.requests_source)
-        if "requests" not in format.kinds:
-            known = ", ".join(name for name, known in FORMATS.items() if "requests" in known.kinds)
-            raise InputError(
-                f"{config.requests_source}: requests come from {known} files, and none is there; a folder of format "
-                f"{format.name} can only be the `source`"
-            )
-        asked = format.find(config.requests_source, "requests", options, first_file=len(pieces) + 1)
-        format.check(asked, options)
-        pieces += asked
-    task = _task(config, named)
-    if config.derive_requests and (task.input is None or task.target is None):
-        raise InputError(
-            f"derive_requests={config.derive_requests}: task {task.name} has no template that turns an item into a "
-            "request (input and target); give a task entry that has both, or derive none"
-        )
-    if task.metric != "text" and not task.labels and config.labels != "infer":
-        raise InputError(
-            f"task {task.name}: metric {task.metric} needs labels, and it has none; list them in the task entry, or "
-            "give --labels infer to take those of the source"
-        )
-    return tuple(pieces), task
-
-
-def _task(config: IngestConfig, named: str | None) -> "TaskSpec":
-    wanted = config.task or named
-    try:
-        if wanted is not None:
-            return tasks.find(wanted)
-    except ValueError as error:
-        raise InputError(f"task: {error}") from error
-    if config.source is None:  # requests only: the histories there say what the task is
-        return tables.task_entry(None, tables.open_table(config.tables, "histories").snapshot(complete=True))
-    known = ", ".join(task.name for task in tasks.lamp_entries())
-    raise InputError(
-        f"{config.source}: names no task; give --task with one of {known}, or a YAML file with a task entry of your own"
-    )
 
 
 def _survey(pieces: "tuple[Piece, ...]", task: "TaskSpec", options: Options) -> Any:
@@ -217,7 +165,7 @@ def _buckets(pieces: "tuple[Piece, ...]") -> int:
 
 
 def _addresses(config: IngestConfig) -> list[str]:
-    return [address for address in (config.source, config.requests_source) if address is not None]
+    return [*addresses(config.source), *addresses(config.requests_source)]
 
 
 def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") -> dict[str, str]:
@@ -226,10 +174,9 @@ def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") 
     given = {f"file {name}": content for name, content in files[:LISTED_FILES]}
     given["files"] = f"{len(files)}, digest {short_id({'files': files})}"
     given["task"] = f"{task.name}, digest {short_id(task.model_dump(mode='json'))}"
-    for key in ("mode", "columns", "history_scope", "questions", "derive_requests", "time", "undated", "labels"):
-        if key in _NEW_KEYS and getattr(config, key) == IngestConfig.model_fields[key].default:
-            continue  # the record of a run that began before there was such a key
-        given[key] = json.dumps(config.model_dump(mode="json")[key], sort_keys=True)
+    values, plain = config.model_dump(mode="json"), IngestConfig(tables="-", source="-").model_dump(mode="json")
+    for key in (*_OLD_KEYS, *(key for key in _NEW_KEYS if values[key] != plain[key])):
+        given[key] = json.dumps(values[key], sort_keys=True)
     return given
 
 

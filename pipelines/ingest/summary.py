@@ -22,11 +22,17 @@ def refuse_missing(config: IngestConfig, figures: Figures) -> None:
     there = set().union(*figures.columns.values())
     if not there:  # nothing was read, or the format has no columns
         return
-    for name, column in config.columns.items():
-        if column not in there:
+    mapped = [("columns", name, column, there) for name, column in config.columns.items()]
+    if config.requests_columns:  # then each mapping is for its own rows
+        of_items, of_requests = (figures.columns.get(kind, set()) for kind in ("items", "requests"))
+        mapped = [("columns", name, column, of_items) for name, column in config.columns.items()]
+        mapped += [("requests-columns", name, column, of_requests) for name, column in config.requests_columns.items()]
+    for key, name, column, known in mapped:
+        if known and column not in known:
             raise InputError(
-                f"{config.source or config.requests_source}: no row has the column {column!r}, which --columns maps to "
-                f"{name}; the rows have {', '.join(sorted(there)[:20])}; nothing has been written"
+                f"{config.requests_source if key != 'columns' else config.source or config.requests_source}: no row "
+                f"has the column {column!r}, which --{key} maps to {name}; the rows have "
+                f"{', '.join(sorted(known)[:20])}; nothing has been written"
             )
     time = config.columns.get("occurred_at")
     if time is not None and figures.items and not figures.values["items.occurred_at"]:

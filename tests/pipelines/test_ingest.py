@@ -261,8 +261,10 @@ def test_a_source_that_is_not_lamps_is_refused(population, tmp_path, content, go
 
 
 def test_missing_files_splits_tasks_and_golds_are_named(population, tmp_path):
-    with pytest.raises(InputError, match=r"no dev_questions.json or .json.gz here \(it has no file\)"):
+    with pytest.raises(InputError, match=r"nowhere: no file is there \(it does not exist\)"):
         population.ingest(source=str(tmp_path / "nowhere"), split="dev")
+    with pytest.raises(InputError, match=r"no dev_questions.json or .json.gz here \(it has no file\)"):
+        population.ingest(source=str(tmp_path / "nowhere"), split="dev", format="lamp")
     source = write_lamp(tmp_path / "lamp", [question("1", [])], split="train")
     with pytest.raises(InputError, match="it has the splits train: give --split"):
         population.ingest(source=source, split="dev")

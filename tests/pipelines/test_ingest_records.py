@@ -17,7 +17,7 @@ from pipelines import tables
 from pipelines.ingest.resolve import HELD, NEW, OLD, WORK, resolve
 from pipelines.ingest.sources import jsonl as jsonl_format
 from pipelines.ingest.sources import records
-from pipelines.ingest.sources.base import Options
+from pipelines.ingest.sources.base import Options, find
 from pipelines.run import CpuShare
 from pplug import history
 from tests.pipelines.population import NOTES, Population
@@ -106,7 +106,8 @@ def test_pieces_of_a_file_give_what_the_whole_file_gives(population, tmp_path, m
     source = jsonl(tmp_path / "items.jsonl", rows)
     for size in (1, 97, 4096, 10**9):
         monkeypatch.setattr(records, "PIECE_BYTES", size)
-        pieces = jsonl_format.Jsonl().find(source, "items", Options({}, "train", "auto", True))
+        options = Options({}, "train", "auto", True)
+        pieces = jsonl_format.Jsonl().pieces(find(source, "auto", options).files, "items", options)
         assert (len(pieces) > 1) == (size < 10**9)
         lines = [row for piece in pieces for row in jsonl_format.lines(piece)]
         assert [json.loads(line) for _, line in lines] == rows
@@ -160,7 +161,7 @@ def test_a_missing_column_names_those_there_are(population, tmp_path):
     pq.write_table(pa.table({"user_id": ["u"], "text": ["x"]}), tmp_path / "i.parquet")
     with pytest.raises(InputError, match="no column 'item_id'"):
         population.ingest(source=str(tmp_path / "i.parquet"), task=task)
-    with pytest.raises(InputError, match="no jsonl file .it does not exist"):
+    with pytest.raises(InputError, match="no file is there .it does not exist"):
         population.ingest(source=str(tmp_path / "none.jsonl"), task=task)
     source = jsonl(tmp_path / "i.jsonl", [note("u", "1")])
     (tmp_path / "task.yaml").write_text("a: [")

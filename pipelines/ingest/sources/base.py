@@ -4,21 +4,58 @@ A format is a class in a module of its own, which `sources/__init__.py` imports:
 else asks for a format by name or by the suffix of a file.
 """
 
+import bz2
 import gzip
+import io
+import lzma
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from infra.storage import Storage
+import pyarrow as pa
+
+from infra.errors import InputError
+from infra.remote import reading
 from pipelines.ingest.source_rows import RowRules, RowWriter
+from pipelines.ingest.sources.discover import PACKINGS, File, Kinds, Source, addresses, discover
+from pplug.settings import Settings
 from pplug.tasks import TaskSpec
 
 Kind = Literal["items", "requests"]
 UNREADABLE = "unreadable_file"
 """Reason of the one reject that stands for a file which cannot be read."""
+DAMAGED = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
+"""Errors of a file that is damaged, cut off, or not what its name says."""
+
+
+class NotThisFormat(OSError):
+    """A file that is not what its name says, or cannot be used. Its message holds nothing of the file's text."""
+
+
 _PACKED_BY = 4
 """Factor by which gzip shrinks texts like these, roughly."""
+_PACKINGS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": None,
+}
+"""First bytes of compressed files; zstd is read by Arrow."""
+
+
+class CsvForm(Settings):
+    """Sets how CSV files are written, where looking at their beginnings finds something else."""
+
+    delimiter: str | None = None
+    """Text between two values, such as ; or a tab (\\t); found from the beginning of each file when not given."""
+    header: bool | None = None
+    """Names of columns in the first line; without them, columns are called column0, column1 and so on."""
+    quote: str | None = None
+    """Character around values that hold delimiters or line ends; an empty text for none."""
+    encoding: str | None = None
+    """Name of the encoding, such as cp1252; UTF-8, UTF-16 by its mark, or found from the beginning of each file."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +67,15 @@ class Options:
     history_scope: str
     keep_questions: bool
     rules: RowRules = field(default_factory=RowRules)
+    requests_columns: Mapping[str, str] = field(default_factory=dict)
+    explode: str | None = None
+    csv: CsvForm = CsvForm()
+    query: str | None = None
+    requests_query: str | None = None
+
+    def mapping(self, kind: Kind) -> Mapping[str, str]:
+        """Returns the column for each of our names: that of the requests, where it is given, or that of all."""
+        return self.requests_columns if kind == "requests" and self.requests_columns else self.columns
 
 
 @dataclass(frozen=True)
@@ -44,6 +90,16 @@ class Piece:
     """Place of the file in the order of reading."""
     start: int = 0
     end: int | None = None
+    partition: tuple[tuple[str, str | None], ...] = ()
+    """Columns that the names of the file's folders give."""
+    version: int | None = None
+    """Version of a table that is read through its log."""
+    identity: str | None = None
+    """Text that stands for the content of such a table."""
+    size: int = 0
+    """Size of the file or table in bytes, as it lies there."""
+    parts: "tuple[Piece, ...]" = ()
+    """Pieces that a query stands over; it has no file of its own."""
 
     @property
     def name(self) -> str:
@@ -51,12 +107,29 @@ class Piece:
         return self.files[0]
 
 
+@dataclass(frozen=True)
+class Head:
+    """Beginning of a file."""
+
+    columns: pa.Schema
+    """Columns with their types; those of JSON follow from its first records."""
+    rows: list[dict[str, Any]]
+    form: str | None = None
+    """Form that was found, in words: delimiter, header, encoding."""
+
+
 class Format(ABC):
     """A format of sources. Objects hold nothing: they are the same in every process."""
 
     name: ClassVar[str] = ""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Ends of file names; a format without suffixes is the one for folders in which no other format finds a file."""
+    """Ends of file names in lower case, without the end of a packing."""
+    beside: ClassVar[bool] = False
+    """True if such files beside those of another format are notes about these, and no data."""
+    aloof: ClassVar[bool] = False
+    """True if files are read in this format only when it is named."""
+    chosen: ClassVar[bool] = True
+    """True if `format` may name it."""
     kinds: ClassVar[tuple[Kind, ...]] = ("items", "requests")
     """Kinds of source that may have this format."""
     asks: ClassVar[bool] = False
@@ -68,9 +141,13 @@ class Format(ABC):
         if cls.name:
             FORMATS[cls.name] = cls()
 
+    def claims(self, address: str, format: str) -> bool:
+        """Says whether an address as a whole is a source of this format; `format` is the key of that name."""
+        return False
+
     @abstractmethod
-    def find(self, source: str, kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
-        """Lists the pieces of a source. Raises InputError: the source does not exist, or nothing has this format."""
+    def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
+        """Divides the files of a source among tasks. Raises InputError: a file cannot be of this format."""
 
     @abstractmethod
     def check(self, pieces: Sequence[Piece], options: Options) -> str | None:
@@ -84,6 +161,10 @@ class Format(ABC):
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every row of a piece to the writer; yields when the writer is full."""
 
+    def head(self, piece: Piece, options: Options, rows: int) -> Head:
+        """Returns the beginning of a piece's file: columns, first rows and the form found. A damaged file has none."""
+        return Head(pa.schema([]), [])
+
     def survey(self, piece: Piece, entry: TaskSpec, options: Options) -> tuple[str | None, Any]:
         """Returns an error in the source, or None, and facts about the whole of it that `read` needs."""
         return None, None
@@ -93,30 +174,61 @@ FORMATS: dict[str, Format] = {}
 """Every format, by its name."""
 
 
-def format_of(source: str) -> Format:
-    """Finds the format of a source by its name, or by the names of the files in it."""
-    known = [format for format in FORMATS.values() if format.suffixes]
-    for format in known:
-        if source.endswith(format.suffixes):
-            return format
-    names = Storage(source).list()
-    for format in known:
-        if any(name.endswith(format.suffixes) for name in names):
-            return format
-    return next(format for format in FORMATS.values() if not format.suffixes)
+def choices() -> tuple[str, ...]:
+    """Returns the names of formats that `format` takes."""
+    return tuple(name for name, format in FORMATS.items() if format.chosen)
+
+
+def kinds() -> Kinds:
+    """Returns the ends of names by which files are told apart."""
+    return Kinds(
+        {name: format.suffixes for name, format in FORMATS.items() if format.suffixes},
+        frozenset(name for name, format in FORMATS.items() if format.beside),
+        frozenset(name for name, format in FORMATS.items() if format.aloof),
+    )
+
+
+def find(source: str | Sequence[str], format: str, options: Options) -> Source:
+    """Finds the files of a source. Raises InputError: see `discover`."""
+    given = addresses(source)
+    for format_of_folder in FORMATS.values():
+        whole = [address for address in given if format_of_folder.claims(address, format)]
+        if whole and len(given) > 1:
+            raise InputError(
+                f"{whole[0]}: a folder of format {format_of_folder.name} is a source of its own; ingest "
+                f"{', '.join(given)} one by one"
+            )
+        if whole:
+            return Source((File(given[0], options.split, format_of_folder.name),))
+    return discover(source, kinds(), format)
 
 
 def is_packed(name: str) -> bool:
-    """Says whether a file is compressed as a whole, so that it can only be read from its beginning."""
-    return name.endswith(".gz")
+    """Says by its name whether a file is compressed as a whole, so that it can only be read from its beginning."""
+    return name.lower().endswith(PACKINGS)
 
 
 def unpacked_bytes(piece: Piece) -> int:
     """Estimates the size of a piece's rows, unread."""
-    return Storage(piece.folder).size(piece.name) * (_PACKED_BY if is_packed(piece.name) else 1)
+    return piece.size * (_PACKED_BY if is_packed(piece.name) else 1)
 
 
-def opened(folder: str, name: str) -> IO[bytes]:
-    """Opens a file for reading, unpacked."""
-    stream = Storage(folder).open_input(name)
-    return gzip.GzipFile(fileobj=stream) if is_packed(name) else stream  # type: ignore[return-value]
+def opened(folder: str, name: str) -> Any:
+    """Opens a file for buffered reading, unpacked where its first bytes, whatever its name, are those of a packing."""
+    stream = reading(folder).open_input(name)
+    first = bytes(stream.read(6))
+    stream.seek(0)
+    for magic, unpack in _PACKINGS.items():
+        if first.startswith(magic):
+            return unpack(stream) if unpack else io.BufferedReader(_unpacked_zstd(stream), 2**20)
+    return io.BufferedReader(stream, 2**20)  # type: ignore[type-var]
+
+
+def _unpacked_zstd(stream: Any) -> Any:
+    return pa.CompressedInputStream(stream, "zstd")
+
+
+def begins_packed(folder: str, name: str) -> bool:
+    """Says by its first bytes whether a file is compressed."""
+    with reading(folder).open_input(name) as stream:
+        return bytes(stream.read(6)).startswith(tuple(_PACKINGS))

@@ -1,71 +1,170 @@
-"""JSON lines: one record per line. A damaged line is a reject, and the next one is read.
+"""JSON: one record per line, or one array of records. A damaged record is a reject, and the next one is read.
 
-A plain file is read in pieces of some megabytes; each line belongs to the piece that it begins in. Python's parser
-reads them, because a library that reads whole files gives up at the first damaged line, or loses its place.
+A plain file of lines is read in pieces of some megabytes; each line belongs to the piece that it begins in. It is read
+by hand: the readers of Arrow and DuckDB give up a block, or the file, for one damaged line, and guess types.
+An array, or an object with an array of objects in it, is read by ijson, record by record; damage ends it there.
 """
 
 import io
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import ijson
 import numpy as np
 
-import pipelines.ingest.sources.records as records
-from infra.storage import Storage
-from pipelines.ingest.sources.base import Piece, is_packed, opened
-from pipelines.ingest.sources.records import Batch, RecordFormat
+from pipelines.ingest.sources.base import DAMAGED, NotThisFormat, Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.discover import File
+from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
 from pipelines.ingest.values import RowError
 
-_LOOKED_AT = 100
-"""Number of lines in which a source's columns are looked for."""
-_BATCH_ROWS, _BATCH_BYTES = 8192, 4 * 2**20
+_BOM = b"\xef\xbb\xbf"
+_BEGINNING = 2**16
 
 
 class Jsonl(RecordFormat):
-    """Plain or gzipped files of JSON objects."""
+    """Files under the common names of files with one JSON object per line."""
 
     name = "jsonl"
-    suffixes = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
     place = "@"
+    wraps = False
+    """True if a file may be one object that holds the array of records."""
 
-    def parts(self, storage: Storage, name: str) -> list[tuple[int, int | None]]:
-        size = 0 if is_packed(name) else storage.size(name)
-        starts = range(0, size, records.PIECE_BYTES) if size > records.PIECE_BYTES else [0]
-        return list(zip(starts, [*starts[1:], None], strict=True))
+    def divisible(self, file: File, options: Options) -> bool:
+        return not begins_packed(file.folder, file.name) and self._array(file.folder, file.name, options) is None
 
-    def columns(self, piece: Piece) -> set[str]:
-        names: set[str] = set()
-        for number, (_, line) in enumerate(lines(Piece(self.name, piece.kind, piece.folder, piece.files, 0))):
-            try:
-                names |= set(_json_object(line))
-            except RowError:  # set aside when it is read
-                pass
-            if number >= _LOOKED_AT:
-                break
-        return names
+    def place_of(self, piece: Piece, options: Options) -> Callable[[int], str]:
+        place = super().place_of(piece, options)
+        if piece.start or self._array(piece.folder, piece.name, options) is None:
+            return place
+        return lambda seq: place(seq).replace(f"{piece.name}@", f"{piece.name} record ", 1)
 
-    def batches(self, piece: Piece) -> Iterator[Batch]:
-        found: list[dict[str, Any]] = []
-        seq: list[int] = []
-        line_of: list[int] = []
-        batch, number, size = Batch({}, np.array([], np.int64)), 0, 0
-        for number, (at, line) in enumerate(_all_lines(piece), start=1):
-            batch.lines += 1
-            if line.isspace():
-                continue
-            try:
-                found.append(_json_object(line))
-                seq.append(at)
-                line_of.append(number)
-            except RowError as error:
-                batch.bad.append((at, error, number, line.decode("utf-8", "replace").strip()))
-            size += len(line)
-            if len(found) + len(batch.bad) >= _BATCH_ROWS or size >= _BATCH_BYTES:
-                yield _filled(batch, found, seq, line_of)
-                found, seq, line_of, size = [], [], [], 0
-                batch = Batch({}, np.array([], np.int64))
-        yield _filled(batch, found, seq, line_of)
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        refuse_content(piece, "JSON")
+        array = None if piece.start else self._array(piece.folder, piece.name, options)
+        explode = options.explode if piece.kind == "items" else None
+        batch = _Filling(explode)
+        try:
+            if array is not None:
+                for seq, value in _values(piece, array):
+                    batch.add(seq, None, value, 0)
+                    if batch.full:
+                        yield batch.take()
+            else:
+                for number, (at, line) in enumerate(_all_lines(piece), start=1):
+                    batch.lines += 1
+                    if not line.isspace():
+                        batch.add(at, number, line, len(line))
+                        if batch.full:
+                            yield batch.take()
+        except DAMAGED:
+            yield batch.take()  # what stands before the damage
+            raise
+        yield batch.take()
+
+    def _array(self, folder: str, name: str, options: Options) -> str | None:
+        """Returns ijson's path to the array of records that a file is; None for a file of lines."""
+        with opened(folder, name) as stream:
+            text = stream.read(_BEGINNING).removeprefix(_BOM).lstrip()
+        line, _, more = text.partition(b"\n")
+        if text.startswith(b"["):
+            return "item" if text[1:].lstrip()[:1] in (b"{", b"]") and not (_parses(line) and more.strip()) else None
+        if not self.wraps or options.explode or not text.startswith(b"{") or (_parses(line) and more.strip()):
+            return None
+        return _path_to_array(text)
+
+
+class Json(Jsonl):
+    """Files that end in .json: an array of objects, an object with an array of objects in it, or lines."""
+
+    name = "json"
+    suffixes = (".json",)
+    beside = True
+    wraps = True
+
+
+class _Filling:
+    """Records on their way into a batch."""
+
+    def __init__(self, explode: str | None) -> None:
+        self.explode = explode
+        self._new()
+
+    def _new(self) -> None:
+        self.found: list[Mapping[str, Any]] = []
+        self.seq: list[int] = []
+        self.line: list[int] = []
+        self.bad: list[tuple[int, RowError, int | None, str | None]] = []
+        self.size = self.lines = 0
+
+    def add(self, seq: int, number: int | None, given: Any, size: int) -> None:
+        """Adds a record, given as a line or as a value; one that cannot be used is kept as bad."""
+        try:
+            record = _an_object(_parsed(given) if isinstance(given, bytes) else given)
+            if self.explode is not None and not isinstance(_at(record, self.explode), list | None):
+                raise RowError("wrong_type", f"{self.explode} is no list")
+            self.found.append(record)
+            self.seq.append(seq)
+            self.line.append(number or 0)
+        except RowError as error:
+            text = given.decode("utf-8", "replace").strip() if isinstance(given, bytes) else None
+            self.bad.append((seq, error, number, text))
+        self.size += size
+
+    @property
+    def full(self) -> bool:
+        return len(self.found) + len(self.bad) >= BATCH_ROWS or self.size >= BATCH_BYTES
+
+    def take(self) -> Batch:
+        """Returns the records by column, in the order in which their names first stand there."""
+        names = dict.fromkeys(name for names in {tuple(record): None for record in self.found} for name in names)
+        columns = {name: [record.get(name) for record in self.found] for name in names}
+        if self.explode is not None and "." not in self.explode:
+            columns.setdefault(self.explode, [None] * len(self.found))
+        line = np.array(self.line, np.int64) if all(self.line) else None
+        batch = Batch(columns, np.array(self.seq, np.int64), line, self.bad, self.lines)
+        self._new()
+        return batch
+
+
+def _at(record: Mapping[str, Any], path: str) -> Any:
+    for part in [path] if path in record else path.split("."):
+        record = record.get(part) if isinstance(record, Mapping) else None  # type: ignore[assignment]
+    return record
+
+
+def _values(piece: Piece, array: str) -> Iterator[tuple[int, Any]]:
+    """Yields number and value of each record of an array. Raises NotThisFormat: it is damaged after these."""
+    with opened(piece.folder, piece.name) as stream:
+        if stream.peek(3)[:3] == _BOM:
+            stream.read(3)
+        try:
+            yield from enumerate(ijson.items(stream, array, use_float=True), start=1)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _path_to_array(text: bytes) -> str | None:
+    """Returns the path of the first array of objects right in an object of which this is the beginning."""
+    depth, above = 0, None
+    try:
+        for prefix, event, _ in ijson.parse(io.BytesIO(text)):
+            if event == "start_map" and above is not None:
+                return f"{above}.item"
+            above = prefix if event == "start_array" and depth == 1 else None
+            depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
+    except (ijson.JSONError, UnicodeDecodeError):
+        pass  # cut off at the end of the beginning, or damaged: its lines will say so
+    return None
 
 
 def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -75,35 +174,29 @@ def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 def _all_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Yields byte offset and text of each line of a piece."""
-    with opened(piece.folder, piece.name) as raw:
-        stream: Any = raw if is_packed(piece.name) else io.BufferedReader(raw, 2**20)  # type: ignore[type-var]
+    with opened(piece.folder, piece.name) as stream:
         at = piece.start
         if at:
             stream.seek(at - 1)
             at += len(stream.readline()) - 1
         while (piece.end is None or at < piece.end) and (line := stream.readline()):
-            yield at, line.removeprefix(b"\xef\xbb\xbf") or b"\n" if at == 0 else line
+            yield at, line.removeprefix(_BOM) or b"\n" if at == 0 else line
             at += len(line)
 
 
-def _filled(batch: Batch, found: list[dict[str, Any]], seq: list[int], line: list[int]) -> Batch:
-    """Returns the batch with the records' columns, in the order in which their names first stand there."""
-    names = dict.fromkeys(name for names in {tuple(record): None for record in found} for name in names)
-    batch.columns = {name: [record.get(name) for record in found] for name in names}
-    batch.seq, batch.line = np.array(seq, np.int64), np.array(line, np.int64)
-    return batch
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Parses a line. Raises RowError: it is no JSON object, or an object has one name twice."""
+def _parsed(line: bytes) -> Any:
+    """Parses a line. Raises RowError: it is no JSON, or an object has one name twice."""
     try:
-        value = _DECODER.decode(line.decode("utf-8"))
+        return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("bad_utf8", f"byte {error.start} of the line is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise RowError("bad_json", str(error).partition(":")[0]) from None
+
+
+def _an_object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise RowError("wrong_type", "the line is not a JSON object")
+        raise RowError("wrong_type", "the record is not a JSON object")
     return value
 
 

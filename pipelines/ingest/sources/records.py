@@ -1,24 +1,23 @@
 """Formats with one record per history item or request, whose columns a mapping names.
 
-A source is a file or a folder of files. A format says which files are its own, which columns they have and which
-records a piece of them holds; everything else is here.
+A format says which columns its files have and which records a piece of them holds; everything else is here.
 """
 
-import lzma
 import re
-import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from infra.errors import InputError
-from infra.storage import Storage
+from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
-from pipelines.ingest.sources.base import UNREADABLE, Format, Kind, Options, Piece
+from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, paths, plain, schema_of
+from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
 from pipelines.ingest.values import Column, RowError, as_array, values
 
@@ -29,11 +28,13 @@ NEEDED: dict[Kind, tuple[str, ...]] = {
 FIELDS = "fields"
 """Our name of a column that holds an item's fields as a mapping."""
 PIECE_BYTES = 32 * 2**20
-DAMAGED = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
-"""Errors of a file that is damaged, cut off, or not what its name says."""
+BATCH_ROWS, BATCH_BYTES = 8192, 4 * 2**20
+"""Rows and bytes that a format hands over at once, roughly."""
 _INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")
 """Columns that pandas adds to number the rows; they are no field unless they are mapped to one."""
 _KEPT_NAMES = 200
+_LOOKED_AT = 100
+"""Number of records in which a source's columns are looked for."""
 
 
 @dataclass
@@ -51,66 +52,118 @@ class Batch:
     lines: int = 0
     """Number of lines read for this batch, empty ones too."""
 
+    @classmethod
+    def of_table(cls, table: pa.Table | pa.RecordBatch, first: int) -> "Batch":
+        """Makes a batch of Arrow columns, whose rows are counted from `first`."""
+        columns = {name: table.column(at) for at, name in enumerate(table.schema.names)}
+        return cls(columns, np.arange(first, first + table.num_rows))
+
 
 class RecordFormat(Format):
     """A format with one record per row."""
 
-    place: ClassVar[str]
+    place: ClassVar[str] = " row "
     """Text between a file's name and a record's number in the place that a reject names."""
 
-    def parts(self, storage: Storage, name: str) -> list[tuple[int, int | None]]:
-        """Cuts a file into parts [start, end) that several tasks may read; the whole file is (0, None)."""
-        return [(0, None)]
+    def divisible(self, file: File, options: Options) -> bool:
+        """Says whether several tasks may read parts of a file: the records that begin in [start, end) of its bytes."""
+        return False
 
     @abstractmethod
-    def columns(self, piece: Piece) -> set[str]:
-        """Returns the columns at the beginning of a piece's file; none where it cannot be read."""
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        """Yields the records of a piece in the order given, some megabytes at a time.
 
-    @abstractmethod
-    def batches(self, piece: Piece) -> Iterator[Batch]:
-        """Yields the records of a piece in the order given, some megabytes at a time."""
+        Args:
+            only: columns and paths that are needed; None for all. A format may give more.
+        """
 
-    def find(self, source: str, kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
-        """Lists the files of a source, in parts. Raises InputError: it does not exist, or has no file of the format."""
-        parent, _, last = source.rstrip("/").rpartition("/")
-        single = source.endswith(self.suffixes) and last in Storage(parent or ".").list(recursive=False)
-        storage = Storage(parent or ".") if single else Storage(source)
-        names = [last] if single else [name for name in storage.list() if name.endswith(self.suffixes)]
-        if not names:
-            why = "it does not exist" if single or not storage.exists() else "nothing there has such a name"
-            expected = f"expected a file or folder of {', '.join(self.suffixes)}"
-            raise InputError(f"{source}: no {self.name} file ({why}); {expected}")
-        return [
-            Piece(self.name, kind, storage.uri, (name,), file, start, end)
-            for file, name in enumerate(names, start=first_file)
-            for start, end in self.parts(storage, name)
-        ]
+    def schema(self, piece: Piece, options: Options) -> pa.Schema | None:
+        """Returns the columns that a piece's file states; None for a format in which each record has its own.
+
+        Raises:
+            OSError, pa.ArrowException: it cannot be read.
+        """
+        return None
+
+    def form(self, piece: Piece, options: Options) -> str | None:
+        """Describes what was found of a file's form, for formats that have a choice."""
+        return None
+
+    def place_of(self, piece: Piece, options: Options) -> Callable[[int], str]:
+        """Returns the text that names a record in a reject, by its seq."""
+        before = f"{piece.name}{self.place}"
+        if options.explode and piece.kind == "items":
+            return lambda seq: f"{before}{seq // ELEMENTS} item {seq % ELEMENTS}"
+        return lambda seq: f"{before}{seq}"
+
+    def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
+        """Divides large files among tasks, where their format allows it."""
+        pieces = []
+        for number, file in enumerate(files, start=first_file):
+            large = file.size > PIECE_BYTES and self.divisible(file, options)
+            starts = range(0, file.size, PIECE_BYTES) if large else [0]
+            for start, end in zip(starts, [*starts[1:], None], strict=True):
+                names = (file.name,)
+                pieces.append(
+                    Piece(self.name, kind, file.folder, names, number, start, end, file.partition, size=file.size)
+                )
+        return pieces
+
+    def head(self, piece: Piece, options: Options, rows: int) -> Head:
+        whole, first, columns, form = replace(piece, start=0, end=None), list[dict[str, Any]](), pa.schema([]), None
+        try:
+            stated = self.schema(whole, options)
+            form = self.form(whole, options)
+            if stated is not None:
+                columns = schema_of(_laid_out(Batch.of_table(stated.empty_table(), 0), whole, options).columns)
+            for batch in self.batches(whole, options):
+                found = _laid_out(batch, whole, options).columns
+                lists = [plain(column) for column in found.values()]
+                first += [dict(zip(found, row, strict=True)) for row in zip(*lists, strict=True)]
+                if stated is None:
+                    more = schema_of({name: column[:_LOOKED_AT] for name, column in found.items()})
+                    columns = pa.schema([*columns, *(one for one in more if one.name not in columns.names)])
+                if len(first) >= rows:
+                    break
+        except DAMAGED:  # the task that reads the file sets it aside
+            pass
+        return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
         """Looks for the needed columns in the first file. Raises InputError: one is missing; it lists those there."""
-        piece, existing = pieces[0], self.columns(pieces[0])
-        wanted = {name: options.columns.get(name, name) for name in NEEDED[piece.kind]}
+        piece = pieces[0]
+        if options.explode and piece.kind == "items":
+            columns = self.head(piece, replace(options, explode=None), _LOOKED_AT).columns
+            if len(columns) and options.explode not in paths(columns):
+                raise InputError(
+                    f"{piece.folder}/{piece.name}: no column {options.explode!r} to explode; it has "
+                    f"{', '.join(sorted(columns.names)[:20])}"
+                )
+        head = self.head(piece, options, _LOOKED_AT)
+        if head.form is not None:
+            print(f"ingest: {piece.name}: {head.form}", flush=True)
+        existing, mapping = paths(head.columns), options.mapping(piece.kind)
+        wanted = {name: mapping.get(name, name) for name in NEEDED[piece.kind]}
         missing = [column for column in wanted.values() if column not in existing]
         if existing and missing:
             name = next(name for name, column in wanted.items() if column == missing[0])
+            key = "requests-columns" if piece.kind == "requests" and options.requests_columns else "columns"
             raise InputError(
                 f"{piece.folder}/{piece.name}: no column {missing[0]!r} for {name}; it has "
-                f"{', '.join(sorted(existing)[:20])}; name the right one with --columns {name}=COLUMN"
+                f"{', '.join(sorted(head.columns.names)[:20])}; name the right one with --{key} {name}=COLUMN"
             )
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every record of the piece to the writer; yields when the writer is full."""
-
-        def place(seq: int) -> str:
-            return f"{piece.name}{self.place}{seq}"
-
+        place, mapping = self.place_of(piece, options), options.mapping(piece.kind)
+        several = ELEMENTS if options.explode and piece.kind == "items" else 1
         try:
-            for batch in self.batches(piece):
+            for batch in self.batches(piece, options, _needed(piece.kind, mapping, options)):
                 writer.notes.lines += batch.lines
                 writer.planned(len(batch.bad))
                 for seq, error, line, text in batch.bad:
-                    writer.reject(seq, place(seq), error, line, text)
-                put(batch, piece.kind, options.columns, writer, place)
+                    writer.reject(seq, place(seq * several), error, line, text)
+                put(_laid_out(batch, piece, options), piece.kind, mapping, writer, place)
                 if writer.full:
                     yield
         except RowError as error:
@@ -118,7 +171,54 @@ class RecordFormat(Format):
             writer.reject(piece.start, piece.name, error)
         except DAMAGED as error:
             writer.planned()
-            writer.reject(piece.start, piece.name, RowError(UNREADABLE, f"{type(error).__name__}: damaged or cut off"))
+            writer.reject(piece.start, piece.name, damage(error))
+
+
+def damage(error: Exception) -> RowError:
+    """Returns the error of the one reject that stands for a file which cannot be read to its end."""
+    said = str(error) if isinstance(error, NotThisFormat) else f"{type(error).__name__}: damaged or cut off"
+    return RowError(UNREADABLE, said)
+
+
+def refuse_content(piece: Piece, wanted: str) -> None:
+    """Raises NotThisFormat: the first bytes are those of another kind of file."""
+    with reading(piece.folder).open_input(piece.name) as stream:
+        first = bytes(stream.read(8))
+    other = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+    if other is not None and other != wanted:
+        raise NotThisFormat(f"the content is {other} and not {wanted}, whatever the name says")
+
+
+_MAGIC = {
+    b"PAR1": "Parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"ARROW1": "an Arrow file",
+    b"SQLite f": "an SQLite database",
+    b"%PDF": "PDF",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+}
+
+
+def _needed(kind: Kind, mapping: Mapping[str, str], options: Options) -> list[str] | None:
+    """Returns the columns that rows need; None for all, as where every column that is not ours becomes a field."""
+    if kind == "items" and not set(mapping) - {*CORE[kind], FIELDS, *CORE["requests"]}:
+        return None
+    names = [mapping.get(name, name) for name in (*CORE[kind], FIELDS)]
+    return list(dict.fromkeys([*names, *mapping.values(), *([options.explode] if options.explode else [])]))
+
+
+def _laid_out(batch: Batch, piece: Piece, options: Options) -> Batch:
+    """Returns a batch with the columns of its folders, and with its list column exploded."""
+    columns = dict(batch.columns)
+    for name, value in piece.partition:
+        if name not in columns:
+            columns[name] = pa.repeat(pa.scalar(value, pa.string()), len(batch.seq))
+    if not options.explode or piece.kind != "items":
+        return replace(batch, columns=columns)
+    columns, rows, number = exploded(columns, options.explode)
+    line = None if batch.line is None else batch.line[rows]
+    return Batch(columns, batch.seq[rows] * ELEMENTS + number, line)
 
 
 def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter, place: Any) -> None:
@@ -127,23 +227,24 @@ def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter,
     Without a mapping `fields` and without mapped fields, all columns that are not ours are fields.
     """
     core = {name: mapping.get(name, name) for name in CORE[kind]}
-    columns = {name: batch.columns[column] for name, column in core.items() if column in batch.columns}
+    found = {name: at_path(batch.columns, column) for name, column in {**mapping, **core}.items()}
+    there = {name: column for name, column in found.items() if column is not None}
+    columns = {name: there[name] for name in core if name in there}
     _note(batch, kind, core, mapping, writer)
     fields: dict[str, Column] = {}
     errors: dict[int, RowError] = {}
     if kind == "items":
         mapped = mapping.get(FIELDS, FIELDS)
-        named = {
-            name: batch.columns[column]
-            for name, column in mapping.items()
-            if name not in core and name != FIELDS and column in batch.columns
-        }
+        named = {name: there[name] for name in mapping if name in there and name not in core and name != FIELDS}
         taken = {*core.values(), mapped}
         free = [name for name in batch.columns if name not in taken and not _INDEX.fullmatch(name)]
         rest = {name: batch.columns[name] for name in free}
-        fields = named if any(name not in core and name != FIELDS for name in mapping) else rest
-        if mapped in batch.columns:
-            fields, errors = _spread(batch.columns[mapped], fields, keep=fields is named)
+        # A name of requests, such as input, is a field only where the items have its column: one mapping serves both.
+        meant = {name for name in mapping if name in named or name not in CORE["requests"]} - {*core, FIELDS}
+        fields = named if meant else rest
+        given = at_path(batch.columns, mapped)
+        if given is not None:
+            fields, errors = _spread(given, fields, keep=fields is named)
     writer.batch(kind, columns, fields, batch.seq, place, batch.line, errors)
 
 
@@ -186,8 +287,11 @@ def _note(batch: Batch, kind: Kind, core: Mapping[str, str], mapping: Mapping[st
     """Notes the columns there are, and those that may be times where the mapped one is missing."""
     seen = writer.notes.columns[kind]
     wanted = set(mapping.values()) | set(core.values())
-    new = [name for name in batch.columns if name not in seen and (name in wanted or len(seen) < _KEPT_NAMES)]
+    there = [*batch.columns, *(path for path in wanted if "." in path and at_path(batch.columns, path) is not None)]
+    new = [name for name in there if name not in seen and (name in wanted or len(seen) < _KEPT_NAMES)]
     seen += new
-    if kind == "items" and core["occurred_at"] not in batch.columns:
+    if kind == "items" and core["occurred_at"] not in there:
         own = {core["user_id"], core["item_id"]}
-        writer.notes.times += [n for n in new if n not in own and looks_like_time(n, batch.columns[n])]
+        writer.notes.times += [
+            n for n in new if n not in own and n in batch.columns and looks_like_time(n, batch.columns[n])
+        ]

@@ -1,0 +1,76 @@
+"""Tables in memory as the source of an ingest: pandas, Polars, Arrow, DuckDB, Ray Data.
+
+The rows are written as Parquet beside the tables, where every worker finds them, and read by the same job as files;
+they are removed at its end. So a row is checked, counted and rejected as from a file, and a run_id means the same.
+"""
+
+import uuid
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import InputError
+from infra.storage import Storage
+from pipelines.ingest import job
+from pipelines.ingest.config import IngestConfig
+
+_ROWS = 65_536
+_FOLDER = "_frames"
+
+
+def ingest_frame(frame: Any, tables: str, task: str | None = None, *, requests: Any = None, **keys: Any) -> int:
+    """Ingests a table that is in memory, or a Ray Dataset.
+
+    Args:
+        frame: items; a pandas or Polars frame, an Arrow table, batch or RecordBatchReader, a DuckDB relation, anything
+            else with `__arrow_c_stream__`, or a Ray Dataset. A stream is read once, in pieces. pandas' index is no
+            column. None for none.
+        tables: folder or s3://bucket/prefix of the population's tables.
+        task: name of a LaMP task, or YAML file with a task.
+        requests: a table of requests, alike.
+        keys: further keys of `ingest`, such as columns, mode or run_id.
+
+    Returns:
+        The exit code of `ingest`: 0 done, 1 partly done, 3 more rejects than allowed.
+
+    Raises:
+        InputError: the frame is no table, or `ingest` refuses it.
+    """
+    storage, folder = Storage(tables), f"{_FOLDER}/{uuid.uuid4().hex}"
+    given = {"source": frame, "requests_source": requests}
+    try:
+        for key, one in given.items():
+            if one is not None:
+                keys[key] = _written(one, storage.join(f"{folder}/{key}"))
+        return job.run(IngestConfig(tables=tables, task=task, **keys))
+    finally:
+        for name in storage.list(folder):
+            storage.delete(name)
+
+
+def _written(frame: Any, folder: Storage) -> str:
+    """Writes a frame into a folder as Parquet; returns the folder's address."""
+    if type(frame).__module__.partition(".")[0] == "ray":
+        frame.write_parquet(folder.uri, filesystem=folder.filesystem if folder.is_s3 else None)
+        return folder.uri
+    reader = _reader(frame)
+    with folder.open_output("rows.parquet") as out, pq.ParquetWriter(out, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch, row_group_size=_ROWS)
+    return folder.uri
+
+
+def _reader(frame: Any) -> pa.RecordBatchReader:
+    if type(frame).__module__.partition(".")[0] == "pandas":
+        return pa.Table.from_pandas(frame, preserve_index=False).to_reader()
+    if isinstance(frame, pa.RecordBatch):
+        return pa.Table.from_batches([frame]).to_reader()
+    if isinstance(frame, pa.Table):
+        return frame.to_reader()
+    if hasattr(frame, "__arrow_c_stream__"):
+        return pa.RecordBatchReader.from_stream(frame)
+    raise InputError(
+        f"{type(frame).__name__} is no table: expected a pandas or Polars frame, an Arrow table or reader, or a Ray "
+        "Dataset"
+    )

@@ -1,0 +1,327 @@
+"""CSV and TSV. Delimiter, quotes, header and encoding are found from a file's beginning and shown.
+
+Values are texts, byte for byte: "007" stays so. Each row that cannot be taken apart is a reject with its line, and the
+next row is read. Python's csv module parses, strictly: Arrow's reader takes `"a "b" c"` for a value with other
+characters, and DuckDB's tells no line of a good row.
+A large file is divided only where a line break cannot lie inside quotes: an even number of quotes stands before it. The
+task before checks that its last row ends there.
+"""
+
+import codecs
+import csv
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import charset_normalizer
+import numpy as np
+import pyarrow as pa
+
+import pipelines.ingest.sources.records as records
+from infra.remote import reading
+from pipelines.ingest.source_rows import CORE
+from pipelines.ingest.sources.base import DAMAGED, CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.columns import refuse_duplicates
+from pipelines.ingest.sources.discover import File, unpacked_name
+from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, FIELDS, Batch, RecordFormat, refuse_content
+from pipelines.ingest.values import RowError
+
+DELIMITERS = (",", ";", "\t", "|")
+_SAMPLE_BYTES, _SAMPLE_ROWS = 2**18, 200
+_LONGEST = 2**26
+"""Number of characters from which a value is taken for a quote that nobody closed."""
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_WIDE = ("utf-16", "utf-32")
+"""Encodings whose line ends are no single byte."""
+csv.field_size_limit(_LONGEST)
+
+
+def _odd_letter(error: UnicodeError) -> tuple[str, int]:
+    """Puts half a surrogate pair for bytes that are no letter, so that their row alone is a reject."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+codecs.register_error("odd letters", _odd_letter)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of one file."""
+
+    delimiter: str
+    quote: str | None
+    escape: str | None
+    """Character in front of a quote inside quotes; None where it is doubled."""
+    encoding: str
+    header: bool = False
+    names: tuple[str, ...] = ()
+    lone_returns: bool = False
+    """True if lines end in \\r alone, as on old Macs."""
+
+    def in_words(self) -> str:
+        tab = {"\t": "tab"}.get(self.delimiter, self.delimiter)
+        quote = f"quote {self.quote}" if self.quote else "no quotes"
+        escape = f" (inside values \\{self.quote})" if self.escape else ""
+        header = "names in the first line" if self.header else f"no header: {self.names[0]} to {self.names[-1]}"
+        return f"delimiter {tab}, {quote}{escape}, {header}, encoding {self.encoding}"
+
+
+class Delimited(RecordFormat):
+    """Files with one row per line, or several lines within quotes, and a delimiter between values."""
+
+    name = "csv"
+    suffixes = (".csv", ".tsv")
+    place = "@"
+
+    def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
+        found: list[Piece] = []
+        for whole in super().pieces(files, kind, options, first_file):
+            size = files[whole.file - first_file].size
+            local = "://" not in whole.folder and not begins_packed(whole.folder, whole.name)
+            found += _divided(whole, options.csv) if size > records.PIECE_BYTES and local else [whole]
+        return found
+
+    def schema(self, piece: Piece, options: Options) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in form_of(piece, options).names])
+
+    def form(self, piece: Piece, options: Options) -> str | None:
+        return form_of(piece, options).in_words()
+
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        form = form_of(piece, options)
+        refuse_duplicates(form.names)
+        wanted = [at for at, name in enumerate(form.names) if only is None or name in only]
+        found, size, seen, told = list[_Row](), 0, 0, 0
+
+        def counted() -> Iterator[_Line]:
+            nonlocal seen
+            for line in _numbered(piece, form):
+                seen = line[1] if piece.end is None or line[0] < piece.end else seen
+                yield line
+
+        try:
+            for row in _rows(counted(), form, piece):
+                found.append(row)
+                size += row[2]
+                if len(found) >= BATCH_ROWS or size >= BATCH_BYTES:
+                    yield _batch(found, form, wanted, seen - told)
+                    found, size, told = [], 0, seen
+        except DAMAGED:
+            yield _batch(found, form, wanted, seen - told)  # what stands before the damage
+            raise
+        yield _batch(found, form, wanted, seen - told)
+
+
+def _batch(rows: Sequence["_Row"], form: "Form", wanted: Sequence[int], lines: int) -> Batch:
+    width = len(form.names)
+    good = [row for row in rows if row[4] is None and len(row[3]) == width]
+    values = list(zip(*(row[3] for row in good), strict=True)) if good else [()] * width
+    bad: list[tuple[int, RowError, int | None, str | None]] = [
+        (offset, error or RowError("wrong_columns", f"{len(found)} values for {width} columns"), line,
+         form.delimiter.join(found) or None)
+        for offset, line, _, found, error in rows
+        if error is not None or len(found) != width
+    ]  # fmt: skip
+    seq, line = (np.array([row[at] for row in good], np.int64) for at in (0, 1))
+    return Batch({form.names[at]: list(values[at]) for at in wanted}, seq, line, bad, lines)
+
+
+# --- the form -------------------------------------------------------------------------------------------------------
+
+
+def form_of(piece: Piece, options: Options) -> Form:
+    """Finds the form of a piece's file from its beginning; what the options give is taken as it is."""
+    refuse_content(piece, "CSV")
+    given = options.csv
+    with opened(piece.folder, piece.name) as stream:
+        sample = stream.read(_SAMPLE_BYTES)
+        cut = len(sample) == _SAMPLE_BYTES
+    encoding = given.encoding or _encoding(sample, cut)
+    text = sample.decode(encoding, "replace").removeprefix("\ufeff")
+    lines = text.splitlines(keepends=True)
+    lines = lines[:-1] if cut and len(lines) > 1 else lines
+    delimiters = [_unescaped(given.delimiter)] if given.delimiter else list(DELIMITERS)
+    if not given.delimiter and unpacked_name(piece.name).endswith(".tsv"):
+        delimiters = ["\t"]
+    quote = '"' if given.quote is None else given.quote or None
+    best = _best(lines, delimiters, quote, encoding)
+    if given.quote is None and _quotes_mislead(lines, best):
+        best = _best(lines, delimiters, None, encoding)
+    first = next((values for *_, values, error in _rows(_plain_lines(lines), best) if error is None), [])
+    names = [name.strip() for name in first]
+    header = _is_header(names, piece.kind, options) if given.header is None else given.header
+    return replace(
+        best, header=header, names=tuple(names if header else [f"column{at}" for at in range(len(names))]),
+        lone_returns="\r" in text and "\n" not in text,
+    )  # fmt: skip
+
+
+def _best(lines: Sequence[str], delimiters: Sequence[str], quote: str | None, encoding: str) -> Form:
+    escapes = (None, "\\") if quote and any(f"\\{quote}" in line for line in lines) else (None,)
+    tried = [Form(delimiter, quote, escape, encoding) for delimiter in delimiters for escape in escapes]
+    return max(tried, key=lambda form: (*_fit(lines, form), -tried.index(form)))
+
+
+def _quotes_mislead(lines: Sequence[str], form: Form) -> bool:
+    """Says whether more rows break at a quote than hold quotes and do not."""
+    rows = list(islice(_rows(_plain_lines(lines), form), _SAMPLE_ROWS))
+    broken = sum(error is not None for *_, error in rows)
+    return broken > sum('"' in lines[offset] for offset, *_, error in rows if error is None)
+
+
+def _unescaped(delimiter: str) -> str:
+    return {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
+
+
+def _encoding(sample: bytes, cut: bool) -> str:
+    """Returns the encoding of a text by its mark, as UTF-8 where most of it is, or as its letters make likely."""
+    for mark, name in _MARKS.items():
+        if sample.startswith(mark):
+            return name
+    decoded = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(sample, final=not cut)
+    wrong = sum("\udc80" <= char <= "\udcff" for char in decoded)
+    right = sum(not char.isascii() for char in decoded) - wrong
+    if wrong == 0 or right > wrong:  # some damaged letters are no other encoding: their rows are rejects
+        return "utf-8"
+    best = charset_normalizer.from_bytes(sample).best()
+    return best.encoding if best is not None else "cp1252"
+
+
+def _fit(lines: Sequence[str], form: Form) -> tuple[float, int]:
+    """Returns how well a form fits: the share of rows with the usual number of values, and that number."""
+    counts = [
+        0 if error else len(values) for *_, values, error in islice(_rows(_plain_lines(lines), form), _SAMPLE_ROWS)
+    ] or [0]
+    usual = max(set(counts), key=counts.count)
+    share = counts.count(usual) / len(counts) if usual > 1 else 0.0
+    return round(share, 2), usual
+
+
+def _is_header(first: Sequence[str], kind: Kind, options: Options) -> bool:
+    """Says whether the first row holds names: one is ours or mapped, or none could be a value alone."""
+    mapping = options.mapping(kind)
+    wanted = {*mapping.values(), *(name for name in (*CORE[kind], FIELDS) if name not in mapping)}
+    if wanted & set(first):
+        return True
+    numbers = any(name.replace(".", "", 1).replace("-", "", 1).isdigit() for name in first)
+    return not numbers and all(first) and len(set(first)) == len(first)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+_Row = tuple[int, int, int, list[str], RowError | None]
+"""Byte offset, first line within the piece from 1, size in bytes, values, and the error of a row."""
+_Line = tuple[int, int, int, str]
+"""Byte offset, number, size in bytes and text of a line."""
+
+
+def _plain_lines(lines: Sequence[str]) -> Iterator[_Line]:
+    return ((at, at + 1, len(line), line) for at, line in enumerate(lines))
+
+
+def _numbered(piece: Piece, form: Form) -> Iterator[_Line]:
+    """Yields the lines of a piece's file from its start on, and beyond its end; a damaged letter is an odd one."""
+    with opened(piece.folder, piece.name) as stream:
+        if form.encoding.startswith(_WIDE) or form.lone_returns:
+            at = 0
+            for number, text in enumerate(io.TextIOWrapper(stream, form.encoding, "odd letters", newline=""), start=1):
+                yield at, number, len(text), text
+                at += len(text)
+            return
+        at, number = piece.start, 1
+        if at:
+            stream.seek(at)
+        encoding = "utf-8" if form.encoding == "utf-8-sig" else form.encoding
+        while line := stream.readline():
+            text = line.decode(encoding, "odd letters")
+            yield at, number, len(line), text.removeprefix("\ufeff") if at == 0 else text
+            at += len(line)
+            number += 1
+
+
+def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Iterator[_Row]:
+    """Takes lines apart; a quote that is not closed costs its own line, and the line after it begins a row.
+
+    Raises:
+        NotThisFormat: a row goes on beyond the piece, so that the file cannot have been divided there.
+    """
+    waiting: deque[_Line] = deque()
+    taken: list[_Line] = []
+
+    def feed() -> Iterator[str]:
+        while True:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line[3]
+
+    def reader() -> Iterator[list[str]]:
+        if len(form.delimiter) > 1:
+            return (text.rstrip("\r\n").split(form.delimiter) for text in feed())
+        return csv.reader(
+            feed(), delimiter=form.delimiter, quotechar=form.quote or '"', escapechar=form.escape,
+            quoting=csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE, doublequote=True, strict=True,
+        )  # fmt: skip
+
+    end = None if piece is None else piece.end
+    rows, header = reader(), form.header and (piece is None or not piece.start)
+    while True:
+        taken.clear()
+        try:
+            values = next(rows, None)
+            error = None
+        except csv.Error as problem:
+            values, error = [], RowError("bad_csv", str(problem))
+            waiting.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            rows = reader()
+        if values is None:
+            return
+        offset, line, size, _ = taken[0]
+        if end is not None and offset >= end:
+            return
+        if len(taken) > 1:
+            size = sum(one[2] for one in taken)
+        if end is not None and offset + size > end and error is None:
+            raise NotThisFormat(
+                "quotes are not closed, so that the file cannot be divided; compress it to read it whole"
+            )
+        if header and error is None:
+            header = False
+        elif values or error is not None:
+            yield offset, line, size, values, error
+
+
+def _divided(whole: Piece, given: CsvForm) -> list[Piece]:
+    """Divides a file at line ends before which an even number of quotes stands; the file is read once for it."""
+    quote = ('"' if given.quote is None else given.quote).encode()
+    pieces, quotes, start, at = list[Piece](), 0, 0, 0
+    with reading(whole.folder).open_input(whole.name) as stream:
+        while block := bytes(stream.read(records.PIECE_BYTES)):
+            rest = b"" if block.endswith(b"\n") else bytes(_to_line_end(stream))
+            block += rest
+            at += len(block)
+            quotes += block.count(quote) if quote else 0
+            if quotes % 2 == 0:
+                pieces.append(replace(whole, start=start, end=at))
+                start = at
+    if start < at or not pieces:
+        pieces.append(replace(whole, start=start, end=None))
+    return [*pieces[:-1], replace(pieces[-1], end=None)]
+
+
+def _to_line_end(stream: pa.NativeFile) -> bytes:
+    found = bytearray()
+    while block := bytes(stream.read(2**16)):
+        end = block.find(b"\n")
+        if end >= 0:
+            found += block[: end + 1]
+            stream.seek(stream.tell() - len(block) + end + 1)
+            break
+        found += block
+    return bytes(found)

@@ -1,0 +1,235 @@
+"""Rows that a SQL query makes of a source's files, by DuckDB. The view `source` holds what the files hold.
+
+Parquet and Delta are scanned where they lie. Files of other formats are read by their own readers first, so that a
+damaged row is a reject with its place, and kept on the local disk while the query runs: as JSON lines or as Parquet.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from infra.errors import InputError
+from infra.remote import reading
+from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.columns import plain, refuse_duplicates
+from pipelines.ingest.sources.delta import open_table, rows_of
+from pipelines.ingest.sources.discover import File
+from pipelines.ingest.sources.jsonl import Jsonl
+from pipelines.ingest.sources.records import BATCH_ROWS, Batch, RecordFormat, damage
+from pipelines.ingest.values import Column, RowError, as_array
+
+if TYPE_CHECKING:
+    import duckdb
+
+_LOOKED_AT = 1000
+"""Number of rows per file that a look reads of formats that DuckDB does not scan."""
+_MEMORY = "2GB"
+Bad = tuple[RowError, int | None, str | None]
+"""Error, line and text of a row that could not be read; its place stands in the error's detail."""
+
+
+class Query(RecordFormat):
+    """One query over all files of a source."""
+
+    name = "query"
+    chosen = False
+
+    def over(self, pieces: Sequence[Piece], kind: Kind) -> Piece:
+        """Makes the one piece of a source whose files are these."""
+        size = sum(piece.size for piece in pieces)
+        return Piece(self.name, kind, "", ("query",), pieces[0].file, parts=tuple(pieces), size=size)
+
+    def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
+        raise NotImplementedError("a query stands over the pieces of other formats: see `over`")
+
+    def schema(self, piece: Piece, options: Options) -> pa.Schema:
+        return self.head(piece, options, 1).columns
+
+    def head(self, piece: Piece, options: Options, rows: int) -> Head:
+        """Runs the query over the beginnings of the files.
+
+        Raises:
+            InputError: DuckDB refuses the query; the message holds its words.
+        """
+        import duckdb
+
+        with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
+            connection, _ = _opened(piece, options, Path(folder), _LOOKED_AT)
+            with connection:
+                try:
+                    table = pa.table(
+                        connection.sql(f"select * from ({_sql(piece, options)}) limit {rows}").to_arrow_table()
+                    )
+                except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
+                    columns = ", ".join(name for name, *_ in connection.sql("describe source").fetchall())
+                    raise InputError(f"{_key(piece)}: {error}; `source` has the columns {columns}") from error
+                except duckdb.Error as error:
+                    raise InputError(f"{_key(piece)}: the query fails with {type(error).__name__}{_HINT}") from error
+        first = [
+            dict(zip(table.schema.names, row, strict=True)) for row in zip(*map(plain, table.columns), strict=True)
+        ]
+        return Head(table.schema, first)
+
+    def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        import duckdb
+
+        with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
+            connection, bad = _opened(piece, options, Path(folder), None)
+            with connection:
+                if bad:
+                    yield Batch({}, np.empty(0, np.int64), bad=[(at, *row) for at, row in enumerate(bad)])
+                try:
+                    reader = connection.sql(_sql(piece, options)).to_arrow_reader(BATCH_ROWS)
+                    refuse_duplicates(reader.schema.names)
+                    first = 0
+                    for batch in reader:
+                        yield Batch.of_table(batch, first)
+                        first += batch.num_rows
+                except duckdb.Error as error:
+                    raise NotThisFormat(f"the query fails with {type(error).__name__}{_HINT}") from error
+
+
+_HINT = "; where a value cannot be converted, try_cast gives null instead"
+
+
+def _key(piece: Piece) -> str:
+    return "requests_query" if piece.kind == "requests" else "query"
+
+
+def _sql(piece: Piece, options: Options) -> str:
+    query = options.requests_query if piece.kind == "requests" else options.query
+    return (query or "").strip().rstrip(";")
+
+
+def _opened(
+    piece: Piece, options: Options, folder: Path, rows: int | None
+) -> tuple["duckdb.DuckDBPyConnection", list[Bad]]:
+    """Opens DuckDB with the view `source`; `rows` of each file, or all. Rows that cannot be read are returned."""
+    import duckdb
+
+    connection = duckdb.connect()
+    connection.execute(f"set memory_limit = '{_MEMORY}'")
+    connection.execute("set temp_directory = ?", [str(folder / "spill")])
+    connection.execute(f"set threads = {min(4, os.cpu_count() or 1)}")
+    connection.execute("set timezone = 'UTC'")
+    bad: list[Bad] = []
+    views: list[str] = []
+    plain = replace(options, explode=None)
+    for number, part in enumerate(piece.parts):
+        try:
+            view = _view(connection, part, plain, folder, number, rows, bad)
+        except DAMAGED as error:
+            bad.append(_placed(damage(error), part.name))
+            continue
+        extra = "".join(f", {_literal(value)} as {_quoted(name)}" for name, value in part.partition)
+        views.append(f"select *{extra} from {view}")
+    if not views:
+        raise NotThisFormat("no file of the source can be read")
+    connection.execute(f"create view source as {' union all by name '.join(views)}")
+    return connection, bad
+
+
+def _view(
+    connection: "duckdb.DuckDBPyConnection", part: Piece, options: Options, folder: Path, number: int, rows: int | None,
+    bad: list[Bad],
+) -> str:  # fmt: skip
+    """Makes one file's rows known to DuckDB; returns what stands for them after `from`."""
+    format, name = FORMATS[part.format], f"part{number}"
+    if part.format == "parquet":
+        storage = reading(part.folder)
+        dataset = pads.dataset(storage._at(part.name), filesystem=storage.filesystem, format="parquet")
+        refuse_duplicates(dataset.schema.names)
+        connection.register(name, dataset)
+    elif part.version is not None:
+        root = reading(part.folder).join(part.name)
+        rows = rows_of(open_table(root.uri, part.version), root)
+        connection.register(name, rows.read_all() if isinstance(rows, pa.RecordBatchReader) else rows)
+    elif isinstance(format, Jsonl):
+        path = folder / f"{name}.jsonl"
+        _keep_lines(format, part, options, path, rows, bad)
+        return f"read_json('{path}', format='newline_delimited', sample_size=-1, maximum_object_size={2**28})"
+    else:
+        assert isinstance(format, RecordFormat)
+        path = folder / f"{name}.parquet"
+        _keep_columns(format, part, options, path, rows, bad)
+        return f"read_parquet('{path}')"
+    return name
+
+
+def _placed(error: RowError, place: str, line: int | None = None, text: str | None = None) -> Bad:
+    return RowError(error.reason, f"{place}: {error.detail}"), line, text
+
+
+def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | None, bad: list[Bad]) -> Iterator[Batch]:
+    """Yields a file's batches until there are so many rows; what cannot be read is added to `bad`."""
+    place = format.place_of(part, options)
+    try:
+        for batch in format.batches(part, options):
+            bad += [_placed(error, place(seq), line, text) for seq, error, line, text in batch.bad]
+            yield batch
+            rows = None if rows is None else rows - len(batch.seq)
+            if rows is not None and rows <= 0:
+                return
+    except DAMAGED as error:
+        bad.append(_placed(damage(error), part.name))
+
+
+def _keep_lines(format: Jsonl, part: Piece, options: Options, path: Path, rows: int | None, bad: list[Bad]) -> None:
+    """Writes the records of a file as JSON lines. Raises NotThisFormat: there is none."""
+    written = 0
+    with open(path, "w", encoding="utf-8") as out:
+        for batch in _batches(format, part, options, rows, bad):
+            for row in zip(*map(plain, batch.columns.values()), strict=True):
+                record = {name: value for name, value in zip(batch.columns, row, strict=True) if value is not None}
+                out.write(json.dumps(record) + "\n")
+                written += 1
+    if not written:
+        raise NotThisFormat("no record of it can be read")
+
+
+def _keep_columns(
+    format: RecordFormat, part: Piece, options: Options, path: Path, rows: int | None, bad: list[Bad]
+) -> None:
+    """Writes the rows of a file as Parquet; a row with text that is not UTF-8 is bad."""
+    schema, place = format.schema(part, options), format.place_of(part, options)
+    assert schema is not None
+    with pq.ParquetWriter(path, schema, compression="lz4") as out:
+        for batch in _batches(format, part, options, rows, bad):
+            columns = [batch.columns[name] for name in schema.names]
+            sound = np.ones(len(batch.seq), bool)
+            for column in columns:
+                if as_array(column) is None:  # half a surrogate pair somewhere
+                    sound &= np.array([value is None or _is_unicode(value) for value in column])
+            for row in np.flatnonzero(~sound):
+                error = RowError("bad_utf8", "a value of the row is not UTF-8")
+                bad.append(_placed(error, place(int(batch.seq[row]))))
+            out.write_table(pa.table([_chosen(column, np.flatnonzero(sound)) for column in columns], schema=schema))
+
+
+def _chosen(column: Column, rows: np.ndarray) -> Column:
+    return column.take(pa.array(rows)) if isinstance(column, pa.Array) else [column[row] for row in rows]
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(value: str | None) -> str:
+    return "null::varchar" if value is None else "'" + value.replace("'", "''") + "'"
