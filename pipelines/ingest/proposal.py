@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.errors import InputError
+from pipelines.ingest.sources.records import FIELDS
 from pipelines.ingest.values import RowError
 
 _NAMES = {
@@ -145,11 +146,15 @@ class Proposal:
         """The key `columns` of ingest; it names fields only where their columns have other names."""
         core = {name: column for name, column in self.core.items() if name != column}
         fields = {self.names[column]: column for column in (*self.text, self.target) if column is not None}
-        return core | (fields if any(name != column for name, column in fields.items()) else {})
+        own = all(column in (name, f"{FIELDS}.{name}") for name, column in fields.items())
+        return core | ({} if own else fields)
 
 
 def columns_of(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Returns the columns of the first rows; a struct is its fields, by their paths."""
+    """Returns the columns of the first rows; a struct is its fields, by their paths, and so is the mapping `fields`."""
+    given = [dict(row.get(FIELDS) or ()) for row in rows] if pa.types.is_map(_type_of(schema, FIELDS)) else []
+    names = dict.fromkeys(name for row in given for name in row)
+    mapped = [Column(f"{FIELDS}.{name}", "string", [row.get(name) for row in given]) for name in names]
 
     def below(path: str, kind: pa.DataType) -> Iterator[Column]:
         if pa.types.is_struct(kind):
@@ -164,7 +169,11 @@ def columns_of(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> list[Col
         first, _, rest = path.partition(".")
         return at(row[first], rest) if isinstance(row.get(first), Mapping) else None
 
-    return [column for one in schema for column in below(one.name, one.type)]
+    return [column for one in schema for column in below(one.name, one.type)] + mapped
+
+
+def _type_of(schema: pa.Schema, name: str) -> pa.DataType:
+    return schema.field(name).type if name in schema.names else pa.null()
 
 
 def propose(
@@ -303,7 +312,8 @@ def _fields(
     roles.append(Role("target", (target,) if target else (), answer[1] if answer else "no column looks like an answer"))
     names: dict[str, str] = {}
     for column in [*told, *([answer[0]] if answer else [])]:
-        name = own.get(column.name, column.plain if not _is_plain(column.name) else column.name)
+        inside = column.name.removeprefix(f"{FIELDS}.")
+        name = own.get(column.name, inside if _is_plain(inside) else column.plain)
         names[column.name] = name if name not in names.values() else f"{name}_{len(names)}"
     return Proposal(tuple(roles), core, tuple(column.name for column in told), target, labelled, names)
 

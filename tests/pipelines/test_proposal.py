@@ -126,3 +126,13 @@ def test_an_empty_column_and_lists_have_no_role():
         label=["xyy"[n % 5 % 3] for n in range(N)],
     )
     assert result["target"] == "label" and result["text"] == ("text",)
+
+
+@pytest.mark.parametrize("kind", ["struct", "map"])
+def test_our_own_column_of_fields_is_looked_into(kind):
+    fields = [{"text": TEXTS[n], "mood": ("good", "bad")[n % 7 % 2]} for n in range(N)]
+    made = pa.array(fields, pa.map_(pa.string(), pa.string())) if kind == "map" else pa.array(fields)
+    table = pa.table({"user_id": USERS, "item_id": [str(n) for n in range(N)], "fields": made})
+    proposal = propose(columns_of(table.schema, table.to_pylist()), {}, time_of, "f.parquet")
+    assert proposal.text == ("fields.text",) and proposal.target == "fields.mood"
+    assert proposal.columns == {} and dict(proposal.names) == {"fields.text": "text", "fields.mood": "mood"}
