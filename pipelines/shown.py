@@ -130,6 +130,8 @@ def overview(location: str) -> Iterator[str]:
 
 def state(snapshot: Snapshot) -> str:
     """Returns the number of a version, and whether readers take it."""
+    if not snapshot.version:
+        return "nothing written yet"
     run = snapshot.metadata.get("run_id")
     whole = "" if snapshot.metadata.get("complete") == "true" else ", of a run that has not ended"
     return f"version {snapshot.version}{whole}" + (f", written by {run}" if run else "")
