@@ -1,7 +1,8 @@
 """A job's output: a person sees the job's own lines and errors, and job.log in the run folder has everything.
 
 Route: sys.stdout and sys.stderr of this process (Ray prints its workers' lines there too) -> lines -> job.log, and
-those that `infra.noise` lets through -> the former streams. What libraries in C++ write to file descriptor 2, past
+those that `infra.noise` lets through -> the former streams. Texts that the person has asked to see (`show`) go past all
+this, to the screen alone. What libraries in C++ write to file descriptor 2, past
 Python, goes to job.log alone, by the descriptor itself: it is there even if the process dies with it.
 The log begins as a local temporary file, since a job knows its run folder only after it has read its config. For a run
 folder on S3 it stays there and is copied at the end.
@@ -204,6 +205,20 @@ def _last_drawn(line: str) -> str:
     """The line without the earlier states of a bar, which is drawn over and over in one line."""
     *before, last = line.split("\r")
     return "".join([part for part in before if not is_bar(part)] + [last])
+
+
+def show(text: str) -> None:
+    """Prints lines of users' texts that the person has asked for: on stdout alone, in no log and past no filter.
+
+    Characters that would steer a terminal are shown as escapes.
+    """
+    stream = terminal(sys.stdout)
+    with tqdm.external_write_mode(file=terminal(sys.stderr)):
+        for line in text.split("\n"):
+            said = "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in line)
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            stream.write(said.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
 
 
 def terminal(stream: TextIO) -> TextIO:

@@ -40,6 +40,11 @@ class Job(NamedTuple):
 
 DEBUG = "--debug"
 JOBS = {
+    "quickstart": Job(
+        "pipelines.lines.quickstart",
+        "pipelines.lines.config:QuickstartConfig",
+        "a file of your own -> a report with a plug, by one command",
+    ),
     "ingest": Job(
         "pipelines.ingest.job",
         "pipelines.ingest.config:IngestConfig",
@@ -65,6 +70,11 @@ JOBS = {
         "pipelines.evaluate.job",
         "pipelines.evaluate.config:EvaluateConfig",
         "generations and targets -> report.html, report.json; or two runs compared",
+    ),
+    "show": Job(
+        "pipelines.upkeep.show",
+        "pipelines.upkeep.config:ShowConfig",
+        "rows of a table as text on the screen: replies, rejects, histories, ...",
     ),
     "export": Job(
         "pipelines.upkeep.export",

@@ -17,7 +17,7 @@ from pplug.identity import short_id
 from pplug.plain_text import TextTokenizer
 from pplug.retrieval import compose, count_tokens, cut
 from pplug.settings import Settings
-from pplug.tasks import TaskSpec, slots
+from pplug.tasks import TaskSpec, needed, slots
 
 
 class ProfileConfig(Settings):
@@ -41,7 +41,7 @@ class ProfileConfig(Settings):
     @classmethod
     def _one_slot(cls, template: str, info: Any) -> str:
         wanted = "items" if info.field_name == "prompt" else "profile"
-        if slots(template) != (wanted,):
+        if slots(template) != (wanted,) or not needed(template):
             raise ValueError(f"{template!r} must hold {{{wanted}}} once and no other name in braces")
         return template
 

@@ -2,17 +2,22 @@
 
 An entry says which part of a request is the question itself (`marker`), how a history item reads (`item`), how an
 item becomes a request with a known answer (`input`, `target`), how it is scored (`metric`, `labels`) and how
-retrieved items are put into a prompt (`retrieval`). Templates name fields in braces: `{title}: {text}`.
+retrieved items are put into a prompt (`retrieval`). Templates name fields in braces: `{title}: {text}`; a field that an
+item may lack has a question mark: `{title?}: {text}`.
+
+Four lines are enough: `name`, `target`, `labels` (or `metric: text`) and `text`, the fields that tell about an item.
+The other keys then have the defaults that `from_text` makes, and are stored as if they had been given.
 
 [1] "LaMP: When Large Language Models Meet Personalization", arXiv:2304.11406: prompts, labels, metrics.
 """
 
 import difflib
 import functools
+import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -22,36 +27,82 @@ from pplug.settings import Settings
 Metric = Literal["classification", "rating", "text"]
 
 
+_OPENING, _CLOSING = "([{\"'\u201c\u2018\u00ab", ")]}\"'\u201d\u2019\u00bb"
+_AFTER = re.compile(rf"\s*[^\w\s{re.escape(_OPENING)}]*\s*")
+_BEFORE = re.compile(rf"\s*[^\w\s{re.escape(_CLOSING)}]*\s*$")
+_LISTED_LABELS = 50
+"""Number of labels up to which the default question lists them all."""
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(template: str) -> tuple[tuple[tuple[str, str, bool], ...], str]:
+    """Returns the text before each slot, its name, and whether the field may be missing; and the text at the end."""
+    parts, before = [], ""
+    for text, slot, spec, conversion in string.Formatter().parse(template):
+        before += text
+        if slot is None:
+            continue
+        name = slot.removesuffix("?")
+        if not name or spec or conversion or not name.replace("_", "a").replace("-", "a").isalnum():
+            raise ValueError(
+                f"{template!r}: a slot must be a plain field name in braces, such as {{title}} or {{title?}}"
+            )
+        parts.append((before, name, slot.endswith("?")))
+        before = ""
+    return tuple(parts), before
+
+
 @functools.lru_cache(maxsize=256)
 def slots(template: str) -> tuple[str, ...]:
-    """Names of the fields that a template uses, in order.
+    """Names of the fields that a template uses, in order, those that may be missing too.
 
     Raises:
         ValueError: a brace is not closed, or a slot is more than a plain name.
     """
-    names = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name or spec or conversion or not name.replace("_", "a").replace("-", "a").isalnum():
-            raise ValueError(f"{template!r}: a slot must be a plain field name in braces, such as {{title}}")
-        names.append(name)
-    return tuple(names)
+    return tuple(name for _, name, _ in _parsed(template)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def needed(template: str) -> tuple[str, ...]:
+    """Names of the fields that a template cannot do without, in order. Raises ValueError as `slots` does."""
+    return tuple(name for _, name, optional in _parsed(template)[0] if not optional)
 
 
 def fill(template: str, fields: Mapping[str, str], task: str) -> str:
     """The template with the fields put in. Braces inside a field's text mean nothing.
 
+    A field with a question mark that is missing or blank gives nothing. With it go the brackets or quotation marks
+    around it, and the punctuation and spaces after it; after the last field nothing goes, but what stands before it:
+    `{title?}. {text}` without a title is the text alone, `{text} ({year?}).` without a year is the text and a full
+    stop. Words of the template stay.
+
     Raises:
         ValueError: a field is missing; the message names it, the task and the fields there are.
     """
-    missing = [name for name in slots(template) if name not in fields]
+    missing = [name for name in needed(template) if name not in fields]
     if missing:
         raise ValueError(
             f"task {task}: the template {template!r} needs the field {missing[0]!r}, but the item has only "
             f"{', '.join(sorted(fields)) or 'no field'}; name the right field in the task entry"
         )
-    return template.format_map(fields)
+    parts, end = _parsed(template)
+    if not any(optional for *_, optional in parts):
+        return template.format_map(fields)
+    between, values = [*(before for before, *_ in parts), end], [fields.get(name, "") for _, name, _ in parts]
+    for at, (_, _, optional) in enumerate(parts):
+        if optional and not values[at].strip():
+            values[at] = ""
+            between[at : at + 2] = _closed_up(between[at], between[at + 1], last=at == len(parts) - 1)
+    return "".join(text + value for text, value in zip(between, [*values, ""], strict=True))
+
+
+def _closed_up(before: str, after: str, last: bool) -> tuple[str, str]:
+    """The texts around a field that gives nothing."""
+    while before and after and _OPENING.find(before[-1]) >= 0 and _OPENING.find(before[-1]) == _CLOSING.find(after[0]):
+        before, after = before[:-1], after[1:]
+    if last and before:
+        return _BEFORE.sub("", before, count=1), after
+    return before, _AFTER.sub("", after, count=1)
 
 
 class RetrievalForm(Settings):
@@ -73,13 +124,17 @@ class RetrievalForm(Settings):
         for template in (self.pattern, self.words):
             if template is not None and not slots(template):
                 raise ValueError(f"{template!r} names no field; write the field in braces, such as {{text}}")
-        if sorted(slots(self.wrap)) != ["input", "items"]:
+        if sorted(needed(self.wrap)) != ["input", "items"] or len(slots(self.wrap)) != 2:
             raise ValueError(f"wrap={self.wrap!r} must hold {{items}} and {{input}} once each")
         return self
 
 
 class TaskSpec(Settings):
-    """One task. It is stored as JSON in the histories table's commit, so that later jobs find it."""
+    """One task. It is stored as JSON in the histories table's commit, so that later jobs find it.
+
+    The key `text`, a field's name or several, stands for all templates that are not given (`from_text`). It is no field
+    of the entry: what it stands for is.
+    """
 
     name: str = Field(min_length=1)
     """Name of the task."""
@@ -105,6 +160,11 @@ class TaskSpec(Settings):
     max_output_tokens: int = Field(128, gt=0)
     """Number of tokens that an answer of this task may have."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_stands_for_templates(cls, values: Any) -> Any:
+        return from_text(values) if isinstance(values, dict) else values
+
     @field_validator("item", "item_without_label", "input")
     @classmethod
     def _template_is_sound(cls, template: str | None) -> str | None:
@@ -118,6 +178,10 @@ class TaskSpec(Settings):
         """YAML reads `[1, 2, 3]` as numbers; answers are text."""
         if not isinstance(labels, list | tuple):
             return labels
+        if any(isinstance(label, bool) for label in labels):
+            raise ValueError(
+                f"{list(labels)}: YAML reads yes, no, true and false as truth values; put quotes around them"
+            )
         return tuple(str(label) if isinstance(label, int | float) else label for label in labels)
 
     @model_validator(mode="after")
@@ -144,7 +208,7 @@ class TaskSpec(Settings):
     @property
     def fields(self) -> tuple[str, ...]:
         """Fields that every item must have."""
-        named = slots(self.item) + slots(self.item_without_label) + slots(self.input or "")
+        named = needed(self.item) + needed(self.item_without_label) + needed(self.input or "")
         return tuple(dict.fromkeys(named + ((self.target,) if self.target else ())))
 
     def item_template(self, with_label: bool) -> str:
@@ -160,8 +224,68 @@ class TaskSpec(Settings):
         return cls.model_validate_json(text)
 
 
+def from_text(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with its defaults written out: `metric` from the labels, and what `text` stands for.
+
+    Without a metric, labels that are all numbers make a rating, other labels a classification, and no labels a text.
+    `text` names the fields that tell about an item. Where it names several, an item may lack all but one of them. Keys
+    that are given stay as they are.
+
+    Raises:
+        ValueError: neither `text` nor the templates of items are given; a name in `text` is none, or is the target.
+    """
+    entry = dict(entry)
+    text, target = entry.pop("text", None), entry.get("target")
+    labels = [str(label) for label in entry.get("labels") or ()]
+    if "metric" not in entry:
+        entry["metric"] = "text" if not labels else "rating" if all(map(_is_number, labels)) else "classification"
+    if text is None:
+        if "item" not in entry and "item_without_label" not in entry:
+            raise ValueError(
+                "an entry needs at least name and `text`, the fields that tell about an item, or the templates item "
+                "and item_without_label"
+            )
+        return entry
+    names = [text] if isinstance(text, str) else text
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"text: expected the name of a field or a list of names, got {text!r}")
+    if target in names:
+        raise ValueError(f"text shows the field {target!r}, which is the target; leave it out of text")
+    told = ". ".join(f"{{{name}?}}" for name in names) if len(names) > 1 else f"{{{names[0]}}}"
+    derived: dict[str, Any] = {"item_without_label": told, "item": told, "retrieval": {"pattern": f'"{told}" '}}
+    if target is not None:
+        lead = _question(str(target).replace("_", " "), labels, entry["metric"])
+        asked = lead.replace("{", "{{").replace("}", "}}")
+        derived |= {"item": f"{{{target}}}: {told}", "input": asked + told}
+        derived["marker"] = _MARKER if lead.index(_MARKER) + len(_MARKER) == len(lead) else lead
+        derived["retrieval"] = {"pattern": f'the {str(target).replace("_", " ")} of "{told}" is "{{{target}}}" '}
+    if labels:
+        derived["max_output_tokens"] = max(16, *map(len, labels))
+    return derived | entry
+
+
+_MARKER = "text: "
+
+
+def _question(target: str, labels: list[str], metric: object) -> str:
+    """The default question of a request, up to where the text begins."""
+    if metric == "text":
+        return f"Write the {target} of this text and nothing else. {_MARKER}"
+    listed = f"one of [{', '.join(labels)}]" if 0 < len(labels) <= _LISTED_LABELS else f"the {target}"
+    return f"Which {target} does this text have? Answer with {listed} and nothing else. {_MARKER}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 TaskEntry = TaskSpec
 """The class's name before; it works for one more release."""
+_KEYS = ", ".join([*TaskSpec.model_fields, "text"])
 
 
 def query(input: str, task: TaskSpec) -> str:
@@ -200,14 +324,12 @@ def load(path: str | Path) -> TaskSpec:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
         raise ValueError(f"{path}: this task entry cannot be read: {wrong}") from wrong
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: a task entry is a YAML mapping with the keys {', '.join(TaskSpec.model_fields)}")
+        raise ValueError(f"{path}: a task entry is a YAML mapping with the keys {_KEYS}")
     try:
         return TaskSpec.model_validate(found)
     except ValidationError as wrong:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'the entry'}: {e['msg']}" for e in wrong.errors()]
-        raise ValueError(
-            f"{path}: not a task entry: {'; '.join(problems)} (keys: {', '.join(TaskSpec.model_fields)})"
-        ) from wrong
+        raise ValueError(f"{path}: not a task entry: {'; '.join(problems)} (keys: {_KEYS})") from wrong
 
 
 def find(name_or_path: str) -> TaskSpec:

@@ -104,6 +104,13 @@ class Document:
         return shown | {name: content for body in self.blocks("bash") for content, name in _ECHOED_FILE.findall(body)}
 
     @property
+    def made_files(self) -> set[str]:
+        """Files that commands of the document write: a config and a task."""
+        names = [re.search(r"--write-config (\S+)", line) for line in self.commands]
+        stems = [found[1].removesuffix(".yaml") for found in names if found]
+        return {f"{stem}{end}" for stem in stems for end in (".yaml", "-task.yaml")}
+
+    @property
     def anchors(self) -> set[str]:
         """Names of the headings as the usual hosts make them."""
         found: set[str] = set()
@@ -146,6 +153,10 @@ def wrong_commands(document: Document, folder: Path) -> Iterator[str]:
         if job not in JOBS:
             yield f"{line}: there is no job {job}"
         elif "--help" not in words:
+            configs = [at for at, word in enumerate(words[:-1]) if word == "--config"]
+            made = [at for at in configs if words[at + 1] in document.made_files]
+            for at in made:  # its content is not known before the command has run
+                words, whole = words[:at] + words[at + 2 :], False
             yield from (f"{line}: {problem}" for problem in _refused(job, words, whole, folder))
 
 
@@ -228,7 +239,8 @@ def wrong_files(document: Document) -> Iterator[str]:
         for place in ("*.yaml", "pplug", "infra", "pipelines", "tests", "docs")
         for path in (ROOT.glob(place) if "*" in place else (ROOT / place).rglob("*"))
     ]
+    written = {*document.shown_files, *document.made_files}
     for code in [*document.inline, *document.lines]:
         for name in re.findall(r"(?<![\w<>/*.:-])[\w][\w./-]*\.(?:yaml|py)\b", code):
-            if name not in document.shown_files and not any(f"/{one}".endswith(f"/{name}") for one in ours):
+            if name not in written and not any(f"/{one}".endswith(f"/{name}") for one in ours):
                 yield f"{code}: there is no file {name}"

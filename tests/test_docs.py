@@ -135,12 +135,13 @@ def test_the_ten_lines_of_own_data_make_tables(tmp_path):
     first, _ = OWN.blocks("bash")
     assert len(first.splitlines()) == 10
     shell(first, tmp_path, 300)
-    items, requests = (small.rows(str(tmp_path / "tables"), name) for name in ("histories", "requests"))
+    items, requests = (small.rows(str(tmp_path / "dishes-tables"), name) for name in ("histories", "requests"))
     assert sorted((row["user_id"], row["item_id"], dict(row["fields"])["taste"]) for row in items) == [
         ("ann", "1", "salty"), ("ann", "2", "sour"), ("bob", "1", "sweet"), ("bob", "2", "salty")]  # fmt: skip
+    asked = "Which taste does this text have? Answer with one of [salty, sour, sweet] and nothing else. text: "
     assert {row["user_id"]: (row["input"], row["target"]) for row in requests} == {
-        "ann": ("How does it taste? plum cake", "sour"),
-        "bob": ("How does it taste? fish soup", "salty"),
+        "ann": (f"{asked}plum cake", "sour"),
+        "bob": (f"{asked}fish soup", "salty"),
     }
 
 
@@ -149,7 +150,7 @@ def test_the_ten_lines_of_own_data_make_tables(tmp_path):
 def test_the_readmes_line_ends_with_a_report(tmp_path):
     said = "".join(shell(block, tmp_path, 1100) for block in OWN.blocks("bash"))
     assert "dishes: 2 requests of 2 users" in said
-    replies = small.rows(str(tmp_path / "tables"), "generations")
+    replies = small.rows(str(tmp_path / "dishes-tables"), "generations")
     assert sorted((row["user_id"], row["method"]) for row in replies) == sorted(
         (user, method) for user in ("ann", "bob") for method in ("none", "bm25", "adapter")
     )

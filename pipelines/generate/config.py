@@ -64,3 +64,6 @@ class Config(ResumableConfig):
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
     """Number of replies in one commit."""
+    show: int = Field(0, ge=0)
+    """Number of requests that are printed at the end with their replies, on the screen alone; `show replies` prints
+    others."""

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import lease, session
+from infra import job_log, lease, session
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.table import Table
-from pipelines import tables, waves
+from pipelines import shown, tables, waves
 from pipelines.generate.checks import check_base, is_encoder_decoder, refuse_a_leak, refuse_another_run, settings_id
 from pipelines.generate.config import Config
 from pipelines.generate.drop_errors import drop_errors
@@ -82,7 +82,11 @@ def run(config: Config) -> int:
         part.start()
     with lease.writing(config.tables, report.run_id):
         _generate(using, opened, parts, generations)
-    return report.finish()
+    code = report.finish()
+    if config.show:
+        for text in shown.replies(generations.snapshot(), opened.requests, report.run_id, config.show):
+            job_log.show(text)
+    return code
 
 
 def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table) -> None:

@@ -1,6 +1,6 @@
 """Keys of `ingest`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,6 +26,11 @@ class IngestConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    check: str | tuple[str, ...] | None = None
+    """Source to look at, in place of an ingest: it prints the files found, the columns, a mapping and a task that fit
+    them, some items as they would read, and rows that would be rejected. It takes seconds and needs no tables."""
+    write_config: str | None = None
+    """Name for the result of `check`: NAME.yaml, which `ingest --config` takes, and NAME-task.yaml are written."""
     tables: str
     """Folder or s3://bucket/prefix of the population's tables."""
     source: str | tuple[str, ...] | None = None
@@ -78,6 +83,13 @@ class IngestConfig(BaseModel):
     """Treatment of the questions of a LaMP folder: they become requests, or only their profiles are read."""
     derive_requests: int = Field(0, ge=0)
     """Number of newest items per user that also become requests, with a known answer."""
+    parts: dict[str, float] = {}
+    """Shares of the users by name, such as train=.8,dev=.2. A hash of the id says which part a user is in: parts are
+    disjoint, and the same in every ingest with the same shares."""
+    part: str | None = None
+    """Name of the part whose users this ingest keeps."""
+    limit: int | None = Field(None, gt=0)
+    """Number of users that this ingest keeps, for a first try. A greater limit keeps the same users and more."""
     mode: Literal["upsert", "replace"] = "upsert"
     """Treatment of the rows that the tables hold: upsert keeps them and adds the sources' rows; replace removes all
     that are not in the sources, except in tables that no source feeds. A run with more rejects than
@@ -91,10 +103,32 @@ class IngestConfig(BaseModel):
     run_dir: str | None = None
     """Folder of report.json; runs/<run_id> when not given."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_check_names_the_source(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("check") is None:
+            if values.get("write_config") is not None:
+                raise ValueError("write_config writes the result of a check: give the source as --check SOURCE")
+            return values
+        if values.get("source") is not None:
+            raise ValueError("check names the source itself: leave source out")
+        return {"tables": "", **values, "source": values["check"]}
+
     @model_validator(mode="after")
     def _there_is_something_to_read(self) -> Self:
         if self.download is not None and (self.source or self.requests_source):
             raise ValueError("download is itself the source: leave source and requests_source out")
         if self.source is None and self.requests_source is None and self.download is None:
             raise ValueError("neither source nor requests_source nor download is given: name what to read")
+        return self
+
+    @model_validator(mode="after")
+    def _the_part_is_one_of_the_parts(self) -> Self:
+        if bool(self.parts) != (self.part is not None) or self.part is not None and self.part not in self.parts:
+            named = ", ".join(self.parts) or "none"
+            raise ValueError(f"part={self.part} and parts={named}: give the shares in parts, and one of their names")
+        if any(share <= 0 for share in self.parts.values()) or sum(self.parts.values()) > 1 + 1e-9:
+            raise ValueError(f"parts={self.parts}: shares are above 0, and together at most 1")
         return self

@@ -98,9 +98,10 @@ class Figures:
         if task.target is not None and len(items):
             found.labels = answers(pc.map_lookup(flat(items["fields"]), task.target, "first"), task)
         found.add_rejects(bad)
-        of_counts = (counts[name].to_pylist() for name in ("file", "seq", "detail"))
-        for file, count, text in zip(*of_counts, strict=True):
-            found.by_file[file] += count
+        of_counts = (counts[name].to_pylist() for name in ("file", "seq", "detail", "reason"))
+        for file, count, text, reason in zip(*of_counts, strict=True):
+            if reason is None:  # others take rows of users who are not kept from the rows planned
+                found.by_file[file] += count
             if text is not None:
                 found._add_notes(file, Notes(**json.loads(text)))
         return found

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -18,17 +20,18 @@ from infra.progress import Progress
 from infra.report import RunReport, check_run_id, new_run_id
 from infra.table import CommitConflict, DataFile, Snapshot, Table
 from pipelines import tables
+from pipelines.ingest import check, summary
 from pipelines.ingest import source_files as sources
-from pipelines.ingest import summary
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.look import look, options_of, sources_of
-from pipelines.ingest.merge import MergeBucket
+from pipelines.ingest.look import look, options_of, settled, sources_of
+from pipelines.ingest.merge import LEFT_OUT, MergeBucket
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
 from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, unpacked_bytes
 from pipelines.ingest.sources.discover import addresses
 from pipelines.ingest.sources.download import fetch
+from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
 from pipelines.waves import next_group
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec
@@ -36,7 +39,10 @@ from pplug.tasks import TaskSpec
 WITHHELD = "withheld"
 """Reject reason of usable rows in a run that may replace nothing."""
 _OLD_KEYS = ("mode", "columns", "history_scope", "questions", "derive_requests")
-_NEW_KEYS = ("time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv")
+_NEW_KEYS = (
+    "time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv", "parts", "part",
+    "limit",
+)  # fmt: skip
 """Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
@@ -69,15 +75,17 @@ class Plan:
 
 
 def run(config: IngestConfig) -> int:
-    """Reads the source into the tables; returns the exit code."""
+    """Reads the source into the tables, or only looks at it (`check`); returns the exit code."""
+    if config.check is not None:
+        return check.run(config)
     run_id = check_run_id(config.run_id or new_run_id("ingest"))
     if config.download is not None:
         source, part = fetch(config.download, config.split, config.address, config.download_dir)
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
-    options = options_of(config)
     found = sources_of(config)
     pieces, task = look(config, found)
+    options = settled(options_of(config), pieces)
     states = sources.states(pieces)
     session.start()
     survey = _survey(pieces, task, options)
@@ -98,6 +106,7 @@ def run(config: IngestConfig) -> int:
         sources.refuse_empty(config, pieces, figures.by_file)
         report.extra |= sources.in_report(found, pieces, figures.by_file, LISTED_FILES)
         summary.refuse_missing(config, figures)
+        summary.refuse_nobody(config, figures, report)
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
         summary.tell(config, pieces, figures, report)
         _commit(plan, config, files, anew, report, kept["groups"])
@@ -198,7 +207,7 @@ def _files(
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
     )
-    rows = pieces.map_batches(lambda batch: parse(batch), batch_size=1, batch_format="pyarrow")
+    rows = _of_chosen_users(pieces, parse, UserChoice.of(config.parts, config.part, config.limit))
     if derived_anew:  # these buckets are merged too where the source has no row of theirs
         rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
     shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
@@ -222,6 +231,24 @@ def _files(
     return files, anew, figures.numbered()
 
 
+def _of_chosen_users(pieces: ray.data.Dataset, parse: ParsePieces, choice: UserChoice | None) -> ray.data.Dataset:
+    """Returns the rows of the pieces, of all users or of those to keep."""
+    if choice is None:
+        return pieces.map_batches(lambda batch: parse(batch), batch_size=1, batch_format="pyarrow")
+    rows = pieces.map_batches(lambda batch: choice(parse(batch)), batch_size=1, batch_format="pyarrow")
+    if choice.limit is None:
+        return rows
+    rows = rows.materialize()
+
+    def hashes(batch: pa.Table) -> dict[str, np.ndarray]:
+        of_rows, known = user_hashes(batch)
+        return {"hash": np.unique(of_rows[known])}
+
+    found = rows.map_batches(hashes, batch_size=None, batch_format="pyarrow").iter_batches(batch_format="numpy")
+    first = FirstUsers.of((batch["hash"] for batch in found if "hash" in batch), choice.limit)
+    return rows.map_batches(lambda batch: first(batch), batch_size=None, batch_format="pyarrow")
+
+
 def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.planned, report.written = counts["planned"], counts["written"]
     report.already_there, report.repeated = counts["already_there"], counts["repeated"]
@@ -229,6 +256,11 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
         if name.startswith("rejected:"):
             report.reject(name.removeprefix("rejected:"), n)
     report.failed = report.rejected[UNREADABLE]
+    left_out = {name.removeprefix(LEFT_OUT): n for name, n in counts.items() if name.startswith(LEFT_OUT)}
+    if left_out:
+        report.extra["left_out"] = left_out
+        said = " and ".join(f"{n} by {key}" for key, n in sorted(left_out.items()))
+        print(f"ingest: rows of other users left out: {said}", flush=True)
     parts = ("histories_written", "requests_written", "derived", "repeated", "undated_filled", "undated_users")
     report.extra |= {name: counts[name] for name in parts}
 

@@ -1,7 +1,7 @@
 """Quick view of a source, seen without Ray: its files, their format, their columns and their first rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -88,6 +88,14 @@ def sources_of(config: IngestConfig) -> dict[Kind, Source]:
         kind: find(given, config.format if kind == "items" else "auto", options)
         for kind, given in _sources(config).items()
     }
+
+
+def settled(options: Options, pieces: Sequence[Piece]) -> Options:
+    """Returns the options with what the sources decide: without a column of item ids, ids are made of the rows."""
+    first = next((piece for piece in pieces if piece.kind == "items"), None)
+    if first is None or FORMATS[first.format].has_ids(first, options):
+        return options
+    return replace(options, rules=replace(options.rules, automatic_ids=True))
 
 
 def look(config: IngestConfig, instead: Mapping[Kind, Source] | None = None) -> tuple[tuple[Piece, ...], TaskSpec]:

@@ -25,9 +25,10 @@ from infra.table import DataFile, Table
 from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests
 from pipelines.ingest.figures import Figures, answers
+from pipelines.ingest.item_ids import with_ids
 from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
-from pipelines.ingest.source_rows import ITEM, REJECT, REQUEST, ROWS, by_kind
+from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, ROWS, by_kind
 from pplug.tasks import TaskSpec
 
 RESULT = pa.schema(
@@ -41,6 +42,8 @@ RESULT = pa.schema(
 )
 UNDATED = "undated"
 """Reject reason of an item without a time whose user has items with one."""
+LEFT_OUT = "left_out:"
+"""Beginning of the names of counts of rows left out; the key that left them out follows."""
 _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
 
 
@@ -70,7 +73,10 @@ class MergeBucket:
         kinds = by_kind(rows)
         figures = Figures.of(kinds, self.task)
         counts["planned"] = figures.rows
-        items, asked = _as_new(kinds[ITEM]), _as_new(kinds[REQUEST])
+        counted = kinds[COUNT]
+        for row in counted.filter(pc.is_valid(counted["reason"])).to_pylist():  # rows of users who are not kept
+            counts[f"{LEFT_OUT}{row['reason']}"] -= row["seq"]
+        items, asked = with_ids(_as_new(kinds[ITEM])), _as_new(kinds[REQUEST])
         bad = [_as_new(kinds[REJECT])]
         if len(items):
             merged = self._merged("histories", bucket, items, counts)

@@ -67,6 +67,8 @@ class RowRules:
     labels: Matching = "normalise"
     show_text: bool = False
     """True if rejects carry the text of their row, for the screen alone."""
+    automatic_ids: bool = False
+    """True if items without an id are given one (`item_ids`), because their source has no column of ids."""
 
 
 @dataclass
@@ -172,7 +174,10 @@ class RowWriter:
             errors.setdefault(int(row), RowError("empty_text", detail))
         if self.task.target in texts and self.task.metric != "text":
             texts[self.task.target] = self._labels.column(texts[self.task.target])[0]
-        user, item = (self._ids(columns.get(name), name, count, errors) for name in ("user_id", "item_id"))
+        user = self._ids(columns.get("user_id"), "user_id", count, errors)
+        item = pa.nulls(count, pa.string())
+        if not self.rules.automatic_ids or "item_id" in columns:
+            item = self._ids(columns.get("item_id"), "item_id", count, errors)
         at = self._times("items.occurred_at", columns.get("occurred_at"), count, errors)
         for name, text in texts.items():
             self.notes.values[f"items.{name}"] += len(text) - text.null_count

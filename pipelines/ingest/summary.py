@@ -42,6 +42,15 @@ def refuse_missing(config: IngestConfig, figures: Figures) -> None:
         )
 
 
+def refuse_nobody(config: IngestConfig, figures: Figures, report: RunReport) -> None:
+    """Refuses a part without a user. Raises InputError: all rows are of users outside it."""
+    if report.extra.get("left_out") and not figures.users:
+        raise InputError(
+            f"part={config.part}: all rows of {config.source or config.requests_source} are of users outside this "
+            "part; the source has too few users for such a share, so give the part a larger one"
+        )
+
+
 def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: Snapshot) -> TaskSpec:
     """Returns the task as it is stored: with `labels` infer, also with the labels of the source and of the table.
 

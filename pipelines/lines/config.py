@@ -1,6 +1,6 @@
 """Keys of the jobs that run a whole line, and of the tiny LM."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -85,6 +85,47 @@ class LampConfig(Settings):
         if self.use not in self.models:
             raise ValueError(f"use={self.use} is none of the models {', '.join(self.models)}")
         return self
+
+
+class QuickstartConfig(Settings):
+    """Job `quickstart`: a file of one's own -> a report with a plug, by one command.
+
+        quickstart reviews.csv
+
+    Runs the jobs as a user would (each command is printed, its config is left below the run folder): `ingest --check`,
+    which proposes a mapping and a task; ingest of the train users and of the dev users, who are told apart by a hash of
+    their ids; refresh and train on train; refresh, generate and evaluate on dev. Where no LLM is named, a tiny one is
+    trained on the train users' items first: it compares methods, and says nothing of what a real LLM would reach.
+    The mapping stands in own.yaml of the run folder, the task in own-task.yaml: where they are not as they should be,
+    mend them and run the same command again. A rerun goes on where it broke off. Unit of work: a job.
+    """
+
+    positional: ClassVar[str] = "source"
+    """Name of the key whose value may follow the job directly."""
+
+    source: str | tuple[str, ...]
+    """File, folder or pattern of history items, in any format that `ingest` reads."""
+    columns: dict[str, str] = {}
+    """Column of the source for each of our names, where the proposal is wrong, such as user_id=author,text=body."""
+    task: str | None = None
+    """YAML file with a task; default: the one that the columns suggest."""
+    limit: int | None = Field(None, gt=1)
+    """Number of users to take, for a first try with a large source."""
+    llm: LLMConfig = LLMConfig(model=BASE_LM)
+    """The LLM; its model is `base-lm`, a tiny one that is trained first, where none is named."""
+    lm: TinyLMConfig = TinyLMConfig(
+        vocab_size=2048, max_tokens=160, batch_tokens=2048, steps=500, learning_rate=2e-3
+    )  # two minutes on two cores
+    """Settings of the tiny LM's training, where `llm.model` is `base-lm`."""
+    engine: EngineConfig = EngineConfig()
+    methods: tuple[str, ...] = ("none", "bm25", "plug", "plug:other-user")
+    """Methods that are compared, as in `generate`."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs of the one worker; 1 on a machine with a GPU."""
+    run_id: str | None = None
+    """Name of the run; default: quickstart and the source's name."""
+    run_dir: str | None = None
+    """Tables, plug and reports lie below; default: runs/<run_id>."""
 
 
 class BaseLMConfig(JobConfig):

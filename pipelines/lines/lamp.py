@@ -6,13 +6,11 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from infra.job_log import LINE_LOG, JobLog
 from infra.report import check_run_id
-from pipelines.__main__ import main
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
+from pipelines.lines.steps import run_steps
 from pipelines.methods import parse_all
 
 
@@ -20,17 +18,11 @@ def run(config: Config) -> int:
     """Runs the jobs; returns the exit code of the first that fails, else 0."""
     name = check_run_id(config.run_id or f"{Path(config.task).stem}-{config.use}")
     root = Path(config.run_dir or f"runs/{name}")
-    (root / "configs").mkdir(parents=True, exist_ok=True)
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)
-    planned = steps(config, root, name)
-    for number, (step, (job, values)) in enumerate(planned.items(), start=1):
-        path = root / "configs" / f"{step}.yaml"
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-        print(f"\nstep {number} of {len(planned)}: {step}\n$ python -m pipelines {job} --config {path}", flush=True)
-        code = main([job, "--config", str(path)])
-        if code:
-            return code
+    code = run_steps(steps(config, root, name), root)
+    if code:
+        return code
     print(f"\nlamp done; report: {root / 'evaluate' / 'report.html'}")
     return 0
 

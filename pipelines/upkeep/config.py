@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipelines.job_config import JobConfig
 from pplug.llm import LLMConfig
+from pplug.settings import Settings
 
 
 class CompactConfig(JobConfig):
@@ -146,4 +147,39 @@ class ExportConfig(JobConfig):
             raise ValueError("user_id and llm belong together: an adapter is exported for the base it was trained on")
         if self.user_id is not None and ("table" in self.model_fields_set or self.as_of_version is not None):
             raise ValueError("with user_id an adapter of the newest version is exported: leave table and version out")
+        return self
+
+
+class ShowConfig(Settings):
+    """Job `show`: rows of a table -> text on the screen, to see what stands there.
+
+        show --tables TABLES
+        show rejects --tables TABLES
+        show replies --tables TABLES --user-id ID
+
+    Without a name it lists the tables with their rows and versions. `replies` shows requests with their inputs, targets
+    and the reply of each method. The rows are those of the newest complete version, or of the newest one where none is
+    complete. The texts are on the screen alone: no log and no report holds them. Unit of work: a row.
+    """
+
+    positional: ClassVar[str] = "table"
+    """Name of the key whose value may follow the job directly."""
+
+    tables: str
+    """Folder or s3:// prefix of the population's tables."""
+    table: str | None = None
+    """Table to show: replies, rejects, histories, requests, personas, profiles, adapters, generations or embeddings."""
+    user_id: str | None = None
+    """Id of the user whose rows are shown; not for rejects, which belong to a row of a source."""
+    bucket: NonNegativeInt | None = None
+    """Number of the bucket whose rows are shown."""
+    run: str | None = None
+    """Id of the run whose rows are shown, for replies, generations and rejects."""
+    rows: int = Field(5, gt=0, le=10_000)
+    """Number of rows, or of requests with their replies."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.user_id is not None and self.bucket is not None:
+            raise ValueError("give user_id or bucket: a user's rows stand in one bucket")
         return self

@@ -159,8 +159,8 @@ def test_a_missing_column_names_those_there_are(population, tmp_path):
     ):
         population.ingest(source=source, task=task)
     pq.write_table(pa.table({"user_id": ["u"], "text": ["x"]}), tmp_path / "i.parquet")
-    with pytest.raises(InputError, match="no column 'item_id'"):
-        population.ingest(source=str(tmp_path / "i.parquet"), task=task)
+    with pytest.raises(InputError, match="no column 'nr' for item_id"):
+        population.ingest(source=str(tmp_path / "i.parquet"), task=task, columns={"item_id": "nr"})
     with pytest.raises(InputError, match="no file is there .it does not exist"):
         population.ingest(source=str(tmp_path / "none.jsonl"), task=task)
     source = jsonl(tmp_path / "i.jsonl", [note("u", "1")])

@@ -1,6 +1,7 @@
 """Task entries: LaMP's own wording, and a task nobody has seen before from YAML alone."""
 
 import pytest
+import yaml
 
 from pplug import history, metrics, tasks
 
@@ -111,3 +112,112 @@ def test_a_file_that_is_no_entry_is_named(tmp_path, content):
 def test_an_unknown_task_lists_those_there_are():
     with pytest.raises(ValueError, match="did you mean LaMP_2.*known: LaMP_1, .*LaMP_7"):
         tasks.get("LaMP2")
+
+
+# --- fields that may be missing, and entries of four lines ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "text"),
+    [
+        ("{title?}. {text}", {"text": "b"}, "b"),
+        ("{title?}. {text}", {"title": " ", "text": "b"}, "b"),
+        ("{title?}. {text}", {"title": "a", "text": "b"}, "a. b"),
+        ("{title?}. {text?}", {"title": "a"}, "a"),
+        ("{tag}: {title?}. {text?}", {"tag": "t", "title": "a"}, "t: a"),
+        ("{tag}: {title?}. {text?}", {"tag": "t", "text": "b"}, "t: b"),
+        ("{text} ({year?}).", {"text": "b"}, "b."),
+        ("{text} ({year?}).", {"text": "b", "year": "2001"}, "b (2001)."),
+        ("{title?} - [{year?}] {text}", {"title": "a", "text": "b"}, "a - b"),
+        ("{title?} - [{year?}] {text}", {"text": "b"}, "b"),
+        ('the tag of "{title?}" is "{tag}" ', {"tag": "t"}, 'the tag of is "t" '),
+        ("{{{title?}}} {text}", {"text": "{x?}"}, "{x?}"),
+        ("{{{title?}}} {text}", {"title": "a", "text": "b"}, "{a} b"),
+        ("{title?}\n{text}", {"text": "b"}, "b"),
+        ("by {author?}", {}, "by"),
+        ("{author?} wrote", {}, "wrote"),
+    ],
+)
+def test_a_field_that_is_not_there_takes_its_brackets_and_its_stop_with_it(template, fields, text):
+    assert tasks.fill(template, fields, "t") == text
+
+
+def test_only_fields_without_a_question_mark_must_be_there():
+    assert tasks.slots("{a?} {b}, {c?}") == ("a", "b", "c") and tasks.needed("{a?} {b}, {c?}") == ("b",)
+    with pytest.raises(ValueError, match="needs the field 'b'.*only a"):
+        tasks.fill("{a?} {b}", {"a": "1"}, "t")
+
+
+MOOD = "name: mood\ntext: [title, text]\ntarget: mood\nlabels: [good, bad]\n"
+
+
+def test_an_entry_of_four_lines_is_whole(tmp_path):
+    path = tmp_path / "mood.yaml"
+    path.write_text(MOOD)
+    entry = tasks.load(path)
+    assert entry == tasks.TaskSpec(
+        name="mood",
+        marker="text: ",
+        item="{mood}: {title?}. {text?}",
+        item_without_label="{title?}. {text?}",
+        input="Which mood does this text have? Answer with one of [good, bad] and nothing else. text: "
+        "{title?}. {text?}",
+        target="mood",
+        metric="classification",
+        labels=("good", "bad"),
+        retrieval=tasks.RetrievalForm(pattern='the mood of "{title?}. {text?}" is "{mood}" '),
+        max_output_tokens=16,
+    )  # fmt: skip
+    assert entry.fields == ("mood",)
+    asked = tasks.fill(entry.input, {"title": "Rain", "mood": "bad"}, entry.name)
+    assert tasks.query(asked, entry) == "Rain"
+    assert tasks.TaskSpec.from_json(entry.to_json()) == entry
+    assert "text" not in entry.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric"),
+    [("labels: [1, 2, 3]", "rating"), ("labels: [a, b]", "classification"), ("metric: text", "text"), ("", "text")],
+)
+def test_the_metric_follows_from_the_labels(labels, metric):
+    entry = tasks.TaskSpec.model_validate(yaml.safe_load(f"name: n\ntext: words\ntarget: x\n{labels}"))
+    assert entry.metric == metric and entry.item == "{x}: {words}" and entry.fields == ("x", "words")
+
+
+def test_what_is_given_stays_as_it_is():
+    given = yaml.safe_load(MOOD) | {"input": "Say: {text}", "marker": "Say: ", "item": "{text}", "max_output_tokens": 3}
+    entry = tasks.TaskSpec.model_validate(given)
+    assert (entry.input, entry.marker, entry.item, entry.max_output_tokens) == ("Say: {text}", "Say: ", "{text}", 3)
+    assert entry.item_without_label == "{title?}. {text?}"
+
+
+def test_a_question_that_holds_the_marker_is_a_marker_itself():
+    entry = tasks.TaskSpec.model_validate(yaml.safe_load(MOOD.replace("good", "'text: x'")))
+    asked = tasks.fill(entry.input, {"text": "Rain {y}", "mood": "bad"}, entry.name)
+    assert tasks.query(asked, entry) == "Rain {y}"
+
+
+def test_an_entry_given_in_full_is_stored_as_ever():
+    """The stored form of an entry decides identities of profiles and runs: its keys are those of before."""
+    entry = tasks.TaskSpec.model_validate(yaml.safe_load(MADE_UP))
+    assert entry.to_json() == (
+        '{"name":"recipes","marker":"dish: ","query_end":" /","item":"{cuisine} <- {dish}",'
+        '"item_without_label":"{dish}","input":"Which cuisine? Just answer. dish: {dish} /","target":"cuisine",'
+        '"metric":"classification","labels":["thai","greek","7"],"retrieval":null,"max_output_tokens":128}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("name: n\ntarget: x", "at least name and `text`"),
+        ("name: n\ntext: [x, y]\ntarget: x", "the target"),
+        ("name: n\ntext: []\ntarget: x", "list of names"),
+        ("name: n\ntext: 'a b'\ntarget: x", "plain field name"),
+        ("name: n\ntext: a\ntarget: x\nlabels: [yes, no]", "truth values"),
+        ("name: n\ntext: a\ntarget: x\nlabels: [p]", "two labels"),
+    ],
+)
+def test_a_wrong_short_entry_says_what_is_wrong(lines, says):
+    with pytest.raises(ValueError, match=says):
+        tasks.TaskSpec.model_validate(yaml.safe_load(lines))

@@ -165,6 +165,10 @@ class Format(ABC):
         """Returns the beginning of a piece's file: columns, first rows and the form found. A damaged file has none."""
         return Head(pa.schema([]), [])
 
+    def has_ids(self, piece: Piece, options: Options) -> bool:
+        """Says whether the items of a piece's file have ids."""
+        return True
+
     def survey(self, piece: Piece, entry: TaskSpec, options: Options) -> tuple[str | None, Any]:
         """Returns an error in the source, or None, and facts about the whole of it that `read` needs."""
         return None, None

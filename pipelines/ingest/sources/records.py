@@ -144,6 +144,8 @@ class RecordFormat(Format):
             print(f"ingest: {piece.name}: {head.form}", flush=True)
         existing, mapping = paths(head.columns), options.mapping(piece.kind)
         wanted = {name: mapping.get(name, name) for name in NEEDED[piece.kind]}
+        if "item_id" not in mapping:  # without the column, ids are made of the rows
+            wanted.pop("item_id", None)
         missing = [column for column in wanted.values() if column not in existing]
         if existing and missing:
             name = next(name for name, column in wanted.items() if column == missing[0])
@@ -152,6 +154,10 @@ class RecordFormat(Format):
                 f"{piece.folder}/{piece.name}: no column {missing[0]!r} for {name}; it has "
                 f"{', '.join(sorted(head.columns.names)[:20])}; name the right one with --{key} {name}=COLUMN"
             )
+
+    def has_ids(self, piece: Piece, options: Options) -> bool:
+        columns = self.head(piece, options, _LOOKED_AT).columns
+        return "item_id" in options.mapping(piece.kind) or "item_id" in columns.names or not len(columns)
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every record of the piece to the writer; yields when the writer is full."""

@@ -1,0 +1,122 @@
+"""Job `quickstart`: a file of one's own -> a report with a plug, by one command.
+
+`config.py` says what it does, and holds its keys.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.errors import InputError
+from infra.job_log import LINE_LOG, JobLog
+from infra.report import check_run_id
+from pipelines.__main__ import main
+from pipelines.engines.base import Decoding
+from pipelines.lines import lamp
+from pipelines.lines.config import BASE_LM, LampConfig, Model
+from pipelines.lines.config import QuickstartConfig as Config
+from pipelines.lines.steps import Steps, run_steps
+from pplug import tasks
+from pplug.encoder import EncoderConfig
+from pplug.fit import FitConfig
+from pplug.splice import PromptLayout
+
+PARTS = {"train": 0.8, "dev": 0.2}
+"""Shares of the users that the plug learns from, and that it is scored on."""
+OWN = "own"
+"""Name of the config and the task that the first step writes."""
+SHOWN = 3
+"""Number of requests that are printed with their replies."""
+
+
+def run(config: Config) -> int:
+    """Runs the jobs; returns the exit code of the first that fails, else 0."""
+    sources = [config.source] if isinstance(config.source, str) else list(config.source)
+    stem = Path(sources[0].rstrip("/")).name.split(".")[0] or OWN
+    name = check_run_id(config.run_id or f"quickstart-{stem}")
+    root = Path(config.run_dir or f"runs/{name}")
+    root.mkdir(parents=True, exist_ok=True)
+    if JobLog.current is not None:
+        JobLog.current.move_to(str(root), LINE_LOG)
+    own = root / f"{OWN}.yaml"
+    if own.exists():
+        print(f"step 1: check\nthe mapping is that of {own}; remove it for another proposal", flush=True)
+    elif code := _check(config, sources, own):
+        return code
+    planned = steps(config, root, name, _read(own, sources))
+    if code := run_steps(planned, root, done=1):
+        return code
+    print(f"\nquickstart done; report: {root / 'evaluate' / 'report.html'}")
+    print(f"mapping and task: {own}, {root / f'{OWN}-task.yaml'}; each job again: the commands above; look at rows:")
+    print(f"$ python -m pipelines show replies --tables {shlex.quote(str(root / 'tables' / 'dev'))}", flush=True)
+    return 0
+
+
+def _check(config: Config, sources: list[str], own: Path) -> int:
+    words = ["ingest", *(word for source in sources for word in ("--check", source)), "--write-config", str(own)]
+    if config.columns:
+        words += ["--columns", ",".join(f"{name}={column}" for name, column in config.columns.items())]
+    if config.task is not None:
+        words += ["--task", config.task]
+    print(f"step 1: check\n$ python -m pipelines {shlex.join(words)}", flush=True)
+    return main(words)
+
+
+def _read(own: Path, sources: list[str]) -> dict[str, Any]:
+    """The config that the first step wrote, which the user may have mended. Raises InputError: it is of others."""
+    values: dict[str, Any] = yaml.safe_load(own.read_text(encoding="utf-8"))
+    given = values.get("source")
+    if ([given] if isinstance(given, str) else list(given or ())) != sources:
+        raise InputError(f"{own} is of {given}, not of {', '.join(sources)}: give another --run-id, or remove {own}")
+    return values
+
+
+def steps(config: Config, root: Path, name: str, own: dict[str, Any]) -> Steps:
+    """Returns the job and its config by step, in order, after the first.
+
+    Args:
+        own: config of `ingest` with the mapping and the task.
+    """
+    try:
+        task = tasks.find(str(own["task"]))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{root / f'{OWN}.yaml'}: task: {error}") from error
+    if task.input is None or task.target is None:
+        raise InputError(
+            f"task {task.name} has no answer to ask for, so that nothing can be scored: name the column with the "
+            "answers, as in --columns target=COLUMN, or give a task by --task"
+        )
+    tiny = config.llm.model == BASE_LM
+    llm = config.llm
+    if tiny and llm.layout == PromptLayout():
+        llm = llm.model_copy(update={"layout": PromptLayout(max_input_tokens=120)})
+    model = Model(
+        llm=llm,
+        lm=config.lm,
+        engine=config.engine,
+        decoding=Decoding(max_tokens=task.max_output_tokens),
+        shape={"persona_tokens": 4, "temperature": 0.2} if tiny else {},
+    )
+    line = LampConfig(
+        task=str(own["task"]),
+        models={"own": model},
+        use="own",
+        # small settings for a small model; the defaults are the paper's
+        encoder=EncoderConfig(max_tokens=64) if tiny else EncoderConfig(),
+        fit=FitConfig(epochs=3, learning_rate=3e-3, query_learning_rate=0, item_dropout=0.3) if tiny else FitConfig(),
+        methods=config.methods,
+        source="-",
+        gpus_per_worker=config.gpus_per_worker,
+    )
+    planned = dict(lamp.steps(line, root, name))
+    limit = {} if config.limit is None else {"limit": config.limit}
+    for part, share in PARTS.items():
+        job, values = planned[f"ingest-{part}"]
+        kept = {key: values[key] for key in ("tables", "run_id", "run_dir")}
+        few = {key: max(1, round(number * share)) for key, number in limit.items()}
+        planned[f"ingest-{part}"] = job, own | kept | few | {"parts": PARTS, "part": part}
+    if "generate" in planned:
+        planned["generate"][1]["show"] = SHOWN
+    return planned

@@ -1,0 +1,116 @@
+"""Parts of the users by a hash, and the first users of a source: disjoint, the same each time, and counted."""
+
+import json
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from infra.errors import InputError
+from infra.shards import shard_columns
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.source_rows import COUNT, ITEM, NO_BUCKET, REJECT, ROWS
+from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
+from tests.pipelines.population import NOTES, Population
+
+USERS = [f"u{n}" for n in range(2000)]
+
+
+def hash_of(user: str) -> int:
+    """The second eight bytes of the digest that user_key is the beginning of."""
+    return int.from_bytes(blake2b(user.encode()).digest()[8:16], "big")
+
+
+def rows(users: list[str], rejects: int = 0) -> pa.Table:
+    keys = shard_columns(pa.array(users, pa.string()), 8)[1].to_pylist()
+    items = [{"kind": ITEM, "user_id": user, "user_key": key} for user, key in zip(users, keys, strict=True)]
+    bad = [{"kind": REJECT, "reason": "bad_date"}] * rejects
+    count = {"kind": COUNT, "bucket": NO_BUCKET, "seq": len(items) + len(bad)}
+    return pa.Table.from_pylist([*items, *bad, count], schema=ROWS)
+
+
+def kept(tables) -> tuple[list[str], int, dict[str, int]]:
+    """Users of the items, planned rows, and rows left out by reason."""
+    found = [row for table in tables for row in table.to_pylist()]
+    left = {}
+    for row in found:
+        if row["kind"] == COUNT and row["reason"]:
+            left[row["reason"]] = left.get(row["reason"], 0) - row["seq"]
+    planned = sum(row["seq"] for row in found if row["kind"] == COUNT)
+    return [row["user_id"] for row in found if row["kind"] == ITEM], planned, left
+
+
+def test_parts_hold_each_user_once_and_have_their_shares():
+    parts = {"train": 0.8, "dev": 0.15, "test": 0.05}
+    of_part = {name: kept(UserChoice.of(parts, name, None)([rows(USERS, rejects=3)])) for name in parts}
+    assert sorted(user for users, *_ in of_part.values() for user in users) == sorted(USERS)
+    for name, (users, planned, left) in of_part.items():
+        assert abs(len(users) / len(USERS) - parts[name]) < 0.03
+        assert planned == len(users) + 3 and left == {"part": len(USERS) - len(users)}
+        again = dict(reversed(parts.items()))
+        assert kept(UserChoice.of(again, name, None)([rows(USERS)]))[0] == users
+
+
+def test_a_part_says_nothing_about_the_bucket():
+    users, *_ = kept(UserChoice.of({"a": 0.5, "b": 0.5}, "a", None)([rows(USERS)]))
+    counts = np.bincount(shard_columns(pa.array(users), 4)[0].to_numpy(), minlength=4)
+    assert counts.min() > 0.2 * len(users)
+
+
+def test_the_first_users_are_those_of_the_smallest_hashes_however_the_source_is_cut():
+    wanted = sorted(USERS, key=hash_of)[:70]
+    for blocks in ([USERS], [USERS[at::3] * 2 for at in range(3)], [USERS[:10], USERS[10:], USERS[:10]]):
+        choice = UserChoice.of({}, None, 70)
+        tasks = [list(choice([rows(block)])) for block in blocks]
+        hashes = [found[known] for task in tasks for table in task for found, known in [user_hashes(table)]]
+        last = FirstUsers.of(hashes, 70)
+        users, planned, left = kept(last(table) for task in tasks for table in task)
+        assert set(users) == set(wanted)
+        assert len(users) == sum(user in wanted for block in blocks for user in block) == planned
+        assert left == {"limit": sum(map(len, blocks)) - planned}
+
+
+def test_a_task_passes_on_few_rows_beyond_the_first_users():
+    passed = [kept([table])[0] for table in UserChoice.of({}, None, 5)([rows(USERS)] + [rows(USERS)] * 9)]
+    assert sum(map(len, passed)) == 5 * 10
+
+
+def test_more_users_than_there_are_and_blocks_without_users():
+    assert sorted(kept(UserChoice.of({}, None, 9999)([rows(USERS)]))[0]) == sorted(USERS)
+    assert kept(UserChoice.of({"a": 0.3}, "a", 2)([rows([], rejects=2), rows(["x"])]))[1] >= 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"part": "dev"}, "give the shares in parts"),
+        ({"parts": {"train": 0.5}}, "one of their names"),
+        ({"parts": {"train": 0.5}, "part": "dev"}, "one of their names"),
+        ({"parts": {"train": 0.9, "dev": 0.2}, "part": "dev"}, "at most 1"),
+        ({"parts": {"train": 0.9, "dev": 0}, "part": "dev"}, "above 0"),
+    ],
+)
+def test_wrong_parts_are_refused(keys, says):
+    with pytest.raises(ValueError, match=says):
+        IngestConfig(tables="t", source="s", **keys)
+
+
+def test_an_ingest_keeps_a_part_of_the_users_and_the_first_of_them(tmp_path, ray_session):
+    users = USERS[:60]
+    items = [{"user_id": user, "item_id": str(n), "text": "words", "mood": "good"} for user in users for n in range(3)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in [*items, {"user_id": "bad"}]))
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(NOTES))
+    parts = {"dev": 0.5, "train": 0.5}
+    given = {"source": str(tmp_path / "items.jsonl"), "task": str(tmp_path / "task.yaml"), "parts": parts}
+    population = Population(tmp_path)
+    assert population.ingest(**given, part="dev", limit=7, derive_requests=1) == 0
+    low = [user for user in users if hash_of(user) < 2**63]
+    assert set(population.items()) == set(sorted(low, key=hash_of)[:7])
+    assert population.report["left_out"] == {"part": 3 * (60 - len(low)), "limit": 3 * (len(low) - 7)}
+    assert population.report["planned"] == 7 * 3 + 1 + 7 and population.report["rejected"] == {"missing_field": 1}
+    assert population.ingest(**given, part="dev") == 0
+    assert set(population.items()) == set(low) and population.report["already_there"] == 7 * 3
+    with pytest.raises(InputError, match="part=none: all rows .* are of users outside this part"):
+        population.ingest(**given | {"parts": {"none": 1e-9}}, part="none")

@@ -1,0 +1,94 @@
+"""From a CSV of one's own to a report with a plug by one command: the steps, and once the whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.errors import InputError
+from pipelines import options
+from pipelines.__main__ import JOBS, main
+from pipelines.lines import quickstart
+from tests.pipelines import small
+from tests.pipelines.reviews import reviews, write_csv
+
+TASK = {"name": "reviews", "text": ["title", "text"], "target": "rating", "labels": [1, 2, 3, 4, 5]}
+OWN = {"tables": "t", "source": "r.csv", "columns": {"occurred_at": "timestamp"}, "derive_requests": 3}
+
+
+def planned(folder: Path, *words: str, **task) -> dict:
+    """Step -> its job's config, read as the job would read it."""
+    (folder / "own-task.yaml").write_text(yaml.safe_dump(TASK | task))
+    config = options.check(quickstart.Config, options.read(["r.csv", *words], quickstart.Config))
+    made = {}
+    own = OWN | {"task": str(folder / "own-task.yaml")}
+    for step, (job, values) in quickstart.steps(config, folder, "night", own).items():
+        (folder / f"{step}.yaml").write_text(yaml.safe_dump(values))
+        keys = JOBS[job].config
+        made[step] = options.check(keys, options.read(["--config", str(folder / f"{step}.yaml")], keys))
+    return made
+
+
+def test_the_steps_are_those_of_the_line_with_two_parts_of_the_users(tmp_path):
+    made = planned(tmp_path)
+    assert list(made) == ["ingest-train", "base-lm", "refresh-train", "train", "ingest-dev", "refresh-dev", "generate",
+                          "evaluate"]  # fmt: skip
+    train, dev = made["ingest-train"], made["ingest-dev"]
+    assert (train.part, dev.part) == ("train", "dev") and train.parts == dev.parts == {"train": 0.8, "dev": 0.2}
+    assert train.tables != dev.tables and train.columns == dev.columns == {"occurred_at": "timestamp"}
+    assert train.derive_requests == 3 and train.source == "r.csv" and train.limit is None
+    assert made["base-lm"].output == made["train"].llm.model == made["generate"].llm.model
+    assert made["base-lm"].tables == made["train"].tables == train.tables != made["generate"].tables == dev.tables
+    assert made["refresh-dev"].plug == made["train"].plug == made["generate"].plug
+    assert made["generate"].methods == ("none", "bm25", "plug", "plug:other-user") and made["generate"].show == 3
+    assert made["generate"].decoding.max_tokens == 16
+    assert made["evaluate"].run == (made["generate"].run_id,)
+
+
+def test_a_model_that_is_named_is_used_as_it_is(tmp_path):
+    made = planned(
+        tmp_path, "--llm.model", "some/model", "--gpus-per-worker", "1", "--limit", "50", max_output_tokens=9
+    )
+    assert "base-lm" not in made and made["train"].llm.model == "some/model"
+    assert made["train"].fit.learning_rate == 1e-4 and made["train"].llm.layout.max_input_tokens == 256
+    assert (made["ingest-train"].limit, made["ingest-dev"].limit) == (40, 10)
+    assert made["generate"].gpus_per_worker == 1 and made["generate"].decoding.max_tokens == 9
+
+
+def test_a_task_without_an_answer_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no answer to ask for.*--columns target=COLUMN"):
+        planned(tmp_path, target=None, labels=[], metric="text")
+
+
+def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(OWN))
+    assert main(["quickstart", "other.csv", "--run-dir", str(tmp_path)]) == 2
+    assert "is of r.csv, not of other.csv" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_csv_ends_with_a_report_with_a_plug(tmp_path, monkeypatch, ray_session, capsys):
+    """With a small model and few steps; the same command again does nothing anew."""
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "reviews.csv", reviews(60, 9))
+    words = ["quickstart", "reviews.csv", "--set", "lm.steps=40", "lm.width=64", "lm.heads=2", "lm.layers=2"]
+    words += ["engine.kind=transformers", "engine.dtype=float32"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    root = tmp_path / "runs" / "quickstart-reviews"
+    assert (root / "evaluate" / "report.html").is_file() and "--- u" in said
+    train, dev = ({row["user_id"] for row in small.rows(str(root / "tables" / part), "histories")}
+                  for part in ("train", "dev"))  # fmt: skip
+    assert len(train | dev) == 60 and not train & dev and 3 <= len(dev) <= 25
+    replies = small.rows(str(root / "tables" / "dev"), "generations")
+    assert len(replies) == len(dev) * 3 * 4 and {row["user_id"] for row in replies} == dev
+    report = json.loads((root / "evaluate" / "report.json").read_text())
+    assert set(report["methods"]) == {"none", "bm25", "plug", "plug:other-user"}
+    for log in root.rglob("*.log"):
+        assert "This kettle is" not in log.read_text() and "This lamp is" not in log.read_text()
+    before = (root / "plug" / "config.json").read_bytes()
+    assert main(words) == 0
+    assert (root / "plug" / "config.json").read_bytes() == before
+    assert len(small.rows(str(root / "tables" / "dev"), "generations")) == len(replies)
