@@ -119,8 +119,10 @@ def test_an_export_with_an_unreadable_file_replaces_nothing(population, tmp_path
 def test_an_empty_export_replaces_nothing(population):
     asked = [ask(user, f"r-{user}") for user in USERS]
     assert ingest(population, items=[note(user, "1") for user in USERS], asked=asked) == 0
-    with pytest.raises(InputError, match="asked.jsonl.*no row for table requests, which holds 20.*would empty it"):
+    with pytest.raises(InputError, match="asked.jsonl: no row in the 1 files of the requests"):
         ingest(population, items=[note("user-1", "2")], asked=[], mode="replace")
+    with pytest.raises(InputError, match="asked.jsonl.*no row for table requests, which holds 20.*would empty it"):
+        ingest(population, items=[note("user-1", "2")], asked=[], mode="replace", allow_empty=True)
     with pytest.raises(InputError, match="no row for table histories, which holds 20"):
         ingest(population, items=[b"nonsense"] * 3, mode="replace", max_reject_fraction=1.0)
     assert len(item_ids(population)) == 20 and len(request_ids(population)) == 20
