@@ -70,7 +70,7 @@ class Histories:
             pa.table({"user_key": keys.take(pa.array(owner)), "text_hash": self.text_hash.take(pa.array(wanted))})
         )
         users = None if rows is None else np.unique(np.asarray(self.user_keys)[owner]).tolist()
-        found, vectors = _vectors_of(embeddings, bucket, pairs, users)
+        found, vectors = vectors_of(embeddings, bucket, pairs, users)
         vector_row = np.full(len(self.text_hash), -1, np.int64)
         vector_row[wanted] = found
         return dataclasses.replace(self, vector_row=vector_row, vectors=vectors)
@@ -150,7 +150,7 @@ def _times(times: pa.ChunkedArray, starts: np.ndarray) -> tuple[list[np.ndarray 
     return own, pa.array(latest, mask=latest == lowest).cast(pa.timestamp("us", tz="UTC"))
 
 
-def _vectors_of(
+def vectors_of(
     embeddings: Snapshot, bucket: int, wanted: pa.Array, users: list[str] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row of each wanted pair in the vectors (-1: none), and the vectors (V, D), read some row groups at a time."""
@@ -171,6 +171,15 @@ def _vectors_of(
     if len(widths) > 1:
         raise _uneven(sorted(widths))
     return place, np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def width_of(embeddings: Snapshot) -> int:
+    """Returns D of a table of vectors, by any one of them; 0 where it has none."""
+    for file in embeddings.files:
+        for part in embeddings.of_users(["vector"], file.bucket):
+            if part.num_rows:
+                return len(part["vector"][0])
+    return 0
 
 
 def pair_keys(rows: pa.Table) -> pa.Array:

@@ -20,6 +20,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table, TableSpec
 from pplug import schemas, tasks
+from pplug.encoder import OWN_ID
 from pplug.tasks import TaskSpec
 
 GROUP_ROWS = 512
@@ -84,9 +85,9 @@ def open_table(tables: str, name: str) -> Table:
     """
     uri = location(tables, name)
     if not Table.exists(uri):
-        raise InputError(
-            f"no table {name} in {tables}; run `{_WRITERS[name.partition('-')[0]]}` with the same tables first"
-        )
+        own = name.removeprefix(embeddings_name(OWN_ID))
+        writer = _WRITERS[name.partition("-")[0]] if own == name else f"ingest --vectors-id {own}"
+        raise InputError(f"no table {name} in {tables}; run `{writer}` with the same tables first")
     return Table.open(uri, spec_of(name))
 
 

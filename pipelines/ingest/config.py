@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipelines.ingest.labels import Matching
 from pipelines.ingest.sources.base import CsvForm, choices
 from pipelines.ingest.times import TimeRule
+from pplug.encoder import own_id
 
 
 class IngestConfig(BaseModel):
@@ -33,6 +34,20 @@ class IngestConfig(BaseModel):
     address with its package (gs://, az://, https://, hf://). Several are read in the order given, each by file name."""
     requests_source: str | tuple[str, ...] | None = None
     """File, folder or pattern of requests."""
+    vectors_id: str | None = None
+    """Name for vectors that you already have, which `refresh` and `train` then take as encoder.model=own:NAME. The
+    items bring them in the column `vector`, lists of numbers that are all of one width; an item without one is
+    rejected. They are stored L2-normalised, one per user and text: another vector for a text under the same name is
+    rejected, so that a new set of vectors needs a new name."""
+    vectors: str | tuple[str, ...] | None = None
+    """File, folder or pattern with the vectors for vectors_id, where they are no column of the items: rows of user_id,
+    item_id and vector. Without a source, they are those of items that the tables hold."""
+    follow: bool = False
+    """Reading of what has come to a Delta table, the source, since its last ingest with this key; the first one reads
+    all. Items that have gone from the table are counted, and listed in the run folder."""
+    apply_deletes: bool = False
+    """Removal of the items that `follow` finds gone, and of requests derived from them. Users of whom no item is left
+    are for `erase`, with the list in the run folder; `compact` drops vectors that no item needs."""
     format: Literal["auto", *choices()] = "auto"  # type: ignore[valid-type]
     """Format of the source; auto goes by the names of its files."""
     split: str = "train"
@@ -95,6 +110,28 @@ class IngestConfig(BaseModel):
     def _there_is_something_to_read(self) -> Self:
         if self.download is not None and (self.source or self.requests_source):
             raise ValueError("download is itself the source: leave source and requests_source out")
-        if self.source is None and self.requests_source is None and self.download is None:
+        if not any((self.source, self.requests_source, self.vectors, self.download)):
             raise ValueError("neither source nor requests_source nor download is given: name what to read")
+        return self
+
+    @model_validator(mode="after")
+    def _one_table_is_followed(self) -> Self:
+        if self.apply_deletes and not self.follow:
+            raise ValueError("apply_deletes needs --follow, which finds out what has gone")
+        several = not isinstance(self.source, str) and len(self.source or ()) != 1
+        if self.follow and (several or self.mode != "upsert" or self.explode or self.query):
+            raise ValueError(
+                "follow reads one Delta table row by row into tables that grow: give one source, mode=upsert, and "
+                "neither explode nor query"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vectors_have_a_name(self) -> Self:
+        if self.vectors_id is not None:
+            own_id(self.vectors_id)
+            if self.vectors is None and self.source is None:
+                raise ValueError("vectors_id names vectors, but neither source nor vectors says where they are")
+        elif self.vectors is not None or "vector" in self.columns:
+            raise ValueError("vectors are given without a name; add --vectors-id NAME, by which refresh finds them")
         return self

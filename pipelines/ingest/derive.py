@@ -52,13 +52,18 @@ def derive_requests(
     return asked.filter(pa.array(~outside)), asked.filter(pa.array(outside))
 
 
+def derived_id(user_id: str, item_id: str) -> str:
+    """Returns the id of the request that is derived from an item."""
+    name = f"{user_id}\0{item_id}".encode()
+    return f"derived-{hashlib.blake2b(name, digest_size=12).hexdigest()}"
+
+
 def _ask(item: dict, timed: bool, task: TaskSpec) -> dict:
     fields = dict(item["fields"])
-    name = f"{item['user_id']}\0{item['id']}".encode()
     same = ("bucket", "place", "user_key", "user_id", "position")
     return {column: item[column] for column in same} | {
         "kind": REQUEST,
-        "id": f"derived-{hashlib.blake2b(name, digest_size=12).hexdigest()}",
+        "id": derived_id(item["user_id"], item["id"]),
         "at": item["at"] if timed else None,
         "input": fill(task.input or "", fields, task.name),
         "target": fields[task.target],

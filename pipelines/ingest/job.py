@@ -22,8 +22,10 @@ from pipelines.ingest import source_files as sources
 from pipelines.ingest import summary
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
+from pipelines.ingest.follow import FOLLOWED, Changes, find_changes, forget_rows, write_gone
 from pipelines.ingest.look import look, options_of, sources_of
 from pipelines.ingest.merge import MergeBucket
+from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
 from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, unpacked_bytes
@@ -36,7 +38,7 @@ from pplug.tasks import TaskSpec
 WITHHELD = "withheld"
 """Reject reason of usable rows in a run that may replace nothing."""
 _OLD_KEYS = ("mode", "columns", "history_scope", "questions", "derive_requests")
-_NEW_KEYS = ("time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv")
+_NEW_KEYS = ("time", "undated", "labels", "requests_columns", "explode", "query", "requests_query", "csv", "vectors_id")
 """Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
@@ -60,12 +62,29 @@ class Plan:
     """Tables for which the sources have rows."""
     whole: "frozenset[str]"
     """Tables among them whose former rows all go."""
+    own: OwnVectors | None = None
+    """The vectors that come with the items."""
+    changes: Changes | None = None
+    """Changes of a followed table."""
+
+    def metadata(self, name: str, whole: bool) -> dict[str, str]:
+        """Metadata of a commit to a table; `whole` says that all that was to be read has been."""
+        if self.own is not None and name == self.own.table.spec.name:
+            return {"encoder_id": self.own.encoder_id}
+        if name == "rejects":
+            return {}
+        before = self.before[name].metadata
+        followed = {FOLLOWED: before[FOLLOWED]} if FOLLOWED in before else {}
+        if self.changes is not None and name == "histories" and whole:
+            followed = self.changes.followed(before)
+        return {"task_entry": self.task.to_json()} | followed
 
     @property
     def tables(self) -> "tuple[Table, ...]":
         """Tables in the order of their commits: requests come after histories, so that a reader who sees requests
         finds the histories that they need."""
-        return self.rejects, self.histories, self.requests
+        vectors = () if self.own is None else (self.own.table,)  # before the items that need them
+        return self.rejects, *vectors, self.histories, self.requests
 
 
 def run(config: IngestConfig) -> int:
@@ -76,20 +95,27 @@ def run(config: IngestConfig) -> int:
         change = {"download": None, "source": source, "split": part, "task": config.task or config.download}
         config = config.model_copy(update=change)
     options = options_of(config)
-    found = sources_of(config)
+    run_dir = config.run_dir or f"runs/{run_id}"
+    changes = _changes(config, run_dir) if config.follow else None
+    instead = changes.sources(run_dir, config.apply_deletes) if changes is not None else {}
+    found = sources_of(config) | instead
     pieces, task = look(config, found)
-    states = sources.states(pieces)
-    session.start()
-    survey = _survey(pieces, task, options)
-    plan = _open_tables(config, pieces, options, task)
     report = RunReport(
         job="ingest",
         run_id=run_id,
         config=config.model_dump(),
-        run_dir=config.run_dir or f"runs/{run_id}",
+        run_dir=run_dir,
         max_reject_fraction=config.max_reject_fraction,
-        extra={"task": task.name},
+        extra={"task": task.name} | (changes.figures if changes is not None else {}),
     )
+    if not pieces:  # a followed table that is as it was
+        return report.finish()
+    states = sources.states(pieces)
+    session.start()
+    if instead:
+        session.check_shared(run_dir, "run_dir")
+    survey = _survey(pieces, task, options)
+    plan = replace(_open_tables(config, pieces, options, task), changes=changes)
     with lease.writing(config.tables, run_id):
         kept = {"groups": {table.spec.name: next_group(table, run_id) for table in plan.tables}}
         kept = runs.begin(config.tables, run_id, "ingest", _given(config, pieces, task), _addresses(config), kept)
@@ -101,7 +127,18 @@ def run(config: IngestConfig) -> int:
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
         summary.tell(config, pieces, figures, report)
         _commit(plan, config, files, anew, report, kept["groups"])
+    if changes is not None:
+        forget_rows(run_dir)
     return report.finish()
+
+
+def _changes(config: IngestConfig, run_dir: str) -> Changes:
+    """Looks at what has changed in the table that is followed, and tells what has gone from it."""
+    (source,) = addresses(config.source)
+    histories = tables.newest(config.tables, "histories")
+    changes = find_changes(source, histories.metadata if histories is not None else {}, config.columns, run_dir)
+    write_gone(changes, run_dir, config.tables, config.apply_deletes)
+    return changes
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -140,7 +177,13 @@ def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Opt
         )
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
-    return Plan(task, pieces, options, histories, requests, rejects, before, *_fed(config, pieces))
+    fed, whole = _fed(config, pieces)
+    own = None
+    if config.vectors_id is not None:
+        stay = None if "histories" in whole else before["histories"]
+        own = open_own(config.tables, config.vectors_id, histories.buckets, pieces, task, options, stay)
+        before[own.table.spec.name], fed = own.before, fed | {own.table.spec.name}
+    return Plan(task, pieces, options, histories, requests, rejects, before, fed, whole, own)
 
 
 def _fed(config: IngestConfig, pieces: "tuple[Piece, ...]") -> tuple[frozenset[str], frozenset[str]]:
@@ -152,9 +195,9 @@ def _fed(config: IngestConfig, pieces: "tuple[Piece, ...]") -> tuple[frozenset[s
     asks = config.questions == "keep" and any(FORMATS[piece.format].asks for piece in pieces)
     given = {"histories"} if config.source is not None else set()
     given |= {"requests"} if config.requests_source is not None or asks else set()
-    replace = config.mode == "replace"
-    derived = {"requests"} if "histories" in given and (replace or config.derive_requests) else set()
-    return frozenset(given | derived), frozenset(given if replace else ())
+    anew, gone = config.mode == "replace", any(piece.kind == "gone" for piece in pieces)
+    derived = {"requests"} if "histories" in given and (anew or config.derive_requests or gone) else set()
+    return frozenset(given | derived), frozenset(given if anew else ())
 
 
 def _buckets(pieces: "tuple[Piece, ...]") -> int:
@@ -165,7 +208,7 @@ def _buckets(pieces: "tuple[Piece, ...]") -> int:
 
 
 def _addresses(config: IngestConfig) -> list[str]:
-    return [*addresses(config.source), *addresses(config.requests_source)]
+    return [*addresses(config.source), *addresses(config.requests_source), *addresses(config.vectors)]
 
 
 def _given(config: IngestConfig, pieces: "tuple[Piece, ...]", task: "TaskSpec") -> dict[str, str]:
@@ -193,7 +236,7 @@ def _files(
     parse = ParsePieces(plan.task, buckets, plan.pieces, plan.options, survey)
     merge = MergeBucket(
         plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held,
-        config.undated, config.labels, derived_anew,
+        config.undated, config.labels, plan.own, derived_anew,
     )  # fmt: skip
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
@@ -231,6 +274,7 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.failed = report.rejected[UNREADABLE]
     parts = ("histories_written", "requests_written", "derived", "repeated", "undated_filled", "undated_users")
     report.extra |= {name: counts[name] for name in parts}
+    report.extra |= {name: counts[name] for name in ("vectors_written", "items_removed") if counts[name]}
 
 
 def _commit(
@@ -242,12 +286,11 @@ def _commit(
     groups: dict[str, int],
 ) -> None:
     """Commits the rejects, then the tables that are fed, unless nothing may be replaced."""
-    metadata = {"task_entry": plan.task.to_json()}
     for table in plan.tables:
         name = table.spec.name
         own = [file for file in files if file.table == name]
         before, buckets = plan.before[name], anew.get(name, set())
-        if name == "rejects" and not own or name != "rejects" and _unchanged(plan, name):
+        if name == "rejects" and not own or name != "rejects" and _unchanged(plan, name, own):
             continue
         if name in plan.whole:
             buckets = set(before.by_bucket())  # a table that holds nothing yet only grows
@@ -262,7 +305,7 @@ def _commit(
                 buckets=buckets,
                 more=[file for file in own if buckets and file.bucket not in buckets],
                 planned_on=before.version,
-                metadata={} if name == "rejects" else metadata,
+                metadata=plan.metadata(name, whole=report.problem() is None),
                 complete=True,
                 strict=name != "rejects",
             )
@@ -270,14 +313,15 @@ def _commit(
             raise ConcurrentRunError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
-            _refuse_lost(config, before, name, report)
-            report.written -= report.extra[f"{name}_written"]
-            report.already_there += report.extra[f"{name}_written"]
+            lost = _refuse_lost(config, before, name, report)
+            report.written -= lost
+            report.already_there += lost
 
 
-def _unchanged(plan: Plan, name: str) -> bool:
+def _unchanged(plan: Plan, name: str, files: "list[DataFile]") -> bool:
     """Says whether a table keeps its version: no source has rows for it, and readers may take the version it has."""
-    return name not in plan.fed and plan.before[name].metadata.get("complete") == "true"
+    fed = name in plan.fed and (files or plan.own is None or name != plan.own.table.spec.name)
+    return not fed and plan.before[name].metadata.get("complete") == "true"
 
 
 def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
@@ -290,6 +334,7 @@ def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
         report.reject(WITHHELD, report.written + report.already_there)
         report.written = report.already_there = 0
         report.extra |= {f"{name}_written": 0 for name in plan.whole} | {"derived": 0}
+        report.extra.pop("vectors_written", None)
         print("ingest: mode=replace has replaced nothing, all tables but rejects are as they were", flush=True)
         return True
     for name in sorted(plan.whole):
@@ -301,11 +346,15 @@ def _withheld(plan: Plan, config: IngestConfig, report: "RunReport") -> bool:
     return False
 
 
-def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "RunReport") -> None:
-    """Refuses a run whose rows other runs have replaced since its commit."""
-    lost, newest = report.extra[f"{name}_written"], before.metadata.get("run_id")
+def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "RunReport") -> int:
+    """Returns how many of the written rows an earlier try has committed; refuses a run whose rows other runs have
+    replaced since."""
+    vectors = name not in ("histories", "requests")
+    lost = report.extra.get("vectors_written" if vectors else f"{name}_written", 0)
+    newest = before.metadata.get("run_id")
     if lost and (config.mode == "upsert" or newest != report.run_id):
         raise InputError(
             f"run {report.run_id} has committed to {name} before, and since then others have, run {newest} last: "
             f"{lost} rows of the sources are not in the table as they were given; ingest them under another run_id"
         )
+    return 0 if vectors and config.vectors is None else lost  # vectors of items are not counted beside them

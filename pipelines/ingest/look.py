@@ -76,7 +76,10 @@ def options_of(config: IngestConfig) -> Options:
     """Returns the keys that formats need."""
     return Options(
         config.columns, config.split, config.history_scope, config.questions == "keep",
-        rules=RowRules(config.time, config.labels, config.show_text), requests_columns=config.requests_columns,
+        rules=RowRules(
+            config.time, config.labels, config.show_text, config.vectors_id is not None and config.vectors is None
+        ),
+        requests_columns=config.requests_columns,
         explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
     )  # fmt: skip
 
@@ -127,7 +130,7 @@ def look(config: IngestConfig, instead: Mapping[Kind, Source] | None = None) -> 
 
 
 def _sources(config: IngestConfig) -> dict[Kind, str | Sequence[str]]:
-    given: dict[Kind, Any] = {"items": config.source, "requests": config.requests_source}
+    given: dict[Kind, Any] = {"items": config.source, "requests": config.requests_source, "vectors": config.vectors}
     return {kind: source for kind, source in given.items() if source is not None}
 
 
@@ -151,7 +154,7 @@ def _found(
             )
     for number, file in enumerate(source.files, start=first):
         pieces += FORMATS[file.format].pieces([file], kind, options, number)
-    asked = config.query if kind == "items" else config.requests_query
+    asked = {"items": config.query, "requests": config.requests_query}.get(kind)
     if asked is None:
         return source, pieces
     if not all(isinstance(FORMATS[name], RecordFormat) for name in source.formats):

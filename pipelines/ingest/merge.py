@@ -23,11 +23,12 @@ from infra.report import peak_memory_bytes
 from infra.snapshot import Snapshot
 from infra.table import DataFile, Table
 from pipelines.codes import flat
-from pipelines.ingest.derive import derive_requests
+from pipelines.ingest.derive import derive_requests, derived_id
 from pipelines.ingest.figures import Figures, answers
 from pipelines.ingest.labels import LabelRule, Matching
+from pipelines.ingest.own_vectors import OwnVectors
 from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
-from pipelines.ingest.source_rows import ITEM, REJECT, REQUEST, ROWS, by_kind
+from pipelines.ingest.source_rows import GONE, ITEM, REJECT, REQUEST, ROWS, VECTOR, by_kind
 from pplug.tasks import TaskSpec
 
 RESULT = pa.schema(
@@ -59,6 +60,8 @@ class MergeBucket:
     """Versions whose rows stay, by table; a table that the source replaces is not among them."""
     undated: Literal["neighbour", "reject", "untimed"]
     labels: Matching
+    own: OwnVectors | None = None
+    """The vectors that come with the items; None where an encoder makes them."""
     derived_anew: bool = False
     """True if existing derived requests are removed, because their histories are replaced."""
 
@@ -72,12 +75,19 @@ class MergeBucket:
         counts["planned"] = figures.rows
         items, asked = _as_new(kinds[ITEM]), _as_new(kinds[REQUEST])
         bad = [_as_new(kinds[REJECT])]
-        if len(items):
-            merged = self._merged("histories", bucket, items, counts)
+        live, vectors, gone = WORK.empty_table(), WORK.empty_table(), _as_new(kinds[GONE])
+        if self.own is not None:
+            admitted = self.own.admit(items, _as_new(kinds[VECTOR]), bucket)
+            items, vectors = admitted.items, admitted.rows
+            bad.append(admitted.rejects)
+        if len(items) or len(gone):
+            merged = self._merged("histories", bucket, items, counts) if len(items) else Merged(live, live, live, False)
+            merged = self._without("histories", merged, gone, bucket, counts)
+            live = merged.live
             bad.append(merged.rejects)
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
-            if self.derive_requests:
+            if self.derive_requests and len(items):
                 derived, outside = derive_requests(
                     merged.live, pc.unique(items["user_key"]), self.derive_requests, self.task,
                     LabelRule(self.task, self.labels),
@@ -88,8 +98,17 @@ class MergeBucket:
                 detail = f"the answer of a derived request is none of the {len(self.task.labels)} labels of the task"
                 bad.append(_as_rejects(outside, "target_outside_labels", detail))
                 asked = pa.concat_tables([asked, derived])
-        if len(asked) or self.derived_anew:
+        if self.own is not None and len(vectors):
+            taken = self.own.take(vectors, live, self.run_id, bucket)
+            bad.append(taken.rejects)
+            files += taken.files
+            counts["vectors_written"] += taken.written
+            if not self.own.in_items:  # a row of a file of its own is counted by itself
+                counts["written"] += taken.written
+                counts["already_there"] += taken.already_there
+        if len(asked) or self.derived_anew or len(gone):
             merged = self._merged("requests", bucket, asked, counts)
+            merged = self._without("requests", merged, _derived_from(gone), bucket, counts)
             bad.append(merged.rejects)
             files += self.requests.write(_request_rows(merged.rows, self.task.name), self.run_id)
             anew += ["requests"] * merged.anew
@@ -137,6 +156,23 @@ class MergeBucket:
         others = [part.filter(pc.invert(pc.is_in(part["user_key"], value_set=flat(users)))) for part in whole]
         return Merged(live, pa.concat_tables([live, *others]), rejects, anew=True)
 
+    def _without(self, name: str, merged: "Merged", gone: pa.Table, bucket: int, counts: Counter[str]) -> "Merged":
+        """Takes rows out of a bucket by their keys. An item's key counts as written where it was there."""
+        if not len(gone):
+            return merged
+        whole = merged.rows if merged.anew else pa.concat_tables([*self._held(name, bucket, None), merged.rows])
+        keys = _keys(gone)
+        hit = pc.is_in(_keys(whole), value_set=keys)
+        removed = pc.sum(hit).as_py() or 0
+        if name == "histories":
+            counts["written"] += removed
+            counts["already_there"] += len(gone) - removed
+            counts["items_removed"] += removed
+        if not removed:
+            return merged
+        live = merged.live.filter(pc.invert(pc.is_in(_keys(merged.live), value_set=keys)))
+        return Merged(live, whole.filter(pc.invert(hit)), merged.rejects, anew=True)
+
     def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
         """Reads the bucket's rows of these users (all when None) as working rows."""
         if name not in self.held:
@@ -163,6 +199,19 @@ class Merged:
     rejects: pa.Table
     anew: bool
     """True if the new file replaces the bucket's files."""
+
+
+def _keys(rows: pa.Table) -> pa.Array:
+    """user_key + id; user_key has a fixed length, so that joined keys cannot be mistaken."""
+    return flat(pc.binary_join_element_wise(rows["user_key"], rows["id"], ""))
+
+
+def _derived_from(gone: pa.Table) -> pa.Table:
+    """Keys of the requests that are derived from these items."""
+    users, items = gone["user_id"].to_pylist(), gone["id"].to_pylist()
+    ids = [derived_id(user, item) for user, item in zip(users, items, strict=True)]
+    at = WORK.get_field_index("id")
+    return gone.set_column(at, WORK.field(at), pa.array(ids, pa.string()))
 
 
 def _as_rejects(rows: pa.Table, reason: str, detail: str) -> pa.Table:

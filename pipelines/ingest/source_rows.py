@@ -19,10 +19,11 @@ from infra.shards import shard_columns
 from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.times import TimeRule
 from pipelines.ingest.values import Column, RowError, blank, id_column, text_column
+from pipelines.ingest.vector_values import vector_column
 from pplug.history import text_hashes
 from pplug.tasks import TaskSpec, slots
 
-ITEM, REQUEST, REJECT, COUNT = range(4)
+ITEM, REQUEST, REJECT, COUNT, VECTOR, GONE = range(6)
 TIME = pa.timestamp("us", tz="UTC")
 ROWS = pa.schema(
     [
@@ -43,6 +44,7 @@ ROWS = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),  # of a count: `Notes` as JSON
         ("line", pa.int64()),  # of a reject: the line within its piece, from 1
+        ("vector", pa.list_(pa.float32())),  # the item's own, where vectors are asked for
     ]
 )
 NO_BUCKET = -1
@@ -50,8 +52,11 @@ NO_BUCKET = -1
 CORE: dict[str, tuple[str, ...]] = {
     "items": ("user_id", "item_id", "occurred_at"),
     "requests": ("request_id", "user_id", "input", "as_of", "target", "owner_id"),
+    "vectors": ("user_id", "item_id", "vector"),
+    "gone": ("user_id", "item_id"),
 }
-"""Our names of each kind's columns that are no fields."""
+"""Our names of each kind's columns that are no fields; items may bring a `vector`, too (`RowRules`)."""
+_KINDS = {"items": ITEM, "requests": REQUEST, "vectors": VECTOR, "gone": GONE}
 _MANY_NAMES = 256
 """Number of fields from which rows are laid out in small groups: rows that share few names would be mostly gaps."""
 _SHOWN = 300
@@ -67,6 +72,12 @@ class RowRules:
     labels: Matching = "normalise"
     show_text: bool = False
     """True if rejects carry the text of their row, for the screen alone."""
+    vectors: bool = False
+    """True if items bring their vectors in a column."""
+
+    def core(self, kind: str) -> tuple[str, ...]:
+        """Returns our names of a kind's columns that are no fields."""
+        return (*CORE[kind], "vector") if kind == "items" and self.vectors else CORE[kind]
 
 
 @dataclass
@@ -81,7 +92,7 @@ class Notes:
     """Number of rows with a value, by kind and our name, such as `items.occurred_at`."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of values that have no text, by column."""
-    columns: dict[str, list[str]] = field(default_factory=lambda: {"items": [], "requests": []})
+    columns: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in CORE})
     """Columns of the source by kind, as far as they are mapped or few."""
     times: list[str] = field(default_factory=list)
     """Columns that look like times, in a source without the column that is mapped to one."""
@@ -109,8 +120,8 @@ class RowWriter:
     # --- by columns -------------------------------------------------------------------------------------------------
 
     def batch(
-        self, kind: Literal["items", "requests"], columns: Mapping[str, Column], fields: Mapping[str, Column],
-        seq: np.ndarray, place: Callable[[int], str], line: np.ndarray | None = None,
+        self, kind: Literal["items", "requests", "vectors", "gone"], columns: Mapping[str, Column],
+        fields: Mapping[str, Column], seq: np.ndarray, place: Callable[[int], str], line: np.ndarray | None = None,
         errors: dict[int, RowError] | None = None,
     ) -> None:  # fmt: skip
         """Adds rows, counts them as planned, and sets aside those that cannot be used.
@@ -130,7 +141,10 @@ class RowWriter:
             return
         fields = {name: column for name, column in fields.items() if self._sound_name(name, column)}
         errors = dict(errors or {})
-        made = self._items(columns, fields, count, errors) if kind == "items" else self._asked(columns, count, errors)
+        if kind == "items":
+            made = self._items(columns, fields, count, errors)
+        else:
+            made = (self._asked if kind == "requests" else self._keyed)(columns, count, errors)
         for row in sorted(errors):
             shown = _shown({**columns, **fields}, row) if self.rules.show_text else None
             self.reject(
@@ -146,7 +160,7 @@ class RowWriter:
         made |= {
             "bucket": bucket, "user_key": user_key, "seq": pa.array(seq, pa.int64()),
             "place": pa.array([place(one) for one in seq.tolist()], pa.string()),
-            "kind": pa.repeat(pa.scalar(ITEM if kind == "items" else REQUEST, pa.int8()), len(good)),
+            "kind": pa.repeat(pa.scalar(_KINDS[kind], pa.int8()), len(good)),
             "file": pa.repeat(pa.scalar(self.file, pa.int32()), len(good)),
         }  # fmt: skip
         arrays = [made[column.name] if column.name in made else pa.nulls(len(good), column.type) for column in ROWS]
@@ -172,14 +186,22 @@ class RowWriter:
             errors.setdefault(int(row), RowError("empty_text", detail))
         if self.task.target in texts and self.task.metric != "text":
             texts[self.task.target] = self._labels.column(texts[self.task.target])[0]
-        user, item = (self._ids(columns.get(name), name, count, errors) for name in ("user_id", "item_id"))
+        keyed = self._keyed(columns, count, errors)
         at = self._times("items.occurred_at", columns.get("occurred_at"), count, errors)
         for name, text in texts.items():
             self.notes.values[f"items.{name}"] += len(text) - text.null_count
-        return {
-            "user_id": user, "id": item, "at": at, "fields": _maps(texts, count),
-            "text_hash": pa.array(text_hashes(texts, count), pa.string()),
-        }  # fmt: skip
+        hashes = pa.array(text_hashes(texts, count), pa.string())
+        return keyed | {"at": at, "fields": _maps(texts, count), "text_hash": hashes}
+
+    def _keyed(self, columns: Mapping[str, Column], count: int, errors: dict[int, RowError]) -> dict[str, pa.Array]:
+        """The key of items, and their vectors where there is such a column."""
+        user, item = (self._ids(columns.get(name), name, count, errors) for name in ("user_id", "item_id"))
+        if "vector" not in columns:
+            return {"user_id": user, "id": item}
+        vector, wrong = vector_column(columns["vector"])
+        for row, error in wrong.items():
+            errors.setdefault(row, error)
+        return {"user_id": user, "id": item, "vector": vector}
 
     def _asked(self, columns: Mapping[str, Column], count: int, errors: dict[int, RowError]) -> dict[str, pa.Array]:
         nothing = pa.nulls(count, pa.string())
@@ -342,7 +364,7 @@ def by_kind(rows: pa.Table) -> dict[int, pa.Table]:
     """Splits rows of `ROWS` by kind; rows of one kind alone are not copied."""
     kind = rows["kind"].to_numpy()
     found = {}
-    for one in (ITEM, REQUEST, REJECT, COUNT):
+    for one in (ITEM, REQUEST, REJECT, COUNT, VECTOR, GONE):
         those = kind == one
         found[one] = rows if those.all() else rows.filter(pa.array(those)) if those.any() else rows.slice(0, 0)
     return found

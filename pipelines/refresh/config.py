@@ -10,7 +10,8 @@ from pplug.settings import renamed
 class Config(ResumableConfig):
     """Job `refresh`: histories (+ plug) -> embeddings, personas. The nightly job.
 
-    Only texts without a vector under this encoder's identity are encoded; only users whose history changed get a new
+    Only texts without a vector under this encoder's identity are encoded (none with encoder.model=own:NAME, whose
+    vectors `ingest` has stored: there every text needs one already); only users whose history changed get a new
     persona; a night on which nothing changed reads nothing and writes nothing, and one on which rows were only added
     reads the histories and vectors of their users only. A text whose vector was not finite is tried again each night.
     Another plug makes all personas anew from the vectors; another encoder fills a table of its own beside the old one,

@@ -119,7 +119,11 @@ def _refresh(night: Night) -> None:
 
     config, buckets = night.config, night.table.buckets
     session.start(need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker})
-    embeddings = tables.open_or_create(config.tables, tables.embeddings_name(night.encoder_id), buckets)
+    name = tables.embeddings_name(night.encoder_id)
+    if config.encoder.own is not None:  # `ingest` has made the table, with its vectors
+        embeddings = tables.open_table(config.tables, name)
+    else:
+        embeddings = tables.open_or_create(config.tables, name, buckets)
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     since = _since(night, embeddings)
     settled = _embed(night, embeddings, rejects, since)
@@ -245,6 +249,7 @@ def _embed(night: Night, embeddings: "Table", rejects: "Table", since: Since) ->
 
     config, before = night.config, embeddings.snapshot()
     plan = _plan_texts(night, before, since)
+    _refuse_without_vector(config, plan)
     read = ReadPending(
         night.histories,
         before,
@@ -275,6 +280,17 @@ def _embed(night: Night, embeddings: "Table", rejects: "Table", since: Since) ->
     for bucket, reasons in committer.rejected.items():
         plan.rejected[bucket] += reasons
     return settled_text(plan.texts, plan.rejected)
+
+
+def _refuse_without_vector(config: Config, plan: TextPlan) -> None:
+    """Refuses to make personas of some of the items where nothing can encode the others."""
+    pending = sum(plan.pending.values())
+    if config.encoder.own is not None and pending:
+        raise InputError(
+            f"encoder.model={config.encoder.model}: {pending} of {sum(plan.texts.values())} texts have no vector of "
+            f"this name, and nothing encodes them; add theirs with `ingest --vectors FILE --vectors-id "
+            f"{config.encoder.own}`, or take an encoder"
+        )
 
 
 def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since, settled: str) -> None:

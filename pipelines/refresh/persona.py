@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.codes import encode
-from pipelines.histories import Histories, list_f32, read_bucket
+from pipelines.histories import Histories, list_f32, read_bucket, width_of
 from pipelines.refresh.increment import Late, Since
 from pipelines.run import CpuShare
 from pipelines.waves import files_table
@@ -140,7 +140,8 @@ class BuildPersonas:
         if n:
             users = users.with_vectors(self.embeddings, bucket, None if everybody else live)
         has = users.vector_row[live] >= 0
-        vectors = users.vectors if has.any() else np.zeros((0, self._width()), np.float32)
+        # a user without a vector gets as many zeros as the others' vectors have values
+        vectors = users.vectors if has.any() else np.zeros((0, width_of(self.embeddings)), np.float32)
         means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n)
         head = heads.take(pa.array(changed))
         table = pa.table(
@@ -158,13 +159,6 @@ class BuildPersonas:
             }
         )
         return table, int((~has).sum())
-
-    def _width(self) -> int:
-        """D, as any vector of the table has it: a user without a vector gets as many zeros."""
-        for file in self.embeddings.files:
-            for part in self.embeddings.of_users(["vector"], file.bucket):
-                return len(part["vector"][0])
-        return 0
 
     def _vectors(
         self, vectors: np.ndarray, rows: np.ndarray, owner_T: np.ndarray, n: int

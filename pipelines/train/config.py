@@ -1,8 +1,8 @@
 """Keys of `train`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pipelines.job_config import ResumableConfig
 from pplug.encoder import EncoderConfig
@@ -46,7 +46,8 @@ class Config(ResumableConfig):
     llm: LLMConfig
     """Frozen LLM that the plug is trained for."""
     encoder: EncoderConfig = EncoderConfig()
-    """Encoder, the same as in refresh: its vectors are the history, and a trained copy encodes the query."""
+    """Encoder, the same as in refresh: its vectors are the history, and a trained copy encodes the query. Vectors named
+    by own:NAME have no encoder for queries, so that they need shape.aggregation=mean."""
     plug: str | None = None
     """Folder the plug is written to; default: <run_dir>/plug. It takes the place of a former plug as a whole."""
     shape: PlugShape = PlugShape()
@@ -72,3 +73,13 @@ class Config(ResumableConfig):
     """Number of steps between checkpoints; 0 makes one at each epoch's end."""
     max_failures: int = Field(2, ge=0)
     """Number of times that a lost worker group is started again within one run."""
+
+    @model_validator(mode="after")
+    def _queries_can_be_encoded(self) -> Self:
+        by_query = self.shape.aggregation == "attention" and not self.shape.without_history
+        if self.encoder.own is not None and by_query:
+            raise ValueError(
+                f"shape.aggregation=attention weighs items by the query's vector, and {self.encoder.model} has no "
+                "encoder that could make one; set shape.aggregation=mean"
+            )
+        return self

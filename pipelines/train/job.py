@@ -28,6 +28,7 @@ from infra.shards import keys_by_bucket
 from infra.storage import Storage
 from infra.trainer import run_training
 from pipelines import begun, tables
+from pipelines.histories import width_of
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.train.config import Config
@@ -77,6 +78,10 @@ def _run(config: Config, run_id: str) -> int:
         report.table_read(name, snapshots[name].version)
     begun.write(run_dir, "train", run_id, settings, snapshots)
     histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
+    width = None
+    if config.encoder.own is not None:  # of a soft prompt, too
+        own = embeddings or tables.snapshot(config.tables, tables.embeddings_name(encoder), {})
+        width = width_of(own)
 
     session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
     session.check_shared(run_dir, "run_dir")
@@ -94,7 +99,7 @@ def _run(config: Config, run_id: str) -> int:
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target)
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width)
         stage.rows = counts["samples"] * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -146,6 +151,7 @@ def _fit(
     samples: "tuple[str, list[Shard]]",
     identities: dict[str, str | None],
     target: Path,
+    width: int | None,
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     storage = Storage(run_dir).join("train")
@@ -153,6 +159,7 @@ def _fit(
         "config": config.model_dump(),
         "samples": samples,
         "identities": identities,
+        "width": width,
         "cpu": CpuShare(config.workers, config.threads),
         "left": _left_without_record(storage, run_id),
     }
@@ -209,11 +216,11 @@ def fit_worker(given: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(given["cpu"].torch_threads())
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"])
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"])
     plug.to(get_device())
     with tempfile.TemporaryDirectory() as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
-        pad_id = query_tokenizer.pad_token_id or 0
+        pad_id = query_tokenizer.pad_token_id or 0 if query_tokenizer is not None else 0
         fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
         resumed = _Resume(local)
         resumed.load(fitter, given["left"])
@@ -283,25 +290,33 @@ class _Resume:
         Path(self.folder, "history.json").write_text(json.dumps(self._history))
 
 
-def make_models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries."""
+def make_models(config: Config, identities: dict[str, Any], width: int | None = None) -> tuple[Any, Any, Any]:
+    """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries.
+
+    Args:
+        width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
+    """
     llm = FrozenLLM.load(config.llm)
-    folder = model_folder(config.encoder.model, config.encoder.revision)
-    attention = config.shape.aggregation == "attention" and not config.shape.without_history
-    # On a CPU the fused attention's backward in bfloat16 is several times slower than plain products for short texts.
-    attention_kind = "sdpa" if torch.cuda.is_available() else "eager"
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_kind)
-    shape = config.shape
+    shape, encoder, tokenizer, query_pooling = config.shape, None, None, "cls"
+    if width is None:
+        folder = model_folder(config.encoder.model, config.encoder.revision)
+        # On a CPU the fused attention's backward in bfloat16 is several times slower than plain products for short
+        # texts.
+        kind = "sdpa" if torch.cuda.is_available() else "eager"
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind)
+        width, query_pooling = encoder.config.hidden_size, pooling_of(folder, config.encoder.pooling)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    attention = shape.aggregation == "attention" and not shape.without_history
     plug = PersonaPlug(
         PlugConfig(
-            encoder_dim=encoder.config.hidden_size,
+            encoder_dim=width,
             llm_dim=llm.dim,
             persona_tokens=shape.persona_tokens,
             aggregation=shape.aggregation,
             temperature=shape.temperature,
             persona_scale=shape.persona_scale or llm.embedding_norm,
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
-            query_pooling=pooling_of(folder, config.encoder.pooling),
+            query_pooling=query_pooling,
             query_prefix=shape.query_prefix,
             query_max_tokens=shape.query_max_tokens or config.encoder.max_tokens,
             trained_without_history=shape.without_history,
@@ -310,7 +325,7 @@ def make_models(config: Config, identities: dict[str, Any]) -> tuple[Any, Any, A
         query_encoder=encoder if attention else None,
     )
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
-    return plug.eval(), llm, AutoTokenizer.from_pretrained(folder)
+    return plug.eval(), llm, tokenizer
 
 
 def make_samples(
@@ -321,7 +336,7 @@ def make_samples(
     Args:
         samples: the folder that PrepareSamples wrote to, and the files it wrote.
     """
-    words = TextTokenizer(tokenizer)
+    words = TextTokenizer(tokenizer) if tokenizer is not None else None
     folder, files = samples
     table, shards = load_samples(folder, files, local)
     fit = config.fit
@@ -338,7 +353,7 @@ def make_samples(
         return Samples(
             prompts=llm.prompt_builder.prompts(rows["input"].to_pylist()),
             targets=llm.prompt_builder.targets(rows["target"].to_pylist(), fit.max_target_tokens),
-            queries=words.framed(queries, plug.config.query_max_tokens),
+            queries=words.framed(queries, plug.config.query_max_tokens) if words else [[] for _ in queries],
             owners=rows["owner_id"].to_pylist(),
             spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),
             shards=shards,

@@ -49,6 +49,11 @@ class Retrieval(Part):
                 "cut: lower the one or raise the other"
             )
         if "dense" in run.kinds("retrieval"):
+            if config.retrieval.encoder.own is not None:
+                raise InputError(
+                    f"retrieval.encoder.model={config.retrieval.encoder.model}: `dense` compares items with the "
+                    "request's vector, and no encoder belongs to these vectors; take bm25, recency or random"
+                )
             try:
                 rule = task.item_template(config.retrieval.encoder.with_label)
                 name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))

@@ -23,7 +23,7 @@ from pipelines.ingest.sources.discover import PACKINGS, File, Kinds, Source, add
 from pplug.settings import Settings
 from pplug.tasks import TaskSpec
 
-Kind = Literal["items", "requests"]
+Kind = Literal["items", "requests", "vectors", "gone"]
 UNREADABLE = "unreadable_file"
 """Reason of the one reject that stands for a file which cannot be read."""
 DAMAGED = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -130,7 +130,7 @@ class Format(ABC):
     """True if files are read in this format only when it is named."""
     chosen: ClassVar[bool] = True
     """True if `format` may name it."""
-    kinds: ClassVar[tuple[Kind, ...]] = ("items", "requests")
+    kinds: ClassVar[tuple[Kind, ...]] = ("items", "requests", "vectors", "gone")
     """Kinds of source that may have this format."""
     asks: ClassVar[bool] = False
     """True if a source of history items holds requests, too."""

@@ -5,7 +5,7 @@ A format says which columns its files have and which records a piece of them hol
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -24,6 +24,8 @@ from pipelines.ingest.values import Column, RowError, as_array, values
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "items": ("user_id", "item_id"),
     "requests": ("request_id", "user_id", "input"),
+    "vectors": CORE["vectors"],
+    "gone": CORE["gone"],
 }
 FIELDS = "fields"
 """Our name of a column that holds an item's fields as a mapping."""
@@ -142,8 +144,11 @@ class RecordFormat(Format):
         head = self.head(piece, options, _LOOKED_AT)
         if head.form is not None:
             print(f"ingest: {piece.name}: {head.form}", flush=True)
-        existing, mapping = paths(head.columns), options.mapping(piece.kind)
-        wanted = {name: mapping.get(name, name) for name in NEEDED[piece.kind]}
+        existing = paths(head.columns)
+        mapping = _applied(options.mapping(piece.kind), piece.kind, existing)
+        own = ("vector",) if piece.kind == "items" and options.rules.vectors else ()
+        needed = (*NEEDED[piece.kind], *own)
+        wanted = {name: mapping.get(name, name) for name in needed}
         missing = [column for column in wanted.values() if column not in existing]
         if existing and missing:
             name = next(name for name, column in wanted.items() if column == missing[0])
@@ -202,10 +207,19 @@ _MAGIC = {
 
 def _needed(kind: Kind, mapping: Mapping[str, str], options: Options) -> list[str] | None:
     """Returns the columns that rows need; None for all, as where every column that is not ours becomes a field."""
-    if kind == "items" and not set(mapping) - {*CORE[kind], FIELDS, *CORE["requests"]}:
+    core = options.rules.core(kind)
+    if kind == "items" and not set(mapping) - {*core, FIELDS, *CORE["requests"]}:
         return None
-    names = [mapping.get(name, name) for name in (*CORE[kind], FIELDS)]
+    names = [mapping.get(name, name) for name in (*core, FIELDS)] + (list(core) if kind == "vectors" else [])
     return list(dict.fromkeys([*names, *mapping.values(), *([options.explode] if options.explode else [])]))
+
+
+def _applied(mapping: Mapping[str, str], kind: Kind, existing: Container[str]) -> Mapping[str, str]:
+    """Returns the mapping for a kind of source. A file of vectors is read by that of the items, whose columns may have
+    other names: our own then stand. A list of what has gone is our own."""
+    if kind == "vectors":
+        return {name: column for name, column in mapping.items() if column in existing or name not in existing}
+    return {} if kind == "gone" else mapping
 
 
 def _laid_out(batch: Batch, piece: Piece, options: Options) -> Batch:
@@ -226,7 +240,8 @@ def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter,
 
     Without a mapping `fields` and without mapped fields, all columns that are not ours are fields.
     """
-    core = {name: mapping.get(name, name) for name in CORE[kind]}
+    mapping = _applied(mapping, kind, batch.columns)
+    core = {name: mapping.get(name, name) for name in writer.rules.core(kind)}
     found = {name: at_path(batch.columns, column) for name, column in {**mapping, **core}.items()}
     there = {name: column for name, column in found.items() if column is not None}
     columns = {name: there[name] for name in core if name in there}

@@ -1,0 +1,243 @@
+"""A Delta table as live source: what has come to it since the last ingest of it, and what has gone.
+
+The version that an ingest has read stands in the metadata of the histories' commit, by the table's own id, so that a
+restored table of histories is followed from the version that it holds. Between that version and the newest one:
+- Files were only added: these files are read, and nothing has gone.
+- Files were removed too, and the table keeps a change data feed: the rows of the feed are read.
+- Files were removed without a feed: the table is read as a whole; rows that are there already count as such.
+Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
+whatever the feed says: a row that was moved or written again has not gone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.errors import InputError
+from infra.storage import Storage
+from pipelines.ingest.sources.base import Kind
+from pipelines.ingest.sources.discover import File, Source
+from pipelines.ingest.values import id_column
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+FOLLOWED = "followed"
+"""Key in the metadata of a commit of histories: version that was read of each followed table, by the table's id."""
+CHANGED_ROWS = "changed-rows.parquet"
+GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
+"""Files in the run folder with the keys of items that have gone, and with the users none of whose items is left."""
+KEYS = ("user_id", "item_id")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a run reads of a followed table, and what has gone from it."""
+
+    table_id: str
+    version: int
+    """Version that is read; the next run goes on from it."""
+    since: int | None
+    """Version of the last ingest; None where there was none."""
+    files: tuple[File, ...] | None
+    """Files that are read; None for the table as a whole."""
+    gone: pa.Table
+    """Keys that have gone, as ids of the histories."""
+    gone_users: tuple[str, ...]
+    """Users among them of whom the table has no item any more; the job `erase` is for them."""
+    words: str
+    """Sentence on what is read."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Figures for the run's report."""
+        span = {"version": self.version, "since": self.since, "words": self.words}
+        return {"followed": span | {"items_gone": len(self.gone), "users_gone": len(self.gone_users)}}
+
+    def sources(self, run_dir: str, apply_deletes: bool) -> dict[Kind, Source]:
+        """Sources that take the table's place: none where it is read as a whole."""
+        found: dict[Kind, Source] = {} if self.files is None else {"items": Source(self.files)}
+        if apply_deletes and len(self.gone):
+            storage = Storage(run_dir)
+            found["gone"] = Source((File(storage.uri, GONE_ITEMS, "jsonl", storage.size(GONE_ITEMS)),))
+        return found
+
+    def followed(self, before: Mapping[str, str]) -> dict[str, str]:
+        """Metadata of the histories' commit, with the versions of other tables kept."""
+        known = json.loads(before.get(FOLLOWED, "{}"))
+        return {FOLLOWED: json.dumps(known | {self.table_id: self.version}, sort_keys=True)}
+
+
+def find_changes(address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str) -> Changes:
+    """Compares a Delta table with the version of its last ingest.
+
+    Args:
+        before: metadata of the histories' newest commit.
+        columns: column of the table for each of our names.
+        run_dir: folder for rows of a change data feed (`CHANGED_ROWS`).
+
+    Raises:
+        InputError: the address has no Delta table, or the table has no such columns.
+    """
+    table = _opened(address)
+    table_id, version = str(table.metadata().id), table.version()
+    since = json.loads(before.get(FOLLOWED, "{}")).get(table_id)
+    names = [columns.get(name, name) for name in KEYS]
+
+    def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:
+        kept = None if files is None else tuple(files)
+        return Changes(table_id, version, since, kept, _no_keys() if gone is None else gone, tuple(left), words)
+
+    if since is None:
+        return changes(None, f"version {version} of the table is read as a whole: no earlier ingest has followed it")
+    if since == version:
+        return changes((), f"the table is still at version {version}: nothing is read")
+    try:
+        old = _opened(address, since)
+        before_files, now_files = _files(old), _files(table)
+    except InputError:
+        lost = f"version {since}, the last that was read, is no longer in the table's log"
+        return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
+    span = f"versions {since + 1} to {version}"
+    if before_files.keys() <= now_files.keys():
+        added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
+        return changes(added, f"{span} only added rows: {len(added)} new files are read")
+    try:
+        now = _keys(table, names)
+        gone, left = _gone(_keys(old, names), now)
+    except OSError:  # a vacuum has removed the old files
+        return changes(None, f"version {version} is read as a whole: the files of version {since} are no longer there, "
+                             "so that rows that have gone cannot be told")  # fmt: skip
+    feed = _feed(table, since, version, names, now, run_dir)
+    if feed is None:
+        words = (
+            f"version {version} is read as a whole: {span} changed rows, and the table has no change data feed of them"
+        )
+        return changes(None, words, gone, left)
+    return changes((feed,), f"{span} changed rows: those of the change data feed are read", gone, left)
+
+
+def write_gone(changes: Changes, run_dir: str, tables: str, apply_deletes: bool) -> None:
+    """Writes what has gone into the run folder, keys as JSON lines and users as `erase --users` takes them, and says
+    so with counts alone."""
+    storage = Storage(run_dir)
+    print(f"ingest: {changes.words}", flush=True)
+    if not len(changes.gone):
+        return
+    items, users = len(changes.gone), len(changes.gone_users)
+    done = "they are removed" if apply_deletes else "--apply-deletes removes them"
+    print(f"ingest: {items} items have gone from the table ({storage.full(GONE_ITEMS)}): {done}", flush=True)
+    if users:
+        print(
+            f"ingest: {users} users have no item there any more: erase them from all tables with `erase --tables "
+            f"{tables} --users {storage.full(GONE_USERS)}`",
+            flush=True,
+        )
+    lines = [json.dumps(row, ensure_ascii=False) for row in changes.gone.to_pylist()]
+    storage.write_bytes(GONE_ITEMS, "".join(f"{line}\n" for line in lines).encode())
+    storage.write_bytes(GONE_USERS, "".join(f"{user}\n" for user in changes.gone_users).encode())
+
+
+def forget_rows(run_dir: str) -> None:
+    """Removes the rows of a change data feed, once they are in the tables."""
+    storage = Storage(run_dir)
+    if storage.exists(CHANGED_ROWS):
+        storage.delete(CHANGED_ROWS)
+
+
+def _opened(address: str, version: int | None = None) -> "DeltaTable":
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    storage = Storage(address)
+    try:
+        return DeltaTable(storage.uri, version=version, storage_options=storage.delta_options())
+    except (DeltaError, OSError) as error:
+        of = "" if version is None else f"version {version} of "
+        raise InputError(
+            f"{address}: {of}the table cannot be read as a Delta table ({type(error).__name__}); --follow takes the "
+            "folder of one Delta table"
+        ) from error
+
+
+def _files(table: "DeltaTable") -> dict[str, dict[str, Any]]:
+    """Add actions by path."""
+    return {action["path"]: action for action in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
+
+
+def _file(address: str, action: Mapping[str, Any]) -> File:
+    partition = {name: value for name, value in action.items() if name.startswith("partition.")}
+    texts = (
+        (name.removeprefix("partition."), None if value is None else str(value)) for name, value in partition.items()
+    )
+    return File(Storage(address).uri, unquote(action["path"]), "parquet", action["size_bytes"], tuple(texts))
+
+
+def _keys(table: "DeltaTable", names: Sequence[str]) -> pa.Table:
+    """Keys of a version, each once, as ids of the histories; rows without a key have none."""
+    dataset = table.to_pyarrow_dataset()
+    try:
+        rows = dataset.to_table(
+            columns={ours: pc.field(*name.split(".")) for ours, name in zip(KEYS, names, strict=True)}
+        )
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise InputError(
+            f"{table.table_uri}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
+            f"rows that have gone by them; it has {', '.join(dataset.schema.names[:20])}"
+        ) from error
+    rows = rows.group_by(list(KEYS)).aggregate([])
+    return _keys_of(rows, KEYS).drop_null()
+
+
+def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Keys of rows as ids of the histories, null where a row cannot have one."""
+
+    def column(name: str) -> pa.ChunkedArray:
+        first, *below = [name] if name in rows.column_names else name.split(".")
+        return pc.struct_field(rows[first], below) if below else rows[first]
+
+    return pa.table({ours: id_column(column(name), ours)[0] for ours, name in zip(KEYS, names, strict=True)})
+
+
+def _gone(old: pa.Table, now: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Keys that only the old version has, and the users among them of whom the new one has nothing."""
+    gone = old.join(now, list(KEYS), join_type="left anti").sort_by([(name, "ascending") for name in KEYS])
+    users = pc.unique(gone["user_id"])
+    return gone, users.filter(pc.invert(pc.is_in(users, value_set=pc.unique(now["user_id"])))).to_pylist()
+
+
+def _no_keys() -> pa.Table:
+    return pa.table({name: pa.array([], pa.string()) for name in KEYS})
+
+
+def _feed(
+    table: "DeltaTable", since: int, version: int, names: Sequence[str], now: pa.Table, run_dir: str
+) -> File | None:
+    """Writes the rows that the change data feed has after a version, in the order of their commits; None without a feed
+    of all these versions."""
+    if table.metadata().configuration.get("delta.enableChangeDataFeed", "").lower() != "true":
+        return None
+    try:
+        rows = pa.table(table.load_cdf(starting_version=since + 1, ending_version=version))
+    except Exception:  # the library has no one kind for a feed that began later, was vacuumed or cannot be found
+        return None
+    columns = pa.schema(table.schema().to_arrow())
+    kind, order = rows["_change_type"].cast(pa.string()), pc.sort_indices(rows["_commit_version"])
+    rows = rows.select(columns.names).cast(columns)  # views of texts, which the feed has, cannot be sorted or written
+    is_new = pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"]))
+    rows = rows.take(order).filter(is_new.take(order))
+    stays = pc.is_in(_joined(_keys_of(rows, names)), value_set=_joined(now))  # others have come and gone again
+    storage = Storage(run_dir)
+    with storage.open_output(CHANGED_ROWS) as out:
+        pq.write_table(rows.filter(stays), out, compression="zstd")
+    return File(storage.uri, CHANGED_ROWS, "parquet", storage.size(CHANGED_ROWS))
+
+
+def _joined(keys: pa.Table) -> pa.Array:
+    return pc.binary_join_element_wise(*(keys[name].combine_chunks() for name in KEYS), "\0")

@@ -1,0 +1,175 @@
+"""A Delta table as live source: what is read of it after the first ingest, what has gone, and what is removed."""
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from infra.errors import InputError
+from infra.storage import Storage
+from pipelines import tables
+from pipelines.ingest import job as ingest
+from pipelines.ingest.derive import derived_id
+from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, GONE_ITEMS, GONE_USERS, find_changes
+from pipelines.upkeep import erase
+from tests.pipelines.population import NOTES
+
+FEED = {"delta.enableChangeDataFeed": "true"}
+
+
+def rows(*named):
+    """Rows of (user, item, text); the item's number is a column of floats, as pandas leaves it."""
+    users, items, texts = zip(*named, strict=True)
+    item_ids = pa.array(items, pa.float64())
+    return pa.table({"author": list(users), "item_id": item_ids, "text": list(texts), "mood": ["good"] * len(named)})
+
+
+COLUMNS = {"user_id": "author", "text": "text", "mood": "mood"}
+FIRST = [("a", 1, "one"), ("a", 2, "two"), ("b", 1, "three"), ("b c", 1, "four")]
+
+
+@pytest.fixture
+def place(tmp_path):
+    return str(tmp_path / "live")
+
+
+def changes(place, tmp_path, since):
+    """What a run would read that finds `since` in the histories' metadata."""
+    known = {} if since is None else {FOLLOWED: json.dumps({DeltaTable(place).metadata().id: since, "other": 7})}
+    return find_changes(place, known, COLUMNS, str(tmp_path / "run"))
+
+
+def read(found):
+    """Rows of the files to read, as (item, text)."""
+    parts = [pq.read_table(Storage(file.folder).full(file.name), partitioning=None) for file in found.files]
+    return sorted((row["item_id"], row["text"]) for part in parts for row in part.to_pylist())
+
+
+def test_the_first_run_reads_all_and_the_next_only_what_was_added(place, tmp_path):
+    write_deltalake(place, rows(*FIRST), partition_by=["author"])
+    first = changes(place, tmp_path, None)
+    assert (first.files, first.version, first.gone.num_rows) == (None, 0, 0)
+    assert changes(place, tmp_path, 0).files == ()
+    write_deltalake(place, rows(("a", 3, "five"), ("b c", 2, "six")), mode="append")
+    write_deltalake(place, rows(("d", 1, "seven")), mode="append")
+    found = changes(place, tmp_path, 0)
+    assert read(found) == [(1, "seven"), (2, "six"), (3, "five")]
+    partitions = sorted(dict(file.partition)["author"] for file in found.files)
+    assert partitions == ["a", "b c", "d"] and not found.gone.num_rows
+    assert found.words.startswith("versions 1 to 2 only added rows: 3 new files")
+    assert read(changes(place, tmp_path, 1)) == [(1, "seven")]
+    table_id = DeltaTable(place).metadata().id
+    assert json.loads(found.followed({FOLLOWED: '{"other": 7}'})[FOLLOWED]) == {"other": 7, table_id: 2}
+
+
+@pytest.mark.parametrize("feed", [True, False])
+def test_deletes_and_updates_are_read_from_the_feed_or_by_reading_all(place, tmp_path, feed):
+    write_deltalake(place, rows(*FIRST), configuration=FEED if feed else None)
+    table = DeltaTable(place)
+    table.delete("author = 'b' or item_id = 2")
+    table.update(updates={"text": "'changed'"}, predicate="author = 'a'")
+    write_deltalake(place, rows(("a", 4, "new"), ("b c", 5, "soon gone")), mode="append")
+    DeltaTable(place).delete("item_id = 5")
+    found = changes(place, tmp_path, 0)
+    assert found.gone.to_pylist() == [{"user_id": "a", "item_id": "2"}, {"user_id": "b", "item_id": "1"}]
+    assert found.gone_users == ("b",)
+    if feed:
+        assert read(found) == [(1, "changed"), (4, "new")]
+        assert [file.name for file in found.files] == [CHANGED_ROWS]
+        names = pq.read_schema(tmp_path / "run" / CHANGED_ROWS).names
+        assert names == ["author", "item_id", "text", "mood"]
+    else:
+        assert found.files is None and "no change data feed" in found.words
+
+
+def test_rewritten_files_and_rows_that_come_again_are_no_deletes(place, tmp_path):
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    write_deltalake(place, rows(("a", 3, "five")), mode="append")
+    DeltaTable(place).optimize.compact()
+    assert not changes(place, tmp_path, 1).gone.num_rows
+    DeltaTable(place).delete("author = 'a'")
+    write_deltalake(place, rows(("a", 1, "again")), mode="append")
+    found = changes(place, tmp_path, 2)
+    assert [row["item_id"] for row in found.gone.to_pylist()] == ["2", "3"] and not found.gone_users
+    assert read(found) == [(1, "again")]
+    write_deltalake(place, rows(("z", 1, "all new")), mode="overwrite")
+    assert changes(place, tmp_path, 4).gone_users == ("a", "b", "b c")
+
+
+def test_a_version_that_is_gone_means_a_full_read_that_says_so(place, tmp_path):
+    write_deltalake(place, rows(*FIRST))
+    DeltaTable(place).delete("item_id = 2")
+    DeltaTable(place).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    found = changes(place, tmp_path, 0)
+    assert found.files is None and not found.gone.num_rows
+    assert "files of version 0 are no longer there" in found.words
+    found = changes(place, tmp_path, 99)  # the table was put back
+    assert found.files is None and "version 99, the last that was read, is no longer in the table's log" in found.words
+
+
+def test_what_cannot_be_followed_is_refused(place, tmp_path):
+    with pytest.raises(InputError, match="--follow takes the folder of one Delta table"):
+        find_changes(str(tmp_path / "nothing"), {}, {}, str(tmp_path))
+    write_deltalake(place, rows(*FIRST))
+    DeltaTable(place).delete("item_id = 2")
+    known = {FOLLOWED: json.dumps({DeltaTable(place).metadata().id: 0})}
+    with pytest.raises(InputError, match="no columns 'user_id' and 'item_id'.*it has author, item_id"):
+        find_changes(place, known, {}, str(tmp_path))
+    for more in ({"mode": "replace"}, {"source": ("x", "y")}, {"explode": "list"}):
+        with pytest.raises(ValueError, match="follow reads one Delta table"):
+            ingest.Config(**{"tables": "t", "source": place, "follow": True} | more)
+    with pytest.raises(ValueError, match="apply_deletes needs --follow"):
+        ingest.Config(tables="t", source=place, apply_deletes=True)
+
+
+def test_night_after_night_the_histories_are_those_of_the_table(population, place, capfd, ray_session):
+    def texts():
+        rows = population.rows("histories")
+        return {(row["user_id"], row["item_id"]): dict(row["fields"])["text"] for row in rows}
+
+    def followed(**more):
+        common = {"source": place, "task": population.task(NOTES), "columns": COLUMNS, "derive_requests": 1}
+        code = population.ingest(follow=True, **common | more)
+        return code, population.report["followed"]
+
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    assert followed()[1]["since"] is None and len(texts()) == 4
+    write_deltalake(place, rows(("a", 3, "five")), mode="append")
+    assert followed()[1]["since"] == 0
+    assert population.report["planned"] == 2 and population.report["histories_written"] == 1  # and a derived request
+    code, facts = followed()
+    assert (code, population.report["planned"], facts["words"][:30]) == (0, 0, "the table is still at version ")
+
+    DeltaTable(place).delete("author = 'b' or text = 'five'")
+    DeltaTable(place).update(updates={"text": "'changed'"}, predicate="text = 'two'")
+    capfd.readouterr()
+    code, facts = followed()
+    said = capfd.readouterr().out
+    run_dir = population.folder / f"run{population.runs}"
+    gone = [json.loads(line) for line in (run_dir / GONE_ITEMS).read_text().splitlines()]
+    assert gone == [{"user_id": "a", "item_id": "3"}, {"user_id": "b", "item_id": "1"}]
+    assert (run_dir / GONE_USERS).read_text() == "b\n" and not (run_dir / CHANGED_ROWS).exists()
+    assert (facts["items_gone"], facts["users_gone"]) == (2, 1)
+    assert "2 items have gone from the table" in said and "--apply-deletes removes them" in said
+    assert len(texts()) == 5 and texts()["a", "2"] == "changed"  # told, not yet removed
+
+
+def test_what_has_gone_is_removed_when_asked_for(population, place, ray_session):
+    common = {"source": place, "task": population.task(NOTES), "columns": COLUMNS, "follow": True}
+    write_deltalake(place, rows(*FIRST))
+    assert population.ingest(derive_requests=1, **common) == 0
+    assert set(population.requests()) == {derived_id("a", "2"), derived_id("b", "1"), derived_id("b c", "1")}
+    DeltaTable(place).delete("author = 'b' or item_id = 2")
+    assert population.ingest(apply_deletes=True, **common) == 0
+    left = {(row["user_id"], row["item_id"]) for row in population.rows("histories")}
+    assert left == {("a", "1"), ("b c", "1")}
+    assert set(population.requests()) == {derived_id("b c", "1")}
+    report = population.report
+    assert (report["items_removed"], report["written"], report["already_there"]) == (2, 2, 2)
+    run_dir = population.folder / f"run{population.runs}"
+    erased = {"users": str(run_dir / GONE_USERS), "folders": [str(population.folder)], "confirm_absent": True}
+    code = erase.run(erase.Config(tables=population.tables, run_dir=str(population.folder / "erase"), **erased))
+    assert code == 0 and Counter(tables.names(population.tables))["histories"] == 1
