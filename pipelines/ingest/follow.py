@@ -38,7 +38,7 @@ KEYS = ("user_id", "item_id")
 
 @dataclass(frozen=True)
 class Changes:
-    """What a run reads of a followed table, and what has gone from it."""
+    """Changes of a followed table: the files to read, and the keys that have gone."""
 
     table_id: str
     version: int
@@ -104,7 +104,7 @@ def find_changes(address: str, before: Mapping[str, str], columns: Mapping[str, 
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
-    span = f"versions {since + 1} to {version}"
+    span = f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
     if before_files.keys() <= now_files.keys():
         added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
         return changes(added, f"{span} only added rows: {len(added)} new files are read")

@@ -19,12 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.look import options_of
-from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, ROWS, RowWriter
+from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, ROWS
 from pipelines.ingest.sources import records
-from pipelines.ingest.sources.base import FORMATS, CsvForm, find
+from pipelines.ingest.sources.base import CsvForm
 from pplug import history
-from pplug.tasks import TaskSpec
+from tests.pipelines.parsed import parsed
 
 TASK = {"name": "odd", "item": "{text}", "item_without_label": "{text}", "metric": "text"}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -39,7 +38,7 @@ odd = st.sampled_from(
 unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 texts = st.one_of(odd, unicode, st.builds("".join, st.lists(odd, max_size=3)))
 surrogates = st.builds("{}{}".format, unicode, st.sampled_from(["\ud800", "\udfff"]))
-moments = st.datetimes(datetime(1995, 1, 1), datetime(2030, 1, 1)).map(lambda moment: moment.replace(tzinfo=UTC))
+moments = st.datetimes(datetime(1995, 1, 1), datetime(2024, 1, 1)).map(lambda moment: moment.replace(tzinfo=UTC))
 
 
 def table_of(ids, fields):
@@ -57,15 +56,8 @@ def table_of(ids, fields):
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def parsed(path, **config):
-    """Rows of a source as the tables would get them, without Ray."""
-    options = options_of(IngestConfig(tables="-", source=str(path), **config))
-    source, found = find(str(path), "auto", options), []
-    for number, file in enumerate(source.files):
-        for piece in FORMATS[file.format].pieces([file], "items", options, number):
-            writer = RowWriter(TaskSpec(**TASK), 4, piece.file, options.rules, piece.start)
-            found += [writer.take() for _ in FORMATS[file.format].read(piece, options, None, writer)] + [writer.take()]
-    return pa.concat_tables(found)
+def read(path, **config):
+    return parsed(IngestConfig(tables="-", source=str(path), **config), TASK)
 
 
 def compare(got, rows, text_of=str):
@@ -74,28 +66,26 @@ def compare(got, rows, text_of=str):
     by_kind = {kind: [row for row in got.to_pylist() if row["kind"] == kind] for kind in (ITEM, REJECT, COUNT)}
     assert sum(row["seq"] for row in by_kind[COUNT]) == len(rows) == len(by_kind[ITEM]) + len(by_kind[REJECT])
     out = sorted(by_kind[ITEM], key=lambda row: row["seq"])
-    good = [row for row in rows if wrong(row) is None]
+    good = [row for row in rows if not wrong(row)]
     for row, source in zip(out, good, strict=True):
         fields = {name: text_of(source[name]) for name in ("text", "extra") if source[name] is not None}
         assert (row["user_id"], row["id"]) == (text_of(source["user_id"]), text_of(source["item_id"]))
         assert dict(row["fields"]) == fields
         assert row["text_hash"] == history.text_hash(fields)
         assert row["at"] == source["occurred_at"]
-    reasons = Counter(wrong(row) for row in rows) - Counter({None: len(rows)})
-    assert Counter(row["reason"] for row in by_kind[REJECT]) == reasons
+    bad = [row for row in rows if wrong(row)]
+    for reject, source in zip(sorted(by_kind[REJECT], key=lambda row: row["seq"]), bad, strict=True):
+        assert reject["reason"] in wrong(source)
     assert len({row["place"] for row in by_kind[ITEM] + by_kind[REJECT]}) == len(rows)
 
 
 def wrong(row):
-    """The reason for which a row must be rejected; None for a good one."""
+    """Reasons for which a row must be rejected; none for a good one."""
     values = [row[name] for name in ("user_id", "item_id", "text", "extra")]
-    if any(isinstance(value, str) and not sound(value) for value in values):
-        return "bad_utf8"
-    if isinstance(row["text"], str) and not row["text"].strip():
-        return "empty_text"
-    if any(isinstance(row[name], str) and not row[name].strip() for name in ("user_id", "item_id")):
-        return "missing_id"
-    return None
+    found = {"bad_utf8"} if any(isinstance(value, str) and not sound(value) for value in values) else set()
+    found |= {"empty_text"} if isinstance(row["text"], str) and not row["text"].strip() else set()
+    blank = any(isinstance(row[name], str) and not row[name].strip() for name in ("user_id", "item_id"))
+    return found | ({"missing_id"} if blank else set())
 
 
 def sound(text):
@@ -115,14 +105,19 @@ def small_pieces():
 # --- one format after the other ---
 
 
+# Python's writer leaves a lone \r without quotes where lines end in \n: no reader could tell it from a line end.
+forms = st.sampled_from([(csv.QUOTE_MINIMAL, "\r\n"), (csv.QUOTE_ALL, "\n"), (csv.QUOTE_ALL, "\r\n")])
+
+
 @quick
-@given(table_of(texts, texts), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.sampled_from(["\n", "\r\n"]))
-def test_csv(rows, quoting, end):
+@given(table_of(texts, texts), forms)
+def test_csv(rows, form):
+    quoting, end = form
     rows = [row | {"extra": row["extra"] or None} for row in rows]  # CSV has no null beside the empty text
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "odd.csv")
         write_csv(path, rows, quoting=quoting, lineterminator=end)
-        got = parsed(path, csv=PLAIN)
+        got = read(path, csv=PLAIN)
     columns = got.schema.get_field_index("fields")
     fields = [without_empty(pairs) for pairs in got["fields"].to_pylist()]
     hashes = [None if pairs is None else history.text_hash(dict(pairs)) for pairs in fields]
@@ -150,18 +145,27 @@ def in_iso(value):
     return (value + timedelta(hours=2)).isoformat().replace("+00:00", "+02:00")
 
 
-numbers = st.integers(-(2**70), 2**70)
+numbers = st.integers(-(2**63), 2**63 - 1)
+large = st.integers(-(2**70), 2**70)
 
 
 @quick
-@given(table_of(texts | surrogates | numbers, texts | surrogates | numbers), st.booleans(), st.booleans())
-def test_json_lines_and_json_arrays(rows, ascii, array):
+@given(table_of(texts | surrogates | large, texts | surrogates | large), st.booleans())
+def test_json_lines(rows, ascii):
     dumped = [json.dumps(row, ensure_ascii=ascii or not all_sound(row), default=in_iso) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "odd.json" if array else "odd.jsonl")
-        text = f"[{', '.join(dumped)}]" if array else "".join(f"{line}\n" for line in dumped)
-        path.write_text(text, encoding="utf-8", newline="")
-        compare(parsed(path), rows)
+        path = Path(folder, "odd.jsonl")
+        path.write_text("".join(f"{line}\n" for line in dumped), encoding="utf-8", newline="")
+        compare(read(path), rows)
+
+
+@quick
+@given(table_of(texts | numbers, texts | numbers), st.booleans())
+def test_json_arrays(rows, ascii):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "odd.json")
+        path.write_text(json.dumps(rows, ensure_ascii=ascii, default=in_iso), encoding="utf-8", newline="")
+        compare(read(path), rows)
 
 
 def all_sound(row):
@@ -179,7 +183,7 @@ def test_parquet(rows, kind, time, group):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "odd.parquet")
         pq.write_table(arrow(rows, kind, time), path, row_group_size=group)
-        compare(parsed(path), rows)
+        compare(read(path), rows)
 
 
 @settings(quick, max_examples=10)
@@ -190,14 +194,14 @@ def test_delta(rows, split):
         write_deltalake(folder, table.slice(0, split))
         if len(rows) > split:
             write_deltalake(folder, table.slice(split), mode="append")
-        got = parsed(folder)
+        got = read(folder)
     ordered = sorted(rows, key=repr)  # files of a table have no order that the test could know
     out = got.filter(pa.array([kind == ITEM for kind in got["kind"].to_pylist()])).to_pylist()
     keys = Counter((row["user_id"], row["id"], row["at"], *sorted(row["fields"])) for row in out)
     assert keys == Counter(
         (str(row["user_id"]), str(row["item_id"]), row["occurred_at"], *sorted(
             (name, row[name]) for name in ("text", "extra") if row[name] is not None))
-        for row in ordered if wrong(row) is None
+        for row in ordered if not wrong(row)
     )  # fmt: skip
     assert sum(kind == REJECT for kind in got["kind"].to_pylist()) == len(rows) - len(out)
 
@@ -219,7 +223,7 @@ def arrow(rows, kind, time):
 
 
 def test_one_odd_table_per_format_goes_through_a_whole_run(population, ray_session):
-    words = ['"', ",\n", "\ufeffx", "007", "\r", "a\u2028b", "👩\u200d👧", "\x00z", "\\N", "1e3", " x "]
+    words = ['"', ",\n", "\ufeffx", "007", "\rx", "a\u2028b", "👩\u200d👧", "\x00z", "\\N", "1e3", " x "]
     moment = datetime(2021, 3, 4, 5, 6, 7, 89, UTC)
     names = ["a.csv", "b.jsonl", "c.json", "d.parquet", "e"]
     given = {}
