@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.benchmarks import measure
 
-ROWS = ("encode", "encoder", "train", "generate", "retrieval", "adapters", "serve", "growth", "startup")
+ROWS = ("ingest", "encode", "encoder", "train", "generate", "retrieval", "adapters", "serve", "growth", "startup")
 ROOT = Path(__file__).resolve().parents[2]
 
 
