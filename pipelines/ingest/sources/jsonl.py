@@ -2,19 +2,18 @@
 
 A plain file of lines is read in pieces of some megabytes; each line belongs to the piece that it begins in. It is read
 by hand: the readers of Arrow and DuckDB give up a block, or the file, for one damaged line, and guess types.
-An array, or an object with an array of objects in it, is read by ijson, record by record; damage ends it there.
+An array, or an object with an array of objects in it, is read record by record (`json_array`); damage ends it there.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import ijson
 import numpy as np
 
 from pipelines.ingest.sources.base import DAMAGED, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.discover import File
+from pipelines.ingest.sources.json_array import first_array, unique, values
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
 from pipelines.ingest.values import RowError
 
@@ -64,15 +63,16 @@ class Jsonl(RecordFormat):
         yield batch.take()
 
     def _array(self, folder: str, name: str, options: Options) -> str | None:
-        """Returns ijson's path to the array of records that a file is; None for a file of lines."""
+        """Returns the name of the array of records in the object that a file is, "" for a file that is the array, and
+        None for a file of lines."""
         with opened(folder, name) as stream:
             text = stream.read(_BEGINNING).removeprefix(_BOM).lstrip()
         line, _, more = text.partition(b"\n")
         if text.startswith(b"["):
-            return "item" if text[1:].lstrip()[:1] in (b"{", b"]") and not (_parses(line) and more.strip()) else None
+            return "" if text[1:].lstrip()[:1] in (b"{", b"]") and not (_parses(line) and more.strip()) else None
         if not self.wraps or options.explode or not text.startswith(b"{") or (_parses(line) and more.strip()):
             return None
-        return _path_to_array(text)
+        return first_array(text.decode("utf-8", "ignore"))
 
 
 class Json(Jsonl):
@@ -99,8 +99,10 @@ class _Filling:
         self.size = self.lines = 0
 
     def add(self, seq: int, number: int | None, given: Any, size: int) -> None:
-        """Adds a record, given as a line or as a value; one that cannot be used is kept as bad."""
+        """Adds a record, given as a line, as a value or as its error; one that cannot be used is kept as bad."""
         try:
+            if isinstance(given, RowError):
+                raise given
             record = _an_object(_parsed(given) if isinstance(given, bytes) else given)
             if self.explode is not None and not isinstance(_at(record, self.explode), list | None):
                 raise RowError("wrong_type", f"{self.explode} is no list")
@@ -137,12 +139,17 @@ def _at(record: Mapping[str, Any], path: str) -> Any:
 def _values(piece: Piece, array: str) -> Iterator[tuple[int, Any]]:
     """Yields number and value of each record of an array. Raises NotThisFormat: it is damaged after these."""
     with opened(piece.folder, piece.name) as stream:
-        if stream.peek(3)[:3] == _BOM:
-            stream.read(3)
-        try:
-            yield from enumerate(ijson.items(stream, array, use_float=True), start=1)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
+        found = values(stream, array or None)
+        number = 1
+        while True:
+            try:
+                value = next(found)
+            except StopIteration:
+                return
+            except (ValueError, RecursionError) as error:
+                raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
+            yield number, value
+            number += 1
 
 
 def _parses(line: bytes) -> bool:
@@ -151,20 +158,6 @@ def _parses(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _path_to_array(text: bytes) -> str | None:
-    """Returns the path of the first array of objects right in an object of which this is the beginning."""
-    depth, above = 0, None
-    try:
-        for prefix, event, _ in ijson.parse(io.BytesIO(text)):
-            if event == "start_map" and above is not None:
-                return f"{above}.item"
-            above = prefix if event == "start_array" and depth == 1 else None
-            depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
-    except (ijson.JSONError, UnicodeDecodeError):
-        pass  # cut off at the end of the beginning, or damaged: its lines will say so
-    return None
 
 
 def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -200,11 +193,4 @@ def _an_object(value: object) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise RowError("duplicate_key", "a name stands twice in one JSON object, and which value counts is unknown")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)

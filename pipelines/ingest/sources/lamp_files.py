@@ -15,6 +15,7 @@ from typing import IO, Any
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.source_rows import RowWriter
+from pipelines.ingest.sources import json_array
 from pipelines.ingest.sources.base import opened
 from pipelines.ingest.values import RowError
 
@@ -150,6 +151,8 @@ def _question(number: int, raw: bytes) -> Question:
 
 
 def _checked(number: int, value: object) -> Question:
+    if isinstance(value, RowError):
+        return Question(number, "", error=value)
     if not isinstance(value, dict) or not isinstance(value.get("id"), str | int):
         return Question(number, "", error=RowError("missing_id", "no id, or not an object"))
     if not isinstance(value.get("profile"), list):
@@ -159,16 +162,15 @@ def _checked(number: int, value: object) -> Question:
 
 def _in_another_key_order(files: LampFiles, where: str) -> Iterator[Question]:
     """Reads any list of questions by a streaming parser. Keys may have any order, but a damaged question ends it."""
-    import ijson
-
     number = -1
     try:
         with opened(files.folder, files.questions) as stream:
-            for number, value in enumerate(ijson.items(stream, "item", use_float=True)):
-                if number == 0 and not (isinstance(value, dict) and {"id", "input", "profile"} <= set(value)):
+            for number, value in enumerate(json_array.values(stream)):
+                is_question = isinstance(value, dict) and {"id", "input", "profile"} <= set(value)
+                if number == 0 and not is_question and not isinstance(value, RowError):
                     raise InputError(f"{where}: the first entry is not a question. {LAYOUT}")
                 yield _checked(number, value)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON after question {number + 1} ({error}). {LAYOUT}") from error
     if number < 0:
         raise InputError(f"{where}: holds no question. {LAYOUT}")
