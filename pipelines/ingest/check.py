@@ -26,7 +26,7 @@ from pipelines.ingest.figures import Figures
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.proposal import Column, Proposal, columns_of, propose
-from pipelines.ingest.source_rows import COUNT, ITEM, ROWS
+from pipelines.ingest.source_rows import COUNT, ITEM, ROWS, by_kind
 from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.sources.discover import addresses
 from pplug import tasks
@@ -233,7 +233,7 @@ def _task_in_words(task: TaskSpec, short: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sample_in_words(sample: Sample, task: TaskSpec) -> Iterator[str]:
-    figures = Figures.of(sample.rows, task).numbered()
+    figures = Figures.of(by_kind(sample.rows), task).numbered()
     yield "\nall rows" if sample.whole else f"\nfirst {figures.rows:,} rows"
     yield from (f"  {line}" for line in figures.told())
     each = sample.per_user
