@@ -5,8 +5,8 @@ disk, on S3 or at any address that `infra/remote.py` reads. Files are read in th
 by name; a file that two addresses name is read once.
 
 Not data: names that begin with `.` or `_` (a folder `_x=1` of a partition is data), and names that end in .tmp, .crc,
-.part, ~ or ._COPYING_. A folder with a `_delta_log` is one table, read through its log. Iceberg and Hudi tables are
-refused: their data files hold deleted rows too.
+.part, ~ or ._COPYING_. A folder with a `_delta_log` or with Iceberg's metadata is one table, read through these. Hudi
+tables are refused: their data files hold deleted rows too.
 """
 
 import re
@@ -29,6 +29,7 @@ _MAGIC = re.compile(r"[*?\[]")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _DELTA, _HUDI = "_delta_log", ".hoodie"
 _ICEBERG = re.compile(r"(?:^|(?P<root>.*)/)metadata/[^/]+\.metadata\.json$")
+_TABLES = ("delta", "iceberg")
 SHOWN = 5
 """Number of names that a message lists."""
 
@@ -39,7 +40,7 @@ class File:
 
     folder: str
     name: str
-    """Path relative to the folder. A Delta table is named by its own folder."""
+    """Path relative to the folder. A table is named by its own folder."""
     format: str
     size: int = 0
     """Size in bytes, as it lies there; 0 for a table."""
@@ -132,7 +133,7 @@ def _at_address(address: str, kinds: Kinds, format: str) -> tuple[list[File], di
     if name and parent.is_file(name):
         return [_single(parent, name, kinds, format)], {}
     if whole.exists(_DELTA):
-        return [_table(whole)], {}
+        return [_table(whole, "delta")], {}
     if not whole.exists() and _MAGIC.search(address):
         base, pattern = _pattern(address)
         storage = reading(base)
@@ -155,16 +156,19 @@ def _of_folder(
     address: str, storage: Storage, names: Mapping[str, int], kinds: Kinds, format: str
 ) -> tuple[list[File], dict[str, str]]:
     _refuse_tables(storage, names)
-    roots = {name.partition(f"/{_DELTA}/")[0] for name in names if f"/{_DELTA}/" in name}
+    roots = {name.partition(f"/{_DELTA}/")[0]: "delta" for name in names if f"/{_DELTA}/" in name}
+    roots |= {match["root"] or "": "iceberg" for name in names if (match := _ICEBERG.match(name))}
+    if "" in roots:  # the folder itself
+        return [_table(storage, roots[""])], {}
     loose = {name: size for name, size in names.items() if not any(name.startswith(f"{root}/") for root in roots)}
     left = {storage.full(name): HIDDEN for name in loose if is_hidden(name)}
     data = {name: size for name, size in loose.items() if not is_hidden(name)}
     known = {name: kinds.of(name) for name in data}
     counts = Counter(kind for kind in known.values() if kind is not None and kind not in kinds.aloof)
-    counts["delta"] += len(roots)
+    counts.update(roots.values())
     chosen = _chosen(address, +counts, kinds, format)
-    files = [_table(storage.join(root)) for root in roots] if chosen == "delta" else []
-    if chosen == "delta":
+    files = [_table(storage.join(root), chosen) for root, kind in roots.items() if kind == chosen]
+    if chosen in _TABLES:
         chosen_names: list[str] = []
     elif format != "auto" and not counts[format]:  # files without a name that tells, such as u.data
         chosen_names = [name for name, kind in known.items() if kind is None or kind == format]
@@ -207,16 +211,12 @@ def is_hidden(name: str) -> bool:
 def _refuse_tables(storage: Storage, names: Iterable[str]) -> None:
     """Raises InputError: files belong to a table whose log cannot be read here."""
     for name in names:
-        iceberg = _ICEBERG.match(name)
-        kind, root = ("Iceberg", iceberg["root"] or "") if iceberg else ("", "")
         if f"/{_HUDI}/" in f"/{name}":
-            kind, root = "Hudi", name.partition(_HUDI)[0].rstrip("/")
-        if kind:
+            root = name.partition(_HUDI)[0].rstrip("/")
             raise InputError(
-                f"{storage.full(root)} is an {kind} table: its data files hold rows that have been deleted, and only "
-                f"its metadata says which. Read its present rows with a reader of {kind} tables and hand them over "
-                "from Python: ingest_frame(table.scan().to_arrow_batch_reader(), ...), as docs/python.md shows; or "
-                "write them to Parquet first"
+                f"{storage.full(root)} is a Hudi table: its data files hold rows that have been deleted, and only "
+                "its metadata says which. Read its present rows with a reader of Hudi tables and hand them over "
+                "from Python with ingest_frame(reader, ...), as docs/python.md shows; or write them to Parquet first"
             )
 
 
@@ -241,9 +241,9 @@ def _by_content(parent: Storage, name: str) -> str:
     )
 
 
-def _table(root: Storage) -> File:
+def _table(root: Storage, format: str) -> File:
     folder, name = _apart(root.uri)
-    return File(folder, name, "delta")
+    return File(folder, name, format)
 
 
 def _listed(storage: Storage) -> dict[str, int]:

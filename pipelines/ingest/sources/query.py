@@ -149,7 +149,7 @@ def _view(
         dataset = pads.dataset(storage._at(part.name), filesystem=storage.filesystem, format="parquet")
         refuse_duplicates(dataset.schema.names)
         connection.register(name, dataset)
-    elif part.version is not None:
+    elif part.format == "delta":
         root = reading(part.folder).join(part.name)
         rows = rows_of(open_table(root.uri, part.version), root)
         connection.register(name, rows.read_all() if isinstance(rows, pa.RecordBatchReader) else rows)
