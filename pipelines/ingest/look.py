@@ -77,7 +77,8 @@ def options_of(config: IngestConfig) -> Options:
     return Options(
         config.columns, config.split, config.history_scope, config.questions == "keep",
         rules=RowRules(
-            config.time, config.labels, config.show_text, config.vectors_id is not None and config.vectors is None
+            config.time, config.labels, config.show_text,
+            vectors=config.vectors_id is not None and config.vectors is None,
         ),
         requests_columns=config.requests_columns,
         explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
