@@ -259,6 +259,7 @@ def test_a_second_refresh_encodes_nothing_and_rewrites_nothing(line):
     assert tables.open_table(line.test, "personas").version == before["personas"]
 
 
+@pytest.mark.slow  # another start of the engine; with the other engine, test_requests_of_one_name has the same
 def test_a_rerun_generates_only_what_is_missing_or_has_failed(line):
     def replies():
         found = {(row["user_id"], row["request_id"], row["method"]): row for row in rows(line.test, "generations")}
