@@ -105,10 +105,11 @@ class Document:
 
     @property
     def made_files(self) -> set[str]:
-        """Files that commands of the document write: a config and a task."""
+        """Files that commands of the document write, a config and a task, and those that its Python writes."""
         names = [re.search(r"--write-config (\S+)", line) for line in self.commands]
         stems = [found[1].removesuffix(".yaml") for found in names if found]
-        return {f"{stem}{end}" for stem in stems for end in (".yaml", "-task.yaml")}
+        by_python = re.findall(r'Path\("([^"]+)"\)\.write_text', "\n".join(self.blocks("python")))
+        return {f"{stem}{end}" for stem in stems for end in (".yaml", "-task.yaml")} | set(by_python)
 
     @property
     def anchors(self) -> set[str]:

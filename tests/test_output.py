@@ -44,13 +44,20 @@ def ingested(tmp_path_factory):
 
 def test_a_small_job_says_its_steps_and_its_end_and_nothing_else(ingested):
     folder, done = ingested
-    assert re.fullmatch(r"ingest done: 20 written, .*; report: \S+/report.json\n", done.stdout)
-    log, *waited, step = done.stderr.splitlines()  # a line every 30 s, on a machine that takes so long
+    *summary, end = done.stdout.splitlines()
+    assert re.fullmatch(r"ingest done: 20 written, .*; report: \S+/report.json", end)
+    assert summary == [
+        "ingest: files 1, rows 20, users 5, items 20, requests 0",
+        "ingest: items with a time 0, without one 20",
+        "ingest: items per label: good 20",
+    ]
+    log, *waited, step, warning = done.stderr.splitlines()  # a line every 30 s, on a machine that takes so long
     assert all(re.match(r"ingest, parse and merge: \d of 2 buckets \(\d+%\)", line) for line in waited)
+    assert warning.startswith("ingest: warning: no item has a time, ")
     assert log == f"ingest: run in, log: {folder / 'in' / 'job.log'}"
     assert re.fullmatch(r"ingest, parse and merge: 2 of 2 buckets in [\d.]+ s( \([\d.]+ buckets/s\))?", step)
     said = (folder / "in" / "job.log").read_text()
-    assert all(line in said for line in (done.stdout.strip(), step))
+    assert all(line in said for line in (*done.stdout.splitlines(), step))
     assert "own-id" not in said and "own text" not in said
 
 

@@ -83,7 +83,7 @@ def beside():
 
 def later(people):
     """An item a person that is later than all requests with a cut-off; of the first so many people."""
-    day = datetime(2031, 1, 1, tzinfo=UTC)
+    day = datetime(2027, 6, 1, tzinfo=UTC)
     return "".join(
         json.dumps({"user_id": person.user_id, "item_id": f"new-{person.user_id}",
                     "occurred_at": (day + timedelta(days=i)).isoformat(),

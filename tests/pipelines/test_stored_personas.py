@@ -85,7 +85,7 @@ def test_a_history_that_has_changed_since_is_not_answered_with_the_old_persona(m
     known = [row for row in small.rows(made.tables, "histories") if row["user_id"] == users[0]]
     again = tmp_path / "again.jsonl"
     fields = dict(min(known, key=lambda row: row["position"])["fields"])
-    late = {"user_id": users[0], "item_id": "late", "fields": fields, "occurred_at": "2031-01-01T00:00:00Z"}
+    late = {"user_id": users[0], "item_id": "late", "fields": fields, "occurred_at": "2027-06-01T00:00:00Z"}
     again.write_text(json.dumps(late) + "\n")
     assert made.run(ingest, "again", tables=made.tables, source=str(again), task=str(made.files["task"])) == 0
     rows, want = built(made, plug, 512), by_hand(made, plug, 512)
