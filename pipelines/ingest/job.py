@@ -46,6 +46,8 @@ _NEW_KEYS = (
     "limit", "vectors_id",
 )  # fmt: skip
 """Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
+_BLOCK_BYTES = 32 * 2**20
+"""Size of the blocks of rows between parsing and sorting by bucket."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
 
@@ -253,6 +255,8 @@ def _files(
     rows = _of_chosen_users(pieces, parse, UserChoice.of(config.parts, config.part, config.limit))
     if derived_anew:  # these buckets are merged too where the source has no row of theirs
         rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
+    # Ray's own sizes, 128 MiB and 1 GiB, leave one task at work on files of ordinary size.
+    rows.context.target_max_block_size = rows.context.shuffle_input_batch_bytes = _BLOCK_BYTES
     shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
     done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
     files: list[DataFile] = []

@@ -395,13 +395,17 @@ def test_parquet_of_dictionaries_large_types_views_and_an_index_is_read(tmp_path
     ]
 
 
-def test_a_large_parquet_file_is_divided_by_row_groups(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("group", "tasks"), [(50, 4), (500, 4), (170, 10)])
+def test_a_large_parquet_file_is_divided_by_row_groups_and_a_large_group_by_rows(tmp_path, monkeypatch, group, tasks):
     rows = [{"user_id": "u", "item_id": str(n), "text": f"text {n}"} for n in range(500)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=50)
-    monkeypatch.setattr(records, "PIECE_BYTES", 2000)
-    assert len(look(tmp_path, 1).pieces) > 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=group)
+    monkeypatch.setattr(records, "PIECE_BYTES", (tmp_path / "a.parquet").stat().st_size // 12)
+    pieces = look(tmp_path, 1).pieces
+    with_rows = [piece for piece in pieces if list(FORMATS["parquet"].batches(piece, None))]
+    assert len(pieces) > len(with_rows) >= tasks
     found, _ = read(tmp_path)
     assert plain(found) == rows and found[77]["place"] == "a.parquet row 77"
+    assert [row["seq"] for row in found] == list(range(500))
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
