@@ -188,7 +188,8 @@ def write_changes(folder: Path, labels: list[str]) -> None:
 def test_the_first_example_of_own_data_runs(tmp_path):
     """Every command of it, from the task file to both reports, on a small folder and with short trainings."""
     document = Document.read(DOCS / "own-data.md")
-    whole = "\n".join(document.blocks("bash")).partition("export DATA=../shared/data/acl")[0]
+    blocks = "\n".join(document.blocks("bash"))
+    whole = "mkdir -p data" + blocks.partition("mkdir -p data")[2].partition("export DATA=../shared/data/acl")[0]
     for given, shorter in SMALLER.items():
         assert whole.count(given) == 1, given
         whole = whole.replace(given, shorter)

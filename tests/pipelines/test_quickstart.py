@@ -1,6 +1,9 @@
 """From a CSV of one's own to a report with a plug by one command: the steps, and once the whole."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,14 +72,20 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_csv_ends_with_a_report_with_a_plug(tmp_path, monkeypatch, ray_session, capsys):
-    """With a small model and few steps; the same command again does nothing anew."""
-    monkeypatch.chdir(tmp_path)
+def test_a_csv_ends_with_a_report_with_a_plug(tmp_path):
+    """With a small model and few steps, as a user types it; the same command again does nothing anew."""
+
+    def run() -> str:
+        command = [sys.executable, "-m", "pipelines", *words]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
     write_csv(tmp_path / "reviews.csv", reviews(60, 9))
     words = ["quickstart", "reviews.csv", "--set", "lm.steps=40", "lm.width=64", "lm.heads=2", "lm.layers=2"]
     words += ["engine.kind=transformers", "engine.dtype=float32"]
-    assert main(words) == 0
-    said = capsys.readouterr().out
+    said = run()
     root = tmp_path / "runs" / "quickstart-reviews"
     assert (root / "evaluate" / "report.html").is_file() and "--- u" in said
     train, dev = ({row["user_id"] for row in small.rows(str(root / "tables" / part), "histories")}
@@ -89,6 +98,6 @@ def test_a_csv_ends_with_a_report_with_a_plug(tmp_path, monkeypatch, ray_session
     for log in root.rglob("*.log"):
         assert "This kettle is" not in log.read_text() and "This lamp is" not in log.read_text()
     before = (root / "plug" / "config.json").read_bytes()
-    assert main(words) == 0
+    run()
     assert (root / "plug" / "config.json").read_bytes() == before
     assert len(small.rows(str(root / "tables" / "dev"), "generations")) == len(replies)
