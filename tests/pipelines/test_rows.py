@@ -1,5 +1,6 @@
 """Rows of a source as its formats read them, without a cluster: nothing is lost, and one bad row costs itself."""
 
+import csv
 import gzip
 import json
 from datetime import UTC, date, datetime
@@ -228,6 +229,30 @@ def test_the_pieces_of_a_parquet_file_are_the_file(tmp_path, monkeypatch):
     key = lambda row: row["seq"]  # noqa: E731
     assert sorted(found.items, key=key) == sorted(whole.items, key=key)
     assert [row["id"] for row in sorted(found.items, key=key)] == [row["item_id"] for row in rows]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_texts_of_ten_megabytes_pass_a_few_at_a_time(tmp_path, form):
+    """No more than two of them are in one block, whatever the number of rows."""
+    rows = [note(item=str(n), text=f"{n}" * 10_000_000) for n in range(5)]
+    path = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        jsonl(path, rows)
+    elif form == "csv":
+        with open(path, "w", newline="") as out:
+            csv.writer(out).writerows([rows[0], *(row.values() for row in rows)])
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path, use_dictionary=False)
+    options = Options({}, "train", "auto", True, RowRules())
+    pieces = tuple(FORMATS[form].pieces(find(str(path), "auto", options).files, "items", options))
+    parse, found = ParsePieces(TASK, 4, pieces, options, None), {}
+    for at in range(len(pieces)):
+        for table in parse(pa.table({"piece": [at]})):
+            items = by_kind(table)[ITEM]
+            assert len(items) <= 2
+            for row in items.to_pylist():
+                found[row["id"]] = dict(row["fields"])["text"]
+    assert found == {row["item_id"]: row["text"] for row in rows}
 
 
 def test_figures_of_parts_add_up_to_the_figures_of_the_whole(tmp_path):
