@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 180
 
 
 @dataclass(frozen=True)

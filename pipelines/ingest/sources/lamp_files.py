@@ -15,8 +15,8 @@ from typing import IO, Any
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.source_rows import RowWriter
-from pipelines.ingest.sources import json_array
 from pipelines.ingest.sources.base import opened
+from pipelines.ingest.sources.json_array import values
 from pipelines.ingest.values import RowError
 
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
@@ -165,12 +165,14 @@ def _in_another_key_order(files: LampFiles, where: str) -> Iterator[Question]:
     number = -1
     try:
         with opened(files.folder, files.questions) as stream:
-            for number, value in enumerate(json_array.values(stream)):
+            for number, value in enumerate(values(stream)):
                 is_question = isinstance(value, dict) and {"id", "input", "profile"} <= set(value)
                 if number == 0 and not is_question and not isinstance(value, RowError):
                     raise InputError(f"{where}: the first entry is not a question. {LAYOUT}")
                 yield _checked(number, value)
     except (ValueError, RecursionError) as error:
+        if number < 0:
+            raise InputError(f"{where}: holds no question ({error}). {LAYOUT}") from error
         raise InputError(f"{where}: not valid JSON after question {number + 1} ({error}). {LAYOUT}") from error
     if number < 0:
         raise InputError(f"{where}: holds no question. {LAYOUT}")
