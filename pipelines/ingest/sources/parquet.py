@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import pipelines.ingest.sources.records as records
 from infra.remote import reading
-from pipelines.ingest.sources import records
 from pipelines.ingest.sources.base import Options, Piece
 from pipelines.ingest.sources.columns import refuse_duplicates, top_columns
 from pipelines.ingest.sources.discover import File
