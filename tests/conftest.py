@@ -1,4 +1,4 @@
-"""What all tests share: one Ray session, and the real data where it is at hand."""
+"""Fixtures that all tests share: one Ray session, and the real data where it is at hand."""
 
 import os
 import secrets

@@ -132,7 +132,7 @@ def run(config: IngestConfig) -> int:
         files, anew, figures = _files(plan, config, run_id, survey, report)
         sources.refuse_changed(states, pieces)
         sources.refuse_empty(config, pieces, figures.by_file)
-        report.extra |= sources.in_report({**found}, pieces, figures.by_file, LISTED_FILES)
+        report.extra |= sources.in_report(found, pieces, figures.by_file, LISTED_FILES)
         summary.refuse_missing(config, figures)
         summary.refuse_nobody(config, figures, report)
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))

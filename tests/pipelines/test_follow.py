@@ -35,7 +35,7 @@ def place(tmp_path):
 
 
 def changes(place, tmp_path, since):
-    """What a run would read that finds `since` in the histories' metadata."""
+    """The changes that a run finds with `since` in the histories' metadata."""
     known = {} if since is None else {FOLLOWED: json.dumps({DeltaTable(place).metadata().id: since, "other": 7})}
     return find_changes(place, known, COLUMNS, str(tmp_path / "run"))
 

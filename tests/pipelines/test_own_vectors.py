@@ -32,7 +32,7 @@ DIM = 4
 
 
 def as_stored(vector):
-    """What a table holds of a vector: one of length 1, in 16 bits."""
+    """A vector as a table holds it: of length 1, in 16 bits."""
     vector = np.asarray(vector, np.float64)
     return (vector / np.linalg.norm(vector)).astype(np.float16).astype(np.float32)
 
