@@ -105,11 +105,10 @@ def test_vectors_without_a_name_and_a_name_without_vectors_are_refused():
 # --- a column of the items ---
 
 
-def test_a_column_of_vectors_is_stored_and_each_unusable_one_is_a_reject(population, ray_session):
-    generator = np.random.default_rng(0)
-    vectors = {name: generator.normal(size=DIM).astype(np.float32) for name in "abcdef"}
+def odd_rows(vectors):
+    """Items with vectors that can be used, and with some that cannot; names a to f are known vectors."""
     near = vectors["a"] * 3 + 1e-4  # the same direction, as another batch of an encoder might give it
-    rows = [
+    return [
         item("u1", "a", "first", vectors["a"]),
         item("u1", "b", "second", vectors["b"]),
         item("u1", "c", "first", near),  # the text of a
@@ -123,12 +122,22 @@ def test_a_column_of_vectors_is_stored_and_each_unusable_one_is_a_reject(populat
         item("u2", "late", "eighth", vectors["d"]),
         item("u2", "late", "ninth", vectors["e"]),  # the later row of one item stays
     ]
+
+
+def write_parquet(path, rows):
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "vector"}
     lists = pa.array([None if row["vector"] is None else list(map(float, row["vector"])) for row in rows])
-    pq.write_table(pa.table(columns | {"emb": lists}), population.folder / "items.parquet")
+    pq.write_table(pa.table(columns | {"emb": lists}), path)
+    return str(path)
+
+
+def test_a_column_of_vectors_is_stored_and_each_unusable_one_is_a_reject(population, ray_session):
+    generator = np.random.default_rng(0)
+    vectors = {name: generator.normal(size=DIM).astype(np.float32) for name in "abcdef"}
+    source = write_parquet(population.folder / "items.parquet", odd_rows(vectors))
     code = population.ingest(
-        source=str(population.folder / "items.parquet"), task=population.task(NOTES), vectors_id="demo",
-        columns={"vector": "emb"}, max_reject_fraction=0.9,
+        source=source, task=population.task(NOTES), vectors_id="demo", columns={"vector": "emb"},
+        max_reject_fraction=0.9,
     )  # fmt: skip
     assert code == 0
     expected = {
