@@ -177,7 +177,8 @@ def write_changes(folder: Path, labels: list[str]) -> None:
                  "category": label, "date": f"2008-03-{n + 1:02}"}
                 for n, label in enumerate(of)
             ]  # fmt: skip
-            questions.append({"id": f"{split}{user}", "user_id": f"{split}-{user}", "input": "?", "profile": profile})
+            questions.append({"id": f"{split}{user}", "user_id": f"{split}-{user}", "input": "Which one? article: ?",
+                              "profile": profile})  # fmt: skip
             golds.append({"id": f"{split}{user}", "output": labels[user % len(labels)]})
         (folder / f"{split}_questions.json").write_text(json.dumps(questions))
         (folder / f"{split}_outputs.json").write_text(json.dumps({"task": "LaMP_2", "golds": golds}))
