@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pplug import settings
-from pplug.settings import Settings, renamed
+from pplug.settings import Settings, added, renamed
 
 
 class Inner(Settings):
@@ -63,3 +63,22 @@ def test_a_config_is_frozen_and_refuses_unknown_keys():
         Outer(colour="red")
     with pytest.raises(ValidationError, match="frozen"):
         Outer().name = "y"
+
+
+def test_a_field_that_came_later_counts_where_it_is_given():
+    class Later(Settings):
+        size: int = 1
+        tags: dict[str, int] = added({})
+        limit: int | None = added(None, gt=0)
+
+    class Whole(Settings):
+        name: str = "x"
+        part: Later = Later()
+
+    assert Whole().decisive() == {"name": "x", "part": {"size": 1}}
+    given = Whole(part=Later(tags={"a": 1}, limit=3))
+    assert given.decisive() == {"name": "x", "part": {"size": 1, "tags": {"a": 1}, "limit": 3}}
+    assert given.decisive(exclude={"part": {"tags"}}) == {"name": "x", "part": {"size": 1, "limit": 3}}
+    assert Later(tags={}).decisive() == {"size": 1}
+    with pytest.raises(ValidationError):
+        Later(limit=0)
