@@ -9,6 +9,7 @@ Route: texts -> the tokenizer's own ids -> those with a control token: pieces ->
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,6 +51,33 @@ class TextTokenizer:
             before += len(piece)
         return out
 
+    def within(
+        self, before: str, texts: Sequence[tuple[str, str]], after: str
+    ) -> list[tuple[list[int], list[int], list[int], list[int]] | None]:
+        """Token ids of `before`, each text in its two parts, and `after`: tokenised as one text, then split.
+
+        A token that reaches over the start of a part belongs to that part. `before` and `after` may hold control
+        tokens.
+
+        Returns:
+            Ids of the four parts; None for a text that gives a control token, and where the tokenizer is a slow one,
+            which does not say where its tokens stand.
+        """
+        if not texts or not getattr(self.tokenizer, "is_fast", False):
+            return [None] * len(texts)
+        whole = [before + first + second + after for first, second in texts]
+        said = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        out: list[tuple[list[int], list[int], list[int], list[int]] | None] = []
+        for (first, second), text, ids, spans in zip(
+            texts, whole, said["input_ids"], said["offset_mapping"], strict=True
+        ):
+            at, middle, stop = len(before), len(before + first), len(before + first + second)
+            start, split, end = (_first_behind(text, spans, place) for place in (at, middle, stop))
+            reach = end + (end < len(ids) and spans[end][0] < stop)  # a token of the words' end and what follows them
+            clean = at == stop or self.control.keys().isdisjoint(ids[start:reach])
+            out.append((ids[:start], ids[start:split], ids[split:end], ids[end:]) if clean else None)
+        return out
+
     def framed(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids of each text between the tokenizer's own special tokens, cut to max_tokens with them."""
         if not texts:
@@ -81,6 +109,16 @@ class TextTokenizer:
             if len(cut) == len(pieces):
                 return pieces
             pieces = cut
+
+
+def _first_behind(text: str, spans: Sequence[tuple[int, int]], at: int) -> int:
+    """Place of the first token that ends behind a character; white space alone does not draw a token over it."""
+    if at == 0:
+        return 0
+    place = bisect_right(spans, at, key=lambda span: span[1])
+    while place < len(spans) and spans[place][0] < at and not text[at : spans[place][1]].strip():
+        place += 1
+    return place
 
 
 def _cut_within(text: str, names: set[str]) -> list[str]:
@@ -120,6 +158,12 @@ def control_tokens(tokenizer: Any, own: Iterable[int] = (), template_ids: Iterab
         found.pop(unknown, None)
     named = ((token, name) for token, name in found.items() if token is not None)  # a name without a token is none
     return {int(token): name for token, name in named if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", name)}
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the special tokens, which engines leave out of a reply's text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(token for token, name in added.items() if getattr(name, "special", False))}
 
 
 def _is_markup(name: str) -> bool:

@@ -12,14 +12,14 @@ Shapes: L prompt positions, R = 1+P rows (1 for a user without history, 0 withou
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date as Date
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pplug.plain_text import TextTokenizer, own_special_tokens
-from pplug.settings import Settings
-
-_HERE = "<<<input>>>"
+from pplug.chat import Turn, has_template, turn
+from pplug.plain_text import TextTokenizer, own_special_tokens, special_ids
+from pplug.settings import Settings, added
 
 
 class PromptLayout(Settings):
@@ -31,6 +31,23 @@ class PromptLayout(Settings):
     """Text between input and reply of a decoder-only LLM without a chat template."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
+    system: str | None = added(None)
+    """System prompt of the chat template. It is refused where the template drops it. Default: the template's own; an
+    empty text stands for none."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = added({})
+    """Settings of the chat template, for example `enable_thinking=false`. A name that the template does not know is
+    refused."""
+    date: Date | None = added(None)
+    """Day that a chat template prints as today's. A template that prints one is refused without it, since its prompts
+    would change from day to day."""
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _read_switches(cls, values: Any) -> Any:
+        """Takes the words true and false as such: to a template, any other text is true."""
+        if not isinstance(values, dict):
+            return values
+        return {name: {"true": True, "false": False}.get(str(value), value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -47,29 +64,56 @@ class Prompt:
 class PromptBuilder:
     """Turns inputs and targets into token ids around the place of the persona rows.
 
-    Control tokens come from the layout and the tokenizer alone: `words` reads inputs, prefixes and targets as text.
+    Template and words are tokenised as one text, as the LLM has seen them in its training, and then split at the place
+    of the rows. Control tokens come from the layout and the tokenizer alone: `words` reads inputs, prefixes and targets
+    as text.
     """
 
     def __init__(self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool) -> None:
+        """Raises ValueError: the chat template cannot be used with this layout (see `chat.turn`)."""
         self.tokenizer, self.layout = tokenizer, layout
-        first, last = own_special_tokens(tokenizer)
-        self._suffix = ""
-        if encoder_decoder:
-            self._head, self._tail = first, last
-        elif layout.chat == "auto" and getattr(tokenizer, "chat_template", None):
-            turn = [{"role": "user", "content": _HERE}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            head, found, tail = text.partition(_HERE)
-            if not found:
-                raise ValueError("the chat template does not show the user's words; set layout.chat=never")
-            self._head, self._tail = self._ids(head), self._ids(tail)
+        self._first, self._last = own_special_tokens(tokenizer)
+        if not encoder_decoder and layout.chat == "auto" and has_template(tokenizer):
+            self._turn = turn(tokenizer, layout)
+            self._first, self._last = [], []  # the template writes them itself
+        elif layout.system is not None or layout.chat_template_kwargs:
+            raise ValueError(
+                "llm.layout.system and llm.layout.chat_template_kwargs need a chat template, and this prompt has none; "
+                "leave them out"
+            )
+        elif encoder_decoder:
+            self._turn = Turn("", "")
         else:
-            self._head, self._tail, self._suffix = first, [], layout.suffix
-        self.words = TextTokenizer(tokenizer, [*self._head, *self._tail])
+            self._turn, self._last = Turn("", layout.suffix), []
+        head, tail, end = (self._ids(text) for text in (self._turn.head, self._turn.tail, self._turn.end.lstrip()))
+        template = [*head, *tail, *end[:1]] if self._turn.of_template else []
+        self.words = TextTokenizer(tokenizer, [*self._first, *self._last, *template])
+        self._head, self._tail = self._frame(head, tail)
+        self.end_id: int = end[0] if end and end[0] in special_ids(tokenizer) else tokenizer.eos_token_id
+        """Token that ends a reply: the special token that the chat template puts after one, else the tokenizer's
+        end-of-sequence token."""
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of the prompt's own words, which may hold control tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _frame(self, head: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
+        """Token ids of head and tail as they stand around words that are tokenised by themselves."""
+        for sample in ("a", "1", "the"):
+            (parts,) = self.words.within(self._turn.head, [("", sample)], self._turn.tail)
+            if parts is not None and parts[2]:
+                return parts[0] if parts[2] == self.words.ids([sample])[0] else head, parts[3]
+        return head, tail
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """All of a prompt but the words, as JSON: token ids before and after them and at a reply's end."""
+        return {
+            "head": self._first + self._head,
+            "tail": self._tail + self._last,
+            "end": self.end_id,
+            "trims": [self._turn.trims_start, self._turn.trims_end],
+        }
 
     def prompts(self, inputs: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Prompt]:
         """Prompts of inputs; an input over the limit is cut at its end, the suffix stays.
@@ -77,21 +121,18 @@ class PromptBuilder:
         Args:
             prefixes: texts that stand before the persona rows; they count for the limit.
         """
-        limit = self.layout.max_input_tokens
-        suffix = self._ids(self._suffix)
-        if self.words.control.keys().isdisjoint(suffix):
-            whole = self.words.ids([text + self._suffix for text in inputs])
-        else:
-            whole = [ids + suffix for ids in self.words.ids(inputs)]
-        out = []
-        for text, ids, prefix in zip(inputs, whole, prefixes or [""] * len(inputs), strict=True):
-            first = self.words.ids([prefix])[0][:limit] if prefix else []
-            if len(first) + len(ids) > limit + len(suffix):
-                ids = self.words.ids([text])[0][: limit - len(first)] + suffix
-            out.append(Prompt(self._head + first, ids + self._tail))
+        limit, out = self.layout.max_input_tokens, []
+        pairs = zip(prefixes or [""] * len(inputs), inputs, strict=True)
+        texts = [self._turn.trimmed(prefix, text) for prefix, text in pairs]
+        for parts, (prefix, text) in zip(
+            self.words.within(self._turn.head, texts, self._turn.tail), texts, strict=True
+        ):
+            head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
+            if len(first) + len(rest) > limit:
+                first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
+            out.append(Prompt(self._first + head + first, rest + tail + self._last))
         return out
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids of replies, cut at max_tokens, ended by EOS."""
-        end = [self.tokenizer.eos_token_id]
-        return [row[: max_tokens - 1] + end for row in self.words.ids(texts)]
+        """Token ids of replies, cut at max_tokens, with the token that ends a reply."""
+        return [[*row[: max_tokens - 1], self.end_id] for row in self.words.ids(texts)]
