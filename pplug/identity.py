@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pplug import digests, hub
+
 WEIGHTS = ("*.safetensors", "*.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def short_id(parts: Mapping[str, Any]) -> str:
@@ -46,11 +49,84 @@ def weights_id(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     config = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
     tokenizer = [file_digest(path) for path in (folder / "tokenizer.json", folder / "spiece.model") if path.exists()]
-    return short_id({"weights": [file_digest(path) for path in files], "config": config, "tokenizer": tokenizer})
+    return short_id({"weights": [digests.blake2b(path) for path in files], "config": config, "tokenizer": tokenizer})
 
 
-def model_folder(model: str, revision: str | None = None) -> Path:
+def config_of(folder: Path) -> dict[str, Any]:
+    """A model's config without its name and the version of the library that wrote it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model's weights are read from: safetensors, or pickles where there are none.
+
+    Empty where they are not all there.
+    """
+    for pattern, name in zip(WEIGHTS, INDICES, strict=True):
+        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("consolidated"))
+        index = folder / name
+        if index.is_file():
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if all((folder / file).is_file() for file in named):
+                return sorted(folder / file for file in named)
+        elif files:
+            return files
+    return []
+
+
+def weight_digests(folder: Path, model: str) -> list[str]:
+    """SHA-256 of each of a model's weight files.
+
+    Args:
+        model: the model's name; the hub is asked where it is a hub model whose weights are not on this machine.
+
+    Raises:
+        FileNotFoundError: there are no weights, or the hub cannot be asked.
+    """
+    files = weight_files(folder)
+    if files:
+        return [digests.sha256(path) for path in files]
+    if folder.parent.name != "snapshots":
+        raise FileNotFoundError(
+            f"{folder}: no weights ({' or '.join(WEIGHTS)}), or not all that the index names; expected a transformers "
+            "model folder"
+        )
+    known = hub.weight_digests(model, folder.name)
+    for end in (".safetensors", ".bin"):
+        names = sorted(name for name in known if name.endswith(end) and not name.startswith("consolidated"))
+        if names:
+            return [known[name] for name in names]
+    raise FileNotFoundError(f"model {model!r}: the hub has no weights of it as safetensors or .bin")
+
+
+_TOKENIZER = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*",
+              "additional_chat_templates/*", "generation_config.json")  # fmt: skip
+_NAMES = {"name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "transformers_version",
+          "_from_model_config"}  # fmt: skip
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """Digest of each file that decides a prompt's token ids or a reply's end: tokenizer, template, generation config.
+
+    Names of folders and versions within them do not count.
+    """
+    files = {path.relative_to(folder).as_posix(): path for pattern in _TOKENIZER for path in folder.glob(pattern)}
+    out = {}
+    for name, path in sorted(files.items()):
+        if path.name in ("tokenizer_config.json", "generation_config.json"):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            out[name] = short_id({key: value for key, value in values.items() if key not in _NAMES})
+        elif path.is_file():
+            out[name] = file_digest(path)
+    return out
+
+
+def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder of a model's files: a local folder, `package:NAME/FOLDER` inside an installed package, or a hub name.
+
+    Args:
+        weights: False fetches the config and the tokenizer of a hub model alone.
 
     Raises:
         FileNotFoundError: no such folder or package, or the hub cannot be reached.
@@ -67,12 +143,4 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return folder
     if model.startswith(("package:", "/", "./", "../", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"model {model!r}: no folder {folder}; expected a transformers model folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.onnx", "*.h5"]))
-    except Exception as error:  # the hub client has a dozen kinds of its own; all mean: not to be had
-        raise FileNotFoundError(
-            f"model {model!r}: neither a local folder nor to be had from the model hub ({type(error).__name__}); "
-            "download it beforehand and give its folder"
-        ) from error
+    return hub.fetch(model, revision, weights)
