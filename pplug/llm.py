@@ -3,15 +3,25 @@
 Used by training, by the `transformers` engine and by checks of the vLLM engine. No gradient buffers for its weights.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pplug.identity import model_folder, short_id, weights_id
-from pplug.settings import Settings
+from pplug.identity import (
+    config_of,
+    model_folder,
+    short_id,
+    tokenizer_digests,
+    weight_digests,
+    weight_files,
+    weights_id,
+)
+from pplug.settings import Settings, added
 from pplug.splice import PromptBuilder, PromptLayout
+from pplug.tensors import read_rows, shape_of, tensor_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,12 +39,74 @@ class LLMConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights in training. auto takes bfloat16 on a GPU and float32 elsewhere. It is no
     part of the identity."""
+    serves: str | None = added(None)
+    """`llm_id` of another LLM whose plugs and adapters this one may use, for a quantised or longer-context copy of it.
+    They are refused unless template and token embeddings are those of the LLM that they were trained on."""
 
 
 def llm_id(config: LLMConfig) -> str:
-    """Identity of model, tokenizer and prompt layout."""
-    folder = model_folder(config.model, config.revision)
-    return short_id({"weights": weights_id(folder), "layout": config.layout.decisive()})
+    """Identity of an LLM: its weights and config, and all that decides the token ids that it is shown.
+
+    Weights that are not on this machine count by the digests that the hub gives.
+
+    Raises:
+        FileNotFoundError: the model is not to be had.
+        ValueError: it has no tokenizer, or its chat template cannot be used with the layout.
+    """
+    folder = model_folder(config.model, config.revision, weights=False)
+    return short_id(
+        {
+            "weights": weight_digests(folder, config.model),
+            "config": config_of(folder),
+            "tokenizer": tokenizer_digests(folder),
+            "frame": prompt_frame(config),
+            "layout": config.layout.decisive(exclude=_SEEN_IN_FRAME),
+        }
+    )
+
+
+def refuse_another(config: LLMConfig, expected: str) -> None:
+    """Compares the model on this machine with the identity that the job was started with.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    found = llm_id(config)
+    if found != expected:
+        raise ValueError(
+            f"{config.model} is LLM {found} on this machine, and {expected} where the job was started; put the same "
+            "model there on all machines"
+        )
+
+
+_SEEN_IN_FRAME = {"system", "chat_template_kwargs", "date"}
+"""Fields of a layout that decide no more than what stands around the words."""
+
+
+def former_llm_id(config: LLMConfig) -> str | None:
+    """The identity before it covered the chat template, by which plugs and adapters of that time are known.
+
+    None for a layout that was not possible then, and where the weights are not on this machine.
+    """
+    layout, folder = config.layout.decisive(), model_folder(config.model, config.revision, weights=False)
+    if not _SEEN_IN_FRAME.isdisjoint(layout) or not weight_files(folder):
+        return None
+    return short_id({"weights": weights_id(folder), "layout": layout})
+
+
+def prompt_frame(config: LLMConfig) -> dict[str, Any]:
+    """The token ids of a prompt around the user's words (`PromptBuilder.frame`).
+
+    Raises:
+        ValueError: the folder has no tokenizer, or its chat template cannot be used with the layout.
+    """
+    folder = model_folder(config.model, config.revision, weights=False)
+    return PromptBuilder(load_tokenizer(folder), config.layout, is_encoder_decoder(folder)).frame
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """True if a model folder holds an encoder-decoder."""
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder", False))
 
 
 @dataclass
@@ -79,7 +151,16 @@ class FrozenLLM:
     @cached_property
     def embedding_norm(self) -> float:
         """Mean L2 norm of a token embedding: the scale persona rows are given."""
-        return self.embedding.weight.float().norm(dim=-1).mean().item()
+        return self.embedding.weight.float().norm(dim=-1).mean().item() * embedding_scale(self.embedding)
+
+
+def embedding_scale(embedding: "nn.Module") -> float:
+    """Factor by which an embedding layer multiplies its weights (Gemma, MiniCPM3, BART); persona rows stand behind it.
+
+    vLLM multiplies in the same place, so that prompt embeddings are taken as they are there too.
+    """
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+    return float(scale)
 
 
 def caps_scores(config: Mapping[str, Any]) -> bool:
@@ -91,7 +172,10 @@ def caps_scores(config: Mapping[str, Any]) -> bool:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, with a padding token."""
-    tokenizer = _tokenizer_class(folder).from_pretrained(folder)
+    try:
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder)
+    except (OSError, ValueError) as error:  # the message of transformers names neither the folder nor a file
+        raise ValueError(f"{folder}: no tokenizer that can be loaded ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token, so no reply could end")
     if tokenizer.pad_token_id is None:
@@ -102,8 +186,6 @@ def load_tokenizer(folder: Path) -> Any:
 def _tokenizer_class(folder: Path) -> Any:
     """Class of the tokenizer: AutoTokenizer, or the class that it would choose, since it loads all of transformers (10
     s on a slow core)."""
-    import json
-
     said = folder / "tokenizer_config.json"
     if said.is_file() and (folder / "tokenizer.json").is_file():
         config = json.loads(said.read_text(encoding="utf-8"))
@@ -116,30 +198,41 @@ def _tokenizer_class(folder: Path) -> Any:
     return AutoTokenizer
 
 
-def embedding_rows(folder: Path, ids: list[int]) -> "Tensor":
-    """Token embeddings of some ids, (n, H), read from the weights file without loading the model.
+def tokenizer_of(llm: LLMConfig) -> Any:
+    """The LLM's tokenizer, without its weights."""
+    return load_tokenizer(model_folder(llm.model, llm.revision, weights=False))
+
+
+def embedding_rows(folder: Path, ids: Sequence[int]) -> "Tensor":
+    """Token embeddings of some ids as the LLM's first layer gets them, (n, H) float32, without loading the model.
 
     Raises:
-        ValueError: the weights hold no token embeddings under the model's own name for them.
+        ValueError: the weights hold no token embeddings under a name that is known.
     """
-    import json
-
     import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    wanted = model.get_input_embeddings().weight
+        model = kind.from_config(config)
+    embedding = model.get_input_embeddings()
+    wanted = embedding.weight
     names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is wanted]
-    index = folder / "model.safetensors.index.json"
-    where = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    for name in names:
-        file = folder / where.get(name, "model.safetensors")
-        if not file.exists():
-            continue
-        with safe_open(file, framework="pt") as weights:
-            if name in weights.keys():
-                rows = weights.get_slice(name)
-                return torch.cat([rows[i : i + 1] for i in ids]).float()
-    raise ValueError(f"{folder}: no tensor {' or '.join(names)} in its safetensors files")
+    files = tensor_files(folder)
+    known = [name for name in names if name in files] or _like(names, files, wanted.shape[1])
+    if not known:
+        raise ValueError(f"{folder}: no tensor {' or '.join(names)} in its weights")
+    return read_rows(files[known[0]], known[0], ids) * embedding_scale(embedding)
+
+
+def _like(names: Sequence[str], files: Mapping[str, Path], width: int) -> list[str]:
+    """The tensor of this width that ends like one of the names, if there is just one.
+
+    Published files may name tensors from within the model (`wte.weight`) or by an older layout
+    (`language_model.model.embed_tokens.weight`); transformers maps them as it loads.
+    """
+    ends = {tuple(name.split(".")[-2:]) for name in names}
+    found = [name for name in files if tuple(name.split(".")[-2:]) in ends]
+    found = [name for name in found if len(shape := shape_of(files[name], name)) == 2 and shape[1] == width]
+    return found if len(found) == 1 else []

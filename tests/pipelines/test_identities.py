@@ -27,7 +27,7 @@ from pplug.adapter import AdapterShape, ExampleRule, LoraConfig
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.fit import FitConfig
 from pplug.identity import short_id
-from pplug.llm import LLMConfig, llm_id
+from pplug.llm import LLMConfig, former_llm_id
 from pplug.plug import PersonaPlug, PlugConfig, plug_id
 from pplug.profile import ProfileConfig, profile_id
 from pplug.retrieval import RetrievalConfig
@@ -88,7 +88,7 @@ def test_a_base_model_and_an_encoder_keep_their_identities(tmp_path):
     (tmp_path / "model.safetensors").write_text("w")
     (tmp_path / "config.json").write_text("{}\n")
     llm = LLMConfig(model=str(tmp_path), layout=PromptLayout(max_input_tokens=100))
-    assert llm_id(llm) == "7f581705baaa1ba6"
+    assert former_llm_id(llm) == "7f581705baaa1ba6"
     assert encoder_id(EncoderConfig(model=str(tmp_path), max_tokens=128), "x {title}") == "d8e79c1dae14701e"
 
 

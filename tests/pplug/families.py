@@ -63,7 +63,8 @@ def make(name: str, **more: Any) -> Any:
     kind = getattr(transformers, f"{name}{text}Config")
     sizes = _SIZES | (PLAIN | MIXING).get(name, {}) | more
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(kind(**sizes))
+    causal = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    model = causal(kind(**sizes))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_((0.2 if weight.ndim > 1 else 0.1) * torch.randn_like(weight))

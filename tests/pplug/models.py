@@ -75,7 +75,7 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_bart(folder: Path, seed: int = 0) -> Path:
+def tiny_bart(folder: Path, seed: int = 0, scale_embedding: bool = False) -> Path:
     """An encoder-decoder whose positions are learned, and matter: their embeddings are as large as the tokens'."""
     torch.manual_seed(seed)
     size = len(word_tokenizer(folder, eos=True))
@@ -95,6 +95,7 @@ def tiny_bart(folder: Path, seed: int = 0) -> Path:
         pad_token_id=0,
         decoder_start_token_id=2,
         forced_eos_token_id=None,
+        scale_embedding=scale_embedding,
     )
     BartForConditionalGeneration(config).save_pretrained(folder)
     return folder

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
 
-from pplug.llm import FrozenLLM, LLMConfig, caps_scores, load_tokenizer
+from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer
 from tests.pplug.families import make
-from tests.pplug.models import tiny_llama, word_tokenizer
+from tests.pplug.models import tiny_bart, tiny_llama, word_tokenizer
 
 TEXTS = ["the cat on the mat", "", "  two  spaces\n", "naïve <s> text </s> 123"]
 
@@ -55,3 +56,66 @@ def test_a_cap_is_found_in_a_part_of_a_config_too():
     nested = T5GemmaConfig().to_dict()
     assert "attn_logit_softcapping" not in nested and caps_scores(nested)
     assert not caps_scores(make("Gemma3").config.to_dict())
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Gemma2", "Gemma3", "MiniCPM3", "Granite", "Llama"])
+@torch.no_grad()
+def test_rows_and_norm_are_those_of_the_embedding_layer(family, tmp_path):
+    """Gemma and MiniCPM3 multiply in that layer: persona rows stand behind it."""
+    more = {"scale_emb": 12.0} if family == "MiniCPM3" else {}
+    make(family, **more).save_pretrained(tmp_path)
+    word_tokenizer(tmp_path)
+    llm = FrozenLLM.load(LLMConfig(model=str(tmp_path)))
+    given = llm.embedding(torch.arange(llm.embedding.weight.shape[0]))
+    assert llm.embedding_norm == pytest.approx(float(given.norm(dim=1).mean()), rel=1e-5)
+    assert (given.norm() > 3 * llm.embedding.weight.norm()) == (family not in ("Granite", "Llama"))
+    torch.testing.assert_close(embedding_rows(tmp_path, [5, 0, 9]), given[[5, 0, 9]], rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_barts_rows_are_scaled_where_its_config_says_so(tmp_path):
+    folder = tiny_bart(tmp_path, scale_embedding=True)
+    llm = FrozenLLM.load(LLMConfig(model=str(folder)))
+    given = llm.embedding(torch.arange(9))
+    assert given.norm() > 3 * llm.embedding.weight[:9].norm()
+    torch.testing.assert_close(embedding_rows(folder, list(range(9))), given, rtol=1e-5, atol=0)
+
+
+def rename(folder, names):
+    """Writes the weights anew under names as they are on the hub."""
+    path = folder / "model.safetensors"
+    save_file({names(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("GPT2", lambda name: name.removeprefix("transformer.")),
+        ("Llama", lambda name: name if name.startswith("lm_head") else f"language_model.{name}"),
+    ],
+)
+def test_embeddings_are_found_under_the_names_of_published_files(family, names, tmp_path):
+    more = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "GPT2" else {}
+    model = make(family, **more)
+    model.save_pretrained(tmp_path)
+    rename(tmp_path, names)
+    assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
+
+
+def test_embeddings_are_read_from_pickles_where_there_is_nothing_else(tmp_path):
+    model = make("Llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
+
+
+def test_embeddings_that_cannot_be_told_apart_are_refused(tmp_path):
+    model = make("Llama")
+    model.save_pretrained(tmp_path)
+    rename(tmp_path, lambda name: f"other.{name}" if "embed" in name else name)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["vision.embed_tokens.weight"] = weights["other.model.embed_tokens.weight"] + 1
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no tensor model.embed_tokens.weight in its weights"):
+        embedding_rows(tmp_path, [3])

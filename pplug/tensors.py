@@ -1,0 +1,60 @@
+"""Single tensors of a model folder, read from its files without the model: safetensors, else pickles."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pplug.identity import INDICES, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor, by the tensor's name."""
+    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if index is not None:
+        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in named.items() if (folder / file).is_file()}
+    return {name: path for path in weight_files(folder) for name in _names(path)}
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    return list(_pickled(path))
+
+
+def _pickled(path: Path) -> "dict[str, Tensor]":
+    """Tensors of a pickle, mapped and not read; code in it is refused."""
+    import torch
+
+    found: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return found
+
+
+def shape_of(path: Path, name: str) -> tuple[int, ...]:
+    """Shape of a tensor in a file."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+    return tuple(_pickled(path)[name].shape)
+
+
+def read_rows(path: Path, name: str, rows: Sequence[int]) -> "Tensor":
+    """Some rows of a matrix in a file, float32."""
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            matrix = tensors.get_slice(name)
+            return torch.cat([matrix[row : row + 1] for row in rows]).float()
+    return _pickled(path)[name][list(rows)].float()
