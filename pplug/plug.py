@@ -25,7 +25,7 @@ from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
 from pplug.settings import Settings
 
-PLUG_FILES = ("model.safetensors", "config.json", "query_encoder")
+PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "llm.json")
 """Names in a plug folder."""
 
 

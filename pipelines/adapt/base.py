@@ -35,7 +35,7 @@ from pplug.adapter import LoraConfig
 from pplug.fit import micro_batches, plan_epoch, sum_gradients
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
-from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
+from pplug.llm import FrozenLLM, LLMConfig, tokenizer_of
 from pplug.objective import target_loss
 from pplug.schedule import rate
 from pplug.splice import Prompt, PromptBuilder
@@ -79,7 +79,7 @@ class BaseExamples:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         llm = self.llm
-        prompt_builder = PromptBuilder(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        prompt_builder = PromptBuilder(tokenizer_of(llm), llm.layout, False)
         for bucket in batch["bucket"].to_pylist():
             rows, counts = self._rows(bucket)
             pairs = [self._pair(row) for row in rows.to_pylist()]

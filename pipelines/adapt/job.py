@@ -30,6 +30,7 @@ from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import model_folder
 from pplug.llm import llm_id
+from pplug.stand_in import SAMPLE, llm_sample
 from pplug.tasks import TaskSpec
 
 
@@ -49,7 +50,7 @@ def run(config: Config) -> int:
         )
     try:
         base = llm_id(config.llm)
-        base_shapes(model_folder(config.llm.model, config.llm.revision), config.lora.shape.targets)
+        base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.lora.shape.targets)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     users = tables.read_users(config.users, histories)
@@ -113,7 +114,7 @@ def _adapters(
                 size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
             ),
         ],
-        metadata=identities | {"histories_version": str(histories.version)},
+        metadata=identities | {"histories_version": str(histories.version), SAMPLE: llm_sample(config.llm)},
         wave_rows=config.wave_users,
         rejects=rejects,  # a user without an example is one in every run, and stands there once
         key="user_key",

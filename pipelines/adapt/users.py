@@ -22,8 +22,8 @@ from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug import retrieval
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig, to_bytes
-from pplug.identity import model_folder, short_id
-from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
+from pplug.identity import short_id
+from pplug.llm import FrozenLLM, LLMConfig, refuse_another, tokenizer_of
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.schemas import ADAPTERS
 from pplug.splice import PromptBuilder
@@ -49,7 +49,7 @@ class ReadExamples:
 
     def __init__(self, pending: PendingUsers, task: TaskSpec, llm: LLMConfig, rule: ExampleRule) -> None:
         self.pending, self.task, self.rule = pending, task, rule
-        self.prompt_builder = PromptBuilder(load_tokenizer(model_folder(llm.model, llm.revision)), llm.layout, False)
+        self.prompt_builder = PromptBuilder(tokenizer_of(llm), llm.layout, False)
         self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -128,7 +128,9 @@ class FitAdapters:
         self.trainer: StackedTrainer | None = None
         self.refused = ""
         try:
-            self.trainer = StackedTrainer(FrozenLLM.load(llm).model, lora, stack)
+            base = FrozenLLM.load(llm).model
+            refuse_another(llm, llm_id)
+            self.trainer = StackedTrainer(base, lora, stack)
         except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
             self.refused = f"llm {llm.model}: {error}"
         self.dtype = getattr(torch, lora.storage_dtype)

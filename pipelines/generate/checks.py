@@ -1,7 +1,6 @@
 """Refusals of `generate`: a model that its engine does not have, known answers, another way of answering under one
 run_id."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipelines.generate.config import Config
 from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
+from pplug.llm import is_encoder_decoder as is_encoder_decoder_folder
 from pplug.tasks import TaskSpec
 
 Plan = Mapping[int, Mapping[str, Any]]
@@ -32,8 +32,7 @@ def is_encoder_decoder(config: Config) -> bool:
             f"decoding.num_beams={config.decoding.num_beams} needs engine.kind=transformers; {config.engine.kind} "
             "samples or is greedy"
         )
-    folder = model_folder(config.llm.model, config.llm.revision)
-    found = bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder", False))
+    found = is_encoder_decoder_folder(model_folder(config.llm.model, config.llm.revision, weights=False))
     if found and not can.encoder_decoder:
         raise InputError(
             f"llm {config.llm.model} is an encoder-decoder, which {config.engine.kind} does not have; set "
@@ -84,7 +83,8 @@ def refuse_another_run(metadata: Mapping[str, str], identities: Mapping[str, str
 def check_base(config: Config, requests: Snapshot, plan: Plan, report: RunReport) -> None:
     """Refuses an LLM that has learned the answers of the requests; warns where that cannot be told."""
     counts = (sum(row[name] for row in plan.values()) for name in ("dated", "with_target"))
-    base, users = model_folder(config.llm.model, config.llm.revision), tables.read_users(config.users)
+    base = model_folder(config.llm.model, config.llm.revision, weights=False)
+    users = tables.read_users(config.users)
     for warning in made_from.check(base, config.tables, requests, users, *counts):
         print(f"generate: {warning}", flush=True)
         report.extra.setdefault("warnings", []).append(warning)

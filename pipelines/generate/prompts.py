@@ -20,8 +20,7 @@ from pipelines.generate.personas import ragged_f32
 from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Method
 from pipelines.run import CpuShare
-from pplug.identity import model_folder
-from pplug.llm import LLMConfig, load_tokenizer
+from pplug.llm import LLMConfig, tokenizer_of
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
 
@@ -79,8 +78,7 @@ class BuildPrompts:
         self.pending, self.methods, self.parts = pending, methods, parts
         self.histories, self.embeddings = histories, embeddings
         self.max_items, self.block_rows = max_items, block_rows
-        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
-        self.prompt_builder = PromptBuilder(tokenizer, llm.layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer_of(llm), llm.layout, encoder_decoder)
         for part in parts:
             part.load(Worker(llm, task, self.prompt_builder, cpu))
 

@@ -22,8 +22,7 @@ from pipelines.generate.replies import Reply
 from pipelines.histories import Histories, decode_fields
 from pipelines.pending_users import PendingUsers, with_nulls
 from pipelines.waves import DETAIL, REASON
-from pplug.identity import model_folder
-from pplug.llm import LLMConfig, load_tokenizer
+from pplug.llm import LLMConfig, tokenizer_of
 from pplug.profile import ProfileConfig, profile_id, question
 from pplug.schemas import PROFILES
 from pplug.splice import PromptBuilder
@@ -63,10 +62,9 @@ class AskForProfiles:
         self, pending: PendingUsers, task: TaskSpec, llm: LLMConfig, config: ProfileConfig, encoder_decoder: bool
     ) -> None:
         self.pending, self.task, self.config = pending, task, config
-        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         self.budget = config.prompt_tokens or llm.layout.max_input_tokens
         layout = llm.layout.model_copy(update={"max_input_tokens": self.budget})
-        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer_of(llm), layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():

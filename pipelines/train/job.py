@@ -38,9 +38,10 @@ from pplug.encoder import encoder_id, pooling_of
 from pplug.fit import Fitter, Samples, held_out, run_epochs
 from pplug.folder import check_replaceable, whole_folder
 from pplug.identity import model_folder, short_id
-from pplug.llm import FrozenLLM, llm_id
+from pplug.llm import FrozenLLM, llm_id, refuse_another
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
+from pplug.stand_in import SAMPLE_FILE, llm_sample
 
 
 def run(config: Config) -> int:
@@ -177,6 +178,7 @@ def _fit(
     with result.checkpoint.as_directory() as folder:
         with whole_folder(target, PLUG_FILES) as draft:
             shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
+            (draft / SAMPLE_FILE).write_text(llm_sample(config.llm), encoding="utf-8")
         history = json.loads((Path(folder) / "history.json").read_text())
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
@@ -217,6 +219,7 @@ def fit_worker(given: dict[str, Any]) -> None:
     torch.set_num_threads(given["cpu"].torch_threads())
     torch.manual_seed(config.fit.seed)
     plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"])
+    refuse_another(config.llm, given["identities"]["llm_id"])
     plug.to(get_device())
     with tempfile.TemporaryDirectory() as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)

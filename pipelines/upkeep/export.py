@@ -21,6 +21,7 @@ from pipelines.waves import each_bucket
 from pplug.folder import RUN_FILES
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, llm_id
+from pplug.stand_in import SAMPLE, stands_for
 
 DONE = "_SUCCESS"
 PART_FILE = r"part-\d{5,}\.parquet|\.[0-9a-f]{32}\.tmp"
@@ -40,12 +41,15 @@ def run(config: Config) -> int:
 
 def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) -> int:
     adapters = tables.open_table(config.tables, "adapters")
+    metadata = adapters.snapshot(complete=True).metadata
+    base = metadata.get("llm_id")
     try:
-        folder, base = model_folder(llm.model, llm.revision), llm_id(llm)
+        folder = model_folder(llm.model, llm.revision)
+        stands_for(llm, llm_id(llm), base, metadata.get(SAMPLE))
     except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"llm: {error}") from error
+        raise InputError(f"llm: the adapters there are made for base {base}: {error}") from error
     report.planned = report.written = 1
-    report.extra["adapter_id"] = export_adapter(adapters, user_id, Path(config.output), folder.resolve(), base)
+    report.extra["adapter_id"] = export_adapter(adapters, user_id, Path(config.output), folder.resolve(), base or "")
     code = report.finish()
     print(f"adapter {report.extra['adapter_id']}: {config.output}", flush=True)
     return code

@@ -19,7 +19,7 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
     Args:
         adapters: table of adapters; only the user's rows of its newest complete version are read.
         base: folder of the model that the adapter was trained on; the adapter's config names it.
-        llm_id: identity of that base with its prompt layout.
+        llm_id: identity of the LLM that the adapters were trained on.
 
     Raises:
         InputError: the user has no adapter, it belongs to another base, or the folder holds other files.

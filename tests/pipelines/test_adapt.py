@@ -280,6 +280,13 @@ def test_a_target_that_the_base_lacks_is_refused_before_anything_starts(populati
         run(population, llm, "refused", lora=lora)
 
 
+def test_another_model_under_the_same_path_is_refused_by_the_worker(population, llm):
+    fill(population, [item("ann", n) for n in range(3)])
+    stage = FitAdapters(llm, LORA, StackConfig(), "another", "fit", cpu=CpuShare(1, 1))
+    with pytest.raises(InputError, match=f"is LLM {llm_id(llm)} on this machine, and another where the job"):
+        stage(examples(population, llm))
+
+
 def test_a_base_that_mixes_users_is_refused_and_nothing_is_trained(population, tmp_path, capsys):
     make("Lfm2").save_pretrained(tmp_path / "llm")
     word_tokenizer(tmp_path / "llm")

@@ -32,7 +32,7 @@ from pipelines.refresh import job as refresh
 from pipelines.upkeep import export
 from pplug.adapter import LoraConfig, base_shapes, to_bytes
 from pplug.encoder import TextEncoder
-from pplug.llm import FrozenLLM, LLMConfig, llm_id
+from pplug.llm import FrozenLLM, LLMConfig, former_llm_id, llm_id
 from pplug.plug import PersonaPlug
 from pplug.profile import ProfileConfig
 from tests.pipelines import small
@@ -221,7 +221,7 @@ def spoil(made, users):
         rows[user] |= {"weights": data, "adapter_id": f"{rows[user]['adapter_id']}-bad"}
     rows[users[4]]["adapter_id"] = TOO_LONG  # whole, but no disk takes a folder of that name
     files = table.write(pa.Table.from_pylist(list(rows.values()), schema=table.spec.schema), "spoil")
-    named = {key: before.metadata[key] for key in ("llm_id", "fit_id", "cut")}
+    named = {key: before.metadata[key] for key in ("llm_id", "fit_id", "cut", "llm_sample")}
     table.commit(files, run_id="spoil", group=0, mode="replace", buckets=set(before.by_bucket()),
                  planned_on=before.version, metadata=named, complete=True)  # fmt: skip
     reasons = ("not finite", "not a whole safetensors file", "a pickle", "made for base another",
@@ -363,6 +363,32 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
         served.made.run(generate, "generate-2", **asked, llm=other)
     with pytest.raises(InputError, match="need engine.kind=vllm"):
         served.made.run(generate, "generate-3", **asked, llm=served.made.llm, engine=EngineConfig(kind="transformers"))
+
+
+def test_a_copy_serves_by_name_and_an_older_identity_with_a_warning(served, tmp_path):
+    """Nobody asks, so that no engine starts."""
+    made, (users, folder) = served.made, (tmp_path / "users", tmp_path / "copy")
+    users.write_text("somebody else\n")
+    shutil.copytree(made.llm.model, folder)
+    rounded = {name: x.bfloat16().float() for name, x in load((folder / "model.safetensors").read_bytes()).items()}
+    (folder / "model.safetensors").write_bytes(save(rounded, metadata={"format": "pt"}))
+    copy = LLMConfig(model=str(folder))
+    asked = {"tables": made.tables, "methods": ("adapter",), "users": str(users)}
+    with pytest.raises(InputError, match="were trained on LLM .* or run `adapt` on this one"):
+        made.run(generate, "copy", **asked, llm=copy)
+    named = copy.model_copy(update={"serves": llm_id(made.llm)})
+    assert made.run(generate, "serves", **asked, llm=named) == 0
+    (warning,) = made.report("serves")["warnings"]
+    assert f"trained on LLM {llm_id(made.llm)}, which {llm_id(copy)} serves for: its prompts are the same" in warning
+
+    place = str(shutil.copytree(made.tables, tmp_path / "tables"))
+    adapters, former = tables.open_table(place, "adapters"), former_llm_id(made.llm)
+    metadata = adapters.snapshot(complete=True).metadata | {"llm_id": former}
+    kept = {name: value for name, value in metadata.items() if name in ("llm_id", "fit_id", "cut")}
+    adapters.commit([], run_id="old", group=0, mode="append", planned_on=adapters.version, complete=True, metadata=kept)
+    assert made.run(generate, "former", **asked | {"tables": place}, llm=made.llm) == 0
+    (warning,) = made.report("former")["warnings"]
+    assert f"trained on LLM {former}, the former identity of this one" in warning
 
 
 def test_adapters_that_know_the_answers_are_not_scored(served, tmp_path):

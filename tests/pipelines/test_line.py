@@ -27,6 +27,7 @@ from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import plug_id
 from pplug.retrieval import RetrievalConfig
+from pplug.stand_in import llm_sample, read_sample
 from tests.pplug.models import tiny_bert, tiny_llama
 from tests.prompt_stage import prompt_stage
 
@@ -329,6 +330,7 @@ def test_training_facts_and_held_out_people(line):
     config = PersonaPlug.from_pretrained(line.plug).config
     assert config.persona_scale == pytest.approx(FrozenLLM.load(line.llm).embedding_norm)
     assert config.encoder_id == report["encoder_id"] and config.llm_id == report["llm_id"]
+    assert read_sample(line.plug) == llm_sample(line.llm)
 
 
 @pytest.mark.slow

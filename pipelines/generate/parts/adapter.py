@@ -11,6 +11,7 @@ from pipelines.engines.base import CAN
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Part
 from pipelines.methods import PartInfo
 from pipelines.waves import each_bucket
+from pplug.stand_in import SAMPLE
 
 
 class Adapter(Part):
@@ -18,6 +19,7 @@ class Adapter(Part):
     remedy = "run `adapt` again with cut=requests (the default), which cuts them at the requests that there are now"
 
     def __init__(self, adapters: Snapshot, kinds: frozenset[str], buckets: int, llm_id: str) -> None:
+        """`llm_id`: of the LLM that they were trained on, which the one at hand may serve for."""
         self.adapters, self.kinds, self.buckets, self.llm_id = adapters, kinds, buckets, llm_id
         self.for_engine: Adapters | None = None
         """The adapters that an engine has to be made ready for; None before the run has started."""
@@ -32,14 +34,11 @@ class Adapter(Part):
         adapters = tables.snapshot(config.tables, "adapters", config.as_of_version)
         if not adapters.files:
             raise InputError(f"methods {methods}: the table adapters in {config.tables} is empty; run `adapt`")
-        if adapters.metadata.get("llm_id") != run.llm_id:
-            raise InputError(
-                f"the adapters in {config.tables} were trained on LLM {adapters.metadata.get('llm_id')} (weights and "
-                f"prompt layout), but {config.llm.model} with this layout is {run.llm_id}; give the LLM and llm.layout "
-                "they were trained with, or run `adapt` on this one"
-            )
+        made_for = adapters.metadata.get("llm_id")
+        remedy = "give the LLM and llm.layout they were trained with, or run `adapt` on this one"
+        run.accept(f"the adapters in {config.tables} were trained on", made_for, adapters.metadata.get(SAMPLE), remedy)
         run.report.table_read("adapters", adapters.version)
-        return cls(adapters, run.kinds("adapter"), run.buckets, run.llm_id)
+        return cls(adapters, run.kinds("adapter"), run.buckets, made_for or run.llm_id)
 
     def made_from_items(self) -> Snapshot | None:
         return self.adapters if "adapter" in self.kinds else None

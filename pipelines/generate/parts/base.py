@@ -25,6 +25,7 @@ from pipelines.methods import Group, Method, PartInfo
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
 from pplug.splice import PromptBuilder
+from pplug.stand_in import stands_for
 from pplug.tasks import TaskSpec
 
 
@@ -41,6 +42,26 @@ class GenerateRun:
     """Number of buckets of the tables."""
     embeddings: Snapshot | None = None
     """The vectors that the parts read."""
+
+    def accept(self, what: str, made_for: str | None, sample: str | None, remedy: str) -> None:
+        """Notes why this LLM may use what was made for another identity (`stands_for`).
+
+        Args:
+            what: words before `LLM x`, such as "the plug was trained for".
+            made_for, sample: as in `stands_for`.
+            remedy: what to do where it may not.
+
+        Raises:
+            InputError: it may not.
+        """
+        try:
+            note = stands_for(self.config.llm, self.llm_id, made_for, sample)
+        except ValueError as error:
+            raise InputError(f"{what} LLM {made_for}, but {error}; {remedy}") from error
+        if note is not None:
+            warning = f"{what} LLM {made_for}, {note}"
+            print(f"generate: {warning}", flush=True)
+            self.report.extra.setdefault("warnings", []).append(warning)
 
     def methods_with(self, group: Group) -> list[str]:
         """Names of the methods with a part of this group."""

@@ -20,6 +20,7 @@ from pipelines.histories import matrix
 from pipelines.methods import PartInfo
 from pplug import history
 from pplug.plug import PersonaPlug, plug_id
+from pplug.stand_in import read_sample
 from pplug.tasks import query
 
 WEIGHED_BY_REQUEST = ("plug", "plug:attention", "plug:other-user")
@@ -47,12 +48,8 @@ class Plug(Part):
             made_for = PersonaPlug.from_pretrained(config.plug).config
         except (OSError, ValueError) as error:
             raise InputError(f"plug: {error}") from error
-        if made_for.llm_id != run.llm_id:
-            raise InputError(
-                f"plug {config.plug} was trained for LLM {made_for.llm_id} (weights and prompt layout), but "
-                f"{config.llm.model} with this layout is {run.llm_id}; give the LLM and llm.layout it was trained "
-                "with, or train a new plug"
-            )
+        remedy = "give the LLM and llm.layout it was trained with, or train a new plug"
+        run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(config.plug), remedy)
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
         identity, personas = plug_id(config.plug), None
         if made_for.trained_without_history:

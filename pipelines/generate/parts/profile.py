@@ -8,8 +8,7 @@ from pipelines import tables
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Part, Worker
 from pipelines.learned import LastItem, last_item
 from pipelines.methods import PartInfo
-from pplug.identity import model_folder
-from pplug.llm import load_tokenizer
+from pplug.llm import tokenizer_of
 from pplug.plain_text import TextTokenizer
 from pplug.profile import ProfileConfig, prefix
 from pplug.schemas import LAST_ITEM
@@ -32,15 +31,15 @@ class Profile(Part):
             raise InputError(
                 f"methods {methods}: the table profiles in {config.tables} is empty; run `generate --write-profiles`"
             )
-        made_by, wanted = profiles.metadata.get("llm_id"), config.profile.llm_id or run.llm_id
-        if made_by != wanted:
-            raise InputError(
-                f"the profiles in {config.tables} were written by LLM {made_by} (weights and prompt layout), but "
-                f"expected is {wanted}; run `generate --write-profiles` with that one, or give --profile.llm-id "
-                f"{made_by} to use these all the same"
-            )
+        made_by, wanted = profiles.metadata.get("llm_id"), config.profile.llm_id
+        written = f"the profiles in {config.tables} were written by"
+        if wanted is None:
+            remedy = f"run `generate --write-profiles` with this one, or give --profile.llm-id {made_by} to use these"
+            run.accept(written, made_by, None, remedy)
+        elif made_by != wanted:
+            raise InputError(f"{written} LLM {made_by}, but profile.llm_id={wanted} asks for those of another")
         limit = config.llm.layout.max_input_tokens
-        tokenizer = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
+        tokenizer = TextTokenizer(tokenizer_of(config.llm))
         if not prefix("profile", "", config.profile, tokenizer, limit, config.retrieval.input_share):
             raise InputError(
                 f"profile.max_tokens={config.profile.max_tokens} and llm.layout.max_input_tokens={limit} leave a "

@@ -1,0 +1,101 @@
+"""What an LLM may use that was made for another one: of its quantised copy, of its former identity, and of no other."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pplug.llm import LLMConfig, former_llm_id, llm_id
+from pplug.splice import PromptLayout
+from pplug.stand_in import llm_sample, stands_for
+from tests.pplug.models import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return LLMConfig(model=str(tiny_llama(tmp_path_factory.mktemp("original"))))
+
+
+def copy_of(config, folder, change=lambda tensor: tensor, **of_config):
+    """A copy whose every weight has been changed, with another config."""
+    shutil.copytree(config.model, folder)
+    weights = load_file(Path(folder) / "model.safetensors")
+    save_file({name: change(x) for name, x in weights.items()}, Path(folder) / "model.safetensors", {"format": "pt"})
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | of_config))
+    return config.model_copy(update={"model": str(folder), "serves": llm_id(config)})
+
+
+def rounded(bits):
+    """Each row rounded to so many bits with a scale of its own."""
+    top = 2 ** (bits - 1) - 1
+
+    def round_(x):
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / top
+        return (x / scale).round() * scale
+
+    return round_
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"), [(lambda x: x, 3e-4), (lambda x: x.bfloat16().float(), 2e-3), (rounded(8), 1e-2),
+                          (rounded(4), 0.12)]
+)  # fmt: skip
+def test_a_copy_serves_for_the_original(original, tmp_path, change, apart):
+    copy = copy_of(original, tmp_path / "copy", change, max_position_embeddings=4096)
+    assert llm_id(copy) != llm_id(original)
+    note = stands_for(copy, llm_id(copy), llm_id(original), llm_sample(original))
+    measured = float(re.search(r"\d+ token embeddings differ by ([\d.]+) of their size", note)[1])
+    assert apart / 3 <= measured <= apart and note.startswith(f"which {llm_id(copy)} serves for")
+
+
+def test_nothing_is_said_of_an_llm_that_is_the_one(original):
+    assert stands_for(original, llm_id(original), llm_id(original), None) is None
+
+
+def test_another_model_does_not_serve(original, tmp_path):
+    other = LLMConfig(model=str(tiny_llama(tmp_path / "other", seed=4)), serves=llm_id(original))
+    with pytest.raises(ValueError, match=r"differ by 1\.\d+ of their size .* it is another model"):
+        stands_for(other, llm_id(other), llm_id(original), llm_sample(original))
+    wide = LLMConfig(model=str(tiny_llama(tmp_path / "wide", width=32)), serves=llm_id(original))
+    # a width of 32 is sampled whole, and compared all the same
+    with pytest.raises(ValueError, match="it is another model"):
+        stands_for(wide, llm_id(wide), llm_id(original), llm_sample(original))
+
+
+def test_a_copy_with_other_prompts_does_not_serve(original, tmp_path):
+    copy = copy_of(original, tmp_path / "copy", lambda x: x.bfloat16().float())
+    for layout, what in (({"suffix": " :"}, "tail"), ({"chat": "never", "suffix": "."}, "tail")):
+        config = copy.model_copy(update={"layout": PromptLayout(**layout)})
+        with pytest.raises(ValueError, match=f"the prompts of .* differ from that LLM's in their {what}"):
+            stands_for(config, llm_id(config), llm_id(original), llm_sample(original))
+
+
+def test_a_copy_is_not_taken_without_a_word_or_without_a_sample(original, tmp_path):
+    copy = copy_of(original, tmp_path / "copy", lambda x: x.bfloat16().float())
+    with pytest.raises(ValueError, match="no sample of that LLM is stored there"):
+        stands_for(copy, llm_id(copy), llm_id(original), None)
+    with pytest.raises(ValueError, match=rf"this layout is {llm_id(copy)} \(llm.serves={llm_id(original)} names anoth"):
+        stands_for(copy, llm_id(copy), "another", llm_sample(original))
+    silent = copy.model_copy(update={"serves": None})
+    with pytest.raises(ValueError, match=rf"this layout is {llm_id(copy)}$"):
+        stands_for(silent, llm_id(silent), llm_id(original), llm_sample(original))
+
+
+def test_the_identity_of_before_is_taken_with_a_warning(original):
+    former = former_llm_id(original)
+    note = stands_for(original, llm_id(original), former, None)
+    assert "the former identity of this one" in note and "one more release" in note
+    pinned = original.model_copy(update={"layout": PromptLayout(date="2024-07-26")})
+    assert former_llm_id(pinned) is None
+    with pytest.raises(ValueError, match="this layout is"):
+        stands_for(pinned, llm_id(pinned), former, None)
+
+
+def test_a_sample_is_small(original):
+    assert len(llm_sample(original)) < 4000
+    assert torch.tensor(json.loads(llm_sample(original))["ids"]).diff().gt(0).all()
