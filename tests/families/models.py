@@ -24,6 +24,7 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_TIED = {"tie_word_embeddings": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MLA = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
@@ -75,16 +76,16 @@ FAMILIES = (
     Family("Qwen3-MoE", "Qwen3Moe", _EXPERTS),
     Family("Mistral", "Mistral"),
     Family("Mixtral", "Mixtral", _LOCAL_EXPERTS),
-    Family("Gemma", "Gemma"),
-    Family("Gemma 2", "Gemma2", {"query_pre_attn_scalar": 32}),
-    Family("Gemma 3", "Gemma3", {"query_pre_attn_scalar": 32}),
+    Family("Gemma", "Gemma", _TIED),
+    Family("Gemma 2", "Gemma2", {"query_pre_attn_scalar": 32} | _TIED),
+    Family("Gemma 3", "Gemma3", {"query_pre_attn_scalar": 32} | _TIED),
     Family("Phi-3", "Phi3", targets=("qkv_proj",)),
     Family("OLMo 2", "Olmo2"),
     Family("GPT-2", "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}, ("c_attn",)),
     Family("GPT-NeoX", "GPTNeoX", targets=("query_key_value",)),
     Family("Granite", "Granite"),
-    Family("Cohere", "Cohere", {"tie_word_embeddings": True}),
-    Family("Cohere 2", "Cohere2", {"tie_word_embeddings": True}),
+    Family("Cohere", "Cohere", _TIED),
+    Family("Cohere 2", "Cohere2", _TIED),
     Family("Falcon", "Falcon", _FALCON, ("query_key_value",)),
     Family("StableLM", "StableLm"),
     Family("SmolLM3", "SmolLM3"),
