@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
@@ -91,7 +91,7 @@ REASONS = (
     ("in a way of its own", "refused: it computes attention in a way of its own"),
     ("hands its keyword arguments on", "refused: it hands no arguments on to its attention"),
     ("one that is not linear", "refused: its projections are no linear modules (Conv1D)"),
-    ("is an encoder-decoder|T5Config|BartConfig|Unrecognized configuration class", "refused: an encoder-decoder"),
+    ("is an encoder-decoder|T5Config|asks for logits_to_keep", "refused: an encoder-decoder"),
     (r"Head dimension \d+ is not supported by MLA", "the engine has no kernel for its heads on a CPU"),
     ("DIED.*(triton|Triton|fused_moe|moe)|Triton.*(not|no) ", "the engine has no adapters for experts on a CPU"),
 )
@@ -129,17 +129,10 @@ def _plug_trains(config: LLMConfig) -> None:
 
 def _plain(config: LLMConfig) -> Any:
     """The model as transformers loads it, with the attention that applies a cap where it has one."""
-    for kind in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-        try:
-            model = kind.from_pretrained(config.model, dtype=torch.float32)
-        except ValueError:
-            continue
-        if kind is AutoModelForCausalLM and model.config.is_encoder_decoder:  # BART has both heads
-            continue
-        if getattr(model.config, "attn_logit_softcapping", None) is not None:
-            model = kind.from_pretrained(config.model, dtype=torch.float32, attn_implementation="eager")
-        return model.eval().requires_grad_(False)
-    raise AssertionError("transformers loads the model by one of the two")
+    given = AutoConfig.from_pretrained(config.model)
+    kind = AutoModelForSeq2SeqLM if given.is_encoder_decoder else AutoModelForCausalLM
+    how = {"attn_implementation": "eager"} if getattr(given, "attn_logit_softcapping", None) is not None else {}
+    return kind.from_pretrained(config.model, dtype=torch.float32, **how).eval().requires_grad_(False)
 
 
 def _embeds(model: Any, before: list[int], rows: torch.Tensor, after: list[int]) -> torch.Tensor:
