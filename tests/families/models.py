@@ -50,6 +50,8 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     seq2seq: bool = False
+    embeddings: float = 1.0
+    """Factor of the token embeddings; small ones leave a reply to more than the last token."""
 
     def save(self, folder: Path) -> Path:
         """Writes a model whose every weight is perturbed, so that no layer passes its input through."""
@@ -65,6 +67,7 @@ class Family:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_((0.2 if weight.ndim > 1 else 0.1) * torch.randn_like(weight))
+            model.get_input_embeddings().weight.mul_(self.embeddings)
         model.save_pretrained(folder)
         return folder
 
@@ -77,7 +80,7 @@ FAMILIES = (
     Family("Mistral", "Mistral"),
     Family("Mixtral", "Mixtral", _LOCAL_EXPERTS),
     Family("Gemma", "Gemma", _TIED),
-    Family("Gemma 2", "Gemma2", {"query_pre_attn_scalar": 32} | _TIED),
+    Family("Gemma 2", "Gemma2", {"query_pre_attn_scalar": 32} | _TIED, embeddings=0.25),
     Family("Gemma 3", "Gemma3", {"query_pre_attn_scalar": 32} | _TIED),
     Family("Phi-3", "Phi3", targets=("qkv_proj",)),
     Family("OLMo 2", "Olmo2"),
