@@ -32,9 +32,10 @@ NOT_OF_THE_USER = (*OF_NOBODY, "plug:other-user")
 class Plug(Part):
     group = "plug"
 
-    def __init__(self, folder: str, plug_id: str, kinds: frozenset[str], personas: Snapshot | None) -> None:
-        """`personas`: those that `refresh` stored with this plug, where a method can use them."""
+    def __init__(self, folder: str, plug_id: str, kinds: frozenset[str], personas: Snapshot | None, rows: int) -> None:
+        """`personas`: those that `refresh` stored with this plug, where a method can use them. `rows`: as in `Part`."""
         self.folder, self.plug_id, self.kinds, self.personas = folder, plug_id, kinds, personas
+        self.rows = rows
         self._view: BucketView | None = None
         self._stored: StoredPersonas | None = None
 
@@ -56,7 +57,7 @@ class Plug(Part):
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
         identity, personas = plug_id(config.plug), None
         if made_for.trained_without_history:
-            return cls(config.plug, identity, kinds, None)
+            return cls(config.plug, identity, kinds, None, 1 + made_for.persona_tokens)
         name = tables.embeddings_name(made_for.encoder_id or "")
         run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
         wanted = "plug:mean" in kinds or made_for.aggregation == "mean"
@@ -65,7 +66,7 @@ class Plug(Part):
             if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
                 personas = stored
                 run.report.table_read("personas", stored.version)
-        return cls(config.plug, identity, kinds, personas)
+        return cls(config.plug, identity, kinds, personas, 1 + made_for.persona_tokens)
 
     def identities(self) -> dict[str, str]:
         return {"plug_id": self.plug_id}
