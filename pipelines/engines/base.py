@@ -237,7 +237,7 @@ class Engine(Protocol):
     tokenizer: Any
     end_ids: tuple[int, ...]
     """Tokens that end a reply by themselves."""
-    label_ids: Sequence[tuple[int, ...]]
+    label_ids: list[tuple[int, ...]]
     """Token ids of the labels that a reply is limited to, in the order of `ResolvedDecoding.labels`."""
     about: str
     """Number format and device, for the report."""

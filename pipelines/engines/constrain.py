@@ -7,6 +7,7 @@ Route: labels -> `written` -> `grammar` (vLLM's structured outputs) or `TokenMas
 `label_logprobs` multiplies, along each label, the shares that its tokens have among those allowed there.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ class GrammarMask:
             if decoding.regex is not None:
                 self._compiled = compiler.compile_regex(decoding.regex)
             else:
-                self._compiled = compiler.compile_json_schema(decoding.json_schema)
+                self._compiled = compiler.compile_json_schema(json.dumps(decoding.json_schema))
         except Exception as error:  # the library has several kinds of its own
             name = "regex" if decoding.regex is not None else "json_schema"
             raise InputError(f"decoding.{name}: xgrammar cannot read it ({error})") from error

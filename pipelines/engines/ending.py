@@ -57,9 +57,9 @@ class Ending:
         self.tokenizer = tokenizer
         self.end_ids = end_ids(folder, tokenizer, layout)
         special = _special(tokenizer)
-        named = {stop: tokenizer.convert_tokens_to_ids(stop.strip()) for stop in decoding.stop}
+        named = {stop: _own_id(tokenizer, stop.strip()) for stop in decoding.stop}
         # the text of a reply is without special tokens, so that their names would never be found in it
-        by_id = [token for token in named.values() if token in special]
+        by_id = [token for token in named.values() if token is not None and token in special]
         self.stop_ids = tuple(dict.fromkeys([*self.end_ids, *decoding.stop_token_ids, *by_id]))
         """All ids that end a reply."""
         self.stop_texts = [stop for stop, token in named.items() if token not in special]
@@ -119,7 +119,8 @@ class Ending:
 def _own_id(tokenizer: Any, name: str) -> int | None:
     """The id of a token of this name; None where the vocabulary has none."""
     token = tokenizer.convert_tokens_to_ids(name)
-    return None if token is None or token == tokenizer.unk_token_id else token
+    unknown = token == tokenizer.unk_token_id and name != tokenizer.unk_token
+    return None if token is None or unknown else token
 
 
 def _last(ids: Sequence[int], token: int | None) -> int:

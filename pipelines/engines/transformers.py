@@ -38,13 +38,19 @@ class TransformersEngine:
         device.assigned()  # before the model looks for one
         dtype = config.dtype if config.dtype != "auto" else llm.dtype
         self.llm = FrozenLLM.load(llm.model_copy(update={"dtype": dtype}))
-        self.decoding, self.dim, self.tokenizer = decoding, self.llm.dim, self.llm.tokenizer
+        self.dim, self.tokenizer = self.llm.dim, self.llm.tokenizer
         self.about = f"transformers, {str(self.llm.embedding.weight.dtype).removeprefix('torch.')}"
         limit = getattr(self.llm.model.config, "max_position_embeddings", None)
         self.context: int = config.max_model_len or limit or 1 << 20  # T5 has no limit of its own
         self.max_row_norm = 1000.0 * self.llm.embedding_norm
-        folder = model_folder(llm.model, llm.revision)
-        self.ending = Ending(folder, self.tokenizer, llm.layout, decoding)
+        self._folder, self._layout = model_folder(llm.model, llm.revision), llm.layout
+        self._lock = threading.Lock()
+        self.use(decoding)
+
+    def use(self, decoding: Decoding) -> None:
+        """Answers by this decoding from now on."""
+        self.decoding = decoding
+        self.ending = Ending(self._folder, self.tokenizer, self._layout, decoding)
         self.end_ids = self.ending.stop_ids
         # transformers would take from the folder's file what the decoding leaves open, such as a repetition penalty
         own: Any = self.llm.model.generation_config
@@ -52,10 +58,9 @@ class TransformersEngine:
             decoder_start_token_id=own.decoder_start_token_id,
             bos_token_id=own.bos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=list(self.ending.stop_ids),
+            eos_token_id=list(self.end_ids),
         )
         self._masks = self._constraint()
-        self._lock = threading.Lock()
 
     @property
     def _start(self) -> int:
@@ -125,21 +130,21 @@ class TransformersEngine:
             sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
             sampling |= {"top_k": decoding.top_k, "min_p": decoding.min_p or None}
         record = Record(self._start) if decoding.logprobs else None
-        penalties = [Penalties(decoding, prompts, self._start)] if Penalties.any(decoding) else []
+        last: list[Any] = [LeastTokens(decoding.min_tokens, self.end_ids, self._start)] if decoding.min_tokens else []
+        last += [Penalties(decoding, prompts, self._start)] if Penalties.any(decoding) else []
         with torch.inference_mode():
             out = self.llm.model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 max_new_tokens=decoding.max_tokens,
-                min_new_tokens=decoding.min_tokens or None,
                 num_beams=decoding.num_beams,
-                logits_processor=[*self._masks, *([record] if record else []), *penalties],
+                logits_processor=[*self._masks, *([record] if record else []), *last],
                 stopping_criteria=[self._stops] if self.ending.stop_texts else None,
                 **sampling,
             )
-        logprobs = record.finish(out) if record else [None] * len(prompts)
+        logprobs: Sequence[list[float] | None] = record.finish(out) if record else [None] * len(prompts)
         rows = out[:, self._start :].tolist()
-        return [self._reply(ids, *rest) for ids, *rest in zip(rows, prompts, logprobs, strict=True)]
+        return [self._reply(*one) for one in zip(rows, prompts, logprobs, strict=True)]
 
     def _stops(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Stopping criterion: says of each reply whether it holds a stop text."""
@@ -178,6 +183,18 @@ class Record:
         """The log-probabilities of all tokens, (B, T), padding included."""
         self._note(sequences)
         return torch.cat(self._found, dim=1).tolist()
+
+
+class LeastTokens:
+    """Logits processor: no end token before so many tokens. transformers' own would count for `Record`."""
+
+    def __init__(self, least: int, end_ids: Sequence[int], start: int) -> None:
+        self._from, self._end = start + least, list(end_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= self._from:
+            return scores
+        return scores.index_fill(1, torch.tensor(self._end, device=scores.device), -torch.inf)
 
 
 class Penalties:

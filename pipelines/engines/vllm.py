@@ -63,14 +63,11 @@ class VLLMEngine:
             raise InputError("decoding.num_beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
         sizes = sizes or PromptSizes()
-        self.decoding, self._ready, self._numbers = decoding, False, 0
+        self._folder, self._layout, self._ready, self._numbers = folder, llm.layout, False, 0
         self.tokenizer = load_tokenizer(folder)
         builder = PromptBuilder(self.tokenizer, llm.layout, encoder_decoder=False)
-        self.ending = Ending(folder, self.tokenizer, llm.layout, decoding)
-        self.end_ids = self.ending.stop_ids
-        labels = decoding.labels if isinstance(decoding, ResolvedDecoding) else ()
-        self.label_ids = written(labels, builder.words)
-        self._structured = structured(decoding, self.label_ids)
+        self._words = builder.words
+        self.use(decoding)
         embeddings = sizes.rows != 0
         longest = longest_of(builder, sizes, decoding.max_tokens)
         args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest)
@@ -95,6 +92,15 @@ class VLLMEngine:
                     "above say more. Choose another model or dtype, or engine.kind=transformers"
                 ) from error
         self._ready = True
+
+    def use(self, decoding: Decoding) -> None:
+        """Answers by this decoding from now on."""
+        self.decoding = decoding
+        self.ending = Ending(self._folder, self.tokenizer, self._layout, decoding)
+        self.end_ids = self.ending.stop_ids
+        labels = decoding.labels if isinstance(decoding, ResolvedDecoding) else ()
+        self.label_ids = written(labels, self._words)
+        self._structured = structured(decoding, self.label_ids)
 
     def _begin(self, folder: Path, args: dict[str, Any], adapters: Adapters | None, embeddings: bool) -> None:
         """Starts the engine and asks it for a first token, so that one that cannot answer is known before a request."""

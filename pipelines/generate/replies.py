@@ -69,11 +69,15 @@ class Reply:
                 self.engine = TransformersEngine(llm, engine, decoding, threads)
             case other:
                 assert_never(other)
+        self.read_labels()
+
+    def read_labels(self) -> None:
+        """Takes the labels whose probabilities are wanted from the decoding and the engine."""
+        decoding, engine = self.decoding, self.engine
         self._label_logprobs: LabelLogprobs | None = None
         if decoding.label_logprobs and isinstance(decoding, ResolvedDecoding) and decoding.labels:
-            self._label_logprobs = LabelLogprobs(
-                dict(zip(decoding.labels, self.engine.label_ids, strict=True)), self.engine.end_ids
-            )
+            labels = dict(zip(decoding.labels, engine.label_ids, strict=True))
+            self._label_logprobs = LabelLogprobs(labels, engine.end_ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         prompts, errors = [], batch["error"].to_pylist()
