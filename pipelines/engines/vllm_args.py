@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be made ready for (vllm.config.lora)."""
+SPARE = 8
+"""Number of tokens beyond those counted: text may take more when it is tokenised with what stands around it."""
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 """Names under which a model's config holds the number of positions."""
 
@@ -116,7 +118,7 @@ def longest_of(prompt_builder: PromptBuilder, sizes: PromptSizes, max_tokens: in
     if sizes.rows is None or sizes.input_tokens is None:
         return None
     around = len(prompt_builder.prompts([""])[0])
-    return around + sizes.input_tokens + sizes.rows + max_tokens
+    return around + sizes.input_tokens + sizes.rows + max_tokens + SPARE
 
 
 def within_limit(folder: Path, longest: int | None) -> int | None:

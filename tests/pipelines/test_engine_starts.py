@@ -1,24 +1,31 @@
 """Engines that start in a way of their own, or not at all: two devices per model, a model that vLLM cannot run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from infra.errors import InputError
+from infra.shards import user_key
 from pipelines.__main__ import main
-from pipelines.engines.base import Decoding, EngineConfig, PromptSizes
+from pipelines.engines.adapters import AdapterName, Adapters
+from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, NextTokens, PromptSizes, ResolvedDecoding
 from pipelines.engines.vllm import VLLMEngine
-from pipelines.engines.vllm_args import cores_of, engine_args, longest_of, within_limit
+from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
 from pipelines.generate import job as generate
+from pplug.adapter import base_shapes, to_bytes
 from pplug.llm import LLMConfig, load_tokenizer
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
+from tests.pipelines.test_adapters import snapshot_of
 from tests.pplug.models import tiny_llama, word_tokenizer
 
 
@@ -26,9 +33,9 @@ def test_an_engine_is_made_ready_for_the_longest_prompt_of_its_job(tmp_path):
     folder = tiny_llama(tmp_path)  # 128 positions
     builder = PromptBuilder(load_tokenizer(folder), PromptLayout(suffix=" answer :"), False)
     longest = longest_of(builder, PromptSizes(rows=3, input_tokens=50), 8)
-    assert longest == 1 + 50 + 3 + 2 + 8  # begin, input, rows, suffix, reply
+    assert longest == 1 + 50 + 3 + 2 + 8 + SPARE  # begin, input, rows, suffix, reply
     words = " ".join(["cat"] * 60)
-    assert len(builder.prompts([words])[0]) + 3 + 8 == longest
+    assert len(builder.prompts([words])[0]) + 3 + 8 + SPARE == longest
     assert within_limit(folder, longest) == longest and within_limit(folder, 128) is None
     assert longest_of(builder, PromptSizes(rows=None, input_tokens=50), 8) is None
     made = engine_args(str(folder), EngineConfig(), 1, longest=longest)
@@ -75,6 +82,65 @@ def test_an_engine_that_does_not_start_ends_the_job_with_2_and_its_own_sentence(
     assert main(words[2:]) == 2
     said = capsys.readouterr().err
     assert "vLLM does not start" in said and "no_such_argument" in said and "memory" not in said
+
+
+def test_a_job_limits_replies_to_the_labels_of_its_task_and_says_how_sure_they_are(tmp_path, ray_session):
+    world = small.make(tmp_path, train_users=2, test_users=4, test_requests=2)
+    world.ingest("test")
+    task = yaml.safe_load(Path(world.files["task"]).read_text()) | {"labels": ["crime", "music", "big nature"]}
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump(task))
+    asked = {"tables": world.tables, "llm": world.llm, "methods": ("none",), "engine": {"kind": "transformers"}}
+    decoding = {"max_tokens": 4, "label_logprobs": True, "logprobs": True}
+    entry = str(tmp_path / "labels.yaml")
+    assert world.run(generate, "labels", task=entry, decoding=decoding, **asked) == 0
+    assert world.run(generate, "free", decoding={"max_tokens": 4}, **asked) == 0
+    reports = [world.report(run_id) for run_id in ("labels", "free")]
+    assert [report["constrain"] for report in reports] == ["labels", "none"]
+    assert "cannot write the label" in reports[1]["warnings"][0]  # of the world's own themes
+    assert [report["engines"] for report in reports] == [{"transformers, float32": 8}] * 2
+    rows = small.rows(world.tables, "generations")
+    labelled = [row for row in rows if row["run_id"] == "labels"]
+    assert len(labelled) == 8 and len(rows) == 16
+    for row in labelled:
+        chances = {label: math.exp(value) for label, value in row["label_logprobs"]}
+        assert row["text"] in chances and list(chances) == task["labels"]
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-4)
+        assert row["text"] == max(chances, key=chances.get)  # no two labels begin alike
+        assert len(row["token_logprobs"]) == row["output_tokens"]
+    assert all(row["label_logprobs"] is row["token_logprobs"] is None for row in rows if row["run_id"] == "free")
+    assert len({row["decoding_id"] for row in rows}) == 2
+
+
+@pytest.mark.slow
+def test_answers_by_adapters_stay_within_labels(tmp_path):
+    base, torch_rng = tiny_llama(tmp_path / "llm"), torch.Generator().manual_seed(0)
+    targets = ("q_proj", "v_proj")
+    weights = {
+        module: (torch.randn(8, inside, generator=torch_rng), torch.randn(outside, 8, generator=torch_rng))
+        for module, (inside, outside) in base_shapes(base, targets).items()
+    }
+    snapshot = snapshot_of(tmp_path / "t", {"user-0": {"adapter_id": "f-0", "weights": to_bytes(weights, "llm-x")}})
+    labels = ("cat", "cat sat", "music", "red")
+    decoding = ResolvedDecoding(constrain="labels", labels=labels, max_tokens=4, label_logprobs=True)
+    config, adapters = (
+        EngineConfig(dtype="float32", max_loras=2, max_cpu_loras=2),
+        Adapters(snapshot, 4, "llm-x", 8, targets),
+    )
+    engine = VLLMEngine(LLMConfig(model=str(base)), config, decoding, 1, adapters, PromptSizes(3, 20))
+    rng, asked = np.random.default_rng(0), []
+    for i, text in enumerate(["the cat sat", "dog", "big red tree on mat", "film of music"] * 2):
+        rows = rng.normal(size=(i % 3, engine.dim)).astype(np.float32)
+        name = AdapterName(user_key("user-0"), "f-0") if i >= 4 else None
+        asked.append(EnginePrompt(str(i), engine.tokenizer(text)["input_ids"], rows, [5], name))
+    try:
+        found = engine.replies(asked)
+        first = [next(iter(ids)) for ids in engine.label_ids]
+        chances = engine.next_logprobs([NextTokens(prompt, (), tuple(first)) for prompt in asked])
+    finally:
+        engine.shutdown()
+    assert all(reply.error is None for reply in found) and {reply.text.strip() for reply in found} <= set(labels)
+    for plain, adapted in zip(chances[:1], chances[4:5], strict=True):
+        assert plain != pytest.approx(adapted, abs=0.05)  # the same prompt, by an adapter
 
 
 HD32 = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260k_hd32"
