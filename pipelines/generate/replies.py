@@ -111,7 +111,7 @@ class Reply:
             "error": [errors[i] or reply.error for i, reply in enumerate(out)],
             "token_logprobs": [reply.token_logprobs for reply in out],
             "label_logprobs": [labels.get(i) for i in range(len(out))],
-            "notes": [[*noted, *reply.notes] for noted, reply in notes],
+            "notes": [[*(noted or ()), *reply.notes] for noted, reply in notes],
             ENGINE: [self.engine.about] * len(out),
         }
         return pa.table({name: columns[name] for name in REPLIES.names}, schema=REPLIES)
