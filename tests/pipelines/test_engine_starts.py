@@ -31,7 +31,7 @@ from tests.pplug.models import tiny_llama, word_tokenizer
 
 def test_an_engine_is_made_ready_for_the_longest_prompt_of_its_job(tmp_path):
     folder = tiny_llama(tmp_path)  # 128 positions
-    builder = PromptBuilder(load_tokenizer(folder), PromptLayout(suffix=" answer :"), False)
+    builder = PromptBuilder(load_tokenizer(folder), PromptLayout(suffix=" answer :", max_input_tokens=50), False)
     longest = longest_of(builder, PromptSizes(rows=3, input_tokens=50), 8)
     assert longest == 1 + 50 + 3 + 2 + 8 + SPARE  # begin, input, rows, suffix, reply
     words = " ".join(["cat"] * 60)
