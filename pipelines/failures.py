@@ -17,6 +17,10 @@ _OF_A_STAGE = re.compile(
     r"(?:[^\n]*\n){0,2}ray\.exceptions\.UserCodeException",
     re.MULTILINE | re.DOTALL,
 )
+_OF_AN_ACTOR = re.compile(
+    r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+?)\s*(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL
+)
+"""The line of an actor's constructor that refused its input, in the text of Ray's error about the actor."""
 _KIND = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit))(?::|$)", re.MULTILINE)
 """The line of a traceback that names the error."""
 _RAISED = re.compile(
@@ -107,6 +111,9 @@ def input_error(error: BaseException) -> InputError | None:
     if in_a_stage:
         return InputError(in_a_stage[1])
     chain = _causes(error)
+    in_an_actor = next((str(one) for one in chain if "in its creation task" in str(one)), None)
+    if in_an_actor and (refused := [*_OF_AN_ACTOR.finditer(in_an_actor)]):
+        return InputError(refused[-1][1])
     for one, inner in zip(chain, [*chain[1:], None], strict=True):
         if isinstance(one, InputError) and not isinstance(inner, InputError):
             return one

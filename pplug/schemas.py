@@ -19,6 +19,10 @@ _LAST_ITEM = [
     ("last_item_position", pa.int64()),  # null: the row is older than these two columns
 ]
 LAST_ITEM = tuple(name for name, _ in _LAST_ITEM)
+_CONFIDENCE = [
+    ("token_logprobs", pa.list_(pa.float32())),  # of each token of the reply; null: not asked for
+    ("label_logprobs", pa.map_(pa.string(), pa.float32())),  # of each label among the labels; null: not asked for
+]
 
 
 def _schema(*fields: tuple[str, pa.DataType], shard: bool = True) -> pa.Schema:
@@ -103,6 +107,7 @@ GENERATIONS = _schema(
     ("encoder_id", pa.string()),
     ("decoding_id", pa.string()),
     ("error", pa.string()),  # null: a reply
+    *_CONFIDENCE,
 )
 
 REJECTS = _schema(
@@ -114,5 +119,9 @@ REJECTS = _schema(
     shard=False,
 )
 
-ADDED = {"adapters": LAST_ITEM, "profiles": LAST_ITEM}
+ADDED = {
+    "adapters": LAST_ITEM,
+    "profiles": LAST_ITEM,
+    "generations": tuple(name for name, _ in _CONFIDENCE),
+}
 """Columns that came to a table after the first release of its schema version."""

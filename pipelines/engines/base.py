@@ -5,10 +5,10 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.engines.adapters import AdapterName
 from pplug.identity import short_id
@@ -16,7 +16,8 @@ from pplug.settings import Settings, renamed
 
 
 class Decoding(Settings):
-    """Sets how a reply is chosen; it makes up `decoding_id`."""
+    """Sets how a reply is chosen; it makes up `decoding_id`. Both engines take the end tokens from a model folder's
+    generation_config.json, and nothing else of that file."""
 
     max_tokens: int = Field(32, gt=0)
     """Number of tokens that a reply may have."""
@@ -27,13 +28,77 @@ class Decoding(Settings):
     num_beams: int = renamed("beams", 1, gt=0)
     """Number of beams, for the transformers engine only. The paper uses 4."""
     stop: tuple[str, ...] = ()
-    """Texts before the first of which a reply ends."""
+    """Texts before the first of which a reply ends. The name of a special token ends it at that token."""
     seed: int = 0
     """Seed of sampling. Each reply draws by its own user, request and method, whatever batch it is in."""
+    constrain: Literal["auto", "none", "labels"] = "auto"
+    """Limits a reply to the task's labels. auto does so for tasks of classification and rating whose labels the LLM's
+    tokenizer can write; labels refuses a task where that is not so; none never does. `regex` and `json_schema` take its
+    place."""
+    regex: str | None = None
+    """Regular expression that the whole reply has to match, in the syntax of xgrammar."""
+    json_schema: dict[str, Any] | None = None
+    """JSON schema that the reply has to follow."""
+    label_logprobs: bool = False
+    """True writes the logarithm of each label's probability among the labels to the column `label_logprobs`: the
+    confidence beside the answer. It takes one more token per place where labels part."""
+    logprobs: bool = False
+    """True writes the log-probability of each token of the reply to the column `token_logprobs`: after the constraint,
+    before temperature and penalties."""
+    min_tokens: int = Field(0, ge=0)
+    """Number of tokens before which no end token is chosen."""
+    top_k: int = Field(0, ge=0)
+    """Number of likeliest tokens that sampling draws from; 0 takes all."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Least probability of a token that sampling may draw, relative to that of the likeliest one."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Factor by which tokens of the prompt and of the reply so far become less likely; 1 changes nothing. Persona rows
+    are no tokens."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Amount by which the logit of every token of the reply so far is lowered."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Amount by which the logit of a token is lowered for each time that it stands in the reply so far."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a reply beside the model's own end tokens."""
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Self:
+        given = [
+            name
+            for name, is_given in (
+                ("constrain=labels", self.constrain == "labels"),
+                ("regex", self.regex is not None),
+                ("json_schema", self.json_schema is not None),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.num_beams > 1 and self.logprobs:
+            raise ValueError("logprobs are those of one sequence of tokens; set num_beams=1, or logprobs=false")
+        return self
 
     @property
     def decoding_id(self) -> str:
-        return short_id(self.decisive())
+        """Identity of how a reply is chosen. A key that came later counts where it is not at its default."""
+        later = list(type(self).model_fields)[_FIRST:]
+        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        if self.constrain == "none":
+            unset.add("constrain")  # without labels auto is none, and was the only way before
+        return short_id(self.decisive(exclude=unset))
+
+
+_FIRST = list(Decoding.model_fields).index("constrain")
+"""Number of keys that were in `decoding_id` from the beginning."""
+
+
+class ResolvedDecoding(Decoding):
+    """Decoding for one task and engine: `auto` is decided, and the labels and the engine's numbers count too."""
+
+    labels: tuple[str, ...] = ()
+    """Answers that a reply is limited to."""
+    engine: dict[str, Any] = {}
+    """Keys of the engine that change its numbers, where they are not at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +120,17 @@ CAN = {
 
 
 class EngineConfig(Settings):
-    """Names the engine that answers, and sets how much of the machine it may take."""
+    """Names the engine that answers, and sets how much of the machine it may take. The keys from max_model_len to args
+    are vLLM's own, and mean what its documentation says."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
     """Engine. transformers serves encoder-decoder models such as FLAN-T5, which vLLM does not have, and beams."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format. auto takes bfloat16 on a GPU and on a CPU with AMX, float32 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format. auto takes bfloat16 on a GPU and on a CPU with AMX or AVX512-BF16, float32 elsewhere. Replies
+    depend on it: given by name it is part of `decoding_id`, and the report says what auto has taken."""
     max_model_len: int | None = renamed("context", None, gt=0)
-    """Number of tokens of prompt and reply together; default: the model's own limit."""
+    """Number of tokens of prompt and reply together. Default: those that the longest prompt of the job and
+    decoding.max_tokens can take, within the model's own limit."""
     max_num_seqs: int = Field(256, gt=0)
     """Number of requests that the engine works on at once."""
     gpu_memory_utilization: float = renamed("memory_fraction", 0.85, gt=0, le=1)
@@ -79,6 +147,36 @@ class EngineConfig(Settings):
     """Number of adapters in one step of the engine; each takes room in its memory."""
     max_cpu_loras: int = renamed("adapters_ready", 512, gt=0)
     """Number of adapters held in the machine's memory; the least recently used leave first."""
+    tensor_parallel_size: int | None = Field(None, gt=0)
+    """Number of devices that share each layer of one model. Default: the GPUs of one engine."""
+    pipeline_parallel_size: int = Field(1, gt=0)
+    """Number of groups of devices that hold consecutive layers of one model."""
+    quantization: str | None = None
+    """Quantisation of the weights, such as fp8, awq or gptq. Default: what the model's config says."""
+    kv_cache_dtype: str = "auto"
+    """Number format of keys and values, such as fp8; auto takes that of the model."""
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    """Number of tokens in one step of the engine; longer prompts are read in chunks."""
+    load_format: str = "auto"
+    """Form of the weights' files, such as safetensors, gguf or bitsandbytes."""
+    enable_prefix_caching: bool = True
+    """True keeps the keys and values of prompts' common beginnings."""
+    trust_remote_code: bool = False
+    """True runs Python code that lies in the model's folder, with all rights of this user. Set it only for a folder
+    whose code you have read."""
+    args: dict[str, Any] = {}
+    """Further arguments of vLLM's engine (AsyncEngineArgs), passed on as they are. They count for `decoding_id`."""
+
+    @property
+    def devices(self) -> int:
+        """Number of devices that one engine asks for."""
+        return (self.tensor_parallel_size or 1) * self.pipeline_parallel_size
+
+    def changes_numbers(self) -> dict[str, Any]:
+        """Keys that change what the engine computes, where they are not at their defaults."""
+        names = ("dtype", "quantization", "kv_cache_dtype", "args")
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value != type(self).model_fields[name].default}
 
 
 @dataclass(frozen=True)
@@ -102,6 +200,32 @@ class EngineReply:
     finish_reason: str
     output_tokens: int
     error: str | None = None
+    token_logprobs: list[float] | None = None
+    """Log-probability of each token, where `decoding.logprobs` asks for it."""
+    notes: tuple[str, ...] = ()
+    """Events that the report has to count (`prompts.NOTES`)."""
+
+
+@dataclass(frozen=True)
+class PromptSizes:
+    """The size of a job's prompts, from which an engine takes no more than it needs."""
+
+    rows: int | None = None
+    """Greatest number of persona rows in a prompt; None where it is not known. Without rows an engine takes any model
+    and is not made ready for embeddings."""
+    input_tokens: int | None = None
+    """Greatest number of tokens of an input; None where it is not known."""
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """A question for log-probabilities: those of some tokens, should the reply go on after its first ones."""
+
+    prompt: EnginePrompt
+    begun: tuple[int, ...]
+    """First tokens of the reply."""
+    ids: tuple[int, ...]
+    """Tokens whose log-probabilities are wanted."""
 
 
 class Engine(Protocol):
@@ -110,8 +234,25 @@ class Engine(Protocol):
     context: int
     dim: int
     max_row_norm: float
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    """Tokens that end a reply by themselves."""
+    label_ids: list[tuple[int, ...]]
+    """Token ids of the labels that a reply is limited to, in the order of `ResolvedDecoding.labels`."""
+    about: str
+    """Number format and device, for the report."""
 
-    def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]: ...
+    def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
+        """One reply per prompt, in order."""
+        ...
+
+    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float]]:
+        """Log-probabilities of the asked tokens, in order, before temperature and penalties.
+
+        Raises:
+            ValueError: the engine could not answer.
+        """
+        ...
 
     def shutdown(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """vLLM in a loop thread of our own: many small batches in flight, and no wait for a batch to end.
 
 Ray's own asynchronous path blocks the event loop that it would share with the engine. A dead engine ends the actor, so
-that Ray starts another and repeats the batch.
+that Ray starts another and repeats the batch; one that dies before its first request is refused with its last words.
 Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
@@ -10,22 +10,42 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from infra import device
 from infra.errors import InputError
 from pipelines.engines.adapters import Adapters, AdapterShelf
-from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, EngineReply, own_seed
+from pipelines.engines.base import (
+    Decoding,
+    EngineConfig,
+    EnginePrompt,
+    EngineReply,
+    NextTokens,
+    PromptSizes,
+    ResolvedDecoding,
+    own_seed,
+)
+from pipelines.engines.constrain import structured, written
+from pipelines.engines.ending import Ending
+from pipelines.engines.last_words import LastWords
 from pipelines.engines.lora_cache import LoadedAdapters
+from pipelines.engines.vllm_args import engine_args, longest_of, lora_args
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, embedding_rows, load_tokenizer
+from pplug.splice import PromptBuilder
 
 log = logging.getLogger(__name__)
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it rests in the sun."
+PROBED = 20
+"""Number of likeliest first tokens that the probe compares; vLLM tells no more."""
+TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.3}
+"""Greatest difference of a log-probability that rounding makes between ids and rows of one prompt."""
 
 
 class VLLMEngine:
@@ -38,68 +58,162 @@ class VLLMEngine:
         decoding: Decoding,
         threads: int,
         adapters: Adapters | None = None,
+        sizes: PromptSizes | None = None,
     ) -> None:
         if decoding.num_beams > 1:
             raise InputError("decoding.num_beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
-        args = engine_args(str(folder), config, threads) | _lora_args(config, adapters)
+        sizes = sizes or PromptSizes()
+        self._folder, self._layout, self._ready, self._numbers = folder, llm.layout, False, 0
+        self.tokenizer = load_tokenizer(folder)
+        builder = PromptBuilder(self.tokenizer, llm.layout, encoder_decoder=False)
+        self._words = builder.words
+        self.use(decoding)
+        embeddings = sizes.rows != 0
+        longest = longest_of(builder, sizes, decoding.max_tokens)
+        args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest)
+        args |= lora_args(config, adapters)
+        self._engine: Any = None
+        self._adapters: LoadedAdapters | None = None
+        self._none: Any = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
+        with LastWords() as words:
+            try:
+                self._begin(folder, args, adapters, embeddings)
+            except InputError:
+                self.shutdown()
+                raise
+            except Exception as error:  # vLLM has many kinds of its own, and the cause is in another process
+                cause = words.error() or f"{type(error).__name__}: {error}"
+                self.shutdown()
+                raise InputError(
+                    f"llm {folder}: vLLM does not start with this model and these engine settings ({cause}); the lines "
+                    "above say more. Choose another model or dtype, or engine.kind=transformers"
+                ) from error
+        self._ready = True
+
+    def use(self, decoding: Decoding) -> None:
+        """Answers by this decoding from now on."""
+        self.decoding = decoding
+        self.ending = Ending(self._folder, self.tokenizer, self._layout, decoding)
+        self.end_ids = self.ending.stop_ids
+        labels = decoding.labels if isinstance(decoding, ResolvedDecoding) else ()
+        self.label_ids = written(labels, self._words)
+        self._structured = structured(decoding, self.label_ids)
+
+    def _begin(self, folder: Path, args: dict[str, Any], adapters: Adapters | None, embeddings: bool) -> None:
+        """Starts the engine and asks it for a first token, so that one that cannot answer is known before a request."""
         self._engine = self._wait(self._start(args))
         model = self._engine.vllm_config.model_config
         self.context, self.dim, self.dtype = model.max_model_len, model.get_hidden_size(), model.dtype
-        self.decoding = decoding
-        self._numbers = 0
-        self._adapters: LoadedAdapters | None = None
-        self._none: Any = None
+        self.about = f"vllm, {str(self.dtype).removeprefix('torch.')}"
+        self.max_row_norm = 0.0
         if adapters is not None:
             shelf = AdapterShelf(adapters, folder)
             self._adapters = LoadedAdapters(self._engine, shelf, args["max_cpu_loras"] - 1)
             if not torch.cuda.is_available():
                 self._none = self._wait(self._adapters.none())
-        self.probe(folder)
+        if embeddings:
+            self.probe(folder)
+        else:
+            self._wait(self._generate(self._probe_prompt(), self._first_tokens()))
 
     async def _start(self, args: dict[str, Any]) -> Any:
         from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if device.assigned().type == "cpu" and not current_platform.is_cpu():
+            raise InputError(
+                "engine: no GPU was assigned to this engine, and the installed vLLM is built for GPUs; set "
+                "gpus_per_worker=1, or install the extra `cpu`"
+            )
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
-    def _wait(self, coroutine: Any) -> Any:
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def probe(self, folder: Any) -> None:
-        """Replies to the same tokens as ids and as embeddings must be equal.
+    def _probe_prompt(self) -> EnginePrompt:
+        room = min(24, self.context - 1)
+        return EnginePrompt("probe", self.tokenizer(PROBE)["input_ids"][:room], np.zeros((0, self.dim), np.float32), [])
+
+    def probe(self, folder: Path) -> None:
+        """The first token's log-probabilities must be the same for the same tokens given as ids and as embeddings.
+
+        The two prompts go one after the other: some models' replies depend on what is in the batch.
 
         Raises:
-            InputError: they differ: the model treats embeddings in a way of its own (Gemma scales them inside).
+            InputError: they differ: the model treats embeddings in a way of its own.
         """
-        ids = load_tokenizer(folder)(PROBE)["input_ids"][:24]
+        by_ids = self._probe_prompt()
+        ids = by_ids.before
         rows = embedding_rows(folder, ids).numpy()
         self.max_row_norm = 1000.0 * float(np.linalg.norm(rows, axis=1).max())
         middle = len(ids) // 2
-        none = np.zeros((0, self.dim), np.float32)
-        asked = [
-            EnginePrompt("probe-ids", ids, none, []),
-            EnginePrompt("probe-rows", ids[:1], rows[1:middle], ids[middle:]),
-        ]
-        by_ids, by_rows = self._wait(self._many(asked, greedy_tokens=8))
-        if by_ids.error or by_rows.error or by_ids.text != by_rows.text:
+        by_rows = EnginePrompt("probe-rows", ids[:1], rows[1:middle], ids[middle:])
+        first, second = (
+            {token: found.logprob for token, found in self._first(prompt).items()} for prompt in (by_ids, by_rows)
+        )
+        least = min(second.values())  # a token that is not among the likeliest is no likelier than these
+        apart = max(
+            abs(value - second[token]) if token in second else max(0.0, value - least) for token, value in first.items()
+        )
+        if not apart <= TOLERANCE[self.dtype]:
             raise InputError(
-                f"llm {folder}: the engine replies otherwise to the same tokens given as embeddings "
-                f"({by_ids.error or by_rows.error or 'different replies'}); a plug cannot work with this model, choose "
-                "one that takes embeddings as they are"
+                f"llm {folder}: the engine replies otherwise to the same tokens given as embeddings (log-probabilities "
+                f"of the first token differ by {apart:.3g}); a plug cannot work with this model, choose one that takes "
+                "embeddings as they are. Methods without a plug work with it"
             )
+
+    def _first(self, prompt: EnginePrompt) -> Any:
+        """Log-probabilities of the likeliest first tokens."""
+        return self._wait(self._generate(prompt, self._first_tokens())).logprobs[0]
+
+    def _first_tokens(self) -> Any:
+        return self._params(temperature=0.0, max_tokens=1, logprobs=PROBED)
 
     def replies(self, prompts: Sequence[EnginePrompt]) -> list[EngineReply]:
         """One reply per prompt, in order."""
-        return self._wait(self._many(prompts)) if prompts else []
+        return self._wait(self._all([self._reply(prompt) for prompt in prompts])) if prompts else []
 
-    async def _many(self, prompts: Sequence[EnginePrompt], greedy_tokens: int | None = None) -> list[EngineReply]:
-        return await asyncio.gather(*(self._one(prompt, greedy_tokens) for prompt in prompts))
+    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float]]:
+        """Log-probabilities of the asked tokens, in order; see `Engine`."""
+        return self._wait(self._all([self._next(one) for one in asked])) if asked else []
 
-    async def _one(self, prompt: EnginePrompt, greedy_tokens: int | None) -> EngineReply:
+    async def _all(self, questions: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        return await asyncio.gather(*questions)
+
+    async def _next(self, asked: NextTokens) -> list[float]:
+        prompt = asked.prompt
+        going_on = EnginePrompt(
+            prompt.key, prompt.before, prompt.soft_prompt, [*prompt.after, *asked.begun], prompt.adapter
+        )
+        sampling = self._params(temperature=0.0, max_tokens=1, logprob_token_ids=list(asked.ids))
+        (found,) = (await self._generate(going_on, sampling)).logprobs
+        return [found[token].logprob for token in asked.ids]
+
+    async def _reply(self, prompt: EnginePrompt) -> EngineReply:
+        try:
+            reply = await self._generate(prompt, self._sampling(prompt))
+        except (ValueError, RuntimeError, TypeError) as error:
+            said = str(error) if isinstance(error, _AdapterError) else ""
+            return EngineReply("", "error", 0, said or f"the engine refused the prompt ({type(error).__name__})")
+        ids = list(reply.token_ids)
+        if reply.finish_reason not in ("stop", "length"):
+            return EngineReply("", "error", 0, f"the engine gave the prompt up ({reply.finish_reason})")
+        text, notes = reply.text, tuple[str, ...]()
+        if self._structured is None:
+            answer, notes = self.ending.answer(ids, prompt.after)
+            text = text if answer is None else answer
+        logprobs = None
+        if self.decoding.logprobs:
+            logprobs = [step[token].logprob for step, token in zip(reply.logprobs, ids, strict=True)]
+        return EngineReply(text, reply.finish_reason, len(ids), None, logprobs, notes)
+
+    async def _generate(self, prompt: EnginePrompt, sampling: Any) -> Any:
+        """The engine's own output for a prompt."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._numbers += 1
@@ -110,26 +224,28 @@ class VLLMEngine:
                 try:
                     lora = await self._adapters.hold(prompt.adapter)
                 except ValueError as error:
-                    return EngineReply("", "error", 0, str(error))
+                    raise _AdapterError(str(error)) from error
             try:
-                inputs, sampling = self._inputs(prompt), self._sampling(prompt, greedy_tokens)
+                inputs = self._inputs(prompt)
                 async for output in self._engine.generate(inputs, sampling, number, lora_request=lora):
                     final = output
             finally:
                 if prompt.adapter is not None and self._adapters is not None:
                     await self._adapters.let_go(prompt.adapter)
         except EngineDeadError:
+            if not self._ready:
+                raise
             # exit_actor is not retried and raising would leave a dead actor to be called again (ray#59522)
             log.error("the engine died; this actor ends, so that Ray starts another")
             os._exit(1)
-        except (ValueError, RuntimeError, TypeError) as error:
-            return EngineReply("", "error", 0, f"the engine refused the prompt ({type(error).__name__})")
         assert final is not None, "the engine's stream ends with an output"
-        reply = final.outputs[0]
-        return EngineReply(reply.text, reply.finish_reason or "", len(reply.token_ids))
+        return final.outputs[0]
 
     def _inputs(self, prompt: EnginePrompt) -> dict[str, Any]:
-        """Inputs of vLLM: token ids with zeros beside the soft prompt (mixed mode), or plain ids without one."""
+        """Inputs of vLLM: token ids with zeros beside the soft prompt (mixed mode), or plain ids without one.
+
+        vLLM takes no fewer rows than there are positions (0.32: their numbers have to be equal).
+        """
         if not len(prompt.soft_prompt):
             return {"prompt_token_ids": prompt.before + prompt.after}
         start, stop = len(prompt.before), len(prompt.before) + len(prompt.soft_prompt)
@@ -137,28 +253,40 @@ class VLLMEngine:
         embeddings[start:stop] = torch.from_numpy(np.array(prompt.soft_prompt))
         is_token = [True] * len(prompt)
         is_token[start:stop] = [False] * len(prompt.soft_prompt)
+        # The ids beside rows are read by the repetition penalty alone: one that stands in the prompt anyway adds none.
+        beside = (prompt.before or prompt.after)[0] if self.decoding.repetition_penalty != 1 else 0
         return {
             "prompt_embeds": embeddings,
-            "prompt_token_ids": prompt.before + [0] * len(prompt.soft_prompt) + prompt.after,
+            "prompt_token_ids": prompt.before + [beside] * len(prompt.soft_prompt) + prompt.after,
             "prompt_is_token_ids": is_token,
         }
 
-    def _sampling(self, prompt: EnginePrompt, greedy_tokens: int | None) -> Any:
+    def _sampling(self, prompt: EnginePrompt) -> Any:
+        from vllm.sampling_params import StructuredOutputsParams
+
+        decoding = self.decoding
+        return self._params(
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            min_p=decoding.min_p,
+            repetition_penalty=decoding.repetition_penalty,
+            presence_penalty=decoding.presence_penalty,
+            frequency_penalty=decoding.frequency_penalty,
+            max_tokens=decoding.max_tokens,
+            min_tokens=decoding.min_tokens,
+            stop=self.ending.stop_texts or None,
+            stop_token_ids=list(self.ending.stop_ids),
+            seed=own_seed(decoding.seed, prompt.key) if decoding.temperature else None,
+            logprobs=0 if decoding.logprobs else None,
+            structured_outputs=StructuredOutputsParams(**self._structured) if self._structured else None,
+        )
+
+    def _params(self, **values: Any) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        last_only = RequestOutputKind.FINAL_ONLY
-        if greedy_tokens is not None:
-            return SamplingParams(temperature=0.0, max_tokens=greedy_tokens, output_kind=last_only)
-        decoding = self.decoding
-        return SamplingParams(
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            max_tokens=decoding.max_tokens,
-            stop=list(decoding.stop) or None,
-            seed=own_seed(decoding.seed, prompt.key) if decoding.temperature else None,
-            output_kind=last_only,
-        )
+        return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **values)
 
     def shutdown(self) -> None:
         """Ends the engine's processes; without it they would outlive the actor."""
@@ -172,60 +300,5 @@ class VLLMEngine:
         gc.collect()  # left to the interpreter's end, the engine's own __del__ fails and prints a traceback
 
 
-def engine_args(folder: str, config: EngineConfig, threads: int) -> dict[str, Any]:
-    """Arguments of vLLM's engine, and the environment variables that it reads, for the machine that this runs on."""
-    gpu = torch.cuda.is_available()
-    dtype, executor = config.dtype, None
-    if not gpu:
-        # Ray gives a worker one thread; the engine's own process reads these when it starts.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
-        amx = torch.cpu._is_amx_tile_supported()
-        if dtype == "auto":
-            dtype = "bfloat16" if amx else "float32"
-        if dtype == "bfloat16" and amx:
-            torch.cpu._init_amx()  # without it the attention kernel dies with SIGILL
-            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the permission goes to children, not beyond exec
-        # The model runs in the engine's process, not in a third one, on which the engine would wait in a busy loop
-        # that takes a core: 1,439 output tokens/s with a plug for 1,135 (two cores with AMX, one run each), 2,000
-        # short replies in 17 s for 21 (AVX2), and 15 s of imports fewer at the start (vLLM 0.32). With the variable
-        # unset vLLM changes the executor back.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        executor = "uni"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    log.info("engine: %s, dtype %s", "GPU" if gpu else f"CPU with {threads} threads", dtype)
-    return {
-        "model": folder,
-        "dtype": dtype,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "distributed_executor_backend": executor,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
-        "enable_prompt_embeds": True,
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "generation_config": "vllm",
-    }
-
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM can be made ready for (vllm.config.lora)."""
-
-
-def _lora_args(config: EngineConfig, adapters: Adapters | None) -> dict[str, Any]:
-    """Makes the engine ready for just these adapters: their rank, their modules, as many as there are."""
-    if adapters is None:
-        return {}
-    rank = next((rank for rank in LORA_RANKS if rank >= adapters.rank), None)
-    if rank is None:
-        raise InputError(f"adapters have rank {adapters.rank}; the vllm engine takes at most {LORA_RANKS[-1]}")
-    ready = min(adapters.snapshot.rows, config.max_cpu_loras)
-    return {
-        "enable_lora": True,
-        "max_lora_rank": rank,
-        "max_loras": min(ready, config.max_loras) + 1,  # and one that adds nothing
-        "max_cpu_loras": ready + 1,
-        "lora_target_modules": list(adapters.targets),
-    }
+class _AdapterError(ValueError):
+    """The words of `LoadedAdapters.hold`, which name the adapter and quote no text of a user."""

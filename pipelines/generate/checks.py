@@ -4,16 +4,21 @@ run_id."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infra import device
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines import made_from, tables
-from pipelines.engines.base import CAN
+from pipelines.engines.base import CAN, ResolvedDecoding
+from pipelines.engines.constrain import resolve
 from pipelines.generate.config import Config
 from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
 from pplug.llm import is_encoder_decoder as is_encoder_decoder_folder
+from pplug.llm import load_tokenizer
+from pplug.plain_text import TextTokenizer
+from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
 
 Plan = Mapping[int, Mapping[str, Any]]
@@ -39,6 +44,50 @@ def is_encoder_decoder(config: Config) -> bool:
             "engine.kind=transformers"
         )
     return found
+
+
+def resolved(config: Config, task: TaskSpec, encoder_decoder: bool, report: RunReport) -> ResolvedDecoding:
+    """The decoding of this run: whether replies are limited to the task's labels. A profile never is.
+
+    Raises:
+        InputError: as `constrain.resolve`.
+    """
+    decoding = config.decoding
+    if config.write_profiles:
+        if decoding.constrain == "labels":
+            raise InputError("decoding.constrain=labels: a profile is no label; leave it out with --write-profiles")
+        decoding = decoding.model_copy(update={"constrain": "none"})
+
+    def words() -> TextTokenizer:
+        tokenizer = load_tokenizer(model_folder(config.llm.model, config.llm.revision))
+        return PromptBuilder(tokenizer, config.llm.layout, encoder_decoder).words
+
+    out, warning = resolve(decoding, config.engine, task, words)
+    if warning is not None:
+        warn(warning, report)
+    report.extra["constrain"] = "labels" if out.labels else "none"
+    return out
+
+
+def warn(warning: str, report: RunReport) -> None:
+    """Prints a warning and notes it in the report."""
+    print(f"generate: {warning}", flush=True)
+    report.extra.setdefault("warnings", []).append(warning)
+
+
+def gpus_of(config: Config) -> float:
+    """GPUs of one engine; `auto` is decided by the running cluster.
+
+    Raises:
+        InputError: the engine is to be split over another number of GPUs than it is given.
+    """
+    gpus, devices = device.gpus_per_worker(config.gpus_per_worker, config.engine.devices), config.engine.devices
+    if gpus >= 1 and devices > 1 and gpus != devices:
+        raise InputError(
+            f"gpus_per_worker={gpus:g}: engine.tensor_parallel_size and engine.pipeline_parallel_size make {devices} "
+            "devices of one engine; give as many GPUs, or gpus_per_worker=auto"
+        )
+    return gpus
 
 
 def refuse_a_leak(config: Config, methods: Sequence[Method], parts: Sequence[Part], plan: Plan) -> None:
@@ -86,5 +135,4 @@ def check_base(config: Config, requests: Snapshot, plan: Plan, report: RunReport
     base = model_folder(config.llm.model, config.llm.revision, weights=False)
     users = tables.read_users(config.users)
     for warning in made_from.check(base, config.tables, requests, users, *counts):
-        print(f"generate: {warning}", flush=True)
-        report.extra.setdefault("warnings", []).append(warning)
+        warn(warning, report)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import ResumableConfig
@@ -56,8 +56,10 @@ class Config(ResumableConfig):
     """Number of newest items of a user that count."""
     workers: int = Field(1, gt=0)
     """Number of engines: one per GPU, or one per CPU node."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs of one engine; 1 on a GPU cluster."""
+    gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
+    """GPUs of one engine; 0 is the CPU. auto: where the cluster has GPUs when the job starts, as many as
+    engine.tensor_parallel_size and engine.pipeline_parallel_size ask for, else 0. Several GPUs without these two keys
+    share each layer."""
     prompt_workers: int = Field(1, gt=0)
     """Number of actors that build prompts beside the engines."""
     max_engine_restarts: int = Field(3, ge=0)

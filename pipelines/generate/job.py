@@ -17,14 +17,24 @@ from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import shown, tables, waves
-from pipelines.generate.checks import check_base, is_encoder_decoder, refuse_a_leak, refuse_another_run, settings_id
+from pipelines.engines.base import PromptSizes, ResolvedDecoding
+from pipelines.generate.checks import (
+    check_base,
+    gpus_of,
+    is_encoder_decoder,
+    refuse_a_leak,
+    refuse_another_run,
+    resolved,
+    settings_id,
+    warn,
+)
 from pipelines.generate.config import Config
 from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.parts import GenerateRun, Part, open_parts
 from pipelines.generate.parts.adapter import Adapter
 from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import NOTES, BuildPrompts
-from pipelines.generate.replies import Reply
+from pipelines.generate.replies import ENGINE, Reply
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles, profiles_made_as
 from pipelines.methods import parse_all
 from pipelines.pending_users import PendingUsers
@@ -46,6 +56,7 @@ class Opened:
     task: TaskSpec
     llm_id: str
     encoder_decoder: bool
+    decoding: ResolvedDecoding
 
     @classmethod
     def of(cls, config: Config, report: RunReport) -> "Opened":
@@ -59,7 +70,9 @@ class Opened:
         histories = tables.snapshot(config.tables, "histories", config.as_of_version)
         report.table_read("requests", requests.version)
         report.table_read("histories", histories.version)
-        return cls(requests, histories, buckets, tables.task_entry(config.task, histories), llm, encoder_decoder)
+        task = tables.task_entry(config.task, histories)
+        decoding = resolved(config, task, encoder_decoder, report)
+        return cls(requests, histories, buckets, task, llm, encoder_decoder, decoding)
 
 
 def run(config: Config) -> int:
@@ -67,16 +80,15 @@ def run(config: Config) -> int:
     report = begin("generate", config)
     methods = parse_all(config.methods)
     opened = Opened.of(config, report)
-    need = {"CPU": config.workers + config.prompt_workers + 1.0, "GPU": config.workers * config.gpus_per_worker}
     if config.write_profiles:
-        made_as = profiles_made_as(config, opened.task, opened.llm_id)
-        session.start(need=need)
+        made_as = profiles_made_as(config, opened.task, opened.llm_id, opened.decoding.decoding_id)
+        _start(config)
         with lease.writing(config.tables, report.run_id):
             _write_profiles(config, report, opened, made_as)
         return report.finish()
     using = GenerateRun(config, methods, opened.llm_id, opened.task, report, opened.buckets)
     parts = open_parts(using)
-    session.start(need=need)
+    _start(config)
     generations = tables.open_or_create(config.tables, "generations", opened.buckets)
     for part in parts:
         part.start()
@@ -89,6 +101,12 @@ def run(config: Config) -> int:
     return code
 
 
+def _start(config: Config) -> None:
+    """Starts Ray, or joins the cluster, and refuses what it could never schedule."""
+    session.start(need={"CPU": config.workers + config.prompt_workers + 1.0})
+    session.check({"GPU": config.workers * gpus_of(config)})
+
+
 def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table) -> None:
     """Plans which replies are pending, makes them in one stream, commits wave by wave."""
     config, report, methods = using.config, using.report, using.methods
@@ -99,8 +117,9 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
         report.extra["errors_tried_again"] = sum(plan[bucket]["failed"] for bucket in failed)
         before = drop_errors(generations, before, failed, report, identities)
         pending = dataclasses.replace(pending, done=before)
-    cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+    cpu = CpuShare.of(config.workers, gpus_of(config))
     adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)
+    sizes = PromptSizes(max((part.rows for part in parts), default=0), config.llm.layout.max_input_tokens)
     counted = CountedReplies(report)
     waves.run(
         report,
@@ -116,7 +135,8 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
                 size=config.prompt_workers,
             ),
             _engines(
-                config, Reply, config.llm, config.engine, config.decoding, opened.llm_id, report.run_id, cpu, adapters
+                config, Reply, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu, adapters,
+                sizes,
             ),
         ],
         metadata=identities,
@@ -145,7 +165,7 @@ def _plan(
         {part.group: table for part in parts if (table := part.made_from_items()) is not None},
     )
     identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
-    identities |= {"decoding_id": config.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
+    identities |= {"decoding_id": opened.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
     for part in parts:
         identities |= part.identities()
     refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
@@ -164,7 +184,7 @@ def _engines(config: Config, stage: type, *args: Any) -> waves.Step:
         *args,
         size=config.workers,
         rows=config.engine.batch_rows,
-        gpus=config.gpus_per_worker,
+        gpus=gpus_of(config),
         pool={
             "max_tasks_in_flight_per_actor": 2 * config.engine.in_flight,
             "max_concurrent_calls_per_actor": config.engine.in_flight,
@@ -183,6 +203,8 @@ def count_replies(replies: pa.Table) -> dict[str, int]:
         counts[error] = counts.get(error, 0) + 1
     for note in pc.list_flatten(replies["notes"]).to_pylist():
         counts[f"{NOTE} {note}"] = counts.get(f"{NOTE} {note}", 0) + 1
+    for row in pc.value_counts(replies[ENGINE]).to_pylist():
+        counts[f"{ENGINE}: {row['values']}"] = row["counts"]
     return counts
 
 
@@ -197,12 +219,21 @@ class CountedReplies:
             kind, _, name = reason.rpartition(" ")
             if reason in self.tokens:
                 self.tokens[reason] += n
+            elif reason.startswith(f"{ENGINE}: "):
+                self._engine(reason.removeprefix(f"{ENGINE}: "), n)
             elif kind == NOTE and name in NOTES:
                 self.report.extra.setdefault("notes", dict.fromkeys(NOTES, 0))[name] += n
             else:
                 self.report.failed += n
                 errors = self.report.extra.setdefault("errors", {})
                 errors[reason] = errors.get(reason, 0) + n
+
+    def _engine(self, about: str, n: int) -> None:
+        """Counts the replies per number format: auto may take another one on another node."""
+        engines = self.report.extra.setdefault("engines", {})
+        engines[about] = engines.get(about, 0) + n
+        if len(engines) == 2 and about in engines and engines[about] == n:
+            warn(f"replies come from engines of several kinds ({', '.join(engines)}); give engine.dtype", self.report)
 
     def note_tokens(self) -> None:
         self.report.extra |= self.tokens
@@ -226,12 +257,13 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
         only_asking=True,
     )
     plan = waves.plan(opened.requests.filled(keys_by_bucket(users, opened.buckets)), pending.count, report)
-    identities = {"llm_id": opened.llm_id, "profile_id": made_as, "decoding_id": config.decoding.decoding_id}
+    identities = {"llm_id": opened.llm_id, "profile_id": made_as, "decoding_id": opened.decoding.decoding_id}
     versions = {
         "histories_version": str(opened.histories.version), "requests_version": str(opened.requests.version)
     }  # fmt: skip
     report.extra |= identities
-    cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+    cpu = CpuShare.of(config.workers, gpus_of(config))
+    sizes = PromptSizes(0, config.profile.prompt_tokens or config.llm.layout.max_input_tokens)
     waves.run(
         report,
         "generate",
@@ -246,7 +278,8 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
                 size=config.prompt_workers,
             ),
             _engines(
-                config, WriteProfiles, config.llm, config.engine, config.decoding, opened.llm_id, report.run_id, cpu
+                config, WriteProfiles, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu,
+                None, sizes,
             ),
         ],
         metadata=identities | versions,

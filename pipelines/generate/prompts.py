@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra import device
 from infra.snapshot import Snapshot
 from pipelines.generate.parts import Part
 from pipelines.generate.parts.base import BucketView, Drafts, Worker
@@ -48,6 +49,8 @@ NOTES = {
     "profile_not_used": "the user's profile was made from items that the request may not see",
     "persona_made_anew": "the stored persona was made from another history, or from another number of newest items",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
+    "thinking_cut": "the model thought aloud; its thoughts were cut from the reply",
+    "thinking_unfinished": "the model thought until decoding.max_tokens, so the reply is empty",
 }
 
 AHEAD = 8
@@ -75,6 +78,7 @@ class BuildPrompts:
         block_rows: int,
         cpu: CpuShare,
     ) -> None:
+        device.assigned()  # prompts are built without a GPU, and must not find one that an engine was given
         self.pending, self.methods, self.parts = pending, methods, parts
         self.histories, self.embeddings = histories, embeddings
         self.max_items, self.block_rows = max_items, block_rows

@@ -11,22 +11,33 @@ Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.engines.adapters import AdapterName, Adapters
-from pipelines.engines.base import Decoding, Engine, EngineConfig, EnginePrompt, EngineReply
+from pipelines.engines.base import (
+    Decoding,
+    Engine,
+    EngineConfig,
+    EnginePrompt,
+    EngineReply,
+    PromptSizes,
+    ResolvedDecoding,
+)
+from pipelines.engines.constrain import LabelLogprobs
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
 from pplug.schemas import GENERATIONS
 
-REPLIES = GENERATIONS.append(pa.field("notes", pa.list_(pa.string())))  # notes are counted in the report, not stored
-_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id",
-            "notes")  # fmt: skip
+ENGINE = "engine"
+REPLIES = pa.schema([*GENERATIONS, pa.field("notes", pa.list_(pa.string())), pa.field(ENGINE, pa.string())])
+"""Notes and the engine's number format are counted in the report, not stored."""
+_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id")
 
 
 class Reply:
@@ -45,17 +56,28 @@ class Reply:
         run_id: str,
         cpu: CpuShare,
         adapters: Adapters | None = None,
+        sizes: PromptSizes | None = None,
     ) -> None:
+        """`sizes`: an engine is made ready for prompts of this size, and for persona rows only where there are any."""
         threads = cpu.torch_threads()
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
         match engine.kind:
             case "vllm":
-                self.engine = VLLMEngine(llm, engine, decoding, threads, adapters)
+                self.engine = VLLMEngine(llm, engine, decoding, threads, adapters, sizes)
             case "transformers":
                 self.engine = TransformersEngine(llm, engine, decoding, threads)
             case other:
                 assert_never(other)
+        self.read_labels()
+
+    def read_labels(self) -> None:
+        """Takes the labels whose probabilities are wanted from the decoding and the engine."""
+        decoding, engine = self.decoding, self.engine
+        self._label_logprobs: LabelLogprobs | None = None
+        if decoding.label_logprobs and isinstance(decoding, ResolvedDecoding) and decoding.labels:
+            labels = dict(zip(decoding.labels, engine.label_ids, strict=True))
+            self._label_logprobs = LabelLogprobs(labels, engine.end_ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         prompts, errors = [], batch["error"].to_pylist()
@@ -74,6 +96,9 @@ class Reply:
         replies = dict(zip(good, self.engine.replies([prompts[i] for i in good]), strict=True))
         nothing = EngineReply("", "error", 0)
         out = [replies.get(i, nothing) for i in range(len(prompts))]
+        answered = [i for i in good if out[i].error is None]
+        labels = dict(zip(answered, self._of_labels([prompts[i] for i in answered]), strict=True))
+        notes = zip(batch["notes"].to_pylist(), out, strict=True)
         columns: dict[str, Any] = {name: batch[name] for name in _CARRIED}
         columns |= {
             "run_id": [self.run_id] * len(out),
@@ -84,8 +109,20 @@ class Reply:
             "llm_id": [self.llm_id] * len(out),
             "decoding_id": [self.decoding.decoding_id] * len(out),
             "error": [errors[i] or reply.error for i, reply in enumerate(out)],
+            "token_logprobs": [reply.token_logprobs for reply in out],
+            "label_logprobs": [labels.get(i) for i in range(len(out))],
+            "notes": [[*(noted or ()), *reply.notes] for noted, reply in notes],
+            ENGINE: [self.engine.about] * len(out),
         }
         return pa.table({name: columns[name] for name in REPLIES.names}, schema=REPLIES)
+
+    def _of_labels(self, prompts: Sequence[EnginePrompt]) -> list[list[tuple[str, float]] | None]:
+        """The log-probability of each label for each prompt; None where they are not asked for."""
+        if self._label_logprobs is None:
+            return [None] * len(prompts)
+        asked = [self._label_logprobs.questions(prompt) for prompt in prompts]
+        answers = iter(self.engine.next_logprobs([one for questions in asked for one in questions]))
+        return [list(self._label_logprobs([next(answers) for _ in questions]).items()) for questions in asked]
 
     def __del__(self) -> None:
         """Ray Data drops the stage when its actor ends: the engine's processes end with it."""

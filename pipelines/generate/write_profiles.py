@@ -34,14 +34,14 @@ ASKED = pa.schema([*PROFILE_ROWS, pa.field("before", _TOKENS), pa.field("after",
 """A user to ask about (before, after), a profile that stays as it is (text), or a reject."""
 
 
-def profiles_made_as(config: Config, task: TaskSpec, llm: str) -> str:
+def profiles_made_as(config: Config, task: TaskSpec, llm: str, decoding_id: str) -> str:
     """Identity of the profiles to write; refuses a task without a form for items, and two kinds in one table."""
     if task.retrieval is None:
         raise InputError(
             f"write_profiles: task {task.name} does not say how items stand in a prompt; give a task entry with "
             "`retrieval` (--task FILE)"
         )
-    made_as = profile_id(config.profile, llm, config.decoding.decoding_id, task)
+    made_as = profile_id(config.profile, llm, decoding_id, task)
     place = tables.location(config.tables, "profiles")
     others = set[str]()
     if config.users is not None and Table.exists(place):

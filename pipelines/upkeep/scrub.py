@@ -25,7 +25,7 @@ from pipelines.waves import listed
 
 _NOT_OF_THE_USER = frozenset(
     "bucket item_id request_id run_id method task encoder_id plug_id llm_id adapter_id profile_id decoding_id "
-    "finish_reason persona targets error job reason detail key".split()
+    "finish_reason persona targets error job reason detail key label_logprobs".split()
 )
 """Columns whose values are the system's, or too common to look for; ids of users are looked for separately."""
 

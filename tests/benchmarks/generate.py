@@ -23,7 +23,7 @@ import pyarrow as pa
 from infra.shards import keys_by_bucket
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.engines.vllm import engine_args
+from pipelines.engines.vllm_args import engine_args
 from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
 from pipelines.generate.pending import PendingReplies

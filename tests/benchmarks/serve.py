@@ -20,7 +20,7 @@ from infra.shards import shard_columns
 from pipelines import tables
 from pipelines.engines.adapters import Adapters
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.engines.vllm import _lora_args
+from pipelines.engines.vllm_args import lora_args
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes, write_folder
 from pplug.llm import LLMConfig, llm_id
 from tests.benchmarks import prepare
@@ -96,7 +96,7 @@ def run(given: Given) -> Found:
     users, prompts = sorted(folders), [ids for _, ids in asked]
     shape = AdapterShape()
     snapshot = population.snapshot("adapters")
-    args = _lora_args(setting["engine"], Adapters(snapshot, BUCKETS, llm_id(llm), shape.rank, shape.targets))
+    args = lora_args(setting["engine"], Adapters(snapshot, BUCKETS, llm_id(llm), shape.rank, shape.targets))
 
     def engine(of_user: str | None = None, with_adapters: bool = True) -> float:
         chosen = [(user, ids) for user, ids in asked if of_user in (None, user)]

@@ -1,12 +1,16 @@
 """The vLLM engine against transformers on the same tiny model, and what never reaches it."""
 
+import contextlib
+import dataclasses
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from infra.errors import InputError
-from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt
+from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, ResolvedDecoding
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.generate.personas import ragged_f32
@@ -14,14 +18,22 @@ from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import Reply, check_rows
 from pipelines.run import CpuShare
 from pplug.llm import FrozenLLM, LLMConfig
-from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
+from tests.pplug.models import WORDS, tiny_bart, tiny_llama, tiny_t5
 
 INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on the mat : film", "music nature", "one two three"]
 
 
+SECOND_END = "film"
+"""A word that ends a reply beside the tokenizer's own token, as chat models have two."""
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    return LLMConfig(model=str(tiny_llama(tmp_path_factory.mktemp("llama"))))
+    folder = tiny_llama(tmp_path_factory.mktemp("llama"))
+    ends = [2, 4 + WORDS.index(SECOND_END)]
+    others = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7, "top_k": 5}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends} | others))
+    return LLMConfig(model=str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +72,20 @@ def greedy(llm, prompt, max_tokens):
     ]
     embeds = torch.cat(parts)[None]
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
-    return llm.tokenizer.decode(out[0], skip_special_tokens=True)
+    plain = {"do_sample": False, "repetition_penalty": 1.0, "top_k": None, "temperature": None}
+    out = llm.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_tokens, **plain)
+    return llm.tokenizer.decode(out[0], skip_special_tokens=True).removesuffix(f" {SECOND_END}")
+
+
+@contextlib.contextmanager
+def using(engine, decoding):
+    """The engine, answering by another decoding."""
+    before = engine.decoding
+    engine.use(decoding)
+    try:
+        yield engine
+    finally:
+        engine.use(before)
 
 
 def batch(prompts, errors=None):
@@ -120,10 +144,14 @@ def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm)
     assert compared >= 12
 
 
-def test_the_second_engine_gives_the_same_replies(llama, reply, llm):
-    second = TransformersEngine(
+@pytest.fixture(scope="session")
+def second(llama):
+    return TransformersEngine(
         llama, EngineConfig(kind="transformers", dtype="float32"), Decoding(max_tokens=12), threads=2
     )
+
+
+def test_the_second_engine_gives_the_same_replies(second, reply, llm):
     asked = prompts(llm, [4, 1, 2, 0, 3])
     first = reply.engine.replies(asked)
     for a, b in zip(first, second.replies(asked), strict=True):
@@ -222,12 +250,155 @@ def test_check_rows_lets_good_rows_through():
 
 
 def test_sampling_depends_on_the_request_and_not_on_its_batch(llama, reply, llm):
-    hot = Decoding(max_tokens=12, temperature=1.0, seed=7)
     asked = prompts(llm, [4, 1, 2, 0, 3])
-    before, reply.engine.decoding = reply.engine.decoding, hot
-    try:
-        together = [answer.text for answer in reply.engine.replies(asked)]
-        alone = [reply.engine.replies([prompt])[0].text for prompt in asked]
-    finally:
-        reply.engine.decoding = before
+    with using(reply.engine, Decoding(max_tokens=12, temperature=1.0, seed=7)) as engine:
+        together = [answer.text for answer in engine.replies(asked)]
+        alone = [engine.replies([prompt])[0].text for prompt in asked]
     assert together == alone
+
+
+# --- both engines answer alike: labels, ends, penalties, probabilities ------------------------------------------------
+
+ROWS = [4, 1, 2, 0, 3]
+LABELS = ("cat", "cat sat", "music", "dog sat on", "red", "nature")
+
+
+def within(*labels, **more):
+    return ResolvedDecoding(constrain="labels", labels=labels or LABELS, **({"max_tokens": 6} | more))
+
+
+def alike(reply, second, llm, decoding, rows=ROWS):
+    """The replies of both engines, which are the same."""
+    asked = prompts(llm, rows)
+    with using(reply.engine, decoding) as one, using(second, decoding) as other:
+        pairs = list(zip(one.replies(asked), other.replies(asked), strict=True))
+    for a, b in pairs:
+        assert a.error is b.error is None
+        assert (a.text.strip(), a.finish_reason, a.output_tokens) == (b.text.strip(), b.finish_reason, b.output_tokens)
+    return [a for a, _ in pairs]
+
+
+def test_replies_are_labels_with_and_without_persona_rows(reply, second, llm):
+    free = {answer.text.strip() for answer in alike(reply, second, llm, Decoding(max_tokens=6))}
+    assert free.isdisjoint(LABELS)
+    found = alike(reply, second, llm, within()) + alike(reply, second, llm, within(), rows=[0, 0, 0, 0, 0])
+    assert {answer.text.strip() for answer in found} <= set(LABELS)
+    assert {answer.finish_reason for answer in found} == {"stop"}
+    ratings = alike(reply, second, llm, within("one", "two", "three"))
+    assert {answer.text.strip() for answer in ratings} <= {"one", "two", "three"}
+
+
+def test_a_constrained_reply_takes_the_likeliest_way_at_each_place(reply, second, llm):
+    ids = {label: llm.prompt_builder.words.ids([label])[0] for label in LABELS}
+    ends = second.end_ids
+    for prompt, answer in zip(prompts(llm, ROWS), alike(reply, second, llm, within()), strict=True):
+        begun: list[int] = []
+        while True:
+            ways = {other[len(begun)] for other in ids.values() if other[: len(begun)] == begun != other}
+            ways |= set(ends) if begun in ids.values() else set()
+            logits = logits_after(llm, prompt, begun)
+            best = max(ways, key=lambda way: logits[way])
+            if best in ends:
+                break
+            begun.append(best)
+        assert ids[answer.text.strip()] == begun
+
+
+def logits_after(llm, prompt, begun):
+    parts = [torch.tensor(prompt.before), torch.from_numpy(prompt.soft_prompt), torch.tensor(prompt.after + begun)]
+    embeds = torch.cat([part if part.ndim == 2 else llm.embedding(part) for part in parts])[None]
+    with torch.no_grad():
+        return llm.model(inputs_embeds=embeds).logits[0, -1]
+
+
+def test_sampled_replies_are_labels_too(reply, second, llm):
+    hot = within(temperature=1.5, seed=3)
+    for engine in (reply.engine, second):
+        with using(engine, hot):
+            found = [answer.text.strip() for _ in range(2) for answer in engine.replies(prompts(llm, ROWS))]
+        assert set(found) <= set(LABELS) and len(set(found)) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("made", [tiny_t5, tiny_bart])
+def test_encoder_decoders_and_beams_stay_within_labels(tmp_path, made, beams):
+    config = LLMConfig(model=str(made(tmp_path)))
+    decoding = within(num_beams=beams, label_logprobs=True)
+    engine = TransformersEngine(config, EngineConfig(kind="transformers"), decoding, threads=1)
+    asked = prompts(engine.llm, ROWS)
+    found = engine.replies(asked)
+    assert {answer.text for answer in found} <= set(LABELS)
+    assert [answer.text for answer in found] == [engine.replies([prompt])[0].text for prompt in asked]
+
+
+def test_each_labels_probability_stands_beside_the_reply(reply, second, llm):
+    decoding = within(label_logprobs=True)
+    asked, tables = prompts(llm, ROWS), []
+    for engine in (reply.engine, second):
+        with using(engine, decoding):
+            stage = type(reply).__new__(type(reply))
+            stage.__dict__.update(reply.__dict__ | {"engine": engine, "decoding": decoding})
+            stage.read_labels()
+            tables.append(stage(batch(asked)).to_pylist())
+            stage.engine = None  # the engine is not this stage's to end
+    first_ids = [llm.prompt_builder.words.ids([label])[0][0] for label in ("music", "red")]
+    for prompt, one, other in zip(asked, *tables, strict=True):
+        a, b = dict(one["label_logprobs"]), dict(other["label_logprobs"])
+        assert list(a) == list(LABELS) and sum(np.exp(list(a.values()))) == pytest.approx(1, abs=1e-4)
+        assert a == pytest.approx(b, abs=1e-3)
+        logits = logits_after(llm, prompt, [])
+        assert a["music"] - a["red"] == pytest.approx((logits[first_ids[0]] - logits[first_ids[1]]).item(), abs=1e-3)
+        assert one["text"].strip() in a
+
+
+def test_a_regular_expression_limits_both_engines(reply, second, llm):
+    found = alike(reply, second, llm, Decoding(max_tokens=6, regex="(cat|dog|red)(sat|ran)?"))
+    assert {answer.text.replace(" ", "") for answer in found} <= {
+        first + then for first in ("cat", "dog", "red") for then in ("", "sat", "ran")
+    }
+
+
+def test_stop_texts_end_replies_alike(reply, second, llm):
+    whole = [answer.text.split() for answer in alike(reply, second, llm, Decoding(max_tokens=12))]
+    stop = next(words[2] for words in whole if len(words) > 4 and words[2] not in words[:2])
+    found = alike(reply, second, llm, Decoding(max_tokens=12, stop=(stop,)))
+    assert any(answer.finish_reason == "stop" and answer.output_tokens == 3 for answer in found)
+    assert all(stop not in answer.text for answer in found)
+
+
+def test_penalties_count_alike_and_leave_the_engine_alive(reply, second, llm):
+    """A public report says that embeddings with any penalty kill vLLM (vllm#57719): this release answers."""
+    plain = [answer.text for answer in alike(reply, second, llm, Decoding(max_tokens=12))]
+    for more in ({"repetition_penalty": 1.7}, {"presence_penalty": 1.0}, {"frequency_penalty": 0.8}):
+        found = [answer.text for answer in alike(reply, second, llm, Decoding(max_tokens=12, **more))]
+        assert found != plain, more
+
+
+def test_least_tokens_and_probabilities_of_tokens_are_alike(reply, second, llm):
+    decoding = Decoding(max_tokens=8, min_tokens=5, logprobs=True)
+    asked = prompts(llm, ROWS)
+    with using(reply.engine, decoding) as one, using(second, decoding) as other:
+        pairs = list(zip(one.replies(asked), other.replies(asked), strict=True))
+    for a, b in pairs:
+        assert a.text.strip() == b.text.strip() and a.output_tokens == b.output_tokens >= 5
+        assert len(a.token_logprobs) == a.output_tokens
+        assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=1e-3)
+
+
+def test_sampling_from_one_token_is_greedy(reply, second, llm):
+    greedy = [answer.text for answer in alike(reply, second, llm, Decoding(max_tokens=8))]
+    found = alike(reply, second, llm, Decoding(max_tokens=8, temperature=1.0, top_k=1))
+    assert [answer.text for answer in found] == greedy
+    certain = alike(reply, second, llm, Decoding(max_tokens=8, temperature=1.0, min_p=1.0))
+    assert [answer.text for answer in certain] == greedy
+
+
+def test_the_rows_of_a_prompt_are_no_tokens_to_a_penalty(reply, llm):
+    """The id beside a row is one of the prompt's own, so that no other token is made less likely."""
+    prompt = dataclasses.replace(prompts(llm, ROWS)[0], soft_prompt=persona(llm, 3, 9))
+    with using(reply.engine, Decoding(repetition_penalty=1.5)) as engine:
+        inputs = engine._inputs(prompt)
+    beside = [
+        token for token, real in zip(inputs["prompt_token_ids"], inputs["prompt_is_token_ids"], strict=True) if not real
+    ]
+    assert len(beside) == 3 and set(beside) <= {*prompt.before, *prompt.after}

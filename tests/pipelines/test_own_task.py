@@ -59,7 +59,13 @@ def made(tmp_path_factory, ray_session):
     root = tmp_path_factory.mktemp("own")
     (root / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in histories()))
     lm = {"vocab_size": 400, "width": 64, "heads": 2, "layers": 2, "ffn_width": 128, "steps": 160, "lr": 0.01}
-    engine = ["engine.kind=transformers", "engine.dtype=float32", "decoding.max_tokens=6", "retrieval.k=2"]
+    engine = [
+        "engine.kind=transformers",
+        "engine.dtype=float32",
+        "decoding.max_tokens=6",
+        "decoding.constrain=none",
+        "retrieval.k=2",
+    ]
     model = ["--llm.model", f"{root}/lm", "--methods", ",".join(METHODS)]
 
     def run(job: str, *words: str) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from infra.errors import InputError
 from infra.shards import user_key
 from pipelines import tables
-from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.engines.base import Decoding, EngineConfig, ResolvedDecoding
 from pipelines.generate import job as generate
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
 from pipelines.methods import parse
@@ -120,7 +120,8 @@ def test_a_profile_is_the_llms_reply_to_the_newest_items_before_the_first_reques
         assert row["text"] == want.strip() != ""
         assert row["history_hash"] == history_hash(items[i]["text_hash"] for i in (1, 2)) and row["n_items"] == 2
         assert row["user_key"] == user_key(user) and row["llm_id"] == llm_id(made.llm)
-        assert row["decoding_id"] == DECODING.decoding_id
+        by_name = ResolvedDecoding(max_tokens=8, engine={"dtype": "float32"})  # a number format given by name counts
+        assert row["decoding_id"] == by_name.decoding_id != DECODING.decoding_id
     snapshot = tables.open_table(made.population.tables, "profiles").snapshot(complete=True)
     identity = {name: snapshot.metadata[name] for name in ("llm_id", "profile_id", "decoding_id")}
     assert {(row["llm_id"], row["profile_id"], row["decoding_id"]) for row in found.values()} == {

@@ -168,6 +168,8 @@ class Part(ABC):
     group: ClassVar[Group]
     remedy: ClassVar[str] = ""
     """Remedy where a row of `made_from_items` knows too much."""
+    rows: int = 0
+    """Greatest number of persona rows that it puts into a prompt."""
 
     @classmethod
     @abstractmethod

@@ -19,7 +19,7 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
 from pipelines.methods import PartInfo
 from pplug import history
-from pplug.plug import PersonaPlug, plug_id
+from pplug.plug import PersonaPlug, PlugConfig, plug_id
 from pplug.stand_in import read_sample
 from pplug.tasks import query
 
@@ -53,7 +53,7 @@ class Plug(Part):
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
         identity, personas = plug_id(config.plug), None
         if made_for.trained_without_history:
-            return cls(config.plug, identity, kinds, None)
+            return cls(config.plug, identity, kinds, None)._of(made_for)
         name = tables.embeddings_name(made_for.encoder_id or "")
         run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
         wanted = "plug:mean" in kinds or made_for.aggregation == "mean"
@@ -62,7 +62,11 @@ class Plug(Part):
             if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
                 personas = stored
                 run.report.table_read("personas", stored.version)
-        return cls(config.plug, identity, kinds, personas)
+        return cls(config.plug, identity, kinds, personas)._of(made_for)
+
+    def _of(self, config: PlugConfig) -> Self:
+        self.rows = 1 + config.persona_tokens
+        return self
 
     def identities(self) -> dict[str, str]:
         return {"plug_id": self.plug_id}

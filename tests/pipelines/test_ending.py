@@ -1,0 +1,91 @@
+"""The end of a reply: end tokens of all files, stop texts and special tokens, and thoughts."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken
+
+from pipelines.engines.base import Decoding
+from pipelines.engines.ending import Ending, end_ids
+from pplug.splice import PromptLayout
+from tests.pplug.models import word_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}<turn> {{ message['content'] }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn> {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    made = word_tokenizer(tmp_path)
+    made.add_tokens([AddedToken("<turn>", special=True), AddedToken("<end>", special=True)])
+    made.add_tokens([AddedToken(name, special=False) for name in ("<think>", "</think>")])
+    made.add_tokens([AddedToken(name, special=True) for name in ("<|channel|>", "<|message|>")])
+    made.chat_template = TEMPLATE
+    return made
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_end_tokens_of_the_tokenizer_the_configs_and_the_template_count(tmp_path, tokenizer):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "repetition_penalty": 1.3}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 9}}))
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert end_ids(tmp_path, tokenizer, PromptLayout()) == (2, 7, 9, end)
+    assert end_ids(tmp_path, tokenizer, PromptLayout(chat="never")) == (2, 7, 9)
+
+
+def ending(tmp_path, tokenizer, **decoding):
+    return Ending(tmp_path, tokenizer, PromptLayout(), Decoding(**decoding))
+
+
+def test_a_stop_text_that_is_a_special_token_stops_by_its_id(tmp_path, tokenizer):
+    own = ending(tmp_path, tokenizer, stop=("<turn>", "red film"), stop_token_ids=(30,))
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    assert {turn, 30, 2} <= set(own.stop_ids) and own.stop_texts == ["red film"]
+    reply = ids(tokenizer, "the cat <turn> dog")
+    assert own.length(reply) == (3, True) and own.text(reply[:3]) == "the cat"
+
+
+def test_a_reply_ends_with_the_token_that_completes_a_stop_text(tmp_path, tokenizer):
+    own = ending(tmp_path, tokenizer, stop=("cat sat",))
+    reply = [*ids(tokenizer, "the cat sat on the mat"), 2]
+    assert own.length(reply) == (3, True)
+    assert own.cut(own.text(reply[:3])) == "the "
+
+
+def test_padding_is_no_output(tmp_path, tokenizer):
+    own = ending(tmp_path, tokenizer)
+    assert own.length([5, 6, 2, 0, 0]) == (3, True)
+    assert own.length([5, 6, 7]) == (3, False)
+
+
+def test_thoughts_are_cut_and_counted(tmp_path, tokenizer):
+    own = ending(tmp_path, tokenizer, stop=("mat",))
+    asked = ids(tokenizer, "<turn> the")
+    for reply, prompt, answer in [
+        ("the cat", asked, (None, ())),
+        ("<think> the cat </think> dog ran", asked, ("dog ran", ("thinking_cut",))),
+        ("<think> the cat", asked, ("", ("thinking_unfinished",))),
+        ("the cat </think> dog ran on mat", [*asked, *ids(tokenizer, "<think>")], ("dog ran on", ("thinking_cut",))),
+        ("the cat", [*asked, *ids(tokenizer, "<think>")], ("", ("thinking_unfinished",))),
+        ("dog", [*asked, *ids(tokenizer, "<think> </think>")], (None, ())),
+        ("<|channel|> the <|message|> cat", asked, ("", ("thinking_unfinished",))),
+    ]:
+        assert own.answer(ids(tokenizer, reply), prompt) == answer, reply
+
+
+def test_the_last_channel_of_a_reply_is_its_answer(tmp_path, tokenizer):
+    tokenizer.add_tokens(["final", "analysis"])
+    own = ending(tmp_path, tokenizer)
+    reply = "<|channel|> analysis <|message|> the cat <end> <|channel|> final <|message|> dog ran"
+    assert own.answer(ids(tokenizer, reply), []) == ("dog ran", ("thinking_cut",))
+
+
+def test_words_that_only_look_like_thoughts_stay(tmp_path):
+    plain = word_tokenizer(tmp_path)
+    own = Ending(tmp_path, plain, PromptLayout(), Decoding())
+    assert own.answer(plain("<think> cat")["input_ids"], []) == (None, ())
