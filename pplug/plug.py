@@ -12,6 +12,7 @@ once per user instead of once per item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pplug.encoder import pool
+from pplug.encoder_folder import HeadConfig
+from pplug.encoder_head import Head, HeadedEncoder, bare_transformer
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
 from pplug.settings import Settings
@@ -49,7 +52,9 @@ class PlugConfig(Settings):
     instruction_scale: float = Field(1.0, gt=0)
     """Factor of the instruction row."""
     query_pooling: Literal["cls", "mean"] = "cls"
-    """Pooling of the trained query encoder, which is that of the history encoder."""
+    """Pooling of the trained query encoder, which is that of the history encoder; `query_head` comes before it."""
+    query_head: HeadConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """Modules of the trained query encoder behind its transformer, where a pooling of cls or mean is not all."""
     query_prefix: str = ""
     """Text put before a query, such as BGE's `Represent this sentence for searching relevant passages:`."""
     query_max_tokens: int = Field(256, gt=2)
@@ -100,8 +105,15 @@ class PersonaPlug(nn.Module):
         """
         if self.emb_model is None:
             raise ValueError("this plug has no query encoder; encode queries with the history encoder")
-        hidden = self.emb_model(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state
-        return pool(hidden, mask_BL, self.config.query_pooling)
+        transformer, head = self.query_parts()
+        return head(transformer(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state, mask_BL)
+
+    def query_parts(self) -> tuple[nn.Module, Head]:
+        """The query encoder's transformer, and the head that makes a vector of its hidden states."""
+        assert self.emb_model is not None, "a plug with a query encoder"
+        if isinstance(self.emb_model, HeadedEncoder):
+            return self.emb_model.transformer, self.emb_model.head
+        return self.emb_model, partial(pool, pooling=self.config.query_pooling)
 
     def instruction(self) -> Tensor:
         """I, (1, H)."""
@@ -176,12 +188,18 @@ class PersonaPlug(nn.Module):
             ValueError: there is a folder that holds something else than a plug.
         """
         folder = Path(folder)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            own = tensor.detach().cpu().contiguous()
+            tied = any(own.data_ptr() == other.data_ptr() for other in state.values())  # T5's two names of its tokens
+            state[name] = own.clone() if tied else own
         with whole_folder(folder, PLUG_FILES) as draft:
             save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
             (draft / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
             if self.emb_model is not None:
-                self.emb_model.config.save_pretrained(draft / "query_encoder")
+                transformer, _ = self.query_parts()
+                transformer.config.architectures = [type(transformer).__name__]  # type: ignore[union-attr]
+                transformer.config.save_pretrained(draft / "query_encoder")  # type: ignore[union-attr,operator]
                 if tokenizer is not None:
                     tokenizer.save_pretrained(draft / "query_encoder")
         return folder
@@ -206,9 +224,9 @@ class PersonaPlug(nn.Module):
         config = PlugConfig.model_validate_json((folder / "config.json").read_text())
         query_encoder = None
         if queries and (folder / "query_encoder" / "config.json").is_file():
-            from transformers import AutoConfig, AutoModel
-
-            query_encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder / "query_encoder")).float()
+            query_encoder = bare_transformer(folder / "query_encoder")
+            if config.query_head is not None:
+                query_encoder = HeadedEncoder.of(query_encoder, config.query_head)
         plug = cls(config, query_encoder)
         try:
             weights = load_file(folder / "model.safetensors")

@@ -43,9 +43,10 @@ class RetrievalConfig(Settings):
     """Fraction of the budget that a long request may take; the items share the rest."""
     encoder: EncoderConfig = EncoderConfig()
     """Encoder of the refresh, whose vectors `dense` searches."""
-    query_prefix: str = ""
+    query_prefix: str | None = ""
     """Text that `dense` puts before a request's text, such as BGE's `Represent this sentence for searching relevant
-    passages:`."""
+    passages:`. The empty text stands for the encoder's own prompt for queries, where it has one; null puts nothing
+    before a request."""
 
 
 # --- which items ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from pipelines.__main__ import JOBS
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "ray", "vllm", "transformers", "deltalake"}
+HEAVY = {"torch", "ray", "vllm", "transformers", "sentence_transformers", "deltalake"}
 PACKAGES = ("pplug", "infra", "pipelines")
 ROOMS = {job.module.split(".")[1] for job in JOBS.values()}
 

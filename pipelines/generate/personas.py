@@ -31,7 +31,8 @@ class PersonaMaker:
         if self.plug.emb_model is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
             self.words = TextTokenizer(self.tokenizer)
-            self.forward = forward_of(self.plug.emb_model, self.dtype)
+            transformer, self.head = self.plug.query_parts()
+            self.forward = forward_of(transformer, self.dtype)
         with torch.inference_mode():
             self.instruction = self.plug.instruction().float().cpu().numpy()
 
@@ -101,7 +102,7 @@ class PersonaMaker:
         out = torch.empty(len(ids), config.encoder_dim, device=self.device)
         budget = default_batch_tokens(self.device, self.dtype, config.query_max_tokens)
         pad_id = tokenizer.pad_token_id or 0
-        encode_batches(ids, self.forward, config.query_pooling, pad_id, budget, self.device, out)
+        encode_batches(ids, self.forward, self.head, pad_id, budget, self.device, out)
         return out
 
 

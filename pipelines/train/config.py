@@ -21,11 +21,12 @@ class PlugShape(Settings):
     persona."""
     temperature: float = Field(1.0, gt=0)
     """Divisor of the likeness before the softmax; the paper uses 1."""
-    query_prefix: str = ""
-    """Text put before a query; BGE wants its own sentence here."""
+    query_prefix: str | None = ""
+    """Text put before a query; BGE wants its own sentence here. The empty text stands for the encoder's own prompt for
+    queries, where it has one; null puts nothing before a query."""
     query_max_tokens: int | None = Field(None, gt=0)
-    """Number of tokens at which a query is cut; default: encoder.max_tokens. Fewer are quicker, in training and in
-    generate."""
+    """Number of tokens at which a query is cut; default: encoder.max_tokens. The encoder's own max_seq_length counts
+    where it is lower. Fewer are quicker, in training and in generate."""
     persona_scale: float | None = Field(None, gt=0)
     """Factor of the persona rows; default: the mean norm of the LLM's token embeddings."""
     instruction_scale: float | None = Field(None, gt=0)

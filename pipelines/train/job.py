@@ -18,7 +18,6 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
 
 from infra import lease, session
 from infra.errors import InputError
@@ -34,10 +33,11 @@ from pipelines.tables import read_users
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples
 from pipelines.waves import each_bucket
-from pplug.encoder import encoder_id, pooling_of
+from pplug.encoder import encoder_id, query_limit, read_folder
+from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, held_out, run_epochs
 from pplug.folder import check_replaceable, whole_folder
-from pplug.identity import model_folder, short_id
+from pplug.identity import short_id
 from pplug.llm import FrozenLLM, llm_id, refuse_another
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
@@ -59,6 +59,8 @@ def _run(config: Config, run_id: str) -> int:
     rule = task.item_template(config.encoder.with_label)
     try:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
+        if config.encoder.own is None:
+            query_limit(read_folder(config.encoder), config.encoder, config.shape.query_max_tokens)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder or llm: {error}") from error
     blind = config.shape.without_history
@@ -300,28 +302,24 @@ def make_models(config: Config, identities: dict[str, Any], width: int | None = 
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
     """
     llm = FrozenLLM.load(config.llm)
-    shape, encoder, tokenizer, query_pooling = config.shape, None, None, "cls"
+    shape, encoder, tokenizer = config.shape, None, None
+    queries: dict[str, Any] = {
+        "encoder_dim": width,
+        "query_prefix": shape.query_prefix or "",
+        "query_max_tokens": shape.query_max_tokens or config.encoder.max_tokens,
+    }
     if width is None:
-        folder = model_folder(config.encoder.model, config.encoder.revision)
-        # On a CPU the fused attention's backward in bfloat16 is several times slower than plain products for short
-        # texts.
-        kind = "sdpa" if torch.cuda.is_available() else "eager"
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind)
-        width, query_pooling = encoder.config.hidden_size, pooling_of(folder, config.encoder.pooling)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens)
     attention = shape.aggregation == "attention" and not shape.without_history
     plug = PersonaPlug(
         PlugConfig(
-            encoder_dim=width,
             llm_dim=llm.dim,
             persona_tokens=shape.persona_tokens,
             aggregation=shape.aggregation,
             temperature=shape.temperature,
             persona_scale=shape.persona_scale or llm.embedding_norm,
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
-            query_pooling=query_pooling,
-            query_prefix=shape.query_prefix,
-            query_max_tokens=shape.query_max_tokens or config.encoder.max_tokens,
+            **queries,
             trained_without_history=shape.without_history,
             **identities,
         ),

@@ -129,7 +129,7 @@ class Retrieval(Part):
 
     def _vectors(self, texts: Sequence[str]) -> np.ndarray:
         assert self.encoder is not None, "a dense method needs the encoder"
-        return self.encoder.encode([self.config.query_prefix + text for text in texts])
+        return self.encoder.encode_queries(texts, self.config.query_prefix)
 
     def _find(
         self, kind: str, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: VisibleItems
