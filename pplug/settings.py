@@ -11,11 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 log = logging.getLogger(__name__)
 _warned: set[tuple[str, str]] = set()
+_ADDED = "added"
 
 
 def renamed(old: str, default: Any, **bounds: Any) -> Any:
     """A field that had the name `old` before, with pydantic's bounds such as `gt=0`."""
     return Field(default, serialization_alias=old, **bounds)
+
+
+def added(default: Any, **bounds: Any) -> Any:
+    """A field that came later, with pydantic's bounds: at its default it is left out of identities, which then stay."""
+    return Field(default, json_schema_extra={_ADDED: True}, **bounds)
 
 
 class Settings(BaseModel):
@@ -30,12 +36,22 @@ class Settings(BaseModel):
         return {info.serialization_alias: name for name, info in fields if info.serialization_alias is not None}
 
     def decisive(self, **choice: Any) -> dict[str, Any]:
-        """The values as JSON under the names that identities are computed with.
+        """The values as JSON under the names that identities are computed with, without `added` ones at their default.
 
         Args:
             choice: `include` or `exclude`, as for `model_dump`, by the fields' present names.
         """
-        return self.model_dump(mode="json", by_alias=True, **choice)
+        return self._without_defaults(self.model_dump(mode="json", by_alias=True, **choice))
+
+    def _without_defaults(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Takes the `added` fields at their default out of the dumped values, at any depth."""
+        for name, info in type(self).model_fields.items():
+            key, value, extra = info.serialization_alias or name, getattr(self, name), info.json_schema_extra
+            if isinstance(extra, dict) and extra.get(_ADDED) and value == info.get_default():
+                values.pop(key, None)
+            elif isinstance(value, Settings) and isinstance(values.get(key), dict):
+                values[key] = value._without_defaults(values[key])
+        return values
 
     @model_validator(mode="before")
     @classmethod

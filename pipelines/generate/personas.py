@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
+from pplug.items import UserItems
 from pplug.plain_text import TextTokenizer
-from pplug.plug import PersonaPlug
+from pplug.plug import PersonaPlug, ragged
 
 
 class PersonaMaker:
@@ -38,7 +39,7 @@ class PersonaMaker:
     def soft_prompts(
         self,
         queries: Sequence[str],
-        vectors: Sequence[np.ndarray | None],
+        items: Sequence[UserItems | None],
         stored: Sequence[np.ndarray | None],
         aggregation: str,
     ) -> tuple[list[np.ndarray], list[str]]:
@@ -46,18 +47,16 @@ class PersonaMaker:
 
         Args:
             queries: the requests' texts.
-            vectors: (n, D) of the items behind each persona; None where a stored one is given.
+            items: behind each persona; None where a stored one is given, or where there are none.
             stored: (P*H,) of a persona made before; all zeros stand for a user without an item.
         """
-        nothing = np.zeros((0, self.plug.config.encoder_dim), np.float32)
-        items = [nothing if own is None else own for own in vectors]
         personas = self._personas(queries, items, aggregation)
         out, kinds = [], []
         for own, ready, persona in zip(items, stored, personas, strict=True):
             if ready is not None and ready.any():
                 out.append(np.concatenate([self.instruction.ravel(), ready]))
                 kinds.append("mean")
-            elif len(own):
+            elif own is not None and len(own):
                 out.append(np.concatenate([self.instruction.ravel(), persona]))
                 kinds.append(aggregation)
             else:
@@ -65,21 +64,22 @@ class PersonaMaker:
                 kinds.append("none")
         return out, kinds
 
-    def _personas(self, queries: Sequence[str], items: Sequence[np.ndarray], aggregation: str) -> np.ndarray:
+    def _personas(self, queries: Sequence[str], items: Sequence[UserItems | None], aggregation: str) -> np.ndarray:
         """(B, P*H), zeros for a request without items."""
         config = self.plug.config
-        flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
-        if not len(flat):
-            return np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
-        owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
+        some = [place for place, own in enumerate(items) if own is not None and len(own)]
+        out = np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
+        if not some:
+            return out
         x = None
         if aggregation == "attention" and self.tokenizer is not None:
-            x = self._queries(queries)
+            x = self._queries(queries)[some]
+        known = [own for place in some if (own := items[place]) is not None]
+        vectors, owner, facts = ragged(known, config.encoder_dim, self.device)
         with torch.inference_mode():
-            built = self.plug.personas(
-                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(items), x
-            )
-        return built.flatten(1).float().cpu().numpy()
+            built = self.plug.personas(vectors, owner, len(some), x, facts)
+        out[some] = built.flatten(1).float().cpu().numpy()
+        return out
 
     def read_ahead(self, texts: Sequence[str]) -> None:
         """Encodes the queries of requests to come; they replace those it was given before."""
