@@ -67,19 +67,17 @@ class PersonaMaker:
     def _personas(self, queries: Sequence[str], items: Sequence[UserItems | None], aggregation: str) -> np.ndarray:
         """(B, P*H), zeros for a request without items."""
         config = self.plug.config
-        some = [place for place, own in enumerate(items) if own is not None and len(own)]
-        out = np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
-        if not some:
-            return out
+        known = [own for own in items if own is not None and len(own)]
+        if not known:
+            return np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
+        nothing = known[0].take(np.arange(0))
         x = None
         if aggregation == "attention" and self.tokenizer is not None:
-            x = self._queries(queries)[some]
-        known = [own for place in some if (own := items[place]) is not None]
-        vectors, owner, facts = ragged(known, config.encoder_dim, self.device)
+            x = self._queries(queries)
+        vectors, owner, facts = ragged([own or nothing for own in items], config.encoder_dim, self.device)
         with torch.inference_mode():
-            built = self.plug.personas(vectors, owner, len(some), x, facts)
-        out[some] = built.flatten(1).float().cpu().numpy()
-        return out
+            built = self.plug.personas(vectors, owner, len(items), x, facts)
+        return built.flatten(1).float().cpu().numpy()
 
     def read_ahead(self, texts: Sequence[str]) -> None:
         """Encodes the queries of requests to come; they replace those it was given before."""

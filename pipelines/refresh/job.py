@@ -19,17 +19,17 @@ from pipelines.refresh.increment import RETRIED, SETTLED, Late, Since, retried, 
 from pipelines.run import CpuShare, begin
 from pplug.encoder import encoder_id
 
+if TYPE_CHECKING:
+    from infra.snapshot import Snapshot
+    from infra.table import Table
+    from pplug.tasks import TaskSpec
+
 MISSED = {
     "items_without_label": "items of users with new personas have none of the plug's labels: they count with the value "
     "that it has learned for such items",
     "users_without_times": "users with new personas have an item without a time: the order of their items alone counts",
 }
-"""What a plug may miss of the items, and what it does then."""
-
-if TYPE_CHECKING:
-    from infra.snapshot import Snapshot
-    from infra.table import Table
-    from pplug.tasks import TaskSpec
+"""Facts that a plug may miss of items, by the name of their count, and the words for it."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class PrepareSamples:
                 if len(seen):
                     start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
                     missing += len(seen) - (stop - start)
-                    untimed += users.occurred_at[user] is None
+                    untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
             rows.append(
                 {

@@ -96,7 +96,7 @@ class Plug(Part):
         as_stored = aggregation == "mean" and part.name not in NOT_OF_THE_USER
         items: list[UserItems | None] = []  # behind each persona; None: the stored one will do, or there are none
         stored: list[np.ndarray | None] = []
-        by_request = aggregation == "attention"
+        by_request = aggregation == self.maker.plug.config.aggregation == "attention"
         for request in drafts.requests:
             stored.append(self._stored.persona(request) if as_stored else None)
             own = None if stored[-1] is not None else self._items(part, request, self._view.items, by_request)
