@@ -32,7 +32,7 @@ class PlugShape(Settings):
     """Factor of the instruction row; default: the mean norm of the LLM's token embeddings."""
     without_history: bool = False
     """True trains a soft prompt, the control that shows how much of a gain is the task (method plug:soft-prompt). No
-    vectors are read; the encoder only decides how wide the plug is. The keys below then change nothing but `hidden`."""
+    vectors are read; the encoder only decides how wide the plug is. Parts of the shape that read items are left out."""
     label_values: bool = added(False)
     """True adds an embedding of each item's label to the persona, made of the LLM's own token embeddings. Items whose
     label is missing or unknown share a learned value. It needs a task with `target` and `labels`."""
