@@ -288,7 +288,8 @@ def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
         plugs.append(load_file(world.root / "runs" / f"workers-{workers}" / "plug" / "model.safetensors"))
     one, two = plugs
     assert {"label_values.vectors", "center.mean", "item_weights.age"} <= one.keys()
-    for name in one:
+    # a softmax over keys does not change with their bias: its gradient is rounding alone, which AdamW makes steps of
+    for name in (name for name in one if not name.endswith("attention.self.key.bias")):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
     plug = PersonaPlug.from_pretrained(world.root / "runs" / "workers-1" / "plug")
     llm, task = FrozenLLM.load(world.llm), load(str(world.files["task"]))
