@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pplug import history
+from pplug.items import NO_LABEL, LabelSet, UserItems
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Histories:
     fields: pa.Array | None
     vector_row: np.ndarray
     vectors: np.ndarray
+    label_row: np.ndarray | None = None
+    """Row of each item's label among those of a plug, (T,); None where labels were not read (`with_labels`)."""
 
     def user(self, user_id: str) -> int | None:
         """Row of a user; None when the user has no item."""
@@ -74,6 +77,52 @@ class Histories:
         vector_row = np.full(len(self.text_hash), -1, np.int64)
         vector_row[wanted] = found
         return dataclasses.replace(self, vector_row=vector_row, vectors=vectors)
+
+    def with_labels(self, histories: Snapshot, bucket: int, known: LabelSet, rows: np.ndarray | None = None) -> Self:
+        """The same users, the items in `rows` (all when None) beside their labels.
+
+        The texts around a label are read some row groups at a time, and kept no longer.
+        """
+        wanted = np.arange(len(self.text_hash)) if rows is None else rows
+        distinct = self.text_hash.take(pa.array(wanted)).dictionary_encode()
+        owner = np.searchsorted(self.starts, wanted, side="right") - 1
+        users = None if rows is None else np.unique(np.asarray(self.user_keys)[owner]).tolist()
+        label_of = np.full(len(distinct.dictionary), NO_LABEL, np.int64)  # the hash covers the label
+        for table in histories.of_users(["user_key", "text_hash", "fields"], bucket, users):
+            at = pc.index_in(table["text_hash"], value_set=distinct.dictionary)
+            hit = np.flatnonzero(pc.is_valid(at).to_numpy(zero_copy_only=False))
+            if len(hit):
+                label_of[at.take(pa.array(hit)).to_numpy()] = known.rows(table["fields"].take(pa.array(hit)))
+        label_row = np.full(len(self.text_hash), NO_LABEL, np.int64)
+        label_row[wanted] = label_of[distinct.indices.to_numpy()]
+        return dataclasses.replace(self, label_row=label_row)
+
+    @property
+    def times(self) -> np.ndarray:
+        """Time of each item, (T,) int64 microseconds; history.NO_TIME for all items of an untimed user."""
+        cached = self.__dict__.get("_times_cache")
+        if cached is None:
+            cached = np.full(len(self.text_hash), history.NO_TIME, np.int64)
+            for own, start, stop in zip(self.occurred_at, self.starts[:-1], self.starts[1:], strict=True):
+                if own is not None:
+                    cached[start:stop] = own
+            object.__setattr__(self, "_times_cache", cached)
+        return cached
+
+    def items(self, rows: np.ndarray, as_of: int | None = None) -> UserItems:
+        """One user's items in `rows` that have a vector, with their labels, and their ages at `as_of`.
+
+        Args:
+            as_of: microseconds; None, or a time before the newest of these items, stands for the time of that item.
+        """
+        rows = rows[self.vector_row[rows] >= 0]
+        times = self.times[rows]
+        reference = max(times[-1] if len(times) else history.NO_TIME, history.NO_TIME if as_of is None else as_of)
+        return UserItems(
+            self.vectors[self.vector_row[rows]],
+            None if self.label_row is None else self.label_row[rows],
+            history.age_days(times, reference),
+        )
 
     def with_vector(self, rows: np.ndarray) -> np.ndarray:
         """Returns the rows whose item has a vector, as rows of `vectors`."""

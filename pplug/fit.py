@@ -16,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
+from pplug.items import UserItems
 from pplug.schedule import rate
 from pplug.settings import Settings, renamed
 
@@ -67,14 +69,22 @@ class Samples:
     owners: Sequence[str]
     spans: np.ndarray
     shards: Sequence[np.ndarray]
+    facts: Sequence[np.ndarray] | None = None
+    """Per shard (V, 2) int64: row of each item's label, and its time in microseconds (history.NO_TIME: none)."""
+    as_of: np.ndarray | None = None
+    """(N,) int64, time at which the items' ages count; where it is before the newest item's, that one's counts."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def items(self, index: int) -> np.ndarray:
-        """(n, D), 16 or 32 bits, memory-mapped."""
+    def items(self, index: int) -> UserItems:
+        """Vectors in 16 or 32 bits, memory-mapped; labels and ages where the samples have any."""
         shard, start, stop = self.spans[index]
-        return self.shards[shard][start:stop]
+        vectors = self.shards[shard][start:stop]
+        if self.facts is None or self.as_of is None:
+            return UserItems(vectors)
+        labels, times = self.facts[shard][start:stop].T
+        return UserItems(vectors, labels, age_days(times, max(self.as_of[index], times.max(initial=NO_TIME))))
 
     def lengths(self) -> np.ndarray:
         """Tokens of prompt and target."""
@@ -170,22 +180,23 @@ class Fitter:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         import torch
 
+        from pplug.plug import ragged
+
         config, plug = self.config, self.plug.config
-        users = len(indices)
-        items, owner = [], []
-        for row, index in enumerate(indices):
-            vectors = samples.items(index).reshape(-1, plug.encoder_dim)  # a shard without any vector has no width
+        items = []
+        for index in indices:
+            own = samples.items(index)
             if plug.trained_without_history:
-                vectors = vectors[:0]
+                own = own.take(np.arange(0))
             elif epoch is not None:
-                vectors = vectors[kept_items(len(vectors), config, epoch, int(index))]
-            items.append(vectors)
-            owner.append(np.full(len(vectors), row))
-        items_TD = torch.from_numpy(np.concatenate(items).astype(np.float32)).to(self.device)
-        owner_T = torch.from_numpy(np.concatenate(owner)).to(self.device)
+                own = own.take(kept_items(len(own), config, epoch, int(index)))
+            items.append(own)
+        items_TD, owner_T, facts = ragged(items, plug.encoder_dim, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = self.plug.forward_ragged(items_TD, owner_T, users, self.query_vectors(samples, indices))
-        counts = [1 + plug.persona_tokens * bool(len(v)) for v in items]
+            rows = self.plug.forward_ragged(
+                items_TD, owner_T, len(indices), self.query_vectors(samples, indices), facts
+            )
+        counts = [1 + plug.persona_tokens * bool(len(own)) for own in items]
         return rows, counts
 
     def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:

@@ -18,6 +18,9 @@ import pyarrow as pa
 from pplug.tasks import TaskSpec, fill
 
 HASH_BYTES = 16
+NO_TIME = np.iinfo(np.int64).min
+"""Time of an item of an untimed user, where times stand in an array."""
+DAY_US = 86_400_000_000
 _quoted = json.encoder.encode_basestring_ascii
 
 
@@ -63,23 +66,39 @@ def item_text(fields: Mapping[str, str], task: TaskSpec, with_label: bool = True
     return fill(task.item_template(with_label), fields, task.name).strip()
 
 
-def history_hash(text_hashes: Iterable[str]) -> str:
-    """Hash of a whole history, given its text hashes oldest first: changes when an item or the order does."""
+def history_hash(text_hashes: Iterable[str], times: Iterable[int] | None = None) -> str:
+    """Hash of a whole history, given its text hashes oldest first: changes when an item or the order does.
+
+    Args:
+        times: microseconds of each item, or NO_TIME; given where a change of times alone makes another persona.
+    """
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    for one in text_hashes:
-        digest.update(one.encode("ascii") + b"\n")
+    for line in text_hashes if times is None else map(_with_time, text_hashes, times):
+        digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()
 
 
-def history_hashes(text_hashes: pa.Array, starts: np.ndarray, stops: np.ndarray) -> list[str]:
+def _with_time(text_hash: str, time: int) -> str:
+    return f"{text_hash} {time:020d}"
+
+
+def history_hashes(
+    text_hashes: pa.Array, starts: np.ndarray, stops: np.ndarray, times: np.ndarray | None = None
+) -> list[str]:
     """`history_hash` of many users at once: items start to stop of each, over one array of text hashes.
 
-    A hash has a fixed length, so that each user's lines are one slice of one buffer: 1 us per user instead of one per
+    A line has a fixed length, so that each user's lines are one slice of one buffer: 1 us per user instead of one per
     item.
+
+    Args:
+        times: (T,) int64, or None, as for `history_hash`.
     """
     if not len(text_hashes):
         return [history_hash(()) for _ in starts]
-    lines = memoryview("\n".join([*text_hashes.to_pylist(), ""]).encode("ascii"))
+    all_lines = text_hashes.to_pylist()
+    if times is not None:
+        all_lines = list(map(_with_time, all_lines, times.tolist()))
+    lines = memoryview("\n".join([*all_lines, ""]).encode("ascii"))
     width = len(lines) // len(text_hashes)
     return [
         hashlib.blake2b(lines[start * width : stop * width], digest_size=HASH_BYTES).hexdigest()
@@ -146,6 +165,18 @@ def is_visible(occurred_at: int | None, position: int, as_of: int | None, as_of_
     """
     times = None if occurred_at is None else np.array([occurred_at], np.int64)
     return visible_count(times, np.array([position], np.int64), as_of, as_of_position) == 1
+
+
+def age_days(times: np.ndarray, reference: np.ndarray | int) -> np.ndarray:
+    """Days from each item to its reference, (T,) float32; 0 for an item that is later, or that has no time.
+
+    Args:
+        times: (T,) int64 microseconds, or NO_TIME.
+        reference: microseconds, one for all items or one for each.
+    """
+    timed = times != NO_TIME
+    known = np.where(timed, times, 0)
+    return (np.where(timed, np.maximum(reference, known) - known, 0) / DAY_US).astype(np.float32)
 
 
 def newest(count: int, cap: int) -> slice:

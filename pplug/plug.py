@@ -3,33 +3,45 @@
 Route: items (N, D) + query (D,) -> weights (N,) -> weighted sum of GELU(W1 h + b1) -> W2 . + b2 -> persona (P, H),
 behind one trained instruction row: (1+P, H). Only this module is trained; history encoder and LLM stay frozen.
 Shapes: B users, N items (padded), T items of all users (ragged), D encoder width, P persona tokens, H LLM width,
-F = P*H width of the projector.
+F hidden width of the projector (P*H in the paper), W weightings of the items (1 in the paper, else P).
 
 The projector does not see the query and the weights of a user sum to 1, so its last Linear leaves the sum and runs
 once per user instead of once per item: sum_i w_i (W2 g_i + b2) = W2 (sum_i w_i g_i) + b2.
 
+That is the paper's form, which the defaults of `PlugConfig` make. Beyond it stand the parts in `plug_parts.py`.
+
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 3-4, and the authors' code (parameter names).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pplug.encoder import pool
 from pplug.encoder_folder import HeadConfig
 from pplug.encoder_head import Head, HeadedEncoder, bare_transformer
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
+from pplug.items import LabelSet, UserItems
+from pplug.plug_parts import Center, ItemWeights, LabelValues, projector
 from pplug.settings import Settings
 
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "llm.json")
 """Names in a plug folder."""
+
+
+def _beyond(default: Any, **bounds: Any) -> Any:
+    """A field of a part that the paper's form does not have: at its default it is not written, so that a plug of that
+    form keeps its folder, and so its identity."""
+    return Field(default, exclude_if=lambda value: value == default, **bounds)
 
 
 class PlugConfig(Settings):
@@ -65,30 +77,100 @@ class PlugConfig(Settings):
     """LLM and prompt layout it was trained for; others are refused."""
     trained_without_history: bool = False
     """True for a soft prompt, the control that shows how much of a gain is the task and not the user."""
+    labels: tuple[str, ...] = _beyond(())
+    """Labels whose embeddings items add to a persona; none in the paper."""
+    label_field: str | None = _beyond(None)
+    """Field that holds an item's label, where there are `labels`."""
+    recency: Literal["none", "position", "time"] = _beyond("none")
+    """Learned weights of an item's age, beside its likeness. none: as in the paper; position: log of the place counted
+    from the newest item; time: position, and log of the days."""
+    center: Literal["none", "users"] = _beyond("none")
+    """Vector that is subtracted from an item's before the projector. none: as in the paper; users: the mean over the
+    users of the training."""
+    token_attention: Literal["shared", "own"] = _beyond("shared")
+    """Weights of the items per persona token. shared: all tokens have the same, as in the paper; own: each token has
+    a learned query of its own."""
+    hidden: int | None = _beyond(None, gt=0)
+    """F, hidden width of the projectors; None: that of their output, as in the paper."""
+
+    @model_validator(mode="after")
+    def _labels_have_a_field(self) -> Self:
+        if bool(self.labels) != (self.label_field is not None):
+            raise ValueError(f"labels={list(self.labels)[:3]} and label_field={self.label_field} belong together")
+        return self
+
+    @property
+    def label_set(self) -> LabelSet | None:
+        """The labels that items are read for; None for a plug without label values."""
+        return None if self.label_field is None else LabelSet(self.label_field, self.labels)
+
+    @property
+    def uses_times(self) -> bool:
+        """True if the times of the items decide a persona."""
+        return self.recency == "time"
 
 
-def _projector(d_in: int, d_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out))
+class ItemFacts(NamedTuple):
+    """Facts about items beside their vectors; a plug that uses them refuses to go without."""
+
+    labels_T: Tensor | None = None
+    """Row of each item's label among the plug's, int64; below 0: no label."""
+    days_T: Tensor | None = None
+    """Age of each item in days; zeros for all items of a user whose times are not known."""
 
 
-def segment_softmax(scores_T: Tensor, owner_T: Tensor, users: int) -> Tensor:
-    """Softmax within each owner's entries, (T,) float32. An owner without entries adds nothing."""
-    highest = scores_T.new_full((users,), -torch.inf).scatter_reduce(0, owner_T, scores_T.detach(), "amax")
-    exp = torch.exp(scores_T - highest[owner_T])
-    total = exp.new_zeros(users).index_add(0, owner_T, exp)
-    return exp / total[owner_T]
+NO_FACTS = ItemFacts()
+
+
+def _sums(values_TF: Tensor, owner_T: Tensor, users: int) -> Tensor:
+    """Sum over each user's items, (B, F)."""
+    return values_TF.new_zeros(users, values_TF.shape[-1]).index_add(0, owner_T, values_TF)
+
+
+def ragged(items: Sequence[UserItems], dim: int, device: Any) -> tuple[Tensor, Tensor, ItemFacts]:
+    """Items of several users as `PersonaPlug.personas` takes them: vectors (T, D) float32, owners (T,), and facts.
+
+    Args:
+        dim: D; the vectors of a user without any may have no width.
+    """
+    vectors = np.concatenate([own.vectors.reshape(-1, dim) for own in items])
+    owners = np.repeat(np.arange(len(items)), [len(own) for own in items])
+    labels, days = _joined([own.labels for own in items]), _joined([own.days for own in items])
+
+    def on_device(values: np.ndarray | None, kind: type) -> Any:
+        return None if values is None else torch.from_numpy(values.astype(kind)).to(device)
+
+    facts = ItemFacts(on_device(labels, np.int64), on_device(days, np.float32))
+    return on_device(vectors, np.float32), on_device(owners, np.int64), facts
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 class PersonaPlug(nn.Module):
-    """One plug serves all users. Parameter names are the authors' (`inst_token`, `align_mlp`, `align_mlp_inst`)."""
+    """One plug serves all users. In the paper's form, parameter names are the authors' (`inst_token`, `align_mlp`,
+    `align_mlp_inst`)."""
 
     def __init__(self, config: PlugConfig, query_encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        width = config.persona_tokens * config.llm_dim
+        tokens, width = config.persona_tokens, config.persona_tokens * config.llm_dim
         self.inst_token = nn.Parameter(torch.rand(1, config.encoder_dim))
-        self.align_mlp_inst = _projector(config.encoder_dim, config.llm_dim)
-        self.align_mlp = _projector(config.encoder_dim, width)
+        self.align_mlp_inst = projector(config.encoder_dim, config.hidden or config.llm_dim, config.llm_dim)
+        self.align_mlp = projector(config.encoder_dim, config.hidden or width, width)
+        self.item_weights = ItemWeights(
+            config.encoder_dim,
+            tokens,
+            own=config.token_attention == "own",
+            by_query=config.aggregation == "attention",
+            ages={"none": 0, "position": 1, "time": 2}[config.recency],
+            temperature=config.temperature,
+        )
+        self.center = Center(config.encoder_dim) if config.center == "users" else None
+        labels = len(config.labels)
+        self.label_values = LabelValues(labels, config.llm_dim, tokens, config.hidden) if labels else None
         self.emb_model = query_encoder
         if query_encoder is not None:
             for name, parameter in query_encoder.named_parameters():
@@ -119,21 +201,57 @@ class PersonaPlug(nn.Module):
         """I, (1, H)."""
         return self.config.instruction_scale * self.align_mlp_inst(self.inst_token).view(1, self.config.llm_dim)
 
-    def personas(self, items_TD: Tensor, owner_T: Tensor, users: int, query_BD: Tensor | None = None) -> Tensor:
+    def personas(
+        self,
+        items_TD: Tensor,
+        owner_T: Tensor,
+        users: int,
+        query_BD: Tensor | None = None,
+        facts: ItemFacts = NO_FACTS,
+    ) -> Tensor:
         """Persona rows of ragged histories.
 
         Args:
-            items_TD: L2-normalised vectors of all users' items, one after another.
+            items_TD: L2-normalised vectors of all users' items, one user after another, oldest first.
             owner_T: int64, which user an item belongs to (0 .. users-1).
             users: B.
-            query_BD: L2-normalised query vectors; None weighs every item alike.
+            query_BD: L2-normalised query vectors; None leaves likeness out: items then weigh alike, or by their age and
+                the tokens' own queries where the plug has these.
+            facts: labels and ages of the items, for a plug that uses them.
 
         Returns:
             (B, P, H) float32; zeros for a user without an item.
 
         Raises:
-            ValueError: items or queries have another width than the plug was made for.
+            ValueError: items or queries have another width than the plug was made for, or facts are missing.
         """
+        config = self.config
+        self._check(items_TD, query_BD, facts)
+        counts = torch.zeros(users, device=items_TD.device).index_add(0, owner_T, torch.ones_like(owner_T).float())
+        asked_BD = query_BD if config.aggregation == "attention" else None
+        weights_TW = self.item_weights(items_TD, owner_T, counts, asked_BD, facts.days_T)
+        first, gelu, last = self.align_mlp
+        hidden_TF = gelu(first(items_TD if self.center is None else self.center(items_TD)))
+        # one weighting at a time: (T, W, F) of all of them would not fit where F is wide
+        sums_BF = [
+            _sums(hidden_TF * one_T1.to(items_TD.dtype), owner_T, users) for one_T1 in weights_TW.split(1, dim=1)
+        ]
+        persona_BPH = config.persona_scale * self._last(last, sums_BF).float()
+        if self.label_values is not None:
+            added_BPH = self.label_values(weights_TW, owner_T, users, facts.labels_T)
+            persona_BPH = persona_BPH + config.persona_scale * added_BPH.float()
+        # multiplied, not masked in place: every parameter keeps a gradient (zero) in a batch without any history
+        return persona_BPH * (counts > 0).view(users, 1, 1)
+
+    def _last(self, last: Any, sums_BF: list[Tensor]) -> Tensor:
+        """The projector's last layer: of one sum for all persona tokens, or of each token's own. (B, P, H)."""
+        tokens, width = self.config.persona_tokens, self.config.llm_dim
+        if len(sums_BF) == 1:
+            return last(sums_BF[0]).view(-1, tokens, width)
+        parts = zip(sums_BF, last.weight.view(tokens, width, -1), last.bias.view(tokens, width), strict=True)
+        return torch.stack([F.linear(sum_BF, weight, bias) for sum_BF, weight, bias in parts], dim=1)
+
+    def _check(self, items_TD: Tensor, query_BD: Tensor | None, facts: ItemFacts) -> None:
         config = self.config
         for name, tensor in (("items", items_TD), ("query", query_BD)):
             if tensor is not None and tensor.shape[-1] != config.encoder_dim:
@@ -141,41 +259,59 @@ class PersonaPlug(nn.Module):
                     f"{name} have width {tensor.shape[-1]}, but the plug was made for width {config.encoder_dim} "
                     f"(encoder {config.encoder_id}); refresh with that encoder or train a new plug"
                 )
-        counts = torch.zeros(users, device=items_TD.device).index_add(0, owner_T, torch.ones_like(owner_T).float())
-        if query_BD is None or config.aggregation == "mean":
-            weights_T = 1.0 / counts[owner_T]
-        else:
-            scores_T = (items_TD.float() * query_BD.float()[owner_T]).sum(-1) / config.temperature
-            weights_T = segment_softmax(scores_T, owner_T, users)
-        first, gelu, last = self.align_mlp
-        hidden_TF = gelu(first(items_TD)) * weights_T.unsqueeze(-1).to(items_TD.dtype)
-        hidden_BF = hidden_TF.new_zeros(users, hidden_TF.shape[-1]).index_add(0, owner_T, hidden_TF)
-        persona_BF = config.persona_scale * last(hidden_BF).float()
-        # multiplied, not masked in place: every parameter keeps a gradient (zero) in a batch without any history
-        persona_BF = persona_BF * (counts > 0).unsqueeze(-1)
-        return persona_BF.view(users, config.persona_tokens, config.llm_dim)
+        if config.labels and facts.labels_T is None:
+            raise ValueError(
+                "this plug adds the items' labels to a persona; give the row of each item's label in its config's "
+                "labels, -1 for an item without one"
+            )
+        if config.uses_times and facts.days_T is None:
+            raise ValueError(
+                "this plug weighs items by their age; give each item's age in days, zeros where times are not known"
+            )
 
-    def forward_ragged(self, items_TD: Tensor, owner_T: Tensor, users: int, query_BD: Tensor | None) -> Tensor:
+    def forward_ragged(
+        self,
+        items_TD: Tensor,
+        owner_T: Tensor,
+        users: int,
+        query_BD: Tensor | None,
+        facts: ItemFacts = NO_FACTS,
+    ) -> Tensor:
         """(B, 1+P, H) float32: the instruction row, then the persona rows."""
-        persona_BPH = self.personas(items_TD, owner_T, users, query_BD)
+        persona_BPH = self.personas(items_TD, owner_T, users, query_BD, facts)
         return torch.cat([self.instruction().float().expand(users, 1, -1), persona_BPH], dim=1)
 
-    def forward(self, items: Tensor, mask: Tensor, query: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        items: Tensor,
+        mask: Tensor,
+        query: Tensor | None,
+        labels: Tensor | None = None,
+        days: Tensor | None = None,
+    ) -> Tensor:
         """Persona rows of padded histories ([1], eq. 3-4).
 
         Args:
-            items: (B, N, D), L2-normalised; padded rows may hold any value.
+            items: (B, N, D), L2-normalised, oldest first; padded rows may hold any value.
             mask: (B, N) bool, True where an item is real.
-            query: (B, D), L2-normalised; None weighs every item alike.
+            query: (B, D), L2-normalised; None leaves likeness out.
+            labels: (B, N) int64, row of each item's label in the config's labels, -1 for none.
+            days: (B, N), age of each item in days.
 
         Returns:
             (B, 1+P, H) float32: row 0 the instruction, then the persona, zeros for a user without an item.
 
         Raises:
-            ValueError: another width than the plug was made for.
+            ValueError: another width than the plug was made for, or it needs labels or days.
         """
         owner_T = mask.nonzero()[:, 0]
-        return self.forward_ragged(items[mask], owner_T, len(items), query)
+        facts = ItemFacts(None if labels is None else labels[mask], None if days is None else days[mask])
+        return self.forward_ragged(items[mask], owner_T, len(items), query, facts)
+
+    def set_label_vectors(self, vectors_LH: Tensor) -> None:
+        """Stores the labels' embeddings by the LLM (`plug_parts.label_vectors`), which are not trained."""
+        assert self.label_values is not None, "only a plug with labels has a place for them"
+        self.label_values.vectors.copy_(vectors_LH / self.config.persona_scale)
 
     # --- the folder ----------------------------------------------------------------------------------------------
 

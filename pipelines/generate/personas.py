@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
+from pplug.items import UserItems
 from pplug.plain_text import TextTokenizer
-from pplug.plug import PersonaPlug
+from pplug.plug import PersonaPlug, ragged
 
 
 class PersonaMaker:
@@ -39,7 +40,7 @@ class PersonaMaker:
     def soft_prompts(
         self,
         queries: Sequence[str],
-        vectors: Sequence[np.ndarray | None],
+        items: Sequence[UserItems | None],
         stored: Sequence[np.ndarray | None],
         aggregation: str,
     ) -> tuple[list[np.ndarray], list[str]]:
@@ -47,18 +48,16 @@ class PersonaMaker:
 
         Args:
             queries: the requests' texts.
-            vectors: (n, D) of the items behind each persona; None where a stored one is given.
+            items: behind each persona; None where a stored one is given, or where there are none.
             stored: (P*H,) of a persona made before; all zeros stand for a user without an item.
         """
-        nothing = np.zeros((0, self.plug.config.encoder_dim), np.float32)
-        items = [nothing if own is None else own for own in vectors]
         personas = self._personas(queries, items, aggregation)
         out, kinds = [], []
         for own, ready, persona in zip(items, stored, personas, strict=True):
             if ready is not None and ready.any():
                 out.append(np.concatenate([self.instruction.ravel(), ready]))
                 kinds.append("mean")
-            elif len(own):
+            elif own is not None and len(own):
                 out.append(np.concatenate([self.instruction.ravel(), persona]))
                 kinds.append(aggregation)
             else:
@@ -66,20 +65,19 @@ class PersonaMaker:
                 kinds.append("none")
         return out, kinds
 
-    def _personas(self, queries: Sequence[str], items: Sequence[np.ndarray], aggregation: str) -> np.ndarray:
+    def _personas(self, queries: Sequence[str], items: Sequence[UserItems | None], aggregation: str) -> np.ndarray:
         """(B, P*H), zeros for a request without items."""
         config = self.plug.config
-        flat = np.concatenate([vectors.reshape(-1, config.encoder_dim) for vectors in items])
-        if not len(flat):
+        known = [own for own in items if own is not None and len(own)]
+        if not known:
             return np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
-        owner = np.repeat(np.arange(len(items)), [len(vectors) for vectors in items])
+        nothing = known[0].take(np.arange(0))
         x = None
         if aggregation == "attention" and self.tokenizer is not None:
             x = self._queries(queries)
+        vectors, owner, facts = ragged([own or nothing for own in items], config.encoder_dim, self.device)
         with torch.inference_mode():
-            built = self.plug.personas(
-                torch.from_numpy(flat).to(self.device), torch.from_numpy(owner).to(self.device), len(items), x
-            )
+            built = self.plug.personas(vectors, owner, len(items), x, facts)
         return built.flatten(1).float().cpu().numpy()
 
     def read_ahead(self, texts: Sequence[str]) -> None:

@@ -48,6 +48,7 @@ NOTES = {
     "adapter_not_used": "the user's adapter was made from items that the request may not see",
     "profile_not_used": "the user's profile was made from items that the request may not see",
     "persona_made_anew": "the stored persona was made from another history, or from another number of newest items",
+    "items_without_time": "the plug weighs items by their age, and the user's have no times: their order alone counted",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
     "thinking_cut": "the model thought aloud; its thoughts were cut from the reply",
     "thinking_unfinished": "the model thought until decoding.max_tokens, so the reply is empty",
@@ -116,6 +117,7 @@ class BuildPrompts:
                 self.max_items,
                 others=any(one.others for one in needs),
                 with_fields=any(one.fields for one in needs),
+                labels=next((one.labels for one in needs if one.labels is not None), None),
             )
         encoder_id = None if self.embeddings is None else self.embeddings.metadata.get("encoder_id")
         return BucketView(bucket, requests, keys, items, encoder_id)

@@ -1,7 +1,4 @@
-"""The items of a bucket's users that each request may see, and another person's items for a control.
-
-Shapes: D encoder width.
-"""
+"""The items of a bucket's users that each request may see, and another person's items for a control."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from infra.snapshot import Snapshot
-from pipelines.histories import Histories, read_bucket
+from pipelines.histories import Histories, read_bucket, to_us
 from pplug.controls import drawn_for
+from pplug.history import NO_TIME
+from pplug.items import LabelSet, UserItems
 
 
 class VisibleItems:
@@ -28,10 +27,16 @@ class VisibleItems:
         *,
         others: bool,
         with_fields: bool,
+        labels: LabelSet | None = None,
     ) -> None:
-        """`keys`: of the requests' users; `others`: another user's items will be asked for, so that all are read."""
+        """`keys`: of the requests' users; `others`: another user's items will be asked for, so that all are read;
+        `labels`: of a plug that adds them to a persona."""
         theirs = None if others else keys
         self.own = read_bucket(histories, embeddings, bucket, with_fields=with_fields, user_keys=theirs)
+        self._labels = labels
+        if labels is not None:
+            rows = None if others else np.arange(len(self.own.text_hash))
+            self.own = self.own.with_labels(histories, bucket, labels, rows)
         self.max_items = max_items
         self._source, self._bucket = (histories, embeddings), bucket
         self._others: Histories | None = None
@@ -48,17 +53,31 @@ class VisibleItems:
         """Text hashes of the items the request may see, oldest first."""
         return self.own.text_hash.take(pa.array(self.rows(request))).to_pylist()
 
-    def vectors(self, request: Mapping[str, Any]) -> np.ndarray:
-        """(n, D) vectors of the items the request may see."""
-        return self.own.vectors[self.own.with_vector(self.rows(request))]
+    def times(self, request: Mapping[str, Any]) -> list[int]:
+        """Times of the items the request may see, oldest first."""
+        return self.own.times[self.rows(request)].tolist()
+
+    def items(self, request: Mapping[str, Any], by_request: bool) -> UserItems:
+        """The items the request may see that have a vector, aged at the request's time.
+
+        Args:
+            by_request: False for a persona that depends on the user alone: ages then count from the newest item.
+        """
+        return self.own.items(self.rows(request), to_us(request["as_of"]) if by_request else None)
+
+    def lacks_times(self, request: Mapping[str, Any]) -> bool:
+        """Returns whether the user is untimed: an item has no time, so that none counts."""
+        rows = self.rows(request)
+        return bool(len(rows)) and bool((self.own.times[rows] == NO_TIME).any())
 
     def lacks_vectors(self, request: Mapping[str, Any]) -> bool:
         """Returns whether an item that the request may see has no vector yet."""
         rows = self.rows(request)
         return len(self.own.with_vector(rows)) < len(rows)
 
-    def of_another(self, request: Mapping[str, Any]) -> np.ndarray:
-        """(n, D) vectors of another person's items: drawn by the user's hash, so that every run draws alike."""
+    def of_another(self, request: Mapping[str, Any], by_request: bool) -> UserItems:
+        """Another person's items, with that person's labels and times: drawn by the user's hash, so that every run
+        draws alike. `by_request`: as in `items`."""
         owner = request["owner_id"]
         pool = self.own
         choice = self._other_people(pool, request["user_id"], owner)
@@ -66,9 +85,9 @@ class VisibleItems:
             pool = self._next_bucket()
             choice = self._other_people(pool, request["user_id"], owner)
         if not choice:
-            return pool.vectors[:0]
-        user = drawn_for(owner, choice)
-        return pool.vectors[pool.with_vector(pool.visible(user, None, None, self.max_items))]
+            return pool.items(np.zeros(0, np.int64))
+        rows = pool.visible(drawn_for(owner, choice), None, None, self.max_items)
+        return pool.items(rows, to_us(request["as_of"]) if by_request else None)
 
     def _other_people(self, pool: Histories, user_id: str, owner: str) -> list[int]:
         return [
@@ -83,4 +102,6 @@ class VisibleItems:
             filled = sorted(histories.by_bucket())
             later = [bucket for bucket in filled if bucket > self._bucket] + filled
             self._others = read_bucket(histories, embeddings, later[0])
+            if self._labels is not None:
+                self._others = self._others.with_labels(histories, later[0], self._labels)
         return self._others

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from infra.table import Table
     from pplug.tasks import TaskSpec
 
+MISSED = {
+    "items_without_label": "items of users with new personas have none of the plug's labels: they count with the value "
+    "that it has learned for such items",
+    "users_without_times": "users with new personas have an item without a time: the order of their items alone counts",
+}
+"""Facts that a plug may miss of items, by the name of their count, and the words for it."""
+
 
 @dataclass(frozen=True)
 class Night:
@@ -319,7 +326,7 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
     )  # fmt: skip
     with report.stage("personas") as stage:
         names = ("users", "changed", "gone", "items_without_vector", "users_ahead_of_clock")
-        counts = dict.fromkeys(names, 0)
+        counts = dict.fromkeys((*names, *MISSED), 0)
         counts["users"] = sum(file.rows for bucket in there - set(todo) for file in stored.get(bucket, ()))
         for row in waves.stream(todo, [build]).iter_rows() if todo else ():
             for name in counts:
@@ -336,4 +343,9 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
             "their newest until then; see occurred_at in histories",
             flush=True,
         )
+    for name, told in MISSED.items():
+        if counts[name]:
+            print(f"refresh: {counts[name]} {told}", flush=True)
+        else:
+            del counts[name]
     report.extra["personas"] = counts | {"buckets_rewritten": wave.replaced}

@@ -4,7 +4,9 @@ Only users whose history (or encoder, or plug) changed are made anew; the rows o
 that was only added to since the stored personas were made, no other user's history is read (`since`); of any other
 bucket without a changed user nothing is read but hashes.
 persona = scale * (W2 mean_i GELU(W1 h_i + b1) + b2): exact for a plug with aggregation `mean`, the uniform-weight
-persona for `attention`. It depends on the user alone, so it can be stored.
+persona for `attention`. It depends on the user alone, so it can be stored. A plug with parts beyond the paper's form
+weighs items by their age (days before the user's newest item) and adds their labels.
+Shapes: U users, T items of these users (ragged), D encoder width, P persona tokens, H LLM width.
 """
 
 from collections.abc import Iterator
@@ -21,8 +23,9 @@ from pipelines.histories import Histories, list_f32, read_bucket, width_of
 from pipelines.refresh.increment import Late, Since
 from pipelines.run import CpuShare
 from pipelines.waves import files_table
-from pplug.history import history_hashes
-from pplug.plug import PersonaPlug
+from pplug.history import NO_TIME, age_days, history_hashes
+from pplug.items import NO_LABEL
+from pplug.plug import ItemFacts, PersonaPlug
 
 HEAD = ("user_key", "history_hash", "encoder_id", "plug_id", "n_items", "last_item_at")
 """Columns that decide a persona, without a vector: a user whose row is stored with the same ones needs no new one."""
@@ -36,7 +39,8 @@ class BuildPersonas:
 
     in:  bucket int
     out: DataFile.to_row() of the bucket's new file, users (in the bucket), changed (made anew), gone (stored before,
-         no user now), items_without_vector, users_ahead_of_clock (with an item from the future);
+         no user now), items_without_vector, users_ahead_of_clock (with an item from the future), and of the changed
+         users items_without_label and users_without_times, 0 where the plug uses none;
          a bucket in which nothing changed gives a row without a file (path null)
     """
 
@@ -92,7 +96,7 @@ class BuildPersonas:
                 "users": kept.num_rows + len(changed),
                 "changed": len(changed),
                 "gone": gone,
-                "items_without_vector": missing,
+                **missing,
                 "users_ahead_of_clock": _ahead(kept["last_item_at"])
                 + _ahead(heads["last_item_at"].take(pa.array(changed))),
             }
@@ -112,10 +116,11 @@ class BuildPersonas:
         """`HEAD` of these users."""
         n, starts = len(users.user_keys), users.starts
         from_item = np.maximum(starts[:-1], starts[1:] - self.cap)
+        times = users.times if self.plug is not None and self.plug.config.uses_times else None
         return pa.table(
             {
                 "user_key": pa.array(users.user_keys, pa.string()),
-                "history_hash": pa.array(history_hashes(users.text_hash, from_item, starts[1:]), pa.string()),
+                "history_hash": pa.array(history_hashes(users.text_hash, from_item, starts[1:], times), pa.string()),
                 "encoder_id": pa.array([self.identities["encoder_id"]] * n, pa.string()),
                 "plug_id": pa.array([self.identities["plug_id"]] * n, pa.string()),
                 "n_items": pa.array(np.diff(starts), pa.int64()),
@@ -131,18 +136,22 @@ class BuildPersonas:
 
     def _rows(
         self, users: Histories, heads: pa.Table, changed: np.ndarray, bucket: int, everybody: bool
-    ) -> tuple[pa.Table, int]:
-        """Rows of the changed users (C), and how many of their items have no vector."""
+    ) -> tuple[pa.Table, dict[str, int]]:
+        """Rows of the changed users, and what the plug missed of their items, by the name of its count."""
         starts, n = users.starts, len(changed)
         spans = [np.arange(max(starts[user], starts[user + 1] - self.cap), starts[user + 1]) for user in changed]
         live = np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
         owner_T = np.repeat(np.arange(n), [len(span) for span in spans]).astype(np.int64)
         if n:
             users = users.with_vectors(self.embeddings, bucket, None if everybody else live)
+        labels = self.plug.config.label_set if self.plug is not None else None
+        if labels is not None and n:
+            users = users.with_labels(self.histories, bucket, labels, None if everybody else live)
         has = users.vector_row[live] >= 0
         # a user without a vector gets as many zeros as the others' vectors have values
         vectors = users.vectors if has.any() else np.zeros((0, width_of(self.embeddings)), np.float32)
-        means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n)
+        facts, missing = self._facts(users, live[has], owner_T[has])
+        means, personas = self._vectors(vectors, users.vector_row[live[has]], owner_T[has], n, facts)
         head = heads.take(pa.array(changed))
         table = pa.table(
             {
@@ -158,10 +167,31 @@ class BuildPersonas:
                 "persona": list_f32(personas) if personas is not None else pa.nulls(n, pa.list_(pa.float32())),
             }
         )
-        return table, int((~has).sum())
+        return table, missing | {"items_without_vector": int((~has).sum())}
+
+    def _facts(
+        self, users: Histories, rows_T: np.ndarray, owner_T: np.ndarray
+    ) -> tuple[dict[str, np.ndarray | None], dict[str, int]]:
+        """Labels and ages of items, as `ItemFacts` names them, and how many have none; for a plug that uses them."""
+        labels_T = days_T = None
+        missing = {"items_without_label": 0, "users_without_times": 0}
+        if self.plug is not None and self.plug.config.labels and users.label_row is not None:
+            labels_T = users.label_row[rows_T]
+            missing["items_without_label"] = int((labels_T == NO_LABEL).sum())
+        if self.plug is not None and self.plug.config.uses_times:
+            times_T = users.times[rows_T]
+            newest_T = np.searchsorted(owner_T, owner_T, side="right") - 1  # a user's last item
+            days_T = age_days(times_T, times_T[newest_T])
+            missing["users_without_times"] = len(np.unique(owner_T[times_T == NO_TIME]))
+        return {"labels_T": labels_T, "days_T": days_T}, missing
 
     def _vectors(
-        self, vectors: np.ndarray, rows: np.ndarray, owner_T: np.ndarray, n: int
+        self,
+        vectors: np.ndarray,
+        rows: np.ndarray,
+        owner_T: np.ndarray,
+        n: int,
+        facts: dict[str, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean vector (U, D) and persona (U, P*H) of each user, some thousand items at a time."""
         import torch
@@ -185,7 +215,11 @@ class BuildPersonas:
                     counts = torch.bincount(own, minlength=last - user).clamp(min=1)
                     means[user:last] = (sums / counts.unsqueeze(1)).cpu().numpy()
                     if self.plug is not None and personas is not None:
-                        built = self.plug.personas(items, own, last - user, None)
+                        here = {
+                            name: None if all_T is None else torch.from_numpy(all_T[part]).to(_device())
+                            for name, all_T in facts.items()
+                        }
+                        built = self.plug.personas(items, own, last - user, None, ItemFacts(**here))
                         personas[user:last] = built.flatten(1).float().cpu().numpy()
                 user = last
         return means, personas

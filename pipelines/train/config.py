@@ -8,7 +8,7 @@ from pipelines.job_config import ResumableConfig
 from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import LLMConfig
-from pplug.settings import Settings, renamed
+from pplug.settings import Settings, added, renamed
 
 
 class PlugShape(Settings):
@@ -33,7 +33,23 @@ class PlugShape(Settings):
     """Factor of the instruction row; default: the mean norm of the LLM's token embeddings."""
     without_history: bool = False
     """True trains a soft prompt, the control that shows how much of a gain is the task (method plug:soft-prompt). No
-    vectors are read; the encoder only decides how wide the plug is."""
+    vectors are read; the encoder only decides how wide the plug is. Parts of the shape that read items are left out."""
+    label_values: bool = added(False)
+    """True adds an embedding of each item's label to the persona, made of the LLM's own token embeddings. Items whose
+    label is missing or unknown share a learned value. It needs a task with `target` and `labels`."""
+    recency: Literal["none", "position", "time"] = added("none")
+    """Learned weights of an item's age. none: as in the paper; position: log of the place counted from the newest item;
+    time: position and the log of the days up to the request, or to the newest item where the request has no time or the
+    persona depends on the user alone. Users without times have their positions alone."""
+    center: Literal["none", "users"] = added("none")
+    """Vector that is subtracted from an item's before the projector. users: the mean over the train users, so that the
+    projector sees what sets a user apart."""
+    token_attention: Literal["shared", "own"] = added("shared")
+    """Weights of the items per persona token. shared: one weighting for all tokens, as in the paper; own: each token
+    has a learned query of its own beside the request's."""
+    hidden: int | None = added(None, gt=0)
+    """Hidden width of the projectors; default: the width of their output, as in the paper, so that their size grows
+    with the square of persona_tokens times the LLM's width."""
 
 
 class Config(ResumableConfig):

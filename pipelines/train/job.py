@@ -31,17 +31,21 @@ from pipelines.histories import width_of
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.train.config import Config
-from pipelines.train.samples import PrepareSamples, Shard, load_samples
+from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
 from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, held_out, run_epochs
 from pplug.folder import check_replaceable, whole_folder
-from pplug.identity import short_id
-from pplug.llm import FrozenLLM, llm_id, refuse_another
+from pplug.history import NO_TIME
+from pplug.identity import model_folder, short_id
+from pplug.items import LabelSet
+from pplug.llm import FrozenLLM, llm_id, load_tokenizer, refuse_another
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
+from pplug.plug_parts import label_vectors, refuse_empty_labels
 from pplug.stand_in import SAMPLE_FILE, llm_sample
+from pplug.tasks import TaskSpec
 
 
 def run(config: Config) -> int:
@@ -63,6 +67,7 @@ def _run(config: Config, run_id: str) -> int:
             query_limit(read_folder(config.encoder), config.encoder, config.shape.query_max_tokens)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder or llm: {error}") from error
+    labels = label_set(config, task)
     blind = config.shape.without_history
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
@@ -90,7 +95,7 @@ def _run(config: Config, run_id: str) -> int:
     session.check_shared(run_dir, "run_dir")
     samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
-        counts, shards = _prepare(config, histories, embeddings, requests, task, samples)
+        counts, shards = _prepare(config, histories, embeddings, requests, task, samples, labels)
         stage.rows = counts["samples"]
     report.planned = counts["samples"]
     report.extra["samples"] = counts
@@ -101,8 +106,9 @@ def _run(config: Config, run_id: str) -> int:
         )
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
+    _check_times(config, counts)
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width)
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, labels)
         stage.rows = counts["samples"] * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -125,19 +131,63 @@ def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any
     return settings | identities
 
 
+def label_set(config: Config, task: TaskSpec) -> LabelSet | None:
+    """The task's labels, for a plug that adds them to a persona; None for another plug.
+
+    Raises:
+        InputError: the task has no list of labels, or the LLM has no tokens for one of them.
+    """
+    if not config.shape.label_values or config.shape.without_history:
+        return None
+    if task.target is None or not task.labels:
+        lacks = "no field `target`" if task.target is None else "no list of labels (its answers are free text)"
+        raise InputError(
+            f"shape.label_values=true adds the label of each item to a persona, but the task {task.name} has {lacks}; "
+            "leave it out, or name target and labels in the task's entry"
+        )
+    words = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
+    try:
+        refuse_empty_labels(task.labels, words.ids(list(task.labels)))
+    except ValueError as error:
+        raise InputError(f"task {task.name}: {error}") from error
+    return LabelSet(task.target, task.labels)
+
+
+def _check_times(config: Config, counts: dict[str, int]) -> None:
+    """Refuses a plug that weighs by times where no item has any, and counts the users who have none."""
+    if config.shape.recency != "time" or not counts["without_times"]:
+        return
+    if counts["without_times"] == counts["samples"] - counts["without_history"]:
+        raise InputError(
+            f"{config.tables}: shape.recency=time weighs items by their age in days, but no user's items all have a "
+            "time; ingest them with occurred_at, or set shape.recency=position, which takes their order alone"
+        )
+    print(
+        f"train: {counts['without_times']} samples are of users with an item without a time: the order of their items "
+        "alone counts",
+        flush=True,
+    )
+
+
 def _target(config: Config, run_dir: str) -> Path:
     """Folder the plug is written to."""
     return Path(config.plug or os.path.join(tempfile.mkdtemp() if Storage(run_dir).is_s3 else run_dir, "plug"))
 
 
 def _prepare(
-    config: Config, histories: Any, embeddings: Any, requests: Any, task: Any, folder: str
+    config: Config,
+    histories: Any,
+    embeddings: Any,
+    requests: Any,
+    task: Any,
+    folder: str,
+    labels: LabelSet | None,
 ) -> tuple[dict[str, int], "list[Shard]"]:
     """Counts over all buckets, and the files that hold samples."""
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users)
-    counts = {"samples": 0, "without_history": 0, "without_vector": 0}
+    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users, labels)
+    counts = {"samples": 0, "without_history": 0, "without_vector": 0, "without_times": 0}
     shards = []
     for row in each_bucket(requests.filled(users), stage):
         for name in counts:
@@ -155,6 +205,7 @@ def _fit(
     identities: dict[str, str | None],
     target: Path,
     width: int | None,
+    labels: LabelSet | None,
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     storage = Storage(run_dir).join("train")
@@ -163,6 +214,7 @@ def _fit(
         "samples": samples,
         "identities": identities,
         "width": width,
+        "labels": labels,
         "cpu": CpuShare(config.workers, config.threads),
         "left": _left_without_record(storage, run_id),
     }
@@ -220,11 +272,13 @@ def fit_worker(given: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(given["cpu"].torch_threads())
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"])
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"])
     refuse_another(config.llm, given["identities"]["llm_id"])
     plug.to(get_device())
     with tempfile.TemporaryDirectory() as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
+        if plug.center is not None:
+            plug.center.learn(vectors_by_user(train))
         pad_id = query_tokenizer.pad_token_id or 0 if query_tokenizer is not None else 0
         fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
         resumed = _Resume(local)
@@ -295,11 +349,14 @@ class _Resume:
         Path(self.folder, "history.json").write_text(json.dumps(self._history))
 
 
-def make_models(config: Config, identities: dict[str, Any], width: int | None = None) -> tuple[Any, Any, Any]:
+def make_models(
+    config: Config, identities: dict[str, Any], width: int | None = None, labels: LabelSet | None = None
+) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries.
 
     Args:
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
+        labels: the plug's labels; None for a plug without label values.
     """
     llm = FrozenLLM.load(config.llm)
     shape, encoder, tokenizer = config.shape, None, None
@@ -311,6 +368,11 @@ def make_models(config: Config, identities: dict[str, Any], width: int | None = 
     if width is None:
         encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens)
     attention = shape.aggregation == "attention" and not shape.without_history
+    beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
+    if not shape.without_history:
+        beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
+    if labels is not None:
+        beyond |= {"labels": labels.labels, "label_field": labels.field}
     plug = PersonaPlug(
         PlugConfig(
             llm_dim=llm.dim,
@@ -321,10 +383,14 @@ def make_models(config: Config, identities: dict[str, Any], width: int | None = 
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
             **queries,
             trained_without_history=shape.without_history,
+            hidden=shape.hidden,
+            **beyond,
             **identities,
         ),
         query_encoder=encoder if attention else None,
     )
+    if labels is not None:
+        plug.set_label_vectors(label_vectors(llm, labels.labels).cpu())
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
     return plug.eval(), llm, tokenizer
 
@@ -339,8 +405,8 @@ def make_samples(
     """
     words = TextTokenizer(tokenizer) if tokenizer is not None else None
     folder, files = samples
-    table, shards = load_samples(folder, files, local)
-    fit = config.fit
+    table, shards, facts = load_samples(folder, files, local)
+    fit, by_request = config.fit, plug.config.aggregation == "attention"
     out = np.array([held_out(owner, fit.val_fraction, fit.seed) for owner in table["owner_id"].to_pylist()])
     if out.all() or not out.any():
         raise ValueError(
@@ -358,6 +424,9 @@ def make_samples(
             owners=rows["owner_id"].to_pylist(),
             spans=np.stack([rows[name].to_numpy() for name in ("shard", "start", "stop")], axis=1),
             shards=shards,
+            facts=facts,
+            # a persona that depends on the user alone counts ages from the newest item, as `refresh` does
+            as_of=rows["as_of"].to_numpy() if by_request else np.full(len(rows), NO_TIME),
         )
 
     return tokenised(table.filter(pa.array(~out))), tokenised(table.filter(pa.array(out)))

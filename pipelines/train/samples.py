@@ -1,7 +1,8 @@
 """Stage of training: a bucket's requests with targets, and the vectors of the items each may see, as files.
 
-Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, start, stop) and vectors-<bucket>.npy, (T, D) in
-16 bits, which train workers memory-map. A request's items are a range of its user's, oldest first.
+Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, as_of, start, stop), vectors-<bucket>.npy, (T, D)
+in 16 bits, and facts-<bucket>.npy, (T, 2): the row of each item's label among the plug's and its time in microseconds.
+Train workers memory-map the arrays. A request's items are a range of its user's, oldest first.
 """
 
 import io
@@ -18,8 +19,11 @@ import pyarrow.parquet as pq
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines.histories import read_bucket
+from pipelines.histories import read_bucket, to_us
 from pipelines.written import read_written, refuse_another_count
+from pplug.fit import Samples
+from pplug.history import NO_TIME
+from pplug.items import NO_LABEL, LabelSet
 from pplug.tasks import TaskSpec, query
 
 NPY_HEADER_BYTES = 128
@@ -40,13 +44,18 @@ class Shard(NamedTuple):
     def vectors_file(self) -> str:
         return f"vectors-{self.bucket}.npy"
 
+    @property
+    def facts_file(self) -> str:
+        return f"facts-{self.bucket}.npy"
+
 
 @dataclass
 class PrepareSamples:
-    """Stage of the preparation, which writes a bucket's two files.
+    """Stage of the preparation, which writes a bucket's three files.
 
     in:  bucket int
-    out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen)
+    out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
+         (samples with items, of which one or more have no time)
     """
 
     histories: Snapshot
@@ -58,6 +67,8 @@ class PrepareSamples:
     folder: str
     users: Mapping[int, list[str]] | None = None
     """User keys by bucket (`shards.keys_by_bucket`): only the requests of these users are read."""
+    labels: LabelSet | None = None
+    """Labels that the items are read for; None for a plug that uses none."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -68,9 +79,11 @@ class PrepareSamples:
         requests = self.requests.read(buckets=[bucket], filter=known, user_keys=keys).sort_by("request_id")
         theirs = pc.unique(requests["user_key"]).to_pylist()  # who asks nothing with a target is not read
         users = read_bucket(self.histories, self.embeddings, bucket, user_keys=theirs)
+        if self.labels is not None:
+            users = users.with_labels(self.histories, bucket, self.labels, np.arange(len(users.text_hash)))
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
-        rows, lonely, missing = [], 0, 0
+        rows, lonely, missing, untimed = [], 0, 0, 0
         for request in requests.to_pylist():
             user = users.user(request["user_id"]) if self.embeddings is not None else None
             start = stop = 0
@@ -79,6 +92,7 @@ class PrepareSamples:
                 if len(seen):
                     start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
                     missing += len(seen) - (stop - start)
+                    untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
             rows.append(
                 {
@@ -87,22 +101,39 @@ class PrepareSamples:
                     "input": request["input"],
                     "query": query(request["input"], self.task),
                     "target": request["target"],
+                    "as_of": NO_TIME if request["as_of"] is None else to_us(request["as_of"]),
                     "start": start,
                     "stop": stop,
                 }
             )
         shard = Shard(bucket, len(rows), int(has.sum()))
         if rows:
-            storage, out, table = Storage(self.folder), io.BytesIO(), io.BytesIO()
-            np.save(out, users.vectors[users.vector_row[has]].astype(np.float16))
+            storage, table = Storage(self.folder), io.BytesIO()
+            labels = np.full(len(has), NO_LABEL, np.int64) if users.label_row is None else users.label_row
+            vectors = users.vectors[users.vector_row[has]].astype(np.float16)
+            facts = np.stack([labels, users.times], axis=1)[has]
+            for name, values in ((shard.vectors_file, vectors), (shard.facts_file, facts)):
+                out = io.BytesIO()
+                np.save(out, values)
+                storage.write_bytes(name, out.getvalue())
             pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
-            storage.write_bytes(shard.vectors_file, out.getvalue())
             storage.write_bytes(shard.samples_file, table.getvalue())
-        return shard._asdict() | {"without_history": lonely, "without_vector": missing}
+        return shard._asdict() | {
+            "without_history": lonely, "without_vector": missing, "without_times": untimed
+        }  # fmt: skip
 
 
-def load_samples(folder: str, shards: Sequence[Shard], local: str) -> tuple[pa.Table, list[np.ndarray]]:
-    """All samples of a run (with column `shard`) and their memory-mapped vectors.
+class Loaded(NamedTuple):
+    """All samples of a run, and the memory-mapped arrays of each of its shards."""
+
+    samples: pa.Table
+    """With the column `shard`."""
+    vectors: list[np.ndarray]
+    facts: list[np.ndarray]
+
+
+def load_samples(folder: str, shards: Sequence[Shard], local: str) -> Loaded:
+    """Reads the samples of a run.
 
     Args:
         folder: where PrepareSamples wrote; files that are not on this machine are copied to `local` first.
@@ -111,21 +142,43 @@ def load_samples(folder: str, shards: Sequence[Shard], local: str) -> tuple[pa.T
     Raises:
         ValueError: a file is not there, or holds another number of rows than was written.
     """
-    storage, tables, vectors = Storage(folder), [], []
+    storage, tables = Storage(folder), []
+    vectors, facts = [], []
     for place, shard in enumerate(map(Shard._make, shards)):
         table = pq.read_table(io.BytesIO(read_written(storage, shard.samples_file, shard.samples)))
         refuse_another_count(storage, shard.samples_file, shard.samples, table.num_rows)
-        if storage.is_s3:
-            path = f"{local}/{shard.vectors_file}"
-            with open(path, "wb") as file:
-                file.write(read_written(storage, shard.vectors_file, shard.vectors))
-        else:
-            path = f"{storage.path}/{shard.vectors_file}"
-            if not os.path.exists(path):
-                refuse_another_count(storage, shard.vectors_file, shard.vectors, None)
-        empty = os.path.getsize(path) <= NPY_HEADER_BYTES  # nothing cannot be mapped
-        mapped = np.load(path, mmap_mode=None if empty else "r")
-        refuse_another_count(storage, shard.vectors_file, shard.vectors, len(mapped))
+        vectors.append(_mapped(storage, shard.vectors_file, shard.vectors, local))
+        facts.append(_mapped(storage, shard.facts_file, shard.vectors, local))
         tables.append(table.append_column("shard", pa.array([place] * table.num_rows, pa.int64())))
-        vectors.append(mapped)
-    return pa.concat_tables(tables), vectors
+    return Loaded(pa.concat_tables(tables), vectors, facts)
+
+
+def _mapped(storage: Storage, name: str, rows: int, local: str) -> np.ndarray:
+    """An array that PrepareSamples wrote, memory-mapped."""
+    if storage.is_s3:
+        path = f"{local}/{name}"
+        with open(path, "wb") as file:
+            file.write(read_written(storage, name, rows))
+    else:
+        path = f"{storage.path}/{name}"
+        if not os.path.exists(path):
+            refuse_another_count(storage, name, rows, None)
+    empty = os.path.getsize(path) <= NPY_HEADER_BYTES  # nothing cannot be mapped
+    mapped = np.load(path, mmap_mode=None if empty else "r")
+    refuse_another_count(storage, name, rows, len(mapped))
+    return mapped
+
+
+MEAN_OF_USERS = 10_000
+"""Users whose vectors make the mean that a plug subtracts; they lie in the first buckets, which a hash fills."""
+
+
+def vectors_by_user(samples: Samples) -> list[np.ndarray]:
+    """The vectors of some users, (n, D) each: those of the user's sample that sees most items."""
+    longest: dict[str, int] = {}
+    sizes = samples.spans[:, 2] - samples.spans[:, 1]
+    for index, owner in enumerate(samples.owners):
+        if owner in longest or len(longest) < MEAN_OF_USERS:
+            if owner not in longest or sizes[index] > sizes[longest[owner]]:
+                longest[owner] = index
+    return [samples.items(index).vectors for index in longest.values()]

@@ -116,6 +116,28 @@ def test_history_hash_changes_with_items_and_with_their_order():
     assert history.history_hash([a, b]) == history.history_hash(iter([a, b]))
 
 
+def test_history_hash_covers_times_where_they_are_given_and_many_users_hash_as_one_does():
+    hashes = [history.text_hash({"t": str(i)}) for i in range(6)]
+    times = np.array([-5, 0, 1_761_234_567_890_123, history.NO_TIME, 7, np.iinfo(np.int64).max])
+    starts, stops = np.array([0, 3, 3]), np.array([3, 3, 6])
+    for given in (None, times):
+        together = history.history_hashes(pa.array(hashes), starts, stops, given)
+        alone = [
+            history.history_hash(hashes[start:stop], None if given is None else given[start:stop].tolist())
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+        assert together == alone
+    later = [history.history_hash(hashes[:2], moved) for moved in ([1, 2], [1, 3], [2, 2])]
+    assert len({*later, history.history_hash(hashes[:2])}) == 4
+
+
+def test_ages_are_days_before_the_reference_and_never_negative():
+    times = np.array([history.NO_TIME, 0, 43_200_000_000, 86_400_000_001])
+    assert history.age_days(times, 86_400_000_000).tolist() == [0.0, 1.0, 0.5, 0.0]
+    assert history.age_days(times, np.array([5, 86_400_000_000, history.NO_TIME, 0])).tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert history.age_days(times[:0], history.NO_TIME).dtype == np.float32
+
+
 def test_one_item_is_visible_as_it_is_among_others():
     rng = np.random.default_rng(0)
     for _ in range(300):

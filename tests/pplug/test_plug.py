@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from pplug import PersonaPlug, PlugConfig
-from pplug.plug import plug_id, segment_softmax
+from pplug.plug import plug_id
+from pplug.plug_parts import segment_softmax
 from tests.pplug.models import tiny_bert
 
 D, H, P = 8, 6, 3

@@ -23,6 +23,7 @@ from pipelines.generate.config import Config
 from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Group, Method, PartInfo
 from pipelines.run import CpuShare
+from pplug.items import LabelSet
 from pplug.llm import LLMConfig
 from pplug.splice import PromptBuilder
 from pplug.stand_in import stands_for
@@ -106,6 +107,8 @@ class Needs:
     """True if it reads their texts too."""
     others: bool = False
     """True if it reads the items of other users too."""
+    labels: LabelSet | None = None
+    """Labels that it reads the items for; None: none."""
 
 
 @dataclass(frozen=True)

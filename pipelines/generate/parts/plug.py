@@ -1,6 +1,6 @@
 """Parts `plug`: persona rows right before the request, from the items that the request may see, or from controls.
 
-Shapes: D encoder width, P persona tokens, H LLM width.
+Shapes: P persona tokens, H LLM width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
 from pipelines.methods import PartInfo
 from pplug import history
+from pplug.items import UserItems
 from pplug.plug import PersonaPlug, PlugConfig, plug_id
 from pplug.stand_in import read_sample
 from pplug.tasks import query
@@ -72,7 +73,8 @@ class Plug(Part):
         return {"plug_id": self.plug_id}
 
     def needs(self) -> Needs:
-        return Needs(items=True, others="plug:other-user" in self.kinds)
+        labels = self.maker.plug.config.label_set if not self.kinds <= set(OF_NOBODY) else None
+        return Needs(items=True, others="plug:other-user" in self.kinds, labels=labels)
 
     def load(self, worker: Worker) -> None:
         queries = not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
@@ -84,7 +86,8 @@ class Plug(Part):
 
     def look(self, view: BucketView) -> None:
         self._view = view
-        self._stored = None if view.items is None else StoredPersonas(self.personas, view, view.items)
+        config = self.maker.plug.config
+        self._stored = None if view.items is None else StoredPersonas(self.personas, view, view.items, config)
 
     def contribute(self, part: PartInfo, drafts: Drafts) -> None:
         assert self._view is not None and self._view.items is not None and self._stored is not None, "it reads items"
@@ -92,13 +95,15 @@ class Plug(Part):
         if part.name in ("plug:attention", "plug:mean"):
             aggregation = part.kind
         as_stored = aggregation == "mean" and part.name not in NOT_OF_THE_USER
-        vectors: list[np.ndarray | None] = []  # of the items behind each persona; None: the stored one will do
+        items: list[UserItems | None] = []  # behind each persona; None: the stored one will do, or there are none
         stored: list[np.ndarray | None] = []
+        by_request = aggregation == self.maker.plug.config.aggregation == "attention"
         for request in drafts.requests:
             stored.append(self._stored.persona(request) if as_stored else None)
-            vectors.append(None if stored[-1] is not None else self._vectors(part, request, self._view.items))
+            own = None if stored[-1] is not None else self._items(part, request, self._view.items, by_request)
+            items.append(own)
         drafts.soft_prompts, drafts.personas = self.maker.soft_prompts(
-            [query(request["input"], self.task) for request in drafts.requests], vectors, stored, aggregation
+            [query(request["input"], self.task) for request in drafts.requests], items, stored, aggregation
         )
         drafts.plug_id = self.plug_id
         drafts.encoder_id = drafts.encoder_id or self.maker.plug.config.encoder_id
@@ -106,18 +111,22 @@ class Plug(Part):
             for i, request in enumerate(drafts.requests):
                 drafts.notes[i] += self._stored.notes(request, wanted=drafts.personas[i] == "mean")
 
-    def _vectors(self, part: PartInfo, request: Mapping[str, Any], items: VisibleItems) -> np.ndarray:
-        """(n, D) vectors of the items that the persona is made from."""
+    def _items(
+        self, part: PartInfo, request: Mapping[str, Any], items: VisibleItems, by_request: bool
+    ) -> UserItems | None:
+        """The items that the persona is made from."""
         if part.name in OF_NOBODY:
-            return np.zeros((0, self.maker.plug.config.encoder_dim), np.float32)
-        return items.of_another(request) if part.name == "plug:other-user" else items.vectors(request)
+            return None
+        if part.name == "plug:other-user":
+            return items.of_another(request, by_request)
+        return items.items(request, by_request)
 
 
 class StoredPersonas:
     """A bucket's personas as `refresh` stored them, each usable where it was made from just what a request may see."""
 
-    def __init__(self, personas: Snapshot | None, view: BucketView, items: VisibleItems) -> None:
-        self._items = items
+    def __init__(self, personas: Snapshot | None, view: BucketView, items: VisibleItems, config: PlugConfig) -> None:
+        self._items, self._config = items, config
         self._personas: dict[str, np.ndarray] = {}
         self._made_from: dict[str, str] = {}
         if personas is not None:
@@ -135,15 +144,17 @@ class StoredPersonas:
             return None
         user_id = request["user_id"]
         if user_id in self._personas and user_id not in self._current:
-            digest = history.history_hash(self._items.hashes(request))
+            times = self._items.times(request) if self._config.uses_times else None
+            digest = history.history_hash(self._items.hashes(request), times)
             self._current[user_id] = digest == self._made_from[user_id]
         return self._personas[user_id] if self._current.get(user_id) else None
 
     def notes(self, request: Mapping[str, Any], wanted: bool) -> list[str]:
         """Events about a persona that the report has to count. `wanted`: a stored one would have done."""
+        notes = ["items_without_time"] if self._config.uses_times and self._items.lacks_times(request) else []
         if wanted and self.persona(request) is not None:
-            return []
-        notes = ["items_without_vector"] if self._items.lacks_vectors(request) else []
+            return notes
+        notes += ["items_without_vector"] if self._items.lacks_vectors(request) else []
         if wanted and self._current.get(request["user_id"]) is False and _is_undated(request):
             notes.append("persona_made_anew")
         return notes
