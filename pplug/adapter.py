@@ -100,8 +100,12 @@ class StackConfig(Settings):
 
     tokens: int = Field(16_384, gt=0)
     """Number of tokens in one pass. More bring nothing once the processor is full."""
-    memory_gib: float = Field(8.0, gt=0)
-    """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states. Default: 8 on
+    a CPU, and most of what is free on a GPU."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Whether a layer's inner values are computed again in the backward pass instead of kept, which takes a third more
+    time and a fraction of the memory. auto: on a GPU. Stage base uses it too."""
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":
@@ -130,13 +134,19 @@ def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, in
     """(in, out) of each module that an adapter of these targets changes, read from the base's config alone.
 
     Raises:
-        ValueError: the base lacks a target.
+        ValueError: the base lacks a target, or is an encoder-decoder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{folder} is an encoder-decoder ({config.model_type}), and adapters are trained on causal models alone; "
+            "choose a causal model, or train a plug"
+        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(config)
     modules = target_modules(model, targets)
     return {name: (module.in_features, module.out_features) for name, module in modules.items()}
 
