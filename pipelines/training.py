@@ -37,7 +37,8 @@ def refuse_uneven(workers: int, tensor: int) -> None:
     """
     if workers % tensor:
         raise InputError(
-            f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of {tensor}"
+            f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of "
+            f"{tensor}"
         )
 
 

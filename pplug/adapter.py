@@ -7,6 +7,7 @@ Shapes: r rank, A (r, in), B (out, r); the base's weight gets alpha / r * B A ad
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -223,6 +224,11 @@ def _metadata(data: bytes) -> dict[str, str]:
     size = int.from_bytes(data[:8], "little")
     assert 0 < size < min(len(data), _HEADER_BYTES), "safetensors has read this header"
     return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+
+
+def content_id(data: bytes) -> str:
+    """16 hex characters of an adapter's bytes."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_folder(folder: Path, data: bytes, shape: AdapterShape, base: str) -> None:

@@ -1,8 +1,8 @@
 """Memory of a training: layers that are computed twice instead of kept, and passes that fit what is free.
 
 Gradient checkpointing keeps a layer's input alone and computes the rest again in the backward pass: 8,192 bytes per
-token and layer instead of 147,752, for a layer of Qwen3-8B's width in bfloat16. A pass that does not fit nevertheless is
-taken again in halves. Neither changes a result beyond rounding.
+token and layer instead of 147,752, for a layer of Qwen3-8B's width in bfloat16. A pass that does not fit nevertheless
+is taken again in halves. Neither changes a result beyond rounding.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, load_tokenizer
 from pplug.loop import Loop
+from pplug.merge import can_merge, merge_files
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.splice import Prompt, PromptBuilder
@@ -222,15 +224,19 @@ def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[i
 def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
     """Writes the base with the adapter added to its weights, as a model folder with its tokenizer.
 
+    The base is read file by file. Only where its files name their tensors otherwise than the model does, it is loaded.
     The folder takes the place of a former model as a whole: shards and an index of that would be loaded instead.
 
     Args:
         record: content of made_from.json.
     """
     folder = model_folder(llm.model, llm.revision)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    by_file = can_merge(folder, Path(adapter))
     with whole_folder(output, MODEL_FILES) as draft:
-        merged.save_pretrained(draft)
+        if by_file:
+            merge_files(folder, Path(adapter), draft)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
         AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
         (draft / made_from.FILE).write_text(record, encoding="utf-8")

@@ -22,7 +22,7 @@ from pipelines import begun, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
-from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
+from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_id
 from pipelines.made_from import users_id
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
@@ -95,8 +95,9 @@ def _adapters(
     mixed = users is not None and "none" in tables.metadata_values(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     pending = PendingUsers(
-        histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets
-    )
+        histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets,
+        without=frozenset({"weights"}),
+    )  # fmt: skip
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
@@ -115,6 +116,7 @@ def _adapters(
                 FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
                 size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
             ),
+            waves.tasks(TakeUnchanged(before), rows=None),
         ],
         metadata=identities | {"histories_version": str(histories.version)},
         wave_rows=config.wave_users,
