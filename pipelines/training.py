@@ -15,10 +15,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import ray.train
 import torch
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from infra.errors import InputError
@@ -197,6 +195,9 @@ def keep_curve(checkpoint: str, run_dir: str) -> None:
 
 
 def _chart(losses: list[tuple[int, float]], validated: list[tuple[int, float]]) -> bytes:
+    import matplotlib  # workers, which draw nothing, import this module too
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*losses, strict=True), linewidth=0.8, label="training, each step")

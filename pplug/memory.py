@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -73,26 +74,23 @@ def kept_bytes(run: Callable[[], Any], but: Sequence[Tensor] = ()) -> int:
         run: computes a loss, whose graph is dropped afterwards.
         but: tensors that are not counted, such as the weights.
     """
-    own, kept = {_place(tensor) for tensor in but}, dict[int, int]()
-    alive = []  # a storage that is freed would lend its address to the next
+    own, kept = {_storage(tensor).data_ptr() for tensor in but}, dict[int, Any]()
 
     def keep(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in own:
-            storage = tensor.untyped_storage()
-            alive.append(storage)
-            kept[_place(tensor)] = storage.nbytes()
+        storage = _storage(tensor)
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # alive, so that no other one gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = run()
     del loss
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def _place(tensor: Tensor) -> int:
-    """Names a tensor's storage. One on the meta device has no address, but an object of its own."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or storage._cdata
+def _storage(tensor: Tensor) -> Any:
+    """A tensor's storage; of one that is spread over workers that of the part which is here."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def free_bytes(device: Any, sharers: int = 1) -> int:
