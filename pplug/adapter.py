@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+IMPORTED = "imported"
+"""Stands in the id of an adapter that was trained elsewhere, where others have the identity of their settings."""
 _PREFIX = "base_model.model."
 _HEADER_BYTES = 100_000_000  # safetensors' own bound
 

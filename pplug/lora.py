@@ -321,7 +321,8 @@ class StackedTrainer:
                 user.advance(user.parts[0], loss)
             return
         memory.set_free()
-        self.memory_bytes = min(self.memory_bytes, self.pass_bytes(user.parts[0] for user in users) / 2)
+        fits = self.pass_bytes(user.parts[0] for user in users) / 2 + len(users) * self.adapter_bytes
+        self.memory_bytes = min(self.memory_bytes, fits)
         for user, state in zip(users, states, strict=True):
             user.generator.set_state(state)
         half = len(users) // 2

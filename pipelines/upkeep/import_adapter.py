@@ -21,13 +21,10 @@ from pipelines.pending_users import newest_of
 from pipelines.run import begin
 from pipelines.upkeep.config import ImportAdapterConfig as Config
 from pipelines.waves import commit_first, next_group
-from pplug.adapter import content_id, to_bytes
+from pplug.adapter import IMPORTED, content_id, to_bytes
 from pplug.identity import model_folder
 from pplug.llm import llm_id
 from pplug.peft_folder import read_lora
-
-IMPORTED = "imported"
-"""Stands in the adapter's id where those of `adapt` have the identity of their settings."""
 
 
 def run(config: Config) -> int:
