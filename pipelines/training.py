@@ -122,7 +122,6 @@ def train(
     rank: int,
     checkpoint_steps: int = 0,
     patience: int | None = None,
-    validate: Callable[[], dict[str, float]] = dict,
     more: Callable[[dict[str, float]], dict[str, Any]] = dict,
     run_dir: str = "",
 ) -> None:
@@ -130,7 +129,7 @@ def train(
 
     Args:
         rank: of this worker among all; the first one saves and speaks.
-        checkpoint_steps, patience, validate: as in `run_epochs`.
+        checkpoint_steps, patience: as in `run_epochs`.
         more: metrics -> metrics that are reported, with further ones.
         run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
     """
@@ -160,17 +159,8 @@ def train(
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
     with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
-        run_epochs(
-            loop,
-            begun,
-            checkpoints.best,
-            on_step,
-            on_checkpoint,
-            checkpoint_steps,
-            validate=validate,
-            patience=patience,
-            worse=checkpoints.worse,
-        )
+        stop = {"patience": patience, "worse": checkpoints.worse}
+        run_epochs(loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps, **stop)
     if events is not None:
         events.close()
     taken = loop.schedule.last_epoch

@@ -19,7 +19,7 @@ from pplug.schedule import rate
 
 
 class LoopSettings(Protocol):
-    """What the configs of both trainings have."""
+    """Fields that the configs of both trainings have."""
 
     @property
     def epochs(self) -> int: ...
@@ -167,6 +167,10 @@ class Loop:
         for parameter, piece in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
             parameter.grad = piece.view_as(parameter)
 
+    def validate(self) -> dict[str, float]:
+        """Metrics at an epoch's end, val_loss among them; without any, each epoch's end is the best so far."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Optimiser, schedule and generators; what is trained is saved apart."""
         return {
@@ -189,7 +193,6 @@ def run_epochs(
     on_checkpoint: Callable[[int, dict[str, float], bool], None],
     checkpoint_steps: int,
     *,
-    validate: Callable[[], dict[str, float]] = dict,
     patience: int | None = None,
     worse: int = 0,
 ) -> None:
@@ -201,7 +204,6 @@ def run_epochs(
         on_step: called with (steps done, steps in all, loss).
         on_checkpoint: called with (steps done, metrics, whether this is the best so far).
         checkpoint_steps: 0 saves at the end of an epoch only.
-        validate: gives metrics, val_loss among them; without it each epoch's end is the best so far.
         patience: epochs without a better val_loss after which the training ends; None: never.
         worse: epochs without a better one before step `done`.
     """
@@ -224,7 +226,7 @@ def run_epochs(
                 continue
             metrics = {"step": step, "epoch": epoch, "train_loss": float(np.mean(losses))}
             if at_end:
-                metrics |= validate()
+                metrics |= loop.validate()
             is_best = at_end and metrics.get("val_loss", -math.inf) < best
             worse = 0 if is_best else worse + at_end
             best = min(best, metrics.get("val_loss", best))

@@ -232,7 +232,6 @@ def fit_worker(given: dict[str, Any]) -> None:
             rank=rank,
             checkpoint_steps=config.checkpoint_steps,
             patience=config.fit.patience,
-            validate=fitter.validate,
             run_dir=given["run_dir"],
         )
 

@@ -41,8 +41,7 @@ def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, Froze
     known = samples()
     fitter = Fitter(plug, llm, config, known, known, mesh=mesh)
     seen: list[dict[str, float]] = []
-    run_epochs(fitter, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0,
-               validate=fitter.validate)  # fmt: skip
+    run_epochs(fitter, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     return plug, llm, seen[-1]
 
 
