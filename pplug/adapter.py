@@ -107,8 +107,8 @@ class StackConfig(Settings):
     """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states. Default: 8 on
     a CPU, and most of what is free on a GPU."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Choice of computing a layer's inner values again in the backward pass instead of keeping them, which takes a third
-    more time and a fraction of the memory. auto: on a GPU. Stage base uses it too."""
+    """Choice of computing the inner values of a layer again in the backward pass instead of keeping them. It takes a
+    third more time and a fraction of the memory. auto does so on a GPU. Stage base uses it too."""
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":

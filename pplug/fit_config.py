@@ -37,8 +37,8 @@ class FitConfig(Settings):
     """Padded prompt and target tokens of one forward pass, at most. Passes get smaller where the free memory asks for
     it. No result depends on it."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Choice of computing a layer's inner values again in the backward pass instead of keeping them, which takes a third
-    more time and a fraction of the memory. auto: on a GPU. No result depends on it."""
+    """Choice of computing the inner values of a layer again in the backward pass instead of keeping them. It takes a
+    third more time and a fraction of the memory. auto does so on a GPU. No result depends on it."""
     val_fraction: float = renamed("held_out", 0.1, gt=0, lt=1)
     """Fraction of the train users whose samples choose the checkpoint instead of training."""
     patience: int | None = Field(None, gt=0)
