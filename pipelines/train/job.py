@@ -52,10 +52,10 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
+    refuse_uneven(config.workers, config.llm.parallel.tensor)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
-    refuse_uneven(config.workers, config.llm.parallel.tensor)
     task = tables.task_entry(config.task, histories)
     rule = task.item_template(config.encoder.with_label)
     try:

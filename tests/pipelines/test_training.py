@@ -61,10 +61,11 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
     assert (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes() == before
 
 
-def test_workers_that_cannot_be_grouped_are_refused_at_the_start(made):
-    spread = made.llm.model_copy(update={"parallel": ParallelConfig(tensor=2)})
+def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
+    spread = {"model": "any", "parallel": {"tensor": 2}}
+    config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match="workers=3: llm.parallel.tensor=2 workers hold one LLM together"):
-        made.run(train, "uneven", **made.common, llm=spread, workers=3)
+        train.run(config)
 
 
 def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():

@@ -24,11 +24,12 @@ def alone(folder):
 @pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2), (2, 1)], ids=["1x2", "2x2", "2x1"])
 def test_workers_of_a_mesh_train_the_plug_of_one_worker(world, tensor, folder, alone, tmp_path):
     torch.multiprocessing.spawn(mesh.worker, (world, tensor, folder, str(tmp_path)), nprocs=world)
-    plug, llm, metrics = alone
+    plug, llm, metrics, gradient = alone
     every = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(world)]
     weights = sum(p.numel() for p in llm.model.parameters())
     ends = llm.embedding.weight.numel()
     for found in every:
+        assert (found["gradient"] - gradient).norm() <= 1e-4 * gradient.norm() > 0
         for name, want in plug.state_dict().items():
             assert torch.equal(found[name], every[0][name]), name
             assert (found[name] - want).norm() <= 1e-4 * want.norm(), name
