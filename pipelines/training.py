@@ -159,8 +159,10 @@ def train(
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
     with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
-        stop = {"patience": patience, "worse": checkpoints.worse}
-        run_epochs(loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps, **stop)
+        run_epochs(
+            loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
+            patience=patience, worse=checkpoints.worse,
+        )  # fmt: skip
     if events is not None:
         events.close()
     taken = loop.schedule.last_epoch
