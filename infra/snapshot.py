@@ -203,9 +203,16 @@ def _with_bucket(table: pa.Table, bucket: int) -> pa.Table:
 
 
 def with_added(table: pa.Table, columns: Sequence[str] | None, spec: TableSpec | None) -> pa.Table:
-    """Adds the columns asked for that are younger than the file (`TableSpec.added`), filled with nulls."""
+    """Adds the columns asked for that are younger than the file (`TableSpec.added`), filled with nulls.
+
+    A Delta table knows one type for bytes; columns of bytes get the one that the spec has for them in memory.
+    """
     if spec is None:
         return table
+    for at, held in enumerate(table.schema):
+        if pa.types.is_binary(held.type) and held.name in spec.schema.names:
+            field = spec.schema.field(held.name)
+            table = table.set_column(at, field, table.column(at).cast(field.type))
     for name in spec.added:
         if name not in table.column_names and (columns is None or name in columns):
             field = spec.schema.field(name)

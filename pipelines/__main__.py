@@ -81,6 +81,11 @@ JOBS = {
         "pipelines.upkeep.config:ExportConfig",
         "a table -> plain Parquet, or one user's adapter -> a PEFT folder",
     ),
+    "import-adapter": Job(
+        "pipelines.upkeep.import_adapter",
+        "pipelines.upkeep.config:ImportAdapterConfig",
+        "a PEFT folder with a LoRA -> one user's adapter",
+    ),
     "compact": Job(
         "pipelines.upkeep.compact",
         "pipelines.upkeep.config:CompactConfig",

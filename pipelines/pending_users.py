@@ -64,6 +64,8 @@ class PendingUsers:
     id_column: str = "adapter_id"
     only_asking: bool = False
     """True looks only at users who have a request."""
+    without: frozenset[str] = frozenset()
+    """Columns that unchanged rows come without: a later stage reads them."""
 
     def read(self, bucket: int) -> PendingBucket:
         wanted: set[str] | None = None
@@ -149,7 +151,8 @@ class PendingUsers:
             place = pc.field("user_key")
             near = (place >= some[0]) & (place <= some[-1])  # by which row groups are skipped
             assert self.before is not None, "the unchanged rows were read from there"
-            yield self.before.read(buckets=[bucket], filter=near & place.isin(some))
+            columns = [name for name in self.before.spec.schema.names if name not in self.without]
+            yield self.before.read(columns, buckets=[bucket], filter=near & place.isin(some))
 
 
 def newest_of(own: Histories, user: int, items: range) -> LastItem:

@@ -46,8 +46,8 @@ _SPECS = [
         vectors=("mean_vector", "persona"),
         row_group_rows=GROUP_ROWS,
     ),
-    # one user's weights are fetched alone: a row group of few users
-    TableSpec("adapters", schemas.ADAPTERS, 1, sort=("user_key",), row_group_rows=4),
+    # one user's weights are fetched alone, and may be 40 MB: a row group per user
+    TableSpec("adapters", schemas.ADAPTERS, 1, sort=("user_key",), row_group_rows=1),
     TableSpec("profiles", schemas.PROFILES, 1, sort=("user_key",), row_group_rows=GROUP_ROWS),
     TableSpec("generations", schemas.GENERATIONS, 1, sort=("user_key", "request_id", "method")),
     TableSpec("rejects", schemas.REJECTS, 1, sort=("key",), bucketed=False),

@@ -7,6 +7,7 @@ Shapes: r rank, A (r, in), B (out, r); the base's weight gets alpha / r * B A ad
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+IMPORTED = "imported"
+"""Stands in the id of an adapter that was trained elsewhere, where others have the identity of their settings."""
 _PREFIX = "base_model.model."
 _HEADER_BYTES = 100_000_000  # safetensors' own bound
 
@@ -100,8 +103,12 @@ class StackConfig(Settings):
 
     tokens: int = Field(16_384, gt=0)
     """Number of tokens in one pass. More bring nothing once the processor is full."""
-    memory_gib: float = Field(8.0, gt=0)
-    """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory for what a pass keeps until its backward, and for the adapters with their optimiser states. Default: 8 on
+    a CPU, and most of what is free on a GPU."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Choice of computing the inner values of a layer again in the backward pass instead of keeping them. It takes a
+    third more time and a fraction of the memory. auto does so on a GPU. Stage base uses it too."""
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":
@@ -130,13 +137,19 @@ def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, in
     """(in, out) of each module that an adapter of these targets changes, read from the base's config alone.
 
     Raises:
-        ValueError: the base lacks a target.
+        ValueError: the base lacks a target, or is an encoder-decoder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{folder} is an encoder-decoder ({config.model_type}), and adapters are trained on causal models alone; "
+            "choose a causal model, or train a plug"
+        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(config)
     modules = target_modules(model, targets)
     return {name: (module.in_features, module.out_features) for name, module in modules.items()}
 
@@ -213,6 +226,11 @@ def _metadata(data: bytes) -> dict[str, str]:
     size = int.from_bytes(data[:8], "little")
     assert 0 < size < min(len(data), _HEADER_BYTES), "safetensors has read this header"
     return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+
+
+def content_id(data: bytes) -> str:
+    """16 hex characters of an adapter's bytes."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_folder(folder: Path, data: bytes, shape: AdapterShape, base: str) -> None:

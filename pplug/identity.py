@@ -122,6 +122,16 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
     return out
 
 
+def _refuse_adapter(folder: Path) -> None:
+    said = folder / "adapter_config.json"
+    if said.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(said.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"{folder} is a PEFT adapter on {base}, not a model; give that model, and take the adapter in with "
+            "`import-adapter`"
+        )
+
+
 def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder of a model's files: a local folder, `package:NAME/FOLDER` inside an installed package, or a hub name.
 
@@ -129,7 +139,7 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
         weights: False fetches the config and the tokenizer of a hub model alone.
 
     Raises:
-        FileNotFoundError: no such folder or package, or the hub cannot be reached.
+        FileNotFoundError: no such folder or package, the folder holds an adapter, or the hub cannot be reached.
     """
     if model.startswith("package:"):
         name, _, inside = model.removeprefix("package:").partition("/")
@@ -140,6 +150,7 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
     else:
         folder = Path(model).expanduser()
     if folder.is_dir():
+        _refuse_adapter(folder)
         return folder
     if model.startswith(("package:", "/", "./", "../", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"model {model!r}: no folder {folder}; expected a transformers model folder")

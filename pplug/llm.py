@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from pplug.identity import (
     config_of,
     model_folder,
@@ -25,6 +27,17 @@ from pplug.tensors import read_rows, shape_of, tensor_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from pplug.logits import BodyAndHead
+    from pplug.parallel import Mesh
+
+
+class ParallelConfig(Settings):
+    """Sets how one frozen LLM is spread over several workers of a training."""
+
+    tensor: int = Field(1, gt=0)
+    """Number of workers that hold one LLM together, each a part of every layer's matrices; they need fast links to each
+    other, such as the GPUs of one node have. `workers` must be a multiple of it."""
 
 
 class LLMConfig(Settings):
@@ -42,6 +55,9 @@ class LLMConfig(Settings):
     serves: str | None = added(None)
     """`llm_id` of another LLM whose plugs and adapters this one may use, for a quantised or longer-context copy of it.
     They are refused unless template and token embeddings are those of the LLM that they were trained on."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Spread of the LLM over the workers of `train`, for one that is too large for a single GPU. It is no part of the
+    identity."""
 
 
 def llm_id(config: LLMConfig) -> str:
@@ -119,8 +135,12 @@ class FrozenLLM:
     encoder_decoder: bool
 
     @classmethod
-    def load(cls, config: LLMConfig) -> "FrozenLLM":
-        """Loads weights, frozen, in eval mode, on the GPU when there is one."""
+    def load(cls, config: LLMConfig, mesh: "Mesh | None" = None) -> "FrozenLLM":
+        """Loads weights, frozen, in eval mode, on the GPU when there is one.
+
+        Args:
+            mesh: this worker's place among those of a training, where `config.parallel` spreads the LLM over them.
+        """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -135,7 +155,13 @@ class FrozenLLM:
         kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         # transformers' default attention ignores a cap on the scores, which vLLM applies
         how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
-        model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
+        if mesh is not None and mesh.parts is not None:
+            from pplug.parallel import spread
+
+            with spread(mesh, kind, config_of_model) as parts:
+                model = kind.from_pretrained(folder, dtype=dtype, **how, **parts).eval().requires_grad_(False)
+        else:
+            model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
         use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
         return cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder), encoder_decoder)
@@ -147,6 +173,13 @@ class FrozenLLM:
     @property
     def dim(self) -> int:
         return self.embedding.weight.shape[1]
+
+    @cached_property
+    def parts(self) -> "BodyAndHead | None":
+        """The model taken apart, for losses over a large vocabulary; None where it cannot be."""
+        from pplug.logits import taken_apart
+
+        return taken_apart(self.model)
 
     @cached_property
     def embedding_norm(self) -> float:

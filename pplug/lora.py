@@ -17,10 +17,9 @@ Shapes: U users of a pass, M tokens of all of them, R rows of one user, L its lo
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,162 +29,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
-from pplug.identity import stable_int
+from pplug import memory
+from pplug.adapter import LoraConfig, StackConfig, target_modules
+from pplug.logits import IGNORED, LOGITS, losses_in_pieces, taken_apart, vocabulary
+from pplug.lora_user import (
+    ALIGN,
+    Fitted,
+    Part,
+    User,
+    UserExamples,
+    initial_weights,
+    kept_mask,
+    plan_steps,
+    user_seed,
+)
 from pplug.norms import use_fast_rmsnorm
-from pplug.objective import IGNORED
-from pplug.schedule import rate
 from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
 
-ALIGN = 16
-"""A user's tokens fill whole blocks of this many: see the head of this file."""
+__all__ = [
+    "Fitted",
+    "Pass",
+    "StackedTrainer",
+    "UserExamples",
+    "initial_weights",
+    "kept_mask",
+    "plan_steps",
+    "user_seed",
+]
 _ATTENTION = "pplug_stack"
 _NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
                   "output_router_logits", "return_dict"}  # fmt: skip
 """Arguments of a base's attention that change nothing here: the base is in eval mode and knows its own positions."""
 
 
-@dataclass(frozen=True)
-class UserExamples:
-    """A user's examples: token ids of each prompt and of its target (EOS included)."""
-
-    user_id: str
-    examples: Sequence[tuple[list[int], list[int]]]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A trained adapter. `weights`: module name -> A (r, in), B (out, r), float32; `loss`: last epoch's, per token."""
-
-    user_id: str
-    weights: dict[str, tuple[Tensor, Tensor]]
-    n_examples: int
-    steps: int
-    loss: float
-
-
-def user_seed(seed: int, user_id: str) -> int:
-    """63 bits for everything that is drawn for this user."""
-    return stable_int(f"{seed}:{user_id}") >> 1
-
-
-def initial_weights(shape: AdapterShape, modules: "dict[str, nn.Linear]", seed: int) -> list[Tensor]:
-    """A (r, in) and B (out, r) of each module, in turn: A uniform as PEFT (and nn.Linear) does, B zero."""
-    generator = torch.Generator().manual_seed(seed)
-    out = []
-    for module in modules.values():
-        a = torch.empty(shape.rank, module.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        out += [a, torch.zeros(module.out_features, shape.rank)]
-    return out
-
-
-def plan_steps(n: int, config: LoraConfig, seed: int) -> list[np.ndarray]:
-    """Example indices of each step of a user with n examples: every epoch in an order of its own."""
-    batches = []
-    for epoch in range(config.epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(n)
-        batches += [order[start : start + config.batch_size] for start in range(0, n, config.batch_size)]
-    return batches
-
-
-def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """1 where a value of x (T, H) is kept, else 0, float32; dropout is exact to 1 / 65,536.
-
-    Two draws come out of one of the generator's 32-bit numbers: less than half the time of bernoulli_.
-    """
-    draws = torch.empty(-(-x.numel() // 2), dtype=torch.int32, device=x.device).random_(
-        -(2**31), None, generator=generator
-    )
-    limit = round(dropout * 2**16) - 2**15
-    return (draws.view(torch.int16)[: x.numel()] >= limit).to(torch.float32).view(x.shape)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one user in one pass: all but the last token of each example, or a part of a step's rows."""
-
-    rows: list[tuple[list[int], list[int]]]
-    """Token ids and, at the end of the row, the labels of its last len(labels) positions."""
-    step_labels: int
-    ends_step: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(ids) for ids, _ in self.rows)
-
-    @property
-    def labels(self) -> int:
-        return sum(len(labels) for _, labels in self.rows)
-
-
-class _User:
-    """One user in training: own weights, optimiser, schedule, generator and order."""
-
-    def __init__(self, given: UserExamples, config: LoraConfig, modules: dict[str, nn.Linear], device: Any) -> None:
-        self.given, self.config = given, config
-        seed = user_seed(config.seed, given.user_id)
-        start = initial_weights(config.shape, modules, seed)
-        self.shapes = [tensor.shape for tensor in start]
-        # one leaf a user: one optimiser state, one norm, and its pieces' gradients come back in one concatenation
-        self.theta = nn.Parameter(torch.cat([tensor.flatten() for tensor in start]).to(device))
-        self.optimizer = torch.optim.AdamW([self.theta], lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.batches = plan_steps(len(given.examples), config, seed)
-        self.step, self.parts = 0, deque(self._split(self.batches[0]))
-        self.last_loss, self.last_labels = torch.zeros((), device=device), 0
-
-    def _split(self, batch: np.ndarray) -> list[_Part]:
-        """A step's rows in parts of at most max_tokens_per_microbatch: by this user's rows alone."""
-        rows: list[tuple[list[int], list[int]]] = []
-        for index in batch:
-            prompt, target = self.given.examples[index]
-            # nothing stands before the first token of a target without a prompt, so nothing predicts it
-            labels = target if prompt else target[1:]
-            rows.append(((prompt + target)[:-1], labels))
-        total = sum(len(labels) for _, labels in rows)
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
-        size = 0
-        for row in rows:
-            if groups[-1] and size + len(row[0]) > self.config.max_tokens_per_microbatch:
-                groups.append([])
-                size = 0
-            groups[-1].append(row)
-            size += len(row[0])
-        return [_Part(group, total, group is groups[-1]) for group in groups]
-
-    @property
-    def done(self) -> bool:
-        return self.step == len(self.batches)
-
-    def pieces(self) -> list[Tensor]:
-        """A and B of each module, views of theta."""
-        sizes = [shape.numel() for shape in self.shapes]
-        return [piece.view(shape) for piece, shape in zip(self.theta.split(sizes), self.shapes, strict=True)]
-
-    def advance(self, part: _Part, loss_sum: Tensor) -> None:
-        """After a backward pass: counts the part, and at a step's end clips and steps."""
-        self.parts.popleft()
-        per_epoch = len(self.batches) // self.config.epochs
-        if self.step >= len(self.batches) - per_epoch:
-            self.last_loss, self.last_labels = self.last_loss + loss_sum.detach(), self.last_labels + part.labels
-        if not part.ends_step:
-            return
-        nn.utils.clip_grad_norm_([self.theta], self.config.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate(
-            self.step, len(self.batches), self.config.warmup_fraction
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if not self.done:
-            self.parts.extend(self._split(self.batches[self.step]))
-
-
 class _Block:
     """One user's tokens in a pass: where they stand, and how attention sees them as padded rows."""
 
-    def __init__(self, part: _Part, device: Any) -> None:
+    def __init__(self, part: Part, device: Any) -> None:
         lengths = np.array([len(ids) for ids, _ in part.rows])
         starts = np.concatenate([[0], np.cumsum(lengths)])
         self.size = -(-int(starts[-1]) // ALIGN) * ALIGN
@@ -232,7 +112,7 @@ class _Block:
 class Pass:
     """The users of one pass and their blocks."""
 
-    def __init__(self, users: list[_User], device: Any) -> None:
+    def __init__(self, users: list[User], device: Any) -> None:
         self.users, self.parts = users, [user.parts[0] for user in users]
         self.blocks = [_Block(part, device) for part in self.parts]
         self.sizes = [block.size for block in self.blocks]
@@ -290,18 +170,33 @@ class StackedTrainer:
         self._pass: Pass | None = None
         probes = probe_examples(model.get_input_embeddings().weight.shape[0], ALIGN)
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
+        self._parts = taken_apart(model)
         use_fast_rmsnorm(model)
         model.set_attn_implementation(_ATTENTION)
         if model.config._attn_implementation != _ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")
         for place, module in enumerate(self.modules.values()):
             module.register_forward_hook(partial(self._add, place))
-        self._adapter_bytes = 20 * sum(
+        self.adapter_bytes = 20 * sum(
             config.shape.rank * (module.in_features + module.out_features) for module in self.modules.values()
         )  # float32: weights, gradient (twice while its pieces are put together), two moments
-        self.label_bytes = 12 * model.get_output_embeddings().weight.shape[0]  # logits, in float32, and softmax
+        words = vocabulary(model)
+        self.label_bytes = 12 * words  # logits, in float32, and softmax
+        self._label_rows = max(ALIGN, LOGITS // words // ALIGN * ALIGN)
         refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
         self.token_bytes = self._probe()
+        given = self.stack.memory_gib
+        if given is None:
+            free = memory.FREE_SHARE * memory.free_bytes(self.device) if self.device.type == "cuda" else 8 * 2**30
+        self.memory_bytes = free if given is None else given * 2**30
+
+    def pass_bytes(self, parts: Iterable[Part]) -> float:
+        """Memory of a pass over these parts, beside the adapters."""
+        parts = list(parts)
+        labels = sum(part.labels for part in parts)
+        if self._parts is not None:
+            labels = min(labels, self._label_rows)
+        return sum(part.tokens for part in parts) * self.token_bytes + labels * self.label_bytes
 
     def fit(self, users: Iterable[UserExamples]) -> Iterator[Fitted]:
         """Each user's adapter, in the order in which they finish.
@@ -309,21 +204,23 @@ class StackedTrainer:
         Raises:
             ValueError: a user has no example, or one without a target token that anything stands before.
         """
-        waiting, active = iter(users), deque[_User]()
+        waiting, active = iter(users), deque[User]()
         coming = next(waiting, None)
         while active or coming is not None:
-            chosen: list[_User] = []
-            tokens, memory = 0, float(len(active) * self._adapter_bytes)
+            chosen: list[User] = []
+            tokens = 0
             while active or coming is not None:
                 if not active:
                     assert coming is not None
                     active.append(self.enter(coming))
                     coming = next(waiting, None)
-                    memory += self._adapter_bytes
+                room = self.memory_bytes - (len(chosen) + len(active)) * self.adapter_bytes
+                while not chosen and self.pass_bytes([active[0].parts[0]]) > room and active[0].halve():
+                    pass  # the first user too keeps to the budget, as far as an example allows
                 part = active[0].parts[0]
                 tokens += -(-part.tokens // ALIGN) * ALIGN
-                memory += part.tokens * self.token_bytes + part.labels * self.label_bytes
-                if chosen and (tokens > self.stack.tokens or memory > self.stack.memory_gib * 2**30):
+                needed = self.pass_bytes([*(user.parts[0] for user in chosen), part])
+                if chosen and (tokens > self.stack.tokens or needed > room):
                     break
                 chosen.append(active.popleft())
             self.take_step(chosen)
@@ -333,45 +230,72 @@ class StackedTrainer:
                 else:
                     active.append(user)
 
-    def enter(self, given: UserExamples) -> _User:
+    def enter(self, given: UserExamples) -> User:
         lacking = [i for i, (prompt, target) in enumerate(given.examples) if len(target) < (1 if prompt else 2)]
         if not given.examples or lacking:
             what = f"example {lacking[0]} has no target to learn" if lacking else "no example"
             raise ValueError(f"a user with {len(given.examples)} examples: {what}; set such users aside before")
-        return _User(given, self.config, self.modules, self.device)
+        return User(given, self.config, self.modules, self.device)
 
     def _add(self, place: int, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """Forward hook of a target module: adds each user's alpha / r * B A x to that user's tokens."""
         stack = self._pass
         if stack is None:
             return out
-        dropout, deltas = self.config.dropout, []
+        inputs, dropout, deltas = given[0].flatten(0, -2), self.config.dropout, []
+        if len(inputs) != sum(stack.sizes):
+            name = list(self.modules)[place]
+            raise ValueError(f"target {name}: it works on other rows than the tokens, so users cannot share a pass")
         scale = self.config.shape.scale / (1 - dropout)
-        for user, pieces, x in zip(stack.users, stack.pieces, given[0][0].split(stack.sizes), strict=True):
+        for user, pieces, x in zip(stack.users, stack.pieces, inputs.split(stack.sizes), strict=True):
             x = x.float()
             if dropout:
-                x = x * kept_mask(x, dropout, user.generator)
+                x = x * user.mask(x)
             deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
-        return (out + torch.cat(deltas)[None]).to(out.dtype)
+        return (out + torch.cat(deltas).view(out.shape)).to(out.dtype)
 
     def losses(self, stack: Pass, reduction: str = "sum") -> list[Tensor]:
         """Each user's cross-entropy over the labels of this pass: summed, or of each label."""
+        given = {"input_ids": stack.ids, "position_ids": stack.position, "use_cache": False, "stack": stack}
+        sizes = [len(block.labels) for block in stack.blocks]
+        parts = self._parts if sum(sizes) > self._label_rows else None
         self._pass = stack
         try:
-            logits = self.model(
-                input_ids=stack.ids,
-                position_ids=stack.position,
-                use_cache=False,
-                logits_to_keep=stack.label_at,
-                stack=stack,
-            ).logits[0]
+            if parts is None:
+                out = self.model(**given, logits_to_keep=stack.label_at).logits[0]
+            else:
+                out = parts.hidden(**given)[0].index_select(0, stack.label_at)
         finally:
             self._pass = None
-        per_user = logits.split([len(block.labels) for block in stack.blocks])
+        per_user = zip(out.split(sizes), stack.blocks, strict=True)
+        if parts is not None:  # pieces of a size that depends on the user alone
+            rows = self._label_rows
+            return [losses_in_pieces(parts, x, block.labels, rows, reduction)[0] for x, block in per_user]
         return [
-            F.cross_entropy(part.float(), block.labels, ignore_index=IGNORED, reduction=reduction)
-            for part, block in zip(per_user, stack.blocks, strict=True)
+            F.cross_entropy(logits.float(), block.labels, ignore_index=IGNORED, reduction=reduction)
+            for logits, block in per_user
         ]
+
+    def _again(self) -> tuple[Any, Any]:
+        """For a layer that is computed twice: the second time it sees the same pass and draws the same masks."""
+        stack = self._pass
+        if stack is None:
+            return nullcontext(), nullcontext()
+        states = [user.generator.get_state() for user in stack.users] if self.config.dropout else []
+        return nullcontext(), self._same_again(stack, states)
+
+    @contextmanager
+    def _same_again(self, stack: Pass, states: list[Tensor]) -> Iterator[None]:
+        before, later = self._pass, [user.generator.get_state() for user in stack.users]
+        self._pass = stack
+        for user, state in zip(stack.users, states, strict=False):
+            user.generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._pass = before
+            for user, state in zip(stack.users, later, strict=True):
+                user.generator.set_state(state)
 
     @torch.no_grad()
     def _each_loss(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -379,36 +303,65 @@ class StackedTrainer:
         users = [self.enter(UserExamples(f"{i}", [example])) for i, example in enumerate(examples)]
         return self.losses(Pass(users, self.device), "none")
 
-    def take_step(self, users: list[_User]) -> None:
+    def take_step(self, users: list[User]) -> None:
+        """Takes the next part of each of these users; where memory does not suffice, in two passes and so on.
+
+        Raises:
+            RuntimeError: a single example does not fit.
+        """
+        states = [user.generator.get_state() for user in users]
+        try:
+            losses, gradients = self._gradients(users)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error) or not (len(users) > 1 or users[0].halve()):
+                raise
+        else:
+            for user, loss, gradient in zip(users, losses, gradients, strict=True):
+                user.theta.grad = gradient if user.theta.grad is None else user.theta.grad + gradient
+                user.advance(user.parts[0], loss)
+            return
+        memory.set_free()
+        fits = self.pass_bytes(user.parts[0] for user in users) / 2 + len(users) * self.adapter_bytes
+        self.memory_bytes = min(self.memory_bytes, fits)
+        for user, state in zip(users, states, strict=True):
+            user.generator.set_state(state)
+        half = len(users) // 2
+        for some in (users[:half], users[half:]) if half else (users,):
+            self.take_step(some)
+
+    def _gradients(self, users: list[User]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Losses and gradients of the users' next parts; nothing of a user is changed but what has been drawn."""
+        for user in users:
+            user.begin()
         stack = Pass(users, self.device)
         losses = self.losses(stack)
         total = sum(
             (loss / part.step_labels for loss, part in zip(losses, stack.parts, strict=True)),
             torch.zeros((), device=self.device),
         )
-        total.backward()
-        for user, part, loss in zip(users, stack.parts, losses, strict=True):
-            user.advance(part, loss)
+        gradients = torch.autograd.grad(total, [user.theta for user in users])
+        return [loss.detach() for loss in losses], gradients
 
-    def _fitted(self, user: _User) -> Fitted:
+    def _fitted(self, user: User) -> Fitted:
         pieces = [piece.detach().clone() for piece in user.pieces()]
         weights = {name: (pieces[2 * i], pieces[2 * i + 1]) for i, name in enumerate(self.modules)}
         loss = float(user.last_loss) / max(1, user.last_labels)
         return Fitted(user.given.user_id, weights, len(user.given.examples), len(user.batches), loss)
 
     def _probe(self) -> float:
-        """Bytes that a pass keeps for its backward, a token: counted on a pass over ALIGN tokens."""
-        kept: dict[int, int] = {}
-        own = {parameter.data_ptr() for parameter in self.model.parameters()}
+        """Bytes that a token of a pass takes, counted on a pass over ALIGN tokens.
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+        Where layers are computed again, what one of them keeps meanwhile comes to what all of them keep.
+        """
         user = self.enter(UserExamples("", [([0] * ALIGN, [0])]))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = self.losses(Pass([user], self.device))
-        del losses
-        return max(0.0, sum(kept.values()) - ALIGN * self.label_bytes) / ALIGN
+
+        def kept() -> float:
+            own = [*self.model.parameters(), user.theta]
+            count = memory.kept_bytes(lambda: self.losses(Pass([user], self.device)), own)
+            return max(0.0, count - ALIGN * self.label_bytes) / ALIGN
+
+        every = kept()
+        if not memory.wanted(self.stack.checkpointing, self.device):
+            return every
+        layers = memory.checkpoint_layers(self.model, self._again)
+        return kept() + every / layers if layers else every

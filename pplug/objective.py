@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pplug.llm import FrozenLLM
+from pplug.logits import IGNORED, LOGITS, losses_in_pieces, vocabulary
 from pplug.splice import Prompt
-
-IGNORED = -100
 
 
 def splice_rows(
@@ -90,20 +89,26 @@ def target_loss(
             labels[i, : len(target)] = torch.tensor(target)
         labels = labels.to(soft_BRH.device)
         starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = llm.model(inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=starts).logits
+        given = {"inputs_embeds": embeddings, "attention_mask": mask, "decoder_input_ids": starts, "use_cache": False}
     else:
         embeddings, mask, _ = splice_rows(llm, prompts, soft_BRH, row_counts, targets)
         for i, target in enumerate(targets):
             labels[i, longest - len(target) :] = torch.tensor(target)
         labels = labels.to(soft_BRH.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = llm.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        ).logits[:, :-1]
+        given = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    words = vocabulary(llm.model)
+    if labels.numel() * words > LOGITS and llm.parts is not None:
+        hidden = llm.parts.hidden(**given)
+        hidden = hidden if llm.encoder_decoder else hidden[:, -longest - 1 : -1]
+        wanted = labels != IGNORED
+        loss, exact = losses_in_pieces(llm.parts, hidden[wanted], labels[wanted], max(1, LOGITS // words))
+        right = torch.ones_like(wanted).masked_scatter(wanted, exact)
+        return loss, right.all(1)
+    if not llm.encoder_decoder:
+        given["logits_to_keep"] = longest + 1
+    logits = llm.model(**given).logits
+    logits = logits if llm.encoder_decoder else logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     exact = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
     return loss, exact

@@ -76,7 +76,7 @@ ADAPTERS = _schema(
     ("n_examples", pa.int64()),
     ("loss", pa.float32()),  # mean of the last epoch, per target token
     ("history_hash", pa.string()),  # hash of the items that it was trained on
-    ("weights", pa.binary()),  # safetensors
+    ("weights", pa.large_binary()),  # safetensors; binary holds 2 GiB in a block, which 50 large adapters exceed
     *_LAST_ITEM,
 )
 

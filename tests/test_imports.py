@@ -109,7 +109,7 @@ DEFERRED = {
     "pipelines/__main__.py",  # only the job that was asked for is imported
     "pipelines/refresh/job.py",  # a night on which nothing changed starts neither Ray nor torch
     # configs stand beside the code that needs torch
-    "pplug/encoder.py", "pplug/fit.py", "pplug/llm.py", "pplug/tiny_lm.py",
+    "pplug/encoder.py", "pplug/llm.py", "pplug/tiny_lm.py",
 }  # fmt: skip
 
 

@@ -8,8 +8,10 @@ folder as checkpoint -> merged model folder with its tokenizer.
 
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,14 +32,17 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
+from pipelines.training import Checkpoints, train
 from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
-from pplug.fit import micro_batches, plan_epoch, sum_gradients
+from pplug.fit import make_room
 from pplug.folder import MODEL_FILES, whole_folder
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, tokenizer_of
+from pplug.loop import Loop
+from pplug.merge import can_merge, merge_files
 from pplug.objective import target_loss
-from pplug.schedule import rate
+from pplug.parallel import Mesh
 from pplug.splice import Prompt, PromptBuilder
 from pplug.tasks import TaskSpec
 
@@ -127,8 +132,8 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports each epoch.
 
     Args:
-        given: llm, lora (LoraConfig), examples (folder), shards (the files written there), cpu (CpuShare), started_in
-            (the driver's folder).
+        given: llm, lora (LoraConfig), checkpointing, examples (folder), shards (the files written there), cpu
+            (CpuShare), left (checkpoints without a record), run_dir, started_in (the driver's folder).
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
@@ -140,37 +145,38 @@ def fit_base(given: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm.model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     prompts, answers = load_examples(given["examples"], given["shards"])
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
-    per_epoch = -(-len(lengths) // config.batch_size)
-    start = _resume(model, optimizer)
+    of_answers = np.array([len(answer) for answer in answers], np.int64)
+
+    def loss(part: np.ndarray, epoch: int) -> torch.Tensor:
+        return _answers_loss(llm, [prompts[i] for i in part], [answers[i] for i in part])
+
+    loop = Loop(
+        [{"params": trained, "lr": config.learning_rate}],
+        config, lengths, of_answers, loss, Mesh(rank, world), seeded=True,
+    )  # fmt: skip
+    loop.fit_memory(make_room(llm, given["checkpointing"]))
+
+    def read(folder: str) -> Callable[[], None]:
+        state = load_file(f"{folder}/adapter/adapter_model.safetensors")
+        return lambda: peft.set_peft_model_state_dict(model, state)
+
+    def more(metrics: dict[str, Any]) -> dict[str, Any]:
+        loss_so_far = {"loss": metrics["train_loss"]} if "train_loss" in metrics else {}
+        return metrics | loss_so_far | {"examples": len(lengths)}
+
     for name, module in model.named_modules():
         module.train("lora_dropout" in name)  # the adapter's dropout alone: the base is frozen
-    for epoch in range(start, config.epochs):
-        total = torch.zeros((), device=llm.embedding.weight.device)
-        for place, batch in enumerate(plan_epoch(lengths, config.batch_size, config.seed, epoch)):
-            step = epoch * per_epoch + place
-            torch.manual_seed((config.seed << 40) + step * world + rank)  # the same dropout after a restart
-            tokens = sum(len(answers[i]) for i in batch)
-            for part in micro_batches(batch[rank::world], lengths, config.max_tokens_per_microbatch):
-                loss = _answers_loss(llm, [prompts[i] for i in part], [answers[i] for i in part])
-                (loss / tokens).backward()
-                total += loss.detach() / tokens / per_epoch
-            sum_gradients(trained, world)
-            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-            share = rate(step, per_epoch * config.epochs, config.warmup_fraction)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * share
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if world > 1:
-            torch.distributed.all_reduce(total)
-        metrics = {"epoch": epoch + 1, "loss": float(total), "examples": len(lengths)}
-        if rank == 0:
-            print(f"adapt: base, epoch {epoch + 1} of {config.epochs}, loss {float(total):.4f}", flush=True)
-        _report(model, optimizer, metrics, rank)
-    if start == config.epochs:  # the run had ended before; report again, so that the driver finds its checkpoint
-        _report(model, optimizer, {"epoch": start, "examples": len(lengths)}, rank)
+    with tempfile.TemporaryDirectory() as local:
+        write = partial(_write, model)
+        checkpoints = Checkpoints("adapt", local, loop, read, write)
+        checkpoints.load(given["left"])
+        train(checkpoints, rank=rank, more=more, run_dir=given["run_dir"])
+
+
+def _write(model: Any, folder: str, is_best: bool) -> None:
+    model.save_pretrained(f"{folder}/adapter")
 
 
 def _with_lora(model: Any, config: LoraConfig) -> Any:
@@ -196,28 +202,6 @@ def _answers_loss(llm: FrozenLLM, prompts: list[list[int]], answers: list[list[i
     return loss
 
 
-def _report(model: Any, optimizer: Any, metrics: dict[str, Any], rank: int) -> None:
-    if rank:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(f"{folder}/adapter")
-        torch.save({"optimizer": optimizer.state_dict(), "epoch": metrics["epoch"]}, f"{folder}/state.pt")
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _resume(model: Any, optimizer: Any) -> int:
-    """Epochs that a checkpoint has behind it; loads it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        peft.set_peft_model_state_dict(model, load_file(f"{folder}/adapter/adapter_model.safetensors"))
-        state = torch.load(f"{folder}/state.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
-
-
 def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and answers.
 
@@ -240,15 +224,19 @@ def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[i
 def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
     """Writes the base with the adapter added to its weights, as a model folder with its tokenizer.
 
+    The base is read file by file. Only where its files name their tensors otherwise than the model does, it is loaded.
     The folder takes the place of a former model as a whole: shards and an index of that would be loaded instead.
 
     Args:
         record: content of made_from.json.
     """
     folder = model_folder(llm.model, llm.revision)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    by_file = can_merge(folder, Path(adapter))
     with whole_folder(output, MODEL_FILES) as draft:
-        merged.save_pretrained(draft)
+        if by_file:
+            merge_files(folder, Path(adapter), draft)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
         AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
         (draft / made_from.FILE).write_text(record, encoding="utf-8")

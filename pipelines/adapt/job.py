@@ -22,10 +22,11 @@ from pipelines import begun, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
-from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
+from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_id
 from pipelines.made_from import users_id
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
+from pipelines.training import keep_curve, left_without_record
 from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import model_folder
@@ -48,6 +49,8 @@ def run(config: Config) -> int:
         raise InputError(
             f"rule.retrieve={config.rule.retrieve}: {why}; leave it out or give the task entry `retrieval`"
         )
+    if config.llm.parallel.tensor > 1:
+        raise InputError("llm.parallel.tensor: adapters are trained on a whole base per worker; leave it out")
     try:
         base = llm_id(config.llm)
         base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.lora.shape.targets)
@@ -93,8 +96,9 @@ def _adapters(
     mixed = users is not None and "none" in tables.metadata_values(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     pending = PendingUsers(
-        histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets
-    )
+        histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets,
+        without=frozenset({"weights"}),
+    )  # fmt: skip
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
@@ -113,6 +117,7 @@ def _adapters(
                 FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
                 size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
             ),
+            waves.tasks(TakeUnchanged(before), rows=None),
         ],
         metadata=identities | {"histories_version": str(histories.version), SAMPLE: llm_sample(config.llm)},
         wave_rows=config.wave_users,
@@ -201,9 +206,12 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             {
                 "llm": config.llm.model_dump(),
                 "lora": config.trained.model_dump(),
+                "checkpointing": config.stack.checkpointing,
                 "examples": examples,
                 "shards": shards,
                 "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
+                "left": left_without_record(Storage(run_dir).join("train"), run_id),
+                "run_dir": run_dir,
             },
             run_id=run_id,
             run_dir=run_dir,
@@ -213,6 +221,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             checkpoints_kept=1,
         )
         with result.checkpoint.as_directory() as checkpoint:
+            keep_curve(checkpoint, run_dir)
             merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
     report.written = sum(shard.examples for shard in shards)
     merged = llm_id(config.llm.model_copy(update={"model": str(output), "revision": None}))
@@ -227,11 +236,12 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
 # What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
 _FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads", "max_failures", "max_reject_fraction",
          "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora", "epochs"}  # fmt: skip
+_FREE_KEYS: dict[str, Any] = dict.fromkeys(_FREE, True) | {"llm": {"parallel"}}
 
 
 def _decisive(config: Config, task: "TaskSpec", left_out: frozenset[str], base: str) -> dict[str, Any]:
     """All that decides what a base learns, beside the tables' versions."""
-    decisive = config.decisive(exclude=_FREE) | {"task": task.model_dump(mode="json"), "llm_id": base}
+    decisive = config.decisive(exclude=_FREE_KEYS) | {"task": task.model_dump(mode="json"), "llm_id": base}
     decisive["lora"] = config.trained.decisive(exclude={"max_tokens_per_microbatch"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
     return decisive

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
+from pplug.adapter import IMPORTED
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class OtherSettings:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         (bucket,) = batch["bucket"].to_pylist()
         rows = self.adapters.read(["user_key", "adapter_id", "llm_id"], buckets=[bucket]).to_pylist()
-        other = {row["user_key"]: row for row in rows if row["adapter_id"].partition("-")[0] != self.fit_id}
+        mixes = (self.fit_id, IMPORTED)  # one from elsewhere may stand beside those of any settings
+        other = {row["user_key"]: row for row in rows if row["adapter_id"].partition("-")[0] not in mixes}
         asked = of_bucket(self.users, bucket)
         keys = sorted(other if asked is None else other.keys() & set(asked))
         made: set[str] = set()

@@ -1,14 +1,15 @@
 """Stages of adapt: users of a bucket become examples, examples become adapters, many users at once.
 
 Route: bucket -> users whose adapter is pending, each with the items that count -> token ids -> stacked training -> rows
-of `adapters`. A bucket's other adapters travel beside them, since a bucket is replaced as a whole.
+of `adapters`. A bucket is replaced as a whole: its other adapters travel beside them as names, and get their weights
+where the rows are written.
 
 An item becomes an example by the task's own input and target; where retrieval is on, with what it finds among the items
 before it, as the request would have been answered then. Which items count is said in `pending_users`.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +17,17 @@ import pyarrow.compute as pc
 import torch
 
 from infra.errors import InputError
+from infra.snapshot import Snapshot
 from pipelines.histories import Histories, decode_fields
-from pipelines.pending_users import PendingUsers
+from pipelines.pending_users import PendingUsers, with_nulls
 from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug import retrieval
-from pplug.adapter import ExampleRule, LoraConfig, StackConfig, to_bytes
+from pplug.adapter import ExampleRule, LoraConfig, StackConfig, content_id, to_bytes
 from pplug.identity import short_id
 from pplug.llm import FrozenLLM, LLMConfig, refuse_another, tokenizer_of
 from pplug.lora import StackedTrainer, UserExamples
+from pplug.lora_user import Fitted
 from pplug.schemas import ADAPTERS
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec, fill, query
@@ -32,7 +35,10 @@ from pplug.tasks import TaskSpec, fill, query
 ADAPTER_ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.list_(pa.int32()))
 EXAMPLES = pa.schema([*ADAPTER_ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
-"""A user to train (prompts, answers), an adapter that stays as it is (weights), or a reject."""
+"""A user to train (prompts, answers), an adapter that stays as it is (adapter_id, without weights), or a reject."""
+BLOCK_BYTES = 256 * 2**20
+"""Weights of one block of rows: beyond 2 GiB Arrow would need other offsets, and a block is in memory several times."""
+_READ_ROWS = 8
 RETRIEVAL_ITEMS = 512
 """Newest items before an item among which retrieval looks, as in generate."""
 
@@ -41,7 +47,9 @@ def fit_id(lora: LoraConfig, llm_id: str, task: TaskSpec, rule: ExampleRule, cap
     """Identity of all that decides an adapter beside the user's own items."""
     form = task.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
     rules = {"task": form, "rule": rule.decisive(), "cap": cap}
-    return short_id({"lora": lora.decisive(), "llm_id": llm_id} | rules)
+    # how a step is cut to fit the memory decides nothing; it stands there as it did when it was part of the identity
+    decisive = lora.decisive() | {"micro_tokens": 16_384}
+    return short_id({"lora": decisive, "llm_id": llm_id} | rules)
 
 
 class ReadExamples:
@@ -115,7 +123,7 @@ class FitAdapters:
     """Stage: one adapter per user, trained together.
 
     in:  EXAMPLES
-    out: ADAPTER_ROWS: adapters, those that stay as they are, and rejects
+    out: ADAPTER_ROWS in blocks of BLOCK_BYTES: adapters, those that stay (without weights), and rejects
 
     The first call raises InputError where the base cannot be trained in a stack.
     """
@@ -135,40 +143,61 @@ class FitAdapters:
             self.refused = f"llm {llm.model}: {error}"
         self.dtype = getattr(torch, lora.storage_dtype)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         if self.trainer is None:
             raise InputError(self.refused)
         train = pc.is_valid(batch["prompts"])
-        out = [batch.filter(pc.invert(train)).select(ADAPTER_ROWS.names).cast(ADAPTER_ROWS)]
-        rows = {row["user_id"]: row for row in batch.filter(train).to_pylist()}
+        yield batch.filter(pc.invert(train)).select(ADAPTER_ROWS.names).cast(ADAPTER_ROWS)
+        waiting = {row["user_id"]: row for row in batch.filter(train).to_pylist()}
         users = (
             UserExamples(name, list(zip(row.pop("prompts"), row.pop("answers"), strict=True)))
-            for name, row in rows.items()
+            for name, row in waiting.items()
         )
+        done: list[dict[str, Any]] = []
+        size = 0
         for fitted in self.trainer.fit(users):
-            row = rows[fitted.user_id]
-            if not all(bool(torch.isfinite(part).all()) for pair in fitted.weights.values() for part in pair):
-                row |= {
-                    REASON: "not_finite",
-                    DETAIL: f"training diverged; lower learning_rate {self.lora.learning_rate}",
-                }
-                continue
-            data = to_bytes({name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in fitted.weights.items()},
-                            self.llm_id)  # fmt: skip
-            row |= {
-                "adapter_id": f"{self.fit_id}-{content_id(data)}",
-                "llm_id": self.llm_id,
-                "rank": self.lora.shape.rank,
-                "alpha": self.lora.shape.alpha,
-                "targets": list(self.lora.shape.targets),
-                "n_examples": fitted.n_examples,
-                "loss": fitted.loss,
-                "weights": data,
-            }
-        out.append(pa.Table.from_pylist(list(rows.values()), schema=ADAPTER_ROWS))
-        return pa.concat_tables(out)
+            done.append(waiting[fitted.user_id] | self._fitted(fitted))
+            size += len(done[-1].get("weights") or b"")
+            if size >= BLOCK_BYTES:
+                yield pa.Table.from_pylist(done, schema=ADAPTER_ROWS)
+                done, size = [], 0
+        yield pa.Table.from_pylist(done, schema=ADAPTER_ROWS)
+
+    def _fitted(self, fitted: Fitted) -> dict[str, Any]:
+        """Columns of a user's adapter, or of the reject that it is."""
+        if not all(bool(torch.isfinite(part).all()) for pair in fitted.weights.values() for part in pair):
+            detail = f"training diverged; lower learning_rate {self.lora.learning_rate}"
+            return {REASON: "not_finite", DETAIL: detail}
+        pairs = {name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in fitted.weights.items()}
+        data = to_bytes(pairs, self.llm_id)
+        return {
+            "adapter_id": f"{self.fit_id}-{content_id(data)}",
+            "llm_id": self.llm_id,
+            "rank": self.lora.shape.rank,
+            "alpha": self.lora.shape.alpha,
+            "targets": list(self.lora.shape.targets),
+            "n_examples": fitted.n_examples,
+            "loss": fitted.loss,
+            "weights": data,
+        }
 
 
-def content_id(data: bytes) -> str:
-    """16 hex characters of an adapter's bytes."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+@dataclass(frozen=True)
+class TakeUnchanged:
+    """Stage: gives the adapters that stay their weights, which so never pass through a training actor.
+
+    in, out: ADAPTER_ROWS
+    """
+
+    before: Snapshot
+    """The table that they stand in."""
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        held = pc.and_(pc.is_valid(batch["adapter_id"]), pc.is_null(batch["weights"]))
+        yield batch.filter(pc.invert(held))
+        rows = batch.filter(held)
+        for bucket in pc.unique(rows["bucket"]).to_pylist():
+            keys = rows.filter(pc.equal(rows["bucket"], bucket))["user_key"].to_pylist()
+            for start in range(0, len(keys), _READ_ROWS):
+                some = self.before.read(buckets=[bucket], user_keys=keys[start : start + _READ_ROWS])
+                yield with_nulls(some, ADAPTER_ROWS)

@@ -8,7 +8,7 @@ from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import JobConfig
 from pplug.adapter import LoraConfig
 from pplug.encoder import EncoderConfig
-from pplug.fit import FitConfig
+from pplug.fit_config import FitConfig
 from pplug.llm import LLMConfig
 from pplug.retrieval import RetrievalConfig
 from pplug.settings import Settings

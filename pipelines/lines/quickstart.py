@@ -20,7 +20,7 @@ from pipelines.lines.config import QuickstartConfig as Config
 from pipelines.lines.steps import Steps, run_steps
 from pplug import tasks
 from pplug.encoder import EncoderConfig
-from pplug.fit import FitConfig
+from pplug.fit_config import FitConfig
 from pplug.splice import PromptLayout
 
 PARTS = {"train": 0.8, "dev": 0.2}

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipelines.job_config import ResumableConfig
 from pplug.encoder import EncoderConfig
-from pplug.fit import FitConfig
+from pplug.fit_config import FitConfig
 from pplug.llm import LLMConfig
 from pplug.settings import Settings, added, renamed
 

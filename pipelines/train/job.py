@@ -4,11 +4,10 @@ What it does and its keys stand in `config.py`.
 """
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 
 from infra import lease, session
 from infra.errors import InputError
-from infra.progress import Progress
 from infra.report import new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
@@ -32,15 +30,18 @@ from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
+from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven
+from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
-from pplug.fit import Fitter, Samples, held_out, run_epochs
+from pplug.fit import Fitter, Samples, held_out
 from pplug.folder import check_replaceable, whole_folder
 from pplug.history import NO_TIME
 from pplug.identity import model_folder, short_id
 from pplug.items import LabelSet
 from pplug.llm import FrozenLLM, llm_id, load_tokenizer, refuse_another
+from pplug.parallel import Mesh
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
 from pplug.plug_parts import label_vectors, refuse_empty_labels
@@ -56,6 +57,7 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
+    refuse_uneven(config.workers, config.llm.parallel.tensor)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
@@ -125,7 +127,8 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
 def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
     """All that decides what comes out of a run, beside the tables' versions."""
     settings = config.decisive(exclude=_FREE)
-    del settings["fit"]["micro_tokens"], settings["encoder"]["batch_tokens"]  # by the names in the record
+    settings["fit"] = config.fit.decisive()
+    del settings["encoder"]["batch_tokens"], settings["llm"]["parallel"]
     if config.users is not None:  # the ids in the file count, not its name
         settings["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return settings | identities
@@ -216,7 +219,8 @@ def _fit(
         "width": width,
         "labels": labels,
         "cpu": CpuShare(config.workers, config.threads),
-        "left": _left_without_record(storage, run_id),
+        "left": left_without_record(storage, run_id),
+        "run_dir": run_dir,
     }
     result = run_training(
         fit_worker,
@@ -234,6 +238,7 @@ def _fit(
             shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
             (draft / SAMPLE_FILE).write_text(llm_sample(config.llm), encoding="utf-8")
         history = json.loads((Path(folder) / "history.json").read_text())
+        keep_curve(folder, run_dir)
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
         "plug": str(target),
@@ -245,22 +250,6 @@ def _fit(
     }
 
 
-def _left_without_record(storage: "Storage", run_id: str) -> list[str]:
-    """Checkpoint folders, newest first, of a run whose record of them a kill has cut; the cut record goes.
-
-    Ray Train writes its record in place, so that a kill in that instant leaves an empty one, and refuses it ever after.
-    """
-    name = f"{run_id}/checkpoint_manager_snapshot.json"
-    if storage.is_s3 or not storage.exists(name):  # S3 shows an object when it is whole
-        return []
-    try:
-        json.loads(storage.read_bytes(name))
-        return []
-    except ValueError:
-        storage.delete(name)
-    return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
-
-
 # --- what runs in a train worker ---------------------------------------------------------------------------------
 
 
@@ -269,96 +258,58 @@ def fit_worker(given: dict[str, Any]) -> None:
     session.go_back_to(given["started_in"])
     config = Config.model_validate(given["config"])
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank = context.get_world_rank()
     torch.set_num_threads(given["cpu"].torch_threads())
+    device = get_device()
+    mesh = Mesh.of(rank, context.get_world_size(), config.llm.parallel.tensor, device.type)
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"])
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh)
     refuse_another(config.llm, given["identities"]["llm_id"])
-    plug.to(get_device())
+    plug.to(device)
     with tempfile.TemporaryDirectory() as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
         if plug.center is not None:
             plug.center.learn(vectors_by_user(train))
         pad_id = query_tokenizer.pad_token_id or 0 if query_tokenizer is not None else 0
-        fitter = Fitter(plug, llm, config.fit, train, validation, rank=rank, world=world, pad_id=pad_id)
-        resumed = _Resume(local)
-        resumed.load(fitter, given["left"])
-        steps = math.ceil(len(train) / config.fit.batch_size) * config.fit.epochs
+        fitter = Fitter(plug, llm, config.fit, train, validation, mesh=mesh, pad_id=pad_id)
 
-        def on_step(step: int, total: int, loss: float) -> None:
-            if bar is not None:
-                bar.update(note=f"loss {loss:.4f}")
+        def read(folder: str) -> Callable[[], None]:
+            if os.path.exists(f"{folder}/best"):
+                load_file(f"{folder}/best/model.safetensors")
+            state = load_file(f"{folder}/plug/model.safetensors")
+            return lambda: plug.load_state_dict(state)
 
-        def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
-            if rank == 0:
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("val_loss", "val_exact"))
-                print(f"train: step {step} of {steps}, saved{': ' + shown if shown else ''}", flush=True)
-                resumed.save(fitter, query_tokenizer, metrics, is_best)
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(resumed.folder))
-            else:
-                ray.train.report(metrics)
+        def write(folder: str, is_best: bool) -> None:
+            plug.save_pretrained(f"{folder}/plug", query_tokenizer)
+            if is_best:
+                shutil.copytree(f"{folder}/plug", f"{folder}/best", dirs_exist_ok=True)
 
-        with Progress(steps, "steps", "train, optimizer", begun=resumed.step) if rank == 0 else nullcontext() as bar:
-            run_epochs(fitter, resumed.step, resumed.best, on_step, on_checkpoint, config.checkpoint_steps)
-        if resumed.step >= steps:  # the run had ended before; report again, so that the driver finds its checkpoint
-            checkpoint = ray.train.Checkpoint.from_directory(resumed.folder) if rank == 0 else None
-            ray.train.report({"step": steps, "best_val_loss": resumed.best}, checkpoint=checkpoint)
-
-
-class _Resume:
-    """The checkpoint folder: plug/ (as it is), best/ (the plug that validates best), state.pt, history.json."""
-
-    def __init__(self, local: str) -> None:
-        self.folder = os.path.join(local, "checkpoint")
-        self.step, self.best = 0, math.inf
-        self._history: list[dict[str, float]] = []
-        os.makedirs(self.folder)
-
-    def load(self, fitter: Any, left: list[str]) -> None:
-        """Resumes from Ray's newest checkpoint; if Ray's record was lost, from the newest complete folder in `left`."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                self._take(folder, fitter)
-            return
-        for folder in left:
-            try:
-                self._take(folder, fitter)
-                return
-            except Exception as error:  # of whichever part was not written to its end, each has kinds of its own
-                print(f"train: {folder} was not saved to its end ({type(error).__name__}), looks before it", flush=True)
-
-    def _take(self, folder: str, fitter: Any) -> None:
-        history = json.loads(Path(folder, "history.json").read_text())
-        if any("val_loss" in entry for entry in history):
-            load_file(f"{folder}/best/model.safetensors")
-        plug, state = load_file(f"{folder}/plug/model.safetensors"), torch.load(f"{folder}/state.pt", weights_only=True)
-        # everything has been read: only now is anything changed
-        shutil.copytree(folder, self.folder, dirs_exist_ok=True)
-        self._history, self.step, self.best = history, int(history[-1]["step"]), history[-1]["best_val_loss"]
-        fitter.plug.load_state_dict(plug)
-        fitter.load_state(state)
-        print(f"train: goes on at step {self.step}", flush=True)
-
-    def save(self, fitter: Any, tokenizer: Any, metrics: dict[str, float], is_best: bool) -> None:
-        fitter.plug.save_pretrained(f"{self.folder}/plug", tokenizer)
-        if is_best:
-            shutil.copytree(f"{self.folder}/plug", f"{self.folder}/best", dirs_exist_ok=True)
-        torch.save(fitter.state(), f"{self.folder}/state.pt")
-        self._history.append(metrics)
-        Path(self.folder, "history.json").write_text(json.dumps(self._history))
+        checkpoints = Checkpoints("train", local, fitter, read, write)
+        checkpoints.load(given["left"])
+        run_training_loop(
+            checkpoints,
+            rank=rank,
+            checkpoint_steps=config.checkpoint_steps,
+            patience=config.fit.patience,
+            run_dir=given["run_dir"],
+        )
 
 
 def make_models(
-    config: Config, identities: dict[str, Any], width: int | None = None, labels: LabelSet | None = None
+    config: Config,
+    identities: dict[str, Any],
+    width: int | None = None,
+    labels: LabelSet | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries.
 
     Args:
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
         labels: the plug's labels; None for a plug without label values.
+        mesh: this worker's place among those of the training.
     """
-    llm = FrozenLLM.load(config.llm)
+    llm = FrozenLLM.load(config.llm, mesh)
     shape, encoder, tokenizer = config.shape, None, None
     queries: dict[str, Any] = {
         "encoder_dim": width,

@@ -150,6 +150,29 @@ class ExportConfig(JobConfig):
         return self
 
 
+class ImportAdapterConfig(JobConfig):
+    """Job `import-adapter`: a LoRA that was trained elsewhere -> one user's row in the table of adapters.
+
+        import-adapter FOLDER --user-id ID --tables TABLES --llm.model BASE
+
+    The folder is one that PEFT has saved, with weights as safetensors, and holds a plain LoRA or an rsLoRA. DoRA,
+    modules_to_save and other kinds are refused by name, and so is an adapter that changes nothing of the base. The row
+    takes the place of the user's former adapter. All items that the user has now count as known to it: requests that
+    may not see one of them are answered without it. `adapt` replaces it where it is asked for this user. Unit of work:
+    a user.
+    """
+
+    positional: ClassVar[str] = "folder"
+    """Name of the key whose value may follow the job directly."""
+
+    folder: str
+    """PEFT folder with adapter_config.json and adapter_model.safetensors."""
+    user_id: str
+    """Id of the user whom the adapter is for."""
+    llm: LLMConfig
+    """Model that the adapter stands on, with its prompt layout."""
+
+
 class ShowConfig(Settings):
     """Job `show`: rows of a table -> text on the screen, to see what stands there.
 

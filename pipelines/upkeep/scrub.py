@@ -45,11 +45,10 @@ class Someone:
 
 def text_columns(schema: pa.Schema) -> list[str]:
     """Lists the columns that may hold words of a user."""
-    return [
-        field.name
-        for field in schema
-        if field.name not in _NOT_OF_THE_USER and not pa.types.is_binary(field.type) and has_text(field.type)
-    ]
+    words = (
+        field for field in schema if not pa.types.is_binary(field.type) and not pa.types.is_large_binary(field.type)
+    )
+    return [field.name for field in words if field.name not in _NOT_OF_THE_USER and has_text(field.type)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipelines import __main__ as cli
 from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
-from pipelines.adapt.users import FitAdapters, ReadExamples
+from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare
 from pipelines.upkeep import erase
@@ -67,7 +67,8 @@ def owing(population, before=None, fit_id="fit", cut=True, users=None):
         name: tables.open_table(population.tables, name).snapshot(complete=True) for name in ("histories", "requests")
     }
     requests = names["requests"] if cut else None
-    return PendingUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS)
+    without = frozenset({"weights"})
+    return PendingUsers(names["histories"], requests, before, fit_id, 1000, users, BUCKETS, without=without)
 
 
 def examples(population, llm, rule=None, **how):
@@ -80,7 +81,11 @@ def trained(population, llm, batch_users=1000, **how):
     """Rows of adapters and rejects, trained here in batches of so many users."""
     rows = examples(population, llm, **how)
     fit = FitAdapters(llm, LORA, StackConfig(), llm_id(llm), how.get("fit_id", "fit"), cpu=CpuShare(1, 1))
-    return pa.concat_tables(fit(rows.slice(i, batch_users)) for i in range(0, len(rows), batch_users))
+    made = [part for i in range(0, len(rows), batch_users) for part in fit(rows.slice(i, batch_users))]
+    if (before := how.get("before")) is not None:
+        assert all(row["weights"] is None for row in rows.to_pylist())  # no training actor gets any
+        made = [part for block in made for part in TakeUnchanged(before)(block)]
+    return pa.concat_tables(made)
 
 
 def alone(llm, user, pairs):

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from transformers import LlamaForCausalLM
 
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
-from tests.pplug.models import tiny_llama
+from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 
 SHAPE = AdapterShape(rank=4, alpha=6.0)
 
@@ -134,3 +134,10 @@ def test_an_adapter_of_another_base_is_refused_even_when_it_would_fit(weights, s
 def test_targets_that_the_base_lacks_are_named(folder):
     with pytest.raises(ValueError, match="'c_attn': the base has no module of this name.* q_proj"):
         base_shapes(folder, ("q_proj", "c_attn"))
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+def test_an_encoder_decoder_is_refused_in_one_sentence(make, tmp_path):
+    with pytest.raises(ValueError, match="is an encoder-decoder .*, and adapters are trained on causal") as refused:
+        base_shapes(make(tmp_path), ("q", "v"))
+    assert len(str(refused.value)) < 200 + len(str(tmp_path))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig, target_modules
 from pplug.lora import Pass, StackedTrainer, UserExamples, initial_weights, kept_mask, plan_steps, user_seed
+from pplug.lora_user import Part
 from tests.pplug.models import tiny_llama
 
 VOCAB = 26
@@ -234,7 +235,39 @@ def test_a_pass_holds_as_many_users_as_the_budgets_allow(folder, monkeypatch):
     assert max(sizes) <= 3 and sum(sizes) == 6
     sizes.clear()
     list(StackedTrainer(base(folder), config, StackConfig(memory_gib=1e-6)).fit(users))
-    assert sizes == [1] * 6  # a user whose batch alone is beyond the budget still trains
+    assert sizes == [1] * 48  # a step beyond the budget is taken example by example
+
+
+def test_a_step_cut_to_fit_the_memory_learns_what_the_whole_one_learns(folder, monkeypatch):
+    """The first user of a pass keeps to the budget too; dropout draws the same masks, so only rounding differs."""
+    users, config = people((3, 12)), LoraConfig(learning_rate=1e-3, batch_size=6)
+    whole = stacked(base(folder), config, users)
+    trainer = StackedTrainer(base(folder), config)
+    trainer.memory_bytes = 3 * trainer.adapter_bytes + trainer.pass_bytes([Part([([1] * 70, [1] * 10)], 10, True)])
+    passes = []
+    run = StackedTrainer.take_step
+    monkeypatch.setattr(
+        StackedTrainer,
+        "take_step",
+        lambda self, chosen: (passes.append([u.parts[0] for u in chosen]), run(self, chosen)),
+    )
+    cut = {found.user_id: found for found in trainer.fit(users)}
+    assert any(part.offset for parts in passes for part in parts)
+    limit = trainer.memory_bytes - trainer.adapter_bytes
+    assert all(trainer.pass_bytes(parts) <= limit for parts in passes if any(len(part.rows) > 1 for part in parts))
+    for user in users:
+        assert cut[user.user_id].steps == whole[user.user_id].steps
+        for name, pair in whole[user.user_id].weights.items():
+            for want, got in zip(pair, cut[user.user_id].weights[name], strict=True):
+                assert (got - want).norm() / want.norm() < 1e-4
+
+
+def test_layers_that_are_computed_again_change_no_bit(folder):
+    """The dropout's draws are the same the second time, and other draws follow them as before."""
+    users, config = people((3, 17)), LoraConfig(learning_rate=1e-3)
+    found = [stacked(base(folder), config, users, StackConfig(checkpointing=how)) for how in ("off", "on")]
+    for user in found[0]:
+        assert same_bits(found[0][user].weights, found[1][user].weights)
 
 
 def test_the_memory_estimate_is_near_what_a_pass_keeps(folder):

@@ -7,6 +7,7 @@ from pplug.adapter import AdapterShape, LoraConfig
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.norms import use_fast_rmsnorm
 from tests.pplug.families import MIXING, PLAIN, make, targets
+from tests.pplug.test_lora import one_by_one, people, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +68,20 @@ def test_norms_that_take_a_gate_stay_as_they_are(family):
     want = model(input_ids=ids, use_cache=False).logits
     use_fast_rmsnorm(model)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_inside_latent_attention_are_trained_as_peft_does():
+    """Their inputs have an axis of heads, of length one, before that of the tokens."""
+    sizes = {
+        "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "n_shared_experts": 1, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    shape = AdapterShape(targets=("kv_a_proj_with_mqa", "kv_b_proj"))
+    config = LoraConfig(shape=shape, dropout=0.0, learning_rate=1e-3, epochs=1)
+    (user,) = people((5,))
+    found = stacked(make("DeepseekV2", **sizes), config, [user])["user-0"]
+    want = one_by_one(make("DeepseekV2", **sizes), config, user)
+    for name, pair in want.items():
+        for ours, theirs in zip(found.weights[name], pair, strict=True):
+            assert (ours - theirs).norm() / theirs.norm() < 1e-3, name

@@ -1,0 +1,203 @@
+"""The part of both trainings that runs in a Ray Train worker: steps, checkpoints, resumption and the curve of the loss.
+
+A checkpoint is a folder: what is trained (its own files), state.pt (optimiser and schedule), history.json (metrics of
+each checkpoint) and losses.csv (of each step). A run goes on from the newest whole one.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from tensorboardX import SummaryWriter
+
+from infra.errors import InputError
+from infra.progress import Progress
+from infra.storage import Storage
+from pplug.loop import Loop, run_epochs
+
+LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
+
+
+def refuse_uneven(workers: int, tensor: int) -> None:
+    """Refuses a number of workers that cannot hold LLMs in groups.
+
+    Raises:
+        InputError: `workers` is no multiple of `tensor`.
+    """
+    if workers % tensor:
+        raise InputError(
+            f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of "
+            f"{tensor}"
+        )
+
+
+def left_without_record(storage: Storage, run_id: str) -> list[str]:
+    """Checkpoint folders, newest first, of a run whose record of them a kill has cut; the cut record goes.
+
+    Ray Train writes its record in place, so that a kill in that instant leaves an empty one, and refuses it ever after.
+    """
+    name = f"{run_id}/checkpoint_manager_snapshot.json"
+    if storage.is_s3 or not storage.exists(name):  # S3 shows an object when it is whole
+        return []
+    try:
+        json.loads(storage.read_bytes(name))
+        return []
+    except ValueError:
+        storage.delete(name)
+    return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
+
+
+class Checkpoints:
+    """The checkpoint folder of a training, and how far the training has come."""
+
+    def __init__(
+        self, job: str, local: str, loop: Loop, read: Callable[[str], Callable[[], None]], write: Callable[..., None]
+    ) -> None:
+        """
+        Args:
+            local: a folder of this machine.
+            read: reads what is trained from a folder, whole, and gives the function that puts it in place.
+            write: called with (folder, whether this is the best so far), writes what is trained.
+        """
+        self.job, self.loop, self.read, self.write = job, loop, read, write
+        self.folder = os.path.join(local, "checkpoint")
+        self.step, self.best, self.worse = 0, math.inf, 0
+        self.history: list[dict[str, float]] = []
+        self.losses: list[tuple[int, float]] = []
+        os.makedirs(self.folder)
+
+    def load(self, left: list[str]) -> None:
+        """Resumes from Ray's newest checkpoint; if Ray's record was lost, from the newest complete folder in `left`."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._take(folder)
+            return
+        for folder in left:
+            try:
+                self._take(folder)
+                return
+            except Exception as error:  # of whichever part was not written to its end, each has kinds of its own
+                name = type(error).__name__
+                print(f"{self.job}: {folder} was not saved to its end ({name}), looks before it", flush=True)
+
+    def _take(self, folder: str) -> None:
+        history = json.loads(Path(folder, "history.json").read_text())
+        put = self.read(folder)
+        state = torch.load(f"{folder}/state.pt", weights_only=True)
+        losses = Path(folder, LOSSES)  # an earlier release wrote none
+        rows = list(csv.reader(losses.open()))[1:] if losses.exists() else []
+        # everything has been read: only now is anything changed
+        shutil.copytree(folder, self.folder, dirs_exist_ok=True)
+        self.history, self.step, self.best = history, int(history[-1]["step"]), history[-1]["best_val_loss"]
+        self.losses = [(int(step), float(loss)) for step, loss in rows]
+        validated = [entry["val_loss"] for entry in history if "val_loss" in entry]
+        self.worse = len(validated) - 1 - validated.index(min(validated)) if validated else 0
+        put()
+        self.loop.load_state(state)
+        print(f"{self.job}: goes on at step {self.step}", flush=True)
+
+    def save(self, metrics: dict[str, float], is_best: bool) -> None:
+        """Writes the folder anew."""
+        self.write(self.folder, is_best)
+        torch.save(self.loop.state(), f"{self.folder}/state.pt")
+        self.history.append(metrics)
+        Path(self.folder, "history.json").write_text(json.dumps(self.history))
+        with Path(self.folder, LOSSES).open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "loss"), *self.losses])
+
+
+def train(
+    checkpoints: Checkpoints,
+    *,
+    rank: int,
+    checkpoint_steps: int = 0,
+    patience: int | None = None,
+    more: Callable[[dict[str, float]], dict[str, Any]] = dict,
+    run_dir: str = "",
+) -> None:
+    """Trains from where `checkpoints` stand to the end, on this worker.
+
+    Args:
+        rank: of this worker among all; the first one saves and speaks.
+        checkpoint_steps, patience: as in `run_epochs`.
+        more: metrics -> metrics that are reported, with further ones.
+        run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
+    """
+    loop, job = checkpoints.loop, checkpoints.job
+    first, begun = rank == 0, checkpoints.step
+    events = None
+    if first and run_dir and not Storage(run_dir).is_s3:
+        events = SummaryWriter(os.path.join(Storage(run_dir).path, EVENTS), purge_step=begun + 1, flush_secs=10)
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        checkpoints.losses.append((step, loss))
+        if bar is not None:
+            bar.update(note=f"loss {loss:.4f}")
+        if events is not None:
+            events.add_scalar("loss/train", loss, step)
+
+    def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
+        metrics = more(metrics)
+        if not first:
+            ray.train.report(metrics)
+            return
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact"))
+        print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
+        if events is not None and "val_loss" in metrics:
+            events.add_scalar("loss/validation", metrics["val_loss"], step)
+        checkpoints.save(metrics, is_best)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
+
+    with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
+        run_epochs(
+            loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
+            patience=patience, worse=checkpoints.worse,
+        )  # fmt: skip
+    if events is not None:
+        events.close()
+    taken = loop.schedule.last_epoch
+    if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
+        checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
+        ray.train.report(more({"step": begun, "best_val_loss": checkpoints.best}), checkpoint=checkpoint)
+    elif first and taken < loop.steps:
+        print(f"{job}: ends at step {taken}: no lower validation loss in {patience} epochs", flush=True)
+
+
+def keep_curve(checkpoint: str, run_dir: str) -> None:
+    """Writes the loss of each step and a chart of it beside the report: losses.csv and loss.svg."""
+    path = Path(checkpoint, LOSSES)
+    if not path.exists():
+        return
+    history = json.loads(Path(checkpoint, "history.json").read_text())
+    losses = [(int(step), float(loss)) for step, loss in list(csv.reader(path.open()))[1:]]
+    validated = [(entry["step"], entry["val_loss"]) for entry in history if "val_loss" in entry]
+    storage = Storage(run_dir)
+    storage.write_bytes(LOSSES, path.read_bytes())
+    storage.write_bytes(CURVE, _chart(losses, validated))
+
+
+def _chart(losses: list[tuple[int, float]], validated: list[tuple[int, float]]) -> bytes:
+    import matplotlib  # workers, which draw nothing, import this module too
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*losses, strict=True), linewidth=0.8, label="training, each step")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss per target token")
+    axes.legend()
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "loss"}):  # the same bytes for the same losses
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

@@ -1,0 +1,106 @@
+"""Job `import-adapter`: a PEFT folder -> one user's row in the table of adapters.
+
+`config.py` describes the job and its keys.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra import lease
+from infra.errors import InputError
+from infra.report import RunReport
+from infra.shards import bucket_of, user_key
+from infra.snapshot import Snapshot
+from infra.table import Table
+from pipelines import tables
+from pipelines.histories import read_bucket
+from pipelines.pending_users import newest_of
+from pipelines.run import begin
+from pipelines.upkeep.config import ImportAdapterConfig as Config
+from pipelines.waves import commit_first, next_group
+from pplug.adapter import IMPORTED, content_id, to_bytes
+from pplug.identity import model_folder
+from pplug.llm import llm_id
+from pplug.peft_folder import read_lora
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    # the config names a user: the report does not
+    report = begin("import-adapter", config, shown=config.model_dump(exclude={"user_id"}))
+    with lease.writing(config.tables, report.run_id):
+        return _run(config, report)
+
+
+def _run(config: Config, report: RunReport) -> int:
+    histories = tables.open_table(config.tables, "histories")
+    try:
+        base, made_for = model_folder(config.llm.model, config.llm.revision), llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"llm: {error}") from error
+    try:
+        shape, weights = read_lora(Path(config.folder), base)
+    except ValueError as error:
+        raise InputError(f"folder: {error}") from error
+    data = to_bytes(weights, made_for)
+    adapters = tables.open_or_create(config.tables, "adapters", histories.buckets)
+    before = adapters.snapshot()
+    known = before.metadata.get("llm_id")
+    if before.files and known != made_for:
+        raise InputError(
+            f"the adapters in {config.tables} stand on LLM {known} (weights and prompt layout), but {config.llm.model} "
+            f"with this layout is {made_for}: a table has adapters of one base"
+        )
+    row = _made_from(config.user_id, histories) | {
+        "adapter_id": f"{IMPORTED}-{content_id(data)}",
+        "llm_id": made_for,
+        "rank": shape.rank,
+        "alpha": shape.alpha,
+        "targets": list(shape.targets),
+        "n_examples": None,
+        "loss": None,
+        "weights": data,
+    }
+    report.planned = report.written = 1
+    report.extra |= {"adapter_id": row["adapter_id"], "llm_id": made_for}
+    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for))
+    code = report.finish()
+    print(f"adapter {row['adapter_id']}: taken from {config.folder}", flush=True)
+    return code
+
+
+def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
+    """The user's columns. Nobody knows which items the adapter has seen: all that are there now count as seen, so that
+    it answers no request that may not see one of them."""
+    bucket, key = bucket_of(user_id, histories.buckets), user_key(user_id)
+    own = read_bucket(histories.snapshot(complete=True), None, bucket, user_keys=[key])
+    user = own.user(user_id)
+    row: dict[str, Any] = {"bucket": bucket, "user_key": key, "user_id": user_id, "history_hash": None}
+    if user is None:
+        raise InputError(f"user_id: no item of this user in {histories.uri}; ingest the user's history first")
+    newest = newest_of(own, user, range(int(own.starts[user]), int(own.starts[user + 1])))
+    return row | {"last_item_at": newest.occurred_at, "last_item_position": newest.position}
+
+
+def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, made_for: str) -> int:
+    """Commits the bucket with the row in the place of the user's former one; returns the version."""
+    bucket = row["bucket"]
+    others = before.read(buckets=[bucket], filter=pc.field("user_key") != row["user_key"])
+    data = pa.concat_tables([others, pa.Table.from_pylist([row], schema=table.spec.schema)])
+    metadata = {key: value for key, value in before.metadata.items() if key in ("fit_id", "histories_version")}
+    commit = commit_first(
+        table,
+        table.write(data, run_id),
+        run_id=run_id,
+        group=next_group(table, run_id),
+        mode="replace",
+        buckets={bucket},
+        planned_on=before.version,
+        metadata=metadata | {"llm_id": made_for, "cut": "none"},  # it was not cut at the user's requests
+        complete=not before.files or before.metadata.get("complete") == "true",
+        strict=True,
+    )
+    return commit.version

@@ -1,0 +1,55 @@
+"""A LoRA added to the weights of its base, file by file: the base is never in memory as a whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE
+
+_PREFIX = "base_model.model."
+_COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def can_merge(base: Path, adapter: Path) -> bool:
+    """True if the base's files have the adapter's modules under the names that the loaded model has."""
+    known = {name for file in base.glob("*.safetensors") for name in _names(file)}
+    return all(f"{module}.weight" in known for module in _modules(adapter))
+
+
+def merge_files(base: Path, adapter: Path, output: Path) -> None:
+    """Writes the base's weight files with alpha / r * B A added, and its configs, into a folder that is there.
+
+    Values are those of PEFT's `merge_and_unload`, in the types that the base's files have.
+
+    Args:
+        adapter: folder as PEFT saves it, of a plain LoRA.
+    """
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    scale = config["lora_alpha"] / config["r"]
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, "pt") as source:
+            held, metadata = {name: source.get_tensor(name) for name in source.keys()}, source.metadata()
+        for name in held:
+            module = name.removesuffix(".weight")
+            b = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
+            if b is not None:
+                delta = b.float() @ tensors[f"{_PREFIX}{module}.lora_A.weight"].float() * scale
+                held[name] = (held[name] + delta).to(held[name].dtype)
+        save_file(held, output / file.name, metadata=metadata)
+    for name in _COPIED:
+        if (base / name).exists():
+            shutil.copy(base / name, output / name)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as source:
+        return list(source.keys())
+
+
+def _modules(adapter: Path) -> set[str]:
+    names = _names(adapter / WEIGHTS_FILE)
+    return {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in names}

@@ -1,0 +1,105 @@
+"""Job `import-adapter`: a LoRA from PEFT becomes a user's row beside the others, and leaves as it came."""
+
+import json
+
+import peft
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.errors import InputError
+from pipelines import __main__ as cli
+from pipelines import tables
+from pipelines.engines.adapters import AdapterIndex
+from pipelines.learned import last_items
+from pipelines.upkeep import import_adapter
+from pipelines.upkeep.export_adapter import export_adapter
+from pplug.llm import LLMConfig, llm_id
+from pplug.splice import PromptLayout
+from tests.pipelines.population import NOTES
+from tests.pplug.models import tiny_llama
+from tests.pplug.test_peft_folder import logits, saved
+
+PEOPLE = ("ann", "bob", "cai", "dan", "eve")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def filled(population, ray_session):
+    items = [
+        {"user_id": name, "item_id": f"{i}", "fields": {"mood": "good", "text": f"mat {i}"}}
+        for name in PEOPLE
+        for i in range(3)
+    ]
+    path = population.folder / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in items))
+    assert population.ingest(source=str(path), task=population.task(NOTES), buckets=2) == 0
+    return population
+
+
+def take(population, base, folder, user, name, **more):
+    values = {"tables": population.tables, "llm": LLMConfig(model=str(base)), "run_id": name} | more
+    run_dir = population.folder / name
+    config = import_adapter.Config(folder=str(folder), user_id=user, run_dir=str(run_dir), **values)
+    code = import_adapter.run(config)
+    return code, (run_dir / "report.json").read_text()
+
+
+def test_an_adapter_of_peft_becomes_a_users_row_and_leaves_as_it_came(filled, base, tmp_path, capsys):
+    for number, user in enumerate(PEOPLE):
+        saved(base, tmp_path / f"{number}", r=2 + number, use_rslora=bool(number % 2))
+        code, report = take(filled, base, tmp_path / f"{number}", user, f"take-{number}")
+        assert code == 0 and json.loads(report)["written"] == 1
+        assert "user_id" not in report
+    rows = {row["user_id"]: row for row in filled.rows("adapters")}
+    assert rows.keys() == set(PEOPLE) and {row["rank"] for row in rows.values()} == {2, 3, 4, 5, 6}
+    snapshot = tables.open_table(filled.tables, "adapters").snapshot(complete=True)
+    assert snapshot.metadata["llm_id"] == llm_id(LLMConfig(model=str(base)))
+    for file in snapshot.files:  # a user's weights are read alone
+        assert pq.read_metadata(file.uri).num_row_groups == file.rows
+    want = logits(saved(base, tmp_path / "1", r=3, use_rslora=True))
+    table = tables.open_table(filled.tables, "adapters")
+    export_adapter(table, "bob", tmp_path / "out", base, llm_id(LLMConfig(model=str(base))))
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    from transformers import LlamaForCausalLM
+
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+
+    saved(base, tmp_path / "new", r=7)
+    assert take(filled, base, tmp_path / "new", "bob", "again")[0] == 0
+    after = {row["user_id"]: row for row in filled.rows("adapters")}
+    assert len(filled.rows("adapters")) == 5 and after["bob"]["rank"] == 7
+    assert all(after[user] == rows[user] for user in PEOPLE if user != "bob")
+
+
+def test_it_answers_only_requests_that_may_see_all_of_the_users_items(filled, base, tmp_path):
+    saved(base, tmp_path / "a")
+    assert take(filled, base, tmp_path / "a", "ann", "take")[0] == 0
+    snapshot = tables.open_table(filled.tables, "adapters").snapshot(complete=True)
+    (bucket,) = snapshot.by_bucket()
+    assert last_items(snapshot, bucket, None)["ann"].position == 2
+    index = AdapterIndex(snapshot, bucket, {})
+    request = {"user_id": "ann", "owner_id": "ann", "as_of": None}
+    assert index.own(request | {"as_of_position": 2}) is None
+    assert index.own(request | {"as_of_position": 3}) is not None
+
+
+def test_what_does_not_fit_the_table_is_refused(filled, base, tmp_path, capsys):
+    saved(base, tmp_path / "a")
+    with pytest.raises(InputError, match="user_id: no item of this user"):
+        take(filled, base, tmp_path / "a", "nobody", "one")
+    assert take(filled, base, tmp_path / "a", "ann", "two")[0] == 0
+    other = LLMConfig(model=str(base), layout=PromptLayout(suffix=" "))
+    with pytest.raises(InputError, match="a table has adapters of one base"):
+        take(filled, base, tmp_path / "a", "bob", "three", llm=other)
+    saved(base, tmp_path / "dora", use_dora=True)
+    words = ["import-adapter", str(tmp_path / "dora"), "--user-id", "bob", "--tables", filled.tables]
+    assert cli.main([*words, "--llm.model", str(base), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "the adapter has DoRA (use_dora)" in capsys.readouterr().err
+    assert len(filled.rows("adapters")) == 1

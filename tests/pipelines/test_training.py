@@ -1,0 +1,84 @@
+"""The jobs that train: early stopping, the curve of the loss, and an LLM that two workers hold together."""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.errors import InputError
+from pipelines.refresh import job as refresh
+from pipelines.train import job as train
+from pplug.fit_config import FitConfig
+from pplug.llm import ParallelConfig
+from tests.pipelines import small
+
+FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_session):
+    made = small.make(tmp_path_factory.mktemp("train"), train_users=16, test_users=2, train_requests=2, test_requests=1)
+    made.ingest("train", buckets=2)
+    assert made.run(refresh, "refresh", **made.common) == 0
+    return made
+
+
+def fit(made, name, fit=FIT, **more):
+    assert made.run(train, name, **made.common, **{"llm": made.llm, "fit": fit, "threads": 1} | more) == 0
+    return made.report(name)
+
+
+@pytest.mark.slow
+def test_two_workers_with_one_llm_train_the_plug_of_one_worker(made):
+    one = fit(made, "one")
+    spread = made.llm.model_copy(update={"parallel": ParallelConfig(tensor=2)})
+    two = fit(made, "two", llm=spread, workers=2)
+    assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], rel=1e-4)
+    plugs = [load_file(made.root / "runs" / name / "plug" / "model.safetensors") for name in ("one", "two")]
+    one_plug, two_plug = (torch.cat([plug[name].flatten() for name in sorted(plug)]) for plug in plugs)
+    assert (two_plug - one_plug).norm() <= 1e-4 * one_plug.norm()  # some tensors have no gradient but rounding
+    run_dir = made.root / "runs" / "one"
+    rows = list(csv.DictReader((run_dir / "losses.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, one["history"][-1]["step"] + 1))
+    half = len(rows) // 2
+    mean = sum(float(row["loss"]) for row in rows[half:]) / half
+    assert mean == pytest.approx(one["history"][-1]["train_loss"], rel=1e-6)
+    assert (run_dir / "loss.svg").read_text().count("<svg") == 1
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
+    """A learning rate at which the loss only rises: the first epoch stays the best."""
+    wild = FIT.model_copy(update={"epochs": 6, "learning_rate": 3.0, "patience": 1})
+    report = fit(made, "early", wild)
+    losses = [entry["val_loss"] for entry in report["history"]]
+    assert len(losses) < 6 and losses[-1] > min(losses)
+    assert len(losses) - 1 - losses.index(min(losses)) == 1
+    before = (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes()
+    assert fit(made, "early", wild)["history"] == report["history"]  # the same run again has nothing to do
+    assert (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes() == before
+
+
+def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
+    spread = {"model": "any", "parallel": {"tensor": 2}}
+    config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="workers=3: llm.parallel.tensor=2 workers hold one LLM together"):
+        train.run(config)
+
+
+def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
+    from pipelines.train.config import Config
+
+    plain = {"tables": "t", "llm": {"model": "m"}}
+    tight = plain | {
+        "llm": {"model": "m", "parallel": {"tensor": 2}},
+        "fit": {"checkpointing": "on", "max_tokens_per_microbatch": 100},
+    }
+    known = {"encoder_id": None, "llm_id": "l"}
+    one, two = (train.decisive(Config.model_validate(values), known) for values in (plain, tight))
+    assert json.dumps(one) == json.dumps(two)
+    patient = train.decisive(Config.model_validate(plain | {"fit": {"patience": 2}}), known)
+    assert patient["fit"] == one["fit"] | {"patience": 2}

@@ -1,0 +1,62 @@
+"""One worker of a training over several processes, as `tests/pplug/test_parallel.py` starts it, on gloo."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from pplug import PersonaPlug, PlugConfig
+from pplug.fit import FitConfig, Fitter, Samples
+from pplug.llm import FrozenLLM, LLMConfig
+from pplug.loop import run_epochs
+from pplug.parallel import Mesh, is_spread
+from pplug.splice import Prompt
+
+DIM, COUNT = 12, 24
+
+
+def samples() -> Samples:
+    rng = np.random.default_rng(0)
+    starts = np.arange(COUNT)
+    return Samples(
+        prompts=[Prompt([1], rng.integers(4, 20, n).tolist()) for n in rng.integers(3, 20, COUNT)],
+        targets=[[*rng.integers(4, 20, n).tolist(), 2] for n in rng.integers(1, 6, COUNT)],
+        queries=[[]] * COUNT,
+        owners=[""] * COUNT,
+        spans=np.stack([0 * starts, starts, starts + 1 + starts % 5], 1),
+        shards=[rng.standard_normal((40, DIM)).astype(np.float16)],
+    )
+
+
+def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
+    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
+    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh)
+    torch.manual_seed(0)
+    plug = PersonaPlug(PlugConfig(encoder_dim=DIM, llm_dim=llm.dim, aggregation="mean", persona_scale=2.0)).eval()
+    config = FitConfig(
+        epochs=2, batch_size=8, learning_rate=1e-4, precision="float32", checkpointing=checkpointing,
+        max_tokens_per_microbatch=100,
+    )  # fmt: skip
+    known = samples()
+    fitter = Fitter(plug, llm, config, known, known, mesh=mesh)
+    fitter._gradients(np.arange(8), 0)
+    fitter._sum_gradients()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in fitter.parameters])
+    seen: list[dict[str, float]] = []
+    run_epochs(fitter, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
+    return plug, llm, seen[-1], gradient
+
+
+def worker(rank: int, world: int, tensor: int, folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    mesh = Mesh.of(rank, world, tensor, "cpu")
+    plug, llm, metrics, gradient = fit(folder, mesh, "on" if tensor > 1 else "off")
+    assert is_spread(llm.model) == (tensor > 1)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in llm.model.parameters())
+    state = {name: tensor.detach().contiguous() for name, tensor in plug.state_dict().items()}
+    facts = {name: torch.tensor(float(metrics[name])) for name in ("val_loss", "val_exact", "train_loss")}
+    save_file(state | facts | {"held": torch.tensor(held), "gradient": gradient}, Path(out, f"{rank}.safetensors"))
+    dist.destroy_process_group()

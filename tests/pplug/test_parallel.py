@@ -1,0 +1,51 @@
+"""A plug trained by several workers, some of which hold one LLM together, against one that a single worker trains."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from pplug.parallel import Mesh, spread
+from tests.pplug import mesh
+from tests.pplug.models import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny_llama(tmp_path_factory.mktemp("llm"), width=128))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return mesh.fit(folder, Mesh(0, 1), "off")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2), (2, 1)], ids=["1x2", "2x2", "2x1"])
+def test_workers_of_a_mesh_train_the_plug_of_one_worker(world, tensor, folder, alone, tmp_path):
+    torch.multiprocessing.spawn(mesh.worker, (world, tensor, folder, str(tmp_path)), nprocs=world)
+    plug, llm, metrics, gradient = alone
+    every = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(world)]
+    weights = sum(p.numel() for p in llm.model.parameters())
+    ends = llm.embedding.weight.numel()
+    for found in every:
+        assert (found["gradient"] - gradient).norm() <= 1e-4 * gradient.norm() > 0
+        for name, want in plug.state_dict().items():
+            assert torch.equal(found[name], every[0][name]), name
+            assert (found[name] - want).norm() <= 1e-4 * want.norm(), name
+        for name in ("val_loss", "train_loss", "val_exact"):
+            assert float(found[name]) == pytest.approx(metrics[name], rel=1e-4)
+        held = int(found["held"])
+        assert held == weights if tensor == 1 else held < ends + 0.55 * (weights - ends)
+
+
+def test_a_number_of_workers_that_cannot_be_grouped_is_refused():
+    with pytest.raises(ValueError, match="3 workers cannot hold LLMs in groups of 2"):
+        Mesh.of(0, 3, 2, "cpu")
+
+
+def test_a_family_that_transformers_cannot_spread_is_refused():
+    config = OPTConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
+    with pytest.raises(ValueError, match="OPTForCausalLM: transformers has no plan that spreads this model"):
+        with spread(Mesh(0, 1, 2, object()), AutoModelForCausalLM, config):
+            pass

@@ -1,0 +1,131 @@
+"""Adapters that PEFT has trained: taken as they compute, refused by name, and merged file by file."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from pplug.adapter import WEIGHTS_FILE
+from pplug.identity import model_folder
+from pplug.merge import can_merge, merge_files
+from pplug.peft_folder import read_lora
+from tests.pplug.models import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def saved(base, folder, zero=False, dtype=torch.float32, **more):
+    """A PEFT folder with random A and B; returns the model with the adapter."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | more
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.zeros_like(parameter) if zero else torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=torch.tensor([[1, 4, 9, 7, 5]])).logits
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"use_rslora": True}, {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"}, {"layers_to_transform": [0]}],
+    ids=["plain", "rslora", "by_pattern", "some_layers"],
+)
+@torch.no_grad()
+def test_an_adapter_of_peft_changes_the_base_as_peft_does(base, tmp_path, more):
+    want = logits(saved(base, tmp_path, **more))
+    shape, weights = read_lora(tmp_path, base)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    before = logits(model)
+    modules = dict(model.named_modules())
+    assert {name.rpartition(".")[2] for name in weights} == set(shape.targets)
+    for name, (a, b) in weights.items():
+        modules[name].weight += shape.scale * (b @ a)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"use_dora": True}, r"the adapter has DoRA \(use_dora\); only plain LoRA and rsLoRA are taken"),
+        ({"modules_to_save": ["lm_head"]}, r"modules that were trained whole \(modules_to_save\)"),
+        ({"bias": "all"}, r"trained biases \(bias=all\)"),
+        ({"rank_pattern": {"q_proj": 2}}, r"a rank of its own in some modules \(rank_pattern\)"),
+        ({"zero": True}, "the adapter changes nothing: A or B is zero in each of its modules"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(base, tmp_path, more, message):
+    saved(base, tmp_path, **more)
+    with pytest.raises(ValueError, match=message):
+        read_lora(tmp_path, base)
+
+
+def edited(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_is_no_lora_of_this_base_is_refused(base, tmp_path):
+    saved(base, tmp_path / "a")
+    edited(tmp_path / "a", peft_type="IA3")
+    with pytest.raises(ValueError, match="peft_type is IA3; only LORA is taken"):
+        read_lora(tmp_path / "a", base)
+    edited(tmp_path / "a", peft_type="LORA", init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match="a base that it has changed"):
+        read_lora(tmp_path / "a", base)
+    edited(tmp_path / "a", init_lora_weights=True)
+    other = tiny_llama(tmp_path / "other", width=128)
+    with pytest.raises(ValueError, match=r"has A \(4, 64\) and B .*, expected"):
+        read_lora(tmp_path / "a", other)
+    tensors = load_file(tmp_path / "a" / WEIGHTS_FILE)
+    save_file({name.replace("layers.0", "layers.7"): x for name, x in tensors.items()}, tmp_path / "a" / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"2 of 4 modules are not in the base .*, such as model\.layers\.7\."):
+        read_lora(tmp_path / "a", base)
+    save_file({"base_model.model.x.weight": torch.zeros(1)}, tmp_path / "a" / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="is no part of a plain LoRA"):
+        read_lora(tmp_path / "a", base)
+    (tmp_path / "a" / WEIGHTS_FILE).unlink()
+    with pytest.raises(ValueError, match=f"no {WEIGHTS_FILE}; expected a folder as PEFT saves an adapter"):
+        read_lora(tmp_path / "a", base)
+
+
+def test_an_adapter_in_the_place_of_a_model_says_so_in_one_line(base, tmp_path):
+    saved(base, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is a PEFT adapter on .*, not a model; .* `import-adapter`") as found:
+        model_folder(str(tmp_path))
+    assert "\n" not in str(found.value) and str(base) in str(found.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_by_files_gives_the_bits_of_pefts_merge(base, tmp_path, dtype):
+    folder = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    saved(folder, tmp_path / "adapter", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    want = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    (tmp_path / "out").mkdir()
+    assert can_merge(folder, tmp_path / "adapter")
+    merge_files(folder, tmp_path / "adapter", tmp_path / "out")
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == dtype and torch.equal(got[name], want[name]), name
+    edited_names = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    renamed = {name.replace("model.layers", "language_model.layers"): x for name, x in edited_names.items()}
+    save_file(renamed, tmp_path / "adapter" / WEIGHTS_FILE)
+    assert not can_merge(folder, tmp_path / "adapter")
