@@ -5,11 +5,12 @@ for, `decoding_id` how a reply was chosen. Each is 16 hex characters of blake2b.
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pplug.packaged import package_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -54,18 +55,14 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: no such folder or package, or the hub cannot be reached.
+        ValueError: the package holds a GGUF file that cannot be converted.
     """
     if model.startswith("package:"):
-        name, _, inside = model.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"model {model!r}: the package {name!r} is not installed; pip install it")
-        folder = Path(next(iter(spec.submodule_search_locations))) / inside
-    else:
-        folder = Path(model).expanduser()
+        return package_folder(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if model.startswith(("package:", "/", "./", "../", "~")) or model.count("/") != 1:
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"model {model!r}: no folder {folder}; expected a transformers model folder")
     from huggingface_hub import snapshot_download
 
