@@ -3,6 +3,9 @@
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
 
+With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn: what stands
+before them is then the same for every method and needs no gradient, so that training is about twice as fast.
+
 Retrieved text stands before the rows as in the paper's hybrid; a form that inserts items into the request itself
 (LaMP_1), or puts them after it, keeps them behind the rows. Without rows all of it is one text.
 
@@ -29,8 +32,18 @@ class PromptLayout(Settings):
     """Chat template. auto writes the user's turn of the tokenizer's template, where it has one; never uses none."""
     suffix: str = "\n"
     """Text between input and reply of a decoder-only LLM without a chat template."""
+    rows: Literal["before", "after"] = "before"
+    """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, right before the
+    reply, which halves the time of training."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
+
+    def decisive(self, **choice: Any) -> dict[str, Any]:
+        """As for all configs; the paper's place of the rows is not named, so that identities stay as they were."""
+        values = super().decisive(**choice)
+        if values.get("rows") == "before":
+            del values["rows"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,12 @@ class PromptBuilder:
         """
         limit = self.layout.max_input_tokens
         suffix = self._ids(self._suffix)
+        if self.layout.rows == "after":
+            firsts = [
+                self.words.ids([prefix])[0][:limit] if prefix else [] for prefix in prefixes or [""] * len(inputs)
+            ]
+            texts = zip(firsts, self.words.ids(list(inputs)), strict=True)
+            return [Prompt(self._head + (first + ids)[:limit], suffix + self._tail) for first, ids in texts]
         if self.words.control.keys().isdisjoint(suffix):
             whole = self.words.ids([text + self._suffix for text in inputs])
         else:
