@@ -145,30 +145,27 @@ CHAT = (
 
 
 @pytest.mark.parametrize("rows_at", ["before", "after"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama, rows_at, dtype):
+def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama, rows_at):
     """Beginnings long enough to be read in a pass of their own: all alike, or each of another length."""
     tokenizer = copy.deepcopy(llama.tokenizer)
     tokenizer.chat_template = CHAT
     builder = PromptBuilder(tokenizer, PromptLayout(rows=rows_at), encoder_decoder=False)
     prompts, targets = builder.prompts(INPUTS), builder.targets(TARGETS, 10)
     lengths = {len(prompt.before) for prompt in prompts}
-    assert min(lengths) >= 8 and len(lengths) == (1 if rows_at == "before" else 3)
+    assert min(lengths) >= 8 and len(lengths) == (1 if rows_at == "before" else 2)
     rows, counts, kept = rows_for(llama, 3), [3, 1, 0], []
-    model = copy.deepcopy(llama.model).to(getattr(torch, dtype))
+    model = copy.deepcopy(llama.model)
     llm = FrozenLLM(model, tokenizer, builder, False)
-    hook = lambda *given: kept.append(given[1]["inputs_embeds"].shape[1] if "inputs_embeds" in given[1] else None)  # noqa: E731
+    hook = lambda *given: kept.append(given[2]["inputs_embeds"].shape[1] if "inputs_embeds" in given[2] else None)  # noqa: E731
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     loss, _ = target_loss(llm, prompts, rows, counts, targets)
     assert kept[0] is None and kept[1] < min(map(len, prompts)) + 3  # token ids first, then rows and what follows
     want = sum(
-        by_hand(llm, p, rows[i, :n].to(model.dtype), t)
-        for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
+        by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
     )
-    close = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
-    torch.testing.assert_close(loss, want.float(), rtol=close, atol=close)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     got, wanted = torch.autograd.grad(loss, rows)[0], torch.autograd.grad(want, rows)[0]
-    torch.testing.assert_close(got, wanted, rtol=10 * close, atol=close)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_rows_behind_the_input_stand_right_before_the_reply(tmp_path):
