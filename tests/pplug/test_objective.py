@@ -159,7 +159,8 @@ def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama
     hook = lambda *given: kept.append(given[2]["inputs_embeds"].shape[1] if "inputs_embeds" in given[2] else None)  # noqa: E731
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     loss, _ = target_loss(llm, prompts, rows, counts, targets)
-    assert kept[0] is None and kept[1] < min(map(len, prompts)) + 3  # token ids first, then rows and what follows
+    behind = [n + len(p.after) + len(t) for p, n, t in zip(prompts, counts, targets, strict=True)]
+    assert kept == [None, max(behind)]  # token ids first, then rows and what follows
     want = sum(
         by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
     )
