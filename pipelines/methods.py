@@ -3,10 +3,12 @@
 `PARTS` is the one list of parts, with what each does; help, documents and reports are made from it or tested with it.
 What a part reads, refuses and adds to a prompt stands in `generate/parts/`, one file per group of parts. The profile
 stands first in a prompt, then what retrieval found, then the request. With a plug (profile+plug+bm25) the persona rows
-stand right before the request, behind both texts, as in the paper.
+stand right before the request, behind both texts, as in the paper. A retriever may say how many items it shows, as in
+bm25@2, so that one run compares several numbers; without it, `retrieval.k` says so.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra.errors import InputError
@@ -43,6 +45,8 @@ class PartInfo:
     """The part in words."""
     instead: Instead | None = None
     """The replacement for the user, where the part is a control."""
+    items: int | None = None
+    """Number of items that a retriever shows, where the method's name says so."""
 
     @property
     def kind(self) -> str:
@@ -99,9 +103,20 @@ PARTS = {
 }
 
 
+def known_part(name: str) -> PartInfo | None:
+    """The part of this name, such as `plug:mean` or `bm25@2`; None where there is no such part."""
+    plain, at, items = name.partition("@")
+    part = PARTS.get(plain)
+    if part is None or not at:
+        return part
+    if part.group != "retrieval" or not re.fullmatch(r"[1-9][0-9]{0,3}", items):
+        return None
+    return replace(part, items=int(items), about=f"{part.about}, up to {items} of them")
+
+
 def known_parts(name: str) -> list[PartInfo]:
     """The parts of a name that are known; replies may come from a release that has others."""
-    return [PARTS[part] for part in name.split("+") if part in PARTS]
+    return [part for text in name.split("+") if (part := known_part(text)) is not None]
 
 
 @dataclass(frozen=True)
@@ -122,12 +137,11 @@ def parse(name: str) -> Method:
     Raises:
         InputError: a part is unknown or given twice, or parts exclude each other.
     """
-    names = name.split("+")
-    known = f"known: {', '.join(PARTS)}; joined by +, such as plug+bm25"
-    for part in names:
-        if part not in PARTS:
+    known = f"known: {', '.join(PARTS)}; joined by +, such as plug+bm25; bm25@2 shows two items"
+    for part in name.split("+"):
+        if known_part(part) is None:
             raise InputError(f"methods: {part!r} in {name!r} is not a method ({known})")
-    parts = tuple(PARTS[part] for part in names)
+    parts = tuple(known_parts(name))
     groups = {part.group for part in parts}
     if len(groups) < len(parts) or ("none" in groups and len(parts) > 1):
         raise InputError(f"methods: {name!r} joins parts that exclude each other ({known})")

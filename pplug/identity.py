@@ -5,13 +5,13 @@ for, `decoding_id` how a reply was chosen. Each is 16 hex characters of blake2b.
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pplug import digests, hub
+from pplug.packaged import package_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -140,18 +140,14 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
 
     Raises:
         FileNotFoundError: no such folder or package, the folder holds an adapter, or the hub cannot be reached.
+        ValueError: the package holds a GGUF file that cannot be converted.
     """
     if model.startswith("package:"):
-        name, _, inside = model.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"model {model!r}: the package {name!r} is not installed; pip install it")
-        folder = Path(next(iter(spec.submodule_search_locations))) / inside
-    else:
-        folder = Path(model).expanduser()
+        return package_folder(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         _refuse_adapter(folder)
         return folder
-    if model.startswith(("package:", "/", "./", "../", "~")) or model.count("/") != 1:
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"model {model!r}: no folder {folder}; expected a transformers model folder")
     return hub.fetch(model, revision, weights)

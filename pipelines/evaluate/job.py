@@ -65,7 +65,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     seconds = seconds_per_reply(config.generate_reports, runs)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(parts), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
-    evaluation.identities = summary.identities(list(parts.values()))
+    evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:
         evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}
     if config.examples:
@@ -79,6 +79,14 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
         page.write(report.run_dir, Report.model_validate(report.to_dict()))
     print(screen.evaluation_text(evaluation), flush=True)
     return report.finish()
+
+
+def _judges(config: EvaluateConfig, runs: tuple[str, ...]) -> dict[str, str | None]:
+    """The judge of the runs, where their replies were judged: its model, the identity of it, and that of its prompt."""
+    table = tables.open_table(config.tables, "generations")
+    said = [metadata for run in runs if "judge" in (metadata := table.metadata_of_run(run))]
+    names = ("judge", "judge_id", "judge_prompt_id")
+    return {name: ", ".join(sorted({metadata[name] for metadata in said})) for name in names if said}
 
 
 def _write_predictions(

@@ -130,9 +130,9 @@ def fit(
             users, from whose items the classifier may learn too. Users of theirs that have a request in `requests` are
             left out.
     """
-    about = dict(references.ABOUT[task.metric]) if task.target is not None else {}
+    about = dict(references.ABOUT.get(task.metric, {})) if task.target is not None else {}
     overall = np.zeros(2 if task.metric == "rating" else len(task.labels))
-    if not about or task.metric == "text":
+    if not about or not task.labelled:
         return References(task, histories, tuple(about), about, overall)
     limit = MAX_TRAINING_ITEMS // (1 + len(others))
     learned = _learn_all(task, histories, requests, limit)

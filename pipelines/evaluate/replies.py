@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
+from pipelines.methods import known_parts
 
 Key: TypeAlias = tuple[str, str]
 """user_id and request_id."""
@@ -140,7 +141,7 @@ def _keys(rows: pa.Table) -> list[Key]:
 
 def _costs(row: Mapping[str, Any]) -> tuple[int, ...]:
     """The values of COSTS."""
-    parts = row["method"].split("+")
+    parts = {part.name for part in known_parts(row["method"])}
     return (
         row["prompt_tokens"] or 0,
         row["output_tokens"] or 0,

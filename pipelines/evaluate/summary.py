@@ -159,7 +159,7 @@ def identities(parts: Sequence[Scored]) -> dict[str, str | None]:
 
 def examples(scored: Scored, task: TaskSpec, count: int) -> list[Example]:
     """Requests drawn at random among those that the methods answer differently, with the replies in one order."""
-    told = task.metric != "text"  # no reply is right or wrong where a free text is asked for
+    told = task.labelled  # no reply is right or wrong where a free text is asked for
     rows = []
     for example in first(scored.examples, count):
         texts = {name: example.replies[name] for name in scored.methods if name in example.replies}

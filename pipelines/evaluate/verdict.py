@@ -27,7 +27,7 @@ from pipelines.evaluate.figures import (
     Verdict,
 )
 from pipelines.evaluate.wording import between, leaves_out_zero, percent, points, share, turned, value
-from pipelines.methods import PARTS, known_parts
+from pipelines.methods import PARTS, known_part, known_parts
 from pplug import intervals, metrics
 
 USER = "helps, and it is the user"
@@ -119,7 +119,7 @@ def wanted_control(method: str) -> str | None:
 
 def _roles(method: str) -> dict[str, str]:
     """Parts by what they do: parts of one group do the same where the group has a control of another user."""
-    groups = {part: PARTS[part].group if part in PARTS else part for part in method.split("+")}
+    groups = {part: known.group if (known := known_part(part)) else part for part in method.split("+")}
     return {group if f"{group}:other-user" in PARTS else part: part for part, group in groups.items()}
 
 

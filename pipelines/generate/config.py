@@ -27,11 +27,12 @@ class Config(ResumableConfig):
     methods: tuple[str, ...] = ("none", "plug")
     """Any of none, plug, plug:attention, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter,
     adapter:other-user, random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or
-    adapter+profile."""
+    adapter+profile. A number behind a retriever, as in bm25@2, is its number of items."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense."""
+    """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense. A method
+    such as bm25@2 says its number of items itself."""
     write_profiles: bool = False
     """True writes user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then
     ignored. decoding.max_tokens is the length of a profile."""

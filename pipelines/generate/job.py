@@ -30,6 +30,7 @@ from pipelines.generate.checks import (
 )
 from pipelines.generate.config import Config
 from pipelines.generate.drop_errors import drop_errors
+from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.parts import GenerateRun, Part, open_parts
 from pipelines.generate.parts.adapter import Adapter
 from pipelines.generate.pending import PendingReplies
@@ -134,7 +135,7 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
                 opened.encoder_decoder, opened.task, config.max_history_items, config.engine.batch_rows, cpu,
                 size=config.prompt_workers,
             ),
-            _engines(
+            engine_step(
                 config, Reply, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu, adapters,
                 sizes,
             ),
@@ -177,7 +178,7 @@ def _plan(
     return pending, plan, identities
 
 
-def _engines(config: Config, stage: type, *args: Any) -> waves.Step:
+def engine_step(config: Config | JudgeConfig, stage: type, *args: Any) -> waves.Step:
     """A stage with an engine, which answers several batches at once."""
     return waves.actors(
         stage,
@@ -277,7 +278,7 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
                 AskForProfiles, pending, opened.task, config.llm, config.profile, opened.encoder_decoder,
                 size=config.prompt_workers,
             ),
-            _engines(
+            engine_step(
                 config, WriteProfiles, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu,
                 None, sizes,
             ),

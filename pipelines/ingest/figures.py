@@ -187,7 +187,7 @@ class Figures:
 
 def answers(column: pa.ChunkedArray | pa.Array, task: TaskSpec) -> Counter[str]:
     """Number of rows per answer, for a task with labels; nothing for one that writes."""
-    if task.metric == "text":
+    if not task.labelled:
         return Counter()
     counts = _counted(column).most_common(10 * MOST_LABELS)
     return Counter({answer: n for answer, n in counts if answer.strip()})

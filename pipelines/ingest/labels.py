@@ -34,7 +34,7 @@ class LabelRule:
         A task that writes has no labels, and its answers stay as they are. A rating may lie between the points of the
         scale, but not beyond its ends.
         """
-        if self.task.metric == "text" or answer in self._known:
+        if not self.task.labelled or answer in self._known:
             return answer
         text = answer.strip()
         if self.matching == "exact":
@@ -46,7 +46,7 @@ class LabelRule:
 
     def column(self, answers: pa.Array) -> tuple[pa.Array, np.ndarray]:
         """Returns `label` of each answer, with the answer itself where that is None, and True there, (N,) bool."""
-        if self.task.metric == "text":
+        if not self.task.labelled:
             return answers, np.zeros(len(answers), bool)
         coded = pc.dictionary_encode(answers)
         found = [self.label(answer) for answer in coded.dictionary.to_pylist()]

@@ -130,7 +130,7 @@ def look(config: IngestConfig, instead: Mapping[Kind, Source] | None = None) -> 
             f"derive_requests={config.derive_requests}: task {task.name} has no template that turns an item into a "
             "request (input and target); give a task entry that has both, or derive none"
         )
-    if task.metric != "text" and not task.labels and config.labels != "infer":
+    if task.labelled and not task.labels and config.labels != "infer":
         raise InputError(
             f"task {task.name}: metric {task.metric} needs labels, and it has none; list them in the task entry, or "
             "give --labels infer to take those of the source"

@@ -186,7 +186,7 @@ class RowWriter:
         for row in np.flatnonzero(empty):
             detail = f"nothing in the fields of {self.task.item_without_label}"
             errors.setdefault(int(row), RowError("empty_text", detail))
-        if self.task.target in texts and self.task.metric != "text":
+        if self.task.target in texts and self.task.labelled:
             texts[self.task.target] = self._labels.column(texts[self.task.target])[0]
         keyed = self._keyed(columns, count, errors)
         at = self._times("items.occurred_at", columns.get("occurred_at"), count, errors)

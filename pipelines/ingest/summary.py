@@ -57,7 +57,7 @@ def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: S
     Raises:
         InputError: the source has too many labels, or fewer than two.
     """
-    if config.labels != "infer" or task.metric == "text":
+    if config.labels != "infer" or not task.labelled:
         return task
     stored = before.metadata.get("task_entry")
     known = TaskSpec.from_json(stored) if stored and config.mode == "upsert" else None

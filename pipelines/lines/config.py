@@ -21,6 +21,17 @@ BASE_LM = "base-lm"
 """The name that stands for the tiny LM where it is given as llm.model; that LM is then trained first."""
 
 
+class TaskBase(Settings):
+    """Sets how the LLM learns the task from the train users' items before the dev users' adapters stand on it."""
+
+    epochs: int = Field(1, gt=0)
+    """Number of passes over the examples."""
+    max_history_items: int = Field(10_000, gt=0)
+    """Number of newest items of a train user to learn from."""
+    lora: LoraConfig = LoraConfig()
+    """Settings of the adapter that is merged into the LLM."""
+
+
 class Model(Settings):
     """An LLM, how it replies, and the plug's shape for it."""
 
@@ -34,6 +45,11 @@ class Model(Settings):
     """Shape of the plug, as `train` takes it."""
     lora: LoraConfig = LoraConfig()
     """Settings of the dev users' adapters, which are trained where a method uses them."""
+    max_adapter_items: int = Field(10_000, gt=0)
+    """Number of newest items of a dev user that the user's adapter learns from."""
+    task_base: TaskBase | None = None
+    """Task adaptation of the LLM that adapters stand on; default: they stand on the LLM as it is. The other methods
+    reply by the LLM as it is in either case; `adapter:other-user` tells what the task adaptation alone gives."""
 
 
 class LampConfig(Settings):
@@ -65,6 +81,9 @@ class LampConfig(Settings):
     """Folder in LaMP's layout with the splits train and dev; default: the benchmark's files are downloaded."""
     derive_requests: tuple[int, int] | None = None
     """Newest items of each train and each dev user that become requests; default: the published questions are used."""
+    limit: tuple[int | None, int | None] | None = None
+    """Numbers of train and of dev users to take, for a first try; null takes all. A greater one keeps the same users
+    and more."""
     separation: Literal["time", "user"] = "time"
     """The benchmark's split; the paper's figures belong to the time separation."""
     address: str | None = None

@@ -13,6 +13,9 @@ from pipelines.lines.config import LampConfig as Config
 from pipelines.lines.steps import run_steps
 from pipelines.methods import parse_all
 
+TASK_BASE = "task-base"
+"""Step that adapts the LLM to the task, and folder of the model that it makes."""
+
 
 def run(config: Config) -> int:
     """Runs the jobs; returns the exit code of the first that fails, else 0."""
@@ -29,20 +32,56 @@ def run(config: Config) -> int:
 
 def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Returns the job and its config by step, in order."""
-    model = config.models[config.use].model_dump(mode="json")
-    given = config.model_dump(mode="json")
-    encoder, methods = given["encoder"], parse_all(config.methods)
-    gpus = {"workers": config.workers, "gpus_per_worker": config.gpus_per_worker}
-    base_lm = model["llm"]["model"] == BASE_LM
-    if base_lm:
-        model["llm"]["model"] = str(root / BASE_LM)
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    line = _Line(config, root, name)
+    model, encoder = line.model, line.given["encoder"]
+    llm = model["llm"]
+    adapters = [method.name for method in parse_all(config.methods) if method.part("adapter")]
+    task_base = model["task_base"] if adapters else None
+    line.ingest("train", 0)
+    if llm["model"] == BASE_LM:
+        llm["model"] = str(root / BASE_LM)
+        # dev, which is evaluated, has tables of its own: all items of train may be learned
+        line.add(BASE_LM, "base-lm", "train", lm=model["lm"], output=llm["model"], cut="none")
+    line.add("refresh-train", "refresh", "train", encoder=encoder, **line.gpus)
+    line.train("train")
+    line.ingest("dev", 1)
+    line.add("refresh-dev", "refresh", "dev", encoder=encoder, plug=str(root / "plug"), **line.gpus)
+    if adapters and not task_base:
+        line.adapt(llm)
+    apart = {SOFT_PROMPT, *(adapters if task_base else [])}
+    line.generate("generate", "plug", [method for method in config.methods if method not in apart], llm)
+    if SOFT_PROMPT in config.methods:
+        line.train("train-soft", without_history=True)
+        line.generate("generate-soft", "plug-soft", [SOFT_PROMPT], llm)
+    if task_base:
+        adapted = llm | {"model": str(root / TASK_BASE)}
+        line.add(TASK_BASE, "adapt", "train", stage="base", cut="none", llm=llm, output=adapted["model"],
+                 **task_base, **line.gpus)  # fmt: skip
+        line.adapt(adapted)
+        line.generate("generate-adapters", "plug", adapters, adapted)
+    line.add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in line.runs],
+             generate_reports=[str(root / step / "report.json") for step in line.runs],
+             references_from=[str(root / "tables" / "train")])  # fmt: skip
+    return line.found
 
-    def add(step: str, job: str, part: str, **values: Any) -> None:
-        own = {"tables": str(root / "tables" / part), "run_id": f"{name}-{step}", "run_dir": str(root / step)}
-        found[step] = (job, values | own)
 
-    def ingest(part: str, number: int) -> None:
+class _Line:
+    """The steps in the making: `found` by name, `runs` those of them that generate."""
+
+    def __init__(self, config: Config, root: Path, name: str) -> None:
+        self.config, self.root, self.name = config, root, name
+        self.given, self.model = config.model_dump(mode="json"), config.models[config.use].model_dump(mode="json")
+        self.gpus = {"workers": config.workers, "gpus_per_worker": config.gpus_per_worker}
+        self.found: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.runs: list[str] = []
+
+    def add(self, step: str, job: str, part: str, **values: Any) -> None:
+        run_dir = self.root / step
+        own = {"tables": str(self.root / "tables" / part), "run_id": f"{self.name}-{step}", "run_dir": str(run_dir)}
+        self.found[step] = (job, values | own)
+
+    def ingest(self, part: str, number: int) -> None:
+        config = self.config
         if config.source:
             values: dict[str, Any] = {"source": config.source, "split": part, "task": config.task}
         else:
@@ -50,34 +89,24 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
             values |= {"download_dir": config.download_dir} | ({"address": config.address} if config.address else {})
         if config.derive_requests:
             values |= {"questions": "skip", "derive_requests": config.derive_requests[number]}
-        add(f"ingest-{part}", "ingest", part, **values)
+        if config.limit and config.limit[number]:
+            values |= {"limit": config.limit[number]}
+        self.add(f"ingest-{part}", "ingest", part, **values)
 
-    def train(step: str, **shape: Any) -> None:
-        add(step, "train", "train", llm=model["llm"], encoder=encoder, fit=given["fit"], shape=model["shape"] | shape,
-            plug=str(root / step.replace("train", "plug")), **gpus)  # fmt: skip
+    def train(self, step: str, **shape: Any) -> None:
+        model, given = self.model, self.given
+        self.add(step, "train", "train", llm=model["llm"], encoder=given["encoder"], fit=given["fit"],
+                 shape=model["shape"] | shape, plug=str(self.root / step.replace("train", "plug")),
+                 **self.gpus)  # fmt: skip
 
-    def generate(step: str, plug: str, names: list[str]) -> None:
-        add(step, "generate", "dev", llm=model["llm"], engine=model["engine"], decoding=model["decoding"],
-            plug=str(root / plug), methods=names, retrieval=given["retrieval"] | {"encoder": encoder},
-            **gpus)  # fmt: skip
+    def adapt(self, llm: dict[str, Any]) -> None:
+        items = {"max_history_items": self.model["max_adapter_items"]}
+        self.add("adapt", "adapt", "dev", llm=llm, lora=self.model["lora"], **items, **self.gpus)
 
-    ingest("train", 0)
-    if base_lm:
-        # dev, which is evaluated, has tables of its own: all items of train may be learned
-        add(BASE_LM, "base-lm", "train", lm=model["lm"], output=str(root / BASE_LM), cut="none")
-    add("refresh-train", "refresh", "train", encoder=encoder, **gpus)
-    train("train")
-    ingest("dev", 1)
-    add("refresh-dev", "refresh", "dev", encoder=encoder, plug=str(root / "plug"), **gpus)
-    if any(method.part("adapter") for method in methods):
-        add("adapt", "adapt", "dev", llm=model["llm"], lora=model["lora"], **gpus)
-    generate("generate", "plug", [name for name in config.methods if name != SOFT_PROMPT])
-    runs = ["generate"]
-    if SOFT_PROMPT in config.methods:
-        train("train-soft", without_history=True)
-        generate("generate-soft", "plug-soft", [SOFT_PROMPT])
-        runs.append("generate-soft")
-    add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in runs],
-        generate_reports=[str(root / step / "report.json") for step in runs],
-        references_from=[str(root / "tables" / "train")])  # fmt: skip
-    return found
+    def generate(self, step: str, plug: str, methods: list[str], llm: dict[str, Any]) -> None:
+        model, given = self.model, self.given
+        retrieval = given["retrieval"] | {"encoder": given["encoder"]}
+        if methods:
+            self.runs.append(step)
+            self.add(step, "generate", "dev", llm=llm, engine=model["engine"], decoding=model["decoding"],
+                     plug=str(self.root / plug), methods=methods, retrieval=retrieval, **self.gpus)  # fmt: skip

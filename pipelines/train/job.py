@@ -62,6 +62,10 @@ def _run(config: Config, run_id: str) -> int:
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
     task = tables.task_entry(config.task, histories)
+    if task.metric == "rubric":
+        raise InputError(
+            f"task {task.name}: its targets are rubrics for a judge, and no answers to learn; train on another task"
+        )
     rule = task.item_template(config.encoder.with_label)
     try:
         encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)

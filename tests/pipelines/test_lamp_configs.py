@@ -14,7 +14,7 @@ from pipelines.methods import parse_all
 from pplug import tasks
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
-FILES, TINY = (sorted(CONFIGS.glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml"))
+FILES, TINY, REAL = (sorted(CONFIGS.glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml", "real_*.yaml"))
 
 
 def load(path: Path, *words: str) -> lamp.Config:
@@ -74,6 +74,26 @@ def test_a_folder_of_ones_own_with_its_own_tiny_llm(path, tmp_path):
     assert made["generate-soft"].plug == made["train-soft"].plug != made["train"].plug == made["generate"].plug
     assert made["generate-soft"].methods == ("plug:soft-prompt",)
     assert made["evaluate"].run == (made["generate"].run_id, made["generate-soft"].run_id)
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_a_real_llm_beside_all_its_peers(path, tmp_path):
+    config = load(path, "--source", "somewhere", "--limit", "40,20")
+    assert tasks.find(config.task).retrieval
+    made = jobs(config, tmp_path)
+    assert list(made) == ["ingest-train", "refresh-train", "train", "ingest-dev", "refresh-dev", "generate",
+                          "train-soft", "generate-soft", "task-base", "adapt", "generate-adapters",
+                          "evaluate"]  # fmt: skip
+    assert (made["ingest-train"].limit, made["ingest-dev"].limit) == (40, 20)
+    methods = {name for step in ("generate", "generate-soft", "generate-adapters") for name in made[step].methods}
+    assert methods == set(config.methods) >= {f"{kind}@{k}" for kind in ("recency", "bm25", "dense") for k in (1, 2, 4)}
+    # what learns the task is another LLM, whose replies stand in a run of their own
+    base, llm = made["task-base"], made["generate"].llm
+    assert (base.stage, base.cut, base.tables, base.llm) == ("base", "none", made["train"].tables, llm)
+    assert made["adapt"].llm == made["generate-adapters"].llm != llm
+    assert made["adapt"].llm == llm.model_copy(update={"model": base.output})
+    assert all(parse_all((name,))[0].part("adapter") for name in made["generate-adapters"].methods)
+    assert made["evaluate"].run == tuple(made[step].run_id for step in made if step.startswith("generate"))
 
 
 def test_adapters_are_trained_where_a_method_has_them(tmp_path):

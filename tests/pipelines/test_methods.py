@@ -3,6 +3,7 @@
 import pytest
 
 from infra.errors import InputError
+from pipelines.evaluate import verdict
 from pipelines.generate.config import Config
 from pipelines.generate.parts import GROUPS
 from pipelines.methods import PARTS, parse
@@ -25,7 +26,10 @@ def test_controls_say_that_they_are():
         assert bool(part.instead) == part.about.startswith("control: "), part.name
 
 
-@pytest.mark.parametrize("name", ["plug+plug:mean", "bm25+dense", "none+plug", "adapter+adapter", "plug:nobody", ""])
+@pytest.mark.parametrize("name", [
+    "plug+plug:mean", "bm25+dense", "none+plug", "adapter+adapter", "plug:nobody", "", "bm25@0", "bm25@02", "bm25@",
+    "bm25@two", "plug@2", "bm25@2+dense@1",
+])  # fmt: skip
 def test_parts_that_exclude_each_other_or_are_unknown_are_refused(name):
     with pytest.raises(InputError, match="methods"):
         parse(name)
@@ -37,3 +41,13 @@ def test_a_method_is_taken_apart():
     assert [part and (part.name, part.kind) for part in parts] == [
         ("profile", "profile"), ("plug:mean", "mean"), ("bm25", "bm25"), None
     ]  # fmt: skip
+
+
+def test_a_retriever_may_say_how_many_items_it_shows():
+    part = parse("plug+bm25@12").part("retrieval")
+    assert (part.name, part.items) == ("bm25", 12) and parse("bm25").parts[0].items is None
+    # the numbers are different methods, and a control keeps its own
+    names = ["plug+bm25@2", "plug:other-user+bm25@2", "plug:other-user+bm25@4", "plug:other-user+bm25", "bm25@2"]
+    assert verdict.candidates(names) == ["plug+bm25@2", "bm25@2"]
+    assert [control.name for control in verdict.controls(names[0], names)] == ["plug:other-user+bm25@2"]
+    assert verdict.wanted_control("plug+bm25@2") == "plug:other-user+bm25@2"

@@ -58,16 +58,16 @@ def made(tmp_path_factory, ray_session):
     return SimpleNamespace(root=root, alike=alike, unique=unique, encoder=encoder, llm=talkative(root / "llm"))
 
 
-def prompts(made, population) -> dict:
+def prompts(made, population, methods=FOUND, k: int = 2) -> dict:
     """Token ids of every prompt, by user, which of the user's requests, and method."""
     entry = TaskSpec.model_validate(TASK)
     names = ("requests", "histories", tables.embeddings_name(encoder_id(made.encoder, entry.item)))
     requests, histories, vectors = (
         tables.open_table(population.tables, name).snapshot(complete=True) for name in names
     )
-    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=FOUND, llm=made.llm,
+    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=methods, llm=made.llm,
                          task=entry, block_rows=3,
-                         retrieval=RetrievalConfig(k=2, encoder=made.encoder))  # fmt: skip
+                         retrieval=RetrievalConfig(k=k, encoder=made.encoder))  # fmt: skip
     rows = pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()
     return {
         (row["user_id"], NAMES.index(row["request_id"].rpartition("/")[2]), row["method"]): row["before"] + row["after"]
@@ -96,6 +96,15 @@ def test_prompts_are_those_of_requests_with_ids_of_their_own(made):
     for key in alike:
         if key[2] != "random":  # whose draw is the request's own
             assert alike[key] == unique[key]
+
+
+def test_a_number_behind_a_retriever_shows_as_many_items_as_the_key_k(made):
+    named = prompts(made, made.alike, [f"{kind}@{k}" for kind in FOUND for k in (3, 1)])
+    assert len(named) == len(PEOPLE) * len(NAMES) * len(FOUND) * 2
+    for k in (1, 3):
+        for (user, name, kind), ids in prompts(made, made.alike, k=k).items():
+            assert named[user, name, f"{kind}@{k}"] == ids, (kind, k)
+    assert any(named[key] != named[(*key[:2], "bm25@1")] for key in named if key[2] == "bm25@3")
 
 
 def replies(population, name: str) -> dict[tuple[str, str, str], dict]:

@@ -153,3 +153,42 @@ def test_a_reply_that_is_no_answer_is_told_from_a_wrong_one(task, replies, want)
 def test_what_cannot_be_scored_is_named(task, golds, guesses, says):
     with pytest.raises(ValueError, match=says):
         metrics.score(task, golds, guesses)
+
+
+def test_meteor_matches_forms_and_stems_and_no_synonyms():
+    """By hand [Banerjee and Lavie 2005]: F = 10PR/(R + 9P), penalty 0.5 (chunks/matches)^3."""
+    entry = tasks.get("LongLaMP_topic")
+    golds = {
+        "same": "the cat sat",
+        "stem": "the cats were running",
+        "order": "a b c d",
+        "none": "big dog",
+        "two": "It ran. Dogs sat.",
+    }
+    texts = {
+        "same": "The cat sat",
+        "stem": "the cat runs",
+        "order": "c d a b",
+        "none": "large hound",
+        "two": "Dogs sat. It ran.",
+    }
+    # matches, words of the text, words of the gold, chunks
+    counted = {"same": (3, 3, 3, 1), "stem": (3, 3, 4, 2), "order": (4, 4, 4, 2), "two": (6, 6, 6, 4)}
+    got = {name: row["meteor"] for name, row in metrics.per_item(entry, golds, texts).items()}
+    for name, (matches, words, gold_words, chunks) in counted.items():
+        precision, recall = matches / words, matches / gold_words
+        mean = 10 * precision * recall / (recall + 9 * precision)
+        assert got[name] == pytest.approx(mean * (1 - 0.5 * (chunks / matches) ** 3)), name
+    assert got["none"] == 0
+    assert list(metrics.score(entry, golds, texts)) == ["rouge1", "rougeL", "meteor"]
+    assert metrics.names(tasks.get("LaMP_5")) == ("rouge1", "rougeL")
+    with pytest.raises(ValueError, match="no metric 'bleu' of text; it has rouge1, rougeL, meteor"):
+        metrics.names(entry.model_copy(update={"scores": ("bleu",)}))
+
+
+def test_the_key_scores_changes_no_stored_entry_and_no_identity_of_tasks_without_it():
+    assert (
+        "scores" not in tasks.get("LaMP_5").to_json() and '"scores":["rouge1"' in tasks.get("LongLaMP_topic").to_json()
+    )
+    for name in ("LaMP_5", "LongLaMP_topic"):
+        assert tasks.TaskSpec.from_json(tasks.get(name).to_json()) == tasks.get(name)

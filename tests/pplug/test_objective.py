@@ -1,5 +1,6 @@
 """Splice and objective: persona rows stand where the layout says, and the loss is that of the target alone."""
 
+import copy
 import math
 
 import pytest
@@ -135,3 +136,53 @@ def test_llm_id_changes_with_weights_and_layout(tmp_path):
     }
     assert len(ids) == 3
     assert llm_id(LLMConfig(model=str(a), dtype="bfloat16")) in ids
+
+
+CHAT = (
+    "{% for m in messages %}film of crime music nature the big red {{ m['content'] }} two {% endfor %}"
+    "{% if add_generation_prompt %}answer :{% endif %}"
+)
+
+
+@pytest.mark.parametrize("rows_at", ["before", "after"])
+def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama, rows_at):
+    """Beginnings long enough to be read in a pass of their own: all alike, or each of another length."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = CHAT
+    builder = PromptBuilder(tokenizer, PromptLayout(rows=rows_at), encoder_decoder=False)
+    prompts, targets = builder.prompts(INPUTS), builder.targets(TARGETS, 10)
+    lengths = {len(prompt.before) for prompt in prompts}
+    assert min(lengths) >= 8 and len(lengths) == (1 if rows_at == "before" else 2)
+    rows, counts, kept = rows_for(llama, 3), [3, 1, 0], []
+    model = copy.deepcopy(llama.model)
+    llm = FrozenLLM(model, tokenizer, builder, False)
+    hook = lambda *given: kept.append(given[2]["inputs_embeds"].shape[1] if "inputs_embeds" in given[2] else None)  # noqa: E731
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    loss, _ = target_loss(llm, prompts, rows, counts, targets)
+    behind = [n + len(p.after) + len(t) for p, n, t in zip(prompts, counts, targets, strict=True)]
+    assert kept == [None, max(behind)]  # token ids first, then rows and what follows
+    want = sum(
+        by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
+    )
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    got, wanted = torch.autograd.grad(loss, rows)[0], torch.autograd.grad(want, rows)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_behind_the_input_stand_right_before_the_reply(tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    layout = PromptLayout(rows="after", suffix=" answer :", max_input_tokens=4)
+    builder = PromptBuilder(tokenizer, layout, encoder_decoder=False)
+    prompts = builder.prompts(["the cat sat on", "dog"], ["", "big red"])
+    words = [tuple(tokenizer.convert_ids_to_tokens(ids) for ids in (one.before, one.after)) for one in prompts]
+    assert words == [
+        (["<s>", "the", "cat", "sat", "on"], ["answer", ":"]),
+        (["<s>", "big", "red", "dog"], ["answer", ":"]),
+    ]
+    (cut,) = builder.prompts(["the cat sat on"], ["big"])
+    assert tokenizer.convert_ids_to_tokens(cut.before) == ["<s>", "big", "the", "cat", "sat"]
+
+
+def test_the_place_of_the_rows_is_part_of_the_identity_and_the_papers_keeps_its_own():
+    assert "rows" not in PromptLayout().decisive()
+    assert PromptLayout(rows="after").decisive() == PromptLayout().decisive() | {"rows": "after"}

@@ -26,7 +26,7 @@ from pipelines.evaluate.wording import (
     unclear_share,
     value,
 )
-from pipelines.methods import PARTS, known_parts
+from pipelines.methods import known_parts
 from pplug import metrics
 
 DARK = {
@@ -197,7 +197,7 @@ def _references(report: Report) -> Table:
 
 
 def _about(method: str) -> str:
-    return "; ".join(PARTS[part].about if part in PARTS else "" for part in method.split("+"))
+    return "; ".join(part.about for part in known_parts(method))
 
 
 def _reading(report: Report) -> str:

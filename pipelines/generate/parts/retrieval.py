@@ -29,8 +29,8 @@ class Retrieval(Part):
         self.config, self.kinds = config, kinds
         self.encoder: TextEncoder | None = None
         self._view: BucketView | None = None
-        self._found: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
-        """Fields of the items, best first, by kind, user and request. Two users may call their requests alike."""
+        self._found: dict[tuple[str, str, str], np.ndarray] = {}
+        """Rows of the items, best first, by kind, user and request. Two users may call their requests alike."""
         self._words: tuple[tuple[int, int], WordIndex] | None = None
         """The last user's index, and the first and last item in it: requests come user by user."""
 
@@ -81,7 +81,7 @@ class Retrieval(Part):
     def contribute(self, part: PartInfo, drafts: Drafts) -> None:
         assert self._view is not None and self._view.items is not None, "retrieval reads items"
         reserved = [self._reserved(text) for text in drafts.prefixes]
-        texts, problems = self._prompts(part.name, drafts.requests, drafts.inputs, self._view.items, reserved)
+        texts, problems = self._prompts(part, drafts.requests, drafts.inputs, self._view.items, reserved)
         for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
             drafts.fail(i, problem)
             drafts.prefixes[i] += text.prefix
@@ -97,15 +97,17 @@ class Retrieval(Part):
 
     def _prompts(
         self,
-        kind: str,
+        part: PartInfo,
         requests: Sequence[Mapping[str, Any]],
         inputs: Sequence[str],
         users: VisibleItems,
         reserved: Sequence[int],
     ) -> tuple[list[Composed], list[str | None]]:
         """The text of each request's prompt, and why one could not be written: an item lacks a field."""
+        kind, k = part.name, part.items or self.config.k
         texts = [query(request["input"], self.task) for request in requests]
-        keys = [(kind, request["user_id"], request["request_id"]) for request in requests]
+        found = f"{kind}@{k}" if kind == "random" else kind  # of the others the first k are the k best
+        keys = [(found, request["user_id"], request["request_id"]) for request in requests]
         new = [i for i, key in enumerate(keys) if key not in self._found]
         vectors: dict[int, np.ndarray] = {}
         if kind == "dense" and new:
@@ -116,11 +118,11 @@ class Retrieval(Part):
             prompt, error = Composed("", input), None
             try:
                 if keys[i] not in self._found:
-                    self._found[keys[i]] = self._find(kind, request, texts[i], vectors.get(i), users)
+                    self._found[keys[i]] = self._find(kind, k, request, texts[i], vectors.get(i), users)
+                items = [_fields(users.own, row) for row in self._found[keys[i]][:k]]
                 prompt = retrieval.compose(
-                    self._found[keys[i]], input, self.task, self.tokenizer, self.budget,
-                    self.config.input_share, reserved[i],
-                )  # fmt: skip
+                    items, input, self.task, self.tokenizer, self.budget, self.config.input_share, reserved[i]
+                )
             except ValueError as problem:  # names the missing field, never a text
                 error = str(problem)
             composed.append(prompt)
@@ -132,14 +134,13 @@ class Retrieval(Part):
         return self.encoder.encode_queries(texts, self.config.query_prefix)
 
     def _find(
-        self, kind: str, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: VisibleItems
-    ) -> list[Mapping[str, str]]:
-        own, k = users.own, self.config.k
-        rows = users.rows(request)
+        self, kind: str, k: int, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: VisibleItems
+    ) -> np.ndarray:
+        own, rows = users.own, users.rows(request)
         if vector is not None:
             rows = rows[own.vector_row[rows] >= 0]
         if not len(rows):
-            return []
+            return rows
         if vector is not None:
             best = retrieval.nearest(own.vectors[own.vector_row[rows]], vector)
         elif kind == "bm25":
@@ -150,7 +151,7 @@ class Retrieval(Part):
             best = retrieval.at_random(len(rows), k, json.dumps([request["user_id"], request["request_id"]]))
         else:
             raise AssertionError(f"{kind}: no way to find items by it")
-        return [_fields(own, row) for row in rows[best[:k]]]
+        return rows[best]
 
     def _index(self, rows: np.ndarray, own: Histories) -> WordIndex:
         key = (int(rows[0]), int(rows[-1]))

@@ -1,0 +1,196 @@
+"""Job `judge`: replies beside their requests' rubrics become scores, by the engine that answers requests too.
+
+Route: bucket -> replies of a run that are not judged yet -> one prompt per aspect (`pplug/rubric.py`) -> Reply -> one
+row of `generations` per judged reply, whose text holds the scores of its aspects.
+What it does and its keys stand in `judge_config.py`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra import lease, session
+from infra.errors import InputError
+from infra.snapshot import Snapshot
+from pipelines import tables, waves
+from pipelines.generate.checks import refuse_another_run
+from pipelines.generate.drop_errors import drop_errors
+from pipelines.generate.job import CountedReplies, count_replies, engine_step
+from pipelines.generate.judge_config import JudgeConfig
+from pipelines.generate.pending import request_key
+from pipelines.generate.personas import ragged_f32
+from pipelines.generate.prompts import PROMPTS
+from pipelines.generate.replies import REPLIES, Reply
+from pipelines.pending_users import with_nulls
+from pipelines.run import CpuShare, begin
+from pplug import rubric
+from pplug.identity import model_folder, short_id
+from pplug.llm import LLMConfig, llm_id, load_tokenizer
+from pplug.schemas import GENERATIONS
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec, query
+
+_TOKENS = pa.list_(pa.list_(pa.int32()))
+ASKED = pa.schema([*GENERATIONS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
+"""A reply to judge, with the token ids of one prompt per aspect. Without a prompt it covers nothing."""
+_NO_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """The replies of a run that are still to be judged, for the plan and for the work."""
+
+    requests: Snapshot
+    generations: Snapshot
+    run: str
+    judged_run: str
+    task: TaskSpec
+
+    def read(self, bucket: int) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, int]:
+        """Pairs of a reply and its request, and how many replies are judged already, or judged with an error."""
+        requests = self.requests.read(buckets=[bucket], filter=pc.field("target").is_valid())
+        known = {request_key(row): row for row in requests.to_pylist()}
+        wanted = pc.field("run_id").isin([self.run, self.judged_run])
+        rows = self.generations.read(buckets=[bucket], filter=wanted).to_pylist()
+        judged = {(*request_key(row), row["method"]): row["error"] for row in rows if row["run_id"] == self.judged_run}
+        replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
+        pending = [
+            (row, known[request_key(row)])
+            for row in replies
+            if judged.get((*request_key(row), row["method"]), "not yet") is not None
+        ]
+        failed = sum(error is not None for error in judged.values())
+        return pending, len(replies) - len(pending), failed
+
+    def count(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Stage of the plan. in: bucket. out: one row per bucket: bucket, pending, existing, failed."""
+        for bucket in batch["bucket"].to_pylist():
+            pending, existing, failed = self.read(bucket)
+            counts = {"pending": len(pending), "existing": existing, "failed": failed}
+            yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+
+
+def run(config: JudgeConfig) -> int:
+    """Runs the job; returns the exit code."""
+    report = begin("judge", config)
+    generations = tables.open_table(config.tables, "generations")
+    requests = tables.snapshot(config.tables, "requests", config.as_of_version)
+    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
+    task = tables.task_entry(config.task, histories)
+    if task.metric != "rubric":
+        raise InputError(
+            f"task {task.name}: answers are scored as {task.metric}, not by a rubric; `evaluate` needs no judge here"
+        )
+    try:
+        judge = llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"llm: {error}") from error
+    before = generations.snapshot()
+    report.table_read("requests", requests.version)
+    report.table_read("generations", before.version)
+    identities = {"judge_of": config.run, "judge": config.llm.model, "judge_id": judge}
+    identities |= {"judge_decoding_id": config.decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
+    refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
+    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
+    with lease.writing(config.tables, report.run_id):
+        pending = Unjudged(requests, before, config.run, report.run_id, task)
+        plan = waves.plan(requests.filled(None), pending.count, report)
+        if not report.planned:
+            raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
+        failed = [bucket for bucket, row in plan.items() if row["failed"]]
+        if failed:
+            before = drop_errors(generations, before, failed, report, identities)
+            pending = Unjudged(requests, before, config.run, report.run_id, task)
+        cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+        waves.run(
+            report,
+            "judge",
+            "replies",
+            into=generations,
+            before=before,
+            pending={bucket: row["pending"] for bucket, row in plan.items()},
+            steps=[
+                waves.actors(AskJudge, pending, config.llm, size=1),
+                engine_step(
+                    config, Judge, config.llm, config.engine, config.decoding, judge, report.run_id, cpu
+                ),
+            ],
+            metadata=identities,
+            wave_rows=config.wave_rows,
+            block_rows=config.wave_rows,
+            strict=False,
+            count=count_replies,
+            counted=CountedReplies(report),
+        )  # fmt: skip
+    report.extra |= identities | {"judge_prompt": rubric.PROMPT}
+    return report.finish()
+
+
+class AskJudge:
+    """Stage: a bucket's replies with their prompts to the judge. in: bucket int. out: ASKED."""
+
+    def __init__(self, pending: Unjudged, llm: LLMConfig) -> None:
+        self.pending = pending
+        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
+        # a cut would take the instruction at the end; what is too long for the engine is an error that says so
+        layout = llm.layout.model_copy(update={"max_input_tokens": _NO_LIMIT})
+        self.prompt_builder = PromptBuilder(tokenizer, layout, False)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            rows = []
+            for reply, request in self.pending.read(bucket)[0]:
+                row: dict[str, Any] = reply | {"before": [], "after": []}
+                if reply["error"] is None:
+                    question = query(request["input"], self.pending.task)
+                    asked = rubric.prompts(question, reply["text"] or "", rubric.read(request["target"]))
+                    for prompt in self.prompt_builder.prompts(asked):
+                        row["before"].append(prompt.before)
+                        row["after"].append(prompt.after)
+                rows.append(row)
+            yield pa.Table.from_pylist(rows, schema=ASKED)
+
+
+class Judge:
+    """Stage: one judgement per reply, by the engine of `Reply`. in: ASKED. out: REPLIES."""
+
+    def __init__(self, *how: Any) -> None:
+        """`how`: the arguments of `Reply`."""
+        self.reply = Reply(*how)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        prompts = [
+            {name: row[name] for name in ("bucket", "user_key", "user_id", "request_id")}
+            | {"method": f"{row['method']} aspect {at}", "before": before, "after": after, "persona": "none"}
+            for row in rows
+            for at, (before, after) in enumerate(zip(row["before"], row["after"], strict=True))
+        ]
+        replies = iter(self._replies(prompts))
+        judged = [self._judged(row, [next(replies) for _ in row["before"]]) for row in rows]
+        return pa.Table.from_pylist(judged, schema=REPLIES)
+
+    def _replies(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not prompts:
+            return []
+        plain = with_nulls(pa.Table.from_pylist(prompts), PROMPTS)
+        rows = ragged_f32([np.zeros(0, np.float32)] * len(prompts))
+        table = pa.table({name: rows if name == "rows" else plain[name] for name in PROMPTS.names}, schema=PROMPTS)
+        return self.reply(table).to_pylist()
+
+    def _judged(self, row: Mapping[str, Any], replies: list[dict[str, Any]]) -> dict[str, Any]:
+        """The reply's row with its judgement for a text; a reply that is itself an error covers nothing."""
+        errors = [reply["error"] for reply in replies if reply["error"] is not None]
+        scores = [rubric.score_of(reply["text"]) for reply in replies] or [0]
+        text = "" if errors else rubric.judgement(scores)
+        made: dict[str, Any] = {
+            "run_id": self.reply.run_id,
+            "text": text,
+            "error": errors[0] if errors else None,
+            "notes": [],
+        }
+        return {name: row.get(name) for name in REPLIES.names} | made | {"finish_reason": "stop"}

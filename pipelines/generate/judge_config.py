@@ -1,0 +1,40 @@
+"""Keys of `judge`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt
+
+from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.job_config import ResumableConfig
+from pplug.llm import LLMConfig
+
+
+class JudgeConfig(ResumableConfig):
+    """Job `judge`: replies to requests whose target is a rubric -> their scores, by an LLM that is asked aspect by
+    aspect.
+
+    The judge sees the question, the person's explanation, a reply and one aspect, and answers with a JSON object that
+    holds a score of 0 to 2. A judged reply is a row of `generations` in a run of its own, which `evaluate` scores. It
+    carries what the reply cost; the report names the judge and shows its prompt. A rerun with the same run_id judges
+    only what is missing. Unit of work: a reply of a method.
+    """
+
+    run: str
+    """run_id of the run of generate whose replies are judged."""
+    llm: LLMConfig
+    """The judge: any causal LLM that the engine serves."""
+    engine: EngineConfig = EngineConfig()
+    decoding: Decoding = Decoding(max_tokens=64)
+    """Decoding of the judge's answers; the benchmark's judge is greedy too."""
+    as_of_version: dict[Literal["histories", "requests"], NonNegativeInt] = {}
+    """Table versions to read instead of the newest complete one, for example `requests=12`."""
+    task: str | None = None
+    """Task name or YAML file; default: the one that `ingest` stored."""
+    workers: int = Field(1, gt=0)
+    """Number of engines: one per GPU, or one per CPU node."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs of one engine; 1 on a GPU cluster."""
+    max_engine_restarts: int = Field(3, ge=0)
+    """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
+    wave_rows: int = Field(50_000, gt=0)
+    """Number of judged replies in one commit."""

@@ -1,0 +1,173 @@
+"""LongLaMP and LaMP-QA: files as published go in by their configs, and a judge's scores come out.
+
+All texts here are invented; names of files and fields are the published ones.
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import pipelines
+from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
+from pipelines.generate import judge
+from pipelines.generate.judge_config import JudgeConfig
+from pplug import rubric, tasks
+from pplug.llm import LLMConfig
+from pplug.retrieval import compose
+from tests.pipelines.population import Population
+from tests.pipelines.test_profiles import talkative
+
+CONFIGS = Path(pipelines.__file__).parent / "configs"
+REVIEWS = [
+    {"overall": "5.0", "summary": "Warm", "description": "A hat", "reviewText": "It keeps me warm."},
+    {"overall": "1.0", "summary": "Cold", "description": "A thin hat", "reviewText": "It does not."},
+]
+PUBLISHED = {
+    "longlamp_review": ("test-00000-of-00001.parquet", [
+        {"reviewerId": "A1", "input": "Generate the review text of a scarf.", "output": "Soft.", "profile": REVIEWS},
+        {"reviewerId": "A1", "input": "Generate the review text of a coat.", "output": "Long.", "profile": REVIEWS[:1]},
+    ]),
+    "longlamp_abstract": ("val-00000-of-00001.parquet", [
+        {"name": "Ann", "input": 'Generate an abstract for the title "Owls" using the following items: owl, night',
+         "output": "We see owls.",
+         "profile": [{"id": "p2", "title": "Bats", "abstract": "We see bats.", "year": 2011},
+                     {"id": "p1", "title": "Cats", "abstract": "We see cats.", "year": 2009}]},
+    ]),
+    "longlamp_topic": ("train.json", [
+        {"author": "bob", "input": "Generate the content for a reddit post Rain", "output": "It rains a lot.",
+         "profile": [{"author": "bob", "content": "Snow fell.", "id": "t1", "summary": "Snow"}]},
+    ]),
+    "lamp_qa": ("Society_and_Culture_validation.json", [
+        {"id": "q1", "question": "Why do owls call?", "category": "animals", "narrative": "I cannot sleep.",
+         "rubric_aspects": [{"aspect": "sleep", "reason": "tired", "evidence": "cannot sleep"},
+                            {"aspect": "time", "reason": "nights", "evidence": "at night"}],
+         "profile": [{"id": "q0", "text": "Do cats dream? Mine moves.", "category": "animals"}]},
+        {"id": "q2", "question": "Why is rain wet?", "category": "weather", "narrative": "",
+         "rubric_aspects": [{"aspect": "water", "reason": "", "evidence": ""}], "profile": []},
+    ]),
+}  # fmt: skip
+ENGINE = EngineConfig(kind="transformers", dtype="float32")
+
+
+def config_of(name: str) -> dict:
+    return yaml.safe_load((CONFIGS / f"ingest_{name}.yaml").read_text())
+
+
+def ingest(population: Population, name: str) -> None:
+    """Ingests a benchmark's file by its config."""
+    file, rows = PUBLISHED[name]
+    path = population.folder / file
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    config = config_of(name) | {"buckets": 1}
+    assert population.ingest(source=str(path), requests_source=str(path), **config) == 0
+    assert population.report["rejected"] == {}
+
+
+@pytest.mark.parametrize("name", ["longlamp_review", "longlamp_abstract", "longlamp_topic"])
+def test_a_published_question_has_its_own_profile_as_its_history(population, name, ray_session):
+    ingest(population, name)
+    histories, requests = population.items(), population.requests().values()
+    published = {row["input"]: row for row in PUBLISHED[name][1]}
+    fields = tasks.get(config_of(name)["task"]).fields
+    assert {row["input"]: row["target"] for row in requests} == {text: row["output"] for text, row in published.items()}
+    assert len({row["user_id"] for row in requests}) == len(published)
+    for request in requests:
+        row = published[request["input"]]
+        assert request["owner_id"] in (row.get("reviewerId"), row.get("name"), row.get("author"))
+        items = sorted(histories[request["user_id"]], key=lambda item: (str(item["occurred_at"]), item["position"]))
+        profile = sorted(row["profile"], key=lambda item: item.get("year", 0))
+        assert [[item["fields"][key] for key in fields] for item in items] == [
+            [item[key] for key in fields] for item in profile
+        ]
+
+
+def test_retrieved_items_are_worded_as_published():
+    class Words:
+        def ids(self, texts):
+            return [text.split() for text in texts]
+
+        def ends(self, text):
+            return [at for at, letter in enumerate(text + " ") if letter == " "]
+
+    task = tasks.get("LongLaMP_review")
+    found = compose(REVIEWS, "Generate it.", task, Words(), 500, 0.6)
+    assert found.prefix + found.suffix == (
+        '"5.0" is a rating for the product with description "A hat". "Warm" is summary for "It keeps me warm.", and '
+        '"1.0" is a rating for the product with description "A thin hat". "Cold" is summary for "It does not.". '
+        "Following the given patterns Generate it."
+    )
+
+
+# --- a judge ----------------------------------------------------------------------------------------------------------
+
+VERDICT = '{"match_score":1}'
+
+
+def strict_judge(folder: Path) -> LLMConfig:
+    """A model that gives every aspect a 1, whatever it is asked."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", VERDICT, "the"]
+    core = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.norm.weight[:] = 1
+        model.lm_head.weight[words.index(VERDICT), 0] = 1
+    model.save_pretrained(folder)
+    return LLMConfig(model=str(folder))
+
+
+def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session, capsys):
+    ingest(population, "lamp_qa")
+    folder, common = population.folder, {"tables": population.tables, "engine": ENGINE}
+    llm = talkative(folder / "llm")
+    answers = generate.Config(
+        **common,
+        llm=llm,
+        methods=("none", "recency"),
+        run_id="a",
+        run_dir=str(folder / "a"),
+        decoding=Decoding(max_tokens=4),
+    )
+    assert generate.run(answers) == 0
+    asked = evaluate.Config(tables=population.tables, run=("a",), run_dir=str(folder / "e0"))
+    with pytest.raises(Exception, match="have not been judged; run `judge`"):
+        evaluate.run(asked)
+    config = JudgeConfig(**common, llm=strict_judge(folder / "judge"), run="a", run_id="b", run_dir=str(folder / "b"),
+                         decoding=Decoding(max_tokens=1))  # fmt: skip
+    assert judge.run(config) == 0
+    assert judge.run(config) == 0  # nothing is judged twice
+    report = json.loads((folder / "b" / "report.json").read_text())
+    assert (report["already_there"], report["judge"], report["judge_prompt"]) == (4, config.llm.model, rubric.PROMPT)
+    rows = {(row["request_id"], row["method"], row["run_id"]): row for row in population.rows("generations")}
+    assert len(rows) == 8
+    for (request, method, run), row in rows.items():
+        if run == "b":
+            reply = rows[request, method, "a"]
+            assert json.loads(row["text"]) == {"match_scores": [1] * (2 if request == "q1" else 1)}
+            assert (row["prompt_tokens"], row["llm_id"]) == (reply["prompt_tokens"], reply["llm_id"])
+    assert evaluate.run(evaluate.Config(tables=population.tables, run=("b",), run_dir=str(folder / "e"))) == 0
+    scored = json.loads((folder / "e" / "report.json").read_text())
+    assert {name: row["scores"] for name, row in scored["methods"].items()} == {
+        "none": {"coverage": 0.5}, "recency": {"coverage": 0.5}
+    }  # fmt: skip
+    assert scored["identities"]["judge"] == config.llm.model
