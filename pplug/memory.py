@@ -45,11 +45,19 @@ def checkpoint_layers(model: nn.Module, again: Callable[[], tuple[Any, Any]] | N
     return len(layers)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """True after `checkpoint_layers`."""
+    return any(map(_is_computed_twice, layers_of(model)))
+
+
 def keep_all(model: nn.Module) -> None:
     """Takes back `checkpoint_layers`."""
-    for layer in layers_of(model):
-        if isinstance(layer.forward, partial) and layer.forward.func is _checkpointed:
-            layer.forward = layer.forward.args[0]
+    for layer in filter(_is_computed_twice, layers_of(model)):
+        layer.forward = layer.forward.args[0]
+
+
+def _is_computed_twice(layer: nn.Module) -> bool:
+    return isinstance(layer.forward, partial) and layer.forward.func is _checkpointed
 
 
 def _nothing() -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pplug.llm import FrozenLLM
+from pplug.memory import is_checkpointed
 from pplug.splice import Prompt
 
 FEWEST = 8
@@ -31,7 +32,7 @@ def read_before(llm: FrozenLLM, prompts: Sequence[Prompt]) -> tuple[Any, Tensor]
     """
     device, befores = llm.embedding.weight.device, [prompt.before for prompt in prompts]
     longest = max(map(len, befores))
-    if longest < FEWEST or not all(befores) or not goes_on(llm.model.config):
+    if longest < FEWEST or not all(befores) or not can_read_ahead(llm.model):
         return None, torch.zeros(len(befores), 0, dtype=torch.long, device=device)
     alike = all(before == befores[0] for before in befores)
     rows = befores[:1] if alike else befores
@@ -44,6 +45,13 @@ def read_before(llm: FrozenLLM, prompts: Sequence[Prompt]) -> tuple[Any, Tensor]
     if alike:
         cache.batch_repeat_interleave(len(befores))
     return cache, mask.expand(len(befores), -1)
+
+
+def can_read_ahead(model: Any) -> bool:
+    """True if a model's tokens may be read without a gradient before the rest: nothing in the model itself is trained,
+    and no layer is computed twice, which would add its keys and values to the cache twice."""
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return frozen and goes_on(model.config) and not is_checkpointed(model)
 
 
 def goes_on(config: Any) -> bool:

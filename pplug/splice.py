@@ -4,7 +4,7 @@ Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; person
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
 
 With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn: what stands
-before them is then the same for every method and needs no gradient, so that training is about twice as fast.
+before them is then the same for every method and needs no gradient, so that a step of training takes less time.
 
 Retrieved text stands before the rows as in the paper's hybrid; a form that inserts items into the request itself
 (LaMP_1), or puts them after it, keeps them behind the rows. Without rows all of it is one text.
@@ -34,7 +34,7 @@ class PromptLayout(Settings):
     """Text between input and reply of a decoder-only LLM without a chat template."""
     rows: Literal["before", "after"] = added("before")
     """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, right before the
-    reply, which halves the time of training."""
+    reply: a step of training then takes two thirds of the processor time."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
     system: str | None = added(None)

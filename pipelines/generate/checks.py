@@ -12,6 +12,7 @@ from pipelines import made_from, tables
 from pipelines.engines.base import CAN, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.config import Config
+from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
@@ -75,7 +76,7 @@ def warn(warning: str, report: RunReport) -> None:
     report.extra.setdefault("warnings", []).append(warning)
 
 
-def gpus_of(config: Config) -> float:
+def gpus_of(config: Config | JudgeConfig) -> float:
     """GPUs of one engine; `auto` is decided by the running cluster.
 
     Raises:

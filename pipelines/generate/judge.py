@@ -17,14 +17,15 @@ from infra import lease, session
 from infra.errors import InputError
 from infra.snapshot import Snapshot
 from pipelines import tables, waves
-from pipelines.generate.checks import refuse_another_run
+from pipelines.engines.base import PromptSizes
+from pipelines.generate.checks import gpus_of, refuse_another_run
 from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.job import CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.pending import request_key
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
-from pipelines.generate.replies import REPLIES, Reply
+from pipelines.generate.replies import ENGINE, REPLIES, Reply
 from pipelines.pending_users import with_nulls
 from pipelines.run import CpuShare, begin
 from pplug import rubric
@@ -95,7 +96,8 @@ def run(config: JudgeConfig) -> int:
     identities = {"judge_of": config.run, "judge": config.llm.model, "judge_id": judge}
     identities |= {"judge_decoding_id": config.decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
     refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
-    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
+    session.start(need={"CPU": config.workers + 2.0})
+    session.check({"GPU": config.workers * gpus_of(config)})
     with lease.writing(config.tables, report.run_id):
         pending = Unjudged(requests, before, config.run, report.run_id, task)
         plan = waves.plan(requests.filled(None), pending.count, report)
@@ -105,7 +107,7 @@ def run(config: JudgeConfig) -> int:
         if failed:
             before = drop_errors(generations, before, failed, report, identities)
             pending = Unjudged(requests, before, config.run, report.run_id, task)
-        cpu = CpuShare.of(config.workers, config.gpus_per_worker)
+        cpu = CpuShare.of(config.workers, gpus_of(config))
         waves.run(
             report,
             "judge",
@@ -116,7 +118,8 @@ def run(config: JudgeConfig) -> int:
             steps=[
                 waves.actors(AskJudge, pending, config.llm, size=1),
                 engine_step(
-                    config, Judge, config.llm, config.engine, config.decoding, judge, report.run_id, cpu
+                    config, Judge, config.llm, config.engine, config.decoding, judge, report.run_id, cpu, None,
+                    PromptSizes(rows=0),
                 ),
             ],
             metadata=identities,
@@ -192,5 +195,6 @@ class Judge:
             "text": text,
             "error": errors[0] if errors else None,
             "notes": [],
+            ENGINE: self.reply.engine.about,
         }
         return {name: row.get(name) for name in REPLIES.names} | made | {"finish_reason": "stop"}

@@ -32,8 +32,9 @@ class JudgeConfig(ResumableConfig):
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
     """Number of engines: one per GPU, or one per CPU node."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs of one engine; 1 on a GPU cluster."""
+    gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
+    """GPUs of one engine; 0 is the CPU. auto: where the cluster has GPUs when the job starts, as many as
+    engine.tensor_parallel_size and engine.pipeline_parallel_size ask for, else 0."""
     max_engine_restarts: int = Field(3, ge=0)
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
