@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import ResumableConfig

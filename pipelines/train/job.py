@@ -66,13 +66,7 @@ def _run(config: Config, run_id: str) -> int:
         raise InputError(
             f"task {task.name}: its targets are rubrics for a judge, and no answers to learn; train on another task"
         )
-    rule = task.item_template(config.encoder.with_label)
-    try:
-        encoder, llm = encoder_id(config.encoder, rule), llm_id(config.llm)
-        if config.encoder.own is None:
-            query_limit(read_folder(config.encoder), config.encoder, config.shape.query_max_tokens)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"encoder or llm: {error}") from error
+    encoder, llm = _models(config, task)
     labels = label_set(config, task)
     blind = config.shape.without_history
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
@@ -121,6 +115,16 @@ def _run(config: Config, run_id: str) -> int:
     code = report.finish()
     print(f"plug {facts['plug_id']} (validation loss {facts['best_val_loss']:.4f}): {facts['plug']}", flush=True)
     return code
+
+
+def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
+    """Identities of encoder and LLM, whose folders are looked at before anything starts."""
+    try:
+        if config.encoder.own is None:
+            query_limit(read_folder(config.encoder), config.encoder, config.shape.query_max_tokens)
+        return encoder_id(config.encoder, task.item_template(config.encoder.with_label)), llm_id(config.llm)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"encoder or llm: {error}") from error
 
 
 # What may change from one start of a run to the next: it decides where and how fast, not what comes out.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
+from pplug.memory import checkpoint_layers, keep_all
 from pplug.objective import splice_rows, target_loss
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5, word_tokenizer
@@ -169,17 +170,41 @@ def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["trained", "computed twice"])
+def test_a_model_that_is_trained_or_computed_twice_is_read_in_one_piece(llama, change):
+    """Else its weights would lack the gradient of a prompt's beginning, or the cache would hold that twice."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = CHAT
+    builder = PromptBuilder(tokenizer, PromptLayout(), encoder_decoder=False)
+    prompts, targets = builder.prompts(INPUTS), builder.targets(TARGETS, 10)
+    model = copy.deepcopy(llama.model)
+    llm = FrozenLLM(model, tokenizer, builder, False)
+    rows, counts = rows_for(llama, 3), [3, 1, 0]
+    if change == "trained":
+        model.requires_grad_(True)
+        of = model.model.layers[0].self_attn.k_proj.weight
+    else:
+        checkpoint_layers(model)
+        of = rows
+    loss, _ = target_loss(llm, prompts, rows, counts, targets)
+    got = torch.autograd.grad(loss, of)[0]
+    keep_all(model)
+    samples = enumerate(zip(prompts, counts, targets, strict=True))
+    want = torch.autograd.grad(sum(by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in samples), of)[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
 def test_rows_behind_the_input_stand_right_before_the_reply(tmp_path):
     tokenizer = word_tokenizer(tmp_path)
     layout = PromptLayout(rows="after", suffix=" answer :", max_input_tokens=4)
     builder = PromptBuilder(tokenizer, layout, encoder_decoder=False)
-    prompts = builder.prompts(["the cat sat on", "dog"], ["", "big red"])
+    prompts = builder.prompts(["the cat sat on", "dog"], ["", "big red "])
     words = [tuple(tokenizer.convert_ids_to_tokens(ids) for ids in (one.before, one.after)) for one in prompts]
     assert words == [
         (["<s>", "the", "cat", "sat", "on"], ["answer", ":"]),
         (["<s>", "big", "red", "dog"], ["answer", ":"]),
     ]
-    (cut,) = builder.prompts(["the cat sat on"], ["big"])
+    (cut,) = builder.prompts(["the cat sat on"], ["big "])
     assert tokenizer.convert_ids_to_tokens(cut.before) == ["<s>", "big", "the", "cat", "sat"]
 
 
