@@ -109,7 +109,7 @@ class Loop:
             query = fitter.query_vectors(setting.samples, part)
             kept = []
             for index in part:
-                own = setting.samples.items(index)
+                own = setting.samples.items(index).vectors
                 kept.append(own[kept_items(len(own), config, 0, int(index))])
             slots = max(map(len, kept)) if self.ragged else SLOTS
             items = np.zeros((len(part), slots, plug.config.encoder_dim), np.float32)

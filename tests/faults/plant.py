@@ -27,8 +27,8 @@ ALIKE = "tests/pipelines/test_requests_of_one_name.py"
 FAULTS = {
     "retrieval-by-request-id": Fault(
         "pipelines/generate/parts/retrieval.py",
-        '(kind, request["user_id"], request["request_id"]) for request',
-        '(kind, "", request["request_id"]) for request',
+        '(found, request["user_id"], request["request_id"]) for request',
+        '(found, "", request["request_id"]) for request',
         f"{ALIKE}::test_no_item_of_one_user_stands_in_anothers_prompt",
     ),
     "answered-by-request-id": Fault(
