@@ -289,7 +289,7 @@ def test_another_model_under_the_same_path_is_refused_by_the_worker(population, 
     fill(population, [item("ann", n) for n in range(3)])
     stage = FitAdapters(llm, LORA, StackConfig(), "another", "fit", cpu=CpuShare(1, 1))
     with pytest.raises(InputError, match=f"is LLM {llm_id(llm)} on this machine, and another where the job"):
-        stage(examples(population, llm))
+        list(stage(examples(population, llm)))
 
 
 def test_a_base_that_mixes_users_is_refused_and_nothing_is_trained(population, tmp_path, capsys):
