@@ -84,7 +84,7 @@ def test_a_worker_that_finds_other_samples_than_were_written_names_both_counts(m
     stage = PrepareSamples(histories, embeddings, requests, tables.task_entry(None, histories), 100, str(tmp_path))
     written = [table.to_pylist()[0] for table in stage(pa.table({"bucket": [0, 1]}))]
     shards = [Shard(row["bucket"], row["samples"], row["vectors"]) for row in written]
-    table, vectors = load_samples(str(tmp_path), shards, "")
+    table, vectors, _ = load_samples(str(tmp_path), shards, "")
     assert table.num_rows == len(users_of(made.tables)) == 12
     (tmp_path / "samples-9.parquet").write_bytes((tmp_path / "samples-0.parquet").read_bytes())  # of nobody's
     assert load_samples(str(tmp_path), shards, "")[0].equals(table)
