@@ -9,9 +9,9 @@ Route: package -> its folder, or GGUF -> lock -> draft folder -> ~/.cache/pplug/
 import fcntl
 import importlib.util
 import logging
-import os
 from pathlib import Path
 
+from pplug.digests import cache_folder
 from pplug.folder import MODEL_FILES, whole_folder
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,6 @@ def converted(gguf: Path) -> Path:
             with whole_folder(folder, MODEL_FILES) as draft:
                 _convert(gguf, draft)
     return folder
-
-
-def cache_folder() -> Path:
-    """Returns the folder of files that can be made again, in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pplug"
 
 
 def _convert(gguf: Path, folder: Path) -> None:
