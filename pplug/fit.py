@@ -23,13 +23,11 @@ from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
 from pplug.items import UserItems
 from pplug.llm import FrozenLLM
-from pplug.loop import Loop, micro_batches, plan_epoch, run_epochs
+from pplug.loop import Loop, micro_batches
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.plug import ragged
 from pplug.splice import Prompt
-
-__all__ = ["FitConfig", "Fitter", "Samples", "held_out", "kept_items", "micro_batches", "plan_epoch", "run_epochs"]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
 
     from pipelines.train import job as train
     from pipelines.train.samples import PrepareSamples, Shard
-    from pplug.fit import FitConfig, Fitter, plan_epoch
+    from pplug.fit import FitConfig, Fitter
     from pplug.llm import llm_id
+    from pplug.loop import plan_epoch
 
     population = prepare.refreshed(given.folder, prepare.people(given))
     llm_config = prepare.language_model(given.folder, name, sizes, population, INPUTS)

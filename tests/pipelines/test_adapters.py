@@ -366,9 +366,8 @@ def test_adapters_of_another_base_are_refused_before_an_engine_starts(served, tm
 
 
 def test_a_copy_serves_by_name_and_an_older_identity_with_a_warning(served, tmp_path):
-    """Nobody asks, so that no engine starts."""
     made, (users, folder) = served.made, (tmp_path / "users", tmp_path / "copy")
-    users.write_text("somebody else\n")
+    users.write_text("somebody else\n")  # so that no engine starts
     shutil.copytree(made.llm.model, folder)
     rounded = {name: x.bfloat16().float() for name, x in load((folder / "model.safetensors").read_bytes()).items()}
     (folder / "model.safetensors").write_bytes(save(rounded, metadata={"format": "pt"}))

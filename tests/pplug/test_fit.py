@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pplug import PersonaPlug, PlugConfig
-from pplug.fit import FitConfig, Fitter, Samples, held_out, kept_items, micro_batches, plan_epoch, run_epochs
+from pplug.fit import FitConfig, Fitter, Samples, held_out, kept_items
 from pplug.llm import FrozenLLM, LLMConfig
+from pplug.loop import micro_batches, plan_epoch, run_epochs
 from tests.pplug.models import tiny_llama
 
 D = 12

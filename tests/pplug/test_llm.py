@@ -1,4 +1,4 @@
-"""What is read of an LLM's folder."""
+"""Reading of an LLM's folder: embeddings, norms, tokenizer, by whatever names the files have."""
 
 import json
 import shutil

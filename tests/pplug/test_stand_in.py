@@ -1,4 +1,4 @@
-"""What an LLM may use that was made for another one: of its quantised copy, of its former identity, and of no other."""
+"""Plugs and adapters of another LLM are taken for its quantised copy or under its former identity, else refused."""
 
 import json
 import re
