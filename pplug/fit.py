@@ -27,7 +27,11 @@ from pplug.loop import Loop, micro_batches
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.plug import ragged
+from pplug.prefix import KeptBeginnings
 from pplug.splice import Prompt
+
+KEPT_SHARE = 0.4
+"""Share of the free memory of a CPU in which prompts' keys and values are kept from epoch to epoch."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,9 @@ class Fitter(Loop):
 
         super().__init__(groups, config, train.lengths(), targets, train_loss, mesh or Mesh(rank, world))
         self.fit_memory(make_room(llm, config.checkpointing))
+        self._kept: KeptBeginnings | None = None
+        if self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows == "after":
+            self._kept = KeptBeginnings(KEPT_SHARE * memory.free_bytes(self.device, self.world))
 
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
@@ -156,7 +163,7 @@ class Fitter(Loop):
         """Summed loss of the samples' targets, and which of these greedy decoding would write."""
         rows, counts = self.soft_prompts(samples, indices, epoch)
         prompts = [samples.prompts[i] for i in indices]
-        return target_loss(self.llm, prompts, rows, counts, [samples.targets[i] for i in indices])
+        return target_loss(self.llm, prompts, rows, counts, [samples.targets[i] for i in indices], self._kept)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

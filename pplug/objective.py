@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pplug.llm import FrozenLLM
 from pplug.logits import IGNORED, LOGITS, losses_in_pieces, vocabulary
-from pplug.prefix import read_before
+from pplug.prefix import KeptBeginnings, read_before
 from pplug.splice import Prompt
 
 
@@ -71,12 +71,14 @@ def target_loss(
     soft_BRH: Tensor,
     row_counts: Sequence[int],
     targets: Sequence[list[int]],
+    kept: KeptBeginnings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of the targets' tokens, and which targets would have been written greedily.
 
     Args:
         prompts, soft_BRH, row_counts: as in `splice_rows`.
         targets: token ids of each reply, EOS included.
+        kept: what is known of the prompts' beginnings (`read_before`).
 
     Returns:
         (scalar float32 with gradient into soft_BRH, (B,) bool: every target token is the likeliest one). Divide the
@@ -93,7 +95,7 @@ def target_loss(
         starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "decoder_input_ids": starts, "use_cache": False}
     else:
-        cache, read_BS = read_before(llm, prompts)
+        cache, read_BS = read_before(llm, prompts, kept)
         rest = prompts if cache is None else [Prompt([], prompt.after) for prompt in prompts]
         embeddings, mask, _ = splice_rows(llm, rest, soft_BRH, row_counts, targets)
         for i, target in enumerate(targets):

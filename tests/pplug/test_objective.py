@@ -9,6 +9,7 @@ import torch
 from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
 from pplug.memory import checkpoint_layers, keep_all
 from pplug.objective import splice_rows, target_loss
+from pplug.prefix import KeptBeginnings
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5, word_tokenizer
 
@@ -168,6 +169,38 @@ def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     got, wanted = torch.autograd.grad(loss, rows)[0], torch.autograd.grad(want, rows)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0, 2), (0.7, 2), (1, 1)])
+def test_a_beginning_that_is_kept_is_read_once_and_changes_no_loss(llama, share, passes):
+    """Room for nothing, for some of the beginnings, and for all; a batch may hold one twice."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = CHAT
+    builder = PromptBuilder(tokenizer, PromptLayout(rows="after"), encoder_decoder=False)
+    prompts, targets = builder.prompts([*INPUTS, INPUTS[0]]), builder.targets([*TARGETS, TARGETS[1]], 10)
+    rows, counts = rows_for(llama, 4), [3, 1, 0, 3]
+    model, reads = copy.deepcopy(llama.model), []
+    llm = FrozenLLM(model, tokenizer, builder, False)
+    want, _ = target_loss(llm, prompts, rows, counts, targets)
+    wanted = torch.autograd.grad(want, rows)[0]
+
+    def hook(*given):
+        if given[2].get("input_ids") is not None:
+            reads.append(given[2]["input_ids"].tolist())
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    beginnings, config = {tuple(prompt.before) for prompt in prompts}, model.config
+    of_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    kept = KeptBeginnings(share * of_token * sum(map(len, beginnings)))
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+        loss, _ = target_loss(
+            llm, [prompts[i] for i in order], rows[order], [counts[i] for i in order], [targets[i] for i in order], kept
+        )
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(loss, rows)[0], wanted, rtol=1e-4, atol=1e-6)
+    assert len(reads) == passes and len(reads[0]) == len(beginnings)
+    if passes == 2:
+        assert (len(reads[1]) < len(reads[0])) == (share > 0)
 
 
 @pytest.mark.parametrize("change", ["trained", "computed twice"])
