@@ -17,8 +17,10 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train.torch import get_device
 from tensorboardX import SummaryWriter
 
+from infra import device
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.storage import Storage
@@ -38,6 +40,16 @@ def refuse_uneven(workers: int, tensor: int) -> None:
             f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of "
             f"{tensor}"
         )
+
+
+def worker_device() -> torch.device:
+    """The device of this Ray Train worker. Ray's own answer to a worker without a GPU is the machine's first one.
+
+    Raises:
+        InputError: Ray has assigned a GPU that torch cannot use.
+    """
+    own = device.assigned()
+    return get_device() if own.type == "cuda" else own
 
 
 def left_without_record(storage: Storage, run_id: str) -> list[str]:

@@ -99,7 +99,7 @@ class Fitter(Loop):
         """`mesh`: this worker's place where some workers hold one LLM together; otherwise `rank` of `world`."""
         self.plug, self.llm, self.fit_config = plug, llm, config
         self.train, self.validation, self.pad_id = train, validation, pad_id
-        self.dtype = best_dtype(config.precision)
+        self.dtype = best_dtype(config.precision, next(plug.parameters()).device)
         self._frozen_queries: dict[int, dict[int, Any]] = {}
         query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
         query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate

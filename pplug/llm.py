@@ -26,6 +26,7 @@ from pplug.splice import PromptBuilder, PromptLayout
 from pplug.tensors import read_rows, shape_of, tensor_files
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from pplug.logits import BodyAndHead
@@ -135,11 +136,12 @@ class FrozenLLM:
     encoder_decoder: bool
 
     @classmethod
-    def load(cls, config: LLMConfig, mesh: "Mesh | None" = None) -> "FrozenLLM":
-        """Loads weights, frozen, in eval mode, on the GPU when there is one.
+    def load(cls, config: LLMConfig, mesh: "Mesh | None" = None, device: "torch.device | None" = None) -> "FrozenLLM":
+        """Loads weights, frozen, in eval mode.
 
         Args:
             mesh: this worker's place among those of a training, where `config.parallel` spreads the LLM over them.
+            device: by default a GPU where there is one.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -147,7 +149,7 @@ class FrozenLLM:
         from pplug.norms import use_fast_rmsnorm
 
         folder = model_folder(config.model, config.revision)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         config_of_model = AutoConfig.from_pretrained(folder)

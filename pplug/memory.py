@@ -131,5 +131,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def set_free() -> None:
     """Gives what a failed pass has left back to the device."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

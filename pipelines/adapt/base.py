@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.train
 import torch
-from ray.train.torch import get_device
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +31,7 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
-from pipelines.training import Checkpoints, train
+from pipelines.training import Checkpoints, train, worker_device
 from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
 from pplug.fit import make_room
@@ -140,8 +139,7 @@ def fit_base(given: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(given["cpu"].torch_threads())
-    llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]))
-    llm.model.to(get_device())
+    llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]), device=worker_device())
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm.model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

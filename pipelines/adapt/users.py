@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from infra import device
 from infra.errors import InputError
 from infra.snapshot import Snapshot
 from pipelines.histories import Histories, decode_fields
@@ -136,7 +137,7 @@ class FitAdapters:
         self.trainer: StackedTrainer | None = None
         self.refused = ""
         try:
-            base = FrozenLLM.load(llm).model
+            base = FrozenLLM.load(llm, device=device.assigned()).model
             refuse_another(llm, llm_id)
             self.trainer = StackedTrainer(base, lora, stack)
         except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself

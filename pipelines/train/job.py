@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.train.torch import get_device
 from safetensors.torch import load_file
 
 from infra import lease, session
@@ -30,7 +29,7 @@ from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
-from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven
+from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, query_limit, read_folder
@@ -268,10 +267,10 @@ def fit_worker(given: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     torch.set_num_threads(given["cpu"].torch_threads())
-    device = get_device()
+    device = worker_device()
     mesh = Mesh.of(rank, context.get_world_size(), config.llm.parallel.tensor, device.type)
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh)
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh, device)
     refuse_another(config.llm, given["identities"]["llm_id"])
     plug.to(device)
     with tempfile.TemporaryDirectory() as local:
@@ -309,6 +308,7 @@ def make_models(
     width: int | None = None,
     labels: LabelSet | None = None,
     mesh: Mesh | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries.
 
@@ -316,8 +316,9 @@ def make_models(
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
         labels: the plug's labels; None for a plug without label values.
         mesh: this worker's place among those of the training.
+        device: of the LLM, and later of the plug.
     """
-    llm = FrozenLLM.load(config.llm, mesh)
+    llm = FrozenLLM.load(config.llm, mesh, device)
     shape, encoder, tokenizer = config.shape, None, None
     queries: dict[str, Any] = {
         "encoder_dim": width,
@@ -325,7 +326,7 @@ def make_models(
         "query_max_tokens": shape.query_max_tokens or config.encoder.max_tokens,
     }
     if width is None:
-        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens)
+        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
     attention = shape.aggregation == "attention" and not shape.without_history
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:
