@@ -24,21 +24,24 @@ from infra import device
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.storage import Storage
+from pipelines.tracking import Tracked
+from pplug.llm import ParallelConfig
 from pplug.loop import Loop, run_epochs
 
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
-def refuse_uneven(workers: int, tensor: int) -> None:
+def refuse_uneven(workers: int, parallel: ParallelConfig) -> None:
     """Refuses a number of workers that cannot hold LLMs in groups.
 
     Raises:
-        InputError: `workers` is no multiple of `tensor`.
+        InputError: `workers` is no multiple of a group.
     """
-    if workers % tensor:
+    group = parallel.tensor * parallel.shard
+    if workers % group:
         raise InputError(
-            f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of "
-            f"{tensor}"
+            f"workers={workers}: llm.parallel.tensor={parallel.tensor} and llm.parallel.shard={parallel.shard} have "
+            f"{group} workers hold one LLM together; give a multiple of {group}"
         )
 
 
@@ -136,6 +139,7 @@ def train(
     patience: int | None = None,
     more: Callable[[dict[str, float]], dict[str, Any]] = dict,
     run_dir: str = "",
+    tracked: Callable[[], Tracked] | None = None,
 ) -> None:
     """Trains from where `checkpoints` stand to the end, on this worker.
 
@@ -144,6 +148,7 @@ def train(
         checkpoint_steps, patience: as in `run_epochs`.
         more: metrics -> metrics that are reported, with further ones.
         run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
+        tracked: opens the run of a tracker that is shown the curves too.
     """
     loop, job = checkpoints.loop, checkpoints.job
     first, begun = rank == 0, checkpoints.step
@@ -151,12 +156,16 @@ def train(
     if first and run_dir and not Storage(run_dir).is_s3:
         events = SummaryWriter(os.path.join(Storage(run_dir).path, EVENTS), purge_step=begun + 1, flush_secs=10)
 
+    beside = tracked() if first and tracked is not None else None
+
     def on_step(step: int, total: int, loss: float) -> None:
         checkpoints.losses.append((step, loss))
         if bar is not None:
             bar.update(note=f"loss {loss:.4f}")
         if events is not None:
             events.add_scalar("loss/train", loss, step)
+        if beside is not None:
+            beside.log(step, train=loss)
 
     def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
         metrics = more(metrics)
@@ -167,6 +176,8 @@ def train(
         print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
         if events is not None and "val_loss" in metrics:
             events.add_scalar("loss/validation", metrics["val_loss"], step)
+        if beside is not None and "val_loss" in metrics:
+            beside.log(step, validation=metrics["val_loss"])
         checkpoints.save(metrics, is_best)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
@@ -175,8 +186,9 @@ def train(
             loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
             patience=patience, worse=checkpoints.worse,
         )  # fmt: skip
-    if events is not None:
-        events.close()
+    for one in (events, beside):
+        if one is not None:
+            one.close()
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None

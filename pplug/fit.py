@@ -23,7 +23,7 @@ from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
 from pplug.items import UserItems
 from pplug.llm import FrozenLLM
-from pplug.loop import Loop, micro_batches
+from pplug.loop import Loop
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.plug import ragged
@@ -162,10 +162,9 @@ class Fitter(Loop):
     def validate(self) -> dict[str, float]:
         """Loss per target token and share of targets that greedy decoding would write, on the held-out users."""
         totals = torch.zeros(2, device=self.device)
-        mine = np.arange(len(self.validation))[self.rank :: self.world]
-        for part in micro_batches(mine, self.validation.lengths(), self.budget):
+        for part, counts in self.passes(np.arange(len(self.validation)), self.validation.lengths()):
             loss, exact = self.loss(self.validation, part, None)
-            totals += torch.stack([loss, exact.sum()])
+            totals += counts * torch.stack([loss, exact.sum()])
         loss, exact = self.sum(totals).tolist()
         tokens = sum(len(target) for target in self.validation.targets)
         return {"val_loss": loss / max(1, tokens), "val_exact": exact / max(1, len(self.validation))}

@@ -27,6 +27,7 @@ from pipelines import begun, tables
 from pipelines.histories import width_of
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
+from pipelines.tracking import refuse_missing, tracker
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
 from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven, worker_device
@@ -56,7 +57,8 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
-    refuse_uneven(config.workers, config.llm.parallel.tensor)
+    refuse_uneven(config.workers, config.llm.parallel)
+    refuse_missing(config.track)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
@@ -128,7 +130,7 @@ def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
 
 # What may change from one start of a run to the next: it decides where and how fast, not what comes out.
 _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "max_failures",
-         "max_reject_fraction"}  # fmt: skip
+         "max_reject_fraction", "track"}  # fmt: skip
 
 
 def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def _fit(
         "cpu": CpuShare(config.workers, config.threads),
         "left": left_without_record(storage, run_id),
         "run_dir": run_dir,
+        "run_id": run_id,
     }
     result = run_training(
         fit_worker,
@@ -268,7 +271,8 @@ def fit_worker(given: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     torch.set_num_threads(given["cpu"].torch_threads())
     device = worker_device()
-    mesh = Mesh.of(rank, context.get_world_size(), config.llm.parallel.tensor, device.type)
+    parallel = config.llm.parallel
+    mesh = Mesh.of(rank, context.get_world_size(), parallel.tensor, device.type, parallel.shard)
     torch.manual_seed(config.fit.seed)
     plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh, device)
     refuse_another(config.llm, given["identities"]["llm_id"])
@@ -299,6 +303,7 @@ def fit_worker(given: dict[str, Any]) -> None:
             checkpoint_steps=config.checkpoint_steps,
             patience=config.fit.patience,
             run_dir=given["run_dir"],
+            tracked=tracker(config.track, given["run_id"], given["config"]),
         )
 
 

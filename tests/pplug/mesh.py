@@ -11,7 +11,7 @@ from pplug import PersonaPlug, PlugConfig
 from pplug.fit import FitConfig, Fitter, Samples
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.loop import run_epochs
-from pplug.parallel import Mesh, is_spread
+from pplug.parallel import Mesh, is_sharded, is_spread
 from pplug.splice import Prompt
 
 DIM, COUNT = 12, 24
@@ -30,9 +30,11 @@ def samples() -> Samples:
     )
 
 
-def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
-    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
-    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh)
+def fitter(
+    folder: str, device: torch.device, mesh: Mesh | None = None, checkpointing: str = "off"
+) -> tuple[PersonaPlug, FrozenLLM, Fitter]:
+    """A new plug, its LLM, and their training."""
+    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh, device)
     torch.manual_seed(0)
     plug = PersonaPlug(PlugConfig(encoder_dim=DIM, llm_dim=llm.dim, aggregation="mean", persona_scale=2.0)).eval()
     config = FitConfig(
@@ -40,21 +42,26 @@ def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, Froze
         max_tokens_per_microbatch=100,
     )  # fmt: skip
     known = samples()
-    fitter = Fitter(plug, llm, config, known, known, mesh=mesh)
-    fitter._gradients(np.arange(8), 0)
-    fitter._sum_gradients()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in fitter.parameters])
+    return plug, llm, Fitter(plug.to(device), llm, config, known, known, mesh=mesh)
+
+
+def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
+    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
+    plug, llm, training = fitter(folder, torch.device("cpu"), mesh, checkpointing)
+    training._gradients(np.arange(8), 0)
+    training._sum_gradients()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in training.parameters])
     seen: list[dict[str, float]] = []
-    run_epochs(fitter, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
+    run_epochs(training, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     return plug, llm, seen[-1], gradient
 
 
-def worker(rank: int, world: int, tensor: int, folder: str, out: str) -> None:
+def worker(rank: int, world: int, tensor: int, shard: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
-    mesh = Mesh.of(rank, world, tensor, "cpu")
+    mesh = Mesh.of(rank, world, tensor, "cpu", shard)
     plug, llm, metrics, gradient = fit(folder, mesh, "on" if tensor > 1 else "off")
-    assert is_spread(llm.model) == (tensor > 1)
+    assert is_spread(llm.model) == (tensor * shard > 1) and is_sharded(llm.model) == (shard > 1)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in llm.model.parameters())
     state = {name: tensor.detach().contiguous() for name, tensor in plug.state_dict().items()}
     facts = {name: torch.tensor(float(metrics[name])) for name in ("val_loss", "val_exact", "train_loss")}
