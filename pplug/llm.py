@@ -64,8 +64,8 @@ class LLMConfig(Settings):
     """`llm_id` of another LLM whose plugs and adapters this one may use, for a quantised or longer-context copy of it.
     They are refused unless template and token embeddings are those of the LLM that they were trained on."""
     parallel: ParallelConfig = ParallelConfig()
-    """Spread of the LLM over the workers of `train` and of `adapt --stage base`, for one that is too large for a single
-    GPU. It is no part of the identity."""
+    """Spread of an LLM that is too large for one GPU over the workers of `train` (tensor, shard), `adapt --stage users`
+    (tensor) and `adapt --stage base` (shard). It is no part of the identity."""
 
 
 def llm_id(config: LLMConfig) -> str:

@@ -8,12 +8,13 @@ of dp x fsdp x tp: those of one tp group take the same samples, and the groups s
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -90,11 +91,15 @@ def spread(mesh: Mesh, kind: Any, config: Any) -> Iterator[dict[str, Any]]:
         "initialize_distributed_mesh": lambda wanted: (place, TransformersDeviceMesh(mesh.parts, mesh.parts)),
         "apply_fully_sharded_data_parallelism": _shard_layers,
     }
-    with ExitStack() as meanwhile:
+    theirs = {name: getattr(mixin, name) for name in own}
+    plan = {"tp_plan": whole or "auto"} if mesh.copies > 1 else {}
+    try:
         for name, function in own.items():
-            meanwhile.enter_context(patch.object(mixin, name, function))
-        plan = {"tp_plan": whole or "auto"} if mesh.copies > 1 else {}
+            setattr(mixin, name, function)
         yield {"distributed_config": DistributedConfig(tp_size=mesh.copies, fsdp_size=mesh.shards, **plan)}
+    finally:
+        for name, function in theirs.items():
+            setattr(mixin, name, function)
 
 
 def _shard_layers(model: Any, meshes: TransformersDeviceMesh) -> Any:
@@ -112,3 +117,80 @@ def is_sharded(model: Any) -> bool:
 def is_spread(model: Any) -> bool:
     """True if a part of the model's weights lies on other workers."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a linear module that is here, for adapters, which every worker holds whole.
+
+    An adapter adds B A x. Where the module is cut along its output, B's rows of this part are used, and what goes back
+    into A x is summed over the workers. Where it is cut along its input, x is a part: A's columns for it are used, and
+    A x is summed. Each way one of the two matrices has its whole gradient on every worker, the other a part of it.
+    """
+
+    by_input: bool
+    part: slice
+    width: int
+    """Values of the whole side that is cut."""
+    workers: int
+    group: Any
+
+    @classmethod
+    def of(cls, module: torch.nn.Linear) -> "Cut | None":
+        """The cut of a module; None for one that every worker holds whole.
+
+        Raises:
+            ValueError: the workers hold parts of unlike sizes.
+        """
+        weight = module.weight
+        if not isinstance(weight, DTensor) or weight.placements[0].is_replicate():
+            return None
+        side, mesh = weight.placements[0].dim, weight.device_mesh
+        width, workers = weight.shape[side], mesh.size()
+        if width % workers:
+            raise ValueError(f"a module of width {width} cannot be cut into {workers} like parts for adapters")
+        start = mesh.get_local_rank() * width // workers
+        return cls(side == 1, slice(start, start + width // workers), width, workers, mesh.get_group())
+
+    def inner(self, a: Tensor) -> Tensor:
+        """The columns of A (r, in) that x has values for."""
+        return a[:, self.part] if self.by_input else a
+
+    def outer(self, b: Tensor) -> Tensor:
+        """The rows of B (out, r) that the module has outputs for."""
+        return b if self.by_input else b[self.part]
+
+    def joined(self, low: Tensor) -> Tensor:
+        """A x of all workers, from this one's."""
+        return (_SumForward if self.by_input else _SumBackward).apply(low, self.group)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Factors of the gradients of A and B before they are summed over the workers."""
+        whole = 1 / self.workers
+        return (1.0, whole) if self.by_input else (whole, 1.0)
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class _SumBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None

@@ -70,11 +70,18 @@ def run(config: Config) -> int:
 def _refuse_a_spread(config: Config) -> None:
     """Refuses a base spread over workers in a way that the stage does not have, or over a number that does not fit."""
     parallel = config.llm.parallel
-    if config.stage == "users" and parallel.tensor * parallel.shard > 1:
-        raise InputError("llm.parallel: users' adapters are trained on a whole base per worker; leave it out")
-    if parallel.tensor > 1:
+    if config.stage == "users" and parallel.shard > 1:
+        raise InputError(
+            "llm.parallel.shard: the users of a stack differ from worker to worker; give llm.parallel.tensor"
+        )
+    if config.stage == "base" and parallel.tensor > 1:
         raise InputError("llm.parallel.tensor: stage base spreads the layers' weights alone; give llm.parallel.shard")
     refuse_uneven(config.workers, parallel)
+    if config.stage == "users" and parallel.tensor > 1 and config.gpus_per_worker not in (0, 1):
+        raise InputError(
+            f"gpus_per_worker={config.gpus_per_worker:g}: with llm.parallel.tensor={parallel.tensor} each worker has a "
+            "GPU of its own; give 1"
+        )
 
 
 def _requests(config: Config, report: RunReport) -> "Snapshot | None":
@@ -113,7 +120,7 @@ def _adapters(
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
-    cpu = CpuShare.of(config.workers, config.gpus_per_worker, config.threads)
+    cpu, tensor = CpuShare.of(config.workers, config.gpus_per_worker, config.threads), config.llm.parallel.tensor
     waves.run(
         report,
         "fit",
@@ -126,7 +133,7 @@ def _adapters(
             waves.actors(ReadExamples, pending, task, config.llm, config.rule, size=1),
             waves.actors(
                 FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
-                size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
+                size=config.workers // tensor, rows=config.batch_users, gpus=config.gpus_per_worker * tensor,
             ),
             waves.tasks(TakeUnchanged(before), rows=None),
         ],
@@ -237,9 +244,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
     report.written = sum(shard.examples for shard in shards)
     merged = llm_id(config.llm.model_copy(update={"model": str(output), "revision": None}))
-    report.extra |= {"base": str(output), "llm_id": merged, "loss": result.metrics.get("loss")}
-    report.extra["examples"] = result.metrics["examples"]
-    report.extra["made_from"] = record.model_dump(mode="json")
+    report.extra |= {"base": str(output), "llm_id": merged, "made_from": record.model_dump(mode="json")}
+    report.extra |= {"loss": result.metrics.get("loss"), "examples": result.metrics["examples"]}
     code = report.finish()
     print(f"base {merged}: {output}", flush=True)
     return code

@@ -69,8 +69,8 @@ def test_two_workers_that_share_each_layer_make_the_base_of_one_worker(made):
 @pytest.mark.parametrize(
     ("stage", "parallel", "said"),
     [
-        ("users", {"shard": 2}, "on a whole base per worker"),
-        ("users", {"tensor": 2}, "on a whole base per worker"),
+        ("users", {"shard": 2}, "give llm.parallel.tensor"),
+        ("users", {"tensor": 2}, "workers=3: llm.parallel.tensor=2"),
         ("base", {"tensor": 2}, "give llm.parallel.shard"),
         ("base", {"shard": 2}, "workers=3: .*shard=2 have 2 workers hold one LLM together"),
     ],

@@ -8,9 +8,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pplug import PersonaPlug, PlugConfig
+from pplug.adapter import LoraConfig, StackConfig
 from pplug.fit import FitConfig, Fitter, Samples
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.loop import run_epochs
+from pplug.lora import StackedTrainer, UserExamples
 from pplug.parallel import Mesh, is_sharded, is_spread
 from pplug.splice import Prompt
 
@@ -54,6 +56,32 @@ def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, Froze
     seen: list[dict[str, float]] = []
     run_epochs(training, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     return plug, llm, seen[-1], gradient
+
+
+def adapters(folder: str, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Adapters of three users in a stack, on modules that are cut along their output and along their input."""
+    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh, torch.device("cpu"))
+    shape = {"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj", "o_proj", "down_proj")}
+    config = LoraConfig(shape=shape, epochs=2, batch_size=4, dropout=0.1, learning_rate=1e-3)
+    known = samples()
+    users = [
+        UserExamples(f"u{i}", [(known.prompts[j].after, known.targets[j]) for j in range(i, COUNT, 3)])
+        for i in range(3)
+    ]
+    trainer = StackedTrainer(llm.model, config, StackConfig(tokens=256))
+    return {
+        f"{fitted.user_id} {name} {side}": tensor.contiguous()
+        for fitted in trainer.fit(users)
+        for name, pair in fitted.weights.items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def adapters_worker(rank: int, world: int, folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    save_file(adapters(folder, Mesh.of(rank, world, world, "cpu")), Path(out, f"{rank}.safetensors"))
+    dist.destroy_process_group()
 
 
 def worker(rank: int, world: int, tensor: int, shard: int, folder: str, out: str) -> None:

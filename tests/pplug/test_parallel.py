@@ -44,6 +44,17 @@ def test_workers_of_a_mesh_train_the_plug_of_one_worker(world, tensor, shard, fo
         assert held == weights if parts == 1 else held < ends + (1 / parts + 0.05) * (weights - ends)
 
 
+@pytest.mark.slow
+def test_two_workers_with_one_base_train_the_adapters_of_one_worker(folder, tmp_path):
+    torch.multiprocessing.spawn(mesh.adapters_worker, (2, folder, str(tmp_path)), nprocs=2)
+    alone = mesh.adapters(folder, Mesh(0, 1))
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() == alone.keys() and len(alone) == 3 * 2 * 4 * 2
+    for name, want in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - want).norm() <= 1e-3 * want.norm() > 0, name
+
+
 def test_a_number_of_workers_that_cannot_be_grouped_is_refused():
     with pytest.raises(ValueError, match="3 workers cannot hold LLMs in groups of 2"):
         Mesh.of(0, 3, 2, "cpu")
