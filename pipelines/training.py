@@ -131,6 +131,31 @@ class Checkpoints:
             csv.writer(file).writerows([("step", "loss"), *self.losses])
 
 
+class Curves:
+    """Loss curves of a training, for TensorBoard where the run's folder is on a disk, and for a tracker."""
+
+    def __init__(self, run_dir: str, begun: int, tracked: Callable[[], Tracked] | None) -> None:
+        """`begun`: steps taken before; what an earlier start has written after them is left out."""
+        self._events = None
+        if run_dir and not Storage(run_dir).is_s3:
+            folder = os.path.join(Storage(run_dir).path, EVENTS)
+            self._events = SummaryWriter(folder, purge_step=begun + 1, flush_secs=10)
+        self._tracked = None if tracked is None else tracked()
+
+    def add(self, step: int, name: str, loss: float) -> None:
+        """Adds a loss at a step."""
+        if self._events is not None:
+            self._events.add_scalar(f"loss/{name}", loss, step)
+        if self._tracked is not None:
+            self._tracked.log(step, **{name: loss})
+
+    def close(self) -> None:
+        """Writes what has not been written yet."""
+        for one in (self._events, self._tracked):
+            if one is not None:
+                one.close()
+
+
 def train(
     checkpoints: Checkpoints,
     *,
@@ -152,20 +177,14 @@ def train(
     """
     loop, job = checkpoints.loop, checkpoints.job
     first, begun = rank == 0, checkpoints.step
-    events = None
-    if first and run_dir and not Storage(run_dir).is_s3:
-        events = SummaryWriter(os.path.join(Storage(run_dir).path, EVENTS), purge_step=begun + 1, flush_secs=10)
-
-    beside = tracked() if first and tracked is not None else None
+    curves = Curves(run_dir, begun, tracked) if first else None
 
     def on_step(step: int, total: int, loss: float) -> None:
         checkpoints.losses.append((step, loss))
         if bar is not None:
             bar.update(note=f"loss {loss:.4f}")
-        if events is not None:
-            events.add_scalar("loss/train", loss, step)
-        if beside is not None:
-            beside.log(step, train=loss)
+        if curves is not None:
+            curves.add(step, "train", loss)
 
     def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
         metrics = more(metrics)
@@ -174,10 +193,8 @@ def train(
             return
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact"))
         print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
-        if events is not None and "val_loss" in metrics:
-            events.add_scalar("loss/validation", metrics["val_loss"], step)
-        if beside is not None and "val_loss" in metrics:
-            beside.log(step, validation=metrics["val_loss"])
+        if curves is not None and "val_loss" in metrics:
+            curves.add(step, "validation", metrics["val_loss"])
         checkpoints.save(metrics, is_best)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
@@ -186,9 +203,8 @@ def train(
             loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
             patience=patience, worse=checkpoints.worse,
         )  # fmt: skip
-    for one in (events, beside):
-        if one is not None:
-            one.close()
+    if curves is not None:
+        curves.close()
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
