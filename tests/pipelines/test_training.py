@@ -2,10 +2,11 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from infra.errors import InputError
 from pipelines.adapt import job as adapt
@@ -64,6 +65,26 @@ def test_two_workers_that_share_each_layer_make_the_base_of_one_worker(made):
     )
     assert (two - one).norm() <= 1e-4 * (one - first).norm() > 0
     assert made.report("base-2")["loss"] == pytest.approx(made.report("base-1")["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_base_make_the_adapters_of_one(made, tmp_path):
+    some = tmp_path / "some"
+    users = sorted({row["user_id"] for row in small.rows(made.tables, "requests")})[:4]
+    some.write_text("\n".join(users))
+    found = []
+    for tensor in (1, 2):
+        place = str(tmp_path / f"tables-{tensor}")
+        shutil.copytree(made.tables, place)
+        llm = made.llm.model_copy(update={"parallel": ParallelConfig(tensor=tensor)})
+        values = {"tables": place, "lora": LoraConfig(learning_rate=1e-3, storage_dtype="float32"), "epochs": 1}
+        assert made.run(adapt, f"users-{tensor}", llm=llm, workers=tensor, users=str(some), threads=1, **values) == 0
+        found.append({row["user_id"]: load(row["weights"]) for row in small.rows(place, "adapters")})
+    one, two = found
+    assert one.keys() == two.keys() and len(one) == 4
+    for user, weights in one.items():
+        for name, want in weights.items():
+            assert (two[user][name] - want).norm() <= 1e-3 * want.norm() > 0, (user, name)
 
 
 @pytest.mark.parametrize(
