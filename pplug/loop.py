@@ -149,12 +149,12 @@ class Loop:
         Workers that put layers together take as many passes as each other.
         """
         parts = micro_batches(indices[self.rank :: self.world], lengths, self.budget)
-        yield from ((part, 1) for part in parts)
-        if self.shards > 1:
-            most = torch.tensor(len(parts), device=self.device)
+        most = torch.tensor(len(parts), device=self.device)
+        if self.shards > 1:  # before the first pass: the workers meet in each of them
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            shortest = indices[lengths[indices].argmin()]
-            yield from ((np.array([shortest]), 0) for _ in range(len(parts), int(most)))
+        yield from ((part, 1) for part in parts)
+        shortest = indices[lengths[indices].argmin()]
+        yield from ((np.array([shortest]), 0) for _ in range(len(parts), int(most)))
 
     def _halve(self, indices: np.ndarray) -> bool:
         """Halves the budget below the largest pass that was tried; False where each pass was one sample."""
