@@ -153,8 +153,8 @@ class Loop:
         if self.shards > 1:  # before the first pass: the workers meet in each of them
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         yield from ((part, 1) for part in parts)
-        shortest = indices[lengths[indices].argmin()]
-        yield from ((np.array([shortest]), 0) for _ in range(len(parts), int(most)))
+        for _ in range(len(parts), int(most)):
+            yield indices[lengths[indices].argmin() :][:1], 0
 
     def _halve(self, indices: np.ndarray) -> bool:
         """Halves the budget below the largest pass that was tried; False where each pass was one sample."""
