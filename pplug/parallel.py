@@ -105,7 +105,7 @@ def spread(mesh: Mesh, kind: Any, config: Any) -> Iterator[dict[str, Any]]:
 def _shard_layers(model: Any, meshes: TransformersDeviceMesh) -> Any:
     """Shards the layers alone, each by itself; transformers would shard embeddings and head too."""
     for layer in layers_of(model):
-        fully_shard(layer, mesh=meshes.get_mesh("fsdp"))
+        fully_shard(layer, mesh=meshes.get_mesh("fsdp"), reshard_after_forward=True)  # each is a root, which would not
     return model
 
 
