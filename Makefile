@@ -20,7 +20,7 @@ CODE := pplug infra pipelines
 # files go in their order, the long ones of faults/ first.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help check setup real demo test test-all lint format bench bench-scale bench-night clean
+.PHONY: help check setup real demo test test-all test-gpu lint format bench bench-scale bench-night clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ test: check $(READY) ## All tests but the slow ones
 
 test-all: check $(READY) ## Every test, the slow ones too
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+test-gpu: check $(READY) ## Tests of what a CUDA device alone can show; skipped without one
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(READY) ## Style, format and types
 	$(BIN)/ruff check .

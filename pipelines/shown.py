@@ -90,7 +90,8 @@ def _requests(requests: Snapshot, users: set[str]) -> dict[tuple[str, str], dict
 
 
 def _method(row: Mapping[str, Any], run_id: str | None) -> str:
-    return row["method"] if run_id is not None else f"{row['method']} ({row['run_id']})"
+    name = row["method"] if row["sample"] is None else f"{row['method']} #{row['sample']}"
+    return name if run_id is not None else f"{name} ({row['run_id']})"
 
 
 def _reply(row: Mapping[str, Any]) -> str:

@@ -17,27 +17,42 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train.torch import get_device
 from tensorboardX import SummaryWriter
 
+from infra import device
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.storage import Storage
+from pipelines.tracking import Tracked
+from pplug.llm import ParallelConfig
 from pplug.loop import Loop, run_epochs
 
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
-def refuse_uneven(workers: int, tensor: int) -> None:
+def refuse_uneven(workers: int, parallel: ParallelConfig) -> None:
     """Refuses a number of workers that cannot hold LLMs in groups.
 
     Raises:
-        InputError: `workers` is no multiple of `tensor`.
+        InputError: `workers` is no multiple of a group.
     """
-    if workers % tensor:
+    group = parallel.tensor * parallel.shard
+    if workers % group:
         raise InputError(
-            f"workers={workers}: llm.parallel.tensor={tensor} workers hold one LLM together; give a multiple of "
-            f"{tensor}"
+            f"workers={workers}: llm.parallel.tensor={parallel.tensor} and llm.parallel.shard={parallel.shard} have "
+            f"{group} workers hold one LLM together; give a multiple of {group}"
         )
+
+
+def worker_device() -> torch.device:
+    """The device of this Ray Train worker. Ray's own answer to a worker without a GPU is the machine's first one.
+
+    Raises:
+        InputError: Ray has assigned a GPU that torch cannot use.
+    """
+    own = device.assigned()
+    return get_device() if own.type == "cuda" else own
 
 
 def left_without_record(storage: Storage, run_id: str) -> list[str]:
@@ -116,6 +131,31 @@ class Checkpoints:
             csv.writer(file).writerows([("step", "loss"), *self.losses])
 
 
+class Curves:
+    """Loss curves of a training, for TensorBoard where the run's folder is on a disk, and for a tracker."""
+
+    def __init__(self, run_dir: str, begun: int, tracked: Callable[[], Tracked] | None) -> None:
+        """`begun`: steps taken before; what an earlier start has written after them is left out."""
+        self._events = None
+        if run_dir and not Storage(run_dir).is_s3:
+            folder = os.path.join(Storage(run_dir).path, EVENTS)
+            self._events = SummaryWriter(folder, purge_step=begun + 1, flush_secs=10)
+        self._tracked = None if tracked is None else tracked()
+
+    def add(self, step: int, name: str, loss: float) -> None:
+        """Adds a loss at a step."""
+        if self._events is not None:
+            self._events.add_scalar(f"loss/{name}", loss, step)
+        if self._tracked is not None:
+            self._tracked.log(step, **{name: loss})
+
+    def close(self) -> None:
+        """Writes what has not been written yet."""
+        for one in (self._events, self._tracked):
+            if one is not None:
+                one.close()
+
+
 def train(
     checkpoints: Checkpoints,
     *,
@@ -124,6 +164,7 @@ def train(
     patience: int | None = None,
     more: Callable[[dict[str, float]], dict[str, Any]] = dict,
     run_dir: str = "",
+    tracked: Callable[[], Tracked] | None = None,
 ) -> None:
     """Trains from where `checkpoints` stand to the end, on this worker.
 
@@ -132,19 +173,18 @@ def train(
         checkpoint_steps, patience: as in `run_epochs`.
         more: metrics -> metrics that are reported, with further ones.
         run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
+        tracked: opens the run of a tracker that is shown the curves too.
     """
     loop, job = checkpoints.loop, checkpoints.job
     first, begun = rank == 0, checkpoints.step
-    events = None
-    if first and run_dir and not Storage(run_dir).is_s3:
-        events = SummaryWriter(os.path.join(Storage(run_dir).path, EVENTS), purge_step=begun + 1, flush_secs=10)
+    curves = Curves(run_dir, begun, tracked) if first else None
 
     def on_step(step: int, total: int, loss: float) -> None:
         checkpoints.losses.append((step, loss))
         if bar is not None:
             bar.update(note=f"loss {loss:.4f}")
-        if events is not None:
-            events.add_scalar("loss/train", loss, step)
+        if curves is not None:
+            curves.add(step, "train", loss)
 
     def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
         metrics = more(metrics)
@@ -153,8 +193,8 @@ def train(
             return
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact"))
         print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
-        if events is not None and "val_loss" in metrics:
-            events.add_scalar("loss/validation", metrics["val_loss"], step)
+        if curves is not None and "val_loss" in metrics:
+            curves.add(step, "validation", metrics["val_loss"])
         checkpoints.save(metrics, is_best)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
@@ -163,8 +203,8 @@ def train(
             loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
             patience=patience, worse=checkpoints.worse,
         )  # fmt: skip
-    if events is not None:
-        events.close()
+    if curves is not None:
+        curves.close()
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None

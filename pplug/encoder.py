@@ -87,15 +87,16 @@ class EncoderConfig(Settings):
         return self
 
 
-def best_dtype(wanted: str = "auto") -> "Any":
-    """torch dtype for matrix work here: bfloat16 on a GPU or a processor with native bf16 products, else float32."""
+def best_dtype(wanted: str, device: "torch.device") -> "Any":
+    """torch dtype for matrix work on a device: bfloat16 on a GPU or a processor with native bf16 products, else
+    float32."""
     import torch
 
     if wanted != "auto":
         return getattr(torch, wanted)
     from pplug.bert import native_bf16
 
-    return torch.bfloat16 if torch.cuda.is_available() or native_bf16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or native_bf16() else torch.float32
 
 
 def encoder_dtype(wanted: str, device: "torch.device", family: str = "") -> "Any":
@@ -108,7 +109,7 @@ def encoder_dtype(wanted: str, device: "torch.device", family: str = "") -> "Any
 
     if wanted == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32 if "t5" in family else torch.float16
-    return best_dtype(wanted)
+    return best_dtype(wanted, device)
 
 
 def read_folder(config: EncoderConfig) -> EncoderFolder:
@@ -202,8 +203,8 @@ def each_batch(
 class TextEncoder:
     """Frozen text encoder; loads once, then `encode`."""
 
-    def __init__(self, config: EncoderConfig | str, device: str | None = None) -> None:
-        """`device`: torch's name of the device; by default a GPU where there is one.
+    def __init__(self, config: EncoderConfig | str, device: "torch.device | str | None" = None) -> None:
+        """`device`: torch's device or its name; by default a GPU where there is one.
 
         Raises:
             FileNotFoundError, ValueError: as `read_folder`.

@@ -127,20 +127,21 @@ def bare_transformer(folder: Path) -> nn.Module:
 
 
 def query_encoder(
-    config: EncoderConfig, prefix: str | None, max_tokens: int | None
+    config: EncoderConfig, prefix: str | None, max_tokens: int | None, device: torch.device | None = None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """A copy of the encoder that can be trained for queries, in float32; its tokenizer; the keys of a plug's config.
 
     Args:
         prefix: text before each query; an empty one stands for the model's own prompt, and None for no text.
         max_tokens: number of tokens at which a query is cut; None takes the encoder's.
+        device: the one that it will be trained on; by default the CPU. The encoder is loaded on the CPU.
 
     Raises:
         FileNotFoundError, ValueError: as `read_folder`.
     """
     folder = read_folder(config)
     # On a CPU the fused attention's backward in bfloat16 is several times slower than plain products for short texts.
-    arguments = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    arguments = {} if device is not None and device.type == "cuda" else {"attn_implementation": "eager"}
     transformer, tokenizer = load_transformer(folder, torch.float32, **arguments)
     hidden_size = int(transformer.config.hidden_size)  # type: ignore[union-attr,arg-type]
     keys: dict[str, Any] = {

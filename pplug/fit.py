@@ -23,7 +23,7 @@ from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
 from pplug.items import UserItems
 from pplug.llm import FrozenLLM
-from pplug.loop import Loop, micro_batches
+from pplug.loop import Loop
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.plug import ragged
@@ -103,7 +103,7 @@ class Fitter(Loop):
         """`mesh`: this worker's place where some workers hold one LLM together; otherwise `rank` of `world`."""
         self.plug, self.llm, self.fit_config = plug, llm, config
         self.train, self.validation, self.pad_id = train, validation, pad_id
-        self.dtype = best_dtype(config.precision)
+        self.dtype = best_dtype(config.precision, next(plug.parameters()).device)
         self._frozen_queries: dict[int, dict[int, Any]] = {}
         query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
         query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate
@@ -169,10 +169,9 @@ class Fitter(Loop):
     def validate(self) -> dict[str, float]:
         """Loss per target token and share of targets that greedy decoding would write, on the held-out users."""
         totals = torch.zeros(2, device=self.device)
-        mine = np.arange(len(self.validation))[self.rank :: self.world]
-        for part in micro_batches(mine, self.validation.lengths(), self.budget):
+        for part, counts in self.passes(np.arange(len(self.validation)), self.validation.lengths()):
             loss, exact = self.loss(self.validation, part, None)
-            totals += torch.stack([loss, exact.sum()])
+            totals += counts * torch.stack([loss, exact.sum()])
         loss, exact = self.sum(totals).tolist()
         tokens = sum(len(target) for target in self.validation.targets)
         return {"val_loss": loss / max(1, tokens), "val_exact": exact / max(1, len(self.validation))}

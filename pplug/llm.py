@@ -4,6 +4,7 @@ Used by training, by the `transformers` engine and by checks of the vLLM engine.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +27,13 @@ from pplug.splice import PromptBuilder, PromptLayout
 from pplug.tensors import read_rows, shape_of, tensor_files
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from pplug.logits import BodyAndHead
     from pplug.parallel import Mesh
+
+log = logging.getLogger(__name__)
 
 
 class ParallelConfig(Settings):
@@ -38,6 +42,10 @@ class ParallelConfig(Settings):
     tensor: int = Field(1, gt=0)
     """Number of workers that hold one LLM together, each a part of every layer's matrices; they need fast links to each
     other, such as the GPUs of one node have. `workers` must be a multiple of it."""
+    shard: int = Field(1, gt=0)
+    """Number of workers over which the weights of each layer are spread (FSDP2). A layer is put together on each of
+    them while it is computed, and they take different samples: it works for every family, and takes more traffic than
+    `tensor`. `workers` must be a multiple of tensor times shard."""
 
 
 class LLMConfig(Settings):
@@ -56,8 +64,8 @@ class LLMConfig(Settings):
     """`llm_id` of another LLM whose plugs and adapters this one may use, for a quantised or longer-context copy of it.
     They are refused unless template and token embeddings are those of the LLM that they were trained on."""
     parallel: ParallelConfig = ParallelConfig()
-    """Spread of the LLM over the workers of `train`, for one that is too large for a single GPU. It is no part of the
-    identity."""
+    """Spread of an LLM that is too large for one GPU over the workers of `train` (tensor, shard), `adapt --stage users`
+    (tensor) and `adapt --stage base` (shard). It is no part of the identity."""
 
 
 def llm_id(config: LLMConfig) -> str:
@@ -135,11 +143,12 @@ class FrozenLLM:
     encoder_decoder: bool
 
     @classmethod
-    def load(cls, config: LLMConfig, mesh: "Mesh | None" = None) -> "FrozenLLM":
-        """Loads weights, frozen, in eval mode, on the GPU when there is one.
+    def load(cls, config: LLMConfig, mesh: "Mesh | None" = None, device: "torch.device | None" = None) -> "FrozenLLM":
+        """Loads weights, frozen, in eval mode.
 
         Args:
             mesh: this worker's place among those of a training, where `config.parallel` spreads the LLM over them.
+            device: by default a GPU where there is one.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -147,7 +156,7 @@ class FrozenLLM:
         from pplug.norms import use_fast_rmsnorm
 
         folder = model_folder(config.model, config.revision)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         config_of_model = AutoConfig.from_pretrained(folder)
@@ -162,9 +171,14 @@ class FrozenLLM:
                 model = kind.from_pretrained(folder, dtype=dtype, **how, **parts).eval().requires_grad_(False)
         else:
             model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
-        use_fast_rmsnorm(model)
+        sharded = mesh is not None and mesh.shards > 1
+        if not sharded:  # whose layers keep hold of their own norms
+            use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
-        return cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder), encoder_decoder)
+        llm = cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder), encoder_decoder)
+        if sharded and llm.parts is None:  # looked at now, by all workers at the same time
+            log.warning("%s: its logits are computed whole, since it cannot be taken apart", type(model).__name__)
+        return llm
 
     @property
     def embedding(self) -> "nn.Module":

@@ -6,7 +6,7 @@ one, each on its share of the same batch. A step that does not fit the memory is
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,6 +84,7 @@ class Loop:
         """
         self.config, self.lengths, self.target_tokens, self.loss_of = config, lengths, target_tokens, loss_of
         self.rank, self.world, self.copies, self.seeded = mesh.rank, mesh.world, mesh.copies, seeded
+        self.shards = mesh.shards
         self.parameters = [parameter for some in groups for parameter in some["params"]]
         self.device = self.parameters[0].device
         self.budget = config.max_tokens_per_microbatch
@@ -136,17 +137,30 @@ class Loop:
             torch.manual_seed((self.config.seed << 40) + self.schedule.last_epoch * self.world + self.rank)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in micro_batches(batch[self.rank :: self.world], self.lengths, self.budget):
-            loss = self.loss_of(part, epoch)
+        for part, counts in self.passes(batch, self.lengths):
+            loss = counts * self.loss_of(part, epoch)
             (loss / tokens).backward()
             total += loss.detach() / tokens
         return total
+
+    def passes(self, indices: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """This worker's share of some samples in passes, and whether each counts (1) or is taken for the others (0).
+
+        Workers that put layers together take as many passes as each other.
+        """
+        parts = micro_batches(indices[self.rank :: self.world], lengths, self.budget)
+        most = torch.tensor(len(parts), device=self.device)
+        if self.shards > 1:  # before the first pass: the workers meet in each of them
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        yield from ((part, 1) for part in parts)
+        for _ in range(len(parts), int(most)):
+            yield indices[lengths[indices].argmin() :][:1], 0
 
     def _halve(self, indices: np.ndarray) -> bool:
         """Halves the budget below the largest pass that was tried; False where each pass was one sample."""
         passes = micro_batches(indices, self.lengths, self.budget)
         largest = max(len(part) * int(self.lengths[part].max()) for part in passes)
-        if self.copies > 1 or max(map(len, passes)) == 1:
+        if self.copies * self.shards > 1 or max(map(len, passes)) == 1:
             return False
         self.budget = min(self.budget, largest) // 2
         print(f"out of memory: passes have {self.budget} tokens at most from here on", flush=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -44,6 +45,7 @@ from pplug.lora_user import (
     user_seed,
 )
 from pplug.norms import use_fast_rmsnorm
+from pplug.parallel import Cut, is_spread
 from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
 
 __all__ = [
@@ -156,6 +158,13 @@ def _attention(
     return torch.cat(out)[None], None
 
 
+def _mask(user: User, x: Tensor, cut: Cut | None) -> Tensor:
+    """The dropout mask of a user's values: of a part of them, that part of the mask of all."""
+    if cut is None or not cut.by_input:
+        return user.mask(x)
+    return user.mask(x.new_empty(len(x), cut.width))[:, cut.part]
+
+
 AttentionInterface.register(_ATTENTION, _attention)
 
 
@@ -175,6 +184,8 @@ class StackedTrainer:
         model.set_attn_implementation(_ATTENTION)
         if model.config._attn_implementation != _ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")
+        self._cuts = [Cut.of(module) for module in self.modules.values()]
+        self._together = is_spread(model)  # other workers do the same steps, each on its part of the base
         for place, module in enumerate(self.modules.values()):
             module.register_forward_hook(partial(self._add, place))
         self.adapter_bytes = 20 * sum(
@@ -189,6 +200,10 @@ class StackedTrainer:
         if given is None:
             free = memory.FREE_SHARE * memory.free_bytes(self.device) if self.device.type == "cuda" else 8 * 2**30
         self.memory_bytes = free if given is None else given * 2**30
+        if self._together:
+            least = torch.tensor(self.memory_bytes, dtype=torch.float64, device=self.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            self.memory_bytes = float(least)
 
     def pass_bytes(self, parts: Iterable[Part]) -> float:
         """Memory of a pass over these parts, beside the adapters."""
@@ -242,7 +257,7 @@ class StackedTrainer:
         stack = self._pass
         if stack is None:
             return out
-        inputs, dropout, deltas = given[0].flatten(0, -2), self.config.dropout, []
+        inputs, dropout, lows, cut = given[0].flatten(0, -2), self.config.dropout, [], self._cuts[place]
         if len(inputs) != sum(stack.sizes):
             name = list(self.modules)[place]
             raise ValueError(f"target {name}: it works on other rows than the tokens, so users cannot share a pass")
@@ -250,8 +265,13 @@ class StackedTrainer:
         for user, pieces, x in zip(stack.users, stack.pieces, inputs.split(stack.sizes), strict=True):
             x = x.float()
             if dropout:
-                x = x * user.mask(x)
-            deltas.append(F.linear(F.linear(x, pieces[2 * place]) * scale, pieces[2 * place + 1]))
+                x = x * _mask(user, x, cut)
+            a = pieces[2 * place]
+            lows.append(F.linear(x, a if cut is None else cut.inner(a)) * scale)
+        if cut is not None:
+            lows = list(cut.joined(torch.cat(lows)).split(stack.sizes))
+        b_of = (pieces[2 * place + 1] for pieces in stack.pieces)
+        deltas = [F.linear(low, b if cut is None else cut.outer(b)) for low, b in zip(lows, b_of, strict=True)]
         return (out + torch.cat(deltas).view(out.shape)).to(out.dtype)
 
     def losses(self, stack: Pass, reduction: str = "sum") -> list[Tensor]:
@@ -313,7 +333,7 @@ class StackedTrainer:
         try:
             losses, gradients = self._gradients(users)
         except RuntimeError as error:
-            if not memory.is_out_of_memory(error) or not (len(users) > 1 or users[0].halve()):
+            if self._together or not memory.is_out_of_memory(error) or not (len(users) > 1 or users[0].halve()):
                 raise
         else:
             for user, loss, gradient in zip(users, losses, gradients, strict=True):
@@ -340,7 +360,20 @@ class StackedTrainer:
             torch.zeros((), device=self.device),
         )
         gradients = torch.autograd.grad(total, [user.theta for user in users])
+        if self._together:
+            gradients = self._summed(users, gradients)
         return [loss.detach() for loss in losses], gradients
+
+    def _summed(self, users: list[User], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The users' gradients from those of all workers, in one message."""
+        whole = 1 / dist.get_world_size()
+        shares = [share for cut in self._cuts for share in (cut.shares if cut else (whole, whole))]
+        factors = torch.cat(
+            [torch.full((shape.numel(),), share) for shape, share in zip(users[0].shapes, shares, strict=True)]
+        )
+        flat = torch.stack(gradients) * factors.to(self.device)
+        dist.all_reduce(flat)
+        return flat.unbind()
 
     def _fitted(self, user: User) -> Fitted:
         pieces = [piece.detach().clone() for piece in user.pieces()]

@@ -86,8 +86,9 @@ def kept_bytes(run: Callable[[], Any], but: Sequence[Tensor] = ()) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # alive, so that no other one gets its address
+        at = storage.data_ptr()
+        if at not in own and not (at in kept and kept[at].nbytes()):  # an emptied one's address is another's now
+            kept[at] = storage  # alive, so that no other one gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -131,5 +132,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def set_free() -> None:
     """Gives what a failed pass has left back to the device."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from pplug.llm import FrozenLLM
 from pplug.memory import is_checkpointed
+from pplug.parallel import is_sharded
 from pplug.splice import Prompt
 
 FEWEST = 8
@@ -98,9 +99,10 @@ def _read(llm: FrozenLLM, befores: Sequence[Sequence[int]]) -> tuple[Any, Tensor
 
 def can_read_ahead(model: Any) -> bool:
     """True if a model's tokens may be read without a gradient before the rest: nothing in the model itself is trained,
-    and no layer is computed twice, which would add its keys and values to the cache twice."""
+    no layer is computed twice, which would add its keys and values to the cache twice, and other workers do not have to
+    read along."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    return frozen and goes_on(model.config) and not is_checkpointed(model)
+    return frozen and goes_on(model.config) and not is_checkpointed(model) and not is_sharded(model)
 
 
 def goes_on(config: Any) -> bool:

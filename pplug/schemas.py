@@ -108,6 +108,7 @@ GENERATIONS = _schema(
     ("decoding_id", pa.string()),
     ("error", pa.string()),  # null: a reply
     *_CONFIDENCE,
+    ("sample", pa.int32()),  # place among the replies to one request by one method; null: the only one
 )
 
 REJECTS = _schema(
@@ -122,6 +123,6 @@ REJECTS = _schema(
 ADDED = {
     "adapters": LAST_ITEM,
     "profiles": LAST_ITEM,
-    "generations": tuple(name for name, _ in _CONFIDENCE),
+    "generations": (*(name for name, _ in _CONFIDENCE), "sample"),
 }
 """Columns that came to a table after the first release of its schema version."""

@@ -163,14 +163,14 @@ def train_lm(
     tokenizer = train_tokenizer((texts[i] for i in rest), config, suffix)
     rows = encode(texts, tokenizer, config.max_tokens, suffix)
     torch.manual_seed(config.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = new_model(tokenizer, config).to(device).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(tokenizer, config, device).train()
     use_fast_rmsnorm(model)
     facts: dict[str, float | int | str] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "texts": len(rest),
-        "precision": str(best_dtype(config.precision)).removeprefix("torch."),
+        "precision": str(best_dtype(config.precision, device)).removeprefix("torch."),
     }
     facts |= _optimize(model, [rows[i] for i in rest], config, tokenizer.pad_token_id, on_progress)
     model.eval()
@@ -199,7 +199,7 @@ def _optimize(
         ids, is_target, real = (tensor.to(device) for tensor in next(first if done < config.short_first else batches))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(done)
-        with _autocast(config, device.type):
+        with _autocast(config, device):
             loss, target_loss = _losses(model, ids, is_target, real, config.target_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -269,12 +269,12 @@ def encode(
     return rows
 
 
-def new_model(tokenizer: "PreTrainedTokenizerFast", config: TinyLMConfig) -> "LlamaForCausalLM":
+def new_model(tokenizer: "PreTrainedTokenizerFast", config: TinyLMConfig, device: "torch.device") -> "LlamaForCausalLM":
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    slow_kernel = not torch.cuda.is_available() and best_dtype(config.precision) == torch.bfloat16
-    return LlamaForCausalLM(
+    slow_kernel = device.type != "cuda" and best_dtype(config.precision, device) == torch.bfloat16
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.width,
@@ -293,6 +293,7 @@ def new_model(tokenizer: "PreTrainedTokenizerFast", config: TinyLMConfig) -> "Ll
             attn_implementation="eager" if slow_kernel else "sdpa",
         )
     )
+    return model.to(device)
 
 
 def score(model: "LlamaForCausalLM", rows: Sequence[Row], config: TinyLMConfig, pad: int) -> dict[str, float]:
@@ -303,7 +304,7 @@ def score(model: "LlamaForCausalLM", rows: Sequence[Row], config: TinyLMConfig, 
     sums = torch.zeros(5, dtype=torch.float64)
     for batch in _batches(sorted(rows, key=_length), config.batch_tokens):
         ids, is_target, real = (tensor.to(model.device) for tensor in _pad(batch, pad))
-        with torch.no_grad(), _autocast(config, model.device.type):
+        with torch.no_grad(), _autocast(config, model.device):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         per_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         wrong = ((logits.argmax(-1) != ids[:, 1:]) & is_target).any(1)
@@ -317,11 +318,11 @@ def score(model: "LlamaForCausalLM", rows: Sequence[Row], config: TinyLMConfig, 
     }
 
 
-def _autocast(config: TinyLMConfig, device: str) -> "torch.autocast":
+def _autocast(config: TinyLMConfig, device: "torch.device") -> "torch.autocast":
     import torch
 
-    dtype = best_dtype(config.precision)
-    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    dtype = best_dtype(config.precision, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _losses(

@@ -69,7 +69,7 @@ def test_the_command_is_installed():
 
 def test_make_has_the_agreed_targets():
     out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "test-all", "lint", "bench", "clean"):
+    for target in ("demo", "test", "test-all", "test-gpu", "lint", "bench", "clean"):
         assert re.search(rf"^{target} +\w", out, re.MULTILINE), f"make {target} is missing"
 
 

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.train
 import torch
-from ray.train.torch import get_device
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +31,8 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
-from pipelines.training import Checkpoints, train
+from pipelines.tracking import tracker
+from pipelines.training import Checkpoints, train, worker_device
 from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
 from pplug.fit import make_room
@@ -133,15 +133,17 @@ def fit_base(given: dict[str, Any]) -> None:
 
     Args:
         given: llm, lora (LoraConfig), checkpointing, examples (folder), shards (the files written there), cpu
-            (CpuShare), left (checkpoints without a record), run_dir, started_in (the driver's folder).
+            (CpuShare), left (checkpoints without a record), run_dir, track (arguments of `tracker`), started_in (the
+            driver's folder).
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(given["cpu"].torch_threads())
-    llm = FrozenLLM.load(LLMConfig.model_validate(given["llm"]))
-    llm.model.to(get_device())
+    llm_config, device = LLMConfig.model_validate(given["llm"]), worker_device()
+    mesh = Mesh.of(rank, world, 1, device.type, llm_config.parallel.shard)
+    llm = FrozenLLM.load(llm_config, mesh, device)
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm.model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -154,7 +156,7 @@ def fit_base(given: dict[str, Any]) -> None:
 
     loop = Loop(
         [{"params": trained, "lr": config.learning_rate}],
-        config, lengths, of_answers, loss, Mesh(rank, world), seeded=True,
+        config, lengths, of_answers, loss, mesh, seeded=True,
     )  # fmt: skip
     loop.fit_memory(make_room(llm, given["checkpointing"]))
 
@@ -172,7 +174,7 @@ def fit_base(given: dict[str, Any]) -> None:
         write = partial(_write, model)
         checkpoints = Checkpoints("adapt", local, loop, read, write)
         checkpoints.load(given["left"])
-        train(checkpoints, rank=rank, more=more, run_dir=given["run_dir"])
+        train(checkpoints, rank=rank, more=more, run_dir=given["run_dir"], tracked=tracker(*given["track"]))
 
 
 def _write(model: Any, folder: str, is_best: bool) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.job_config import ResumableConfig
+from pipelines.tracking import Tracker
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
 from pplug.settings import renamed
@@ -73,6 +74,9 @@ class Config(ResumableConfig):
     """Number of users in one commit."""
     max_failures: int = Field(2, ge=0)
     """Number of times that stage base starts a lost worker group again within one run."""
+    track: Tracker | None = None
+    """Tracker that is shown the loss curves of stage base beside TensorBoard, if its library is installed. It reads
+    where it writes to from its own environment variables."""
 
     @property
     def trained(self) -> LoraConfig:

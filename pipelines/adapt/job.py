@@ -26,7 +26,8 @@ from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_
 from pipelines.made_from import users_id
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
-from pipelines.training import keep_curve, left_without_record
+from pipelines.tracking import refuse_missing
+from pipelines.training import keep_curve, left_without_record, refuse_uneven
 from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES, check_replaceable
 from pplug.identity import model_folder
@@ -37,6 +38,8 @@ from pplug.tasks import TaskSpec
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
+    _refuse_a_spread(config)
+    refuse_missing(config.track)
     report = begin("adapt", config)
     run_id, run_dir = report.run_id, report.run_dir
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
@@ -49,8 +52,6 @@ def run(config: Config) -> int:
         raise InputError(
             f"rule.retrieve={config.rule.retrieve}: {why}; leave it out or give the task entry `retrieval`"
         )
-    if config.llm.parallel.tensor > 1:
-        raise InputError("llm.parallel.tensor: adapters are trained on a whole base per worker; leave it out")
     try:
         base = llm_id(config.llm)
         base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.lora.shape.targets)
@@ -64,6 +65,23 @@ def run(config: Config) -> int:
     with lease.writing(config.tables, run_id):
         _adapters(config, report, histories, task, users, base)
     return report.finish()
+
+
+def _refuse_a_spread(config: Config) -> None:
+    """Refuses a base spread over workers in a way that the stage does not have, or over a number that does not fit."""
+    parallel = config.llm.parallel
+    if config.stage == "users" and parallel.shard > 1:
+        raise InputError(
+            "llm.parallel.shard: the users of a stack differ from worker to worker; give llm.parallel.tensor"
+        )
+    if config.stage == "base" and parallel.tensor > 1:
+        raise InputError("llm.parallel.tensor: stage base spreads the layers' weights alone; give llm.parallel.shard")
+    refuse_uneven(config.workers, parallel)
+    if config.stage == "users" and parallel.tensor > 1 and config.gpus_per_worker not in (0, 1):
+        raise InputError(
+            f"gpus_per_worker={config.gpus_per_worker:g}: with llm.parallel.tensor={parallel.tensor} each worker has a "
+            "GPU of its own; give 1"
+        )
 
 
 def _requests(config: Config, report: RunReport) -> "Snapshot | None":
@@ -102,7 +120,7 @@ def _adapters(
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
-    cpu = CpuShare.of(config.workers, config.gpus_per_worker, config.threads)
+    cpu, tensor = CpuShare.of(config.workers, config.gpus_per_worker, config.threads), config.llm.parallel.tensor
     waves.run(
         report,
         "fit",
@@ -115,7 +133,7 @@ def _adapters(
             waves.actors(ReadExamples, pending, task, config.llm, config.rule, size=1),
             waves.actors(
                 FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
-                size=config.workers, rows=config.batch_users, gpus=config.gpus_per_worker,
+                size=config.workers // tensor, rows=config.batch_users, gpus=config.gpus_per_worker * tensor,
             ),
             waves.tasks(TakeUnchanged(before), rows=None),
         ],
@@ -212,6 +230,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
                 "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
                 "left": left_without_record(Storage(run_dir).join("train"), run_id),
                 "run_dir": run_dir,
+                "track": (config.track, run_id, config.model_dump(mode="json")),
             },
             run_id=run_id,
             run_dir=run_dir,
@@ -225,9 +244,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
     report.written = sum(shard.examples for shard in shards)
     merged = llm_id(config.llm.model_copy(update={"model": str(output), "revision": None}))
-    report.extra |= {"base": str(output), "llm_id": merged, "loss": result.metrics.get("loss")}
-    report.extra["examples"] = result.metrics["examples"]
-    report.extra["made_from"] = record.model_dump(mode="json")
+    report.extra |= {"base": str(output), "llm_id": merged, "made_from": record.model_dump(mode="json")}
+    report.extra |= {"loss": result.metrics.get("loss"), "examples": result.metrics["examples"]}
     code = report.finish()
     print(f"base {merged}: {output}", flush=True)
     return code
@@ -235,7 +253,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
 
 # What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
 _FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads", "max_failures", "max_reject_fraction",
-         "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora", "epochs"}  # fmt: skip
+         "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora",
+         "epochs", "track"}  # fmt: skip
 _FREE_KEYS: dict[str, Any] = dict.fromkeys(_FREE, True) | {"llm": {"parallel"}}
 
 

@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from infra import device
 from infra.errors import InputError
 from infra.snapshot import Snapshot
+from pipelines.adapt.group import TrainerGroup
 from pipelines.histories import Histories, decode_fields
 from pipelines.pending_users import PendingUsers, with_nulls
 from pipelines.run import CpuShare
@@ -133,12 +135,16 @@ class FitAdapters:
     ) -> None:
         torch.set_num_threads(cpu.torch_threads())
         self.lora, self.llm_id, self.fit_id = lora, llm_id, fit_id
-        self.trainer: StackedTrainer | None = None
+        self.trainer: StackedTrainer | TrainerGroup | None = None
         self.refused = ""
         try:
-            base = FrozenLLM.load(llm).model
-            refuse_another(llm, llm_id)
-            self.trainer = StackedTrainer(base, lora, stack)
+            if llm.parallel.tensor > 1:
+                self.trainer = TrainerGroup(llm, lora, stack, cpu.torch_threads())
+                refuse_another(llm, llm_id)
+            else:
+                base = FrozenLLM.load(llm, device=device.assigned()).model
+                refuse_another(llm, llm_id)
+                self.trainer = StackedTrainer(base, lora, stack)
         except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
             self.refused = f"llm {llm.model}: {error}"
         self.dtype = getattr(torch, lora.storage_dtype)

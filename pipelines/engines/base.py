@@ -16,7 +16,7 @@ from pplug.settings import Settings, renamed
 
 
 class Decoding(Settings):
-    """Sets how a reply is chosen; it makes up `decoding_id`. Both engines take the end tokens from a model folder's
+    """Sets how replies are chosen; it makes up `decoding_id`. Both engines take the end tokens from a model folder's
     generation_config.json, and nothing else of that file."""
 
     max_tokens: int = Field(32, gt=0)
@@ -30,7 +30,7 @@ class Decoding(Settings):
     stop: tuple[str, ...] = ()
     """Texts before the first of which a reply ends. The name of a special token ends it at that token."""
     seed: int = 0
-    """Seed of sampling. Each reply draws by its own user, request and method, whatever batch it is in."""
+    """Seed of sampling. Each reply draws by its own user, request, method and sample, whatever batch it is in."""
     constrain: Literal["auto", "none", "labels"] = "auto"
     """Limits a reply to the task's labels. auto does so for tasks of classification and rating whose labels the LLM's
     tokenizer can write; labels refuses a task where that is not so; none never does. `regex` and `json_schema` take its
@@ -60,6 +60,9 @@ class Decoding(Settings):
     """Amount by which the logit of a token is lowered for each time that it stands in the reply so far."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a reply beside the model's own end tokens."""
+    n: int = Field(1, gt=0)
+    """Number of replies per request and method. Each is drawn with a seed of its own and is a row of its own, told
+    apart by the column `sample`; `evaluate` takes the mean over them."""
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Self:
@@ -76,6 +79,10 @@ class Decoding(Settings):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.num_beams > 1 and self.logprobs:
             raise ValueError("logprobs are those of one sequence of tokens; set num_beams=1, or logprobs=false")
+        if self.n > 1 and not self.temperature:
+            raise ValueError(
+                f"n={self.n}: without sampling all replies to a request are the same; set temperature above 0, or n=1"
+            )
         return self
 
     @property

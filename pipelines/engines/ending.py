@@ -5,58 +5,39 @@ is no part of the text; padding is neither.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.engines.base import Decoding
-from pplug.splice import PromptLayout
+from pplug.plain_text import special_ids
+from pplug.splice import PromptBuilder
 
-_HERE = "<<<reply>>>"
 
-
-def end_ids(folder: Path, tokenizer: Any, layout: PromptLayout) -> tuple[int, ...]:
-    """Token ids that end a reply: the tokenizer's, those of the folder's configs, and that of the template's turns."""
-    found = [tokenizer.eos_token_id]
+def end_ids(folder: Path, prompt_builder: PromptBuilder) -> tuple[int, ...]:
+    """Token ids that end a reply: the tokenizer's, those of the folder's configs, and the one that training puts after
+    a reply."""
+    found = [prompt_builder.tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             for part in (config, config.get("text_config") or {}):
                 found += _listed(part.get("eos_token_id"))
-    if layout.chat == "auto" and getattr(tokenizer, "chat_template", None):
-        found += _turn_end(tokenizer, getattr(layout, "chat_template_kwargs", None) or {})
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, prompt_builder.end_id]))
 
 
 def _listed(ids: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _turn_end(tokenizer: Any, kwargs: Mapping[str, Any]) -> list[int]:
-    """The special token that the chat template writes after a reply; none for a template that has none."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _HERE}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
-    except Exception:  # a template raises whatever it likes; one that knows no replies ends none
-        return []
-    tail = text.partition(_HERE)[2].lstrip()
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"][:1] if tail else []
-    return [token for token in ids if token in _special(tokenizer)]
-
-
-def _special(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(token for token, name in added.items() if getattr(name, "special", False))}
-
-
 class Ending:
     """Tells where a reply ends, and what of it is the answer."""
 
-    def __init__(self, folder: Path, tokenizer: Any, layout: PromptLayout, decoding: Decoding) -> None:
-        self.tokenizer = tokenizer
-        self.end_ids = end_ids(folder, tokenizer, layout)
-        special = _special(tokenizer)
+    def __init__(self, folder: Path, prompt_builder: PromptBuilder, decoding: Decoding) -> None:
+        self.tokenizer = tokenizer = prompt_builder.tokenizer
+        self.end_ids = end_ids(folder, prompt_builder)
+        special = special_ids(tokenizer)
         named = {stop: _own_id(tokenizer, stop.strip()) for stop in decoding.stop}
         # the text of a reply is without special tokens, so that their names would never be found in it
         by_id = [token for token in named.values() if token is not None and token in special]

@@ -35,22 +35,21 @@ class TransformersEngine:
 
     def __init__(self, llm: LLMConfig, config: EngineConfig, decoding: Decoding, threads: int) -> None:
         torch.set_num_threads(threads)
-        device.assigned()  # before the model looks for one
         dtype = config.dtype if config.dtype != "auto" else llm.dtype
-        self.llm = FrozenLLM.load(llm.model_copy(update={"dtype": dtype}))
+        self.llm = FrozenLLM.load(llm.model_copy(update={"dtype": dtype}), device=device.assigned())
         self.dim, self.tokenizer = self.llm.dim, self.llm.tokenizer
         self.about = f"transformers, {str(self.llm.embedding.weight.dtype).removeprefix('torch.')}"
         limit = getattr(self.llm.model.config, "max_position_embeddings", None)
         self.context: int = config.max_model_len or limit or 1 << 20  # T5 has no limit of its own
         self.max_row_norm = 1000.0 * self.llm.embedding_norm
-        self._folder, self._layout = model_folder(llm.model, llm.revision), llm.layout
+        self._folder = model_folder(llm.model, llm.revision)
         self._lock = threading.Lock()
         self.use(decoding)
 
     def use(self, decoding: Decoding) -> None:
         """Answers by this decoding from now on."""
         self.decoding = decoding
-        self.ending = Ending(self._folder, self.tokenizer, self._layout, decoding)
+        self.ending = Ending(self._folder, self.llm.prompt_builder, decoding)
         self.end_ids = self.ending.stop_ids
         # transformers would take from the folder's file what the decoding leaves open, such as a repetition penalty
         own: Any = self.llm.model.generation_config

@@ -64,13 +64,12 @@ class VLLMEngine:
             raise InputError("decoding.num_beams needs engine.kind=transformers; the vllm engine samples or is greedy")
         folder = model_folder(llm.model, llm.revision)
         sizes = sizes or PromptSizes()
-        self._folder, self._layout, self._ready, self._numbers = folder, llm.layout, False, 0
+        self._folder, self._ready, self._numbers = folder, False, 0
         self.tokenizer = load_tokenizer(folder)
-        builder = PromptBuilder(self.tokenizer, llm.layout, encoder_decoder=False)
-        self._words = builder.words
+        self._prompt_builder = PromptBuilder(self.tokenizer, llm.layout, encoder_decoder=False)
         self.use(decoding)
         embeddings = sizes.rows != 0
-        longest = longest_of(builder, sizes, decoding.max_tokens)
+        longest = longest_of(self._prompt_builder, sizes, decoding.max_tokens)
         args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest)
         args |= lora_args(config, adapters)
         self._engine: Any = None
@@ -97,10 +96,10 @@ class VLLMEngine:
     def use(self, decoding: Decoding) -> None:
         """Answers by this decoding from now on."""
         self.decoding = decoding
-        self.ending = Ending(self._folder, self.tokenizer, self._layout, decoding)
+        self.ending = Ending(self._folder, self._prompt_builder, decoding)
         self.end_ids = self.ending.stop_ids
         labels = decoding.labels if isinstance(decoding, ResolvedDecoding) else ()
-        self.label_ids = written(labels, self._words)
+        self.label_ids = written(labels, self._prompt_builder.words)
         self._structured = structured(decoding, self.label_ids)
 
     def _begin(self, folder: Path, args: dict[str, Any], adapters: Adapters | None, embeddings: bool) -> None:
@@ -113,7 +112,7 @@ class VLLMEngine:
         if adapters is not None:
             shelf = AdapterShelf(adapters, folder)
             self._adapters = LoadedAdapters(self._engine, shelf, args["max_cpu_loras"] - 1)
-            if not torch.cuda.is_available():
+            if device.assigned().type == "cpu":
                 self._none = self._wait(self._adapters.none())
         if embeddings:
             self.probe(folder)

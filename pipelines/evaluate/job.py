@@ -63,7 +63,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
         stage.rows = sum(part.answered * len(part.methods) for part in parts.values())
     report.planned = report.written = stage.rows
     seconds = seconds_per_reply(config.generate_reports, runs)
-    evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(parts), fitted.about)
+    evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:

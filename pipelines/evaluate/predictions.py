@@ -3,7 +3,7 @@
 The shape has room for an id alone. A request keeps its id as long as no other request with a target in the same tables
 (of the same users, where some were chosen) has it; all requests that share an id are named `user_id/request_id`, with %
 and / of the user's id written as %25 and %2F. A plain id that happens to read like such a name is written as one too,
-so that no two requests of a file have one name.
+so that no two requests of a file have one name. Of several replies to a request (`decoding.n`) the first is written.
 """
 
 import json

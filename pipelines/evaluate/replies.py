@@ -35,11 +35,9 @@ def shown(one: Key) -> str:
 
 
 @dataclass(frozen=True)
-class Replies:
-    """The requests of a bucket that have a target and were answered by any of the runs, and the answers."""
+class Answers:
+    """One reply per request and method."""
 
-    rows: list[dict[str, Any]]
-    """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
     texts: dict[str, dict[Key, str]]
     """Texts by method and request; empty for a row with an error."""
     costs: dict[str, dict[Key, tuple[int, ...]]]
@@ -48,6 +46,19 @@ class Replies:
     """Requests whose reply is an error, by method."""
     cut: dict[str, set[Key]]
     """Requests whose reply ended at the limit of tokens, by method."""
+
+
+@dataclass(frozen=True)
+class Replies(Answers):
+    """The requests of a bucket that have a target and were answered by any of the runs, and the answers.
+
+    Of several samples per request the first is told by the fields of `Answers`.
+    """
+
+    others: tuple[Answers, ...]
+    """The further samples."""
+    rows: list[dict[str, Any]]
+    """The requests: request_id, user_id, owner_id, target, as_of, as_of_position, and input where it is asked for."""
     labelled: int
     """Requests with a target, answered or not."""
     unknown: list[Key]
@@ -88,18 +99,26 @@ def join_bucket(
     asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
     names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
-             "persona", "adapter_id"]  # fmt: skip
+             "persona", "adapter_id", "sample"]  # fmt: skip
     rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
     existing = set(_keys(everything))
     if len(existing) < len(everything):
         twice = next(one for one, times in Counter(_keys(everything)).items() if times > 1)
         raise ValueError(f"request {shown(twice)} stands twice in the table requests; ingest the requests again")
-    replies = _by_method(rows, set(_keys(asked)), runs)
-    answered: set[Key] = set().union(*replies["texts"].values())
+    known, samples = set(_keys(asked)), pc.fill_null(rows["sample"], 0)
+    first, *others = (
+        _by_method(rows.filter(pc.equal(samples, sample)), known, runs)
+        for sample in range(1 + (pc.max(samples).as_py() or 0))
+    )
+    answered: set[Key] = set().union(*(texts for one in (first, *others) for texts in one.texts.values()))
     kept = [row for row in asked.to_pylist() if key(row) in answered]
     return Replies(
+        first.texts,
+        first.costs,
+        first.errors,
+        first.cut,
+        others=tuple(others),
         rows=kept,
-        **replies,
         labelled=len(asked),
         unknown=sorted(set(_keys(rows)) - existing, key=lambda one: one[::-1]),
         made_by=frozenset(
@@ -111,8 +130,7 @@ def join_bucket(
     )
 
 
-def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> dict[str, Any]:
-    """The fields texts, costs, errors and cut of `Replies`."""
+def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> Answers:
     texts: dict[str, dict[Key, str]] = {}
     costs: dict[str, dict[Key, tuple[int, ...]]] = {}
     errors: dict[str, set[Key]] = {}
@@ -132,7 +150,7 @@ def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> dict[str
             errors.setdefault(row["method"], set()).add(key(row))
         elif row["finish_reason"] == "length":
             cut.setdefault(row["method"], set()).add(key(row))
-    return {"texts": texts, "costs": costs, "errors": errors, "cut": cut}
+    return Answers(texts, costs, errors, cut)
 
 
 def _keys(rows: pa.Table) -> list[Key]:

@@ -5,6 +5,7 @@ are kept apart from the methods.
 """
 
 import dataclasses
+import functools
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from infra.snapshot import Snapshot
 from pipelines.evaluate import cohorts
 from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
-from pipelines.evaluate.replies import COSTS, Key, Replies, join_bucket, key, shown
+from pipelines.evaluate.replies import COSTS, Answers, Key, Replies, join_bucket, key, shown
 from pplug import intervals, metrics
 from pplug.tasks import TaskSpec
 
@@ -173,7 +174,7 @@ class ScoreBuckets:
         """Scores one bucket."""
         replies, left_out = self._replies(bucket)
         golds = {key(row): row["target"] for row in replies.rows}
-        base = self._first_metric(golds, replies.texts.get(BASELINE, {}))
+        base = self._first_metric(golds, [one.texts.get(BASELINE, {}) for one in (replies, *replies.others)])
         places = self.facts.read_bins(bucket, replies.rows) if replies.rows and self.cuts else {}
         thirds = {kind: cohorts.thirds(places[kind], cut) for kind, cut in self.cuts.items() if kind in places}
         tallies = {
@@ -220,8 +221,23 @@ class ScoreBuckets:
         thirds: Mapping[str, np.ndarray],
     ) -> Tally:
         """The tally of a method, with counts of replies that are missing, errors, cut or not understood."""
+        samples = [replies, *(other for other in replies.others if method in other.texts)]
+        return functools.reduce(
+            added, (self._sample(method, one, replies.rows, golds, base, thirds) for one in samples)
+        )
+
+    def _sample(
+        self,
+        method: str,
+        replies: Answers,
+        rows: list[dict[str, Any]],
+        golds: Mapping[Key, str],
+        base: Mapping[Key, float],
+        thirds: Mapping[str, np.ndarray],
+    ) -> Tally:
+        """As `_method`, over one reply per request."""
         texts, errors = replies.texts.get(method, {}), replies.errors.get(method, set())
-        tally = self._tally(replies.rows, texts, replies.costs.get(method, {}), base, thirds)
+        tally = self._tally(rows, texts, replies.costs.get(method, {}), base, thirds)
         missing = [one for one in golds if one not in texts]
         tally.missing, tally.n_missing = [shown(one) for one in missing[:3]], len(missing)
         tally.errors = len(errors & golds.keys())
@@ -292,13 +308,16 @@ class ScoreBuckets:
                 examples.append(DrawnExample(draw, row["input"], row["target"], texts))
         return first(examples, self.examples)
 
-    def _first_metric(self, golds: Mapping[Key, str], texts: Mapping[Key, str]) -> dict[Key, float]:
-        """The first metric of each request that has a text."""
-        answered = {i: gold for i, gold in golds.items() if i in texts}
-        if not answered:
-            return {}
-        ids, sums = metrics.item_sums(self.task, answered, {i: texts[i] for i in answered})
-        return dict(zip(ids, sums[:, 1].tolist(), strict=True))
+    def _first_metric(self, golds: Mapping[Key, str], samples: Sequence[Mapping[Key, str]]) -> dict[Key, float]:
+        """The first metric of each request that has a text, as a mean over its samples."""
+        found: dict[Key, list[float]] = {}
+        for texts in samples:
+            answered = {i: gold for i, gold in golds.items() if i in texts}
+            if answered:
+                ids, sums = metrics.item_sums(self.task, answered, {i: texts[i] for i in answered})
+                for one, value in zip(ids, sums[:, 1].tolist(), strict=True):
+                    found.setdefault(one, []).append(value)
+        return {one: float(np.mean(values)) for one, values in found.items()}
 
     def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
         """Columns (N, 4): on each user's first row a 1, and a 1 for better, worse or as well over all rows."""
@@ -360,7 +379,7 @@ def _both(one: dict[str, Tally], other: dict[str, Tally]) -> dict[str, Tally]:
 
 
 def added(one: Tally, other: Tally) -> Tally:
-    """Adds up two tallies; the sums of a method's repeats add up like those of buckets."""
+    """Adds up two tallies; the sums of a method's repeats and samples add up like those of buckets."""
     return Tally(
         sums=one.sums + other.sums,
         resampled=one.resampled + other.resampled,

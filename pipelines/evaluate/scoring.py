@@ -7,7 +7,6 @@ plain and resampled; pooled(...) -> the sums of runs that repeat the same method
 import dataclasses
 import functools
 import pickle
-from collections import Counter
 from collections.abc import Mapping
 
 import ray
@@ -189,9 +188,10 @@ def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
     )
 
 
-def repeats(parts: Mapping[tuple[str, ...], Scored]) -> int:
-    """Number of runs that repeat the methods that are repeated most."""
-    return max(Counter(name for part in parts.values() for name in part.methods).values(), default=1)
+def repeats(scored: Scored) -> int:
+    """Number of replies to a request of the method that has most: of runs that were pooled, or samples of one run."""
+    most = max((tally.sums[0] for tally in scored.methods.values()), default=0)
+    return max(1, int(most) // max(1, scored.answered))
 
 
 def scores(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, float]]:

@@ -41,7 +41,7 @@ def summarise(
 
     Args:
         seconds: seconds per reply, for methods where they are known.
-        repeats: the most runs that repeat a method, where runs were pooled.
+        repeats: as `scoring.repeats`.
         about: one sentence per reference.
     """
     n_users = scored.users + len(scored.split_owners)

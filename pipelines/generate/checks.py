@@ -57,6 +57,8 @@ def resolved(config: Config, task: TaskSpec, encoder_decoder: bool, report: RunR
     if config.write_profiles:
         if decoding.constrain == "labels":
             raise InputError("decoding.constrain=labels: a profile is no label; leave it out with --write-profiles")
+        if decoding.n > 1:
+            raise InputError(f"decoding.n={decoding.n}: a user has one profile; leave it out with --write-profiles")
         decoding = decoding.model_copy(update={"constrain": "none"})
 
     def words() -> TextTokenizer:

@@ -16,8 +16,8 @@ class Config(ResumableConfig):
     """Job `generate`: requests + personas or embeddings -> generations, for one or several methods, by one engine.
 
     Requests meet their users' vectors bucket by bucket; only persona rows and token ids reach the engine. A rerun with
-    the same run_id answers only what is missing. Unit of work: a request and a method; a row with an error counts as
-    written and failed.
+    the same run_id answers only what is missing. Unit of work: a request and a method, with decoding.n as many times; a
+    row with an error counts as written and failed.
     With --write-profiles: histories + requests -> profiles, a text about each user who has a request, from the newest
     items that all of the user's requests may see. A profile made by the same settings from the same items is kept.
     Unit of work: a user; a user whose prompt got no reply is a reject.

@@ -164,6 +164,7 @@ def _plan(
         config.requests,
         users,
         {part.group: table for part in parts if (table := part.made_from_items()) is not None},
+        config.decoding.n,
     )
     identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
     identities |= {"decoding_id": opened.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}

@@ -57,12 +57,10 @@ class Unjudged:
         known = {request_key(row): row for row in requests.to_pylist()}
         wanted = pc.field("run_id").isin([self.run, self.judged_run])
         rows = self.generations.read(buckets=[bucket], filter=wanted).to_pylist()
-        judged = {(*request_key(row), row["method"]): row["error"] for row in rows if row["run_id"] == self.judged_run}
+        judged = {_reply_key(row): row["error"] for row in rows if row["run_id"] == self.judged_run}
         replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
         pending = [
-            (row, known[request_key(row)])
-            for row in replies
-            if judged.get((*request_key(row), row["method"]), "not yet") is not None
+            (row, known[request_key(row)]) for row in replies if judged.get(_reply_key(row), "not yet") is not None
         ]
         failed = sum(error is not None for error in judged.values())
         return pending, len(replies) - len(pending), failed
@@ -86,6 +84,8 @@ def run(config: JudgeConfig) -> int:
         raise InputError(
             f"task {task.name}: answers are scored as {task.metric}, not by a rubric; `evaluate` needs no judge here"
         )
+    if config.decoding.n > 1:
+        raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
     try:
         judge = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
@@ -133,6 +133,15 @@ def run(config: JudgeConfig) -> int:
     return report.finish()
 
 
+def _reply_key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    return *request_key(row), row["method"], row["sample"] or 0
+
+
+def _nth(row: Mapping[str, Any]) -> str:
+    """Tells the further samples of a request apart; the first one is judged as an only one is."""
+    return f" sample {row['sample']}" if row["sample"] else ""
+
+
 class AskJudge:
     """Stage: a bucket's replies with their prompts to the judge. in: bucket int. out: ASKED."""
 
@@ -169,7 +178,7 @@ class Judge:
         rows = batch.to_pylist()
         prompts = [
             {name: row[name] for name in ("bucket", "user_key", "user_id", "request_id")}
-            | {"method": f"{row['method']} aspect {at}", "before": before, "after": after, "persona": "none"}
+            | {"method": f"{row['method']}{_nth(row)} aspect {at}", "before": before, "after": after, "persona": "none"}
             for row in rows
             for at, (before, after) in enumerate(zip(row["before"], row["after"], strict=True))
         ]

@@ -28,6 +28,8 @@ class PendingReplies:
     made_from_items: Mapping[str, Snapshot] = field(default_factory=dict)
     """Tables of what was made from users' items, by group of parts: requests of users without a row are counted, and
     those for which the user's row knows too much."""
+    samples: int = 1
+    """Number of replies per request and method."""
 
     def read(self, bucket: int) -> "BucketRequests":
         """Requests of a bucket, and which of them the run has already answered."""
@@ -36,33 +38,34 @@ class PendingReplies:
         if self.only != "all":
             has = pc.is_valid(requests["target"])
             requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
-        answered: dict[tuple[str, str], set[str]] = {}
+        answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
         failed = 0
         if self.done is not None:
-            columns = ["user_id", "request_id", "method", "error"]
+            columns = ["user_id", "request_id", "method", "sample", "error"]
             mine = pc.field("run_id") == self.run_id
             for row in self.done.read(columns, buckets=[bucket], filter=mine, user_keys=keys).to_pylist():
                 if row["error"] is None:
-                    answered.setdefault(request_key(row), set()).add(row["method"])
+                    answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
                 else:
                     failed += 1
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
-        return BucketRequests(requests, answered, failed)
+        return BucketRequests(requests, answered, failed, self.samples)
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        pending, existing: pairs of a request and a method. failed: replies of this run that are errors. with_target,
-        dated: requests with a known answer, and those of them that may not see all items. Per table in
+        pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors.
+        with_target, dated: requests with a known answer, and those of them that may not see all items. Per table in
         `made_from_items`, without_<group>: requests whose user has no row; <group>_leaks: requests with a known answer
         whose user's row was made from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
-            asked, wanted = self.read(bucket), set(self.methods)
+            asked = self.read(bucket)
+            wanted = {(method, sample) for method in self.methods for sample in range(self.samples)}
             rows = asked.requests.select(["user_id", "request_id", "as_of", "as_of_position", "target"]).to_pylist()
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
-            counts = {"pending": len(rows) * len(self.methods) - existing, "existing": existing}
+            counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
             labelled = [row for row in rows if row["target"] is not None]
             counts |= {"failed": asked.failed, "with_target": len(labelled)}
             counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
@@ -81,14 +84,21 @@ class BucketRequests:
 
     requests: pa.Table
     """Sorted by user_key and request_id."""
-    answered: dict[tuple[str, str], set[str]]
-    """Methods with a reply, by `request_key`. A reply with an error does not count: it is asked for again."""
+    answered: dict[tuple[str, str], set[tuple[str, int]]]
+    """Methods and samples with a reply, by `request_key`. A reply with an error does not count: it is asked for
+    again."""
     failed: int
     """Replies of this run that are errors."""
+    samples: int = 1
 
     def unanswered(self, rows: Sequence[Mapping[str, Any]], methods: set[str]) -> list[Mapping[str, Any]]:
         """The rows that some of these methods have not answered yet."""
-        return [row for row in rows if methods - self.answered.get(request_key(row), set())]
+        return [row for row in rows if any(self.missing(row, method) for method in methods)]
+
+    def missing(self, row: Mapping[str, Any], method: str) -> list[int]:
+        """The samples that a method still owes a request."""
+        there = self.answered.get(request_key(row), set())
+        return [sample for sample in range(self.samples) if (method, sample) not in there]
 
 
 def request_key(row: Mapping[str, Any]) -> tuple[str, str]:

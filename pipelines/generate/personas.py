@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
+from infra import device
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
 from pplug.items import UserItems
@@ -24,9 +25,9 @@ class PersonaMaker:
     def __init__(self, folder: str, threads: int, queries: bool) -> None:
         """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
         torch.set_num_threads(threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device.assigned()
         self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
-        self.dtype = best_dtype()
+        self.dtype = best_dtype("auto", self.device)
         self.ahead: dict[str, Any] = {}
         self.tokenizer = None
         if self.plug.emb_model is not None:

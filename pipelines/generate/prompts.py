@@ -42,6 +42,7 @@ PROMPTS = pa.schema(
         "adapter_key": pa.string(),  # user_key of the adapter's owner
         "error": pa.string(),
         "notes": pa.list_(pa.string()),  # what the run's report has to count (NOTES)
+        "samples": pa.list_(pa.int32()),  # replies that are wanted, by number; null: the only one
     }
 )
 NOTES = {
@@ -125,7 +126,10 @@ class BuildPrompts:
     def _blocks(self, bucket: int, asked: BucketRequests, rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
         """Prompts of these requests, one block per method."""
         for method in self.methods:
-            requests = [dict(row) for row in asked.unanswered(rows, {method.name})]
+            requests = [
+                dict(row, samples=asked.missing(row, method.name) if asked.samples > 1 else None)
+                for row in asked.unanswered(rows, {method.name})
+            ]
             if requests:
                 drafts = Drafts(method, requests, [request["input"] for request in requests])
                 for part in self.parts:
@@ -157,5 +161,6 @@ class BuildPrompts:
             "adapter_key": [name and name.user_key for name in drafts.adapters],
             "error": drafts.errors,
             "notes": drafts.notes,
+            "samples": [request["samples"] for request in drafts.requests],
         }
         return pa.table(columns, schema=PROMPTS)

@@ -17,6 +17,7 @@ from typing import Any, assert_never
 import numpy as np
 import pyarrow as pa
 
+from infra.errors import InputError
 from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import (
     Decoding,
@@ -31,7 +32,7 @@ from pipelines.engines.constrain import LabelLogprobs
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.run import CpuShare
-from pplug.llm import LLMConfig
+from pplug.llm import LLMConfig, refuse_another
 from pplug.schemas import GENERATIONS
 
 ENGINE = "engine"
@@ -41,7 +42,7 @@ _CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", 
 
 
 class Reply:
-    """Stage: one reply per prompt.
+    """Stage: one reply per prompt, or several where it asks for samples.
 
     in:  generate.prompts.PROMPTS
     out: REPLIES, in the order of the batch; a row that could not be answered has an `error` and an empty text
@@ -58,7 +59,11 @@ class Reply:
         adapters: Adapters | None = None,
         sizes: PromptSizes | None = None,
     ) -> None:
-        """`sizes`: an engine is made ready for prompts of this size, and for persona rows only where there are any."""
+        """`sizes`: an engine is made ready for prompts of this size, and for persona rows only where there are any.
+
+        Raises:
+            InputError: the engine does not start, or has loaded another LLM than `llm_id`.
+        """
         threads = cpu.torch_threads()
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
@@ -69,6 +74,11 @@ class Reply:
                 self.engine = TransformersEngine(llm, engine, decoding, threads)
             case other:
                 assert_never(other)
+        try:
+            refuse_another(llm, llm_id)
+        except ValueError as error:
+            self.engine.shutdown()
+            raise InputError(f"llm: {error}") from error
         self.read_labels()
 
     def read_labels(self) -> None:
@@ -80,11 +90,12 @@ class Reply:
             self._label_logprobs = LabelLogprobs(labels, engine.end_ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        batch, samples = one_per_sample(batch)
         prompts, errors = [], batch["error"].to_pylist()
         before, after = batch["before"].to_pylist(), batch["after"].to_pylist()
         keys, adapter_ids = batch["adapter_key"].to_pylist(), batch["adapter_id"].to_pylist()
         keys_of = zip(*(batch[name].to_pylist() for name in ("user_id", "request_id", "method")), strict=True)
-        for i, key in enumerate(keys_of):
+        for i, key in enumerate(map(_with_sample, keys_of, samples)):
             flat = batch["rows"][i].values.to_numpy()
             error = check_rows(flat, self.engine.dim, self.engine.max_row_norm)
             rows = np.zeros((0, self.engine.dim), np.float32) if error else flat.reshape(-1, self.engine.dim)
@@ -111,6 +122,7 @@ class Reply:
             "error": [errors[i] or reply.error for i, reply in enumerate(out)],
             "token_logprobs": [reply.token_logprobs for reply in out],
             "label_logprobs": [labels.get(i) for i in range(len(out))],
+            "sample": samples,
             "notes": [[*(noted or ()), *reply.notes] for noted, reply in notes],
             ENGINE: [self.engine.about] * len(out),
         }
@@ -139,6 +151,19 @@ class Reply:
             f"beside max_tokens={self.decoding.max_tokens}; lower llm.layout.max_input_tokens or raise "
             "engine.max_model_len"
         )
+
+
+def one_per_sample(batch: pa.Table) -> tuple[pa.Table, list[int | None]]:
+    """PROMPTS with one row per reply, and the sample that each stands for; None for the only one."""
+    asked = [wanted or [None] for wanted in batch["samples"].to_pylist()]
+    if any(len(wanted) > 1 for wanted in asked):
+        batch = batch.take(pa.array(np.repeat(np.arange(len(asked)), list(map(len, asked)))))
+    return batch, [sample for wanted in asked for sample in wanted]
+
+
+def _with_sample(key: tuple[str, ...], sample: int | None) -> tuple[str | int, ...]:
+    """The key that a reply draws by: the first sample draws as the only one does."""
+    return (*key, sample) if sample else key
 
 
 def check_rows(flat: np.ndarray, dim: int, max_norm: float) -> str | None:

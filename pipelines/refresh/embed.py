@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra import device
 from infra.snapshot import Snapshot
 from pipelines.histories import decode_fields, list_f32, pair_keys
 from pipelines.refresh.increment import Since
@@ -171,7 +172,7 @@ class EmbedTexts:
         import torch
 
         torch.set_num_threads(cpu.torch_threads())
-        self.encoder = TextEncoder(config)
+        self.encoder = TextEncoder(config, device.assigned())
         self.encoder_id = encoder_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:

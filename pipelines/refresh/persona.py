@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra import device
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.codes import encode
@@ -61,9 +62,10 @@ class BuildPersonas:
         import torch
 
         torch.set_num_threads(cpu.torch_threads())
+        self.device = device.assigned()
         self.histories, self.embeddings, self.personas = histories, embeddings, personas
         self.before, self.since, self.late = before, since, late or Late()
-        self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(_device()) if plug_folder else None
+        self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(self.device) if plug_folder else None
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -208,15 +210,15 @@ class BuildPersonas:
             while user < n:
                 last = max(user + 1, int(np.searchsorted(bounds, bounds[user] + BLOCK_ITEMS, side="right")) - 1)
                 part = slice(int(bounds[user]), int(bounds[last]))
-                items = torch.from_numpy(vectors[rows[part]]).to(_device())
-                own = torch.from_numpy(owner_T[part] - user).to(_device())
+                items = torch.from_numpy(vectors[rows[part]]).to(self.device)
+                own = torch.from_numpy(owner_T[part] - user).to(self.device)
                 if len(items):
                     sums = torch.zeros(last - user, width, device=items.device).index_add(0, own, items)
                     counts = torch.bincount(own, minlength=last - user).clamp(min=1)
                     means[user:last] = (sums / counts.unsqueeze(1)).cpu().numpy()
                     if self.plug is not None and personas is not None:
                         here = {
-                            name: None if all_T is None else torch.from_numpy(all_T[part]).to(_device())
+                            name: None if all_T is None else torch.from_numpy(all_T[part]).to(self.device)
                             for name, all_T in facts.items()
                         }
                         built = self.plug.personas(items, own, last - user, None, ItemFacts(**here))
@@ -242,9 +244,3 @@ def _ahead(last_item_at: pa.ChunkedArray) -> int:
     """Users whose newest item lies in the future: some clock was wrong, and the item stays the newest until then."""
     now = pa.scalar(datetime.now(UTC) + CLOCKS_DIFFER_BY, pa.timestamp("us", tz="UTC"))
     return pc.sum(pc.greater(last_item_at, now)).as_py() or 0
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from pipelines.job_config import ResumableConfig
+from pipelines.tracking import Tracker
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import LLMConfig
@@ -90,6 +91,9 @@ class Config(ResumableConfig):
     """Number of steps between checkpoints; 0 makes one at each epoch's end."""
     max_failures: int = Field(2, ge=0)
     """Number of times that a lost worker group is started again within one run."""
+    track: Tracker | None = None
+    """Tracker that is shown the loss curves beside TensorBoard, if its library is installed. It reads where it writes
+    to from its own environment variables."""
 
     @model_validator(mode="after")
     def _queries_can_be_encoded(self) -> Self:

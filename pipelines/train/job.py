@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.train.torch import get_device
 from safetensors.torch import load_file
 
 from infra import lease, session
@@ -28,9 +27,10 @@ from pipelines import begun, tables
 from pipelines.histories import width_of
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
+from pipelines.tracking import refuse_missing, tracker
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
-from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven
+from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, query_limit, read_folder
@@ -57,7 +57,8 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
-    refuse_uneven(config.workers, config.llm.parallel.tensor)
+    refuse_uneven(config.workers, config.llm.parallel)
+    refuse_missing(config.track)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
@@ -129,7 +130,7 @@ def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
 
 # What may change from one start of a run to the next: it decides where and how fast, not what comes out.
 _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "max_failures",
-         "max_reject_fraction"}  # fmt: skip
+         "max_reject_fraction", "track"}  # fmt: skip
 
 
 def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
@@ -229,6 +230,7 @@ def _fit(
         "cpu": CpuShare(config.workers, config.threads),
         "left": left_without_record(storage, run_id),
         "run_dir": run_dir,
+        "run_id": run_id,
     }
     result = run_training(
         fit_worker,
@@ -268,10 +270,11 @@ def fit_worker(given: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     torch.set_num_threads(given["cpu"].torch_threads())
-    device = get_device()
-    mesh = Mesh.of(rank, context.get_world_size(), config.llm.parallel.tensor, device.type)
+    device = worker_device()
+    parallel = config.llm.parallel
+    mesh = Mesh.of(rank, context.get_world_size(), parallel.tensor, device.type, parallel.shard)
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh)
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh, device)
     refuse_another(config.llm, given["identities"]["llm_id"])
     plug.to(device)
     with tempfile.TemporaryDirectory() as local:
@@ -300,6 +303,7 @@ def fit_worker(given: dict[str, Any]) -> None:
             checkpoint_steps=config.checkpoint_steps,
             patience=config.fit.patience,
             run_dir=given["run_dir"],
+            tracked=tracker(config.track, given["run_id"], given["config"]),
         )
 
 
@@ -309,6 +313,7 @@ def make_models(
     width: int | None = None,
     labels: LabelSet | None = None,
     mesh: Mesh | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Any, Any, Any]:
     """A new plug (with its query encoder), the frozen LLM, and the tokenizer of queries.
 
@@ -316,8 +321,9 @@ def make_models(
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
         labels: the plug's labels; None for a plug without label values.
         mesh: this worker's place among those of the training.
+        device: of the LLM, and later of the plug.
     """
-    llm = FrozenLLM.load(config.llm, mesh)
+    llm = FrozenLLM.load(config.llm, mesh, device)
     shape, encoder, tokenizer = config.shape, None, None
     queries: dict[str, Any] = {
         "encoder_dim": width,
@@ -325,7 +331,7 @@ def make_models(
         "query_max_tokens": shape.query_max_tokens or config.encoder.max_tokens,
     }
     if width is None:
-        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens)
+        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
     attention = shape.aggregation == "attention" and not shape.without_history
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:

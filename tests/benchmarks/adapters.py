@@ -145,10 +145,11 @@ def stored_bytes(given: Given, fitted: list[Fitted]) -> tuple[float, float]:
 
 
 def run(given: Given) -> Found:
+    from infra.device import assigned
     from pplug.encoder import best_dtype
 
     torch.set_num_threads(given.threads)
-    dtype, config = best_dtype(), LoraConfig()
+    dtype, config = best_dtype("auto", assigned()), LoraConfig()
     users = people(given.size(16, 4), SIZES["vocab_size"])
     shared, peers = base(dtype), {"published": partial(published, base(dtype)), "lean": partial(lean, base(dtype))}
     trainer = StackedTrainer(shared, config, StackConfig())

@@ -61,12 +61,14 @@ class SentenceTransformers:
         import torch
         from sentence_transformers import SentenceTransformer
 
+        from infra.device import assigned
         from pplug.encoder import MINILM, best_dtype
         from pplug.identity import model_folder
 
         torch.set_num_threads(threads)
         self.texts = texts
-        kinds = {"float32": torch.float32, str(best_dtype()).removeprefix("torch."): best_dtype()}
+        best = best_dtype("auto", assigned())
+        kinds = {"float32": torch.float32, str(best).removeprefix("torch."): best}
         folder = str(model_folder(MINILM, None))
         self.models = {name: SentenceTransformer(folder, model_kwargs={"dtype": kind}) for name, kind in kinds.items()}
         self.setting = best_rate(

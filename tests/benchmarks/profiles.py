@@ -176,6 +176,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
 
 
 def adapters(given: Given) -> list[dict[str, Any]]:
+    from infra.device import assigned
     from pplug.adapter import LoraConfig
     from pplug.encoder import best_dtype
     from pplug.lora import StackedTrainer
@@ -183,9 +184,9 @@ def adapters(given: Given) -> list[dict[str, Any]]:
     from tests.benchmarks.train import counted
 
     users = row.people(given.size(16, 4), row.SIZES["vocab_size"])
-    trainer = StackedTrainer(row.base(best_dtype()), LoraConfig())
+    trainer = StackedTrainer(row.base(best_dtype("auto", assigned())), LoraConfig())
     work = partial(lambda: list(trainer.fit(users)))
-    floor = counted(work) / matmul_rate(best_dtype())
+    floor = counted(work) / matmul_rate(best_dtype("auto", assigned()))
     return [shares("adapters in a stack by operator", operators(work), floor)]
 
 

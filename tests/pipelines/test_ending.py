@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 from pipelines.engines.base import Decoding
 from pipelines.engines.ending import Ending, end_ids
-from pplug.splice import PromptLayout
+from pplug.splice import PromptBuilder, PromptLayout
 from tests.pplug.models import word_tokenizer
 
 TEMPLATE = (
@@ -30,16 +30,20 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def builder(tokenizer, **layout):
+    return PromptBuilder(tokenizer, PromptLayout(**layout), encoder_decoder=False)
+
+
 def test_end_tokens_of_the_tokenizer_the_configs_and_the_template_count(tmp_path, tokenizer):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "repetition_penalty": 1.3}))
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 9}}))
     end = tokenizer.convert_tokens_to_ids("<end>")
-    assert end_ids(tmp_path, tokenizer, PromptLayout()) == (2, 7, 9, end)
-    assert end_ids(tmp_path, tokenizer, PromptLayout(chat="never")) == (2, 7, 9)
+    assert end_ids(tmp_path, builder(tokenizer)) == (2, 7, 9, end)
+    assert end_ids(tmp_path, builder(tokenizer, chat="never")) == (2, 7, 9)
 
 
 def ending(tmp_path, tokenizer, **decoding):
-    return Ending(tmp_path, tokenizer, PromptLayout(), Decoding(**decoding))
+    return Ending(tmp_path, builder(tokenizer), Decoding(**decoding))
 
 
 def test_a_stop_text_that_is_a_special_token_stops_by_its_id(tmp_path, tokenizer):
@@ -87,5 +91,5 @@ def test_the_last_channel_of_a_reply_is_its_answer(tmp_path, tokenizer):
 
 def test_words_that_only_look_like_thoughts_stay(tmp_path):
     plain = word_tokenizer(tmp_path)
-    own = Ending(tmp_path, plain, PromptLayout(), Decoding())
+    own = Ending(tmp_path, builder(plain), Decoding())
     assert own.answer(plain("<think> cat")["input_ids"], []) == (None, ())

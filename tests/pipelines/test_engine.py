@@ -17,7 +17,7 @@ from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import Reply, check_rows
 from pipelines.run import CpuShare
-from pplug.llm import FrozenLLM, LLMConfig
+from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from tests.pplug.models import WORDS, tiny_bart, tiny_llama, tiny_t5
 
 INPUTS = ["the cat sat on the mat", "dog", "a big red tree ran on the mat : film", "music nature", "one two three"]
@@ -40,7 +40,7 @@ def llama(tmp_path_factory):
 def reply(llama):
     """One engine for the tests of this file, in float32: random weights leave ties that bfloat16 would turn."""
     config = EngineConfig(kv_cache_gib=1, dtype="float32")
-    stage = Reply(llama, config, Decoding(max_tokens=12), "llm-x", "run-x", CpuShare(1, 2))
+    stage = Reply(llama, config, Decoding(max_tokens=12), llm_id(llama), "run-x", CpuShare(1, 2))
     yield stage
     stage.engine.shutdown()
 
@@ -88,7 +88,7 @@ def using(engine, decoding):
         engine.use(before)
 
 
-def batch(prompts, errors=None):
+def batch(prompts, errors=None, samples=None):
     n = len(prompts)
     columns = {
         "bucket": [0] * n,
@@ -106,6 +106,7 @@ def batch(prompts, errors=None):
         "adapter_key": [None] * n,
         "error": errors or [None] * n,
         "notes": [[]] * n,
+        "samples": [samples] * n,
     }
     return pa.table(columns, schema=PROMPTS)
 
@@ -122,7 +123,7 @@ def test_greedy_replies_with_prompt_embeddings_equal_those_of_transformers(reply
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="engines are in bfloat16 only where there is AMX")
 def test_each_token_of_a_bfloat16_reply_is_about_the_best_in_float32(llama, llm):
-    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), "llm-x", "run-x", CpuShare(1, 2))
+    stage = Reply(llama, EngineConfig(kv_cache_gib=1), Decoding(max_tokens=12), llm_id(llama), "run-x", CpuShare(1, 2))
     try:
         assert stage.engine.dtype == torch.bfloat16
         asked = prompts(llm, [4, 1, 2, 0, 3])
@@ -187,10 +188,10 @@ def test_bad_rows_become_errors_and_their_neighbours_replies_do_not_change(reply
     assert reply(batch(good)).to_pylist() == clean  # and the next batch is served as before
 
 
-def test_rows_carry_their_identities_and_lengths(reply, llm):
+def test_rows_carry_their_identities_and_lengths(reply, llm, llama):
     prompt = prompts(llm, [4, 1, 2, 0, 3])[0]
     row = reply(batch([prompt])).to_pylist()[0]
-    assert row["llm_id"] == "llm-x" and row["run_id"] == "run-x" and row["plug_id"] == "p"
+    assert row["llm_id"] == llm_id(llama) and row["run_id"] == "run-x" and row["plug_id"] == "p"
     assert row["prompt_tokens"] == len(prompt.before) + 4 + len(prompt.after)
     assert 0 < row["output_tokens"] <= 12
     assert row["decoding_id"] == Decoding(max_tokens=12).decoding_id != Decoding(max_tokens=13).decoding_id
@@ -255,6 +256,28 @@ def test_sampling_depends_on_the_request_and_not_on_its_batch(llama, reply, llm)
         together = [answer.text for answer in engine.replies(asked)]
         alone = [engine.replies([prompt])[0].text for prompt in asked]
     assert together == alone
+
+
+def test_each_sample_of_a_request_draws_by_itself_and_is_a_row(reply, second, llm):
+    asked = prompts(llm, [4, 1, 2, 0, 3])
+    for engine in (reply.engine, second):
+        with using(engine, Decoding(max_tokens=12, temperature=1.0, seed=7, n=3)):
+            stage = as_stage(reply, engine)
+            rows, alone = stage(batch(asked, samples=[0, 1, 2])).to_pylist(), stage(batch(asked)).to_pylist()
+            later = stage(batch(asked[:1], samples=[2])).to_pylist()
+            stage.engine = None  # the engine is not this stage's to end
+        assert [(row["request_id"], row["sample"]) for row in rows] == [(p.key, s) for p in asked for s in (0, 1, 2)]
+        assert [row["text"] for row in rows[::3]] == [row["text"] for row in alone]
+        assert {row["sample"] for row in alone} == {None} and later[0] == rows[2]
+        assert len({row["text"] for row in rows}) > len(asked)
+
+
+def as_stage(reply, engine):
+    """The stage with another engine."""
+    stage = type(reply).__new__(type(reply))
+    stage.__dict__.update(reply.__dict__ | {"engine": engine, "decoding": engine.decoding})
+    stage.read_labels()
+    return stage
 
 
 # --- both engines answer alike: labels, ends, penalties, probabilities ------------------------------------------------
@@ -336,9 +359,7 @@ def test_each_labels_probability_stands_beside_the_reply(reply, second, llm):
     asked, tables = prompts(llm, ROWS), []
     for engine in (reply.engine, second):
         with using(engine, decoding):
-            stage = type(reply).__new__(type(reply))
-            stage.__dict__.update(reply.__dict__ | {"engine": engine, "decoding": decoding})
-            stage.read_labels()
+            stage = as_stage(reply, engine)
             tables.append(stage(batch(asked)).to_pylist())
             stage.engine = None  # the engine is not this stage's to end
     first_ids = [llm.prompt_builder.words.ids([label])[0][0] for label in ("music", "red")]

@@ -22,7 +22,7 @@ from pipelines.engines.vllm import VLLMEngine
 from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
 from pipelines.generate import job as generate
 from pplug.adapter import base_shapes, to_bytes
-from pplug.llm import LLMConfig, load_tokenizer
+from pplug.llm import LLMConfig, llm_id, load_tokenizer
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
 from tests.pipelines.test_adapters import snapshot_of
@@ -82,6 +82,25 @@ def test_an_engine_that_does_not_start_ends_the_job_with_2_and_its_own_sentence(
     assert main(words[2:]) == 2
     said = capsys.readouterr().err
     assert "vLLM does not start" in said and "no_such_argument" in said and "memory" not in said
+
+
+def test_an_llm_that_changes_between_plan_and_load_ends_the_job_with_2_and_its_own_sentence(
+    tmp_path, ray_session, capsys, monkeypatch
+):
+    world = small.make(tmp_path, train_users=2, test_users=2, test_requests=1)
+    world.ingest("test")
+    asked = {"tables": world.tables, "llm": world.llm, "methods": ("none",), "engine": {"kind": "transformers"}}
+    planned, step = llm_id(world.llm), generate.engine_step
+
+    def changed(*given):  # the plan is made, the engine is not
+        tiny_llama(tmp_path / "llm", seed=1)
+        return step(*given)
+
+    monkeypatch.setattr(generate, "engine_step", changed)
+    assert main(world.words(generate, "changed", **asked)[2:]) == 2
+    said = capsys.readouterr().err
+    assert f"is LLM {llm_id(world.llm)} on this machine, and {planned} where the job was started" in said
+    assert not small.is_complete(world.tables, "generations")
 
 
 def test_a_job_limits_replies_to_the_labels_of_its_task_and_says_how_sure_they_are(tmp_path, ray_session):

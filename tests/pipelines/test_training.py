@@ -2,14 +2,17 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from infra.errors import InputError
+from pipelines.adapt import job as adapt
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import ParallelConfig
 from tests.pipelines import small
@@ -50,6 +53,56 @@ def test_two_workers_with_one_llm_train_the_plug_of_one_worker(made):
 
 
 @pytest.mark.slow
+def test_two_workers_that_share_each_layer_make_the_base_of_one_worker(made):
+    lora = LoraConfig(learning_rate=1e-3, dropout=0.0)
+    values = {"tables": made.tables, "stage": "base", "lora": lora, "epochs": 1, "threads": 1}
+    shared = made.llm.model_copy(update={"parallel": ParallelConfig(shard=2)})
+    assert made.run(adapt, "base-1", llm=made.llm, **values) == 0
+    assert made.run(adapt, "base-2", llm=shared, workers=2, **values) == 0
+    first, one, two = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(load_file(f"{folder}/model.safetensors").items())])
+        for folder in (made.llm.model, *(made.root / "runs" / name / "base" for name in ("base-1", "base-2")))
+    )
+    assert (two - one).norm() <= 1e-4 * (one - first).norm() > 0
+    assert made.report("base-2")["loss"] == pytest.approx(made.report("base-1")["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_base_make_the_adapters_of_one(made, tmp_path):
+    some = tmp_path / "some"
+    users = sorted({row["user_id"] for row in small.rows(made.tables, "requests")})[:4]
+    some.write_text("\n".join(users))
+    found = []
+    for tensor in (1, 2):
+        place = str(tmp_path / f"tables-{tensor}")
+        shutil.copytree(made.tables, place)
+        llm = made.llm.model_copy(update={"parallel": ParallelConfig(tensor=tensor)})
+        values = {"tables": place, "lora": LoraConfig(learning_rate=1e-3, storage_dtype="float32"), "epochs": 1}
+        assert made.run(adapt, f"users-{tensor}", llm=llm, workers=tensor, users=str(some), threads=1, **values) == 0
+        found.append({row["user_id"]: load(row["weights"]) for row in small.rows(place, "adapters")})
+    one, two = found
+    assert one.keys() == two.keys() and len(one) == 4
+    for user, weights in one.items():
+        for name, want in weights.items():
+            assert (two[user][name] - want).norm() <= 1e-3 * want.norm() > 0, (user, name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parallel", "said"),
+    [
+        ("users", {"shard": 2}, "give llm.parallel.tensor"),
+        ("users", {"tensor": 2}, "workers=3: llm.parallel.tensor=2"),
+        ("base", {"tensor": 2}, "give llm.parallel.shard"),
+        ("base", {"shard": 2}, "workers=3: .*shard=2 have 2 workers hold one LLM together"),
+    ],
+)
+def test_a_spread_that_a_stage_does_not_have_is_refused_at_the_start(tmp_path, stage, parallel, said):
+    llm = {"model": "any", "parallel": parallel}
+    with pytest.raises(InputError, match=said):
+        adapt.run(adapt.Config(tables=str(tmp_path), llm=llm, stage=stage, workers=3, run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.slow
 def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
     """A learning rate at which the loss only rises: the first epoch stays the best."""
     wild = FIT.model_copy(update={"epochs": 6, "learning_rate": 3.0, "patience": 1})
@@ -65,7 +118,7 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
     spread = {"model": "any", "parallel": {"tensor": 2}}
     config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))
-    with pytest.raises(InputError, match="workers=3: llm.parallel.tensor=2 workers hold one LLM together"):
+    with pytest.raises(InputError, match="workers=3: llm.parallel.tensor=2 .* 2 workers hold one LLM together"):
         train.run(config)
 
 
@@ -74,7 +127,7 @@ def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
 
     plain = {"tables": "t", "llm": {"model": "m"}}
     tight = plain | {
-        "llm": {"model": "m", "parallel": {"tensor": 2}},
+        "llm": {"model": "m", "parallel": {"tensor": 2, "shard": 2}},
         "fit": {"checkpointing": "on", "max_tokens_per_microbatch": 100},
     }
     known = {"encoder_id": None, "llm_id": "l"}

@@ -8,10 +8,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pplug import PersonaPlug, PlugConfig
+from pplug.adapter import LoraConfig, StackConfig
 from pplug.fit import FitConfig, Fitter, Samples
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.loop import run_epochs
-from pplug.parallel import Mesh, is_spread
+from pplug.lora import StackedTrainer, UserExamples
+from pplug.parallel import Mesh, is_sharded, is_spread
 from pplug.splice import Prompt
 
 DIM, COUNT = 12, 24
@@ -30,9 +32,11 @@ def samples() -> Samples:
     )
 
 
-def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
-    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
-    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh)
+def fitter(
+    folder: str, device: torch.device, mesh: Mesh | None = None, checkpointing: str = "off"
+) -> tuple[PersonaPlug, FrozenLLM, Fitter]:
+    """A new plug, its LLM, and their training."""
+    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh, device)
     torch.manual_seed(0)
     plug = PersonaPlug(PlugConfig(encoder_dim=DIM, llm_dim=llm.dim, aggregation="mean", persona_scale=2.0)).eval()
     config = FitConfig(
@@ -40,21 +44,52 @@ def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, Froze
         max_tokens_per_microbatch=100,
     )  # fmt: skip
     known = samples()
-    fitter = Fitter(plug, llm, config, known, known, mesh=mesh)
-    fitter._gradients(np.arange(8), 0)
-    fitter._sum_gradients()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in fitter.parameters])
+    return plug, llm, Fitter(plug.to(device), llm, config, known, known, mesh=mesh)
+
+
+def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
+    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
+    plug, llm, training = fitter(folder, torch.device("cpu"), mesh, checkpointing)
+    training._gradients(np.arange(8), 0)
+    training._sum_gradients()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in training.parameters])
     seen: list[dict[str, float]] = []
-    run_epochs(fitter, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
+    run_epochs(training, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     return plug, llm, seen[-1], gradient
 
 
-def worker(rank: int, world: int, tensor: int, folder: str, out: str) -> None:
+def adapters(folder: str, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Adapters of three users in a stack, on modules that are cut along their output and along their input."""
+    llm = FrozenLLM.load(LLMConfig(model=folder, dtype="float32"), mesh, torch.device("cpu"))
+    shape = {"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj", "o_proj", "down_proj")}
+    config = LoraConfig(shape=shape, epochs=2, batch_size=4, dropout=0.1, learning_rate=1e-3)
+    known = samples()
+    users = [
+        UserExamples(f"u{i}", [(known.prompts[j].after, known.targets[j]) for j in range(i, COUNT, 3)])
+        for i in range(3)
+    ]
+    trainer = StackedTrainer(llm.model, config, StackConfig(tokens=256))
+    return {
+        f"{fitted.user_id} {name} {side}": tensor.contiguous()
+        for fitted in trainer.fit(users)
+        for name, pair in fitted.weights.items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def adapters_worker(rank: int, world: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
-    mesh = Mesh.of(rank, world, tensor, "cpu")
+    save_file(adapters(folder, Mesh.of(rank, world, world, "cpu")), Path(out, f"{rank}.safetensors"))
+    dist.destroy_process_group()
+
+
+def worker(rank: int, world: int, tensor: int, shard: int, folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    mesh = Mesh.of(rank, world, tensor, "cpu", shard)
     plug, llm, metrics, gradient = fit(folder, mesh, "on" if tensor > 1 else "off")
-    assert is_spread(llm.model) == (tensor > 1)
+    assert is_spread(llm.model) == (tensor * shard > 1) and is_sharded(llm.model) == (shard > 1)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in llm.model.parameters())
     state = {name: tensor.detach().contiguous() for name, tensor in plug.state_dict().items()}
     facts = {name: torch.tensor(float(metrics[name])) for name in ("val_loss", "val_exact", "train_loss")}

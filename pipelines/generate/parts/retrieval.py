@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from infra import device
 from infra.errors import InputError
 from pipelines import tables
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Needs, Part, Worker
@@ -73,7 +74,7 @@ class Retrieval(Part):
             import torch
 
             torch.set_num_threads(worker.cpu.torch_threads())
-            self.encoder = TextEncoder(self.config.encoder)
+            self.encoder = TextEncoder(self.config.encoder, device.assigned())
 
     def look(self, view: BucketView) -> None:
         self._view, self._found, self._words = view, {}, None

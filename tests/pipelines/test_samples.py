@@ -1,0 +1,152 @@
+"""Several replies to one request: rows of their own, taken up again one by one, and scored as a mean."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from infra.errors import InputError
+from pipelines import shown, tables
+from pipelines.engines.base import Decoding
+from pipelines.evaluate import job as evaluate
+from pipelines.generate.judge import Unjudged
+from pipelines.generate.pending import PendingReplies
+from tests.pipelines.population import Population
+from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
+
+HOT = {"max_tokens": 8, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_session):
+    population = Population(tmp_path_factory.mktemp("samples"))
+    rows = [item(user, day, ("good", "bad")[day % 2]) for user in PEOPLE for day in range(5)]
+    requests = [
+        {"request_id": f"{user}/{at}", "user_id": user, "input": "How do I feel? the music", "target": "good",
+         "as_of": item(user, at)["occurred_at"]}
+        for user in PEOPLE for at in (3, 4)
+    ]  # fmt: skip
+    put(population, rows, requests, buckets=1)
+    population.llm = talkative(population.folder / "llm")
+    return population
+
+
+def replies(population, name):
+    """Rows of a run by request, method and sample, each there once."""
+    rows = [row for row in population.rows("generations") if row["run_id"] == name]
+    found = {(row["request_id"], row["method"], row["sample"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_run_writes_each_sample_and_a_rerun_those_that_are_missing(made):
+    asked = {"llm": made.llm, "methods": ("none", "recency")}
+    some = made.folder / "some"
+    some.write_text("ann\nbob\n")
+    several = {"decoding": Decoding(**HOT, n=3)}
+    assert run(made, "three", users=str(some), **asked, **several) == 0
+    assert made.report["planned"] == made.report["written"] == 2 * 2 * 2 * 3
+    assert run(made, "three", **asked, **several) == 0
+    assert made.report["already_there"] == made.report["written"] == 2 * 2 * 2 * 3
+    assert run(made, "three", **asked, **several) == 0 and made.report["written"] == 0
+    assert run(made, "one", **asked, decoding=Decoding(**HOT)) == 0
+    three, one = replies(made, "three"), replies(made, "one")
+    keys = {key[:2] for key in one}
+    assert three.keys() == {(*key, sample) for key in keys for sample in range(3)}
+    assert {key[2] for key in one} == {None}
+    for key in keys:
+        assert three[*key, 0]["text"] == one[*key, None]["text"]
+    assert len({row["text"] for row in three.values()}) > len(one)
+    (first,), (second,) = ({row["decoding_id"] for row in rows.values()} for rows in (three, one))
+    assert first != second
+    snapshot = tables.open_table(made.tables, "generations").snapshot()
+    requests = tables.open_table(made.tables, "requests").snapshot()
+    (text, *_) = shown.replies(snapshot, requests, "three", 1)
+    assert all(f"{method} #{sample}" in text for method in asked["methods"] for sample in range(3))
+
+
+def test_other_numbers_of_samples_are_another_run(made):
+    asked = {"llm": made.llm, "methods": ("none",)}
+    assert run(made, "fixed", **asked, decoding=Decoding(**HOT, n=2)) == 0
+    with pytest.raises(InputError, match="decoding_id"):
+        run(made, "fixed", **asked, decoding=Decoding(**HOT, n=3))
+
+
+def test_samples_without_sampling_and_of_a_profile_are_refused(made):
+    with pytest.raises(ValueError, match="all replies to a request are the same; set temperature above 0"):
+        Decoding(n=2)
+    with pytest.raises(InputError, match="a user has one profile"):
+        run(made, "p", llm=made.llm, write_profiles=True, decoding=Decoding(**HOT, n=2))
+
+
+def write(population, name, rows):
+    """Puts replies into `generations` as a finished run: (request_id, method, sample, text, error)."""
+    table = tables.open_or_create(population.tables, "generations", 1)
+    users = {row["request_id"]: (row["user_id"], row["user_key"], row["bucket"]) for row in population.rows("requests")}
+    data = []
+    for request, method, sample, text, error in rows:
+        user, key, bucket = users[request]
+        data.append({"run_id": name, "request_id": request, "method": method, "sample": sample, "text": text,
+                     "error": error, "user_id": user, "user_key": key, "bucket": bucket, "prompt_tokens": 5,
+                     "output_tokens": 2, "persona": "none"})  # fmt: skip
+    files = table.write(pa.Table.from_pylist(data, schema=table.spec.schema), name)
+    table.commit(files, run_id=name, group=0, mode="append", planned_on=table.snapshot().version, complete=True)
+
+
+def test_a_sample_that_is_missing_or_an_error_is_still_owed(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    rows = [(name, "none", sample, "good", None) for name in names for sample in range(3)]
+    rows[4] = (*rows[4][:4], "too long")
+    del rows[2]
+    write(made, "gaps", rows)
+    done = tables.open_table(made.tables, "generations").snapshot()
+    requests = tables.open_table(made.tables, "requests").snapshot()
+    pending = PendingReplies(requests, done, "gaps", ("none", "bm25"), "all", None, {}, 3)
+    asked = pending.read(0)
+    by_name = {row["request_id"]: row for row in asked.requests.to_pylist()}
+    owed = {name: asked.missing(by_name[name], "none") for name in names}
+    assert owed == {name: [] for name in names} | {names[0]: [2], names[1]: [1]}
+    assert [row["request_id"] for row in asked.unanswered(list(by_name.values()), {"none"})] == names[:2]
+    (counts,) = pending.count(pa.table({"bucket": [0]}))
+    (row,) = counts.to_pylist()
+    assert (row["pending"], row["existing"], row["failed"]) == (len(names) * 3 + 2, len(names) * 3 - 2, 1)
+    unjudged = Unjudged(requests, done, "gaps", "judge", None)
+    assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0)[0]) == sorted(r[:3:2] for r in rows)
+
+
+def scores(population, name, **config):
+    run_dir = population.folder / f"evaluate-{name}"
+    config = evaluate.Config(tables=population.tables, run_dir=str(run_dir), run=(name,), **config)
+    assert evaluate.run(config) == 0
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def test_a_score_is_the_mean_over_the_samples(made):
+    rng, names = np.random.default_rng(0), sorted(row["request_id"] for row in made.rows("requests"))
+    hits = {"none": rng.random((len(names), 3)) < 0.3, "recency": rng.random((len(names), 3)) < 0.8}
+    rows = [
+        (name, method, sample, "good" if found[i, sample] else "bad", None)
+        for method, found in hits.items() for i, name in enumerate(names) for sample in range(3)
+    ]  # fmt: skip
+    write(made, "scored", rows)
+    report = scores(made, "scored")
+    assert report["n_requests"] == len(names) and report["n_users"] == len(PEOPLE)
+    for method, found in hits.items():
+        assert report["methods"][method]["n"] == found.size
+        assert report["methods"][method]["scores"]["accuracy"] == pytest.approx(found.mean())
+        assert report["methods"][method]["cost"]["prompt_tokens"] == 5
+    gain = hits["recency"].mean() - hits["none"].mean()
+    assert report["methods"]["recency"]["vs_none"]["accuracy"]["difference"] == pytest.approx(gain)
+    # the first sample is the one that has room in LaMP's shape
+    with open(report["predictions"]["none"]) as file:
+        found = {row["id"]: row["output"] for row in json.load(file)["golds"]}
+    assert found == {name: ("bad", "good")[int(hits["none"][i, 0])] for i, name in enumerate(names)}
+
+
+def test_a_method_that_lacks_a_sample_is_refused(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    rows = [(name, "none", sample, "good", None) for name in names for sample in range(2)]
+    write(made, "short", rows[:-1])
+    with pytest.raises(InputError, match="method none has no reply to 1 of"):
+        scores(made, "short")
