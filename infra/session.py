@@ -104,9 +104,9 @@ def start(
     check(need)
     for key, place in (writes or {}).items():
         nodes.check_written(place, key)
-    for key, place in (reads or {}).items():
-        if place is not None:
-            nodes.check_read(place, key)
+    for key, read in (reads or {}).items():
+        if read is not None:
+            nodes.check_read(read, key)
     _data_defaults()
 
 

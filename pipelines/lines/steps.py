@@ -22,8 +22,8 @@ def local_root(run_dir: str) -> Path:
     """
     if Storage(run_dir).is_s3:
         raise InputError(
-            f"run_dir={run_dir}: a line of jobs keeps its models and configs in a folder; give one, or run the jobs one "
-            "by one, each of which takes s3://"
+            f"run_dir={run_dir}: a line of jobs keeps its models and configs in a folder; give one, or run the jobs "
+            "one by one, each of which takes s3://"
         )
     return Path(run_dir)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from infra import nodes
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines import begun, tables
