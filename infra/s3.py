@@ -1,4 +1,4 @@
-"""How S3 is reached: credentials, region and endpoint, resolved in one place for both clients (s3fs and delta-rs).
+"""The way to S3: credentials, region and endpoint, resolved in one place for both clients (s3fs and delta-rs).
 
 botocore resolves them as the AWS command line does: variables, profiles and endpoints of ~/.aws, SSO, roles, instance
 metadata. s3fs is botocore's kin and renews its own credentials; delta-rs has another client, which knows less of all
@@ -31,7 +31,7 @@ _ELSEWHERE = frozenset("PermanentRedirect AuthorizationHeaderMalformed IllegalLo
 
 @dataclass(frozen=True)
 class Connection:
-    """What both clients are told."""
+    """Settings that both clients are told."""
 
     endpoint: str | None
     """Address of the server; None for Amazon's own."""

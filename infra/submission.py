@@ -50,7 +50,7 @@ def refuse_lost(places: Mapping[str, str | None]) -> None:
             )
         if "://" not in place and Path(place).expanduser().absolute().is_relative_to(Path.cwd()):
             raise InputError(
-                f"{key}={place}: lies below the current folder, and that of a submitted job is a copy that Ray "
+                f"{key}={place}: counts from the current folder, and that of a submitted job is a copy that Ray "
                 f"deletes; {advice}"
             )
 
@@ -72,6 +72,10 @@ def left_behind(words: Iterable[str]) -> str:
                     "s3://bucket/prefix, or submit it from a folder that is not ignored"
                 )
     return ""
+
+
+def _is_address(place: str) -> bool:
+    return "://" in place and not place.startswith("file://")
 
 
 def _lines(path: Path) -> list[str]:

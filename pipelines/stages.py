@@ -1,4 +1,4 @@
-"""What every actor of a stage has: a refusal that is told at once, and a limit of deaths that are its own fault.
+"""The guard of every actor of a stage: a refusal is told at once, and deaths that are its own fault are limited.
 
 Ray Data starts an actor again as often as it dies, and replaces one whose constructor fails a few times
 (`infra.session.INIT_DEATHS`): that is right for a node that went away or memory that is not free yet, and wrong for a

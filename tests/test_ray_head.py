@@ -55,4 +55,4 @@ def test_a_submission_gives_its_id_to_the_run_and_does_its_work_once(ray_head, t
 def test_results_below_rays_copy_of_the_folder_are_refused(ray_head):
     done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", "tables")
     assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
-    assert "tables=tables: lies below the current folder" in done.stdout
+    assert "tables=tables: counts from the current folder" in done.stdout

@@ -107,13 +107,13 @@ session.start(object_store_bytes=100 * 2**20)
 print("workers of", ray.get(ray.remote(lambda: __import__("sys").executable).remote()))
 session.stop()
 '''
-sys.exit(subprocess.run([sys.executable, "-c", code], timeout=200).returncode)
+sys.exit(subprocess.run([PYTHON, "-c", code], timeout=200).returncode)
 """
 
 
 def test_under_uv_run_workers_are_those_of_this_environment(tmp_path):
     """Ray looks for an ancestor called `uv run`; this one only has the name, and a worker started through it fails."""
-    (tmp_path / "run").write_text(UNDER_UV)
+    (tmp_path / "run").write_text(UNDER_UV.replace("PYTHON", repr(sys.executable)))
     done = subprocess.run(
         ["uv", "run", "python"], executable=sys.executable, cwd=tmp_path, env=without_ray() | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=240,

@@ -30,10 +30,11 @@ def test_the_id_of_the_submission_is_the_run_id(monkeypatch):
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({"tables": "tables"}, "tables=tables: lies below the current folder.* give --tables a folder"),
+        ({"tables": "tables"}, "tables=tables: counts from the current folder.* give --tables a folder"),
         ({"run_dir": None}, "run_dir is not given, .*its report would be lost; give --run-dir a folder"),
-        ({"output": "./lm"}, "output=./lm: lies below"),
-        ({"tables": "s3://b/t", "run_dir": "/shared/runs", "plug": "../../plug"}, None),
+        ({"output": "./lm"}, "output=./lm: counts from"),
+        ({"tables": "s3://b/t", "run_dir": "/shared/runs", "plug": "file:///shared/plug"}, None),
+        ({"plug": "../../plug"}, "plug=../../plug: counts from the current folder"),
     ],
 )
 def test_results_that_would_vanish_are_refused(places, message, copied):
@@ -60,5 +61,5 @@ def test_a_source_that_git_ignores_is_named_beside_the_error(copied, capsys):
 
 def test_a_command_whose_results_would_vanish_ends_before_it_starts(copied, capsys):
     assert main(["refresh", "--tables", "tables"]) == 2
-    assert "refresh: tables=tables: lies below the current folder" in capsys.readouterr().err
+    assert "refresh: tables=tables: counts from the current folder" in capsys.readouterr().err
     assert sorted(path.name for path in copied.iterdir()) == [".gitignore"]
