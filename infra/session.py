@@ -88,6 +88,11 @@ def start(
                 ray.init(**quiet)
             except ConnectionError as error:
                 raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
+            except RuntimeError as error:  # Ray compares its own version and Python's
+                if "ersion mismatch" not in str(error):
+                    raise
+                words = " ".join(str(error).split())
+                raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
             stopping.install()  # Ray has taken the signal for itself
             nodes.check_program()
         else:

@@ -70,7 +70,7 @@ def guarded(stage: type, restarts: int | None, deaths: str | None) -> type:
 
 
 def deaths_so_far(deaths: str | None) -> int:
-    """How often this actor has died before, lost nodes not counted."""
+    """Returns how often this actor has died before, lost nodes not counted."""
     context = ray.get_runtime_context()
     actor, node = context.get_actor_id(), context.get_node_id()
     if deaths is None or actor is None:

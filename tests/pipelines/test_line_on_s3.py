@@ -29,7 +29,7 @@ def rows(place, name):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_line_on_s3_is_the_line_on_a_disk(s3, tmp_path):
-    small.make(tmp_path, train_users=12, test_users=1, train_requests=2)
+    small.make(tmp_path, train_users=12, test_users=2, train_requests=2)
     local = str(tmp_path / "local")
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PPLUG_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
@@ -54,7 +54,7 @@ def test_the_line_on_s3_is_the_line_on_a_disk(s3, tmp_path):
 
 def test_a_model_at_an_address_has_the_identity_of_its_folder(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("PPLUG_CACHE", str(tmp_path / "cache"))
-    made = small.make(tmp_path, train_users=1, test_users=1)
+    made = small.make(tmp_path, train_users=2, test_users=2)
     artifacts.publish(Path(made.llm.model), s3)
     there = made.llm.model_copy(update={"model": s3})
     assert llm_id(there) == llm_id(made.llm)
