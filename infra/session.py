@@ -12,14 +12,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from infra import nodes, stopping
+from infra import LOCAL, nodes, stopping
 from infra.errors import InputError
 
-LOCAL = "local"
-if os.environ.get("RAY_ADDRESS", LOCAL) == LOCAL:
-    # Ray would start each worker of a process under `uv run` through uv again, in a copy of the folder, and wait for
-    # environments that it makes there. The workers of this machine have this process's own. Ray reads it at its import.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 LEAST_LOCAL_CPUS = 4
 INIT_DEATHS = 2
 """Number of actors in a row that may end in their constructor and are replaced."""

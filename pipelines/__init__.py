@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import infra
 from pplug import identity
 
 
@@ -11,4 +12,5 @@ def _fetch(address: str, weights: bool) -> Path:
     return artifacts.fetch(address, weights)
 
 
+infra.keep_uv_out()  # before any job imports Ray
 identity.fetch_address = _fetch

@@ -101,8 +101,8 @@ def test_the_address_of_a_job_server_is_answered_with_the_right_command():
 UNDER_UV = """
 import subprocess, sys
 code = '''
-import ray
 from infra import session
+import ray
 session.start(object_store_bytes=100 * 2**20)
 print("workers of", ray.get(ray.remote(lambda: __import__("sys").executable).remote()))
 session.stop()
