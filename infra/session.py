@@ -8,15 +8,16 @@ import logging
 import os
 import socket
 import sys
-import time
-import uuid
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
+from infra import LOCAL, nodes, stopping
 from infra.errors import InputError
-from infra.storage import Storage
 
 LEAST_LOCAL_CPUS = 4
+INIT_DEATHS = 2
+"""Number of actors in a row that may end in their constructor and are replaced."""
 _LOCAL = {
     # Ray's second is shorter than the pause between two stages: their workers would be started and fill their imports
     # anew for each (two cores, a night of refreshes: 197 s of processor time, with these settings 140).
@@ -25,6 +26,18 @@ _LOCAL = {
     "enable_metrics_collection": False,  # for a dashboard that a local session does not have
 }
 """Settings of Ray itself, where the session is this job's alone."""
+_QUIET = {
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line of a train worker comes twice
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+"""Variables of a cluster's workers. They get no function to run at their start: one that lacks this program would fail
+there, and Ray would start the next without end (`nodes.check_program` tells it)."""
+_JOB_SERVER = (
+    "RAY_ADDRESS={address}: that is the address of a cluster's job server, which takes submissions: `ray job submit "
+    "--address {address} --working-dir . -- python -m pipelines ...` runs this command there. To join the cluster from "
+    "one of its nodes, set RAY_ADDRESS=auto or HOST:6379"
+)
 _NO_CLUSTER = (
     "RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to run on this "
     "machine alone"
@@ -32,7 +45,11 @@ _NO_CLUSTER = (
 
 
 def start(
-    cpus: int | None = None, need: Mapping[str, float] | None = None, object_store_bytes: int | None = None
+    cpus: int | None = None,
+    need: Mapping[str, float] | None = None,
+    object_store_bytes: int | None = None,
+    writes: Mapping[str, str] | None = None,
+    reads: Mapping[str, str | None] | None = None,
 ) -> None:
     """Connects to the cluster of RAY_ADDRESS (set inside `ray job submit`), else starts a local Ray.
 
@@ -41,28 +58,40 @@ def start(
         need: resources that the job's actors ask for together, e.g. {"GPU": 2, "CPU": 6}; compared with the whole
             cluster.
         object_store_bytes: size of a local session's object store; Ray's own choice when None.
+        writes: folders and addresses that all nodes have to see, by their keys in the config.
+        reads: the same of folders that are only read; what is no folder of this node is not looked at.
 
     Raises:
-        InputError: the cluster cannot be reached, or does not have what is needed and cannot grow to it.
+        InputError: the cluster cannot be reached, does not have what is needed and cannot grow to it, lacks this
+            program on a node, or a node does not see a folder.
     """
     import ray
 
     need = dict(need or {})
     if not ray.is_initialized():
         # Whatever workers say comes to this process; `infra.noise` decides how much of it a person is shown.
-        quiet = {
+        quiet: dict[str, Any] = {
             "log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0",
             "logging_level": logging.WARNING,
-            "runtime_env": {"worker_process_setup_hook": "infra.session.quiet_worker"},
         }
-        address = os.environ.get("RAY_ADDRESS", "local")
-        if address != "local":
+        address = os.environ.get("RAY_ADDRESS", LOCAL)
+        if address != LOCAL:
             _answers(address)
+            # a submission's own variables are in this process's environment, and Ray refuses the same one twice
+            quiet["runtime_env"] = {"env_vars": {k: v for k, v in _QUIET.items() if k not in os.environ}}
             try:
                 ray.init(**quiet)
             except ConnectionError as error:
                 raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
+            except RuntimeError as error:  # Ray compares its own version and Python's
+                if "ersion mismatch" not in str(error):
+                    raise
+                words = " ".join(str(error).split())
+                raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
+            stopping.install()  # Ray has taken the signal for itself
+            nodes.check_program()
         else:
+            quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_worker"}
             ray.init(
                 address="local",  # left out, Ray would join any head that `ray start` has left on this machine
                 num_cpus=local_cpus(cpus, need),
@@ -71,7 +100,13 @@ def start(
                 _system_config=_LOCAL,
                 **quiet,
             )
+            stopping.install()
     check(need)
+    for key, place in (writes or {}).items():
+        nodes.check_written(place, key)
+    for key, read in (reads or {}).items():
+        if read is not None:
+            nodes.check_read(read, key)
     _data_defaults()
 
 
@@ -136,72 +171,10 @@ def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) ->
     raise InputError(f"{message}. If it grows by itself, set PPLUG_CLUSTER_GROWS=1")
 
 
-SHARED_WAIT_S = 10.0
-"""A network file system may show a new file on another node some seconds later."""
-
-
-def check_shared(folder: str, key: str) -> None:
-    """Refuses a local folder that another node of the cluster does not see: workers there look for this node's files.
-
-    Args:
-        key: the config's name for the folder, for the message.
-
-    Raises:
-        InputError: names the folder and the nodes.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    storage, here = Storage(folder), ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
-    if storage.is_s3 or not others:
-        return
-    name, content = f".shared-{uuid.uuid4().hex}", uuid.uuid4().hex
-    storage.write_bytes(name, content.encode())
-    try:
-        look = ray.remote(num_cpus=0)(sees)
-        asked = {
-            node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                storage.uri, name, content
-            )
-            for node in others
-        }
-        blind = []
-        for node, answer in asked.items():
-            try:
-                if not ray.get(answer):
-                    blind.append(others[node]["NodeManagerHostname"])
-            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
-                continue  # a node that went away meanwhile does no work either
-    finally:
-        storage.delete(name)
-    refuse_unshared(folder, key, blind, len(others) + 1)
-
-
-def sees(folder: str, name: str, content: str, wait_s: float = SHARED_WAIT_S) -> bool:
-    """Task: says whether the file is on this node, with this content."""
-    until = time.monotonic() + wait_s
-    while True:
-        try:
-            return Storage(folder).read_bytes(name) == content.encode()
-        except OSError:
-            if time.monotonic() > until:
-                return False
-        time.sleep(0.2)
-
-
-def refuse_unshared(folder: str, key: str, blind: list[str], nodes: int) -> None:
-    """Raises InputError when a node is blind for the folder."""
-    if blind:
-        raise InputError(
-            f"{key}={folder}: {len(blind)} of the cluster's {nodes} nodes do not see this folder (the first is "
-            f"{blind[0]}), but their workers read what the job writes there; give a folder that all nodes share, or "
-            "s3://bucket/prefix"
-        )
-
-
 def _answers(address: str) -> None:
     """Ray itself waits eight minutes for an address where nothing listens; a socket knows at once."""
+    if address.startswith(("http://", "https://")):
+        raise InputError(_JOB_SERVER.format(address=address))
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # "auto": Ray looks for the cluster of this machine
         return
@@ -215,6 +188,8 @@ def _data_defaults() -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
+    # A constructor that fails for a moment (GPU memory that a killed engine still holds) is tried in a new process.
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
     context.enable_progress_bars = False  # a job shows its own, one line per step
     context.print_on_execution_start = False
     for name in ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):

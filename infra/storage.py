@@ -1,8 +1,8 @@
 """Files on a local disk or on S3 behind one interface.
 
 A `Storage` is a folder: a local path or `s3://bucket/prefix`. It pickles as its address only: every process opens its
-own connection, with endpoint and credentials from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...),
-so that these are in no config, log or pickle. An operation that fails for a moment (503, time-out, cut connection) is
+own connection, with endpoint and credentials as `infra/s3.py` finds them on its machine, so that these are in no
+config, log or pickle. An operation that fails for a moment (503, time-out, cut connection) is
 tried again with backoff and jitter, within a budget of seconds.
 """
 
@@ -21,6 +21,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from infra import s3
 from infra.errors import InputError
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ _TRANSIENT_TEXT = re.compile(
     r"|response payload is not completed|error reading a body|end of file before message length|response body error",
     re.IGNORECASE,
 )
+_SLASH_LOST = re.compile(r"(s3|gs|gcs|az|abfss?|https?):/(?!/)")
+"""An address that went through a path, which makes one slash of two: it would be a folder called `s3:`."""
 _FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
 
 
@@ -81,13 +84,14 @@ def retrying(action: Callable[[], T], what: str, budget_s: float | None = None) 
 
 
 @lru_cache(maxsize=8)
-def _s3(endpoint: str | None, region: str | None, key: str | None, pid: int) -> pafs.FileSystem:
-    # key and pid only part the cache: other credentials or a forked process need another connection.
+def _s3(around: tuple[tuple[str, str], ...], pid: int) -> pafs.FileSystem:
+    # around and pid only part the cache: other credentials or a forked process need another connection.
     import s3fs
 
+    connection = s3.connection()
     filesystem = s3fs.S3FileSystem(
-        endpoint_url=endpoint,
-        client_kwargs={"region_name": region} if region else {},
+        endpoint_url=connection.endpoint,
+        client_kwargs={"region_name": connection.region},
         config_kwargs={
             "retries": {"max_attempts": 2, "mode": "standard"},
             "connect_timeout": 10,
@@ -125,6 +129,8 @@ class Storage:
             uri = uri.rstrip("/")
             if len(uri) <= len("s3://"):
                 raise InputError(f"{self.uri!r} names no bucket; expected s3://bucket/prefix")
+        elif _SLASH_LOST.match(uri):
+            raise InputError(f"{self.uri!r}: an address begins with two slashes; expected s3://bucket/prefix")
         elif "://" in uri and not uri.startswith("file://"):
             raise InputError(
                 f"{self.uri!r}: this kind of storage is not known; expected a local path or s3://bucket/prefix"
@@ -147,22 +153,14 @@ class Storage:
     def filesystem(self) -> pafs.FileSystem:
         if not self.is_s3:
             return pafs.LocalFileSystem()
-        env = os.environ
-        region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
-        return _s3(env.get("AWS_ENDPOINT_URL"), region, env.get("AWS_ACCESS_KEY_ID"), os.getpid())
+        return _s3(s3.surroundings(), os.getpid())
 
     def delta_options(self) -> dict[str, str]:
         """Returns endpoint and credentials for deltalake, which has an S3 client of its own."""
         if not self.is_s3:
             return {}
-        env = os.environ
-        names = "AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION".split()
-        options = {name: env[name] for name in names if env.get(name)}
-        if "AWS_REGION" not in options and env.get("AWS_DEFAULT_REGION"):
-            options["AWS_REGION"] = env["AWS_DEFAULT_REGION"]
-        if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-            options["AWS_ALLOW_HTTP"] = "true"
-        return options | {"timeout": "60s", "connect_timeout": "10s", "max_retries": "5", "retry_timeout": "60s"}
+        waits = {"timeout": "60s", "connect_timeout": "10s", "max_retries": "5", "retry_timeout": "60s"}
+        return s3.connection().delta_options() | waits
 
     def join(self, *names: str) -> "Storage":
         """Returns the folder below this one."""

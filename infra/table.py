@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra import lease, log
-from infra.errors import InputError
+from infra.errors import ConcurrentRunError, InputError
 from infra.rows import TableSpec, conform, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.storage import Storage, is_transient, retrying
@@ -374,7 +375,8 @@ class Table:
             InputError: the group existed, and an older version of the table has been restored since.
             CommitConflict: plan again. An append goes on over commits that only appended; any commit goes on over
                 those that put the same rows into other files.
-            ConcurrentRunError: another run works alone on the tables of this root (`lease.alone`).
+            ConcurrentRunError: another run works alone on the tables of this root (`lease.alone`), or files are not on
+                S3 any more.
             ValueError: a file is of another table or bucket, is named twice, or is not on this disk.
         """
         files, wanted, beside = list(files), set(buckets), list(more)
@@ -580,12 +582,23 @@ class Table:
                 )
 
     def _check_there(self, files: list[DataFile]) -> None:
-        for file in files if not self.storage.is_s3 else ():
-            if not self.storage.exists(file.path):
-                raise ValueError(
-                    f"table {self.spec.name}: {file.uri} is not on this machine's disk; workers on other machines need "
-                    "a shared disk or s3:// for tables"
-                )
+        """Refuses files that are not there: a commit of them would lose rows, and no reader could open the table."""
+        with ThreadPoolExecutor(32) as pool:
+            gone = [file for file, there in zip(files, pool.map(self._is_there, files), strict=True) if not there]
+        if gone and self.storage.is_s3:
+            raise ConcurrentRunError(
+                f"table {self.spec.name}: {len(gone)} of the {len(files)} files that this run has written are gone "
+                f"(the first is {gone[0].uri}): a vacuum has deleted them, because this run was held for longer than "
+                "its retention; nothing was committed. Run it again, and give the vacuum more hours than a job takes"
+            )
+        if gone:
+            raise ValueError(
+                f"table {self.spec.name}: {gone[0].uri} is not on this machine's disk; workers on other machines need "
+                "a shared disk or s3:// for tables, and a vacuum more hours than the longest job takes"
+            )
+
+    def _is_there(self, file: DataFile) -> bool:
+        return self.storage.exists(file.path)
 
     def _version_of(self, run_id: str, group: int) -> int | None:
         for entry in log.back_from(self.storage, self.version):

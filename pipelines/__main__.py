@@ -4,7 +4,8 @@ Each job has a config (pydantic), whose docstring is its help, and a module with
 config is imported for `--help` and for a wrong command line: nothing heavy is loaded before the job runs.
 A job that an error ends says in one line what failed and what to do; the traceback goes to job.log in its run folder,
 and with `--debug` (or PPLUG_DEBUG=1) everything is shown: tracebacks, and what Ray, vLLM and workers say.
-Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3 more rejects than allowed; 130 interrupted.
+Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3 more rejects than allowed; 130 interrupted;
+143 ended by SIGTERM.
 """
 
 import difflib
@@ -13,10 +14,12 @@ import inspect
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
+from infra import stopping, submission
 from infra.errors import ConcurrentRunError, InputError
 from pipelines import failures
 
@@ -85,6 +88,11 @@ JOBS = {
         "pipelines.upkeep.export",
         "pipelines.upkeep.config:ExportConfig",
         "a table -> plain Parquet, or one user's adapter -> a PEFT folder",
+    ),
+    "publish": Job(
+        "pipelines.upkeep.publish",
+        "pipelines.upkeep.config:PublishConfig",
+        "a folder with a plug, an LLM or an encoder -> s3://, where all nodes fetch it from",
     ),
     "import-adapter": Job(
         "pipelines.upkeep.import_adapter",
@@ -175,10 +183,14 @@ def _run(name: str, words: list[str], debug: bool, is_process: bool) -> int:
     except InputError as error:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
-        return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)")
+        return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
     from infra import session
     from infra.job_log import JobLog
 
+    try:
+        _refuse_places(name, config)
+    except InputError as error:
+        return _wrong(f"{name}: {error}", config)
     with JobLog(name, debug) as log:
         try:
             return _logged(name, config, log)
@@ -198,11 +210,12 @@ def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
         logging.getLogger(ours).setLevel(logging.INFO)
     RunReport.unfinished = None
     try:
+        stopping.install()
         return int(importlib.import_module(JOBS[name].module).run(config))
     except (Exception, KeyboardInterrupt) as error:
         log.error(error)
         unfinished = RunReport.unfinished
-        code = _explained(name, error, log, unfinished.run_id if unfinished is not None else None)
+        code = _explained(name, error, config, log, unfinished.run_id if unfinished is not None else None)
         if unfinished is not None:  # the job had begun to count: how far it came is worth keeping
             try:
                 unfinished.abandon(error, code)
@@ -218,18 +231,19 @@ class _ToStderr(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | None) -> int:
+def _explained(name: str, error: BaseException, config: BaseModel, log: "JobLog", run_id: str | None) -> int:
     """Says in one line what ended a job and what to do. Returns the exit code."""
     again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
     if isinstance(error, KeyboardInterrupt):
-        print(f"{name}: interrupted{again}", file=sys.stderr)
-        return 130
+        ended = isinstance(error, stopping.Terminated)
+        print(f"{name}: {'ended by SIGTERM' if ended else 'interrupted'}{again}", file=sys.stderr)
+        return stopping.CODE if ended else 130
     if isinstance(error, ConcurrentRunError):
         print(f"{_program()}: {name}: {error}", file=sys.stderr)
         return 1
     wrong_input = failures.input_error(error)
     if wrong_input is not None:
-        return _wrong(f"{name}: {wrong_input}")
+        return _wrong(f"{name}: {wrong_input}", config)
     log.keep = True
     where = f" at {place}" if (place := failures.place(error)) else ""
     shown = "The traceback stands above and" if log.debug else f"{DEBUG} shows the traceback, which stands"
@@ -238,9 +252,41 @@ def _explained(name: str, error: BaseException, log: "JobLog", run_id: str | Non
     return 1
 
 
-def _wrong(message: str) -> int:
+def _wrong(message: str, given: Any = ()) -> int:
+    """Prints what is wrong. `given`: words or config of the job; a file that a submission left behind is named."""
     print(f"{_program()}: {message}", file=sys.stderr)
+    if left := submission.left_behind(word.rpartition("=")[2] for word in _texts(given)):
+        print(f"{_program()}: {left}", file=sys.stderr)
     return 2
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a config, or of a list of words."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for one in value.values() for text in _texts(one))
+    elif isinstance(value, Iterable):
+        yield from (text for one in value for text in _texts(one))
+
+
+def _refuse_places(name: str, config: BaseModel) -> None:
+    """Refuses results that a submitted job would lose, and buckets that cannot be used, before anything starts.
+
+    Raises:
+        InputError: names the key, or the address.
+    """
+    written = ["tables", "run_dir", "output", *(["plug"] if name == "train" else [])]
+    given = {key: getattr(config, key) for key in written if hasattr(config, key)}
+    looks_only = getattr(config, "check", None) is not None
+    submission.refuse_lost({k: v for k, v in given.items() if v is not None or (k == "run_dir" and not looks_only)})
+    addresses = [text for text in _texts(config) if text.startswith("s3://")]
+    if addresses:
+        from infra import s3
+
+        s3.check(addresses)
 
 
 def _program() -> str:

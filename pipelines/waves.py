@@ -24,6 +24,7 @@ from infra.progress import Progress
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.table import Commit, CommitConflict, DataFile, Table
+from pipelines.stages import counter, guarded
 
 REASON, DETAIL = "reject_reason", "reject_detail"
 
@@ -106,23 +107,15 @@ class WriteFiles:
         return data.filter(pc.invert(pc.is_in(both[0], value_set=both[1])))
 
 
+_FILES = pa.schema(
+    [(name, pa.int64() if name in ("size", "rows", "bucket") else pa.string()) for name in
+     ("table", "path", "size", "rows", "bucket", "min_key", "max_key", "reasons", "root")]
+)  # fmt: skip
+
+
 def files_table(files: list[DataFile]) -> pa.Table:
     """File metadata as Ray rows; typed, so that a batch without a file has the same columns."""
-    rows = [file.to_row() for file in files]
-    schema = pa.schema(
-        {
-            "table": pa.string(),
-            "path": pa.string(),
-            "size": pa.int64(),
-            "rows": pa.int64(),
-            "bucket": pa.int64(),
-            "min_key": pa.string(),
-            "max_key": pa.string(),
-            "reasons": pa.string(),
-            "root": pa.string(),
-        }
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
+    return pa.Table.from_pylist([file.to_row() for file in files], schema=_FILES)
 
 
 def next_group(table: Table, run_id: str) -> int:
@@ -295,9 +288,14 @@ class Step:
 
     stage: Any
     options: Mapping[str, Any]
+    keeps: Any = None
+    """Handle of an actor that lives as long as the step."""
 
 
-def actors(stage: type, *args: Any, size: int, rows: int | None = 1, gpus: float = 0.0, **options: Any) -> Step:
+def actors(
+    stage: type, *args: Any, size: int, rows: int | None = 1, gpus: float = 0.0, restarts: int | None = None,
+    **options: Any,
+) -> Step:  # fmt: skip
     """A stage with a state of its own, such as a model, in a pool of actors.
 
     Args:
@@ -305,11 +303,13 @@ def actors(stage: type, *args: Any, size: int, rows: int | None = 1, gpus: float
         size: number of actors.
         rows: rows that the stage gets at a time; None passes blocks on as they come.
         gpus: GPUs of one actor.
+        restarts: number of times that one actor may die and start again; lost nodes do not count. None: no limit.
         options: further options of `Dataset.map_batches`; those of `ActorPoolStrategy` stand in a mapping `pool`.
     """
     pool = ray.data.ActorPoolStrategy(size=size, **options.pop("pool", {}))
+    name, handle = counter() if restarts is not None else (None, None)
     given = {"fn_constructor_args": args, "batch_size": rows, "num_gpus": gpus or None, "compute": pool}
-    return Step(stage, given | options)
+    return Step(guarded(stage, restarts, name), given | options, handle)
 
 
 def tasks(stage: Callable[[pa.Table], Any], rows: int | None = 1) -> Step:

@@ -21,7 +21,9 @@ _SETTLED_S = 2.0
 
 
 def cache_folder() -> Path:
-    """Folder of files that can be made again, in the user's cache."""
+    """Folder of files that can be made again: $PPLUG_CACHE, or pplug in the user's cache."""
+    if own := os.environ.get("PPLUG_CACHE"):
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pplug"
 
 

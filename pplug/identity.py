@@ -6,7 +6,8 @@ for, `decoding_id` how a reply was chosen. Each is 16 hex characters of blake2b.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ from pplug import digests, hub
 from pplug.packaged import package_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
+MANIFEST = "pplug-manifest.json"
+"""Name of the list of a folder that was fetched from an address: size and SHA-256 of each file by its name."""
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def _no_addresses(address: str, weights: bool) -> Path:
+    raise FileNotFoundError(f"model {address!r}: an address, and only folders are read here; fetch it beforehand")
+
+
+fetch_address: Callable[[str, bool], Path] = _no_addresses
+"""Function from an address such as s3://bucket/llm, and whether weights are wanted, to a folder of this machine.
+
+Whoever knows addresses puts its own here."""
 
 
 def short_id(parts: Mapping[str, Any]) -> str:
@@ -63,16 +76,31 @@ def weight_files(folder: Path) -> list[Path]:
 
     Empty where they are not all there.
     """
+    return [folder / name for name in _weight_names(folder, {path.name for path in folder.iterdir() if path.is_file()})]
+
+
+def _weight_names(folder: Path, existing: set[str]) -> list[str]:
+    """Names of the files that a model's weights are read from, of those that exist; the folder has the index."""
+    names = sorted(existing)
     for pattern, name in zip(WEIGHTS, INDICES, strict=True):
-        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("consolidated"))
+        files = [one for one in names if fnmatch(one, pattern) and not one.startswith("consolidated")]
         index = folder / name
         if index.is_file():
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if all((folder / file).is_file() for file in named):
-                return sorted(folder / file for file in named)
+            if all(file in existing for file in named):
+                return sorted(named)
         elif files:
             return files
     return []
+
+
+def _listed_digests(folder: Path) -> list[str]:
+    """SHA-256 of each weight file of a folder that was fetched without them; empty where it has no such list."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return []
+    listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    return [listed[name]["sha256"] for name in _weight_names(folder, set(listed))]
 
 
 def weight_digests(folder: Path, model: str) -> list[str]:
@@ -87,6 +115,8 @@ def weight_digests(folder: Path, model: str) -> list[str]:
     files = weight_files(folder)
     if files:
         return [digests.sha256(path) for path in files]
+    if listed := _listed_digests(folder):
+        return listed
     if folder.parent.name != "snapshots":
         raise FileNotFoundError(
             f"{folder}: no weights ({' or '.join(WEIGHTS)}), or not all that the index names; expected a transformers "
@@ -133,10 +163,11 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Folder of a model's files: a local folder, `package:NAME/FOLDER` inside an installed package, or a hub name.
+    """Folder of a model's files: a local folder, `package:NAME/FOLDER` inside an installed package, an address such as
+    s3://bucket/llm, or a hub name.
 
     Args:
-        weights: False fetches the config and the tokenizer of a hub model alone.
+        weights: False fetches the config and the tokenizer of a model alone.
 
     Raises:
         FileNotFoundError: no such folder or package, the folder holds an adapter, or the hub cannot be reached.
@@ -144,6 +175,10 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
     """
     if model.startswith("package:"):
         return package_folder(model)
+    if "://" in model:
+        fetched = fetch_address(model, weights)
+        _refuse_adapter(fetched)
+        return fetched
     folder = Path(model).expanduser()
     if folder.is_dir():
         _refuse_adapter(folder)

@@ -12,7 +12,7 @@ import pytest
 class S3Server:
     """moto behind a door: `fault(environ)` may spoil an answer or not (None).
 
-    Kinds: "503", "403", "slow", "cut", "lost answer".
+    Kinds: "503", "403", "expired", "slow", "cut", "lost answer".
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,10 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        if kind == "expired":
+            self.failed += 1
+            start_response("400 Bad Request", [("Content-Type", "application/xml")])
+            return [b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"]
         if kind == "cut":  # half of the body that was promised, then the connection closes
             self.failed += 1
             body = b"".join(self.moto(environ, lambda status, headers, exc_info=None: None))

@@ -1,5 +1,11 @@
 """The command line on a cluster: `ray job submit` carries the working tree and brings output and failure back."""
 
+import json
+
+from pipelines import tables
+
+ITEMS = "user_id,item_id,timestamp,dish,taste\nann,1,2026-01-05,soup,salty\nann,2,2026-01-12,cake,sweet\n"
+
 
 def test_a_submitted_command_runs_from_the_working_tree_and_shows_its_output(ray_head):
     done = ray_head.submit("python", "-m", "pipelines", "--help", timeout_s=120)
@@ -8,7 +14,45 @@ def test_a_submitted_command_runs_from_the_working_tree_and_shows_its_output(ray
 
 
 def test_a_submitted_job_that_fails_is_reported_as_failed_with_its_message(ray_head, tmp_path):
-    done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", str(tmp_path / "nowhere"))
+    done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", str(tmp_path / "nowhere"),
+                           "--run-dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
     assert "no table histories in" in done.stdout and "run `ingest`" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_a_submission_gives_its_id_to_the_run_and_does_its_work_once(ray_head, tmp_path):
+    """After a failure the same work goes on under another submission id, with --run-id."""
+    (tmp_path / "items.csv").write_text(ITEMS)
+    (tmp_path / "task.yaml").write_text(
+        "name: dishes\nitem: 'dish: {dish}'\ninput: 'dish: {dish}'\ntarget: taste\nmetric: classification\n"
+        "labels: [salty, sweet]\n"
+    )
+    words = ["python", "-m", "pipelines", "ingest", "--source", f"{tmp_path}/items.csv"]
+    words += ["--task", f"{tmp_path}/task.yaml", "--tables", f"{tmp_path}/tables", "--run-dir", f"{tmp_path}/run"]
+
+    def submit(submission, *more):
+        given = ["--submission-id", submission, "--working-dir", ".", "--", *words, *more]
+        return ray_head.ray("job", "submit", *given, timeout_s=300)
+
+    first = submit("night-1")
+    assert first.returncode == 0, first.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["run_id"], report["written"]) == ("night-1", 2)
+    histories = tables.open_table(str(tmp_path / "tables"), "histories")
+    assert histories.metadata_of_run("night-1") and histories.snapshot(complete=True).rows == 2
+    version = histories.version
+
+    twice = submit("night-1")
+    assert twice.returncode != 0 and "already exists" in twice.stdout
+    again = submit("night-1-again", "--run-id", "night-1")
+    assert again.returncode == 0, again.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["run_id"], report["written"], report["already_there"]) == ("night-1", 0, 2)
+    assert histories.version == version
+
+
+def test_results_below_rays_copy_of_the_folder_are_refused(ray_head):
+    done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", "tables")
+    assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
+    assert "tables=tables: counts from the current folder" in done.stdout

@@ -31,12 +31,13 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import visible_to_all
 from pipelines.histories import decode_fields, to_us
+from pipelines.model_folders import whole_output
 from pipelines.tracking import tracker
 from pipelines.training import Checkpoints, train, worker_device
 from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
 from pplug.fit import make_room
-from pplug.folder import MODEL_FILES, whole_folder
+from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, tokenizer_of
 from pplug.loop import Loop
@@ -234,7 +235,7 @@ def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
     """
     folder = model_folder(llm.model, llm.revision)
     by_file = can_merge(folder, Path(adapter))
-    with whole_folder(output, MODEL_FILES) as draft:
+    with whole_output(output, MODEL_FILES) as draft:
         if by_file:
             merge_files(folder, Path(adapter), draft)
         else:

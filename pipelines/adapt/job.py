@@ -24,12 +24,13 @@ from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
 from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_id
 from pipelines.made_from import users_id
+from pipelines.model_folders import below, check_output
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
 from pipelines.tracking import refuse_missing
 from pipelines.training import keep_curve, left_without_record, refuse_uneven
 from pplug.adapter import base_shapes
-from pplug.folder import MODEL_FILES, check_replaceable
+from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
 from pplug.llm import llm_id
 from pplug.stand_in import SAMPLE, llm_sample
@@ -58,7 +59,11 @@ def run(config: Config) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     users = tables.read_users(config.users, histories)
-    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
+    session.start(
+        need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker},
+        writes={"tables": config.tables} | ({"run_dir": run_dir} if config.stage == "base" else {}),
+        reads={"llm.model": config.llm.model},
+    )
     if config.stage == "base":
         with lease.reading(config.tables, run_id):
             return _base(config, run_id, run_dir, report, task, base)
@@ -191,20 +196,17 @@ def _refuse_a_mixture(
 
 def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "TaskSpec", base: str) -> int:
     """Prepares examples, runs Ray Train, merges what it learned into the base."""
-    output = Path(config.output or os.path.join(run_dir, "base"))
+    output = config.output or below(run_dir, "base")
     folder = model_folder(config.llm.model, config.llm.revision)
-    if output.exists() and output.samefile(folder):
+    itself = os.path.exists(output) and os.path.samefile(output, folder)
+    if itself or output.rstrip("/") == config.llm.model.rstrip("/"):
         raise InputError(f"output={output}: is the folder of the base itself; give another folder")
-    try:
-        check_replaceable(output, MODEL_FILES)
-    except ValueError as error:
-        raise InputError(f"output: {error}") from error
+    check_output("output", output, MODEL_FILES)
     left_out = tables.read_users(config.users) or frozenset()
     decisive = _decisive(config, task, left_out, base)
     known = begun.read(run_dir, "adapt", run_id, decisive)
     snapshots = _base_snapshots(config, report, known)
     begun.write(run_dir, "adapt", run_id, decisive, snapshots)
-    session.check_shared(run_dir, "run_dir")
     examples = Storage(run_dir).join("examples", run_id).uri  # another run's examples may lie in the same run_dir
     shards, counts = _examples(config, report, snapshots, task, left_out, examples)
     record = made_from.MadeFrom(
@@ -241,10 +243,10 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
         )
         with result.checkpoint.as_directory() as checkpoint:
             keep_curve(checkpoint, run_dir)
-            merge(config.llm, str(Path(checkpoint) / "adapter"), str(output), made_from.text(record, folder))
+            merge(config.llm, str(Path(checkpoint) / "adapter"), output, made_from.text(record, folder))
     report.written = sum(shard.examples for shard in shards)
-    merged = llm_id(config.llm.model_copy(update={"model": str(output), "revision": None}))
-    report.extra |= {"base": str(output), "llm_id": merged, "made_from": record.model_dump(mode="json")}
+    merged = llm_id(config.llm.model_copy(update={"model": output, "revision": None}))
+    report.extra |= {"base": output, "llm_id": merged, "made_from": record.model_dump(mode="json")}
     report.extra |= {"loss": result.metrics.get("loss"), "examples": result.metrics["examples"]}
     code = report.finish()
     print(f"base {merged}: {output}", flush=True)

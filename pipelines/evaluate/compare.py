@@ -26,7 +26,7 @@ from pplug.tasks import TaskSpec
 def compare(config: EvaluateConfig, run_id: str) -> int:
     """Writes the differences to report.json and shows them on the screen; returns the exit code."""
     report = begin("evaluate", config, run_id=run_id)
-    session.start()
+    session.start(writes={"tables": config.tables})
     if config.compare:
         comparison = _compared_runs(config, config.compare, report)
         report.extra["compare"] = comparison.dump()

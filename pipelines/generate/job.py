@@ -104,7 +104,14 @@ def run(config: Config) -> int:
 
 def _start(config: Config) -> None:
     """Starts Ray, or joins the cluster, and refuses what it could never schedule."""
-    session.start(need={"CPU": config.workers + config.prompt_workers + 1.0})
+    reads = {
+        "plug": config.plug,
+        "llm.model": config.llm.model,
+        "retrieval.encoder.model": config.retrieval.encoder.model,
+    }
+    session.start(
+        need={"CPU": config.workers + config.prompt_workers + 1.0}, writes={"tables": config.tables}, reads=reads
+    )
     session.check({"GPU": config.workers * gpus_of(config)})
 
 
@@ -192,9 +199,7 @@ def engine_step(config: Config | JudgeConfig, stage: type, *args: Any) -> waves.
             "max_concurrent_calls_per_actor": config.engine.in_flight,
             "enable_true_multi_threading": True,
         },
-        # a batch that kills the engine again and again must end the job, not loop
-        max_restarts=config.max_engine_restarts,
-        max_task_retries=config.max_engine_restarts,
+        restarts=config.max_engine_restarts,  # a batch that kills the engine again and again ends the job
     )
 
 

@@ -4,6 +4,7 @@ Shapes: T items of the requests of a block (ragged), D encoder width, P persona 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pplug.plug import PersonaPlug, ragged
 class PersonaMaker:
     """The plug at work: query vectors, weights, persona rows, for a block of requests at a time."""
 
-    def __init__(self, folder: str, threads: int, queries: bool) -> None:
+    def __init__(self, folder: str | Path, threads: int, queries: bool) -> None:
         """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
         torch.set_num_threads(threads)
         self.device = device.assigned()

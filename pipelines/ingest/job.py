@@ -121,9 +121,7 @@ def run(config: IngestConfig) -> int:
     if not pieces:  # a followed table that is as it was
         return report.finish()
     states = sources.states(pieces)
-    session.start()
-    if instead:
-        session.check_shared(run_dir, "run_dir")
+    session.start(writes={"tables": config.tables} | ({"run_dir": run_dir} if instead else {}))
     survey = _survey(pieces, task, options)
     plan = replace(_open_tables(config, pieces, options, task), changes=changes)
     with lease.writing(config.tables, run_id):

@@ -6,12 +6,11 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import pyarrow as pa
 import torch
 
-from infra import lease
+from infra import artifacts, lease
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.report import RunReport, new_run_id
@@ -22,8 +21,9 @@ from pipelines import made_from as origin
 from pipelines import tables
 from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
 from pipelines.lines.config import BaseLMConfig as Config
+from pipelines.model_folders import check_output
 from pipelines.run import begin
-from pplug.folder import MODEL_FILES, check_replaceable
+from pplug.folder import MODEL_FILES
 from pplug.identity import short_id
 from pplug.tasks import TaskSpec, fill
 from pplug.tiny_lm import RECORD_FILE, train_lm
@@ -42,10 +42,7 @@ def _run(config: Config, run_id: str) -> int:
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
     report.table_read("histories", histories.version)
     task = tables.task_entry(config.task, histories)
-    try:
-        check_replaceable(config.output, MODEL_FILES)
-    except ValueError as error:
-        raise InputError(f"output: {error}") from error
+    check_output("output", config.output, MODEL_FILES)
     requests = None
     if config.cut == "requests" and Table.exists(tables.location(config.tables, "requests")):
         requests = tables.snapshot(config.tables, "requests", {})
@@ -54,8 +51,7 @@ def _run(config: Config, run_id: str) -> int:
         texts = _texts(config, histories, requests, task, report)
         stage.rows = len(texts)
     made_from = _made_from(config, texts)
-    facts = Path(config.output) / RECORD_FILE
-    if facts.exists() and json.loads(facts.read_text()).get("made_from") == made_from:
+    if _made_as(config.output) == made_from:
         report.already_there = len(texts)
         code = report.finish()
         print(f"model: {config.output}, already there")
@@ -79,13 +75,27 @@ def _run(config: Config, run_id: str) -> int:
         cut="requests" if requests else "none",
         items_cut_off=report.extra["items_cut_off"],
     )
-    trained.save(config.output, {origin.FILE: origin.text(record)})
+    records = {origin.FILE: origin.text(record)}
+    if artifacts.is_address(config.output):
+        with artifacts.published(config.output) as folder:
+            trained.save(folder, records)
+    else:
+        trained.save(config.output, records)
     report.written = len(texts)
     report.extra["lm"] = trained.facts
     print(f"base-lm: {trained.facts['parameters']:,} parameters, held-out loss {trained.facts.get('heldout_loss')}")
     code = report.finish()
     print(f"model: {config.output}")
     return code
+
+
+def _made_as(output: str) -> str | None:
+    """Identity of what the model that is there was made from; None where there is none."""
+    if artifacts.is_address(output) and not artifacts.exists(output):
+        return None
+    facts = artifacts.fetch(output, weights=False) / RECORD_FILE
+    made_from: str | None = json.loads(facts.read_text()).get("made_from") if facts.exists() else None
+    return made_from
 
 
 def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:

@@ -18,6 +18,7 @@ from infra.errors import InputError
 from infra.job_log import LINE_LOG, JobLog
 from pipelines.__main__ import main
 from pipelines.lines.config import DemoConfig as Config
+from pipelines.lines.steps import local_root
 from pplug import world
 from pplug.world import INPUT
 
@@ -32,7 +33,7 @@ WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
 def run(config: Config) -> int:
     """Runs the line; returns the exit code of the first job that fails, else 0."""
     start = time.monotonic()
-    root = _fresh(Path(config.run_dir))
+    root = _fresh(local_root(config.run_dir))
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)
     settings = world.WorldConfig(

@@ -10,7 +10,7 @@ from infra.job_log import LINE_LOG, JobLog
 from infra.report import check_run_id
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
-from pipelines.lines.steps import run_steps
+from pipelines.lines.steps import local_root, run_steps
 from pipelines.methods import parse_all
 
 TASK_BASE = "task-base"
@@ -20,7 +20,7 @@ TASK_BASE = "task-base"
 def run(config: Config) -> int:
     """Runs the jobs; returns the exit code of the first that fails, else 0."""
     name = check_run_id(config.run_id or f"{Path(config.task).stem}-{config.use}")
-    root = Path(config.run_dir or f"runs/{name}")
+    root = local_root(config.run_dir or f"runs/{name}")
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)
     code = run_steps(steps(config, root, name), root)

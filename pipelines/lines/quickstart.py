@@ -17,7 +17,7 @@ from pipelines.engines.base import Decoding
 from pipelines.lines import lamp
 from pipelines.lines.config import BASE_LM, LampConfig, Model
 from pipelines.lines.config import QuickstartConfig as Config
-from pipelines.lines.steps import Steps, run_steps
+from pipelines.lines.steps import Steps, local_root, run_steps
 from pplug import tasks
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     sources = [config.source] if isinstance(config.source, str) else list(config.source)
     stem = Path(sources[0].rstrip("/")).name.split(".")[0] or OWN
     name = check_run_id(config.run_id or f"quickstart-{stem}")
-    root = Path(config.run_dir or f"runs/{name}")
+    root = local_root(config.run_dir or f"runs/{name}")
     root.mkdir(parents=True, exist_ok=True)
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)

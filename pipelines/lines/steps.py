@@ -6,10 +6,26 @@ from typing import Any
 
 import yaml
 
+from infra.errors import InputError
+from infra.storage import Storage
 from pipelines.__main__ import main
 
 Steps = Mapping[str, tuple[str, dict[str, Any]]]
 """Job and its config by step, in order."""
+
+
+def local_root(run_dir: str) -> Path:
+    """The run folder of a line, which keeps models and configs of all its jobs on this machine.
+
+    Raises:
+        InputError: it is an address.
+    """
+    if Storage(run_dir).is_s3:
+        raise InputError(
+            f"run_dir={run_dir}: a line of jobs keeps its models and configs in a folder; give one, or run the jobs "
+            "one by one, each of which takes s3://"
+        )
+    return Path(run_dir)
 
 
 def run_steps(planned: Steps, root: Path, done: int = 0) -> int:

@@ -4,12 +4,11 @@ What it does and its keys stand in `config.py`.
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from infra import lease, upkeep
+from infra import artifacts, lease, upkeep
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.table import DataFile
@@ -125,7 +124,11 @@ def _refresh(night: Night) -> None:
     from infra import session
 
     config, buckets = night.config, night.table.buckets
-    session.start(need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker})
+    session.start(
+        need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker},
+        writes={"tables": config.tables},
+        reads={"plug": config.plug, "encoder.model": config.encoder.model},
+    )
     name = tables.embeddings_name(night.encoder_id)
     if config.encoder.own is not None:  # `ingest` has made the table, with its vectors
         embeddings = tables.open_table(config.tables, name)
@@ -182,11 +185,10 @@ def _check_plug(config: Config, encoder: str) -> str | None:
 
     if config.plug is None:
         return None
-    path = os.path.join(config.plug, "config.json")
+    folder = artifacts.fetch(config.plug)
     try:
-        with open(path, encoding="utf-8") as file:
-            made_for = PlugConfig.model_validate_json(file.read())
-        identity = plug_id(config.plug)
+        made_for = PlugConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
+        identity = plug_id(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"plug {config.plug}: not a plug folder, as `train` writes it ({error})") from error
     if made_for.trained_without_history:

@@ -21,6 +21,7 @@ from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.codes import encode
 from pipelines.histories import Histories, list_f32, read_bucket, width_of
+from pipelines.model_folders import fetch_plug
 from pipelines.refresh.increment import Late, Since
 from pipelines.run import CpuShare
 from pipelines.waves import files_table
@@ -65,7 +66,10 @@ class BuildPersonas:
         self.device = device.assigned()
         self.histories, self.embeddings, self.personas = histories, embeddings, personas
         self.before, self.since, self.late = before, since, late or Late()
-        self.plug = PersonaPlug.from_pretrained(plug_folder, queries=False).to(self.device) if plug_folder else None
+        self.plug = None
+        if plug_folder:
+            folder = fetch_plug(plug_folder, identities["plug_id"] or "")
+            self.plug = PersonaPlug.from_pretrained(folder, queries=False).to(self.device)
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

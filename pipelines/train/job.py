@@ -25,6 +25,7 @@ from infra.storage import Storage
 from infra.trainer import run_training
 from pipelines import begun, tables
 from pipelines.histories import width_of
+from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.tracking import refuse_missing, tracker
@@ -36,7 +37,6 @@ from pipelines.waves import each_bucket
 from pplug.encoder import encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, held_out
-from pplug.folder import check_replaceable, whole_folder
 from pplug.history import NO_TIME
 from pplug.identity import model_folder, short_id
 from pplug.items import LabelSet
@@ -72,11 +72,8 @@ def _run(config: Config, run_id: str) -> int:
     blind = config.shape.without_history
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
-    target = _target(config, run_dir)
-    try:
-        check_replaceable(target, PLUG_FILES)
-    except ValueError as error:
-        raise InputError(f"plug: {error}") from error
+    target = config.plug or below(run_dir, "plug")
+    check_output("plug", target, PLUG_FILES)
     settings = decisive(config, identities)
     versions: dict[Any, int] = {**config.as_of_version}
     known = begun.read(run_dir, "train", run_id, settings)
@@ -92,8 +89,11 @@ def _run(config: Config, run_id: str) -> int:
         own = embeddings or tables.snapshot(config.tables, tables.embeddings_name(encoder), {})
         width = width_of(own)
 
-    session.start(need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker})
-    session.check_shared(run_dir, "run_dir")
+    session.start(
+        need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker},
+        writes={"tables": config.tables, "run_dir": run_dir},
+        reads={"encoder.model": config.encoder.model, "llm.model": config.llm.model},
+    )
     samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
         counts, shards = _prepare(config, histories, embeddings, requests, task, samples, labels)
@@ -181,11 +181,6 @@ def _check_times(config: Config, counts: dict[str, int]) -> None:
     )
 
 
-def _target(config: Config, run_dir: str) -> Path:
-    """Folder the plug is written to."""
-    return Path(config.plug or os.path.join(tempfile.mkdtemp() if Storage(run_dir).is_s3 else run_dir, "plug"))
-
-
 def _prepare(
     config: Config,
     histories: Any,
@@ -215,7 +210,7 @@ def _fit(
     run_dir: str,
     samples: "tuple[str, list[Shard]]",
     identities: dict[str, str | None],
-    target: Path,
+    target: str,
     width: int | None,
     labels: LabelSet | None,
 ) -> dict[str, Any]:
@@ -244,15 +239,16 @@ def _fit(
     )
     assert result.checkpoint is not None, "the last step always reports a checkpoint"
     with result.checkpoint.as_directory() as folder:
-        with whole_folder(target, PLUG_FILES) as draft:
+        with whole_output(target, PLUG_FILES) as draft:
             shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
             (draft / SAMPLE_FILE).write_text(llm_sample(config.llm), encoding="utf-8")
+            identity = plug_id(draft)
         history = json.loads((Path(folder) / "history.json").read_text())
         keep_curve(folder, run_dir)
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
-        "plug": str(target),
-        "plug_id": plug_id(target),
+        "plug": target,
+        "plug_id": identity,
         "best_val_loss": best["val_loss"],
         "best_step": best["step"],
         "history": history,

@@ -24,7 +24,7 @@ def run(config: Config) -> int:
     report = begin("compact", config)
     names = tables.chosen(config.tables, config.names)
     report.extra |= {"left": {}, "rows_dropped": {}}
-    session.start()
+    session.start(writes={"tables": config.tables})
     with lease.writing(config.tables, report.run_id):
         for name in names:
             with report.stage(f"compact {name}") as stage:

@@ -135,7 +135,7 @@ class ExportConfig(JobConfig):
     llm: LLMConfig | None = None
     """Model that the adapter of `user_id` was trained on, with its prompt layout."""
     output: str
-    """New folder or s3:// prefix to write to; an adapter needs a folder."""
+    """New folder or s3:// prefix to write to."""
     format: Literal["parquet"] = "parquet"
     """Format of an exported table; an adapter is always safetensors."""
     as_of_version: int | None = Field(None, ge=0)
@@ -148,6 +148,29 @@ class ExportConfig(JobConfig):
         if self.user_id is not None and ("table" in self.model_fields_set or self.as_of_version is not None):
             raise ValueError("with user_id an adapter of the newest version is exported: leave table and version out")
         return self
+
+
+class PublishConfig(Settings):
+    """Job `publish`: a folder with a plug, an LLM or an encoder -> an address that every node can fetch it from.
+
+        publish FOLDER --to s3://BUCKET/PREFIX
+
+    `train`, `adapt` and `base-lm` publish what they make; this is for models that come from elsewhere. The files keep
+    their names, and a manifest that is written last names each with its size and digest: nobody reads half of a model.
+    Give the address as `plug`, `llm.model` or `encoder.model`. Unit of work: a file.
+    """
+
+    positional: ClassVar[str] = "folder"
+    """Name of the key whose value may follow the job directly."""
+
+    folder: str
+    """Folder of this machine to publish."""
+    to: str
+    """Address of its own, such as s3://bucket/models/llm. Files that were published there before are replaced."""
+    run_id: str | None = None
+    """Name of this run; default: a new one."""
+    run_dir: str | None = None
+    """Folder of the run's report; default: runs/<run_id>."""
 
 
 class ImportAdapterConfig(JobConfig):
@@ -166,7 +189,7 @@ class ImportAdapterConfig(JobConfig):
     """Name of the key whose value may follow the job directly."""
 
     folder: str
-    """PEFT folder with adapter_config.json and adapter_model.safetensors."""
+    """PEFT folder, or the address of one, with adapter_config.json and adapter_model.safetensors."""
     user_id: str
     """Id of the user whom the adapter is for."""
     llm: LLMConfig

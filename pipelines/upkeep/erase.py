@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
     report = begin("erase", config, shown=shown)
     folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
-    session.start()
+    session.start(writes={"tables": config.tables})
     with lease.alone(config.tables, report.run_id):
         absent = _erase(config, report, frozenset(places), folders)
     if absent and not config.confirm_absent:

@@ -5,7 +5,6 @@
 
 import json
 import re
-from pathlib import Path
 
 from infra import lease, session
 from infra.errors import InputError
@@ -49,7 +48,7 @@ def _adapter(config: Config, user_id: str, llm: LLMConfig, report: RunReport) ->
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: the adapters there are made for base {base}: {error}") from error
     report.planned = report.written = 1
-    report.extra["adapter_id"] = export_adapter(adapters, user_id, Path(config.output), folder.resolve(), base or "")
+    report.extra["adapter_id"] = export_adapter(adapters, user_id, config.output, folder.resolve(), base or "")
     code = report.finish()
     print(f"adapter {report.extra['adapter_id']}: {config.output}", flush=True)
     return code
@@ -68,7 +67,7 @@ def _table(config: Config, report: RunReport) -> int:
             f"{config.output} holds {others[0]} and {len(others) - 1} more files that no export has written; an export "
             "replaces all files in its folder: give it a folder of its own"
         )
-    session.start()
+    session.start(writes={"tables": config.tables, "output": config.output})
     report.table_read(name, snapshot.version)
     report.planned = snapshot.rows
     with report.stage("export") as stage:

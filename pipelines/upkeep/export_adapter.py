@@ -7,11 +7,11 @@ import pyarrow.compute as pc
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from infra.table import Table
+from pipelines.model_folders import check_output, whole_output
 from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterShape, base_shapes, from_bytes, write_folder
-from pplug.folder import whole_folder
 
 
-def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_id: str) -> str:
+def export_adapter(adapters: Table, user_id: str, output: str, base: Path, llm_id: str) -> str:
     """Writes adapter_model.safetensors and adapter_config.json; returns the adapter's id.
 
     The folder takes the place of a former adapter as a whole.
@@ -24,6 +24,7 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
     Raises:
         InputError: the user has no adapter, it belongs to another base, or the folder holds other files.
     """
+    check_output("output", output, (CONFIG_FILE, WEIGHTS_FILE))
     mine = pc.field("user_key") == user_key(user_id)
     columns = ["adapter_id", "rank", "alpha", "targets", "weights"]
     snapshot = adapters.snapshot(complete=True)
@@ -37,7 +38,7 @@ def export_adapter(adapters: Table, user_id: str, output: Path, base: Path, llm_
     except ValueError as error:
         raise InputError(f"{adapters.uri}: {error}") from error
     try:
-        with whole_folder(output, (CONFIG_FILE, WEIGHTS_FILE)) as draft:
+        with whole_output(output, (CONFIG_FILE, WEIGHTS_FILE)) as draft:
             write_folder(draft, row["weights"], shape, str(base))
     except ValueError as error:
         raise InputError(f"output: {error}") from error

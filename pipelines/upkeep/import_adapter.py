@@ -3,13 +3,12 @@
 `config.py` describes the job and its keys.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import lease
+from infra import artifacts, lease
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import bucket_of, user_key
@@ -42,7 +41,7 @@ def _run(config: Config, report: RunReport) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     try:
-        shape, weights = read_lora(Path(config.folder), base)
+        shape, weights = read_lora(artifacts.fetch(config.folder), base)
     except ValueError as error:
         raise InputError(f"folder: {error}") from error
     data = to_bytes(weights, made_for)

@@ -33,7 +33,7 @@ def run(config: Config) -> int:
         waiting = _pending(config, names)
         report.planned, report.already_there = len(names), len(names) - len(waiting)
         if waiting:
-            session.start()
+            session.start(writes={"tables": config.tables})
         for one in waiting:
             with report.stage(f"migrate {one.table.spec.name}") as stage:
                 stage.rows = one.before.rows

@@ -80,6 +80,11 @@ class Job:
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """SIGTERM of the driver alone, as an operator or Kubernetes sends it."""
+        self.below()
+        self._process.terminate()
+
     def kill_driver(self) -> None:
         """SIGKILL of the driver alone; what it had started has to end by itself."""
         self.below()

@@ -10,6 +10,8 @@ import pytest
 from infra import session
 from infra.errors import InputError
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_local_session_has_more_cpus_than_its_train_workers():
     assert session.local_cpus(None, {}) >= 4
@@ -76,3 +78,45 @@ def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, 
         session.stop()
         session.stop()
     assert not ray.is_initialized()
+
+
+def without_ray():
+    """This process's environment, without what tells Ray of a cluster or of uv."""
+    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")}
+
+
+def driver(code, env, cwd):
+    """A process of its own with a Ray session: its exit code and its output."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env=without_ray() | env, cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_the_address_of_a_job_server_is_answered_with_the_right_command():
+    done = driver("from infra import session; session.start()", {"RAY_ADDRESS": "http://127.0.0.1:8265"}, ROOT)
+    assert "InputError: RAY_ADDRESS=http://127.0.0.1:8265: that is the address of a cluster's job server" in done.stderr
+    assert "`ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m pipelines ...`" in done.stderr
+
+
+UNDER_UV = """
+import subprocess, sys
+code = '''
+from infra import session
+import ray
+session.start(object_store_bytes=100 * 2**20)
+print("workers of", ray.get(ray.remote(lambda: __import__("sys").executable).remote()))
+session.stop()
+'''
+sys.exit(subprocess.run([PYTHON, "-c", code], timeout=200).returncode)
+"""
+
+
+def test_under_uv_run_workers_are_those_of_this_environment(tmp_path):
+    """Ray looks for an ancestor called `uv run`; this one only has the name, and a worker started through it fails."""
+    (tmp_path / "run").write_text(UNDER_UV.replace("PYTHON", repr(sys.executable)))
+    done = subprocess.run(
+        ["uv", "run", "python"], executable=sys.executable, cwd=tmp_path, env=without_ray() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"workers of {sys.executable}" in done.stdout

@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import InputError
+from infra.storage import Storage
 from pipelines.lines import base_lm
+from pplug.identity import model_folder
 from pplug.tiny_lm import TinyLMConfig
 from tests.pipelines.population import NOTES
 
@@ -65,6 +67,22 @@ def test_a_rerun_leaves_the_model_unless_texts_or_settings_are_others(filled, tm
         code, found, size = again(**other)
         assert (code, found) == (0, 0) and size > 0
         assert again(**other) == (0, 60 - ("max_items" in other), 0)
+
+
+def test_a_model_at_an_address_is_the_one_of_a_folder_and_is_found_by_a_rerun(filled, tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("PPLUG_CACHE", str(tmp_path / "cache"))
+    tables, there = filled(notes(60)), f"{s3}/lm"
+    assert job(tables, tmp_path)[0] == 0
+    code, report = job(tables, tmp_path, output=there)
+    assert (code, report["written"]) == (0, 60)
+    code, report = job(tables, tmp_path, output=there)
+    assert (code, report["already_there"]) == (0, 60)
+    fetched = model_folder(there)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (fetched / name).read_bytes() == (tmp_path / "lm" / name).read_bytes(), name
+    Storage(there).write_bytes("notes.txt", b"mine")
+    with pytest.raises(InputError, match="output: .*holds notes.txt"):
+        job(tables, tmp_path, output=there)
 
 
 def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from infra import session
+from infra import nodes
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines import begun, tables
@@ -189,13 +189,13 @@ def test_examples_are_read_by_their_names_and_counts(tmp_path):
 
 def test_a_folder_that_a_node_does_not_see_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "seen").write_text("token")
-    assert session.sees(str(tmp_path), "seen", "token", 0)
-    assert not session.sees(str(tmp_path), "seen", "another", 0) and not session.sees(str(tmp_path), "no", "token", 0)
-    session.refuse_unshared(str(tmp_path), "run_dir", [], 2)
+    assert nodes.sees(str(tmp_path), "seen", "token", 0)
+    assert not nodes.sees(str(tmp_path), "seen", "another", 0) and not nodes.sees(str(tmp_path), "no", "token", 0)
+    nodes.refuse_unshared(str(tmp_path), "run_dir", [], 2)
     with pytest.raises(
         InputError, match="run_dir=.*: 1 of the cluster's 3 nodes do not see .* b.*folder that all nodes"
     ):
-        session.refuse_unshared(str(tmp_path), "run_dir", ["b"], 3)
+        nodes.refuse_unshared(str(tmp_path), "run_dir", ["b"], 3)
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_on_two_nodes_a_run_dir_of_one_of_them_is_refused_before_anything_is_pre
 
 
 def test_on_one_node_any_folder_does(made, tmp_path):
-    session.check_shared(str(tmp_path), "run_dir")
+    nodes.check_written(str(tmp_path), "run_dir")
     assert not list(tmp_path.iterdir()) and Storage(str(tmp_path)).list() == []
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow.compute as pc
 
+from infra import artifacts
 from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.table import Table
@@ -18,6 +19,7 @@ from pipelines.generate.personas import PersonaMaker
 from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
 from pipelines.methods import PartInfo
+from pipelines.model_folders import fetch_plug
 from pplug import history
 from pplug.items import UserItems
 from pplug.plug import PersonaPlug, PlugConfig, plug_id
@@ -46,13 +48,14 @@ class Plug(Part):
         if config.plug is None:
             raise InputError(f"methods {methods} need a plug; give its folder with --plug (`train` writes one)")
         try:
-            made_for = PersonaPlug.from_pretrained(config.plug).config
+            folder = artifacts.fetch(config.plug)
+            made_for = PersonaPlug.from_pretrained(folder).config
         except (OSError, ValueError) as error:
             raise InputError(f"plug: {error}") from error
         remedy = "give the LLM and llm.layout it was trained with, or train a new plug"
-        run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(config.plug), remedy)
+        run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(folder), remedy)
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
-        identity, personas = plug_id(config.plug), None
+        identity, personas = plug_id(folder), None
         if made_for.trained_without_history:
             return cls(config.plug, identity, kinds, None)._of(made_for)
         name = tables.embeddings_name(made_for.encoder_id or "")
@@ -78,7 +81,7 @@ class Plug(Part):
 
     def load(self, worker: Worker) -> None:
         queries = not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
-        self.maker = PersonaMaker(self.folder, worker.cpu.torch_threads(), queries)
+        self.maker = PersonaMaker(fetch_plug(self.folder, self.plug_id), worker.cpu.torch_threads(), queries)
         self.task = worker.task
 
     def look_ahead(self, requests: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,85 @@
+"""A job that `ray job submit` has started: its id, the folder that its files were copied to, and what stayed behind.
+
+Ray copies the submitted folder to a place of its own on the cluster and deletes the copy when the job's files are no
+longer needed: what a job writes there is lost. Files that .gitignore or .rayignore names are not copied.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from infra.errors import InputError
+
+COPY = "working_dir_files"
+"""Name of Ray's folder for copies of submitted folders."""
+_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_IGNORE_FILES = (".gitignore", ".rayignore")
+
+
+def submission_id() -> str | None:
+    """Returns the id of the submission that this process belongs to; None outside of one."""
+    try:
+        found = json.loads(os.environ.get(_CONFIG, "{}"))["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found)
+
+
+def is_copy() -> bool:
+    """Says whether the current folder is Ray's copy of a submitted one."""
+    return COPY in Path.cwd().parts
+
+
+def refuse_lost(places: Mapping[str, str | None]) -> None:
+    """Refuses places below the copy, where a job's results would vanish with it.
+
+    Args:
+        places: by key, where a job writes; None where nothing was given and the job would choose a relative folder.
+
+    Raises:
+        InputError: names the key, and what to give.
+    """
+    for key, place in places.items() if is_copy() else ():
+        flag = "--" + key.replace("_", "-")
+        advice = f"give {flag} a folder that outlives the job on all nodes, or s3://bucket/prefix"
+        if place is None:
+            raise InputError(
+                f"{key} is not given, and a submitted job's own folder is a copy that Ray deletes: its report would be "
+                f"lost; {advice}"
+            )
+        if "://" not in place and Path(place).expanduser().absolute().is_relative_to(Path.cwd()):
+            raise InputError(
+                f"{key}={place}: counts from the current folder, and that of a submitted job is a copy that Ray "
+                f"deletes; {advice}"
+            )
+
+
+def left_behind(words: Iterable[str]) -> str:
+    """Says which of these words name a path that was not submitted, because a file of patterns excludes it."""
+    if not is_copy():
+        return ""
+    for name in _IGNORE_FILES:
+        patterns = {line.strip().strip("/") for line in _lines(Path(name))}
+        for word in words:
+            path = Path(word)
+            if "://" in word or path.is_absolute() or not path.parts or path.exists():
+                continue
+            if found := patterns & {path.parts[0], path.name, str(path)}:
+                return (
+                    f"{word} is not among the submitted files, because {name} names {min(found)}: `ray job submit` "
+                    "leaves out what .gitignore and .rayignore name. Put the data where all nodes read it, such as "
+                    "s3://bucket/prefix, or submit it from a folder that is not ignored"
+                )
+    return ""
+
+
+def _is_address(place: str) -> bool:
+    return "://" in place and not place.startswith("file://")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] not in "#!"]
+    except OSError:
+        return []

@@ -1,0 +1,64 @@
+"""Folders of plugs and models that a job reads or writes, on this machine or at an address such as s3://bucket/plug."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from infra import artifacts
+from infra.errors import InputError
+from infra.storage import Storage
+from pplug.folder import RUN_FILES, check_replaceable, whole_folder
+from pplug.plug import plug_id
+
+
+def below(run_dir: str, name: str) -> str:
+    """Folder or address of this name in a run's folder."""
+    return f"{run_dir.rstrip('/')}/{name}" if artifacts.is_address(run_dir) else os.path.join(run_dir, name)
+
+
+def check_output(key: str, where: str, known: Sequence[str]) -> None:
+    """Refuses a place that `whole_output` could not write to; a job asks before it trains.
+
+    Args:
+        key: the config's name for the place.
+        known: patterns of the names that such a folder may hold.
+
+    Raises:
+        InputError: something else lies there, or the address is one that is only read.
+    """
+    try:
+        if where.startswith("file://"):
+            raise InputError(f"{where}: give the path alone")
+        if Storage(where).is_s3:
+            artifacts.check_publishable(where, (*known, *RUN_FILES))
+        else:
+            check_replaceable(where, known)
+    except (ValueError, InputError) as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+@contextmanager
+def whole_output(where: str, known: Sequence[str]) -> Iterator[Path]:
+    """Yields an empty folder of this machine, whose files take the place of those at `where` when the block ends.
+
+    Raises:
+        ValueError: `pplug.folder.whole_folder`.
+    """
+    with artifacts.published(where) if artifacts.is_address(where) else whole_folder(where, known) as draft:
+        yield draft
+
+
+def fetch_plug(where: str, expected: str) -> Path:
+    """Returns the plug's folder on this machine, if it is the plug that the job was started with.
+
+    Raises:
+        InputError: it is another one.
+    """
+    folder = artifacts.fetch(where)
+    if (found := plug_id(folder)) != expected:
+        raise InputError(
+            f"plug {where}: {found} on this machine, and {expected} where the job was started: it was replaced "
+            "meanwhile, or another one lies there; run the job again"
+        )
+    return folder

@@ -1,0 +1,79 @@
+"""The guard of every actor of a stage: a refusal is told at once, and deaths that are its own fault are limited.
+
+Ray Data starts an actor again as often as it dies, and replaces one whose constructor fails a few times
+(`infra.session.INIT_DEATHS`): that is right for a node that went away or memory that is not free yet, and wrong for a
+row that kills the engine, or a config that the constructor refuses. Both are told here, since `map_batches` takes no
+number of restarts any more (Ray 2.64 drops it).
+"""
+
+import uuid
+from typing import Any
+
+import ray
+
+from infra.errors import InputError
+
+_ASK_TIMEOUT_S = 60.0
+
+
+class Deaths:
+    """Actor of the driver: counts for each actor of a pool how often it has died on a node that lives on."""
+
+    def __init__(self) -> None:
+        self._starts: dict[str, list[str]] = {}
+
+    def started(self, actor: str, node: str) -> int:
+        """Notes a start of an actor on a node; returns how often it has died before, lost nodes not counted."""
+        before = self._starts.setdefault(actor, [])
+        alive = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+        died = sum(one in alive for one in before)
+        before.append(node)
+        return died
+
+
+def counter() -> tuple[str, Any]:
+    """Name and handle of a new counter; it lives as long as the handle."""
+    name = f"deaths-{uuid.uuid4().hex}"
+    return name, ray.remote(num_cpus=0)(Deaths).options(name=name).remote()
+
+
+def guarded(stage: type, restarts: int | None, deaths: str | None) -> type:
+    """Returns the stage with a constructor that may refuse and that counts its starts.
+
+    Args:
+        restarts: number of deaths after which an actor's next start fails, which ends the job; None: no limit.
+        deaths: name of the counter.
+    """
+
+    class Guarded(stage):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any) -> None:
+            self.refusal: InputError | None = None
+            if restarts is not None:
+                died = deaths_so_far(deaths)
+                if died > restarts:
+                    raise RuntimeError(
+                        f"{stage.__name__} died {died} times on nodes that are alive, and may start again {restarts} "
+                        "times (max_engine_restarts): a row kills it, or memory runs out; see the worker's log"
+                    )
+            try:
+                super().__init__(*args)
+            except InputError as error:  # Ray would start another actor, which would refuse just the same
+                self.refusal = error
+
+        def __call__(self, batch: Any) -> Any:
+            if self.refusal is not None:
+                raise self.refusal
+            return super().__call__(batch)
+
+    Guarded.__name__ = Guarded.__qualname__ = stage.__name__
+    return Guarded
+
+
+def deaths_so_far(deaths: str | None) -> int:
+    """Returns how often this actor has died before, lost nodes not counted."""
+    context = ray.get_runtime_context()
+    actor, node = context.get_actor_id(), context.get_node_id()
+    if deaths is None or actor is None:
+        return 0
+    died: int = ray.get(ray.get_actor(deaths).started.remote(actor, node), timeout=_ASK_TIMEOUT_S)
+    return died

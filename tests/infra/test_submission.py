@@ -1,0 +1,65 @@
+"""Inside a submitted job: its id, results that would vanish with Ray's copy of the folder, and files left behind."""
+
+import json
+
+import pytest
+
+from infra import submission
+from infra.errors import InputError
+from infra.report import new_run_id
+from pipelines.__main__ import main
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A folder as Ray copies one to a node."""
+    folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0a1b"
+    folder.mkdir(parents=True)
+    (folder / ".gitignore").write_text("# results\n/runs/\ndata/\n*.log\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_id_of_the_submission_is_the_run_id(monkeypatch):
+    assert submission.submission_id() is None and new_run_id("refresh").startswith("refresh-2")
+    given = {"metadata": {"job_submission_id": "night-2026-11-01"}, "runtime_env": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
+    assert submission.submission_id() == new_run_id("refresh") == "night-2026-11-01"
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"tables": "tables"}, "tables=tables: counts from the current folder.* give --tables a folder"),
+        ({"run_dir": None}, "run_dir is not given, .*its report would be lost; give --run-dir a folder"),
+        ({"output": "./lm"}, "output=./lm: counts from"),
+        ({"tables": "s3://b/t", "run_dir": "/shared/runs", "plug": "file:///shared/plug"}, None),
+        ({"plug": "../../plug"}, "plug=../../plug: counts from the current folder"),
+    ],
+)
+def test_results_that_would_vanish_are_refused(places, message, copied):
+    if message is None:
+        return submission.refuse_lost(places)
+    with pytest.raises(InputError, match=message):
+        submission.refuse_lost(places)
+
+
+def test_nothing_is_refused_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    submission.refuse_lost({"tables": "tables", "run_dir": None})
+    assert submission.left_behind(["data/items.jsonl"]) == ""
+
+
+def test_a_source_that_git_ignores_is_named_beside_the_error(copied, capsys):
+    words = ["ingest", "--source", "data/items.jsonl", "--tables", "/nowhere/t", "--run-dir", "/nowhere/r"]
+    assert main([*words, "--task", "LaMP_2"]) == 2
+    said = capsys.readouterr().err
+    assert "data/items.jsonl is not among the submitted files, because .gitignore names data" in said
+    assert "s3://bucket/prefix" in said
+    assert submission.left_behind(["s3://data/x", "org/model", "/data/x", "pipelines"]) == ""
+
+
+def test_a_command_whose_results_would_vanish_ends_before_it_starts(copied, capsys):
+    assert main(["refresh", "--tables", "tables"]) == 2
+    assert "refresh: tables=tables: counts from the current folder" in capsys.readouterr().err
+    assert sorted(path.name for path in copied.iterdir()) == [".gitignore"]

@@ -1,0 +1,87 @@
+"""Actors that die, refuse or fail at their start: the job ends with the cause, or goes on, as each deserves."""
+
+import os
+import warnings
+
+import pyarrow as pa
+import pytest
+from ray.data import DataContext
+
+from infra import session
+from infra.errors import InputError
+from pipelines import failures, waves
+
+
+class Noted:
+    """Stage: passes its batches on; each start is a line in a file."""
+
+    def __init__(self, path, at_start="", at_batch=""):
+        self.path, self.at_batch = path, at_batch
+        with open(path, "a") as file:
+            file.write("start\n")
+        self.starts = len(open(path).readlines())
+        if at_start == "refuse":
+            raise InputError("the config wants what this engine does not have")
+        if at_start == "fail once" and self.starts == 1:
+            raise RuntimeError("the memory is not free yet")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.at_batch == "die" or (self.at_batch == "die once" and self.starts == 1):
+            os._exit(1)
+        return batch
+
+
+def through(tmp_path, **how):
+    """Buckets that came out of one actor, the number of its starts, and the error that ended the job."""
+    path, options = tmp_path / "starts", {name: how.pop(name) for name in ("restarts",) if name in how}
+    step = waves.actors(Noted, str(path), how.get("at_start", ""), how.get("at_batch", ""), size=1, **options)
+    rows, error = [], None
+    try:
+        rows = [row["bucket"] for row in waves.stream([1, 2], [step]).iter_rows()]
+    except Exception as ended:
+        error = ended
+    return sorted(rows), len(path.read_text().split()), error
+
+
+@pytest.fixture(autouse=True)
+def data_context(ray_session):
+    assert DataContext.get_current().max_consecutive_actor_init_deaths == session.INIT_DEATHS > 0
+
+
+def test_an_actor_that_dies_again_and_again_ends_the_job_with_the_number(tmp_path):
+    rows, starts, error = through(tmp_path, at_batch="die", restarts=1)
+    assert (rows, starts) == ([], 2)
+    said = failures.own_words(error)
+    assert "Noted died 2 times on nodes that are alive, and may start again 1 times (max_engine_restarts)" in said
+
+
+def test_an_actor_that_dies_once_goes_on(tmp_path):
+    assert through(tmp_path, at_batch="die once", restarts=1) == ([1, 2], 2, None)
+
+
+def test_a_constructor_that_refuses_is_asked_once_and_its_words_are_the_jobs(tmp_path):
+    rows, starts, error = through(tmp_path, at_start="refuse")
+    assert (rows, starts) == ([], 1)
+    assert str(failures.input_error(error)) == "the config wants what this engine does not have"
+
+
+def test_a_constructor_that_fails_for_a_moment_is_tried_in_another_process(tmp_path):
+    assert through(tmp_path, at_start="fail once") == ([1, 2], 2, None)
+
+
+def test_ray_warns_of_nothing_that_it_will_drop(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*deprecated.*", module="ray.*|pipelines.*")
+        step = waves.actors(
+            Noted, str(tmp_path / "starts"), size=1, restarts=3, pool={"max_concurrent_calls_per_actor": 2}
+        )
+        waves.stream([1], [step])
+
+
+def test_deaths_with_a_lost_node_do_not_count(ray_session, monkeypatch):
+    from pipelines import stages
+
+    monkeypatch.setattr(stages.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}])
+    deaths = stages.Deaths()
+    assert [deaths.started("actor", node) for node in ("b", "a", "a")] == [0, 0, 1]
+    assert deaths.started("another", "a") == 0
