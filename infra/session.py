@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 
+from infra import metrics
 from infra.errors import InputError
 from infra.storage import Storage
 
@@ -56,6 +57,7 @@ def start(
             "runtime_env": {"worker_process_setup_hook": "infra.session.quiet_worker"},
         }
         address = os.environ.get("RAY_ADDRESS", "local")
+        metrics.collect(address != "local")
         if address != "local":
             _answers(address)
             try:
@@ -63,6 +65,7 @@ def start(
             except ConnectionError as error:
                 raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
         else:
+            quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_local_worker"}
             ray.init(
                 address="local",  # left out, Ray would join any head that `ray start` has left on this machine
                 num_cpus=local_cpus(cpus, need),
@@ -82,6 +85,12 @@ def quiet_worker() -> None:
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each line of a train worker comes twice
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quiet_local_worker() -> None:
+    """Runs at the start of a worker of a local session, which exports no metrics."""
+    metrics.collect(False)
+    quiet_worker()
 
 
 def go_back_to(folder: str) -> None:

@@ -116,6 +116,11 @@ JOBS = {
         "pipelines.upkeep.config:EraseConfig",
         "users gone from every table, version, run and export, proved by opening all files",
     ),
+    "plan": Job(
+        "pipelines.plan.job",
+        "pipelines.plan.config:PlanConfig",
+        "numbers of users, items, requests -> hours, GPUs, bytes and money of each job",
+    ),
     "lamp": Job(
         "pipelines.lines.lamp",
         "pipelines.lines.config:LampConfig",

@@ -184,7 +184,7 @@ def test_every_key_of_every_job_says_what_it_is_for_and_hides_no_option(name):
 
     config = JOBS[name].config
     assert config.model_config.get("frozen") and config.model_config.get("extra") == "forbid"
-    assert {"run_id", "run_dir"} <= set(config.model_fields) or name == "show"  # it leaves nothing, so it is no run
+    assert {"run_id", "run_dir"} <= set(config.model_fields) or name in ("show", "plan")  # they leave nothing: no run
     keys = list(options.fields_of(config))
     reserved = {key[0] for key, *_ in keys} & {"config", "set", "help", "debug"}
     assert not reserved, f"{reserved} are options of the command line itself"

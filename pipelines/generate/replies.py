@@ -17,6 +17,7 @@ from typing import Any, assert_never
 import numpy as np
 import pyarrow as pa
 
+from infra import metrics
 from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import (
     Decoding,
@@ -69,6 +70,7 @@ class Reply:
                 self.engine = TransformersEngine(llm, engine, decoding, threads)
             case other:
                 assert_never(other)
+        metrics.note_restart(engine.kind)
         self.read_labels()
 
     def read_labels(self) -> None:
