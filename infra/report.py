@@ -90,6 +90,7 @@ class RunReport:
         check_run_id(self.run_id)
         RunReport.unfinished = self
         if JobLog.current is not None:
+            JobLog.current.run_id = self.run_id
             JobLog.current.move_to(self.run_dir)
             print(f"{self.job}: run {self.run_id}, log: {JobLog.current.place}", file=sys.stderr, flush=True)
         self._ended_by: tuple[str, int] | None = None
@@ -137,7 +138,6 @@ class RunReport:
             if isinstance(value, float):
                 metrics.DRIFT.record(value, figure=figure)
         metrics.JOB_END.record(time.time(), job=self.job, exit_code=str(self.exit_code))
-        metrics.let_go()
 
     def table_read(self, name: str, version: int) -> None:
         """Notes the version of a table that was read."""
