@@ -165,7 +165,8 @@ class _Reader:
         else:
             assert name in _OVER_TIME, f"{self.expression}: the function {name} is not known here"
             found = self.range(None)
-            value = {key: _OVER_TIME[name](samples) for key, samples in found.items()}
+            least = 2 if name in ("rate", "increase") else 1
+            value = {key: _OVER_TIME[name](samples) for key, samples in found.items() if len(samples) >= least}
         self.next(")")
         return value
 
