@@ -91,7 +91,9 @@ TOKEN_KINDS = ("prompt_tokens", "output_tokens")
 TOKENS = Metric("Counter", "tokens", "Tokens of prompts and replies, by kind.", "job", "kind")
 REJECTS = Metric("Counter", "rejects", "Rows that workers have set aside, by reason.", "job", "reason")
 TABLE_BYTES = Metric("Gauge", "table_bytes", "Bytes of a table's files: live, and dead ones.", "table", "kind")
-ENGINE_RESTARTS = Metric("Counter", "engine_restarts", "Engines that were started again after their actor died.", "kind")
+ENGINE_RESTARTS = Metric(
+    "Counter", "engine_restarts", "Engines that were started again after their actor died.", "kind"
+)
 DRIFT = Metric("Gauge", "persona_drift", "Movement of personas between two versions, by figure.", "figure")
 
 

@@ -1,8 +1,8 @@
 """As much of PromQL as the alerts and the dashboard use, over scrapes that a test holds; a Prometheus is not at hand.
 
-Route: scrapes (time, text) -> `Series`; an expression -> tokens -> values at a time. A vector is a mapping from labels to
-values; a comparison keeps the entries for which it holds, as in PromQL. Lookback is five minutes. `rate` and `increase` take
-the first and the last sample of the range, without Prometheus' extrapolation to its ends.
+Route: scrapes (time, text) -> `Series`; an expression -> tokens -> values at a time. A vector is a mapping from labels
+to values; a comparison keeps the entries for which it holds, as in PromQL. Lookback is five minutes. `rate` and
+`increase` take the samples of the range, without Prometheus' extrapolation to its ends.
 Whatever it does not know is refused, so that no expression passes unread; tests/infra/test_observability.py also has
 promtool read them, where that is installed.
 """
@@ -90,7 +90,7 @@ class _Reader:
         place = 0
         while place < len(expression.rstrip()):
             found = _TOKEN.match(expression, place)
-            assert found, f"{expression}: not read from {expression[place:place + 20]!r} on"
+            assert found, f"{expression}: not read from {expression[place : place + 20]!r} on"
             assert found.lastgroup is not None
             self.tokens.append((found.lastgroup, found[found.lastgroup]))
             place = found.end()

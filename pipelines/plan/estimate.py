@@ -73,8 +73,8 @@ def lines_of(config: PlanConfig, measured: Mapping[str, Measured]) -> list[Line]
         Line("refresh, a night", texts * config.changed, "texts", texts * config.changed * per_text, 0, encode, ""),
         Line(
             "train", config.train_samples * config.epochs, "samples", config.train_samples * config.epochs * per_sample,
-            0, f"T 6 N / ({gpu.tflops:g} TFLOP/s {SHARES['train']:g}), T={sample}, N={config.llm}: forward, recomputed, "
-            "backward", "", for_llm,
+            0, f"T 6 N / ({gpu.tflops:g} TFLOP/s {SHARES['train']:g}), T={sample}, N={config.llm}: forward, "
+            "recomputed, backward", "", for_llm,
         ),
         Line(
             "adapt", config.users * config.adapters, "users", config.users * config.adapters * per_user, 0,
@@ -104,8 +104,8 @@ def _reply_formula(config: PlanConfig) -> str:
     gpu = GPUS[config.gpu]
     return (
         f"{config.prompt_tokens} 2 N / ({gpu.tflops:g} TFLOP/s {SHARES['prefill']:g}) + {config.output_tokens} "
-        f"max(2 N / that, 2 N bytes / ({gpu.bandwidth_gbs:g} GB/s {SHARES['decode']:g}) / {DECODE_BATCH} replies at once), "
-        f"N={config.llm}"
+        f"max(2 N / that, 2 N bytes / ({gpu.bandwidth_gbs:g} GB/s {SHARES['decode']:g}) / {DECODE_BATCH} replies at "
+        f"once), N={config.llm}"
     )
 
 

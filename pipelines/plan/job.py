@@ -33,8 +33,8 @@ def _head(config: Config) -> list[str]:
         else f"${gpu.price:.2f} an hour (AWS {gpu.instance}, us-east-1, on demand, list price of 2025: set gpu_price)"
     )
     return [
-        f"{config.users:,} users with {config.items:g} items of {config.item_tokens} tokens, {config.changed:.2%} of them "
-        f"new in a night; an LLM of {config.llm} needs {least_gpus(config)} {config.gpu}",
+        f"{config.users:,} users with {config.items:g} items of {config.item_tokens} tokens, {config.changed:.2%} of "
+        f"them new in a night; an LLM of {config.llm} needs {least_gpus(config)} {config.gpu}",
         f"one {config.gpu}: {price}; each job within {config.hours:g} hours",
         "",
     ]
@@ -77,5 +77,8 @@ def _short(size: float) -> str:
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows]  # fmt: skip
+    said = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        said.append("  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in cells).rstrip())
+    return said

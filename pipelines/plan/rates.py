@@ -105,7 +105,9 @@ def read(paths: Iterable[str]) -> dict[str, Measured]:
         elif {"job", "seconds", "written", "stages"} <= content.keys():
             reports.setdefault(content["job"], []).append((path, content))
         else:
-            raise InputError(f"rates={path}: neither a run's report.json nor a result of `make bench`; name one of them")
+            raise InputError(
+                f"rates={path}: neither a run's report.json nor a result of `make bench`; name one of them"
+            )
     return found | {job: _of_reports(job, some) for job, some in reports.items()}
 
 

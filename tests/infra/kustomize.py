@@ -1,8 +1,8 @@
 """What `kubectl kustomize FOLDER` prints, for the parts of kustomize that the manifests use.
 
 kustomize itself is a program that a machine may lack; test_kubernetes.py compares this with it where it is there.
-A patch is a JSON patch (a list) or is merged (a mapping): lists are replaced, as kustomize does for kinds that it does not
-know, which RayJobs are.
+A patch is a JSON patch (a list) or is merged (a mapping): lists are replaced, as kustomize does for kinds that it does
+not know, which RayJobs are.
 """
 
 import json
@@ -15,7 +15,16 @@ import yaml
 def build(folder: Path) -> list[dict[str, Any]]:
     """The manifests of a kustomization, patched."""
     plan = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    known = {"apiVersion", "kind", "resources", "configMapGenerator", "generatorOptions", "patches", "images", "namespace"}
+    known = {
+        "apiVersion",
+        "kind",
+        "resources",
+        "configMapGenerator",
+        "generatorOptions",
+        "patches",
+        "images",
+        "namespace",
+    }
     assert plan.keys() <= known, f"{folder}: build these too: {plan.keys() - known}"
     found: list[dict[str, Any]] = []
     for name in plan["resources"]:
@@ -26,9 +35,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
         if made.get("behavior") == "merge":
             one(found, "ConfigMap", made["name"])["data"] |= data
         else:
-            found.append(
-                {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": made["name"]}, "data": data}
-            )
+            found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": made["name"]}, "data": data})
     for patch in plan.get("patches", []):
         change = yaml.safe_load((folder / patch["path"]).read_text() if "path" in patch else patch["patch"])
         target = patch["target"]
@@ -88,4 +95,6 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             _merge(below[key], value)
         else:
-            below[key] = json.loads(json.dumps(value))  # no two documents share a list, as YAML's anchors would have them
+            below[key] = json.loads(
+                json.dumps(value)
+            )  # no two documents share a list, as YAML's anchors would have them

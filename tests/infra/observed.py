@@ -1,6 +1,6 @@
 """The driver that test_observability.py submits: what a cluster goes through in bad nights, on tiny tables.
 
-    python -m tests.infra.observed FOLDER
+python -m tests.infra.observed FOLDER
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The manifests hold together: KubeRay takes them, the jobs take their configs, a night starts once and ends as it did."""
+"""The manifests hold together: KubeRay takes them, jobs take their configs, a night starts once and ends as it did."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_every_rayjob_is_one_that_kuberay_takes(manifests):
         jsonschema.validate(job["spec"], SCHEMA)
         assert job["apiVersion"] == "ray.io/v1" and len(job["metadata"]["name"]) + 6 <= 47  # KubeRay's own limit
         spec = job["spec"]
-        # a suspended job must be one that is shut down, and nothing is repeated by KubeRay, which cannot tell why it failed
+        # a suspended job must be one that is shut down; KubeRay repeats nothing, since it cannot tell why a job failed
         assert (spec["suspend"], spec["shutdownAfterJobFinishes"], spec["backoffLimit"]) == (True, True, 0)
         assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"] <= 24 * 3600
         cluster = spec["rayClusterSpec"]
@@ -174,7 +174,11 @@ class Api(BaseHTTPRequestHandler):
         assert self.headers["Authorization"] == "Bearer the-token"
         name = self.path.rpartition("/")[2]
         if name in self.plan:
-            spec = {"entrypoint": f"python -m pipelines {name.removeprefix('pplug-')}", "suspend": True, "backoffLimit": 0}
+            spec = {
+                "entrypoint": f"python -m pipelines {name.removeprefix('pplug-')}",
+                "suspend": True,
+                "backoffLimit": 0,
+            }
             return self.answer(200, {"apiVersion": "ray.io/v1", "metadata": {"name": name}, "spec": spec})
         template = name.rpartition("-")[0]
         self.answer(200, {"metadata": {"name": name}, "status": self.plan[template]})
@@ -214,7 +218,9 @@ def start(tmp_path):
     def run(plan: dict[str, dict[str, Any]], *templates: str) -> subprocess.Popen[str]:
         Api.plan = plan
         command = [sys.executable, str(PLACE / "base" / "start_rayjob.py"), *templates]
-        return subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     yield run
     server.shutdown()

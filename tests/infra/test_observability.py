@@ -1,4 +1,4 @@
-"""Metrics, alerts and the dashboard: what the code exports is what they read, and each alert fires where its cause is there.
+"""Metrics, alerts and the dashboard: they read what the code exports, and each alert fires where its cause is there.
 
 The live part runs a cluster through bad nights (observed.py), scrapes it as Prometheus would, and evaluates every
 expression on these scrapes (tests/promql.py).
@@ -103,9 +103,9 @@ def test_the_evaluator_computes_what_prometheus_would(expression, at, value):
     for time_s, text in SCRAPES:
         series.add(time_s, text)
     found = series.query(expression, at)
-    assert {"".join(sorted(v for k, v in labels if k == "a" or len(labels) == 1)): n for labels, n in found.items()} == (
-        pytest.approx(value)
-    )
+    assert {
+        "".join(sorted(v for k, v in labels if k == "a" or len(labels) == 1)): n for labels, n in found.items()
+    } == (pytest.approx(value))
 
 
 @pytest.mark.parametrize("expression", ["histogram_quantile(0.9, x)", "x offset 5m", "sum(x"])

@@ -1,7 +1,7 @@
-"""Runs copies of suspended RayJobs one after the other, waits for each, and ends with the exit code of the first that fails.
+"""Runs copies of suspended RayJobs one after the other, and ends with the exit code of the first that fails.
 
-Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is the
-run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it goes.
+Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is
+the run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it goes.
 A pod that is told to end (deadline, drain) deletes the RayJob that it waits for.
 
     start_rayjob.py RAYJOB [RAYJOB ...]
@@ -43,7 +43,10 @@ def copy_of(template: dict, job: str) -> dict:
     """A RayJob of this run: the template's spec, not suspended, with the run id at the end of its command."""
     name = template["metadata"]["name"]
     kind = name.removeprefix("pplug-")
-    spec = template["spec"] | {"suspend": False, "entrypoint": f"{template['spec']['entrypoint']} --run-id {kind}-{job}"}
+    spec = template["spec"] | {
+        "suspend": False,
+        "entrypoint": f"{template['spec']['entrypoint']} --run-id {kind}-{job}",
+    }
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": os.environ["JOB_UID"]}
     labels = template["metadata"].get("labels", {}) | {"pplug/run": job[:63]}
     return {
