@@ -1,8 +1,8 @@
 """Runs copies of suspended RayJobs one after the other, and ends with the exit code of the first that fails.
 
 Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is
-the run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it goes.
-A pod that is told to end (deadline, drain) deletes the RayJob that it waits for.
+the run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it
+goes. A pod that is told to end (deadline, drain) deletes the RayJob that it waits for.
 
     start_rayjob.py RAYJOB [RAYJOB ...]
 """
