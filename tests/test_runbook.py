@@ -76,7 +76,7 @@ class Story:
             at = words.index("--config")
             given |= yaml.safe_load((self.folder / words[at + 1]).read_text())
             del words[at : at + 2]
-        elif words[0] in ("train", "generate"):
+        elif words[0] == "train":
             given |= {"encoder": {"dtype": "float32", "max_tokens": 64}}
         if not given:
             return []
