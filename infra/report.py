@@ -148,6 +148,7 @@ class RunReport:
         self._written[name] = max(version, self._written.get(name, version))
         self._waves[name] += 1
         metrics.WAVE.record(self._waves[name], job=self.job, table=name)
+        self.export()
 
     def worker_memory(self, peak_bytes: int) -> None:
         """Notes a worker's peak memory; the greatest is reported."""

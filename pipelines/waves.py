@@ -241,7 +241,6 @@ class Committer:
             self.report.table_written(self.table.spec.name, commit.version)
             self.report.written += sum(file.rows for file in good)
         self._ready = []
-        self.report.export()
 
     def finish(self) -> None:
         """Commits the rest. The version is complete only when every bucket has all its rows, and a replacement only
