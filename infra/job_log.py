@@ -4,11 +4,14 @@ Route: sys.stdout and sys.stderr of this process (Ray prints its workers' lines 
 those that `infra.noise` lets through -> the former streams. Texts that the person has asked to see (`show`) go past all
 this, to the screen alone. What libraries in C++ write to file descriptor 2, past
 Python, goes to job.log alone, by the descriptor itself: it is there even if the process dies with it.
+With `as_json` each of these lines is one JSON object with time, job, run_id, stream and message, in the log and on the
+screen; what is written by the descriptor stays as it is.
 The log begins as a local temporary file, since a job knows its run folder only after it has read its config. For a run
 folder on S3 it stays there and is copied at the end.
 """
 
 import io
+import json
 import os
 import sys
 import tempfile
@@ -34,14 +37,16 @@ class JobLog:
     Args:
         job: name of the job.
         debug: everything is shown.
+        as_json: lines are JSON objects, for a collector of logs.
     """
 
     current: ClassVar["JobLog | None"] = None
     """The log of the job that runs in this process, the innermost one."""
 
-    def __init__(self, job: str, debug: bool = False) -> None:
-        self.job = job
+    def __init__(self, job: str, debug: bool = False, as_json: bool = False) -> None:
+        self.job, self.run_id = job, ""
         self.debug: bool = debug or (JobLog.current is not None and JobLog.current.debug)
+        self.as_json: bool = as_json or (JobLog.current is not None and JobLog.current.as_json)
         handle, self.path = tempfile.mkstemp(prefix=f"pplug-{job}-", suffix=".log")
         self._file: int | None = handle
         self._temporary = self.path
@@ -62,7 +67,7 @@ class JobLog:
             self._streams[name] = under
             if name == "stderr" and _is_descriptor_2(under):
                 under = self._take_descriptor()
-            setattr(sys, name, cast(TextIO, _Stream(under, self)))
+            setattr(sys, name, cast(TextIO, _Stream(under, self, name)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -106,12 +111,18 @@ class JobLog:
             if self._stderr is not None:
                 os.dup2(handle, 2)
 
-    def write(self, line: str) -> None:
-        """Writes a line to the log alone."""
+    def write(self, line: str, stream: str = "log") -> None:
+        """Writes a line to the log alone. `stream`: the place where the line was printed."""
         with self._lock:
             if self._file is not None:
-                text = f"{datetime.now(UTC):%H:%M:%S} {plain(line)}\n"
-                os.write(self._file, text.encode("utf-8", "backslashreplace"))
+                text = self.object_of(line, stream) if self.as_json else f"{datetime.now(UTC):%H:%M:%S} {plain(line)}"
+                os.write(self._file, f"{text}\n".encode("utf-8", "backslashreplace"))
+
+    def object_of(self, line: str, stream: str) -> str:
+        """A line as a JSON object."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        found = {"time": now, "job": self.job, "run_id": self.run_id, "stream": stream, "message": plain(line)}
+        return json.dumps(found)
 
     def error(self, error: BaseException) -> None:
         """Writes the traceback of an error, to the log and with `debug` for the person too."""
@@ -161,8 +172,8 @@ class _Stream:
     All else that a stream can do (fileno, isatty, encoding) is done by the one below, which is where bars are drawn.
     """
 
-    def __init__(self, under: TextIO, log: JobLog) -> None:
-        self.under, self._log, self._filter = under, log, Filter(log.job)
+    def __init__(self, under: TextIO, log: JobLog, name: str) -> None:
+        self.under, self._log, self._name, self._filter = under, log, name, Filter(log.job)
         self._begun = threading.local()  # Ray prints in a thread of its own
 
     def write(self, text: str) -> int:
@@ -190,11 +201,13 @@ class _Stream:
         return getattr(self.under, name)
 
     def _line(self, line: str, hidden: bool = False) -> None:
-        self._log.write(line)
+        self._log.write(line, self._name)
         if self._log.debug:
             shown: str | None = line
         else:
             shown = None if hidden else self._filter.shown(line)
+        if shown is not None and self._log.as_json:
+            shown = shown if isinstance(self.under, _Stream) else self._log.object_of(shown, self._name)
         if shown is not None:
             with tqdm.external_write_mode(file=terminal(sys.stderr)):  # else the line would stand behind a bar
                 self.under.write(shown + "\n")

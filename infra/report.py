@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
+from infra import metrics
 from infra.errors import InputError
 from infra.job_log import JobLog
 from infra.progress import Progress
@@ -91,12 +92,14 @@ class RunReport:
         check_run_id(self.run_id)
         RunReport.unfinished = self
         if JobLog.current is not None:
+            JobLog.current.run_id = self.run_id
             JobLog.current.move_to(self.run_dir)
             print(f"{self.job}: run {self.run_id}, log: {JobLog.current.place}", file=sys.stderr, flush=True)
         self._ended_by: tuple[str, int] | None = None
         self._stages: dict[str, Stage] = {}
         self._read: dict[str, int] = {}
         self._written: dict[str, int] = {}
+        self._waves: Counter[str] = Counter()
         self._worker_peak_bytes = 0
         self._started, self._started_at = time.monotonic(), datetime.now(UTC)
 
@@ -105,12 +108,38 @@ class RunReport:
         """Times a stage and shows it as a step; entered again, its rows and seconds add up."""
         stage = self._stages.setdefault(name, Stage())
         start, rows = time.monotonic(), stage.rows
+        self.export()
         try:
             with Progress(None, "rows", f"{self.job}, {name}") as bar:
                 yield stage
                 bar.done = stage.rows - rows
         finally:
             stage.seconds += time.monotonic() - start
+            self.export()
+
+    def export(self) -> None:
+        """Sets the run's metrics to what it has counted so far."""
+        job = self.job
+        metrics.JOB_START.record(self._started_at.timestamp(), job=job)
+        for kind in ("planned", "written", "already_there", "failed"):
+            metrics.UNITS.record(getattr(self, kind), job=job, kind=kind)
+        metrics.UNITS.record(self.rejected.total(), job=job, kind="rejected")
+        metrics.REJECTED_ALLOWED.record(self.max_reject_fraction * self.planned, job=job)
+        for reason, n in self.rejected.items():
+            metrics.REJECTED.record(n, job=job, reason=reason)
+        for name, stage in self._stages.items():
+            metrics.STAGE_ROWS.record(stage.rows, job=job, stage=name)
+            metrics.STAGE_SECONDS.record(stage.seconds, job=job, stage=name)
+
+    def _export_end(self) -> None:
+        self.export()
+        for name, cost in self.extra.get("tables", {}).items():
+            metrics.TABLE_BYTES.record(cost["bytes"], table=name, kind="live")
+            metrics.TABLE_BYTES.record(cost["dead_bytes"], table=name, kind="dead")
+        for figure, value in self.extra.get("drift", {}).items():
+            if isinstance(value, float):
+                metrics.DRIFT.record(value, figure=figure)
+        metrics.JOB_END.record(time.time(), job=self.job, exit_code=str(self.exit_code))
 
     def table_read(self, name: str, version: int) -> None:
         """Notes the version of a table that was read."""
@@ -119,6 +148,9 @@ class RunReport:
     def table_written(self, name: str, version: int) -> None:
         """Notes the newest version of a table that this run made."""
         self._written[name] = max(version, self._written.get(name, version))
+        self._waves[name] += 1
+        metrics.WAVE.record(self._waves[name], job=self.job, table=name)
+        self.export()
 
     def worker_memory(self, peak_bytes: int) -> None:
         """Notes a worker's peak memory; the greatest is reported."""
@@ -195,6 +227,7 @@ class RunReport:
         RunReport.unfinished = None
         folder = Storage(self.run_dir)
         folder.write_bytes("report.json", json.dumps(self.to_dict(), indent=2, default=str).encode())
+        self._export_end()
         return folder
 
     def finish(self) -> int:

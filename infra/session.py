@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from infra import LOCAL, nodes, stopping
+from infra import LOCAL, metrics, nodes, stopping
 from infra.errors import InputError
 
 LEAST_LOCAL_CPUS = 4
@@ -75,6 +75,7 @@ def start(
             "logging_level": logging.WARNING,
         }
         address = os.environ.get("RAY_ADDRESS", LOCAL)
+        metrics.collect(address != LOCAL)
         if address != LOCAL:
             _answers(address)
             # a submission's own variables are in this process's environment, and Ray refuses the same one twice
@@ -91,7 +92,7 @@ def start(
             stopping.install()  # Ray has taken the signal for itself
             nodes.check_program()
         else:
-            quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_worker"}
+            quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_local_worker"}
             ray.init(
                 address="local",  # left out, Ray would join any head that `ray start` has left on this machine
                 num_cpus=local_cpus(cpus, need),
@@ -117,6 +118,12 @@ def quiet_worker() -> None:
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each line of a train worker comes twice
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quiet_local_worker() -> None:
+    """Runs at the start of a worker of a local session, which exports no metrics."""
+    metrics.collect(False)
+    quiet_worker()
 
 
 def go_back_to(folder: str) -> None:

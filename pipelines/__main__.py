@@ -4,6 +4,7 @@ Each job has a config (pydantic), whose docstring is its help, and a module with
 config is imported for `--help` and for a wrong command line: nothing heavy is loaded before the job runs.
 A job that an error ends says in one line what failed and what to do; the traceback goes to job.log in its run folder,
 and with `--debug` (or PPLUG_DEBUG=1) everything is shown: tracebacks, and what Ray, vLLM and workers say.
+With `--log-json` (or PPLUG_LOG_JSON=1) each line is a JSON object, for a collector of logs.
 Exit codes: 0 done; 1 failed or partly done; 2 wrong usage or config; 3 more rejects than allowed; 130 interrupted;
 143 ended by SIGTERM.
 """
@@ -41,7 +42,7 @@ class Job(NamedTuple):
         return found
 
 
-DEBUG = "--debug"
+DEBUG, LOG_JSON = "--debug", "--log-json"
 JOBS = {
     "quickstart": Job(
         "pipelines.lines.quickstart",
@@ -124,6 +125,11 @@ JOBS = {
         "pipelines.upkeep.config:EraseConfig",
         "users gone from every table, version, run and export, proved by opening all files",
     ),
+    "plan": Job(
+        "pipelines.plan.job",
+        "pipelines.plan.config:PlanConfig",
+        "numbers of users, items, requests -> hours, GPUs, bytes and money of each job",
+    ),
     "lamp": Job(
         "pipelines.lines.lamp",
         "pipelines.lines.config:LampConfig",
@@ -151,7 +157,8 @@ def main(words: list[str] | None = None) -> int:
     is_process = words is None
     words = sys.argv[1:] if words is None else words
     debug = DEBUG in words or os.environ.get("PPLUG_DEBUG") == "1"
-    words = [word for word in words if word != DEBUG]
+    as_json = LOG_JSON in words or os.environ.get("PPLUG_LOG_JSON") == "1"
+    words = [word for word in words if word not in (DEBUG, LOG_JSON)]
     if words[:1] in (["--help"], ["-h"], ["help"]):
         print(_overview())
         return 0
@@ -168,10 +175,10 @@ def main(words: list[str] | None = None) -> int:
         close = difflib.get_close_matches(name.replace("_", "-"), JOBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
-    return _run(name, rest, debug, is_process)
+    return _run(name, rest, debug, as_json, is_process)
 
 
-def _run(name: str, words: list[str], debug: bool, is_process: bool) -> int:
+def _run(name: str, words: list[str], debug: bool, as_json: bool, is_process: bool) -> int:
     from pipelines import options
 
     keys = JOBS[name].config
@@ -184,18 +191,19 @@ def _run(name: str, words: list[str], debug: bool, is_process: bool) -> int:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
         return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
-    from infra import session
+    from infra import metrics, session
     from infra.job_log import JobLog
 
     try:
         _refuse_places(name, config)
     except InputError as error:
         return _wrong(f"{name}: {error}", config)
-    with JobLog(name, debug) as log:
+    with JobLog(name, debug, as_json) as log:
         try:
             return _logged(name, config, log)
         finally:
             if is_process and "ray" in sys.modules:  # at the end workers' last lines come, which the log has to take
+                metrics.let_go()
                 session.stop()
 
 
@@ -301,7 +309,8 @@ def _overview() -> str:
         f"Personalises a large language model for many users, in batches.\n\njobs:\n{jobs}\n\n"
         f"`{_program()} <job> --help` lists a job's keys. The same jobs run on a cluster by `ray job submit`.\n"
         f"{DEBUG} (or PPLUG_DEBUG=1) shows tracebacks and all that libraries say; without it they stand in job.log of "
-        "the run folder alone."
+        "the run folder alone.\n"
+        f"{LOG_JSON} (or PPLUG_LOG_JSON=1) makes each line of the output and of job.log a JSON object."
     )
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from infra import metrics
 from infra.errors import ConcurrentRunError
 from infra.progress import Progress
 from infra.report import RunReport
@@ -65,8 +66,10 @@ class WriteFiles:
         good = good.select(self.table.spec.schema.names)
         if good.num_rows:
             files += self.table.write(good, self.run_id)
+        metrics.ROWS.record(good.num_rows, job=self.job, table=self.table.spec.name)
         if self.count is not None and files:
             files[0] = replace(files[0], reasons=dict(self.count(batch)))
+            metrics.count_tokens(self.job, files[0].reasons)
         return files_table(files)
 
     def _reject(self, bad: pa.Table) -> list[DataFile]:
@@ -77,6 +80,7 @@ class WriteFiles:
         for bucket in pc.unique(bad["bucket"]).to_pylist():
             rows = bad.filter(pc.equal(bad["bucket"], bucket))
             reasons = Counter(rows[REASON].to_pylist())
+            metrics.count_rejects(self.job, reasons)
             data = self._not_yet(
                 pa.table(
                     {

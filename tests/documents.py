@@ -191,7 +191,7 @@ def wrong_keys(document: Document) -> Iterator[str]:
     groups = {key.partition(".")[0] for key in known_keys() if "." in key}
     for code in document.inline:
         word = re.split(r"[ =]", code)[0]
-        if word.startswith("--") and word not in ("--config", "--set", "--help", "--debug"):
+        if word.startswith("--") and word not in ("--config", "--set", "--help", "--debug", "--log-json"):
             if word[2:].replace("-", "_") not in known_keys():
                 yield f"{code}: no job has {word}"
         elif re.fullmatch(r"\w+(\.\w+)+", word) and word.partition(".")[0] in groups:

@@ -185,9 +185,9 @@ def test_every_key_of_every_job_says_what_it_is_for_and_hides_no_option(name):
 
     config = JOBS[name].config
     assert config.model_config.get("frozen") and config.model_config.get("extra") == "forbid"
-    assert {"run_id", "run_dir"} <= set(config.model_fields) or name == "show"  # it leaves nothing, so it is no run
+    assert {"run_id", "run_dir"} <= set(config.model_fields) or name in ("show", "plan")  # they leave nothing: no run
     keys = list(options.fields_of(config))
-    reserved = {key[0] for key, *_ in keys} & {"config", "set", "help", "debug"}
+    reserved = {key[0] for key, *_ in keys} & {"config", "set", "help", "debug", "log_json"}
     assert not reserved, f"{reserved} are options of the command line itself"
     silent = [
         ".".join(key) for key, _, about, _ in keys if not about and len(key) == 1 and key[0] != "max_reject_fraction"

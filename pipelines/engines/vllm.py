@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infra import device
+from infra import device, metrics
 from infra.errors import InputError
 from pipelines.engines.adapters import Adapters, AdapterShelf
 from pipelines.engines.base import (
@@ -129,7 +129,14 @@ class VLLMEngine:
                 "engine: no GPU was assigned to this engine, and the installed vLLM is built for GPUs; set "
                 "gpus_per_worker=1, or install the extra `cpu`"
             )
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        if not metrics.are_exported():
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+        # vLLM's own figures: queue, tokens, use of the cache, times to the first token
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**args | {"disable_log_stats": False}), stat_loggers=[RayPrometheusStatLogger]
+        )
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

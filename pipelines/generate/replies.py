@@ -17,6 +17,7 @@ from typing import Any, assert_never
 import numpy as np
 import pyarrow as pa
 
+from infra import metrics
 from infra.errors import InputError
 from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import (
@@ -79,6 +80,7 @@ class Reply:
         except ValueError as error:
             self.engine.shutdown()
             raise InputError(f"llm: {error}") from error
+        metrics.note_restart(engine.kind)
         self.read_labels()
 
     def read_labels(self) -> None:

@@ -1,9 +1,11 @@
 """job.log has everything, and a person sees the job's own lines and errors."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from datetime import datetime
 from pathlib import Path
 
 from infra.job_log import NAME, JobLog
@@ -149,3 +151,22 @@ def test_what_is_written_past_python_goes_to_the_log(tmp_path):
     assert done.returncode == 0 and done.stderr == "own line\nafterwards\n"
     said = (tmp_path / NAME).read_text()
     assert "C++ before\n" in said and "C++ after\n" in said and "own line\n" in said
+
+
+def test_as_json_each_line_is_an_object_that_a_collector_reads(tmp_path, capsys):
+    with JobLog("fold", as_json=True) as log:
+        log.run_id = "fold-1"
+        log.move_to(str(tmp_path))
+        print('own "line" — ü')
+        print(NOISE, file=sys.stderr)
+        print("an error line", file=sys.stderr)
+    out, err = capsys.readouterr()
+    shown = [json.loads(line) for line in (out + err).splitlines()]
+    assert [(line["stream"], line["message"]) for line in shown] == [
+        ("stdout", 'own "line" — ü'),
+        ("stderr", "an error line"),
+    ]
+    kept = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    assert [line["message"] for line in kept[1:]] == ['own "line" — ü', NOISE, "an error line"]
+    assert {(line["job"], line["run_id"]) for line in kept[1:]} == {("fold", "fold-1")}
+    assert all(datetime.fromisoformat(line["time"]).tzinfo is not None for line in kept)

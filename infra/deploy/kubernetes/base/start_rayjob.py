@@ -1,0 +1,116 @@
+"""Runs copies of suspended RayJobs one after the other, and ends with the exit code of the first that fails.
+
+Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is
+the run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it
+goes. A pod that is told to end (deadline, drain) deletes the RayJob that it waits for.
+
+    start_rayjob.py RAYJOB [RAYJOB ...]
+"""
+
+import json
+import os
+import re
+import signal
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
+API = os.environ.get("API", "https://kubernetes.default.svc")
+POLL_S = float(os.environ.get("POLL_S", "15"))
+LOST_S = float(os.environ.get("LOST_S", "600"))
+"""Seconds for which the API may be away."""
+
+
+class Ended(Exception):
+    """The pod was told to end."""
+
+
+def ask(method: str, path: str, body: dict | None = None) -> dict:
+    """One call of Kubernetes' API. The token is read each time, since Kubernetes renews it."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{API}{path}", data, headers, method=method)
+    trust = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if API.startswith("https") else None
+    with urllib.request.urlopen(request, timeout=30, context=trust) as answer:
+        return json.load(answer)
+
+
+def copy_of(template: dict, job: str) -> dict:
+    """A RayJob of this run: the template's spec, not suspended, with the run id at the end of its command."""
+    name = template["metadata"]["name"]
+    kind = name.removeprefix("pplug-")
+    spec = template["spec"] | {
+        "suspend": False,
+        "entrypoint": f"{template['spec']['entrypoint']} --run-id {kind}-{job}",
+    }
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": os.environ["JOB_UID"]}
+    labels = template["metadata"].get("labels", {}) | {"pplug/run": job[:63]}
+    return {
+        "apiVersion": template["apiVersion"],
+        "kind": "RayJob",
+        "metadata": {"generateName": f"{name}-", "labels": labels, "ownerReferences": [owner]},
+        "spec": spec,
+    }
+
+
+def exit_code(status: dict) -> int | None:
+    """The exit code of the job's own process; None while it runs, 1 where nothing names it."""
+    if status.get("jobDeploymentStatus") not in ("Complete", "Failed"):
+        return None
+    if status.get("jobStatus") == "SUCCEEDED":
+        return 0
+    found = re.search(r"failed with exit code (\d+)", status.get("message", ""))
+    return int(found[1]) if found else 1
+
+
+def run(place: str, template: str, job: str) -> int:
+    """Runs one copy to its end and returns its exit code."""
+    made = ask("POST", place, copy_of(ask("GET", f"{place}/{template}"), job))
+    name = made["metadata"]["name"]
+    print(f"{template}: started {name}", flush=True)
+    seen = time.monotonic()
+    try:
+        while True:
+            time.sleep(POLL_S)
+            try:
+                status = ask("GET", f"{place}/{name}").get("status", {})
+                seen = time.monotonic()
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    print(f"{name}: somebody has deleted it", file=sys.stderr, flush=True)
+                    return 1
+                status = {}
+            except OSError as error:
+                print(f"{name}: Kubernetes does not answer ({error})", file=sys.stderr, flush=True)
+                status = {}
+            if time.monotonic() - seen > LOST_S:
+                raise Ended
+            code = exit_code(status)
+            if code is not None:
+                print(f"{name}: exit code {code}; {status.get('reason', '')}", flush=True)
+                return code
+    except Ended:
+        print(f"{name}: told to end, so it is deleted", file=sys.stderr, flush=True)
+        ask("DELETE", f"{place}/{name}")
+        return 1
+
+
+def main(templates: list[str]) -> int:
+    def told_to_end(*_: object) -> None:
+        raise Ended
+
+    signal.signal(signal.SIGTERM, told_to_end)
+    place = f"/apis/ray.io/v1/namespaces/{os.environ['NAMESPACE']}/rayjobs"
+    for template in templates:
+        code = run(place, template, os.environ["JOB_NAME"])
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Model folders are data: code in weights or in a chat template does not run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pplug.llm import load_tokenizer
+from pplug.splice import PromptBuilder, PromptLayout
+from pplug.tensors import read_rows
+from tests.pplug.models import tiny_llama
+
+
+class Hostile:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path):
+    mark, weights = tmp_path / "ran", tmp_path / "pytorch_model.bin"
+    torch.save({"embed": Hostile(str(mark))}, weights)
+    with pytest.raises(Exception, match="[Ww]eights"):
+        read_rows(weights, "embed", [0])
+    assert not mark.exists()
+    torch.load(weights, weights_only=False)  # the same file, opened as we never do
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
+        "{% for m in messages %}{{ messages.append(m) }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_does_not_reach_python(tmp_path, template):
+    folder, mark = tiny_llama(tmp_path / "llm"), tmp_path / "ran"
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template.replace("MARK", str(mark))
+    with pytest.raises(ValueError, match="the chat template fails"):
+        PromptBuilder(tokenizer, PromptLayout(), encoder_decoder=False).prompts(["the cat"])
+    assert not mark.exists()
+
+
+def test_code_beside_a_model_does_not_run(tmp_path):
+    folder, mark = tiny_llama(tmp_path / "llm"), tmp_path / "ran"
+    (folder / "modeling_own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    config = (folder / "config.json").read_text()
+    added = '{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "modeling_own.Own"},'
+    (folder / "config.json").write_text(config.replace("{", added, 1))
+    code = f"from pplug.llm import FrozenLLM, LLMConfig; FrozenLLM.load(LLMConfig(model={str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not mark.exists()
