@@ -179,7 +179,9 @@ def fit_base(given: dict[str, Any]) -> None:
 
 
 def _write(model: Any, folder: str, is_best: bool) -> None:
-    model.save_pretrained(f"{folder}/adapter")
+    # given its own weights alone, since peft would put the layers together, for which all workers are needed
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(f"{folder}/adapter", state_dict=own)
 
 
 def _with_lora(model: Any, config: LoraConfig) -> Any:

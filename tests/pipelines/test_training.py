@@ -63,7 +63,7 @@ def test_two_workers_that_share_each_layer_make_the_base_of_one_worker(made):
         torch.cat([tensor.flatten() for _, tensor in sorted(load_file(f"{folder}/model.safetensors").items())])
         for folder in (made.llm.model, *(made.root / "runs" / name / "base" for name in ("base-1", "base-2")))
     )
-    assert (two - one).norm() <= 1e-4 * (one - first).norm() > 0
+    assert (two - one).norm() <= 1e-3 * (one - first).norm() > 0  # of what was learned, not of the weights
     assert made.report("base-2")["loss"] == pytest.approx(made.report("base-1")["loss"], rel=1e-4)
 
 
