@@ -70,6 +70,8 @@ def start(
     need = dict(need or {})
     if not ray.is_initialized():
         _connect(local_cpus(cpus, need), object_store_bytes)
+    if os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL or nodes.others():
+        nodes.check_program()
     check(need)
     for key, place in (writes or {}).items():
         nodes.check_written(place, key)
@@ -102,7 +104,6 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
             words = " ".join(str(error).split())
             raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
         stopping.install()  # Ray has taken the signal for itself
-        nodes.check_program()
     else:
         quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_worker"}
         ray.init(
