@@ -69,39 +69,9 @@ def start(
 
     need = dict(need or {})
     if not ray.is_initialized():
-        # Whatever workers say comes to this process; `infra.noise` decides how much of it a person is shown.
-        quiet: dict[str, Any] = {
-            "log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0",
-            "logging_level": logging.WARNING,
-        }
-        address = os.environ.get("RAY_ADDRESS", LOCAL)
-        metrics.collect(address != LOCAL)
-        if address != LOCAL:
-            _answers(address)
-            # a submission's own variables are in this process's environment, and Ray refuses the same one twice
-            quiet["runtime_env"] = {"env_vars": {k: v for k, v in _QUIET.items() if k not in os.environ}}
-            try:
-                ray.init(**quiet)
-            except ConnectionError as error:
-                raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
-            except RuntimeError as error:  # Ray compares its own version and Python's
-                if "ersion mismatch" not in str(error):
-                    raise
-                words = " ".join(str(error).split())
-                raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
-            stopping.install()  # Ray has taken the signal for itself
-            nodes.check_program()
-        else:
-            quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_local_worker"}
-            ray.init(
-                address="local",  # left out, Ray would join any head that `ray start` has left on this machine
-                num_cpus=local_cpus(cpus, need),
-                include_dashboard=False,
-                object_store_memory=object_store_bytes,
-                _system_config=_LOCAL,
-                **quiet,
-            )
-            stopping.install()
+        _connect(local_cpus(cpus, need), object_store_bytes)
+    if os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL or nodes.others():
+        nodes.check_program()
     check(need)
     for key, place in (writes or {}).items():
         nodes.check_written(place, key)
@@ -109,6 +79,43 @@ def start(
         if read is not None:
             nodes.check_read(read, key)
     _data_defaults()
+
+
+def _connect(cpus: int, object_store_bytes: int | None) -> None:
+    import ray
+
+    # Whatever workers say comes to this process; `infra.noise` decides how much of it a person is shown.
+    quiet: dict[str, Any] = {
+        "log_to_driver": os.environ.get("PPLUG_WORKER_LOGS", "1") != "0",
+        "logging_level": logging.WARNING,
+    }
+    address = os.environ.get("RAY_ADDRESS", LOCAL)
+    metrics.collect(address != LOCAL)
+    if address != LOCAL:
+        _answers(address)
+        # a submission's own variables are in this process's environment, and Ray refuses the same one twice
+        quiet["runtime_env"] = {"env_vars": {k: v for k, v in _QUIET.items() if k not in os.environ}}
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise InputError(_NO_CLUSTER.format(address=address, error=error)) from error
+        except RuntimeError as error:  # Ray compares its own version and Python's
+            if "ersion mismatch" not in str(error):
+                raise
+            words = " ".join(str(error).split())
+            raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
+        stopping.install()  # Ray has taken the signal for itself
+    else:
+        quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_local_worker"}
+        ray.init(
+            address="local",  # left out, Ray would join any head that `ray start` has left on this machine
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            _system_config=_LOCAL,
+            **quiet,
+        )
+        stopping.install()
 
 
 def quiet_worker() -> None:

@@ -27,7 +27,7 @@ def line(world: str, place: str) -> int:
     encoder = [f"encoder.model={models['encoder']}", "encoder.dtype=float32", "encoder.max_tokens=64"]
     llm, plug = [f"llm.model={models['llm']}"], f"plug={place}/plug"
     fit = ["fit.epochs=1", "fit.batch_size=16", "fit.precision=float32", "fit.val_fraction=0.3"]
-    asked = ["methods=none,plug", "decoding.max_tokens=4", "engine.max_num_seqs=8"]
+    asked = ["methods=none,plug", "decoding.max_tokens=4", "engine.kind=transformers"]
     source = [f"source={files['histories']}", f"requests_source={files['requests']}", f"task={files['task']}"]
     jobs = {
         "ingest": [*source, "buckets=2"],

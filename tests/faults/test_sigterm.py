@@ -1,5 +1,6 @@
 """A job that is asked to end does so within 30 seconds, half commits nothing, and a rerun goes on."""
 
+import shutil
 import time
 
 import pytest
@@ -14,6 +15,8 @@ from tests.pipelines import small
 def test_sigterm_in_the_middle_of_a_wave_ends_a_refresh_and_a_rerun_completes_it(tmp_path, ray_session):
     made = small.make(tmp_path, train_users=2, test_users=40, test_requests=1)
     made.ingest("test", buckets=8)
+    place = str(tmp_path / "again")
+    shutil.copytree(made.tables, place)
     assert made.run(refresh, "undisturbed", **made.common) == 0
     name = small.names(made.tables, "embeddings")
 
@@ -21,8 +24,7 @@ def test_sigterm_in_the_middle_of_a_wave_ends_a_refresh_and_a_rerun_completes_it
         rows = tables.open_table(place, name).snapshot().read(["text_hash", "vector"]).to_pylist()
         return sorted((row["text_hash"], tuple(row["vector"])) for row in rows)
 
-    wanted, place = vectors(made.tables), str(tmp_path / "again")
-    made.ingest("test", "ingest-again", buckets=8, tables=place)
+    wanted = vectors(made.tables)
     words = made.words(refresh, "night", **(made.common | {"tables": place, "wave_texts": 1}))
     with Job(words, tmp_path / "log-1") as job:
         job.wait_until(lambda: small.commits(place, "embeddings") >= 2, "two waves committed")
