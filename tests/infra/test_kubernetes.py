@@ -96,7 +96,9 @@ def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_
         local.write_text(configs[at.name])
         given = [str(local) if word == str(at) else word for word in words[4:]]
         keys = JOBS[words[3]].config
-        config = options.check(keys, options.read([*given, "--run-id", "night-1"], keys))
+        config = options.check(
+            keys, options.read([*given, "--run-id", "night-1", "--run-dir", "s3://b/runs/night-1"], keys)
+        )
         assert config.tables.startswith("s3://")
         groups = {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
         wanted = getattr(config, "workers", 0) * float(getattr(config, "gpus_per_worker", 0) or 0)
@@ -213,7 +215,7 @@ def start(tmp_path):
     Api.made, Api.deleted = [], []
     (tmp_path / "token").write_text("the-token\n")
     env = {"API": f"http://127.0.0.1:{server.server_port}", "ACCOUNT": str(tmp_path), "POLL_S": "0.05"}
-    env |= {"NAMESPACE": "pplug", "JOB_NAME": "pplug-nightly-29403120", "JOB_UID": "u-1"}
+    env |= {"NAMESPACE": "pplug", "JOB_NAME": "pplug-nightly-29403120", "JOB_UID": "u-1", "RUNS": "s3://b/runs"}
 
     def run(plan: dict[str, dict[str, Any]], *templates: str) -> subprocess.Popen[str]:
         Api.plan = plan
@@ -242,11 +244,12 @@ def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
     assert night.returncode == code, said
     first, second = Api.made
     assert first["spec"] == {
-        "entrypoint": "python -m pipelines ingest --run-id ingest-pplug-nightly-29403120",
+        "entrypoint": "python -m pipelines ingest --run-id ingest-pplug-nightly-29403120 "
+        "--run-dir s3://b/runs/ingest-pplug-nightly-29403120",
         "suspend": False,
         "backoffLimit": 0,
     }
-    assert second["spec"]["entrypoint"].endswith("refresh --run-id refresh-pplug-nightly-29403120")
+    assert second["spec"]["entrypoint"].endswith("/refresh-pplug-nightly-29403120")
     assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1" and not Api.deleted
 
 
