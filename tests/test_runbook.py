@@ -55,8 +55,10 @@ class Story:
             "TABLES": self.made.tables, "HISTORIES": str(files["train/histories"]), "LLM": self.made.llm.model,
             "REQUESTS": str(files["train/requests"]), "TASK": str(files["task"]), "FILE": str(folder / "users.txt"),
             "NEW_ITEMS": str(folder / "new.jsonl"),
-            "MENDED_ITEMS": str(folder / "mended.jsonl"), "PLUG": str(folder / "plug"), "OTHER_PLUG": str(folder / "plug-2"),
-            "THIRD_PLUG": str(folder / "plug-3"), "ENCODER": str(tiny_bert(folder / "encoder-2", dim=24, seed=1)),
+            "MENDED_ITEMS": str(folder / "mended.jsonl"),
+            "PLUG": str(folder / "plug"), "OTHER_PLUG": str(folder / "plug-2"),
+            "THIRD_PLUG": str(folder / "plug-3"),
+            "ENCODER": str(tiny_bert(folder / "encoder-2", dim=24, seed=1)),
             "OTHER_LLM": str(tiny_llama(folder / "llm-2", seed=1)),
         }  # fmt: skip
         encoder = self.made.encoder.model_dump(mode="json")
