@@ -106,6 +106,8 @@ def test_prometheus_finds_the_pods_by_what_the_manifests_say():
     cluster = (PLACE.parent / "kubernetes" / "base" / "cluster.yaml").read_text()
     assert f"{label}: {value}" in cluster and cluster.count('metrics-export-port: "8080"') == 3
     assert cluster.count("{ name: metrics, containerPort: 8080 }") >= 2
+    # else Prometheus would rename our label `job`, which the alerts read, to `exported_job`
+    assert all(one["honor_labels"] is True for one in config["scrape_configs"])
     assert config["rule_files"] == ["alerts.yaml"] and nodes["file_sd_configs"]
 
 
