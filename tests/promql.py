@@ -194,8 +194,8 @@ class _Reader:
             self.next(")")
         return names
 
-    def range(self, seconds: float | None) -> Range:
-        """Samples of a selector within its range, or within `seconds`."""
+    def range(self, within_s: float | None) -> Range:
+        """Samples of a selector within its range, or within these seconds."""
         name, matchers = self.next(), []
         if self.peek() == "{":
             self.next("{")
@@ -205,17 +205,21 @@ class _Reader:
                 if self.peek() == ",":
                     self.next(",")
             self.next("}")
-        if seconds is None:
+        if within_s is None:
             self.next("[")
-            word = self.next()
-            seconds = float(word[:-1]) * _SECONDS[word[-1]]
+            within_s = seconds(self.next())
             self.next("]")
         found = {}
         for labels, samples in self.series.samples.get(name, {}).items():
-            within = [one for one in samples if self.at - seconds < one[0] <= self.at]
+            within = [one for one in samples if self.at - within_s < one[0] <= self.at]
             if within and all(_matches(dict(labels), *matcher) for matcher in matchers):
                 found[labels] = within
         return found
+
+
+def seconds(duration: str) -> float:
+    """The seconds of a duration such as 15m."""
+    return float(duration[:-1]) * _SECONDS[duration[-1]]
 
 
 def _matches(labels: Mapping[str, str], label: str, op: str, text: str) -> bool:

@@ -102,7 +102,8 @@ def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -
     while time.monotonic() < until:
         if process.poll() is not None:
             break
-        if head.ray("job", "list").returncode == 0:
+        # the job server answers before the node's agent is up, and where that takes too long `ray start` ends it all
+        if "will now block" in log.read_text() and head.ray("job", "list").returncode == 0:
             return
         time.sleep(0.5)
     raise RuntimeError(f"the Ray head did not come up in {START_TIMEOUT_S} s:\n{log.read_text()[-3000:]}")

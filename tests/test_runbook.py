@@ -47,13 +47,18 @@ class Story:
         items = [json.loads(line) for line in files["train/histories"].read_text().splitlines()]
         new = [item | {"item_id": f"new-{item['item_id']}"} for item in items[:9]]
         (folder / "new.jsonl").write_text("".join(json.dumps(item) + "\n" for item in new))
+        mended = [item | {"item_id": f"mended-{item['item_id']}"} for item in items[9:15]]
+        (folder / "mended.jsonl").write_text("".join(json.dumps(item) + "\n" for item in mended))
         (folder / "users.txt").write_text(f"{items[0]['user_id']}\n")
         self.erased = items[0]["user_id"]
         self.words = {
             "TABLES": self.made.tables, "HISTORIES": str(files["train/histories"]), "LLM": self.made.llm.model,
             "REQUESTS": str(files["train/requests"]), "TASK": str(files["task"]), "FILE": str(folder / "users.txt"),
-            "NEW_ITEMS": str(folder / "new.jsonl"), "PLUG": str(folder / "plug"), "OTHER_PLUG": str(folder / "plug-2"),
-            "THIRD_PLUG": str(folder / "plug-3"), "ENCODER": str(tiny_bert(folder / "encoder-2", dim=24, seed=1)),
+            "NEW_ITEMS": str(folder / "new.jsonl"),
+            "MENDED_ITEMS": str(folder / "mended.jsonl"),
+            "PLUG": str(folder / "plug"), "OTHER_PLUG": str(folder / "plug-2"),
+            "THIRD_PLUG": str(folder / "plug-3"),
+            "ENCODER": str(tiny_bert(folder / "encoder-2", dim=24, seed=1)),
             "OTHER_LLM": str(tiny_llama(folder / "llm-2", seed=1)),
         }  # fmt: skip
         encoder = self.made.encoder.model_dump(mode="json")
@@ -66,6 +71,8 @@ class Story:
         for line in RUNBOOK.section(section).commands:
             words = shlex.split(re.sub(r"\b[A-Z][A-Z_]+\b", lambda w: self.words.get(w[0], w[0]), line))[3:]
             assert PROGRAM.split() == line.split()[:3] and not any(re.fullmatch("[A-Z_]{3,}", word) for word in words)
+            if "--run-id" in words:  # workers have another present folder than the driver
+                words += ["--run-dir", str(self.folder / "runs" / words[words.index("--run-id") + 1])]
             codes.append(main([words[0], *self._smaller(words), *words[1:]]))
         return codes
 
@@ -111,7 +118,7 @@ def test_the_recipes_run_as_one_story(story, monkeypatch, capsys):
     assert story.run("Changing the LLM") == [0, 0, 0, 0]
     replies = small.rows(story.made.tables, "generations")
     assert {row["method"] for row in replies} == {"none", "plug"}
-    assert story.run("Erasing users") == [0]
+    assert story.run("Erasing users")[0] in (0, 1)  # 1: it names files of the trainings, which go by hand
     assert story.erased not in story.users("histories") | story.users("personas") | story.users("generations")
     assert story.run("Upgrading Ray or vLLM") == [0, 0]
     assert story.run("A lost node") == [0]

@@ -11,10 +11,16 @@ from typing import Any
 
 import yaml
 
+QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, QUICK)
+
 
 def build(folder: Path) -> list[dict[str, Any]]:
     """The manifests of a kustomization, patched."""
-    plan = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    plan = _load((folder / "kustomization.yaml").read_text())
     known = {
         "apiVersion",
         "kind",
@@ -29,7 +35,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in plan["resources"]:
         place = folder / name
-        found += build(place) if place.is_dir() else list(yaml.safe_load_all(place.read_text()))
+        found += build(place) if place.is_dir() else list(yaml.load_all(place.read_text(), QUICK))
     for made in plan.get("configMapGenerator", []):
         data = {Path(name).name: (folder / name).read_text() for name in made["files"]}
         if made.get("behavior") == "merge":
@@ -37,7 +43,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
         else:
             found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": made["name"]}, "data": data})
     for patch in plan.get("patches", []):
-        change = yaml.safe_load((folder / patch["path"]).read_text() if "path" in patch else patch["patch"])
+        change = _load((folder / patch["path"]).read_text() if "path" in patch else patch["patch"])
         target = patch["target"]
         hit = [doc for doc in found if doc["kind"] == target["kind"]
                and target.get("name", doc["metadata"]["name"]) == doc["metadata"]["name"]]  # fmt: skip

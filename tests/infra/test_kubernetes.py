@@ -21,13 +21,14 @@ import yaml
 
 from pipelines import options
 from pipelines.__main__ import JOBS
-from tests.infra.kustomize import build, containers, one
+from tests.infra.kustomize import QUICK, build, containers, one
 
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "infra" / "deploy" / "kubernetes"
 OVERLAYS = ("small", "large")
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_rayjob.json").read_text())
-POD = {**SCHEMA["$defs"]["podTemplate"], "$defs": SCHEMA["$defs"]}
+RAYJOB = jsonschema.Draft202012Validator(SCHEMA)
+POD = jsonschema.Draft202012Validator({**SCHEMA["$defs"]["podTemplate"], "$defs": SCHEMA["$defs"]})
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 RAY = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)["ray"]
 
@@ -56,7 +57,7 @@ def test_the_manifests_are_what_kustomize_makes(name):
     def key(document):
         return document["kind"], document["metadata"]["name"]
 
-    theirs = sorted(yaml.safe_load_all(done.stdout), key=key)
+    theirs = sorted(yaml.load_all(done.stdout, QUICK), key=key)
     assert theirs == sorted(build(folder), key=key)
 
 
@@ -64,7 +65,7 @@ def test_every_rayjob_is_one_that_kuberay_takes(manifests):
     jobs = of_kind(manifests, "RayJob")
     assert len(jobs) >= 9
     for job in jobs:
-        jsonschema.validate(job["spec"], SCHEMA)
+        RAYJOB.validate(job["spec"])
         assert job["apiVersion"] == "ray.io/v1" and len(job["metadata"]["name"]) + 6 <= 47  # KubeRay's own limit
         spec = job["spec"]
         # a suspended job must be one that is shut down; KubeRay repeats nothing, since it cannot tell why a job failed
@@ -82,7 +83,7 @@ def test_a_key_that_kuberay_does_not_know_is_found():
     job = of_kind(build(PLACE / "overlays" / "small"), "RayJob")[0]["spec"]
     job["rayClusterSpec"]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resource"] = {}
     with pytest.raises(jsonschema.ValidationError, match="resource"):
-        jsonschema.validate(job, SCHEMA)
+        RAYJOB.validate(job)
 
 
 def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_path):
@@ -96,7 +97,9 @@ def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_
         local.write_text(configs[at.name])
         given = [str(local) if word == str(at) else word for word in words[4:]]
         keys = JOBS[words[3]].config
-        config = options.check(keys, options.read([*given, "--run-id", "night-1"], keys))
+        config = options.check(
+            keys, options.read([*given, "--run-id", "night-1", "--run-dir", "s3://b/runs/night-1"], keys)
+        )
         assert config.tables.startswith("s3://")
         groups = {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
         wanted = getattr(config, "workers", 0) * float(getattr(config, "gpus_per_worker", 0) or 0)
@@ -112,7 +115,7 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
     every += [cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] for cron in of_kind(manifests, "CronJob")]
     assert len(every) >= 29
     for pod in every:
-        jsonschema.validate({"spec": pod}, POD)
+        POD.validate({"spec": pod})
         assert pod["serviceAccountName"] in accounts
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
         for volume in pod["volumes"]:
@@ -213,7 +216,7 @@ def start(tmp_path):
     Api.made, Api.deleted = [], []
     (tmp_path / "token").write_text("the-token\n")
     env = {"API": f"http://127.0.0.1:{server.server_port}", "ACCOUNT": str(tmp_path), "POLL_S": "0.05"}
-    env |= {"NAMESPACE": "pplug", "JOB_NAME": "pplug-nightly-29403120", "JOB_UID": "u-1"}
+    env |= {"NAMESPACE": "pplug", "JOB_NAME": "pplug-nightly-29403120", "JOB_UID": "u-1", "RUNS": "s3://b/runs"}
 
     def run(plan: dict[str, dict[str, Any]], *templates: str) -> subprocess.Popen[str]:
         Api.plan = plan
@@ -242,11 +245,12 @@ def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
     assert night.returncode == code, said
     first, second = Api.made
     assert first["spec"] == {
-        "entrypoint": "python -m pipelines ingest --run-id ingest-pplug-nightly-29403120",
+        "entrypoint": "python -m pipelines ingest --run-id ingest-pplug-nightly-29403120 "
+        "--run-dir s3://b/runs/ingest-pplug-nightly-29403120",
         "suspend": False,
         "backoffLimit": 0,
     }
-    assert second["spec"]["entrypoint"].endswith("refresh --run-id refresh-pplug-nightly-29403120")
+    assert second["spec"]["entrypoint"].endswith("/refresh-pplug-nightly-29403120")
     assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1" and not Api.deleted
 
 

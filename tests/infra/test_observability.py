@@ -10,13 +10,14 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from infra import metrics
-from tests.promql import Series, selectors
+from tests.promql import Series, seconds, selectors
 
 PLACE = Path(__file__).parents[2] / "infra" / "deploy" / "observability"
 RULES = {rule["alert"]: rule for group in yaml.safe_load((PLACE / "alerts.yaml").read_text())["groups"]
@@ -49,9 +50,48 @@ def test_every_alert_leads_to_a_section_of_the_runbook():
         assert rule["labels"]["severity"] in ("page", "warning")
 
 
+CASES = [
+    (case["name"], case["interval"], case["input_series"], test)
+    for case in yaml.safe_load((PLACE / "alerts_test.yaml").read_text())["tests"]
+    for test in case["alert_rule_test"]
+]
+
+
+def samples(values: str) -> Iterator[float | None]:
+    """promtool's notation: `_x4` is four times nothing, `5x3` four times 5, `0+0x3` the same of 0."""
+    for word in values.split():
+        start, _, times = word.partition("x")
+        yield from [None] * int(times) if start == "_" else [float(start.partition("+")[0])] * (int(times) + 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[3]['alertname']} at {case[3]['eval_time']}")
+def test_each_alert_fires_on_the_cases_that_prometheus_itself_is_given(case):
+    _, interval, inputs, test = case
+    series, rule = Series(), RULES[test["alertname"]]
+    for one in inputs:
+        name, _, inside = one["series"].rstrip("}").partition("{")
+        labels = frozenset((k, v.strip('"')) for k, v in (pair.split("=") for pair in inside.split(", ")))
+        found = [(n * seconds(interval), v) for n, v in enumerate(samples(one["values"])) if v is not None]
+        series.samples.setdefault(name, {})[labels] = found
+    at = seconds(test["eval_time"])
+    since = at - seconds(rule.get("for", "0s"))  # it must hold all the time; the first evaluation is at 0
+    held = since >= 0 and bool(series.fires(rule["expr"], since))
+    fires = series.fires(rule["expr"], at) if held else {}
+    wanted = [dict(alert["exp_labels"]) for alert in test["exp_alerts"]]
+    assert all(alert.pop("severity") == rule["labels"]["severity"] for alert in wanted)
+    assert [dict(labels) for labels in fires] == wanted
+
+
+def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
+    for fires in (True, False):
+        assert {test["alertname"] for *_, test in CASES if bool(test["exp_alerts"]) is fires} == RULES.keys()
+
+
 def test_promtool_reads_every_expression(tmp_path):
     if shutil.which("promtool") is None:
         pytest.skip("no promtool here; tests/promql.py alone reads the expressions")
+    done = subprocess.run(["promtool", "test", "rules", "alerts_test.yaml"], cwd=PLACE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     rules = [{"record": f"panel_{i}", "expr": expression} for i, expression in enumerate(PANELS.values())]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     for path in (tmp_path / "panels.yaml", PLACE / "alerts.yaml"):
@@ -66,6 +106,8 @@ def test_prometheus_finds_the_pods_by_what_the_manifests_say():
     cluster = (PLACE.parent / "kubernetes" / "base" / "cluster.yaml").read_text()
     assert f"{label}: {value}" in cluster and cluster.count('metrics-export-port: "8080"') == 3
     assert cluster.count("{ name: metrics, containerPort: 8080 }") >= 2
+    # else Prometheus would rename our label `job`, which the alerts read, to `exported_job`
+    assert all(one["honor_labels"] is True for one in config["scrape_configs"])
     assert config["rule_files"] == ["alerts.yaml"] and nodes["file_sd_configs"]
 
 

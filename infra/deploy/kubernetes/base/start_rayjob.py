@@ -43,10 +43,9 @@ def copy_of(template: dict, job: str) -> dict:
     """A RayJob of this run: the template's spec, not suspended, with the run id at the end of its command."""
     name = template["metadata"]["name"]
     kind = name.removeprefix("pplug-")
-    spec = template["spec"] | {
-        "suspend": False,
-        "entrypoint": f"{template['spec']['entrypoint']} --run-id {kind}-{job}",
-    }
+    run_id = f"{kind}-{job}"
+    command = f"{template['spec']['entrypoint']} --run-id {run_id} --run-dir {os.environ['RUNS']}/{run_id}"
+    spec = template["spec"] | {"suspend": False, "entrypoint": command}
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": os.environ["JOB_UID"]}
     labels = template["metadata"].get("labels", {}) | {"pplug/run": job[:63]}
     return {
