@@ -114,7 +114,8 @@ def note_restart(kind: str) -> None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return
-    if ray.get_runtime_context().was_current_actor_reconstructed:
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None and context.was_current_actor_reconstructed:
         ENGINE_RESTARTS.record(1, kind=kind)
 
 

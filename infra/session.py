@@ -106,7 +106,7 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
             raise InputError(f"RAY_ADDRESS={address}: {words}; install the same Ray and Python on both") from error
         stopping.install()  # Ray has taken the signal for itself
     else:
-        quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_local_worker"}
+        quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_worker"}
         ray.init(
             address="local",  # left out, Ray would join any head that `ray start` has left on this machine
             num_cpus=cpus,
@@ -119,18 +119,14 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
 
 
 def quiet_worker() -> None:
-    """Runs at a worker's start and turns off messages that would repeat themselves for as long as the worker lives."""
+    """Runs at the start of a local session's worker, which exports no metrics, and turns off messages that would repeat
+    themselves for as long as the worker lives."""
+    metrics.collect(False)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # asks a dashboard that a local session does not have, every second
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each line of a train worker comes twice
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def quiet_local_worker() -> None:
-    """Runs at the start of a worker of a local session, which exports no metrics."""
-    metrics.collect(False)
-    quiet_worker()
 
 
 def go_back_to(folder: str) -> None:

@@ -46,7 +46,8 @@ class KeptBeginnings:
                 if new[before].nbytes <= self._room:
                     self._room -= new[before].nbytes
                     self._known[before] = new[before]
-        found = [self._known.get(tuple(before), new.get(tuple(before))) for before in befores]
+        known = self._known | new
+        found = [known[tuple(before)] for before in befores]
         longest = max(map(len, befores))
         cache = DynamicCache()
         for layer in range(len(found[0])):

@@ -3,7 +3,7 @@
 What it does and its keys stand in `config.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pipelines.plan import rates
 from pipelines.plan.config import PlanConfig as Config
@@ -75,7 +75,7 @@ def _short(size: float) -> str:
     return f"{size / scale:,.1f} {unit}"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     said = []
     for row in rows:
