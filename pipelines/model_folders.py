@@ -17,7 +17,7 @@ def below(run_dir: str, name: str) -> str:
     return f"{run_dir.rstrip('/')}/{name}" if artifacts.is_address(run_dir) else os.path.join(run_dir, name)
 
 
-def check_output(key: str, where: str, known: Sequence[str]) -> None:
+def check_output(key: str, where: str | Path, known: Sequence[str]) -> None:
     """Refuses a place that `whole_output` could not write to; a job asks before it trains.
 
     Args:
@@ -27,6 +27,7 @@ def check_output(key: str, where: str, known: Sequence[str]) -> None:
     Raises:
         InputError: something else lies there, or the address is one that is only read.
     """
+    where = str(where)
     try:
         if where.startswith("file://"):
             raise InputError(f"{where}: give the path alone")
@@ -39,12 +40,13 @@ def check_output(key: str, where: str, known: Sequence[str]) -> None:
 
 
 @contextmanager
-def whole_output(where: str, known: Sequence[str]) -> Iterator[Path]:
+def whole_output(where: str | Path, known: Sequence[str]) -> Iterator[Path]:
     """Yields an empty folder of this machine, whose files take the place of those at `where` when the block ends.
 
     Raises:
         ValueError: `pplug.folder.whole_folder`.
     """
+    where = str(where)
     with artifacts.published(where) if artifacts.is_address(where) else whole_folder(where, known) as draft:
         yield draft
 

@@ -11,7 +11,7 @@ from pipelines.model_folders import check_output, whole_output
 from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterShape, base_shapes, from_bytes, write_folder
 
 
-def export_adapter(adapters: Table, user_id: str, output: str, base: Path, llm_id: str) -> str:
+def export_adapter(adapters: Table, user_id: str, output: str | Path, base: Path, llm_id: str) -> str:
     """Writes adapter_model.safetensors and adapter_config.json; returns the adapter's id.
 
     The folder takes the place of a former adapter as a whole.

@@ -24,6 +24,7 @@ from pipelines.train.job import make_models
 from pipelines.training import worker_device
 from pplug.adapter import LoraConfig, StackConfig
 from pplug.llm import llm_id, tokenizer_of
+from pplug.plug import plug_id
 from pplug.retrieval import RetrievalConfig
 from pplug.splice import PromptBuilder
 from pplug.tasks import load
@@ -46,7 +47,7 @@ def embed_texts(world):
 def build_personas(world):
     none: Any = None
     plug = str(world.root / "plug")
-    return BuildPersonas(none, none, none, None, Since(), plug, {}, 9, "r", CPU).device
+    return BuildPersonas(none, none, none, None, Since(), plug, {"plug_id": plug_id(plug)}, 9, "r", CPU).device
 
 
 def persona_maker(world):
