@@ -14,6 +14,7 @@ from pipelines.generate.prompts import BuildPrompts
 from pipelines.methods import parse_all
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig
+from pplug.plug import plug_id
 from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
 from pplug.tasks import TaskSpec
@@ -40,7 +41,7 @@ def prompt_stage(
     block_rows: int = 64,
     threads: int = 1,
 ) -> BuildPrompts:
-    """The stage for all requests, or for those of `pending`; the plug's id is p."""
+    """The stage for all requests, or for those of `pending`."""
     parsed, parts = parse_all(tuple(methods)), list[Part]()
     retrieval = retrieval or RetrievalConfig()
     kinds = {
@@ -54,7 +55,7 @@ def prompt_stage(
     if kinds["retrieval"]:
         parts.append(Retrieval(retrieval, kinds["retrieval"]))
     if kinds["plug"] and plug is not None:
-        parts.append(Plug(plug, "p", kinds["plug"], personas))
+        parts.append(Plug(plug, plug_id(plug), kinds["plug"], personas))
     if kinds["adapter"] and adapters is not None:
         parts.append(Adapter(adapters, kinds["adapter"], 1, "llm"))
     pending = pending or PendingReplies(requests, None, "x", tuple(methods), "all", None)

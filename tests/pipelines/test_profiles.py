@@ -217,7 +217,7 @@ def by_user(rows):
 def test_a_prompt_that_gets_no_reply_makes_no_profile(made, change, reason, said):
     how = {"engine": ENGINE, "decoding": DECODING} | change
     asked = asking(made)
-    rows = WriteProfiles(made.llm, how["engine"], how["decoding"], "llm", "run", CpuShare())(asked)
+    rows = WriteProfiles(made.llm, how["engine"], how["decoding"], llm_id(made.llm), "run", CpuShare())(asked)
     assert len(rows) == len(asked) == 6
     for user, row in by_user(rows).items():
         if user in PEOPLE:
