@@ -176,7 +176,7 @@ def test_the_vector_of_a_text_with_control_tokens_is_that_of_its_signs(tmp_path)
 
 def test_text_is_tokenised_nowhere_else():
     """Only `plain_text`, the prompt and its template, and the engine's probe read `input_ids` of a tokenizer."""
-    allowed = {("plain_text.py", None), ("splice.py", "_ids"), ("ending.py", "_turn_end"), ("vllm.py", "_probe_prompt")}
+    allowed = {("plain_text.py", None), ("splice.py", "_ids"), ("vllm.py", "_probe_prompt")}
     found = set()
     for package in (pplug, pipelines):
         for path in Path(package.__path__[0]).rglob("*.py"):
