@@ -34,7 +34,8 @@ class PromptLayout(Settings):
     """Text between input and reply of a decoder-only LLM without a chat template."""
     rows: Literal["before", "after"] = added("before")
     """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, right before the
-    reply: a step of training then takes two thirds of the processor time."""
+    reply: a step of training then takes two thirds of the processor time, and on a CPU the first epoch alone reads the
+    prompts, as far as the memory goes."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
     system: str | None = added(None)
