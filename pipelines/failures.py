@@ -29,6 +29,8 @@ _RAISED = re.compile(
     re.MULTILINE,
 )
 """A `raise` of our own in the text of a traceback, which is all that comes back from some workers."""
+_DENIED = re.compile(r"\b40[13]\b|Forbidden|AccessDenied|ExpiredToken|InvalidAccessKeyId")
+"""What a server of objects says in an OSError of the tables' library."""
 _OWN = tuple(str(Path(__file__).parents[1] / package) for package in ("pipelines", "infra", "pplug"))
 
 
@@ -87,6 +89,8 @@ def advice(error: BaseException) -> str:
     kinds = {cls.__name__ for one in _causes(error) for cls in type(one).__mro__} | {kind(error)}
     if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in _causes(error)):
         return "the disk is full; free some space and run it again"
+    if any(isinstance(one, OSError) and _DENIED.search(str(one)) for one in _causes(error)):
+        return "the storage denied access: credentials have expired or lack a right; renew them and run it again"
     if kinds & {"MemoryError", "OutOfMemoryError"}:
         return "memory ran out; lower workers or batch sizes in the config, or take a larger machine"
     if kinds & {"RayActorError", "ActorDiedError", "WorkerCrashedError", "NodeDiedError"}:

@@ -33,11 +33,11 @@ class Engine:
 def bad_nights(folder: Path) -> None:
     """Too many rejects; personas made anew again and again; personas that move far."""
     night = Night(folder)
-    night.ingest_items(ITEMS)
+    night.ingest_items(ITEMS, run_id="first")  # a submission's id would stand for one ingest alone
     for items in (3, 2, 1, 2, 1, 3):
         assert night.refresh(f"night-{items}-{time.monotonic()}", max_history_items=items) == 0
     before = night.table("personas").version
-    night.ingest_items([note(user, "9", text=USERS[0] * 3, day=25) for user in USERS])
+    night.ingest_items([note(user, "9", text=USERS[0] * 3, day=25) for user in USERS], run_id="second")
     assert night.refresh("moved", max_history_items=1) == 0
     versions = (before, night.table("personas").version)
     config = evaluate.Config(tables=night.tables, drift=versions, drift_threshold=1e-6, run_dir=str(folder / "drift"))
@@ -45,7 +45,7 @@ def bad_nights(folder: Path) -> None:
     rows = [note("user-1", f"bad-{i}") | {"user_id": ""} for i in range(5)]
     path = folder / "bad.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert night.ingest(source=str(path), task=night.notes) == 3
+    assert night.ingest(source=str(path), task=night.notes, run_id="bad") == 3
     time.sleep(metrics.FLUSH_S)  # the next ingest of this driver would overwrite what nobody has seen yet
 
 
