@@ -269,9 +269,9 @@ def _wrong(message: str, given: Any = ()) -> int:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts of a config, or of a list of words."""
+    """All texts that were given in a config, or in a list of words."""
     if isinstance(value, BaseModel):
-        value = value.model_dump()
+        value = value.model_dump(exclude_defaults=True)
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

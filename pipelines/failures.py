@@ -30,7 +30,7 @@ _RAISED = re.compile(
 )
 """A `raise` of our own in the text of a traceback, which is all that comes back from some workers."""
 _DENIED = re.compile(r"\b40[13]\b|Forbidden|AccessDenied|ExpiredToken|InvalidAccessKeyId")
-"""What a server of objects says in an OSError of the tables' library."""
+"""Words of a server of objects in an OSError that the tables' library raises."""
 _OWN = tuple(str(Path(__file__).parents[1] / package) for package in ("pipelines", "infra", "pplug"))
 
 

@@ -25,7 +25,8 @@ def test_a_submission_gives_its_id_to_the_run_and_does_its_work_once(ray_head, t
     """After a failure the same work goes on under another submission id, with --run-id."""
     (tmp_path / "items.csv").write_text(ITEMS)
     (tmp_path / "task.yaml").write_text(
-        "name: dishes\nitem: 'dish: {dish}'\ninput: 'dish: {dish}'\ntarget: taste\nmetric: classification\n"
+        "name: dishes\nitem: 'dish: {dish}'\nitem_without_label: 'dish: {dish}'\ninput: 'dish: {dish}'\n"
+        "target: taste\nmetric: classification\n"
         "labels: [salty, sweet]\n"
     )
     words = ["python", "-m", "pipelines", "ingest", "--source", f"{tmp_path}/items.csv"]

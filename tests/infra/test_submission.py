@@ -59,6 +59,13 @@ def test_a_source_that_git_ignores_is_named_beside_the_error(copied, capsys):
     assert submission.left_behind(["s3://data/x", "org/model", "/data/x", "pipelines"]) == ""
 
 
+def test_a_folder_that_nobody_has_named_is_not_missed(copied, capsys):
+    words = ["ingest", "--source", "/nowhere/items.jsonl", "--tables", "/nowhere/t", "--run-dir", "/nowhere/r"]
+    assert main([*words, "--task", "LaMP_2"]) == 2
+    said = capsys.readouterr().err
+    assert "/nowhere/items.jsonl" in said and "submitted" not in said  # download_dir is below data/ by default
+
+
 def test_a_command_whose_results_would_vanish_ends_before_it_starts(copied, capsys):
     assert main(["refresh", "--tables", "tables"]) == 2
     assert "refresh: tables=tables: counts from the current folder" in capsys.readouterr().err
