@@ -131,11 +131,15 @@ class VLLMEngine:
             )
         if not metrics.are_exported():
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+        from vllm.v1.metrics import ray_wrappers
 
+        if ray_wrappers.ray_metrics is None:  # vLLM asks for all that Ray Serve needs
+            log.warning("vLLM's own metrics are not exported: they need the package ray[serve] on this node")
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         # vLLM's own figures: queue, tokens, use of the cache, times to the first token
         return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**args | {"disable_log_stats": False}), stat_loggers=[RayPrometheusStatLogger]
+            AsyncEngineArgs(**args | {"disable_log_stats": False}),
+            stat_loggers=[ray_wrappers.RayPrometheusStatLogger],
         )
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
