@@ -48,7 +48,7 @@ _WITH_RAY = ("ray", "ray.data", "ray.train", "vllm.v1.engine.async_llm", "vllm.v
 _SPAWNED = re.compile(r"spawn_main\(tracker_fd=(\d+), pipe_handle=(\d+)\)")
 _SPAWN, _HIGH = "spawn", 500
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-"""What the engine stage sets before it imports vLLM, which reads it then."""
+"""Variables that the engine stage sets before it imports vLLM, which reads them then."""
 _LENGTH = struct.Struct("!I")
 _FAILED = 254
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `make test-gpu`. Without one all of these are skipped.
+"""These tests show what a CUDA device alone can show (`make test-gpu`). Without one all of them are skipped.
 
 The engine on a GPU is another one than on a CPU (vLLM's Model Runner V2, with an overlay kernel for prompt embeddings):
 its replies to rows, by adapters, and after preemptions are compared with those of transformers.

@@ -1,4 +1,4 @@
-"""What `kubectl kustomize FOLDER` prints, for the parts of kustomize that the manifests use.
+"""This module makes what `kubectl kustomize FOLDER` prints, for the parts of kustomize that the manifests use.
 
 kustomize itself is a program that a machine may lack; test_kubernetes.py compares this with it where it is there.
 A patch is a JSON patch (a list) or is merged (a mapping): lists are replaced, as kustomize does for kinds that it does

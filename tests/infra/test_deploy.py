@@ -1,4 +1,4 @@
-"""What is handed to Ray's launcher and to Docker is well formed and agrees with the project.
+"""The files that are handed to Ray's launcher and to Docker are well formed and agree with the project.
 
 The manifests for Kubernetes: test_kubernetes.py.
 """
