@@ -9,15 +9,17 @@ Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows pe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from pplug import memory
-from pplug.encoder import best_dtype, pad
+from pplug.bert import forward_of
+from pplug.encoder import best_dtype, default_batch_tokens, encode_batches, pad
 from pplug.fit_config import FitConfig
 from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
@@ -48,6 +50,8 @@ class Samples:
     """Per shard (V, 2) int64: row of each item's label, and its time in microseconds (history.NO_TIME: none)."""
     as_of: np.ndarray | None = None
     """(N,) int64, time at which the items' ages count; where it is before the newest item's, that one's counts."""
+    query_vectors: torch.Tensor | None = None
+    """(N, D) float32 of a query encoder that is not trained (`encode_queries`)."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -60,6 +64,20 @@ class Samples:
             return UserItems(vectors)
         labels, times = self.facts[shard][start:stop].T
         return UserItems(vectors, labels, age_days(times, max(self.as_of[index], times.max(initial=NO_TIME))))
+
+    def take(self, places: np.ndarray) -> "Samples":
+        """The samples at some places alone."""
+        return Samples(
+            [self.prompts[i] for i in places],
+            [self.targets[i] for i in places],
+            [self.queries[i] for i in places],
+            [self.owners[i] for i in places],
+            self.spans[places],
+            self.shards,
+            self.facts,
+            None if self.as_of is None else self.as_of[places],
+            None if self.query_vectors is None else self.query_vectors[torch.from_numpy(places)],
+        )
 
     def lengths(self) -> np.ndarray:
         """Tokens of prompt and target."""
@@ -84,6 +102,58 @@ def kept_items(n: int, config: FitConfig, epoch: int, sample: int) -> np.ndarray
     return np.sort(rng.permutation(n)[dropped:])
 
 
+def drawn(n: int, share: float, seed: int) -> np.ndarray:
+    """Places of a share of n samples, one at least, in order."""
+    size = min(n, max(1, round(share * n)))
+    return np.sort(np.random.default_rng((seed, 3)).permutation(n)[:size])
+
+
+def encode_queries(plug: Any, samples: Samples, pad_id: int, dtype: torch.dtype) -> Samples:
+    """The samples with the vectors of their queries, each worker having encoded a share of them.
+
+    A plug without a query encoder leaves them as they are.
+    """
+    if plug.emb_model is None or samples.query_vectors is not None:
+        return samples
+    device = next(plug.parameters()).device
+    transformer, head = plug.query_parts()
+    vectors = torch.zeros(len(samples), plug.config.encoder_dim, device=device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = samples.queries[rank::world]
+    encoded = vectors.new_empty(len(own), vectors.shape[1])
+    budget = default_batch_tokens(device, dtype, plug.config.query_max_tokens)
+    encode_batches(own, forward_of(transformer, dtype), head, pad_id, budget, device, encoded)
+    vectors[rank::world] = encoded
+    if world > 1:
+        dist.all_reduce(vectors)
+    return replace(samples, query_vectors=vectors.cpu())
+
+
+def rows_of(
+    plug: Any, samples: Samples, indices: np.ndarray, config: FitConfig, epoch: int | None, query_BD: Any = None
+) -> tuple[torch.Tensor, list[int]]:
+    """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt.
+
+    Args:
+        epoch: decides which items a sample loses; None: none.
+        query_BD: vectors of the queries, where the samples have none.
+    """
+    shape, device = plug.config, next(plug.parameters()).device
+    items = []
+    for index in indices:
+        own = samples.items(index)
+        if shape.trained_without_history:
+            own = own.take(np.arange(0))
+        elif epoch is not None:
+            own = own.take(kept_items(len(own), config, epoch, int(index)))
+        items.append(own)
+    items_TD, owner_T, facts = ragged(items, shape.encoder_dim, device)
+    if samples.query_vectors is not None:
+        query_BD = samples.query_vectors[torch.from_numpy(indices)].to(device)
+    rows = plug.forward_ragged(items_TD, owner_T, len(indices), query_BD, facts)
+    return rows, [1 + shape.persona_tokens * bool(len(own)) for own in items]
+
+
 class Fitter(Loop):
     """The training of a plug on one worker: it takes steps and validates."""
 
@@ -104,11 +174,11 @@ class Fitter(Loop):
         self.plug, self.llm, self.fit_config = plug, llm, config
         self.train, self.validation, self.pad_id = train, validation, pad_id
         self.dtype = best_dtype(config.precision, next(plug.parameters()).device)
-        self._frozen_queries: dict[int, dict[int, Any]] = {}
         query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
         query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate
         if query_lr == 0:
-            self._frozen_queries = {id(train): {}, id(validation): {}}
+            self.train = encode_queries(plug, train, pad_id, self.dtype)
+            self.validation = encode_queries(plug, validation, pad_id, self.dtype)
             for parameter in query:
                 parameter.requires_grad_(False)
         own = {id(parameter) for parameter in query}
@@ -119,7 +189,7 @@ class Fitter(Loop):
         targets = np.array([len(target) for target in train.targets], np.int64)
 
         def train_loss(indices: np.ndarray, epoch: int) -> Any:
-            return self.loss(train, indices, epoch)[0]
+            return self.loss(self.train, indices, epoch)[0]
 
         super().__init__(groups, config, train.lengths(), targets, train_loss, mesh or Mesh(rank, world))
         self.fit_memory(make_room(llm, config.checkpointing))
@@ -129,35 +199,16 @@ class Fitter(Loop):
 
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
-        config, plug = self.fit_config, self.plug.config
-        items = []
-        for index in indices:
-            own = samples.items(index)
-            if plug.trained_without_history:
-                own = own.take(np.arange(0))
-            elif epoch is not None:
-                own = own.take(kept_items(len(own), config, epoch, int(index)))
-            items.append(own)
-        items_TD, owner_T, facts = ragged(items, plug.encoder_dim, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = self.plug.forward_ragged(
-                items_TD, owner_T, len(indices), self.query_vectors(samples, indices), facts
-            )
-        counts = [1 + plug.persona_tokens * bool(len(own)) for own in items]
-        return rows, counts
+            query_BD = None if samples.query_vectors is not None else self._queries(samples, indices)
+            return rows_of(self.plug, samples, indices, self.fit_config, epoch, query_BD)
 
-    def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:
-        """Query vectors (B, D); those of a query encoder that is not trained are computed once per sample."""
+    def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
+        """Query vectors (B, D) by the encoder that is trained."""
         if self.plug.emb_model is None:
             return None
-        cache = self._frozen_queries.get(id(samples))
-        if cache is not None and all(int(i) in cache for i in indices):
-            return torch.stack([cache[int(i)] for i in indices])
         tokens, mask = pad([samples.queries[i] for i in indices], self.pad_id)
-        query = self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
-        if cache is not None:
-            cache |= {int(i): x for i, x in zip(indices, query.detach(), strict=True)}
-        return query
+        return self.plug.embed_query(tokens.to(self.device), mask.to(self.device))
 
     def loss(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, Any]:
         """Summed loss of the samples' targets, and which of these greedy decoding would write."""

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pplug.settings import Settings, renamed
+from pplug.settings import Settings, added, renamed
 
 
 class FitConfig(Settings):
@@ -12,6 +12,12 @@ class FitConfig(Settings):
 
     epochs: int = Field(2, gt=0)
     """Number of passes over the samples."""
+    max_samples: int | None = added(None, gt=0)
+    """Number of samples that the LLM reads per epoch, those of held-out users included; default: all. They are drawn
+    once, by the seed."""
+    start_epochs: int = added(0, ge=0)
+    """Number of passes over all samples before the LLM reads any. The persona learns in them to name the answer in the
+    LLM's own token embeddings, at a small part of the LLM's cost per sample. 0 as published."""
     batch_size: int = Field(64, gt=0)
     """Number of samples per step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)

@@ -31,7 +31,7 @@ from pplug.encoder_head import Head, HeadedEncoder, bare_transformer
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
 from pplug.items import LabelSet, UserItems
-from pplug.plug_parts import Center, ItemWeights, LabelValues, projector
+from pplug.plug_parts import Center, ItemWeights, LabelValues, projector, starts_at_zero
 from pplug.settings import Settings
 
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "llm.json")
@@ -90,6 +90,9 @@ class PlugConfig(Settings):
     token_attention: Literal["shared", "own"] = _beyond("shared")
     """Weights of the items per persona token. shared: all tokens have the same, as in the paper; own: each token has
     a learned query of its own."""
+    request_value: bool = _beyond(False)
+    """True if the instruction row depends on the request: a projection of the query's vector is added to it. In the
+    paper the query weighs the items and nothing else."""
     hidden: int | None = _beyond(None, gt=0)
     """F, hidden width of the projectors; None: that of their output, as in the paper."""
 
@@ -160,6 +163,10 @@ class PersonaPlug(nn.Module):
         self.inst_token = nn.Parameter(torch.rand(1, config.encoder_dim))
         self.align_mlp_inst = projector(config.encoder_dim, config.hidden or config.llm_dim, config.llm_dim)
         self.align_mlp = projector(config.encoder_dim, config.hidden or width, width)
+        self.request_mlp = None
+        if config.request_value:
+            first = config.hidden or config.llm_dim
+            self.request_mlp = starts_at_zero(projector(config.encoder_dim, first, config.llm_dim))
         self.item_weights = ItemWeights(
             config.encoder_dim,
             tokens,
@@ -197,9 +204,21 @@ class PersonaPlug(nn.Module):
             return self.emb_model.transformer, self.emb_model.head
         return self.emb_model, partial(pool, pooling=self.config.query_pooling)
 
-    def instruction(self) -> Tensor:
-        """I, (1, H)."""
-        return self.config.instruction_scale * self.align_mlp_inst(self.inst_token).view(1, self.config.llm_dim)
+    def instruction(self, query_BD: Tensor | None = None) -> Tensor:
+        """I, (1, H); (B, H) of a plug whose instruction depends on the request.
+
+        Args:
+            query_BD: L2-normalised query vectors; only such a plug reads them, and it needs them.
+
+        Raises:
+            ValueError: such a plug was given none.
+        """
+        row_1H = self.align_mlp_inst(self.inst_token).view(1, self.config.llm_dim)
+        if self.request_mlp is not None:
+            if query_BD is None:
+                raise ValueError("the instruction row of this plug depends on the request; give the query vectors")
+            row_1H = row_1H + self.request_mlp(query_BD)
+        return self.config.instruction_scale * row_1H
 
     def personas(
         self,
@@ -279,7 +298,8 @@ class PersonaPlug(nn.Module):
     ) -> Tensor:
         """(B, 1+P, H) float32: the instruction row, then the persona rows."""
         persona_BPH = self.personas(items_TD, owner_T, users, query_BD, facts)
-        return torch.cat([self.instruction().float().expand(users, 1, -1), persona_BPH], dim=1)
+        instruction_BH = self.instruction(query_BD).float().expand(users, -1)
+        return torch.cat([instruction_BH.unsqueeze(1), persona_BPH], dim=1)
 
     def forward(
         self,

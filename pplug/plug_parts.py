@@ -23,6 +23,14 @@ def projector(d_in: int, d_hidden: int, d_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d_in, d_hidden), nn.GELU(), nn.Linear(d_hidden, d_out))
 
 
+def starts_at_zero(mlp: nn.Sequential) -> nn.Sequential:
+    """The same projector with a last layer of zeros, so that it adds nothing at the first step."""
+    with torch.no_grad():
+        for parameter in mlp[2].parameters():
+            parameter.zero_()
+    return mlp
+
+
 def segment_softmax(scores_T: Tensor, owner_T: Tensor, users: int) -> Tensor:
     """Softmax within each owner's entries, (T,) float32. An owner without entries adds nothing."""
     highest = scores_T.new_full((users,), -torch.inf).scatter_reduce(0, owner_T, scores_T.detach(), "amax")
@@ -95,10 +103,7 @@ class LabelValues(nn.Module):
         self.register_buffer("vectors", torch.zeros(labels, llm_dim))
         self.no_label = nn.Parameter(torch.zeros(1, llm_dim))
         self.gain = nn.Parameter(torch.ones(tokens, 1))
-        self.mlp = projector(llm_dim, hidden or llm_dim, tokens * llm_dim)
-        with torch.no_grad():
-            for parameter in self.mlp[2].parameters():
-                parameter.zero_()
+        self.mlp = starts_at_zero(projector(llm_dim, hidden or llm_dim, tokens * llm_dim))
 
     def forward(self, weights_TW: Tensor, owner_T: Tensor, users: int, labels_T: Tensor) -> Tensor:
         """(B, P, H). `labels_T`: row of each item's label, below 0 for none."""
@@ -145,9 +150,14 @@ def label_vectors(llm: Any, labels: Sequence[str]) -> Tensor:
     """
     ids = llm.prompt_builder.words.ids(list(labels))
     refuse_empty_labels(labels, ids)
-    with torch.no_grad():
-        device = llm.embedding.weight.device
-        return torch.stack([llm.embedding(torch.tensor(row, device=device)).float().mean(0) for row in ids])
+    return mean_embeddings(llm, ids)
+
+
+@torch.no_grad()
+def mean_embeddings(llm: Any, ids: Sequence[Sequence[int]]) -> Tensor:
+    """Mean of the LLM's embeddings of each text's tokens, (n, H) float32."""
+    device = llm.embedding.weight.device
+    return torch.stack([llm.embedding(torch.tensor(row, device=device)).float().mean(0) for row in ids])
 
 
 def refuse_empty_labels(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> None:

@@ -24,7 +24,7 @@ class PersonaMaker:
     """The plug at work: query vectors, weights, persona rows, for a block of requests at a time."""
 
     def __init__(self, folder: str | Path, threads: int, queries: bool) -> None:
-        """`queries`: whether any persona is weighed by its request; without, no query encoder is loaded."""
+        """`queries`: whether any persona or instruction depends on its request; without, no query encoder is loaded."""
         torch.set_num_threads(threads)
         self.device = device.assigned()
         self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
@@ -36,8 +36,6 @@ class PersonaMaker:
             self.words = TextTokenizer(self.tokenizer)
             transformer, self.head = self.plug.query_parts()
             self.forward = forward_of(transformer, self.dtype)
-        with torch.inference_mode():
-            self.instruction = self.plug.instruction().float().cpu().numpy()
 
     def soft_prompts(
         self,
@@ -53,33 +51,40 @@ class PersonaMaker:
             items: behind each persona; None where a stored one is given, or where there are none.
             stored: (P*H,) of a persona made before; all zeros stand for a user without an item.
         """
-        personas = self._personas(queries, items, aggregation)
+        weighed = aggregation == "attention" and any(own is not None and len(own) for own in items)
+        asked = self.tokenizer is not None and (weighed or self.plug.config.request_value)
+        x = self._queries(queries) if asked else None
+        instructions = self._instructions(x, len(items))
+        personas = self._personas(x if weighed else None, items)
         out, kinds = [], []
-        for own, ready, persona in zip(items, stored, personas, strict=True):
+        for instruction, own, ready, persona in zip(instructions, items, stored, personas, strict=True):
             if ready is not None and ready.any():
-                out.append(np.concatenate([self.instruction.ravel(), ready]))
+                out.append(np.concatenate([instruction, ready]))
                 kinds.append("mean")
             elif own is not None and len(own):
-                out.append(np.concatenate([self.instruction.ravel(), persona]))
+                out.append(np.concatenate([instruction, persona]))
                 kinds.append(aggregation)
             else:
-                out.append(self.instruction.ravel())
+                out.append(instruction)
                 kinds.append("none")
         return out, kinds
 
-    def _personas(self, queries: Sequence[str], items: Sequence[UserItems | None], aggregation: str) -> np.ndarray:
+    def _instructions(self, query_BD: Any, requests: int) -> np.ndarray:
+        """(B, H)."""
+        with torch.inference_mode():
+            rows = self.plug.instruction(query_BD).float()
+        return rows.expand(requests, -1).cpu().numpy()
+
+    def _personas(self, query_BD: Any, items: Sequence[UserItems | None]) -> np.ndarray:
         """(B, P*H), zeros for a request without items."""
         config = self.plug.config
         known = [own for own in items if own is not None and len(own)]
         if not known:
             return np.zeros((len(items), config.persona_tokens * config.llm_dim), np.float32)
         nothing = known[0].take(np.arange(0))
-        x = None
-        if aggregation == "attention" and self.tokenizer is not None:
-            x = self._queries(queries)
         vectors, owner, facts = ragged([own or nothing for own in items], config.encoder_dim, self.device)
         with torch.inference_mode():
-            built = self.plug.personas(vectors, owner, len(items), x, facts)
+            built = self.plug.personas(vectors, owner, len(items), query_BD, facts)
         return built.flatten(1).float().cpu().numpy()
 
     def read_ahead(self, texts: Sequence[str]) -> None:

@@ -48,6 +48,9 @@ class PlugShape(Settings):
     token_attention: Literal["shared", "own"] = added("shared")
     """Weights of the items per persona token. shared: one weighting for all tokens, as in the paper; own: each token
     has a learned query of its own beside the request's."""
+    request_value: bool = added(False)
+    """True adds a projection of the query's vector to the instruction row, so that the plug may say what it knows of
+    such requests, whoever asks. A soft prompt of this shape has it too."""
     hidden: int | None = added(None, gt=0)
     """Hidden width of the projectors; default: the width of their output, as in the paper, so that their size grows
     with the square of persona_tokens times the LLM's width."""
@@ -102,5 +105,10 @@ class Config(ResumableConfig):
             raise ValueError(
                 f"shape.aggregation=attention weighs items by the query's vector, and {self.encoder.model} has no "
                 "encoder that could make one; set shape.aggregation=mean"
+            )
+        if self.encoder.own is not None and self.shape.request_value:
+            raise ValueError(
+                f"shape.request_value=true reads the query's vector, and {self.encoder.model} has no encoder that "
+                "could make one; leave it out"
             )
         return self

@@ -34,9 +34,9 @@ from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors
 from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
-from pplug.encoder import encoder_id, query_limit, read_folder
+from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
-from pplug.fit import Fitter, Samples, held_out
+from pplug.fit import Fitter, Samples, drawn, encode_queries, held_out
 from pplug.history import NO_TIME
 from pplug.identity import model_folder, short_id
 from pplug.items import LabelSet
@@ -46,6 +46,7 @@ from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
 from pplug.plug_parts import label_vectors, refuse_empty_labels
 from pplug.stand_in import SAMPLE_FILE, llm_sample
+from pplug.start import Start
 from pplug.tasks import TaskSpec
 
 
@@ -278,6 +279,9 @@ def fit_worker(given: dict[str, Any]) -> None:
         if plug.center is not None:
             plug.center.learn(vectors_by_user(train))
         pad_id = query_tokenizer.pad_token_id or 0 if query_tokenizer is not None else 0
+        if config.fit.start_epochs and ray.train.get_checkpoint() is None:
+            train, validation = start(config, plug, llm, train, validation, pad_id, rank)
+        train, validation = read_by_llm(config, train, validation)
         fitter = Fitter(plug, llm, config.fit, train, validation, mesh=mesh, pad_id=pad_id)
 
         def read(folder: str) -> Callable[[], None]:
@@ -301,6 +305,37 @@ def fit_worker(given: dict[str, Any]) -> None:
             run_dir=given["run_dir"],
             tracked=tracker(config.track, given["run_id"], given["config"]),
         )
+
+
+def start(
+    config: Config, plug: Any, llm: Any, train: Samples, validation: Samples, pad_id: int, rank: int
+) -> tuple[Samples, Samples]:
+    """Has the plug learn to name the answers, before the LLM reads any sample.
+
+    Returns:
+        The samples, with the vectors of their queries where these stay as they are.
+    """
+    dtype = best_dtype(config.fit.precision, next(plug.parameters()).device)
+    encoded = [encode_queries(plug, samples, pad_id, dtype) for samples in (train, validation)]
+    beginning = Start(plug, llm, config.fit)
+    before = beginning.named(encoded[1])
+    beginning.learn(encoded[0])
+    if rank == 0:
+        print(
+            f"train: start: of the held-out answers {beginning.named(encoded[1]):.4f} are named without the LLM, "
+            f"{before:.4f} before",
+            flush=True,
+        )
+    return (encoded[0], encoded[1]) if config.fit.query_learning_rate == 0 else (train, validation)
+
+
+def read_by_llm(config: Config, train: Samples, validation: Samples) -> tuple[Samples, Samples]:
+    """The samples that the LLM reads: all, or as many as `fit.max_samples` says."""
+    most, seed = config.fit.max_samples, config.fit.seed
+    share = 1.0 if most is None else most / (len(train) + len(validation))
+    if share >= 1:
+        return train, validation
+    return train.take(drawn(len(train), share, seed)), validation.take(drawn(len(validation), share, seed))
 
 
 def make_models(
@@ -344,11 +379,12 @@ def make_models(
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
             **queries,
             trained_without_history=shape.without_history,
+            request_value=shape.request_value,
             hidden=shape.hidden,
             **beyond,
             **identities,
         ),
-        query_encoder=encoder if attention else None,
+        query_encoder=encoder if attention or shape.request_value else None,
     )
     if labels is not None:
         plug.set_label_vectors(label_vectors(llm, labels.labels).cpu())

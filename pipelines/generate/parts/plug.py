@@ -35,6 +35,7 @@ NOT_OF_THE_USER = (*OF_NOBODY, "plug:other-user")
 
 class Plug(Part):
     group = "plug"
+    request_value = False
 
     def __init__(self, folder: str, plug_id: str, kinds: frozenset[str], personas: Snapshot | None) -> None:
         """`personas`: those that `refresh` stored with this plug, where a method can use them."""
@@ -70,6 +71,7 @@ class Plug(Part):
 
     def _of(self, config: PlugConfig) -> Self:
         self.rows = 1 + config.persona_tokens
+        self.request_value = config.request_value
         return self
 
     def identities(self) -> dict[str, str]:
@@ -80,7 +82,7 @@ class Plug(Part):
         return Needs(items=True, others="plug:other-user" in self.kinds, labels=labels)
 
     def load(self, worker: Worker) -> None:
-        queries = not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
+        queries = self.request_value or not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
         self.maker = PersonaMaker(fetch_plug(self.folder, self.plug_id), worker.cpu.torch_threads(), queries)
         self.task = worker.task
 
