@@ -1,6 +1,12 @@
 """Text files that a person wrote, line by line: how an editor or a spreadsheet saved them makes no difference."""
 
+import io
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from infra.storage import Storage
 
 _AROUND = string.whitespace + "\ufeff\u00a0"
 """Characters that belong to no line at its ends; a byte order mark stands within a file, too, when two are joined."""
@@ -8,6 +14,9 @@ _AROUND = string.whitespace + "\ufeff\u00a0"
 
 def lines(path: str) -> list[str]:
     """The lines that hold anything, without the white space around them; spaces within a line stay.
+
+    Args:
+        path: a file on this machine, or s3://bucket/key.
 
     Raises:
         OSError: the file cannot be read.
@@ -18,5 +27,15 @@ def lines(path: str) -> list[str]:
 
 def numbered_lines(path: str) -> list[tuple[int, str]]:
     """The same, each with its number in the file, from 1."""
-    with open(path, encoding="utf-8-sig") as file:  # universal newlines: CRLF and CR end a line too
+    with _opened(path) as file:  # universal newlines: CRLF and CR end a line too
         return [(number, text) for number, line in enumerate(file, start=1) if (text := line.strip(_AROUND))]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[IO[str]]:
+    if not path.startswith("s3://"):
+        with open(path, encoding="utf-8-sig") as file:
+            yield file
+        return
+    folder, _, name = path.rpartition("/")
+    yield io.TextIOWrapper(io.BytesIO(Storage(folder).read_bytes(name)), encoding="utf-8-sig")

@@ -63,7 +63,7 @@ def test_the_manifests_are_what_kustomize_makes(name):
 
 def test_every_rayjob_is_one_that_kuberay_takes(manifests):
     jobs = of_kind(manifests, "RayJob")
-    assert len(jobs) >= 9
+    assert len(jobs) >= 13
     for job in jobs:
         RAYJOB.validate(job["spec"])
         assert job["apiVersion"] == "ray.io/v1" and len(job["metadata"]["name"]) + 6 <= 47  # KubeRay's own limit
@@ -113,7 +113,7 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
     accounts = {document["metadata"]["name"] for document in of_kind(manifests, "ServiceAccount")}
     every = [pod for job in of_kind(manifests, "RayJob") for pod in pods(job)]
     every += [cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] for cron in of_kind(manifests, "CronJob")]
-    assert len(every) >= 29
+    assert len(every) >= 41
     for pod in every:
         POD.validate({"spec": pod})
         assert pod["serviceAccountName"] in accounts

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from infra.errors import InputError
+from infra.storage import Storage
 from pipelines import options, tables
 from pipelines.generate.parts.oracle import read_oracle
 from pplug import tasks
@@ -34,6 +35,14 @@ def test_a_file_of_ids_is_read_alike_however_it_was_saved(tmp_path, form):
     path = tmp_path / "users.txt"
     path.write_bytes(forms("".join(f"{user}\n" for user in sorted(USERS)))[form])
     assert tables.read_users(str(path)) == USERS  # spaces within an id stay
+
+
+def test_a_file_of_ids_may_lie_on_s3(s3):
+    text = "\ufeff" + "".join(f"{user}\r\n" for user in sorted(USERS))
+    Storage(s3).write_bytes("erase/users.txt", text.encode())
+    assert tables.read_users(f"{s3}/erase/users.txt") == USERS
+    with pytest.raises(InputError, match=r"users=s3://.*/none.txt: cannot be read .* one user id per line"):
+        tables.read_users(f"{s3}/erase/none.txt")
 
 
 def test_a_file_of_ids_in_another_encoding_is_named(tmp_path):

@@ -25,7 +25,9 @@ FORMS = {
     "center": {"center": "users"},
     "own": {"token_attention": "own"},
     "hidden": {"hidden": 5},
-    "all": LABELS | {"recency": "time", "center": "users", "token_attention": "own", "hidden": 5},
+    "request": {"request_value": True},
+    "all": LABELS
+    | {"recency": "time", "center": "users", "token_attention": "own", "hidden": 5, "request_value": True},
 }
 SIZES = (5, 0, 1, 3)
 
@@ -37,7 +39,7 @@ def made(**form: object) -> PersonaPlug:
     plug = PersonaPlug(PlugConfig(encoder_dim=D, llm_dim=H, persona_tokens=P, **scales, **form))
     with torch.no_grad():
         for name, parameter in plug.named_parameters():
-            if "label_values" in name or "item_weights" in name:
+            if any(part in name for part in ("label_values", "item_weights", "request_mlp")):
                 parameter.normal_(0, 0.3)
     if plug.label_values is not None:
         plug.set_label_vectors(torch.randn(len(plug.config.labels), H))
@@ -63,6 +65,18 @@ def given(seed: int = 1) -> dict[str, torch.Tensor]:
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def instruction_by_hand(plug: PersonaPlug, query: torch.Tensor) -> torch.Tensor:
+    """The instruction row of one request."""
+    w = {name: tensor.detach() for name, tensor in plug.state_dict().items()}
+
+    def mlp(name: str, x: torch.Tensor) -> torch.Tensor:
+        hidden = gelu(w[f"{name}.0.weight"] @ x + w[f"{name}.0.bias"])
+        return w[f"{name}.2.weight"] @ hidden + w[f"{name}.2.bias"]
+
+    row = mlp("align_mlp_inst", w["inst_token"][0])
+    return 0.6 * (row + mlp("request_mlp", query) if plug.config.request_value else row)
 
 
 def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
@@ -105,13 +119,19 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
 def test_a_form_equals_its_equations_user_by_user(form, aggregation):
     assert AGE_RATE == 10.0
     plug, at = made(aggregation=aggregation, **FORMS[form]), given()
+    owner, facts = at["mask"].nonzero()[:, 0], ItemFacts(at["labels"][at["mask"]], at["days"][at["mask"]])
     for query in (at["query"], None):  # None: as refresh makes the personas that it stores
-        got = plug(at["items"], at["mask"], query, at["labels"], at["days"])
-        assert got.shape == (4, 1 + P, H)
+        got = plug.personas(at["items"][at["mask"]], owner, 4, query, facts)
+        assert got.shape == (4, P, H)
         for user, n in enumerate(SIZES):
             own = [at[name][user, :n] for name in ("items", "labels", "days")]
             want = by_hand(plug, own[0], None if query is None else query[user], *own[1:])
-            torch.testing.assert_close(got[user, 1:], want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got[user], want, rtol=1e-4, atol=1e-5)
+    whole = plug(at["items"], at["mask"], at["query"], at["labels"], at["days"])
+    assert torch.equal(whole[:, 1:], plug.personas(at["items"][at["mask"]], owner, 4, at["query"], facts))
+    for user in range(4):
+        want = instruction_by_hand(plug, at["query"][user])
+        torch.testing.assert_close(whole[user, 0], want, rtol=1e-4, atol=1e-5)
     alone = plug(*(at[name][:1] for name in ("items", "mask", "query", "labels", "days")))
     together = plug(at["items"], at["mask"], at["query"], at["labels"], at["days"])
     torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-6)
@@ -168,6 +188,17 @@ def test_a_new_plug_begins_between_the_papers_weights_and_equal_ones():
     likeness = at["items"][0] @ at["query"][0]
     for token, share in enumerate((1.0, 0.5, 0.0)):
         torch.testing.assert_close(weights[:, token], torch.softmax(share * likeness, 0))
+
+
+def test_an_instruction_that_depends_on_the_request_begins_as_the_papers_and_asks_for_the_query():
+    torch.manual_seed(5)
+    plain = PersonaPlug(PlugConfig(encoder_dim=D, llm_dim=H))
+    torch.manual_seed(5)
+    plug = PersonaPlug(PlugConfig(encoder_dim=D, llm_dim=H, request_value=True))
+    plug.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plug.instruction(torch.randn(3, D)), plain.instruction().expand(3, -1))
+    with pytest.raises(ValueError, match="depends on the request; give the query vectors"):
+        plug.instruction()
 
 
 def test_facts_that_a_plug_needs_are_asked_for():
