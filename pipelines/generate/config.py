@@ -40,8 +40,9 @@ class Config(ResumableConfig):
     """Question by which the LLM is asked for a profile, and form in which a prompt holds it."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
-    requests: Literal["all", "open", "labelled"] = "all"
-    """open takes requests without a target, labelled takes those with one."""
+    requests: Literal["all", "open", "labelled", "new"] = "all"
+    """Requests to answer. open: those without a target; labelled: those with one; new: those that no run has answered
+    by the method, with the same LLM, plug and decoding, as a schedule wants it."""
     users: str | None = None
     """File with one user id per line: only their requests are answered, only their profiles are written."""
     as_of_version: dict[

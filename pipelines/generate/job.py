@@ -33,7 +33,7 @@ from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.parts import GenerateRun, Part, open_parts
 from pipelines.generate.parts.adapter import Adapter
-from pipelines.generate.pending import PendingReplies
+from pipelines.generate.pending import MadeAlike, PendingReplies
 from pipelines.generate.prompts import NOTES, BuildPrompts
 from pipelines.generate.replies import ENGINE, Reply
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles, profiles_made_as
@@ -163,6 +163,11 @@ def _plan(
     """Counts the pending replies per bucket, and refuses those that must not be made."""
     config, report = using.config, using.report
     users = keys_by_bucket(tables.read_users(config.users, opened.requests), generations.buckets)
+    identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
+    identities |= {"decoding_id": opened.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
+    for part in parts:
+        identities |= part.identities()
+    alike = MadeAlike(opened.llm_id, opened.decoding.decoding_id, identities["plug_id"])
     pending = PendingReplies(
         opened.requests,
         before if before.files else None,
@@ -172,11 +177,8 @@ def _plan(
         users,
         {part.group: table for part in parts if (table := part.made_from_items()) is not None},
         config.decoding.n,
+        alike if config.requests == "new" else None,
     )
-    identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
-    identities |= {"decoding_id": opened.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
-    for part in parts:
-        identities |= part.identities()
     refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
     plan = waves.plan(opened.requests.filled(users), pending.count, report)
     refuse_a_leak(config, using.methods, parts, plan)

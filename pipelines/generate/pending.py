@@ -10,6 +10,22 @@ import pyarrow.compute as pc
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from pipelines.learned import last_items
+from pipelines.methods import parse
+
+
+@dataclass(frozen=True)
+class MadeAlike:
+    """Identities that make a reply of another run as good as this run's."""
+
+    llm_id: str
+    decoding_id: str
+    plug_id: str
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """True for such a reply; the plug counts where the method has one."""
+        ids = row["llm_id"], row["decoding_id"]
+        with_plug = parse(row["method"]).part("plug") is not None
+        return ids == (self.llm_id, self.decoding_id) and (not with_plug or row["plug_id"] == self.plug_id)
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,7 @@ class PendingReplies:
     run_id: str
     methods: tuple[str, ...]
     only: str
-    """all, open (without a target) or labelled."""
+    """all, open (without a target), labelled, or new (unanswered by any run, where `alike` says what counts)."""
     users: Mapping[int, list[str]] | None
     """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
     made_from_items: Mapping[str, Snapshot] = field(default_factory=dict)
@@ -30,24 +46,30 @@ class PendingReplies:
     those for which the user's row knows too much."""
     samples: int = 1
     """Number of replies per request and method."""
+    alike: MadeAlike | None = None
+    """Replies of other runs that count as this run's; None: none do."""
 
     def read(self, bucket: int) -> "BucketRequests":
         """Requests of a bucket, and which of them the run has already answered."""
         keys = of_bucket(self.users, bucket)
         requests = self.requests.read(buckets=[bucket], user_keys=keys)
-        if self.only != "all":
+        if self.only in ("open", "labelled"):
             has = pc.is_valid(requests["target"])
             requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
         answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
         failed = 0
         if self.done is not None:
-            columns = ["user_id", "request_id", "method", "sample", "error"]
-            mine = pc.field("run_id") == self.run_id
-            for row in self.done.read(columns, buckets=[bucket], filter=mine, user_keys=keys).to_pylist():
-                if row["error"] is None:
+            columns = ["user_id", "request_id", "method", "sample", "error", "run_id"]
+            counts = pc.field("run_id") == self.run_id
+            if self.alike is not None:
+                columns += ["llm_id", "decoding_id", "plug_id"]
+                counts = counts | (pc.field("llm_id") == self.alike.llm_id)
+            for row in self.done.read(columns, buckets=[bucket], filter=counts, user_keys=keys).to_pylist():
+                mine = row["run_id"] == self.run_id
+                if row["error"] is not None:
+                    failed += mine
+                elif mine or (self.alike is not None and self.alike.holds(row)):
                     answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
-                else:
-                    failed += 1
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
         return BucketRequests(requests, answered, failed, self.samples)
 

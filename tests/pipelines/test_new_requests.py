@@ -1,0 +1,62 @@
+"""Requests that no run has answered: a schedule asks them alone, with the models and decoding of the runs before."""
+
+import pytest
+
+from pipelines.engines.base import Decoding
+from pipelines.generate.pending import MadeAlike
+from tests.pipelines.population import Population
+from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
+
+FIRST, LATER = 3, 4
+METHODS = ("none", "recency")
+ITEMS = [item(user, day, ("good", "bad")[day % 2]) for user in PEOPLE for day in range(5)]
+
+
+def asked(user: str, at: int) -> dict:
+    return {"request_id": f"{user}/{at}", "user_id": user, "input": "How do I feel? the music", "target": "good",
+            "as_of": item(user, at)["occurred_at"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_session):
+    population = Population(tmp_path_factory.mktemp("new"))
+    put(population, ITEMS, [asked(user, FIRST) for user in PEOPLE], buckets=1)
+    population.llm = talkative(population.folder / "llm")
+    return population
+
+
+def answered(population, name: str) -> set[tuple[str, str]]:
+    rows = [row for row in population.rows("generations") if row["run_id"] == name]
+    found = {(row["request_id"], row["method"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_night_answers_what_no_night_before_has_answered_in_the_same_way(made):
+    given = {"llm": made.llm, "requests": "new", "decoding": Decoding(max_tokens=4)}
+    assert run(made, "monday", methods=("none",), **given) == 0
+    firsts = {f"{user}/{FIRST}" for user in PEOPLE}
+    assert answered(made, "monday") == {(request, "none") for request in firsts}
+    put(made, ITEMS, [asked(user, LATER) for user in PEOPLE], buckets=1)
+    assert run(made, "tuesday", methods=METHODS, **given) == 0
+    laters = {f"{user}/{LATER}" for user in PEOPLE}
+    want = {(request, method) for request in laters for method in METHODS} | {(name, "recency") for name in firsts}
+    assert answered(made, "tuesday") == want
+    assert (made.report["written"], made.report["already_there"]) == (len(want), len(PEOPLE))
+    assert run(made, "wednesday", methods=METHODS, **given) == 0
+    assert answered(made, "wednesday") == set() and made.report["written"] == 0
+    # replies that were made otherwise do not count, and neither does a run that asks for all
+    longer = given | {"decoding": Decoding(max_tokens=5)}
+    assert run(made, "longer", methods=("none",), **longer) == 0
+    assert answered(made, "longer") == {(request, "none") for request in firsts | laters}
+    assert run(made, "all", methods=("none",), **given | {"requests": "all"}) == 0
+    assert answered(made, "all") == {(request, "none") for request in firsts | laters}
+
+
+def test_a_reply_counts_if_models_and_decoding_are_alike_and_the_plug_where_there_is_one():
+    alike = MadeAlike("llm", "decoding", "plug")
+    row = {"llm_id": "llm", "decoding_id": "decoding", "plug_id": None, "method": "bm25"}
+    assert alike.holds(row)
+    assert not alike.holds(row | {"llm_id": "another"}) and not alike.holds(row | {"decoding_id": "another"})
+    assert alike.holds(row | {"method": "plug+bm25", "plug_id": "plug"})
+    assert not alike.holds(row | {"method": "plug+bm25", "plug_id": "another"})
