@@ -110,6 +110,11 @@ JOBS = {
         "pipelines.upkeep.config:VacuumConfig",
         "deletes files that no version within the retention names",
     ),
+    "drop-run": Job(
+        "pipelines.upkeep.drop_run",
+        "pipelines.upkeep.config:DropRunConfig",
+        "takes the replies of runs out of the tables, by name or by age",
+    ),
     "restore": Job(
         "pipelines.upkeep.restore",
         "pipelines.upkeep.config:RestoreConfig",

@@ -68,6 +68,29 @@ class RestoreConfig(JobConfig):
         return self
 
 
+class DropRunConfig(JobConfig):
+    """Job `drop-run`: takes the replies of runs out of `generations`, by name or by age.
+
+    The newest version then holds those of all other runs; older versions keep the replies until a vacuum. A run of
+    `generate` or `judge` whose replies were dropped makes them again when it is started again with its run_id. No user
+    is forgotten by it: that is what `erase` does. Unit of work: a reply.
+    """
+
+    positional: ClassVar[str] = "runs"
+    """Name of the key whose value may follow the job directly."""
+
+    runs: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the runs."""
+    older_than_days: float | None = Field(None, gt=0)
+    """Drops the replies of each run whose last commit is older than that many days."""
+
+    @model_validator(mode="after")
+    def _runs_are_named(self) -> Self:
+        if (self.runs is None) == (self.older_than_days is None):
+            raise ValueError("say which runs: either runs, by name, or older_than_days")
+        return self
+
+
 class EraseConfig(JobConfig):
     """Job `erase`: removes users from all tables, old versions, run folders and exports, and proves it.
 
