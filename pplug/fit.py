@@ -8,7 +8,7 @@ Shapes: B samples of a batch, T their items (ragged), D encoder width, R rows pe
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, section 4, and the authors' code (optimiser settings).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -129,10 +129,16 @@ def encode_queries(plug: Any, samples: Samples, pad_id: int, dtype: torch.dtype)
     return replace(samples, query_vectors=vectors.cpu())
 
 
-def rows_of(
-    plug: Any, samples: Samples, indices: np.ndarray, config: FitConfig, epoch: int | None, query_BD: Any = None
-) -> tuple[torch.Tensor, list[int]]:
-    """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt.
+def personas_of(
+    plug: Any,
+    make: Callable[..., torch.Tensor],
+    samples: Samples,
+    indices: np.ndarray,
+    config: FitConfig,
+    epoch: int | None,
+    query_BD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[bool]]:
+    """What `make` (a method of the plug) makes of the samples' items, query vectors (B, D), and who has an item.
 
     Args:
         epoch: decides which items a sample loses; None: none.
@@ -150,8 +156,7 @@ def rows_of(
     items_TD, owner_T, facts = ragged(items, shape.encoder_dim, device)
     if samples.query_vectors is not None:
         query_BD = samples.query_vectors[torch.from_numpy(indices)].to(device)
-    rows = plug.forward_ragged(items_TD, owner_T, len(indices), query_BD, facts)
-    return rows, [1 + shape.persona_tokens * bool(len(own)) for own in items]
+    return make(items_TD, owner_T, len(indices), query_BD, facts), query_BD, [bool(len(own)) for own in items]
 
 
 class Fitter(Loop):
@@ -201,7 +206,10 @@ class Fitter(Loop):
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             query_BD = None if samples.query_vectors is not None else self._queries(samples, indices)
-            return rows_of(self.plug, samples, indices, self.fit_config, epoch, query_BD)
+            rows, _, known = personas_of(
+                self.plug, self.plug.forward_ragged, samples, indices, self.fit_config, epoch, query_BD
+            )
+        return rows, [1 + self.plug.config.persona_tokens * has for has in known]
 
     def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
         """Query vectors (B, D) by the encoder that is trained."""

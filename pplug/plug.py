@@ -31,7 +31,7 @@ from pplug.encoder_head import Head, HeadedEncoder, bare_transformer
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
 from pplug.items import LabelSet, UserItems
-from pplug.plug_parts import Center, ItemWeights, LabelValues, projector, starts_at_zero
+from pplug.plug_parts import Center, ItemWeights, LabelGuess, LabelValues, projector, starts_at_zero
 from pplug.settings import Settings
 
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "llm.json")
@@ -81,6 +81,8 @@ class PlugConfig(Settings):
     """Labels whose embeddings items add to a persona; none in the paper."""
     label_field: str | None = _beyond(None)
     """Field that holds an item's label, where there are `labels`."""
+    label_guess: bool = _beyond(False)
+    """True if the persona rows spell the labels that the plug itself takes for likely; it has `labels` then."""
     recency: Literal["none", "position", "time"] = _beyond("none")
     """Learned weights of an item's age, beside its likeness. none: as in the paper; position: log of the place counted
     from the newest item; time: position, and log of the days."""
@@ -100,6 +102,8 @@ class PlugConfig(Settings):
     def _labels_have_a_field(self) -> Self:
         if bool(self.labels) != (self.label_field is not None):
             raise ValueError(f"labels={list(self.labels)[:3]} and label_field={self.label_field} belong together")
+        if self.label_guess and not self.labels:
+            raise ValueError("label_guess=true spells labels, and the plug has none")
         return self
 
     @property
@@ -178,6 +182,7 @@ class PersonaPlug(nn.Module):
         self.center = Center(config.encoder_dim) if config.center == "users" else None
         labels = len(config.labels)
         self.label_values = LabelValues(labels, config.llm_dim, tokens, config.hidden) if labels else None
+        self.label_guess = LabelGuess(labels, config.llm_dim, tokens) if config.label_guess else None
         self.emb_model = query_encoder
         if query_encoder is not None:
             for name, parameter in query_encoder.named_parameters():
@@ -213,12 +218,22 @@ class PersonaPlug(nn.Module):
         Raises:
             ValueError: such a plug was given none.
         """
+        if self.request_mlp is not None and query_BD is None:
+            raise ValueError("the instruction row of this plug depends on the request; give the query vectors")
+        return self.config.instruction_scale * self._instruction_row(query_BD)
+
+    def _instruction_row(self, query_BD: Tensor | None) -> Tensor:
+        """(1, H) or (B, H), in units of its scale; without the request's part where there is no query."""
         row_1H = self.align_mlp_inst(self.inst_token).view(1, self.config.llm_dim)
-        if self.request_mlp is not None:
-            if query_BD is None:
-                raise ValueError("the instruction row of this plug depends on the request; give the query vectors")
-            row_1H = row_1H + self.request_mlp(query_BD)
-        return self.config.instruction_scale * row_1H
+        if self.request_mlp is None or query_BD is None:
+            return row_1H
+        return row_1H + self.request_mlp(query_BD)
+
+    def said(self, instruction_BH: Tensor, persona_BPH: Tensor) -> Tensor:
+        """Instruction row and mean persona row in units of the LLM's embeddings, added, (B, H): what is compared with
+        the answers' embeddings."""
+        config = self.config
+        return instruction_BH.float() / config.instruction_scale + persona_BPH.mean(1) / config.persona_scale
 
     def personas(
         self,
@@ -244,6 +259,24 @@ class PersonaPlug(nn.Module):
         Raises:
             ValueError: items or queries have another width than the plug was made for, or facts are missing.
         """
+        persona_BPH = self.unguessed(items_TD, owner_T, users, query_BD, facts)
+        if self.label_guess is None:
+            return persona_BPH
+        assert self.label_values is not None, "a plug with guesses has labels"
+        row_BH = self._instruction_row(query_BD).expand(users, -1) * self.config.instruction_scale
+        guess_BPH = self.label_guess(self.said(row_BH, persona_BPH), self.label_values.vectors)
+        known_B = torch.zeros(users, device=items_TD.device).index_fill(0, owner_T, 1.0)
+        return persona_BPH + self.config.persona_scale * guess_BPH * known_B.view(users, 1, 1)
+
+    def unguessed(
+        self,
+        items_TD: Tensor,
+        owner_T: Tensor,
+        users: int,
+        query_BD: Tensor | None = None,
+        facts: ItemFacts = NO_FACTS,
+    ) -> Tensor:
+        """The same persona rows (B, P, H) before guesses are added to them."""
         config = self.config
         self._check(items_TD, query_BD, facts)
         counts = torch.zeros(users, device=items_TD.device).index_add(0, owner_T, torch.ones_like(owner_T).float())
@@ -328,10 +361,17 @@ class PersonaPlug(nn.Module):
         facts = ItemFacts(None if labels is None else labels[mask], None if days is None else days[mask])
         return self.forward_ragged(items[mask], owner_T, len(items), query, facts)
 
-    def set_label_vectors(self, vectors_LH: Tensor) -> None:
-        """Stores the labels' embeddings by the LLM (`plug_parts.label_vectors`), which are not trained."""
+    def set_label_vectors(self, vectors_LH: Tensor, tokens_LPH: Tensor | None = None) -> None:
+        """Stores the labels' embeddings by the LLM, which are not trained.
+
+        Args:
+            vectors_LH: their means (`plug_parts.label_vectors`).
+            tokens_LPH: those of their first P tokens (`plug_parts.label_tokens`), for a plug that spells labels.
+        """
         assert self.label_values is not None, "only a plug with labels has a place for them"
         self.label_values.vectors.copy_(vectors_LH / self.config.persona_scale)
+        if self.label_guess is not None and tokens_LPH is not None:
+            self.label_guess.tokens.copy_(tokens_LPH / self.config.persona_scale)
 
     # --- the folder ----------------------------------------------------------------------------------------------
 

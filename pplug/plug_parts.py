@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 AGE_RATE = 10.0
 """Factor of the learned weights of age. AdamW moves a weight by about the learning rate per step, so that 300 steps of
@@ -118,6 +119,33 @@ class LabelValues(nn.Module):
         return torch.einsum("bvp,vph->bph", shares_BVP, values_VPH)
 
 
+SHARPNESS = 2.5
+"""First log of the factor of the cosines between what a plug says and the labels."""
+
+
+class LabelGuess(nn.Module):
+    """Rows that spell the labels which the plug itself takes for likely:
+
+        g_p sum_l softmax_l(exp(s) cos(said, e(l))) t(l)_p
+
+    said is the instruction row plus the mean persona row, e(l) label l's mean embedding, and t(l)_p the embedding of
+    its p-th token, zeros behind its last. The LLM then reads the label as it reads text, and has to copy it. g starts
+    at 1.
+    """
+
+    def __init__(self, labels: int, llm_dim: int, tokens: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(labels, tokens, llm_dim))
+        self.gain = nn.Parameter(torch.ones(tokens, 1))
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
+
+    def forward(self, said_BH: Tensor, vectors_LH: Tensor) -> Tensor:
+        """(B, P, H)."""
+        likeness_BL = F.normalize(said_BH, dim=-1) @ F.normalize(vectors_LH, dim=-1).T
+        likely_BL = torch.softmax(self.sharpness.exp() * likeness_BL, dim=-1)
+        return self.gain * torch.einsum("bl,lph->bph", likely_BL, self.tokens)
+
+
 class Center(nn.Module):
     """Vectors as they differ from other users': (h - m) / s, with the mean m over the users of the training and the
     spread s of their items around it."""
@@ -151,6 +179,17 @@ def label_vectors(llm: Any, labels: Sequence[str]) -> Tensor:
     ids = llm.prompt_builder.words.ids(list(labels))
     refuse_empty_labels(labels, ids)
     return mean_embeddings(llm, ids)
+
+
+@torch.no_grad()
+def label_tokens(llm: Any, labels: Sequence[str], count: int) -> Tensor:
+    """The LLM's embeddings of each label's first tokens, (L, count, H) float32, zeros behind its last."""
+    device, ids = llm.embedding.weight.device, llm.prompt_builder.words.ids(list(labels))
+    out = torch.zeros(len(ids), count, llm.dim)
+    for place, row in enumerate(ids):
+        first = row[:count]
+        out[place, : len(first)] = llm.embedding(torch.tensor(first, device=device)).float().cpu()
+    return out
 
 
 @torch.no_grad()

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pplug.fit import Samples, rows_of
+from pplug.fit import Samples, personas_of
 from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM
-from pplug.plug_parts import mean_embeddings
+from pplug.plug_parts import SHARPNESS, mean_embeddings
 
 BATCH = 64
 """Samples of a step."""
 FEW_ANSWERS = 512
 """Distinct answers up to which a sample's own is told from all of them."""
-SHARPNESS, SHARPNESS_RATE = 2.5, 1e-2
-"""First log of the factor of the cosines, and its learning rate: it has few steps to move in."""
+SHARPNESS_RATE = 1e-2
+"""Learning rate of the cosines' factor, a log that has few steps to move in."""
 VALUES_PER_PASS = 1 << 27
 """Projected values of the items of a pass, at most: half a GiB in 32 bits, some times over for the gradient."""
 
@@ -39,7 +39,8 @@ class Start:
     def __init__(self, plug: Any, llm: FrozenLLM, config: FitConfig) -> None:
         self.plug, self.llm, self.config = plug, llm, config
         self.device = next(plug.parameters()).device
-        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS, device=self.device))
+        guess = plug.label_guess
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS, device=self.device)) if guess is None else guess.sharpness
 
     def learn(self, samples: Samples) -> None:
         """Trains the plug, apart from its query encoder, for `config.start_epochs`.
@@ -48,7 +49,8 @@ class Start:
             samples: with query vectors, where the plug reads queries.
         """
         config = self.config
-        own = [p for name, p in self.plug.named_parameters() if not name.startswith("emb_model.") and p.requires_grad]
+        left_out = ("emb_model.", "label_guess.")
+        own = [p for name, p in self.plug.named_parameters() if not name.startswith(left_out) and p.requires_grad]
         optimizer = torch.optim.AdamW(
             [{"params": own, "lr": config.learning_rate}, {"params": [self.sharpness], "lr": SHARPNESS_RATE}],
             weight_decay=config.weight_decay,
@@ -67,7 +69,7 @@ class Start:
                 optimizer.step()
                 schedule.step()
         if dist.is_initialized():  # the same steps on different processors may differ in the last bits
-            for parameter in own:
+            for parameter in [*own, self.sharpness]:
                 dist.broadcast(parameter.data, 0)
 
     @torch.no_grad()
@@ -89,8 +91,11 @@ class Start:
         most = max(1, VALUES_PER_PASS // (config.persona_tokens * config.llm_dim))
         sizes = samples.spans[batch, 2] - samples.spans[batch, 1]
         for part in np.split(np.arange(len(batch)), np.flatnonzero(np.diff(np.cumsum(sizes) // most)) + 1):
-            rows_BRH, _ = rows_of(self.plug, samples, batch[part], self.config, epoch)
-            said_BH = rows_BRH[:, 0] / config.instruction_scale + rows_BRH[:, 1:].mean(1) / config.persona_scale
+            persona_BPH, query_BD, _ = personas_of(
+                self.plug, self.plug.unguessed, samples, batch[part], self.config, epoch
+            )
+            instruction_BH = self.plug.instruction(query_BD).expand(len(part), -1)
+            said_BH = self.plug.said(instruction_BH, persona_BPH)
             likeness_BC = F.normalize(said_BH, dim=-1) @ vectors_CH.T
             yield self.sharpness.exp() * likeness_BC, right_B[torch.from_numpy(part).to(self.device)]
 

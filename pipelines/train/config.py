@@ -38,6 +38,9 @@ class PlugShape(Settings):
     label_values: bool = added(False)
     """True adds an embedding of each item's label to the persona, made of the LLM's own token embeddings. Items whose
     label is missing or unknown share a learned value. It needs a task with `target` and `labels`."""
+    label_guess: bool = added(False)
+    """True has the persona rows spell the labels that the plug takes for likely, in the LLM's own token embeddings, as
+    if they stood in the prompt. It needs label_values; a start (fit.start_epochs) teaches what is likely."""
     recency: Literal["none", "position", "time"] = added("none")
     """Learned weights of an item's age. none: as in the paper; position: log of the place counted from the newest item;
     time: position and the log of the days up to the request, or to the newest item where the request has no time or the
@@ -54,6 +57,12 @@ class PlugShape(Settings):
     hidden: int | None = added(None, gt=0)
     """Hidden width of the projectors; default: the width of their output, as in the paper, so that their size grows
     with the square of persona_tokens times the LLM's width."""
+
+    @model_validator(mode="after")
+    def _guesses_have_labels(self) -> Self:
+        if self.label_guess and not self.label_values:
+            raise ValueError("shape.label_guess=true spells labels; set shape.label_values=true as well")
+        return self
 
 
 class Config(ResumableConfig):

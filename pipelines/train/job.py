@@ -44,7 +44,7 @@ from pplug.llm import FrozenLLM, llm_id, load_tokenizer, refuse_another
 from pplug.parallel import Mesh
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
-from pplug.plug_parts import label_vectors, refuse_empty_labels
+from pplug.plug_parts import label_tokens, label_vectors, refuse_empty_labels
 from pplug.stand_in import SAMPLE_FILE, llm_sample
 from pplug.start import Start
 from pplug.tasks import TaskSpec
@@ -368,7 +368,7 @@ def make_models(
     if not shape.without_history:
         beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
     if labels is not None:
-        beyond |= {"labels": labels.labels, "label_field": labels.field}
+        beyond |= {"labels": labels.labels, "label_field": labels.field, "label_guess": shape.label_guess}
     plug = PersonaPlug(
         PlugConfig(
             llm_dim=llm.dim,
@@ -387,7 +387,8 @@ def make_models(
         query_encoder=encoder if attention or shape.request_value else None,
     )
     if labels is not None:
-        plug.set_label_vectors(label_vectors(llm, labels.labels).cpu())
+        tokens = label_tokens(llm, labels.labels, shape.persona_tokens)
+        plug.set_label_vectors(label_vectors(llm, labels.labels).cpu(), tokens)
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
     return plug.eval(), llm, tokenizer
 
