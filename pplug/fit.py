@@ -138,7 +138,7 @@ def personas_of(
     epoch: int | None,
     query_BD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[bool]]:
-    """What `make` (a method of the plug) makes of the samples' items, query vectors (B, D), and who has an item.
+    """Rows that `make`, a method of the plug, makes of the samples' items; query vectors (B, D); who has an item.
 
     Args:
         epoch: decides which items a sample loses; None: none.

@@ -87,6 +87,9 @@ def _drop(config: Config, report: RunReport, table: Table) -> int:
         for row in each_bucket(list(before.by_bucket()), CountRuns(before)):
             there[row["run_id"]] += row["rows"]
         runs = _chosen(config, report, table, there)
+        report.extra["runs"] = {}
+        if not runs:
+            return 0
         old: list[DataFile] = []
         new: list[DataFile] = []
         dropped: Counter[str] = Counter()
@@ -95,8 +98,6 @@ def _drop(config: Config, report: RunReport, table: Table) -> int:
             new += files_of(row["new"])
             dropped += Counter(json.loads(row["dropped"]))
         report.extra["runs"] = dict(dropped)
-        if not old:
-            return 0
         group = next_group(table, report.run_id)
         try:
             done = table.rewrite(new, old, below=before, run_id=report.run_id, group=group, same_rows=False)

@@ -18,10 +18,10 @@ USERS = [f"user-{i}" for i in range(6)]
 
 
 class Replies:
-    """A table of generations, on a disk or on S3."""
+    """A table of generations."""
 
-    def __init__(self, root: str, folder) -> None:
-        self.tables, self.folder = f"{root}/tables", folder
+    def __init__(self, folder) -> None:
+        self.tables, self.folder = str(folder / "tables"), folder
 
     def put(self, *runs: str, commit: str | None = None, complete: bool = True) -> None:
         """One commit with a reply per run and user."""
@@ -48,9 +48,9 @@ class Replies:
         return code
 
 
-@pytest.fixture(params=["disk", "s3"])
-def replies(request, tmp_path, ray_session) -> Replies:
-    made = Replies(str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3"), tmp_path)
+@pytest.fixture
+def replies(tmp_path, ray_session) -> Replies:
+    made = Replies(tmp_path)
     made.put("monday")
     made.put("tuesday", "merged")  # as after a compaction: one file of two runs
     return made

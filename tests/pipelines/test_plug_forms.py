@@ -29,7 +29,7 @@ from tests.prompt_stage import prompt_stage
 
 SHAPE = PlugShape(
     persona_tokens=2, label_values=True, recency="time", center="users", token_attention="own", hidden=12,
-    request_value=True,
+    request_value=True, label_guess=True,
 )  # fmt: skip
 DAY = timedelta(days=1)
 NOW = datetime(2027, 3, 1, tzinfo=UTC)
@@ -44,7 +44,7 @@ def plug_folder(world: small.Small, aggregation: str) -> str:
     config = PlugConfig(
         encoder_dim=16, llm_dim=llm.dim, aggregation=aggregation, persona_tokens=2, recency="time", center="users",
         token_attention="own", hidden=12, labels=task.labels, label_field="tag",
-        request_value=aggregation == "attention", **made_for,
+        request_value=aggregation == "attention", label_guess=True, **made_for,
     )  # fmt: skip
     encoder = AutoModel.from_pretrained(world.encoder.model) if aggregation == "attention" else None
     plug = PersonaPlug(config, encoder)
@@ -52,7 +52,7 @@ def plug_folder(world: small.Small, aggregation: str) -> str:
         for name, parameter in plug.named_parameters():
             if any(part in name for part in ("label_values", "item_weights", "request_mlp")):
                 parameter.normal_(0, 0.2)
-        plug.set_label_vectors(torch.randn(len(task.labels), llm.dim))
+        plug.set_label_vectors(torch.randn(len(task.labels), llm.dim), torch.randn(len(task.labels), 2, llm.dim))
         plug.center.learn([np.random.default_rng(0).normal(size=(9, 16))])
     folder = world.root / f"plug-{aggregation}"
     plug.save_pretrained(folder, AutoTokenizer.from_pretrained(world.encoder.model) if encoder else None)
@@ -261,6 +261,7 @@ def test_a_sample_has_the_labels_and_ages_of_the_items_that_its_request_may_see(
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     moved = {name for name, tensor in plug.state_dict().items() if not torch.equal(tensor, before[name])}
     still = {name for name in before if "pooler" in name} | {"label_values.vectors", "center.mean", "center.spread"}
+    still |= {"label_guess.tokens"}
     unseen = {"label_values.no_label"}  # every item has a label here
     assert before.keys() - moved <= still | unseen | {name for name in before if "emb_model.embeddings" in name}
 

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipelines.train.config import PlugShape
 from pplug import PersonaPlug, PlugConfig
 from pplug.items import NO_LABEL, LabelSet, UserItems
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import ItemFacts, plug_id, ragged
-from pplug.plug_parts import AGE_RATE, Center, label_vectors
+from pplug.plug_parts import AGE_RATE, Center, label_tokens, label_vectors
 from tests.pplug.models import tiny_llama
 
 D, H, P = 8, 6, 3
@@ -26,8 +27,10 @@ FORMS = {
     "own": {"token_attention": "own"},
     "hidden": {"hidden": 5},
     "request": {"request_value": True},
+    "guess": LABELS | {"label_guess": True},
     "all": LABELS
-    | {"recency": "time", "center": "users", "token_attention": "own", "hidden": 5, "request_value": True},
+    | {"recency": "time", "center": "users", "token_attention": "own", "hidden": 5}
+    | {"request_value": True, "label_guess": True},
 }
 SIZES = (5, 0, 1, 3)
 
@@ -42,7 +45,8 @@ def made(**form: object) -> PersonaPlug:
             if any(part in name for part in ("label_values", "item_weights", "request_mlp")):
                 parameter.normal_(0, 0.3)
     if plug.label_values is not None:
-        plug.set_label_vectors(torch.randn(len(plug.config.labels), H))
+        labels = len(plug.config.labels)
+        plug.set_label_vectors(torch.randn(labels, H), torch.randn(labels, P, H))
     if plug.center is not None:
         plug.center.mean.normal_(0, 0.2)
         plug.center.spread.fill_(0.8)
@@ -67,8 +71,8 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def instruction_by_hand(plug: PersonaPlug, query: torch.Tensor) -> torch.Tensor:
-    """The instruction row of one request."""
+def instruction_by_hand(plug: PersonaPlug, query: torch.Tensor | None) -> torch.Tensor:
+    """The instruction row of one request; without the request's part where there is no query."""
     w = {name: tensor.detach() for name, tensor in plug.state_dict().items()}
 
     def mlp(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +80,7 @@ def instruction_by_hand(plug: PersonaPlug, query: torch.Tensor) -> torch.Tensor:
         return w[f"{name}.2.weight"] @ hidden + w[f"{name}.2.bias"]
 
     row = mlp("align_mlp_inst", w["inst_token"][0])
-    return 0.6 * (row + mlp("request_mlp", query) if plug.config.request_value else row)
+    return 0.6 * (row + mlp("request_mlp", query) if plug.config.request_value and query is not None else row)
 
 
 def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
@@ -110,6 +114,13 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
                 embedded = w["label_values.vectors"][label] if label >= 0 else w["label_values.no_label"][0]
                 value = value + w["label_values.gain"][token] * embedded + mlp("label_values.mlp", embedded)[token]
             rows[token] += weight * value
+    if config.label_guess and len(items):
+        said, vectors = instruction_by_hand(plug, query) / 0.6 + sum(rows) / P, w["label_values.vectors"]
+        cosines = [float(said @ vector / (said.norm() * vector.norm())) for vector in vectors]
+        likely = [math.exp(math.exp(float(w["label_guess.sharpness"])) * cosine) for cosine in cosines]
+        for token in range(P):
+            spelt = sum(p * w["label_guess.tokens"][label, token] for label, p in enumerate(likely)) / sum(likely)
+            rows[token] += w["label_guess.gain"][token] * spelt
     return config.persona_scale * rows
 
 
@@ -164,6 +175,10 @@ def test_a_new_plug_with_labels_adds_the_mean_embedding_of_the_labels_to_the_pap
     vectors = label_vectors(llm, labels)
     ids = llm.tokenizer("a cat sat", add_special_tokens=False)["input_ids"]
     torch.testing.assert_close(vectors[1], llm.embedding.weight[ids].mean(0))
+    spelt = label_tokens(llm, ["cat", "a cat sat"], 2)
+    assert len(ids) > 2 and torch.equal(spelt[1], llm.embedding.weight[ids[:2]])
+    one = llm.tokenizer("cat", add_special_tokens=False)["input_ids"]
+    assert len(one) == 1 and torch.equal(spelt[0], torch.stack([llm.embedding.weight[one[0]], torch.zeros(llm.dim)]))
     plugs[1].set_label_vectors(vectors)
     at = given()
     at["labels"] = at["labels"].clamp(min=0)
@@ -199,6 +214,13 @@ def test_an_instruction_that_depends_on_the_request_begins_as_the_papers_and_ask
     assert torch.equal(plug.instruction(torch.randn(3, D)), plain.instruction().expand(3, -1))
     with pytest.raises(ValueError, match="depends on the request; give the query vectors"):
         plug.instruction()
+
+
+def test_guesses_need_labels():
+    with pytest.raises(ValueError, match="label_guess=true spells labels, and the plug has none"):
+        PlugConfig(encoder_dim=D, llm_dim=H, label_guess=True)
+    with pytest.raises(ValueError, match="set shape.label_values=true as well"):
+        PlugShape(label_guess=True)
 
 
 def test_facts_that_a_plug_needs_are_asked_for():
