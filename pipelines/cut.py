@@ -48,3 +48,25 @@ def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
         )
         visible[np.array(rows)[order[count:]]] = False
     return visible
+
+
+def newest_of_each(items: pa.Table, cap: int) -> np.ndarray:
+    """Marks the newest items of each user, `cap` at most.
+
+    Args:
+        items: items of some users, with ITEM_COLUMNS, in any order.
+
+    Returns:
+        (n,) bool, in the order of `items`.
+    """
+    items = items.select(ITEM_COLUMNS).combine_chunks()
+    places: dict[str, list[int]] = {}
+    for place, user in enumerate(items["user_id"].to_pylist()):
+        places.setdefault(user, []).append(place)
+    marked = np.ones(len(items), bool)
+    for rows in places.values():
+        if len(rows) > cap:
+            mine = items.take(pa.array(rows))
+            order = history.order(history.times_us(mine["occurred_at"]), mine["position"].to_numpy())
+            marked[np.array(rows)[order[:-cap]]] = False
+    return marked

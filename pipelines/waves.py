@@ -8,6 +8,7 @@ committed for a rerun to go on from, but never as a complete version, so that re
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,10 @@ from infra.table import Commit, CommitConflict, DataFile, Table
 from pipelines.stages import counter, guarded
 
 REASON, DETAIL = "reject_reason", "reject_detail"
+WAVE_SECONDS = 600.0
+"""Age of the last commit from which complete buckets are committed, however few their rows: a kill costs no more."""
+SHOWN, LEAST_ROWS = 50, 64
+"""Blocks of a run's rows that are counted on the screen one by one, and rows that a block has at least."""
 
 
 class WriteFiles:
@@ -175,6 +180,7 @@ class Committer:
     _got: Counter[int] = field(default_factory=Counter)
     _files: dict[int, list[DataFile]] = field(default_factory=dict)
     _ready: list[DataFile] = field(default_factory=list)
+    _flushed: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._group = next_group(self.table, self.report.run_id)
@@ -187,7 +193,8 @@ class Committer:
         self._got[file.bucket] += file.rows
         if self._got[file.bucket] == self.pending[file.bucket]:
             self._ready += self._files.pop(file.bucket)
-            if sum(file.rows for file in self._ready) >= self.wave_rows:
+            late = time.monotonic() - self._flushed > WAVE_SECONDS
+            if late or sum(file.rows for file in self._ready) >= self.wave_rows:
                 self.flush()
         return file.rows
 
@@ -233,7 +240,7 @@ class Committer:
             self.planned_on, self.complete = commit.version, complete
             self.report.table_written(self.table.spec.name, commit.version)
             self.report.written += sum(file.rows for file in good)
-        self._ready = []
+        self._ready, self._flushed = [], time.monotonic()
 
     def finish(self) -> None:
         """Commits the rest. The version is complete only when every bucket has all its rows, and a replacement only
@@ -241,49 +248,6 @@ class Committer:
         paid = not self._files and sum(self._got.values()) == sum(self.pending.values())
         if self._ready or not self.complete:
             self.flush(complete=paid)
-
-
-@dataclass
-class Replacer:
-    """Driver side: collects whole buckets made anew, replaces them wave by wave; readers see the last commit only."""
-
-    table: Table
-    report: RunReport
-    wave_rows: int
-    metadata: dict[str, str]
-    planned_on: int
-    replaced: int = 0
-    """Buckets so far."""
-    _files: list[DataFile] = field(default_factory=list)
-    _buckets: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._group = next_group(self.table, self.report.run_id)
-
-    def add(self, bucket: int, file: DataFile | None) -> None:
-        """Takes a bucket's new file, or that nothing is left of it."""
-        self._buckets.append(bucket)
-        self._files += [file] if file is not None else []
-        self.replaced += 1
-        if sum(file.rows for file in self._files) >= self.wave_rows:
-            self.flush()
-
-    def flush(self, complete: bool = False) -> None:
-        """Commits what has come; `complete` marks the version that readers take."""
-        commit = commit_first(
-            self.table,
-            self._files,
-            run_id=self.report.run_id,
-            group=self._group,
-            mode="replace" if self._buckets else "append",
-            buckets=self._buckets,
-            planned_on=self.planned_on,
-            metadata=self.metadata,
-            complete=complete,
-            strict=True,
-        )
-        self._group, self.planned_on, self._files, self._buckets = self._group + 1, commit.version, [], []
-        self.report.table_written(self.table.spec.name, commit.version)
 
 
 @dataclass(frozen=True)
@@ -391,7 +355,8 @@ def run(
         steps: stages from a bucket to rows of the table, with reject columns where `rejects` is given.
         metadata: stands in every commit.
         wave_rows: rows after which the complete buckets are committed.
-        block_rows: rows of one file's block; None takes blocks as they come.
+        block_rows: rows of one file's block, at most, and fewer where there are few rows, so that the screen shows how
+            far the run is; None takes blocks as they come.
         key: the column by which `rejects` names a row.
         complete: whether `before` needs no further commit where nothing is pending; by default, whether it is complete.
         strict: whether another run's appends undo the plan; not where each run has rows of its own.
@@ -419,7 +384,8 @@ def run(
         if todo:
             rejected = rejects.snapshot() if rejects is not None else None
             write = WriteFiles(into, rejects, report.job, report.run_id, key, rejected, count)
-            _commit_as_they_come(stream(list(todo), [*steps, tasks(write, block_rows)]), committer, unit, counted)
+            rows = None if block_rows is None else min(block_rows, max(LEAST_ROWS, stage.rows // SHOWN))
+            _commit_as_they_come(stream(list(todo), [*steps, tasks(write, rows)]), committer, unit, counted)
         committer.finish()
     report.written -= sum(kept.values())  # they existed, and exist again
     return committer

@@ -29,7 +29,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
-from pipelines.cut import visible_to_all
+from pipelines.cut import newest_of_each, visible_to_all
 from pipelines.histories import decode_fields, to_us
 from pipelines.model_folders import whole_output
 from pipelines.tracking import tracker
@@ -82,6 +82,8 @@ class BaseExamples:
     llm: LLMConfig
     max_target_tokens: int
     folder: str
+    max_history_items: int | None = None
+    """Number of newest items of a user to learn from, of those that `cut` lets pass; None: all."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         llm = self.llm
@@ -119,6 +121,8 @@ class BaseExamples:
                 visible = visible_to_all(rows, requests)
                 cut_off = int((~visible).sum())
                 rows = rows.filter(pa.array(visible))
+            if self.max_history_items is not None:
+                rows = rows.filter(pa.array(newest_of_each(rows, self.max_history_items)))
             latest = pc.max(rows["occurred_at"]).as_py()
         return rows, {"items_cut_off": cut_off, "users_left_out": users, "latest_us": to_us(latest)}
 

@@ -265,6 +265,8 @@ def _decisive(config: Config, task: "TaskSpec", left_out: frozenset[str], base: 
     decisive = config.decisive(exclude=_FREE_KEYS) | {"task": task.model_dump(mode="json"), "llm_id": base}
     decisive["lora"] = config.trained.decisive(exclude={"max_tokens_per_microbatch"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
+    if config.max_history_items != Config.model_fields["max_history_items"].default:  # an earlier release took all
+        decisive["max_history_items"] = config.max_history_items
     return decisive
 
 
@@ -297,8 +299,9 @@ def _examples(
     histories, requests = snapshots["histories"], snapshots.get("requests")
     cut = _cut(config, snapshots) == "requests"
     prepare = BaseExamples(
-        histories, requests, config.examples, cut, task, left_out, config.llm, config.rule.max_target_tokens, folder
-    )
+        histories, requests, config.examples, cut, task, left_out, config.llm, config.rule.max_target_tokens, folder,
+        config.max_history_items,
+    )  # fmt: skip
     buckets = snapshots["histories" if config.examples == "items" else "requests"].filled()
     shards, counts, latest = [], {"items_cut_off": 0, "users_left_out": 0}, None
     with report.stage("prepare") as stage:

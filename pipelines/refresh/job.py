@@ -15,6 +15,7 @@ from infra.table import DataFile
 from pipelines import tables
 from pipelines.refresh.config import Config
 from pipelines.refresh.increment import RETRIED, SETTLED, Late, Since, retried, settled_text
+from pipelines.replacer import Replacer
 from pipelines.run import CpuShare, begin
 from pplug.encoder import encoder_id
 
@@ -319,7 +320,7 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
     versions = {"embeddings_version": str(vectors.version), "histories_version": str(night.histories.version)}
     counted = {"texts": str(report.planned), "rejected": json.dumps(report.rejected), SETTLED: settled}
     planned_on = before.version if before is not None else 0
-    wave = waves.Replacer(personas, report, config.wave_texts, decides | versions | counted, planned_on)
+    wave = Replacer(personas, report, config.wave_texts, decides | versions | counted, planned_on)
     identities = {"encoder_id": night.encoder_id, "plug_id": night.plug_id}
     build = waves.actors(
         BuildPersonas, night.histories, vectors, personas, before if before is not None and before.files else None,

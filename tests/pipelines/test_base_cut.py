@@ -64,6 +64,24 @@ def test_a_base_learns_no_item_that_a_request_may_not_see(population, llm, tmp_p
     assert learned == {"examples": 2, "items_cut_off": 0, "users_left_out": 1}
 
 
+def test_a_base_learns_the_newest_items_of_each_user(population, llm, tmp_path):
+    """Of six items whose newest two are asked about, the limit takes the newest of the four before."""
+    rows = [item(user, n) | {"occurred_at": f"2026-01-{10 - n:02d}"} for user in ("ann", "bob") for n in range(6)]
+    fill(population, rows, derive_requests=2)  # the item with the lowest number is the newest
+    histories, requests = snapshot(population, "histories"), snapshot(population, "requests")
+    entry = tables.task_entry(None, histories)
+    for cut, limit, kept in (
+        (True, 3, {2, 3, 4}),
+        (True, 9, {2, 3, 4, 5}),
+        (False, 3, {0, 1, 2}),
+        (True, None, {2, 3, 4, 5}),
+    ):
+        stage = BaseExamples(histories, requests, "items", cut, entry, frozenset(), llm, 16, str(tmp_path), limit)
+        found = [row for bucket in range(BUCKETS) for row in stage._rows(bucket)[0].to_pylist()]
+        assert sorted((row["user_id"], int(row["item_id"])) for row in found) == [
+            (user, n) for user in ("ann", "bob") for n in sorted(kept)]  # fmt: skip
+
+
 def test_a_user_is_left_out_by_the_person_too(population, llm, tmp_path):
     """One history per question: the file names the person who asks, the items name the history."""
     questions = tmp_path / "questions.jsonl"
