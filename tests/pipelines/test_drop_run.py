@@ -78,7 +78,7 @@ def test_age_counts_from_a_runs_last_commit(replies, monkeypatch):
 
     def aged(storage, version):
         for entry in back_from(storage, version):
-            days = 20 if entry.get("run_id") in ("monday", "tuesday") else 0
+            days = 0 if entry.get("run_id") in ("today", "none", "some") else 20
             yield entry | {"timestamp": int((now - days * 24 * 3600) * 1000)}
 
     replies.put("today")

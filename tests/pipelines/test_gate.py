@@ -7,7 +7,7 @@ import pytest
 
 from infra.report import RunReport
 from infra.table import DataFile
-from pipelines import tables
+from pipelines import tables, waves
 from pipelines.adapt import job as adapt
 from pipelines.waves import Committer
 from pplug.adapter import LoraConfig
@@ -41,6 +41,33 @@ def test_replaced_buckets_are_shown_only_within_the_limit_of_rejects(tmp_path, a
     committer.finish()
     assert report.finish() == (3 if allowed < 0.75 else 0) and report.rejected == {"not_finite": 3}
     assert table.snapshot(complete=True).read(["text_hash"])["text_hash"].to_pylist() == shown
+
+
+def test_complete_buckets_are_committed_when_the_last_commit_is_long_ago(tmp_path, monkeypatch):
+    """Two of three buckets are complete; rows enough for a wave there are none."""
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", BUCKETS)
+    report = RunReport("refresh", "slow", {}, str(tmp_path / "run"), 0.0, planned=BUCKETS)
+    pending = {0: 1, 1: 1, 2: 2}
+    committer = Committer(table, None, report, pending, wave_rows=100, metadata={}, planned_on=table.version)
+    now = [0.0]
+    monkeypatch.setattr(waves.time, "monotonic", lambda: now[0])
+    committer._flushed = 0.0
+
+    def rows() -> int:
+        return table.snapshot().rows
+
+    committer.add(*vectors(table, "slow", [0], 1.0))
+    assert rows() == 0
+    now[0] = waves.WAVE_SECONDS + 1
+    committer.add(*vectors(table, "slow", [2], 1.0))  # half of its bucket: late, but not complete
+    assert rows() == 0
+    committer.add(*vectors(table, "slow", [1], 1.0))
+    assert rows() == 2 and report.written == 2
+    now[0] += 1
+    committer.add(*vectors(table, "slow", [2], 2.0))
+    assert rows() == 2  # the next wave has begun
+    committer.finish()
+    assert rows() == 4 and table.snapshot(complete=True).rows == 4
 
 
 def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population, tmp_path, ray_session):
