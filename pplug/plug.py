@@ -182,7 +182,9 @@ class PersonaPlug(nn.Module):
         if self.label_guess is None:
             return persona_BPH
         assert self.label_values is not None, "a plug with guesses has labels"
-        row_BH = self._instruction_row(query_BD).expand(users, -1) * self.config.instruction_scale
+        # rows that depend on the user alone, which `refresh` stores, guess without the request too
+        asked_BD = query_BD if self.config.aggregation == "attention" else None
+        row_BH = self._instruction_row(asked_BD).expand(users, -1) * self.config.instruction_scale
         guess_BPH = self.label_guess(self.said(row_BH, persona_BPH), self.label_values.vectors)
         known_B = torch.zeros(users, device=items_TD.device).index_fill(0, owner_T, 1.0)
         return persona_BPH + self.config.persona_scale * guess_BPH * known_B.view(users, 1, 1)

@@ -115,7 +115,8 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
                 value = value + w["label_values.gain"][token] * embedded + mlp("label_values.mlp", embedded)[token]
             rows[token] += weight * value
     if config.label_guess and len(items):
-        said, vectors = instruction_by_hand(plug, query) / 0.6 + sum(rows) / P, w["label_values.vectors"]
+        asked = query if config.aggregation == "attention" else None
+        said, vectors = instruction_by_hand(plug, asked) / 0.6 + sum(rows) / P, w["label_values.vectors"]
         cosines = [float(said @ vector / (said.norm() * vector.norm())) for vector in vectors]
         likely = [math.exp(math.exp(float(w["label_guess.sharpness"])) * cosine) for cosine in cosines]
         for token in range(P):
