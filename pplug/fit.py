@@ -154,7 +154,7 @@ def personas_of(
             own = own.take(kept_items(len(own), config, epoch, int(index)))
         items.append(own)
     items_TD, owner_T, facts = ragged(items, shape.encoder_dim, device)
-    if samples.query_vectors is not None:
+    if query_BD is None and samples.query_vectors is not None:
         query_BD = samples.query_vectors[torch.from_numpy(indices)].to(device)
     return make(items_TD, owner_T, len(indices), query_BD, facts), query_BD, [bool(len(own)) for own in items]
 
@@ -205,14 +205,16 @@ class Fitter(Loop):
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            query_BD = None if samples.query_vectors is not None else self._queries(samples, indices)
+            query_BD = self.query_vectors(samples, indices)
             rows, _, known = personas_of(
                 self.plug, self.plug.forward_ragged, samples, indices, self.fit_config, epoch, query_BD
             )
         return rows, [1 + self.plug.config.persona_tokens * has for has in known]
 
-    def _queries(self, samples: Samples, indices: np.ndarray) -> Any:
-        """Query vectors (B, D) by the encoder that is trained."""
+    def query_vectors(self, samples: Samples, indices: np.ndarray) -> Any:
+        """Query vectors (B, D): those of the samples, or those of the encoder that is trained."""
+        if samples.query_vectors is not None:
+            return samples.query_vectors[torch.from_numpy(indices)].to(self.device)
         if self.plug.emb_model is None:
             return None
         tokens, mask = pad([samples.queries[i] for i in indices], self.pad_id)
