@@ -45,8 +45,8 @@ FAULTS = {
     ),
     "error-is-an-answer": Fault(
         "pipelines/generate/pending.py",
-        'if row["error"] is None:',
-        'if row["error"] is None or True:',
+        'if row["error"] is not None:',
+        'if row["error"] is not None and False:',
         f"{ALIKE}::test_a_reply_with_an_error_is_asked_for_again",
     ),
     "one-run-id-two-models": Fault(
