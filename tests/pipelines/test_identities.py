@@ -65,8 +65,8 @@ def training(**more: object) -> dict[str, object]:
     return train.decisive(config, {"encoder_id": None, "llm_id": "llm"})
 
 
-def base_training() -> dict[str, object]:
-    config = AdaptConfig(tables="t", llm=LLM, stage="base", lora=LORA, max_history_items=30)
+def base_training(**more: object) -> dict[str, object]:
+    config = AdaptConfig(tables="t", llm=LLM, stage="base", lora=LORA, **more)
     return adapt._decisive(config, TASK, frozenset({"ann"}), "llm")
 
 
@@ -109,6 +109,8 @@ def test_a_training_goes_on_from_a_record_of_before(before):
     assert begun.read(str(before), "adapt", "adapt-1", base_training()) == {}
     with pytest.raises(InputError, match="began with another"):
         begun.read(str(before), "train", "train-1", training(max_history_items=31))
+    with pytest.raises(InputError, match="began with another"):  # which an earlier release did not heed
+        begun.read(str(before), "adapt", "adapt-1", base_training(max_history_items=30))
     with pytest.raises(InputError, match="began with another fit"):
         begun.read(str(before), "train", "train-1", training(fit=FIT.model_copy(update={"max_grad_norm": 0.8})))
 
