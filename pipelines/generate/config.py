@@ -67,7 +67,7 @@ class Config(ResumableConfig):
     max_engine_restarts: int = Field(3, ge=0)
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
-    """Number of replies in one commit."""
+    """Number of replies in one commit; where they take long, what is complete is committed every ten minutes."""
     show: int = Field(0, ge=0)
     """Number of requests that are printed at the end with their replies, on the screen alone; `show replies` prints
     others."""

@@ -111,7 +111,7 @@ def _run(config: Config, run_id: str) -> int:
     _check_times(config, counts)
     with report.stage("fit") as stage:
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, labels)
-        stage.rows = counts["samples"] * config.fit.epochs
+        stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
     code = report.finish()
@@ -320,10 +320,10 @@ def start(
     beginning = Start(plug, llm, config.fit)
     before = beginning.named(encoded[1])
     beginning.learn(encoded[0])
+    after = beginning.named(encoded[1])  # by all workers: those that hold one LLM together look up embeddings together
     if rank == 0:
         print(
-            f"train: start: of the held-out answers {beginning.named(encoded[1]):.4f} are named without the LLM, "
-            f"{before:.4f} before",
+            f"train: start: without the LLM, the plug names {after:.4f} of the held-out answers, {before:.4f} before",
             flush=True,
         )
     return (encoded[0], encoded[1]) if config.fit.query_learning_rate == 0 else (train, validation)

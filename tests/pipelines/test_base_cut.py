@@ -1,4 +1,4 @@
-"""What a base model may learn from a population, what its folder says of that, and what `generate` makes of it."""
+"""A base model learns what it may from a population; its folder says what, and `generate` heeds it."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_base_learns_no_item_that_a_request_may_not_see(population, llm, tmp_p
 
 
 def test_a_base_learns_the_newest_items_of_each_user(population, llm, tmp_path):
-    """Of six items whose newest two are asked about, the limit takes the newest of the four before."""
+    """A user has six items, and the newest two are asked about: the limit takes the newest of the four before."""
     rows = [item(user, n) | {"occurred_at": f"2026-01-{10 - n:02d}"} for user in ("ann", "bob") for n in range(6)]
     fill(population, rows, derive_requests=2)  # the item with the lowest number is the newest
     histories, requests = snapshot(population, "histories"), snapshot(population, "requests")

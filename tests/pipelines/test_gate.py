@@ -1,4 +1,4 @@
-"""What replaces rows is shown to readers only when no more rows were rejected than the config allows."""
+"""Rows that replace others are shown to readers only when no more were rejected than the config allows."""
 
 import json
 

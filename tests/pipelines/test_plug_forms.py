@@ -293,6 +293,10 @@ def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
         given = world.common | {"llm": world.llm, "shape": SHAPE, "fit": fit, "workers": workers}
         assert world.run(train, f"workers-{workers}", **given) == 0
         plugs.append(load_file(world.root / "runs" / f"workers-{workers}" / "plug" / "model.safetensors"))
+    fitted = [
+        json.loads((world.root / "runs" / f"workers-{n}" / "report.json").read_text())["stages"]["fit"] for n in (1, 2)
+    ]
+    assert [stage["rows"] for stage in fitted] == [2 * 24] * 2  # the samples that the LLM reads, in two epochs
     one, two = plugs
     assert {"label_values.vectors", "center.mean", "item_weights.age"} <= one.keys()
     # a softmax over keys does not change with their bias: its gradient is rounding alone, which AdamW makes steps of
