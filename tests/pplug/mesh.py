@@ -1,5 +1,6 @@
 """One worker of a training over several processes, as `tests/pplug/test_parallel.py` starts it, on gloo."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pplug.loop import run_epochs
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.parallel import Mesh, is_sharded, is_spread
 from pplug.splice import Prompt
+from pplug.start import Start
 
 DIM, COUNT = 12, 24
 
@@ -41,20 +43,39 @@ def fitter(
     plug = PersonaPlug(PlugConfig(encoder_dim=DIM, llm_dim=llm.dim, aggregation="mean", persona_scale=2.0)).eval()
     config = FitConfig(
         epochs=2, batch_size=8, learning_rate=1e-4, precision="float32", checkpointing=checkpointing,
-        max_tokens_per_microbatch=100,
+        max_tokens_per_microbatch=100, start_epochs=1,
     )  # fmt: skip
     known = samples()
     return plug, llm, Fitter(plug.to(device), llm, config, known, known, mesh=mesh)
 
 
 def fit(folder: str, mesh: Mesh, checkpointing: str) -> tuple[PersonaPlug, FrozenLLM, dict[str, float], torch.Tensor]:
-    """A plug trained for two epochs, its LLM, the last metrics, and the gradient of a first step by itself."""
+    """A plug trained for two epochs after a start, its LLM, the last metrics, and the gradient of a first step.
+
+    A second training goes on from the first one's state at the end of its first epoch, and ends with the same bits.
+    """
     plug, llm, training = fitter(folder, torch.device("cpu"), mesh, checkpointing)
     training._gradients(np.arange(8), 0)
     training._sum_gradients()
     gradient = torch.cat([parameter.grad.flatten() for parameter in training.parameters])
+    Start(plug, llm, training.config).learn(training.train)
     seen: list[dict[str, float]] = []
-    run_epochs(training, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
+    kept: list[dict[str, dict]] = []
+
+    def keep(step: int, metrics: dict[str, float], best: bool) -> None:
+        seen.append(metrics)
+        kept.append(copy.deepcopy({"plug": plug.state_dict(), "training": training.state()}))
+
+    run_epochs(training, 0, np.inf, lambda *a: None, keep, 0)
+    again = PersonaPlug(plug.config).eval()
+    again.load_state_dict(kept[0]["plug"])
+    going_on = Fitter(again, llm, training.config, training.train, training.train, mesh=mesh)
+    going_on.load_state(kept[0]["training"])
+    run_epochs(going_on, training.per_epoch, np.inf, lambda *a: None, lambda *a: None, 0)
+    assert len(kept) == 2
+    for name, want in plug.state_dict().items():
+        assert torch.equal(again.state_dict()[name], want), name
+        assert not torch.equal(kept[0]["plug"][name], want), name
     return plug, llm, seen[-1], gradient
 
 
