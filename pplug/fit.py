@@ -199,7 +199,7 @@ class Fitter(Loop):
         super().__init__(groups, config, train.lengths(), targets, train_loss, mesh or Mesh(rank, world))
         self.fit_memory(make_room(llm, config.checkpointing))
         self._kept: KeptBeginnings | None = None
-        if self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows == "after":
+        if self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows != "before":
             self._kept = KeptBeginnings(KEPT_SHARE * memory.free_bytes(self.device, self.world))
 
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:

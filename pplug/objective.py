@@ -95,7 +95,7 @@ def target_loss(
         starts = llm.model.prepare_decoder_input_ids_from_labels(labels=labels)
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "decoder_input_ids": starts, "use_cache": False}
     else:
-        cache, read_BS = read_before(llm, prompts, kept)
+        cache, read_BS = read_before(llm, prompts, row_counts, kept)
         rest = prompts if cache is None else [Prompt([], prompt.after) for prompt in prompts]
         embeddings, mask, _ = splice_rows(llm, rest, soft_BRH, row_counts, targets)
         for i, target in enumerate(targets):

@@ -3,7 +3,7 @@
 Nothing that is trained stands before the first row, and later positions change nothing of what earlier ones compute.
 Keys and values of these tokens are therefore made without a graph, once for the whole batch where all prompts begin
 alike (a chat template's head), and the rest of each prompt goes on from them. Beginnings that differ are whole prompts
-(`layout.rows=after`): `KeptBeginnings` keeps what was computed of them for the next epoch.
+(`layout.rows=after` or `last`): `KeptBeginnings` keeps what was computed of them for the next epoch.
 Shapes: B samples, S tokens of the longest beginning, N layers of the LLM, K heads of keys, F width of a head.
 """
 
@@ -60,10 +60,14 @@ class KeptBeginnings:
         return cache
 
 
-def read_before(llm: FrozenLLM, prompts: Sequence[Prompt], kept: KeptBeginnings | None = None) -> tuple[Any, Tensor]:
+def read_before(
+    llm: FrozenLLM, prompts: Sequence[Prompt], row_counts: Sequence[int], kept: KeptBeginnings | None = None
+) -> tuple[Any, Tensor]:
     """Keys and values of the tokens before the persona rows.
 
     Args:
+        row_counts: rows of each sample. Where a prompt has neither rows nor tokens behind its beginning, the reply is
+            read off the beginning itself, and all prompts are read in one piece.
         kept: what is known of beginnings that differ, for an LLM on a CPU.
 
     Returns:
@@ -71,7 +75,8 @@ def read_before(llm: FrozenLLM, prompts: Sequence[Prompt], kept: KeptBeginnings 
         the LLM reads its prompts in one piece.
     """
     befores = [prompt.before for prompt in prompts]
-    if max(map(len, befores)) < FEWEST or not all(befores) or not can_read_ahead(llm.model):
+    ends_there = not all(n or prompt.after for n, prompt in zip(row_counts, prompts, strict=True))
+    if ends_there or max(map(len, befores)) < FEWEST or not all(befores) or not can_read_ahead(llm.model):
         return None, torch.zeros(len(befores), 0, dtype=torch.long, device=llm.embedding.weight.device)
     if all(before == befores[0] for before in befores):
         cache, mask = _read(llm, befores[:1])

@@ -3,8 +3,9 @@
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
 
-With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn: what stands
-before them is then the same for every method and needs no gradient, so that a step of training takes less time.
+With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn, with `last`
+behind these too, so that the reply's first token is read off the last row. What stands before the rows is then the same
+for every method and needs no gradient, so that a step of training takes less time.
 
 Retrieved text stands before the rows as in the paper's hybrid; a form that inserts items into the request itself
 (LaMP_1), or puts them after it, keeps them behind the rows. Without rows all of it is one text.
@@ -32,10 +33,11 @@ class PromptLayout(Settings):
     """Chat template. auto writes the user's turn of the tokenizer's template, where it has one; never uses none."""
     suffix: str = "\n"
     """Text between input and reply of a decoder-only LLM without a chat template."""
-    rows: Literal["before", "after"] = added("before")
-    """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, right before the
-    reply: a step of training then takes two thirds of the processor time, and on a CPU the first epoch alone reads the
-    prompts, as far as the memory goes."""
+    rows: Literal["before", "after", "last"] = added("before")
+    """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, at the end of the
+    user's turn: a step of training then takes two thirds of the processor time, and on a CPU the first epoch alone
+    reads the prompts, as far as the memory goes. last: right before the reply, behind the words that open it; it costs
+    as little as `after`, and an encoder-decoder refuses it."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
     system: str | None = added(None)
@@ -89,6 +91,11 @@ class PromptBuilder:
                 "leave them out"
             )
         elif encoder_decoder:
+            if layout.rows == "last":
+                raise ValueError(
+                    "llm.layout.rows=last puts the rows between prompt and reply, and an encoder-decoder reads the "
+                    "prompt apart from its reply; take before or after"
+                )
             self._turn = Turn("", "")
         else:
             self._turn, self._last = Turn("", layout.suffix), []
@@ -137,9 +144,10 @@ class PromptBuilder:
             head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
             if len(first) + len(rest) > limit:
                 first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
-            before, after = self._first + head + first, tail + self._last
-            behind = self.layout.rows == "after"
-            out.append(Prompt(before + rest, after) if behind else Prompt(before, rest + after))
+            parts = self._first + head + first, rest, tail + self._last
+            split = ("before", "after", "last").index(self.layout.rows) + 1
+            before, after = ([token for part in some for token in part] for some in (parts[:split], parts[split:]))
+            out.append(Prompt(before, after))
         return out
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -72,7 +72,7 @@ class Ending:
 
         Args:
             ids: of the reply.
-            prompt: ids behind the persona rows, which may end within a thought.
+            prompt: ids of its last piece (behind the persona rows, if any), which may end within a thought.
         """
         start = self._after_thoughts(ids, prompt)
         if start is None:

@@ -215,7 +215,7 @@ class VLLMEngine:
             return EngineReply("", "error", 0, f"the engine gave the prompt up ({reply.finish_reason})")
         text, notes = reply.text, tuple[str, ...]()
         if self._structured is None:
-            answer, notes = self.ending.answer(ids, prompt.after)
+            answer, notes = self.ending.answer(ids, prompt.after or prompt.before)
             text = text if answer is None else answer
         logprobs = None
         if self.decoding.logprobs:

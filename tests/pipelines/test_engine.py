@@ -66,9 +66,9 @@ def greedy(llm, prompt, max_tokens):
     """transformers' own generate, one prompt at a time, from unpadded embeddings."""
     embed = llm.embedding
     parts = [
-        embed(torch.tensor(prompt.before)),
+        embed(torch.tensor(prompt.before, dtype=torch.long)),
         torch.from_numpy(prompt.soft_prompt),
-        embed(torch.tensor(prompt.after)),
+        embed(torch.tensor(prompt.after, dtype=torch.long)),
     ]
     embeds = torch.cat(parts)[None]
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
@@ -119,6 +119,16 @@ def test_greedy_replies_with_prompt_embeddings_equal_those_of_transformers(reply
     got = [answer.text.strip() for answer in reply.engine.replies(asked)]
     assert got == want
     assert len(set(want)) > 1
+
+
+def test_rows_right_before_a_reply_give_the_replies_of_transformers(reply, second, llm):
+    """As with llm.layout.rows=last: nothing stands behind the rows."""
+    asked = [dataclasses.replace(one, before=one.before + one.after, after=[]) for one in prompts(llm, [4, 1, 2, 0, 3])]
+    with torch.no_grad():
+        want = [greedy(llm, prompt, 12) for prompt in asked]
+    for engine in (reply.engine, second):
+        assert [answer.text.strip() for answer in engine.replies(asked)] == want
+    assert want != [greedy(llm, prompt, 12) for prompt in prompts(llm, [4, 1, 2, 0, 3])]
 
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="engines are in bfloat16 only where there is AMX")

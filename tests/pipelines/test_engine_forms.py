@@ -111,6 +111,17 @@ def test_replies_follow_a_json_schema(stages):
         assert all(row["notes"] == [] for row in rows)
 
 
+def test_a_thought_that_the_prompt_opens_before_its_rows_is_cut(stages):
+    """As with llm.layout.rows=last, and a template that opens the thought itself; the row is the tag's own embedding."""
+    for stage in stages:
+        tag = ids(stage.engine.tokenizer, "<think>")
+        row = np.eye(stage.engine.dim, dtype=np.float32)[tag]
+        before = [1, *ids(stage.engine.tokenizer, "x<think>")]
+        with using(stage.engine, Decoding(max_tokens=24)):
+            (found,) = stage(batch([EnginePrompt("x", before, row, [])])).to_pylist()
+        assert (found["text"], found["notes"]) == ("ok", ["thinking_cut"])
+
+
 def test_json_that_max_tokens_leaves_no_room_for_ends_at_the_limit(stages):
     for stage in stages:
         (row,) = replies(stage, ["a"], Decoding(max_tokens=5, json_schema=SCHEMA))

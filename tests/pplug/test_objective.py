@@ -146,7 +146,7 @@ CHAT = (
 )
 
 
-@pytest.mark.parametrize("rows_at", ["before", "after"])
+@pytest.mark.parametrize("rows_at", ["before", "after", "last"])
 def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama, rows_at):
     """Beginnings long enough to be read in a pass of their own: all alike, or each of another length."""
     tokenizer = copy.deepcopy(llama.tokenizer)
@@ -155,7 +155,7 @@ def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama
     prompts, targets = builder.prompts(INPUTS), builder.targets(TARGETS, 10)
     lengths = {len(prompt.before) for prompt in prompts}
     assert min(lengths) >= 8 and len(lengths) == (1 if rows_at == "before" else 2)
-    rows, counts, kept = rows_for(llama, 3), [3, 1, 0], []
+    rows, counts, kept = rows_for(llama, 3), [3, 1, 2 if rows_at == "last" else 0], []
     model = copy.deepcopy(llama.model)
     llm = FrozenLLM(model, tokenizer, builder, False)
     hook = lambda *given: kept.append(given[2]["inputs_embeds"].shape[1] if "inputs_embeds" in given[2] else None)  # noqa: E731
@@ -227,18 +227,45 @@ def test_a_model_that_is_trained_or_computed_twice_is_read_in_one_piece(llama, c
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_behind_the_input_stand_right_before_the_reply(tmp_path):
+@pytest.mark.parametrize("counts", [[0, 0, 0], [3, 0, 1]], ids=["none has rows", "one has none"])
+def test_a_reply_right_behind_a_beginning_is_read_off_it(llama, counts):
+    """With rows=last nothing stands between a prompt without rows and its reply."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = CHAT
+    builder = PromptBuilder(tokenizer, PromptLayout(rows="last"), encoder_decoder=False)
+    prompts, targets = builder.prompts(INPUTS), builder.targets(TARGETS, 10)
+    rows = rows_for(llama, 3)
+    loss, _ = target_loss(FrozenLLM(llama.model, tokenizer, builder, False), prompts, rows, counts, targets)
+    samples = enumerate(zip(prompts, counts, targets, strict=True))
+    want = sum(by_hand(llama, p, rows[i, :n], t) for i, (p, n, t) in samples)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("place", "before", "after"),
+    [("before", [], ["{}", "answer", ":"]), ("after", ["{}"], ["answer", ":"]), ("last", ["{}", "answer", ":"], [])],
+)
+def test_rows_stand_before_the_input_behind_it_or_right_before_the_reply(place, before, after, tmp_path):
     tokenizer = word_tokenizer(tmp_path)
-    layout = PromptLayout(rows="after", suffix=" answer :", max_input_tokens=4)
+    layout = PromptLayout(rows=place, suffix=" answer :", max_input_tokens=4)
     builder = PromptBuilder(tokenizer, layout, encoder_decoder=False)
-    prompts = builder.prompts(["the cat sat on", "dog"], ["", "big red "])
-    words = [tuple(tokenizer.convert_ids_to_tokens(ids) for ids in (one.before, one.after)) for one in prompts]
-    assert words == [
-        (["<s>", "the", "cat", "sat", "on"], ["answer", ":"]),
-        (["<s>", "big", "red", "dog"], ["answer", ":"]),
-    ]
-    (cut,) = builder.prompts(["the cat sat on"], ["big "])
-    assert tokenizer.convert_ids_to_tokens(cut.before) == ["<s>", "big", "the", "cat", "sat"]
+
+    def words(prefix, text):
+        (prompt,) = builder.prompts([text], [prefix])
+        return [tokenizer.convert_ids_to_tokens(ids) for ids in (prompt.before, prompt.after)]
+
+    def want(prefix, text):
+        filled = [" ".join(side).format(text).split() for side in (before, after)]
+        return [["<s>", *prefix.split(), *filled[0]], filled[1]]
+
+    assert words("", "the cat sat on") == want("", "the cat sat on")
+    assert words("big red ", "dog") == want("big red", "dog")
+    assert words("big ", "the cat sat on") == want("big", "the cat sat")
+
+
+def test_rows_between_prompt_and_reply_are_refused_for_an_encoder_decoder(tmp_path):
+    with pytest.raises(ValueError, match=r"llm.layout.rows=last .* take before or after"):
+        PromptBuilder(word_tokenizer(tmp_path, eos=True), PromptLayout(rows="last"), encoder_decoder=True)
 
 
 def test_the_place_of_the_rows_is_part_of_the_identity_and_the_papers_keeps_its_own():
