@@ -91,8 +91,27 @@ TOKEN_KINDS = ("prompt_tokens", "output_tokens")
 TOKENS = Metric("Counter", "tokens", "Tokens of prompts and replies, by kind.", "job", "kind")
 REJECTS = Metric("Counter", "rejects", "Rows that workers have set aside, by reason.", "job", "reason")
 TABLE_BYTES = Metric("Gauge", "table_bytes", "Bytes of a table's files: live, and dead ones.", "table", "kind")
+TABLE_TIME = Metric(
+    "Gauge", "table_time_seconds", "Time at which a table's bytes were counted, in seconds since 1970.", "table"
+)
 ENGINE_RESTARTS = Metric(
     "Counter", "engine_restarts", "Engines that were started again after their actor died.", "kind"
+)
+ENGINE_REQUESTS = Metric("Gauge", "engine_requests", "Requests in a vLLM engine: running, waiting.", "state")
+ENGINE_SLOTS = Metric("Gauge", "engine_slots", "Requests that a vLLM engine may work on at once.")
+ENGINE_CACHE = Metric("Gauge", "engine_cache_usage", "Share of a vLLM engine's KV cache that is in use.")
+ENGINE_TOKENS = Metric(
+    "Counter",
+    "engine_tokens",
+    "Tokens of a vLLM engine: prompt, cached (those of prompts that the prefix cache had), output.",
+    "kind",
+)
+ENGINE_FINISHED = Metric("Counter", "engine_finished", "Requests that a vLLM engine has ended, by reason.", "reason")
+ENGINE_SECONDS = Metric(
+    "Counter",
+    "engine_request_seconds",
+    "Seconds that ended requests of a vLLM engine were queued, in prefill and in decode.",
+    "phase",
 )
 DRIFT = Metric("Gauge", "persona_drift", "Movement of personas between two versions, by figure.", "figure")
 

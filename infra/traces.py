@@ -24,7 +24,7 @@ def _first(names: tuple[str, ...]) -> str:
 
 
 def are_sent() -> bool:
-    """Whether the environment names a receiver that can be spoken to."""
+    """Says whether the environment names a receiver that can be spoken to."""
     if not _first(ENDPOINTS) or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return False
     protocol = _first(_PROTOCOLS) or _HTTP

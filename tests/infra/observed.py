@@ -7,27 +7,24 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import ray
+import yaml
+from ray.util.state import list_actors
 
 from infra import metrics, session
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.evaluate import job as evaluate
 from pipelines.generate import job as generate
+from pipelines.refresh import job as refresh
 from tests.pipelines import small
 from tests.pipelines.test_night import ITEMS, USERS, Night, note
 
-
-class Engine:
-    """Stands for an actor with an engine: it says at its start whether it died before."""
-
-    def __init__(self) -> None:
-        metrics.note_restart("vllm")
-
-    def pid(self) -> int:
-        return os.getpid()
+KILLED = 3
+"""One more than the alert lets pass."""
 
 
 def bad_nights(folder: Path) -> None:
@@ -42,40 +39,58 @@ def bad_nights(folder: Path) -> None:
     versions = (before, night.table("personas").version)
     config = evaluate.Config(tables=night.tables, drift=versions, drift_threshold=1e-6, run_dir=str(folder / "drift"))
     assert evaluate.run(config) == 0
+    again = refresh.Config(tables=night.tables, task=night.notes, encoder=night.encoder, max_history_items=1)
+    (folder / "again.yaml").write_text(yaml.safe_dump(again.model_dump(mode="json", exclude_none=True)))
     rows = [note("user-1", f"bad-{i}") | {"user_id": ""} for i in range(5)]
     path = folder / "bad.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert night.ingest(source=str(path), task=night.notes, run_id="bad") == 3
-    time.sleep(metrics.FLUSH_S)  # the next ingest of this driver would overwrite what nobody has seen yet
+    time.sleep(metrics.FLUSH_S)  # the next job of this driver would overwrite what nobody has seen yet
 
 
 def replies(folder: Path) -> None:
-    """Replies by vLLM."""
-    made = small.make(folder, train_users=2, test_users=4, test_requests=3)
+    """Replies by vLLM, for a while."""
+    made = small.make(folder, train_users=2, test_users=30, test_requests=10)
     made.ingest("test", buckets=2)
-    engine = EngineConfig(kind="vllm", dtype="float32", batch_rows=4, kv_cache_gib=1)
-    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=16)}
+    engine = EngineConfig(kind="vllm", dtype="float32", batch_rows=8, max_num_seqs=16, kv_cache_gib=1)
+    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=64)}
     assert made.run(generate, "replies", methods=("none",), **config) == 0
 
 
-def restarts() -> None:
-    """Three engines that die once each."""
-    actor = ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)(Engine)
-    engines = [actor.remote() for _ in range(3)]
-    for pid in ray.get([engine.pid.remote() for engine in engines]):
-        os.kill(pid, signal.SIGKILL)
-    ray.get([engine.pid.remote() for engine in engines])
-    time.sleep(metrics.FLUSH_S)
+def restarts(folder: Path) -> None:
+    """Three engines of one job that are killed at work, once each. The job answers everything all the same."""
+    made = small.make(folder, train_users=2, test_users=60, test_requests=20)
+    made.ingest("test", buckets=2)
+    killer = threading.Thread(target=kill_engines)
+    killer.start()
+    engine = EngineConfig(kind="transformers", dtype="float32", batch_rows=4)
+    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=64)}
+    assert made.run(generate, "restarts", methods=("none",), workers=KILLED, wave_rows=100, **config) == 0
+    killer.join()
+
+
+def kill_engines() -> None:
+    """Kills each engine of this job, once all are there."""
+    mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "=", "ALIVE")]
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        engines = [one for one in list_actors(filters=mine) if "Replies" in one.class_name]
+        if len(engines) == KILLED:
+            break
+        time.sleep(0.5)
+    time.sleep(5)
+    for engine in engines:
+        os.kill(engine.pid, signal.SIGKILL)
+    print("killed", [engine.pid for engine in engines], flush=True)
 
 
 def main(folder: Path) -> None:
     session.start()
-    for part in ("nights", "replies"):
-        (folder / part).mkdir(parents=True)
-    bad_nights(folder / "nights")
-    replies(folder / "replies")
-    restarts()
-    print("observed", flush=True)
+    for part in (bad_nights, replies, restarts):
+        (folder / part.__name__).mkdir(parents=True)
+        part(folder / part.__name__)
+        print(f"observed: {part.__name__}", flush=True)
+    time.sleep(metrics.FLUSH_S)
 
 
 if __name__ == "__main__":
