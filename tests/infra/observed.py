@@ -24,6 +24,9 @@ from pipelines.refresh import job as refresh
 from tests.pipelines import small
 from tests.pipelines.test_night import ITEMS, USERS, Night, note
 
+ALERTS_S = 30 + 10 + metrics.FLUSH_S
+"""Seconds after which an alert has been computed on what a driver has recorded (prometheus.yaml)."""
+REPLIES, MAX_TOKENS = 600, 64
 KILLED = 3
 """One more than the alert lets pass."""
 
@@ -41,20 +44,22 @@ def bad_nights(folder: Path) -> None:
     config = evaluate.Config(tables=night.tables, drift=versions, drift_threshold=1e-6, run_dir=str(folder / "drift"))
     assert evaluate.run(config) == 0
     again = refresh.Config(tables=night.tables, task=night.notes, encoder=night.encoder, max_history_items=1)
-    (folder / "again.yaml").write_text(yaml.safe_dump(again.model_dump(mode="json", exclude_none=True)))
+    (folder / "again.yaml").write_text(
+        yaml.safe_dump(again.model_dump(mode="json", exclude_none=True, exclude={"run_id", "run_dir"}))
+    )
     rows = [note("user-1", f"bad-{i}") | {"user_id": ""} for i in range(5)]
     path = folder / "bad.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert night.ingest(source=str(path), task=night.notes, run_id="bad") == 3
-    time.sleep(metrics.FLUSH_S)  # the next job of this driver would overwrite what nobody has seen yet
+    time.sleep(ALERTS_S)  # a driver has one series for all its ingests, and the next one would overwrite this one's
 
 
 def replies(folder: Path) -> None:
     """Replies by vLLM, for a while."""
-    made = small.make(folder, train_users=2, test_users=30, test_requests=10)
+    made = small.make(folder, train_users=2, test_users=30, test_requests=REPLIES // 30)
     made.ingest("test", buckets=2)
     engine = EngineConfig(kind="vllm", dtype="float32", batch_rows=8, max_num_seqs=16, kv_cache_gib=1)
-    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=64)}
+    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=MAX_TOKENS)}
     assert made.run(generate, "replies", methods=("none",), **config) == 0
 
 
@@ -64,7 +69,7 @@ def restarts(folder: Path) -> None:
     made.ingest("test", buckets=2)
     threading.Thread(target=kill_engines, daemon=True).start()
     engine = EngineConfig(kind="transformers", dtype="float32", batch_rows=4)
-    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=64)}
+    config = {"tables": made.tables, "llm": made.llm, "engine": engine, "decoding": Decoding(max_tokens=MAX_TOKENS)}
     try:
         made.run(generate, "restarts", methods=("none",), workers=2, wave_rows=100, **config)
         print("the job ended before its engines were killed", flush=True)
