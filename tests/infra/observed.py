@@ -3,7 +3,6 @@
 python -m tests.infra.observed FOLDER
 """
 
-import _thread
 import json
 import os
 import signal
@@ -81,19 +80,21 @@ def kill_engines() -> None:
     """Kills each engine of this job when it has told that it lives, until three are dead; then interrupts the job."""
     mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "=", "ALIVE")]
     began, killed, until = dict[int, float](), list[int](), time.monotonic() + 600
-    while time.monotonic() < until:
-        now = time.monotonic()
-        alive = {one.pid for one in list_actors(filters=mine) if "Reply" in one.class_name}
-        began = {pid: began.get(pid, now) for pid in alive}
-        ready = [pid for pid, since in began.items() if now - since > metrics.FLUSH_S and pid not in killed]
-        for pid in ready[: KILLED - len(killed)]:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        if len(killed) == KILLED and len(set(ready) - set(killed)) == 2:
-            break
-        time.sleep(1)
-    print(f"killed {len(killed)} engines", flush=True)
-    _thread.interrupt_main()
+    try:
+        while time.monotonic() < until:
+            now = time.monotonic()
+            alive = {one.pid for one in list_actors(filters=mine) if "Reply" in one.class_name}
+            began = {pid: began.get(pid, now) for pid in alive}
+            ready = [pid for pid, since in began.items() if now - since > metrics.FLUSH_S and pid not in killed]
+            if len(killed) == KILLED and len(ready) == 2:
+                break
+            for pid in ready[: KILLED - len(killed)]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(1)
+    finally:
+        print(f"killed {len(killed)} engines", flush=True)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def main(folder: Path) -> None:
