@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 import yaml
 from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from infra import metrics, session
 from pipelines.engines.base import Decoding, EngineConfig
@@ -83,7 +84,10 @@ def kill_engines() -> None:
     try:
         while time.monotonic() < until:
             now = time.monotonic()
-            alive = {one.pid for one in list_actors(filters=mine) if "Reply" in one.class_name}
+            try:
+                alive = {one.pid for one in list_actors(filters=mine) if "Reply" in one.class_name}
+            except RayStateApiException:  # the head's dashboard is busy
+                continue
             began = {pid: began.get(pid, now) for pid in alive}
             ready = [pid for pid, since in began.items() if now - since > metrics.FLUSH_S and pid not in killed]
             if len(killed) == KILLED and len(ready) == 2:
