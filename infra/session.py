@@ -159,6 +159,7 @@ def stop() -> None:
     import ray
 
     if ray.is_initialized():
+        metrics.collect(False)
         ray.shutdown()
 
 

@@ -179,6 +179,12 @@ class TestLive:
         times = observed.server.fired(alert)
         assert times and times[0] > observed.server.started + 30
 
+    def test_a_gauge_that_was_set_once_is_there_until_its_process_ends(self, observed):
+        ((_, values),) = observed.server.over('ray_pplug_job_start_time_seconds{job="evaluate"}')
+        times = [at for at, _ in values]
+        assert len(times) > 12  # its driver lived for minutes after it
+        assert max(b - a for a, b in zip(times, times[1:], strict=False)) <= 3 * prometheus.STEP_S
+
     def test_a_night_is_late_a_day_later(self, observed):
         server = observed.server
         late, never = (RULES[name]["expr"] for name in ("NightLate", "NightNeverSeen"))
