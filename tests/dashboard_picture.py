@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.dates
 import matplotlib.pyplot as plt
 
-from tests.prometheus import PLACE, Prometheus
+from tests.prometheus import PLACE, STEP_S, Prometheus
 
 RATE = "1m"
 """For Grafana's $__rate_interval, which is four times the interval of scrapes, or more."""
@@ -106,15 +106,27 @@ def _stat(axes: Any, panel: Panel, server: Prometheus) -> None:
     axes.axis("off")
     found = server.query(panel.expression)
     for i, (labels, value) in enumerate(found):
-        axes.text((i + 0.5) / len(found), 0.6, shown(value, panel.unit), ha="center", fontsize=22, color="#73bf69")
-        axes.text((i + 0.5) / len(found), 0.0, panel.names(labels), ha="center", fontsize=11)
+        axes.text((i + 0.5) / len(found), 0.3, shown(value, panel.unit), ha="center", fontsize=22, color="#73bf69")
+        axes.text((i + 0.5) / len(found), -0.3, panel.names(labels), ha="center", fontsize=11)
+
+
+def _with_gaps(values: list[tuple[float, float]]) -> tuple[list[datetime], list[float]]:
+    """Times and numbers, with nothing where a series was away: Grafana draws no line there."""
+    times, numbers = list[datetime](), list[float]()
+    for i, (at, number) in enumerate(values):
+        if i and at - values[i - 1][0] > STEP_S:
+            times.append(datetime.fromtimestamp(at - STEP_S))
+            numbers.append(float("nan"))
+        times.append(datetime.fromtimestamp(at))
+        numbers.append(number)
+    return times, numbers
 
 
 def _lines(axes: Any, panel: Panel, server: Prometheus) -> None:
     found = server.over(panel.expression)
     for labels, values in found:
-        times = [datetime.fromtimestamp(at) for at, _ in values]
-        axes.plot(times, [n for _, n in values], marker=".", linewidth=1, markersize=3, label=panel.names(labels))
+        times, numbers = _with_gaps(values)
+        axes.plot(times, numbers, marker=".", linewidth=1, markersize=3, label=panel.names(labels))
     axes.set_xlim(datetime.fromtimestamp(server.started), datetime.now())
     axes.set_ylim(*panel.limits)
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
