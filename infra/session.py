@@ -94,7 +94,7 @@ def join_to_report() -> None:
     try:
         _connect(0, None)
     except Exception as error:  # a job that has done its work does not fail for want of metrics
-        log.warning("the end of this job is not among the cluster's metrics: %s", error)
+        log.debug("the end of this job is not among the cluster's metrics: %s", error)
 
 
 def _connect(cpus: int, object_store_bytes: int | None) -> None:
