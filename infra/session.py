@@ -15,6 +15,7 @@ from typing import Any
 from infra import LOCAL, metrics, nodes, stopping
 from infra.errors import InputError
 
+log = logging.getLogger(__name__)
 LEAST_LOCAL_CPUS = 4
 INIT_DEATHS = 2
 """Number of actors in a row that may end in their constructor and are replaced."""
@@ -81,6 +82,21 @@ def start(
     _data_defaults()
 
 
+def join_to_report() -> None:
+    """Connects to the cluster of RAY_ADDRESS if nothing has yet, so that the end of a job is among its metrics.
+
+    A night on which nothing changed needs no worker, and one that its input ends has asked for none. Without this, no
+    alert could tell the first from a night that never ran, nor hear of the second.
+    """
+    address, ray = os.environ.get("RAY_ADDRESS", LOCAL), sys.modules.get("ray")
+    if address == LOCAL or (ray is not None and ray.is_initialized()):
+        return
+    try:
+        _connect(0, None)
+    except Exception as error:  # a job that has done its work does not fail for want of metrics
+        log.debug("the end of this job is not among the cluster's metrics: %s", error)
+
+
 def _connect(cpus: int, object_store_bytes: int | None) -> None:
     import ray
 
@@ -143,6 +159,7 @@ def stop() -> None:
     import ray
 
     if ray.is_initialized():
+        metrics.collect(False)
         ray.shutdown()
 
 

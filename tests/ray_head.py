@@ -35,12 +35,12 @@ class RayHead:
     Attributes:
         address: of its job server, for `ray job submit --address`.
         env: environment of a client that may talk to it.
-        metrics: address that Prometheus would scrape.
+        discovery: file in which the head names what Prometheus is to scrape.
     """
 
     address: str
     env: dict[str, str]
-    metrics: str
+    discovery: Path
 
     def submit(self, *words: str, working_dir: Path = ROOT, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- WORDS`, waits for the end; stdout holds the job's own output too.
@@ -74,13 +74,12 @@ def ray_head() -> Iterator[RayHead]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    jobs_port, client_port, metrics_port = _free_ports(3)
+    jobs_port, client_port = _free_ports(2)
     log = (folder / "head.log").open("w+")
     process = subprocess.Popen(
         [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--port=0", "--disable-usage-stats"]
         + [f"--dashboard-port={jobs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
         + ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-        + [f"--metrics-export-port={metrics_port}"]
         + ["--object-store-memory=500000000"],
         env=env,
         stdout=log,
@@ -88,7 +87,7 @@ def ray_head() -> Iterator[RayHead]:
         start_new_session=True,
     )
     try:
-        head = RayHead(f"http://127.0.0.1:{jobs_port}", env, f"http://127.0.0.1:{metrics_port}/metrics")
+        head = RayHead(f"http://127.0.0.1:{jobs_port}", env, folder / "prom_metrics_service_discovery.json")
         _wait_until_up(head, process, folder / "head.log")
         yield head
     finally:

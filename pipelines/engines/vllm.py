@@ -35,6 +35,7 @@ from pipelines.engines.ending import Ending
 from pipelines.engines.last_words import LastWords
 from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.engines.vllm_args import engine_args, longest_of, lora_args
+from pipelines.engines.vllm_stats import EngineStats
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, embedding_rows, load_tokenizer
 from pplug.splice import PromptBuilder
@@ -131,16 +132,8 @@ class VLLMEngine:
             )
         if not metrics.are_exported():
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        from vllm.v1.metrics import ray_wrappers
-
-        if ray_wrappers.ray_metrics is None:  # vLLM asks for all that Ray Serve needs
-            log.warning("vLLM's own metrics are not exported: they need the package ray[serve] on this node")
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        # vLLM's own figures: queue, tokens, use of the cache, times to the first token
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**args | {"disable_log_stats": False}),
-            stat_loggers=[ray_wrappers.RayPrometheusStatLogger],
-        )
+        counted = AsyncEngineArgs(**args | {"disable_log_stats": False})
+        return AsyncLLM.from_engine_args(counted, stat_loggers=[EngineStats])
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

@@ -1,29 +1,28 @@
 """Metrics, alerts and the dashboard: they read what the code exports, and each alert fires where its cause is there.
 
-The live part runs a cluster through bad nights (observed.py), scrapes it as Prometheus would, and evaluates every
-expression on these scrapes (tests/promql.py).
+The live part runs a cluster through bad nights (observed.py) under a real Prometheus (tests/prometheus.py), which
+scrapes it and evaluates every expression. Two alerts wait for more than a day: promtool computes them on series that
+are given, and the live part asks Prometheus for the values of a later time.
 """
 
 import json
-import shutil
+import re
 import subprocess
-import threading
-import time
-import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from infra import metrics
-from tests.promql import Series, seconds, selectors
+from pipelines.engines.vllm_stats import EngineStats
+from tests import dashboard_picture, prometheus
+from tests.prometheus import PLACE, Prometheus, needs_prometheus
 
-PLACE = Path(__file__).parents[2] / "infra" / "deploy" / "observability"
 RULES = {rule["alert"]: rule for group in yaml.safe_load((PLACE / "alerts.yaml").read_text())["groups"]
          for rule in group["rules"]}  # fmt: skip
-PANELS = {panel["title"]: panel["targets"][0]["expr"]
-          for panel in json.loads((PLACE / "dashboard.json").read_text())["panels"] if "targets" in panel}  # fmt: skip
+PANELS = {panel.title: panel.expression for panel in dashboard_picture.panels()}
 EXPRESSIONS = {**PANELS, **{name: rule["expr"] for name, rule in RULES.items()}}
 OWN = metrics.names()
 HOUR = 3600.0
@@ -32,15 +31,28 @@ HOUR = 3600.0
 # --- without a cluster ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Selector:
+    """A metric that an expression names, and the labels that are matched in its braces."""
+
+    name: str
+    labels: frozenset[str]
+
+
+def selectors(expression: str) -> list[Selector]:
+    found = re.findall(r"\b(ray_\w+)(?:\{([^}]*)\})?", expression)
+    return [Selector(name, frozenset(re.findall(r"(\w+)\s*[=!]", inside))) for name, inside in found]
+
+
 def test_alerts_and_dashboard_name_metrics_and_labels_that_the_code_has():
-    seen = {one for expression in EXPRESSIONS.values() for one in selectors(expression) if one.name in OWN}
-    assert len(seen) > 12
-    for one in seen:
+    seen = {one for expression in EXPRESSIONS.values() for one in selectors(expression)}
+    ours = {one for one in seen if one.name.startswith("ray_pplug_")}
+    assert len(ours) > 12
+    for one in ours:
+        assert one.name in OWN, "a metric that the code does not have"
         assert one.labels <= set(OWN[one.name].tags), f"{one.name} has the labels {OWN[one.name].tags}"
-    ours = [name for expression in EXPRESSIONS.values() for name in (s.name for s in selectors(expression))
-            if name.startswith("ray_pplug_")]  # fmt: skip
-    assert set(ours) <= OWN.keys(), "a metric that the code does not have"
-    assert OWN.keys() - set(ours) <= {"ray_pplug_job_start_time_seconds"}, "a metric that nobody looks at"
+    unread = OWN.keys() - {one.name for one in ours}
+    assert unread <= {"ray_pplug_job_start_time_seconds"}, "a metric that nobody looks at"
 
 
 def test_every_alert_leads_to_a_section_of_the_runbook():
@@ -50,53 +62,36 @@ def test_every_alert_leads_to_a_section_of_the_runbook():
         assert rule["labels"]["severity"] in ("page", "warning")
 
 
-CASES = [
-    (case["name"], case["interval"], case["input_series"], test)
-    for case in yaml.safe_load((PLACE / "alerts_test.yaml").read_text())["tests"]
-    for test in case["alert_rule_test"]
-]
-
-
-def samples(values: str) -> Iterator[float | None]:
-    """promtool's notation: `_x4` is four times nothing, `5x3` four times 5, `0+0x3` the same of 0."""
-    for word in values.split():
-        start, _, times = word.partition("x")
-        yield from [None] * int(times) if start == "_" else [float(start.partition("+")[0])] * (int(times) + 1)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[3]['alertname']} at {case[3]['eval_time']}")
-def test_each_alert_fires_on_the_cases_that_prometheus_itself_is_given(case):
-    _, interval, inputs, test = case
-    series, rule = Series(), RULES[test["alertname"]]
-    for one in inputs:
-        name, _, inside = one["series"].rstrip("}").partition("{")
-        labels = frozenset((k, v.strip('"')) for k, v in (pair.split("=") for pair in inside.split(", ")))
-        found = [(n * seconds(interval), v) for n, v in enumerate(samples(one["values"])) if v is not None]
-        series.samples.setdefault(name, {})[labels] = found
-    at = seconds(test["eval_time"])
-    since = at - seconds(rule.get("for", "0s"))  # it must hold all the time; the first evaluation is at 0
-    held = since >= 0 and bool(series.fires(rule["expr"], since))
-    fires = series.fires(rule["expr"], at) if held else {}
-    wanted = [dict(alert["exp_labels"]) for alert in test["exp_alerts"]]
-    assert all(alert.pop("severity") == rule["labels"]["severity"] for alert in wanted)
-    assert [dict(labels) for labels in fires] == wanted
-
-
 def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
+    cases = [one for test in yaml.safe_load((PLACE / "alerts_test.yaml").read_text())["tests"]
+             for one in test["alert_rule_test"]]  # fmt: skip
     for fires in (True, False):
-        assert {test["alertname"] for *_, test in CASES if bool(test["exp_alerts"]) is fires} == RULES.keys()
+        assert {one["alertname"] for one in cases if bool(one["exp_alerts"]) is fires} == RULES.keys()
 
 
-def test_promtool_reads_every_expression(tmp_path):
-    if shutil.which("promtool") is None:
-        pytest.skip("no promtool here; tests/promql.py alone reads the expressions")
-    done = subprocess.run(["promtool", "test", "rules", "alerts_test.yaml"], cwd=PLACE, capture_output=True, text=True)
+def promtool(*words: str, cwd: Path = PLACE) -> None:
+    done = subprocess.run(["promtool", *words], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_prometheus
+def test_each_alert_fires_on_its_case_in_prometheus_own_engine():
+    promtool("test", "rules", "alerts_test.yaml")
+
+
+@needs_prometheus
+def test_prometheus_reads_the_rules_every_panel_and_the_config(tmp_path):
     rules = [{"record": f"panel_{i}", "expr": expression} for i, expression in enumerate(PANELS.values())]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    for path in (tmp_path / "panels.yaml", PLACE / "alerts.yaml"):
-        done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "rules", str(tmp_path / "panels.yaml"))
+    promtool("check", "rules", "alerts.yaml")
+    config = yaml.safe_load((PLACE / "prometheus.yaml").read_text())
+    for one in config["scrape_configs"]:
+        if one.pop("kubernetes_sd_configs", None):  # Debian builds Prometheus without it
+            one["static_configs"] = [{"targets": ["127.0.0.1:8080"]}]
+    (tmp_path / "alerts.yaml").write_text((PLACE / "alerts.yaml").read_text())
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    promtool("check", "config", "prometheus.yaml", cwd=tmp_path)
 
 
 def test_prometheus_finds_the_pods_by_what_the_manifests_say():
@@ -117,107 +112,110 @@ def test_recording_without_a_session_does_nothing():
     metrics.let_go()
 
 
-SCRAPES = [
-    (0.0, 'up_total{a="x",b="1"} 2\nup_total{a="y",b="1"} 5\nsize{a="x"} 4\n'),
-    (60.0, 'up_total{a="x",b="1"} 8\nup_total{a="y",b="1"} 5\nsize{a="x"} 3\n'),
-    (120.0, 'up_total{a="x",b="1"} 1\nsize{a="x"} 12\n'),
-]
+@pytest.mark.slow  # the import of vLLM alone takes half a minute
+def test_the_figures_of_an_engine_have_all_that_vllm_calls():
+    """vLLM's base class is not inherited; a method that a later vLLM adds is noticed here."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
 
-
-@pytest.mark.parametrize(
-    ("expression", "at", "value"),
-    [
-        ('up_total{a="x"}', 60, {"x": 8}),
-        ('sum by (b) (up_total{a!~"z|w"})', 60, {"1": 13}),
-        ("max by (a) (max_over_time(up_total[5m])) > 5", 120, {"x": 8}),
-        ('rate(up_total{a="x"}[2m])', 60, {"x": 6 / 60}),
-        ('increase(up_total{a="x"}[5m])', 120, {"x": 7}),  # 6, and 1 after a restart
-        ("time() - size", 60, {"x": 57}),
-        ("3 * size", 60, {"x": 9}),
-        ("size", 500, {}),  # older than the lookback
-        ("last_over_time(size[1h])", 500, {"x": 12}),
-        ("absent(size)", 500, {"": 1}),
-        ("absent(size)", 60, {}),
-    ],
-)
-def test_the_evaluator_computes_what_prometheus_would(expression, at, value):
-    series = Series()
-    for time_s, text in SCRAPES:
-        series.add(time_s, text)
-    found = series.query(expression, at)
-    assert {
-        "".join(sorted(v for k, v in labels if k == "a" or len(labels) == 1)): n for labels, n in found.items()
-    } == (pytest.approx(value))
-
-
-@pytest.mark.parametrize("expression", ["histogram_quantile(0.9, x)", "x offset 5m", "sum(x"])
-def test_the_evaluator_refuses_what_it_does_not_know(expression):
-    with pytest.raises((AssertionError, IndexError)):
-        Series().query(expression, 0)
+    wanted = {name for name in vars(StatLoggerBase) if not name.startswith("_")}
+    assert "record" in wanted and wanted <= set(vars(EngineStats))
 
 
 # --- on a cluster -----------------------------------------------------------------------------------------------------
 
 
-class Scraper(threading.Thread):
-    """Scrapes every two seconds until told to stop."""
+@dataclass(frozen=True)
+class Observed:
+    """A Prometheus after bad nights of a cluster.
 
-    def __init__(self, address: str) -> None:
-        super().__init__(daemon=True)
-        self.address, self.series, self.times, self.stopped = address, Series(), list[float](), threading.Event()
+    Attributes:
+        server: what has scraped them.
+        folder: files of the cluster's jobs.
+        nights_ended: time at which the last night ended that changed something.
+        unchanged: output of a night after it that had nothing to do.
+        stages: its stages.
+        refused: output of a night that was given a place without tables.
+    """
 
-    def run(self) -> None:
-        while not self.stopped.wait(2):
-            try:
-                text = urllib.request.urlopen(self.address, timeout=10).read().decode()
-            except OSError:
-                continue  # the agent is not up yet
-            self.times.append(time.time())
-            self.series.add(self.times[-1], text)
+    server: Prometheus
+    folder: Path
+    nights_ended: float
+    unchanged: str
+    stages: dict[str, object]
+    refused: str
 
 
 @pytest.fixture(scope="module")
-def observed(ray_head, tmp_path_factory) -> Scraper:
-    scraper = Scraper(ray_head.metrics)
-    scraper.start()
-    done = ray_head.submit("python", "-m", "tests.infra.observed", str(tmp_path_factory.mktemp("observed") / "o"),
-                           timeout_s=1500)  # fmt: skip
-    scraper.stopped.set()
-    scraper.join()
-    assert done.returncode == 0 and "observed" in done.stdout, done.stdout[-4000:]
-    return scraper
+def observed(ray_head, tmp_path_factory) -> Iterator[Observed]:
+    folder = tmp_path_factory.mktemp("observed")
+    with prometheus.started(folder, ray_head.discovery) as server:
+        server.wait_for("ray_node_mem_total")
+        done = ray_head.submit("python", "-m", "tests.infra.observed", str(folder), timeout_s=1500)
+        assert done.returncode == 0 and "killed 3 engines" in done.stdout, done.stdout[-6000:]
+        (ended,) = [n for _, n in server.query(ENDED)]
+        refresh = ("python", "-m", "pipelines", "refresh", "--config", str(folder / "bad_nights" / "again.yaml"))
+        unchanged = ray_head.submit(*refresh, "--run-dir", str(folder / "unchanged"))
+        refused = ray_head.submit(*refresh, "--run-dir", str(folder / "refused"), "--tables", str(folder / "nowhere"))
+        stages = json.loads((folder / "unchanged" / "report.json").read_text())["stages"]
+        yield Observed(server, folder, ended, unchanged.stdout, stages, refused.stdout)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_every_query_of_the_dashboard_returns_data(observed):
-    empty = [title for title, expression in PANELS.items()
-             if not any(observed.series.query(expression, at) for at in observed.times)]  # fmt: skip
-    assert not empty, {title: PANELS[title] for title in empty}
+ENDED = 'max(last_over_time(ray_pplug_job_end_time_seconds{job="refresh", exit_code="0"}[7d]))'
+live = [pytest.mark.slow, pytest.mark.timeout(1800), needs_prometheus]
 
 
-CAUSED = ("JobFailed", "RejectsAboveThreshold", "EngineRestarts", "PersonasDrift", "DeadBytes")
+class TestLive:
+    pytestmark = live
 
+    def test_every_query_of_the_dashboard_returns_data(self, observed, tmp_path):
+        empty = {title: expression for title, expression in PANELS.items() if not observed.server.over(expression)}
+        assert not empty
+        dashboard_picture.draw(observed.server, tmp_path / "dashboard.png")  # for a look at it
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_each_alert_fires_after_its_cause_and_not_before(observed):
-    series, first, last = observed.series, observed.times[0], observed.times[-1]
-    for name in CAUSED:
-        expression = RULES[name]["expr"]
-        assert not series.fires(expression, first), f"{name} fires before anything has happened"
-        assert any(series.fires(expression, at) for at in observed.times), f"{name} does not fire"
-    late, never = RULES["NightLate"]["expr"], RULES["NightNeverSeen"]["expr"]
-    assert not series.fires(late, last) and series.fires(late, last + 27 * HOUR)
-    assert series.fires(never, first) and not series.fires(never, last) and series.fires(never, last + 8 * 24 * HOUR)
+    @pytest.mark.parametrize(
+        "alert", ["JobFailed", "RejectsAboveThreshold", "EngineRestarts", "PersonasDrift", "DeadBytes"]
+    )
+    def test_an_alert_fires_after_its_cause_and_not_before(self, observed, alert):
+        times = observed.server.fired(alert)
+        assert times and times[0] > observed.server.started + 30
 
+    def test_a_gauge_that_was_set_once_is_there_until_its_process_ends(self, observed):
+        ((_, values),) = observed.server.over('ray_pplug_job_start_time_seconds{job="evaluate"}')
+        times = [at for at, _ in values]
+        assert len(times) > 12  # its driver lived for minutes after it
+        assert max(b - a for a, b in zip(times, times[1:], strict=False)) <= 3 * prometheus.STEP_S
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_what_is_exported_is_what_was_counted(observed):
-    series, at = observed.series, observed.times
-    tokens = max(sum(series.query("sum(max_over_time(ray_pplug_tokens_total{kind=\"output_tokens\"}[2h]))", t).values())
-                 for t in at)  # fmt: skip
-    assert 0 < tokens <= 12 * 16  # twelve requests of at most 16 tokens
-    rejected = series.query('max by (reason) (max_over_time(ray_pplug_job_rejected{job="ingest"}[2h]))', at[-1])
-    assert sum(rejected.values()) == 5
+    def test_a_night_is_late_a_day_later(self, observed):
+        server = observed.server
+        late, never = (RULES[name]["expr"] for name in ("NightLate", "NightNeverSeen"))
+        (ended,) = [n for _, n in server.query(ENDED)]
+        assert not server.query(late) and not server.query(late, ended + 25.9 * HOUR)
+        assert server.query(late, ended + 26.1 * HOUR)
+        assert server.query(never, server.started) and not server.query(never)
+        assert server.query(never, ended + 8 * 24 * HOUR)
+
+    def test_a_night_that_changed_nothing_has_ended_well_too(self, observed):
+        assert "0 written" in observed.unchanged and not observed.stages  # so that it had no need of Ray
+        (ended,) = [n for _, n in observed.server.query(ENDED)]
+        assert ended > observed.nights_ended
+
+    def test_a_job_that_refuses_its_input_is_a_failed_job(self, observed):
+        assert "nowhere" in observed.refused and "exit code 2" in observed.refused
+        failed = observed.server.query(
+            'last_over_time(ray_pplug_job_end_time_seconds{job="refresh", exit_code="2"}[1h])'
+        )
+        assert len(failed) == 1
+
+    def test_what_is_exported_is_what_was_counted(self, observed):
+        def total(expression: str) -> float:
+            ((_, n),) = observed.server.query(f"sum(max_over_time({expression}[2h]))")
+            return n
+
+        replies = json.loads((observed.folder / "replies" / "runs" / "replies" / "report.json").read_text())
+        asked, longest = replies["written"], replies["config"]["decoding"]["max_tokens"]
+        # what a worker counts in its last ten seconds goes with it
+        assert 0 < total('ray_pplug_engine_finished_total{reason=~"stop|length"}') <= asked + 1
+        assert 0 < total('ray_pplug_engine_tokens_total{kind="output"}') <= asked * longest + 1
+        assert total("ray_pplug_engine_restarts_total") == 3
+        rejected = observed.server.query('max(last_over_time(ray_pplug_job_rejected{job="ingest"}[2h]))')
+        assert [n for _, n in rejected] == [5]
