@@ -29,6 +29,15 @@ def bucket_of_key(key: str, buckets: int) -> int:
     return int(key[:16], 16) % buckets
 
 
+def buckets_of_keys(keys: pa.Array | pa.ChunkedArray, buckets: int) -> pa.Array:
+    """Returns the bucket (int32) of each user_key, in the same order."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()
+    distinct = pc.dictionary_encode(keys)
+    found = pa.array([bucket_of_key(key, buckets) for key in distinct.dictionary.to_pylist()], pa.int32())
+    return found.take(distinct.indices)
+
+
 def keys_by_bucket(user_ids: Iterable[str] | None, buckets: int) -> dict[int, list[str]] | None:
     """Sorts user keys and groups them by bucket. None means all users and stays None.
 

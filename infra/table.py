@@ -274,7 +274,13 @@ class Table:
                 f"{self.uri}: version {version} of table {self.spec.name} cannot be read ({error}); the newest is "
                 f"{self.version}"
             ) from error
-        _, stored = _description(self.uri, self.spec, delta)
+        buckets, stored = _description(self.uri, self.spec, delta)
+        if buckets != self.buckets:
+            raise InputError(
+                f"{self.uri}: version {delta.version()} of table {self.spec.name} has {buckets} buckets, and this job "
+                f"goes by {self.buckets}: `rebucket` has changed their number; choose a version of after it, or start "
+                "the job again"
+            )
         if stored != self.spec.schema_version:
             raise InputError(
                 f"{self.uri}: version {delta.version()} of table {self.spec.name} has schema version {stored}, and "

@@ -115,10 +115,20 @@ JOBS = {
         "pipelines.upkeep.config:DropRunConfig",
         "takes the replies of runs out of the tables, by name or by age",
     ),
+    "drop-requests": Job(
+        "pipelines.upkeep.drop_requests",
+        "pipelines.upkeep.config:DropRequestsConfig",
+        "takes requests and the replies to them out of the tables, by age or by who has answered them",
+    ),
     "restore": Job(
         "pipelines.upkeep.restore",
         "pipelines.upkeep.config:RestoreConfig",
         "takes tables back to an earlier complete version, as a new version",
+    ),
+    "rebucket": Job(
+        "pipelines.upkeep.rebucket",
+        "pipelines.upkeep.config:RebucketConfig",
+        "more buckets for all tables of a population that grew",
     ),
     "migrate": Job(
         "pipelines.upkeep.migrate",

@@ -1,8 +1,34 @@
 """The keys that most jobs share."""
 
+from datetime import UTC, date, datetime
+from typing import Literal
+
 from pydantic import Field
 
 from pplug.settings import Settings
+
+RequestChoice = Literal["all", "open", "labelled", "new"]
+"""Requests that a job works for: `asked.Chosen` tells them."""
+
+
+def as_moment(value: object) -> object:
+    """Reads the value of a key that is a point in time; a day is its begin, and a time without a zone is UTC.
+
+    Raises:
+        ValueError: it is neither; a number could be meant in several ways.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value.strip())
+    except ValueError:
+        pass
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if not isinstance(value, datetime):
+        raise ValueError("expected a day or a time in ISO form, such as 2026-11-20 or 2026-11-20T06:00+01:00")
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class JobConfig(Settings):

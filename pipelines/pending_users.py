@@ -3,8 +3,8 @@
 Route: histories, requests and the existing rows -> users whose row is pending, each with the items that count -> rows
 made anew, rejects, and the bucket's other rows beside them, since a bucket is replaced as a whole.
 
-Where the table of requests is given, a user's items are cut at the earliest of the user's requests: an item that one of
-them may not see is used by none.
+Where the table of requests is given, a user's items are cut at the earliest of the user's chosen requests: an item
+that one of them may not see is used by none.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from infra.shards import bucket_of, user_key
 from infra.snapshot import Snapshot
+from pipelines.asked import Chosen
 from pipelines.histories import Histories, read_bucket, to_us
 from pipelines.learned import LastItem, last_item
 from pipelines.waves import DETAIL, REASON
@@ -50,7 +51,7 @@ class PendingUsers:
 
     histories: Snapshot
     requests: Snapshot | None
-    """Requests at whose earliest each user's items are cut; None cuts none."""
+    """Table of the requests at whose earliest each user's items are cut; None cuts none."""
     before: Snapshot | None
     """The table before this run's work began."""
     made_as: str
@@ -63,7 +64,11 @@ class PendingUsers:
     """Number of buckets of the tables."""
     id_column: str = "adapter_id"
     only_asking: bool = False
-    """True looks only at users who have a request."""
+    """True looks only at users who have a chosen request."""
+    chosen: Chosen = Chosen()
+    """Requests that count."""
+    rejects_strangers: bool = True
+    """True gives a reject for each user who is looked at and has no item."""
     without: frozenset[str] = frozenset()
     """Columns that unchanged rows come without: a later stage reads them."""
 
@@ -101,7 +106,7 @@ class PendingUsers:
                 continue
             pending[user] = (rows, digest)
             unchanged.pop(name, None)
-        missing = (wanted or set()) - set(own.user_ids)
+        missing = (wanted or set()) - set(own.user_ids) if self.rejects_strangers else set()
         keys_of_unchanged = sorted(row["user_key"] for row in unchanged.values())
         return PendingBucket(own, pending, sorted(missing), existing, keys_of_unchanged)
 
@@ -109,7 +114,7 @@ class PendingUsers:
         if self.requests is None:
             return []
         columns = ["user_id", "user_key", "as_of", "as_of_position"]
-        return self.requests.read(columns, buckets=[bucket], user_keys=keys).to_pylist()
+        return self.chosen.among(self.requests, bucket, keys, columns).to_pylist()
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: bucket, pending, existing, unchanged (rows beside the pending)."""

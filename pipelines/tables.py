@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from infra import upkeep
+from infra import rebucketing, upkeep
 from infra.errors import InputError
 from infra.lines import lines
 from infra.shards import bucket_of_key, user_key
@@ -53,6 +53,10 @@ _SPECS = [
     TableSpec("rejects", schemas.REJECTS, 1, sort=("key",), bucketed=False),
 ]
 SPECS = {spec.name: dataclasses.replace(spec, added=schemas.ADDED.get(spec.name, ())) for spec in _SPECS}
+SETTLED = "settled"
+"""Key in the metadata of a commit of personas: texts and rejects of each bucket, as `refresh` writes them."""
+BY_BUCKET = (SETTLED,)
+"""Metadata keys that hold a JSON object with numbers of buckets as keys."""
 _NAMED = 10
 """Number of ids that a message names; it counts the others."""
 _WRITERS = {
@@ -81,8 +85,9 @@ def open_table(tables: str, name: str) -> Table:
     """Opens an existing table.
 
     Raises:
-        InputError: there is none; the message names the job that writes it.
+        InputError: there is none; the message names the job that writes it. Or `rebucket` broke off between tables.
     """
+    rebucketing.refuse_between(tables)
     uri = location(tables, name)
     if not Table.exists(uri):
         own = name.removeprefix(embeddings_name(OWN_ID))
@@ -93,6 +98,7 @@ def open_table(tables: str, name: str) -> Table:
 
 def open_or_create(tables: str, name: str, buckets: int) -> Table:
     """Opens a table to write to, and makes it where there is none yet."""
+    rebucketing.refuse_between(tables)
     return Table.open_or_create(location(tables, name), spec_of(name), buckets)
 
 
@@ -110,6 +116,7 @@ def snapshot(tables: str, name: str, versions: Mapping[Any, int]) -> Snapshot:
 
 def newest(tables: str, name: str) -> Snapshot | None:
     """Returns the newest version of a table, complete or not; None where there is no such table."""
+    rebucketing.refuse_between(tables)
     uri = location(tables, name)
     return Table.open(uri, spec_of(name)).snapshot() if Table.exists(uri) else None
 

@@ -1,8 +1,9 @@
-"""Plan, stream, commit: rows are made and written by Ray, and committed by the driver as buckets are complete.
+"""Plan, stream, commit: rows are made and written by Ray, and committed by the driver wave by wave.
 
 `run` is the middle of a job: what the plan has counted is made by a chain of stages, written and committed. Only file
-metadata reaches the driver. A bucket is complete when its rows and rejects make up what the plan has counted; complete
-buckets are committed in waves, keyed by (run_id, group).
+metadata reaches the driver. Waves are keyed by (run_id, group). Rows that are added are committed as they come: a wave
+may end within a bucket, and a rerun makes the rest of it. Rows that replace others wait until their bucket is complete,
+which it is when its rows and rejects make up what the plan has counted.
 More rejects than allowed: what was only added stays, each row is right by itself; what would replace other rows is
 committed for a rerun to go on from, but never as a complete version, so that readers keep the version of before.
 """
@@ -30,9 +31,10 @@ from pipelines.stages import counter, guarded
 
 REASON, DETAIL = "reject_reason", "reject_detail"
 WAVE_SECONDS = 600.0
-"""Age of the last commit from which complete buckets are committed, however few their rows: a kill costs no more."""
-SHOWN, LEAST_ROWS = 50, 64
-"""Blocks of a run's rows that are counted on the screen one by one, and rows that a block has at least."""
+"""Age of the last commit from which what is ready is committed, however few its rows: a kill costs no more."""
+SHOWN, LEAST_ROWS, MOST_ROWS = 50, 64, 5_000
+"""Blocks of a run's rows that are counted on the screen one by one, and rows that a block has at least and at most: a
+kill costs the block that is being filled beside the wave."""
 
 
 class WriteFiles:
@@ -158,7 +160,7 @@ def _overtaken(what: str, run_id: str) -> str:
 
 @dataclass
 class Committer:
-    """Driver side: collects files and commits groups of complete buckets."""
+    """Driver side: collects files and commits them in groups."""
 
     table: Table
     rejects: Table | None
@@ -166,7 +168,7 @@ class Committer:
     pending: Mapping[int, int]
     """Rows to come per bucket, from the plan."""
     wave_rows: int
-    """Rows after which the complete buckets are committed: one wave."""
+    """Rows after which what is ready is committed: one wave."""
     metadata: dict[str, str]
     planned_on: int
     strict: bool = True
@@ -174,7 +176,8 @@ class Committer:
     complete: bool = False
     """True if the version planned on is complete: a run that adds nothing to it then leaves it as it is."""
     replace: bool = False
-    """True if a bucket's new files take the place of those it has; otherwise the table only grows."""
+    """True if a bucket's new files take the place of those it has, so that it must be complete before its commit;
+    otherwise the table only grows, by any files."""
     rejected: dict[int, Counter[str]] = field(default_factory=dict)
     """Rows set aside, by bucket and reason."""
     _got: Counter[int] = field(default_factory=Counter)
@@ -191,7 +194,7 @@ class Committer:
         assert file.bucket is not None
         self._files.setdefault(file.bucket, []).append(file)
         self._got[file.bucket] += file.rows
-        if self._got[file.bucket] == self.pending[file.bucket]:
+        if not self.replace or self._got[file.bucket] == self.pending[file.bucket]:
             self._ready += self._files.pop(file.bucket)
             late = time.monotonic() - self._flushed > WAVE_SECONDS
             if late or sum(file.rows for file in self._ready) >= self.wave_rows:
@@ -245,7 +248,7 @@ class Committer:
     def finish(self) -> None:
         """Commits the rest. The version is complete only when every bucket has all its rows, and a replacement only
         when no more rows than allowed were rejected on the way."""
-        paid = not self._files and sum(self._got.values()) == sum(self.pending.values())
+        paid = all(self._got[bucket] == rows for bucket, rows in self.pending.items())
         if self._ready or not self.complete:
             self.flush(complete=paid)
 
@@ -354,7 +357,7 @@ def run(
         unchanged: rows per bucket that the steps pass on as they are; given, a bucket's rows replace those it had.
         steps: stages from a bucket to rows of the table, with reject columns where `rejects` is given.
         metadata: stands in every commit.
-        wave_rows: rows after which the complete buckets are committed.
+        wave_rows: rows after which what is ready is committed.
         block_rows: rows of one file's block, at most, and fewer where there are few rows, so that the screen shows how
             far the run is; None takes blocks as they come.
         key: the column by which `rejects` names a row.
@@ -384,7 +387,8 @@ def run(
         if todo:
             rejected = rejects.snapshot() if rejects is not None else None
             write = WriteFiles(into, rejects, report.job, report.run_id, key, rejected, count)
-            rows = None if block_rows is None else min(block_rows, max(LEAST_ROWS, stage.rows // SHOWN))
+            shown = min(MOST_ROWS, max(LEAST_ROWS, stage.rows // SHOWN))
+            rows = None if block_rows is None else min(block_rows, shown)
             _commit_as_they_come(stream(list(todo), [*steps, tasks(write, rows)]), committer, unit, counted)
         committer.finish()
     report.written -= sum(kept.values())  # they existed, and exist again

@@ -23,7 +23,7 @@ from tests.pplug.models import tiny_bert, tiny_llama
 RUNBOOK = Document.read(ROOT / "infra" / "deploy" / "RUNBOOK.md")
 SECTIONS = ["First installation", "Nightly", "A failed night", "A bad plug or a bad night", "Changing the encoder",
             "Changing the LLM", "Erasing users", "Upgrading Ray or vLLM", "A lost node", "A full disk",
-            "Expired credentials"]  # fmt: skip
+            "Expired credentials", "A population that grew"]  # fmt: skip
 QUICK = {"fit": {"epochs": 1, "batch_size": 16, "precision": "float32", "val_fraction": 0.3}}
 ANSWER = {"engine": {"kind": "transformers", "batch_rows": 16}, "decoding": {"max_tokens": 4}}
 SMALLER = {"train": QUICK, "generate": ANSWER, "ingest": {"buckets": 2}}
@@ -125,6 +125,8 @@ def test_the_recipes_run_as_one_story(story, monkeypatch, capsys):
     assert story.run("A lost node") == [0]
     assert story.run("A full disk") == [0, 0]
     assert story.run("Expired credentials") == [0]
+    assert story.run("A population that grew") == [0, 0, 0]
+    assert tables.open_table(story.made.tables, "histories").buckets == 64
 
 
 @pytest.mark.slow

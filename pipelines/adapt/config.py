@@ -1,14 +1,15 @@
 """Keys of `adapt`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
 
-from typing import Literal
+from datetime import datetime
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from pipelines.job_config import ResumableConfig
+from pipelines.job_config import RequestChoice, ResumableConfig, as_moment
 from pipelines.tracking import Tracker
 from pplug.adapter import ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
-from pplug.settings import renamed
+from pplug.settings import added, renamed
 
 
 class Config(ResumableConfig):
@@ -17,7 +18,7 @@ class Config(ResumableConfig):
     stage users: Ray Data spreads users over workers, each of which trains many adapters in one stack. Buckets are
     committed wave by wave as their users are finished. A rerun trains only users whose adapter is missing or whose
     items have changed. Where there are requests, a user's items are cut at the earliest of them: an adapter never knows
-    an item that a request may not see.
+    an item that a request may not see. As requests grow, `--requests new` cuts at those that are still to be answered.
     Unit of work: a user.
     stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
     folder. Give that folder as llm.model to stage users and to `generate`. Unit of work: an example.
@@ -51,6 +52,12 @@ class Config(ResumableConfig):
     cut: Literal["requests", "none"] = "requests"
     """Items to leave out. requests: those that one of the user's requests may not see, as an evaluation needs. none: no
     item, for requests that are yet to come, or for a base made from other people than those who are evaluated."""
+    requests: RequestChoice = added("all")
+    """Requests at which stage users cuts. Other than all, adapters are made for users who have such a request, and
+    others keep theirs. new: those that no run has answered by a method with an adapter, as a schedule wants it; open:
+    those without a target; labelled: those with one."""
+    since: datetime | None = added(None)
+    """Time from which requests count, by their as_of: a day or a time in ISO form, UTC where it names no zone."""
     changed_only: bool = False
     """True goes on from the existing adapters, for new and changed users. It is refused where base or settings have
     changed."""
@@ -77,6 +84,17 @@ class Config(ResumableConfig):
     track: Tracker | None = None
     """Tracker that is shown the loss curves of stage base beside TensorBoard, if its library is installed. It reads
     where it writes to from its own environment variables."""
+
+    _since = field_validator("since", mode="before")(as_moment)
+
+    @model_validator(mode="after")
+    def _requests_are_cut_at(self) -> Self:
+        if (self.requests != "all" or self.since is not None) and (self.stage == "base" or self.cut == "none"):
+            raise ValueError(
+                "requests and since say where stage users cuts: a base is cut at all requests, and cut=none cuts at "
+                "none; leave them out"
+            )
+        return self
 
     @property
     def trained(self) -> LoraConfig:

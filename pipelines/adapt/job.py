@@ -23,6 +23,7 @@ from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
 from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_id
+from pipelines.asked import Chosen
 from pipelines.made_from import users_id
 from pipelines.model_folders import below, check_output
 from pipelines.pending_users import PendingUsers
@@ -90,7 +91,8 @@ def _refuse_a_spread(config: Config) -> None:
 
 
 def _requests(config: Config, report: RunReport) -> "Snapshot | None":
-    if not Table.exists(tables.location(config.tables, "requests")):
+    named = config.requests != "all" or config.since is not None
+    if config.cut == "none" or not (named or Table.exists(tables.location(config.tables, "requests"))):
         return None
     requests = tables.open_table(config.tables, "requests").snapshot(complete=True)
     report.table_read("requests", requests.version)
@@ -112,14 +114,16 @@ def _adapters(
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = adapters.snapshot()
     asked = keys_by_bucket(users, buckets)
+    chosen = Chosen.of(config.tables, config.requests, config.since, "adapter")
     _refuse_other_settings(config, before, base, fit)
     _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
-    requests = _requests(config, report) if config.cut == "requests" else None
+    requests = _requests(config, report)
     # when only some users are trained, the others keep their old adapters, which may be uncut
-    mixed = users is not None and "none" in tables.metadata_values(adapters, "cut")
+    mixed = (users is not None or chosen.is_some) and "none" in tables.metadata_values(adapters, "cut")
     cut = "none" if requests is None or mixed else "requests"
     pending = PendingUsers(
         histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets,
+        only_asking=chosen.is_some, chosen=chosen, rejects_strangers=not chosen.is_some,
         without=frozenset({"weights"}),
     )  # fmt: skip
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
@@ -151,13 +155,15 @@ def _adapters(
 
 
 def _refuse_other_settings(config: Config, adapters: Snapshot, base: str, fit: str) -> None:
-    """Refuses to train changed users alone beside adapters that were made with other settings."""
+    """Refuses to train some users alone beside adapters that were made with other settings."""
     made_as = adapters.metadata.get("fit_id")
-    if config.changed_only and made_as and made_as != fit:
+    some = {"changed_only": config.changed_only, "requests": config.requests != "all", "since": config.since}
+    given = [name for name, value in some.items() if value]
+    if given and made_as and made_as != fit:
         raise InputError(
-            f"changed_only: the adapters there are of base {adapters.metadata.get('llm_id')} and settings {made_as}, "
-            f"this run would make those of base {base} and settings {fit}; give the settings they were made with, or "
-            "leave changed_only out to train everybody anew"
+            f"{', '.join(given)}: the adapters there are of base {adapters.metadata.get('llm_id')} and settings "
+            f"{made_as}, this run would make those of base {base} and settings {fit}; give the settings they were made "
+            f"with, or leave {' and '.join(given)} out to train everybody anew"
         )
 
 

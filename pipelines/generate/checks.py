@@ -106,6 +106,24 @@ def refuse_a_leak(config: Config, methods: Sequence[Method], parts: Sequence[Par
             )
 
 
+def note_undated(config: Config, report: RunReport, plan: Plan) -> None:
+    """Counts the requests that `since` leaves out because they have no time.
+
+    Raises:
+        InputError: no request has one, so that `since` can choose none.
+    """
+    undated = sum(row["undated"] for row in plan.values())
+    if not undated:
+        return
+    if not report.planned:
+        raise InputError(
+            f"since={config.since}: {undated} requests in {config.tables} have no time (as_of), and no other is left; "
+            "ingest them with a time, or ask for --requests new, which goes by the replies"
+        )
+    report.extra["requests_without_time"] = undated
+    print(f"generate: {undated} requests have no time (as_of), and since={config.since} leaves them out", flush=True)
+
+
 def settings_id(config: Config, task: TaskSpec) -> str:
     """Identity of what decides a prompt beside the models, the decoding and the tables."""
     return short_id(

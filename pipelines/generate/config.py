@@ -1,11 +1,12 @@
 """Keys of `generate`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
 
+from datetime import datetime
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
-from pipelines.job_config import ResumableConfig
+from pipelines.job_config import RequestChoice, ResumableConfig, as_moment
 from pplug.llm import LLMConfig
 from pplug.profile import ProfileConfig
 from pplug.retrieval import RetrievalConfig
@@ -19,7 +20,7 @@ class Config(ResumableConfig):
     the same run_id answers only what is missing. Unit of work: a request and a method, with decoding.n as many times; a
     row with an error counts as written and failed.
     With --write-profiles: histories + requests -> profiles, a text about each user who has a request, from the newest
-    items that all of the user's requests may see. A profile made by the same settings from the same items is kept.
+    items that all of these requests may see. A profile made by the same settings from the same items is kept.
     Unit of work: a user; a user whose prompt got no reply is a reject.
     """
 
@@ -34,15 +35,19 @@ class Config(ResumableConfig):
     """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense. A method
     such as bm25@2 says its number of items itself."""
     write_profiles: bool = False
-    """True writes user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval` and `requests` are then
-    ignored. decoding.max_tokens is the length of a profile."""
+    """True writes user profiles instead of replies; `methods`, `plug`, `oracle` and `retrieval` are then ignored.
+    decoding.max_tokens is the length of a profile."""
     profile: ProfileConfig = ProfileConfig()
     """Question by which the LLM is asked for a profile, and form in which a prompt holds it."""
     oracle: str | None = None
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
-    requests: Literal["all", "open", "labelled", "new"] = "all"
+    requests: RequestChoice = "all"
     """Requests to answer. open: those without a target; labelled: those with one; new: those that no run has answered
-    by the method, with the same LLM, plug and decoding, as a schedule wants it."""
+    by the method, with the same LLM, plug and decoding, as a schedule wants it. Profiles are cut at these requests, and
+    written for their users alone; for them, new are those that no run has answered by a method with a profile."""
+    since: datetime | None = None
+    """Time from which requests count, by their as_of: a day or a time in ISO form, UTC where it names no zone. Requests
+    without a time are then left out, and counted."""
     users: str | None = None
     """File with one user id per line: only their requests are answered, only their profiles are written."""
     as_of_version: dict[
@@ -67,7 +72,10 @@ class Config(ResumableConfig):
     max_engine_restarts: int = Field(3, ge=0)
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
-    """Number of replies in one commit; where they take long, what is complete is committed every ten minutes."""
+    """Number of replies in one commit; where they take long, what is there is committed every ten minutes. Profiles are
+    committed by whole buckets."""
     show: int = Field(0, ge=0)
     """Number of requests that are printed at the end with their replies, on the screen alone; `show replies` prints
     others."""
+
+    _since = field_validator("since", mode="before")(as_moment)

@@ -17,11 +17,13 @@ from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import shown, tables, waves
+from pipelines.asked import Chosen
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.generate.checks import (
     check_base,
     gpus_of,
     is_encoder_decoder,
+    note_undated,
     refuse_a_leak,
     refuse_another_run,
     resolved,
@@ -178,9 +180,11 @@ def _plan(
         {part.group: table for part in parts if (table := part.made_from_items()) is not None},
         config.decoding.n,
         alike if config.requests == "new" else None,
+        config.since,
     )
     refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
     plan = waves.plan(opened.requests.filled(users), pending.count, report)
+    note_undated(config, report, plan)
     refuse_a_leak(config, using.methods, parts, plan)
     check_base(config, opened.requests, plan, report)
     if "profile" in pending.made_from_items:
@@ -264,6 +268,7 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
         opened.buckets,
         id_column="profile_id",
         only_asking=True,
+        chosen=Chosen.of(config.tables, config.requests, config.since, "profile"),
     )
     plan = waves.plan(opened.requests.filled(keys_by_bucket(users, opened.buckets)), pending.count, report)
     identities = {"llm_id": opened.llm_id, "profile_id": made_as, "decoding_id": opened.decoding.decoding_id}

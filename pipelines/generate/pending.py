@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -9,8 +10,10 @@ import pyarrow.compute as pc
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
+from pipelines.asked import narrowed
+from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
-from pipelines.methods import parse
+from pipelines.methods import Group, parse
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,26 @@ class PendingReplies:
     """Version of `generations` when this run started; None if the table was empty."""
     run_id: str
     methods: tuple[str, ...]
-    only: str
+    only: RequestChoice
     """all, open (without a target), labelled, or new (unanswered by any run, where `alike` says what counts)."""
     users: Mapping[int, list[str]] | None
     """Keys by bucket (`shards.keys_by_bucket`): only their requests."""
-    made_from_items: Mapping[str, Snapshot] = field(default_factory=dict)
+    made_from_items: Mapping[Group, Snapshot] = field(default_factory=dict)
     """Tables of what was made from users' items, by group of parts: requests of users without a row are counted, and
     those for which the user's row knows too much."""
     samples: int = 1
     """Number of replies per request and method."""
     alike: MadeAlike | None = None
     """Replies of other runs that count as this run's; None: none do."""
+    since: datetime | None = None
+    """Time from which requests are answered; None: all are."""
 
     def read(self, bucket: int) -> "BucketRequests":
         """Requests of a bucket, and which of them the run has already answered."""
         keys = of_bucket(self.users, bucket)
-        requests = self.requests.read(buckets=[bucket], user_keys=keys)
-        if self.only in ("open", "labelled"):
-            has = pc.is_valid(requests["target"])
-            requests = requests.filter(has if self.only == "labelled" else pc.invert(has))
+        everything = self.requests.read(buckets=[bucket], user_keys=keys)
+        requests = narrowed(everything, self.only, self.since)
+        undated = 0 if self.since is None else everything["as_of"].null_count
         answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
         failed = 0
         if self.done is not None:
@@ -71,15 +75,16 @@ class PendingReplies:
                 elif mine or (self.alike is not None and self.alike.holds(row)):
                     answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
-        return BucketRequests(requests, answered, failed, self.samples)
+        return BucketRequests(requests, answered, failed, self.samples, undated)
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
         pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors.
-        with_target, dated: requests with a known answer, and those of them that may not see all items. Per table in
-        `made_from_items`, without_<group>: requests whose user has no row; <group>_leaks: requests with a known answer
-        whose user's row was made from items that they may not see.
+        undated: requests that `since` leaves out because they have no time. with_target, dated: requests to answer with
+        a known answer, and those of them that may not see all items. Per table in `made_from_items`, of the requests
+        that a method with such a part has to answer, without_<group>: those whose user has no row; <group>_leaks: those
+        with a known answer whose user's row was made from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked = self.read(bucket)
@@ -88,16 +93,27 @@ class PendingReplies:
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
-            labelled = [row for row in rows if row["target"] is not None]
-            counts |= {"failed": asked.failed, "with_target": len(labelled)}
+            labelled = _labelled(asked.unanswered(rows, set(self.methods)))
+            counts |= {"failed": asked.failed, "undated": asked.undated, "with_target": len(labelled)}
             counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
             for group, table in self.made_from_items.items():
                 made_from = last_items(table, bucket, keys)
+                due = asked.unanswered(rows, self._methods_with(group))
                 counts[f"{group}_leaks"] = sum(
-                    row["user_id"] in made_from and not made_from[row["user_id"]].is_visible_to(row) for row in labelled
+                    row["user_id"] in made_from and not made_from[row["user_id"]].is_visible_to(row)
+                    for row in _labelled(due)
                 )
-                counts[f"without_{group}"] = sum(row["user_id"] not in made_from for row in rows)
+                counts[f"without_{group}"] = sum(row["user_id"] not in made_from for row in due)
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+
+    def _methods_with(self, group: Group) -> set[str]:
+        """The methods with this group's own part, not a control's."""
+        parts = {name: parse(name).part(group) for name in self.methods}
+        return {name for name, part in parts.items() if part is not None and part.instead is None}
+
+
+def _labelled(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["target"] is not None]
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,8 @@ class BucketRequests:
     failed: int
     """Replies of this run that are errors."""
     samples: int = 1
+    undated: int = 0
+    """Requests that were left out because they have no time."""
 
     def unanswered(self, rows: Sequence[Mapping[str, Any]], methods: set[str]) -> list[Mapping[str, Any]]:
         """The rows that some of these methods have not answered yet."""

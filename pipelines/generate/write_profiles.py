@@ -2,7 +2,7 @@
 
 Route: bucket -> users whose profile is pending, each with the newest items that count -> token ids -> Reply -> rows of
 `profiles`, and rejects. A bucket's other profiles travel beside them, since a bucket is replaced as a whole.
-A profile is made from items that all of the user's requests may see (`pending_users`).
+A profile is made from items that all of the user's chosen requests may see (`pending_users`).
 """
 
 from collections.abc import Iterator
@@ -44,13 +44,15 @@ def profiles_made_as(config: Config, task: TaskSpec, llm: str, decoding_id: str)
     made_as = profile_id(config.profile, llm, decoding_id, task)
     place = tables.location(config.tables, "profiles")
     others = set[str]()
-    if config.users is not None and Table.exists(place):
+    some = config.users is not None or config.requests != "all" or config.since is not None
+    if some and Table.exists(place):
         others = tables.metadata_values(tables.open_table(config.tables, "profiles"), "profile_id") - {made_as}
     if others:
         raise InputError(
-            f"users={config.users}: the profiles in {config.tables} are of settings {', '.join(sorted(others))}, these "
-            f"would be of settings {made_as} (LLM, decoding, prompt, task); give the same settings, or leave users out "
-            "to write everybody's anew"
+            f"users={config.users}, requests={config.requests}, since={config.since}: the profiles in {config.tables} "
+            f"are of settings {', '.join(sorted(others))}, these would be of settings {made_as} (LLM, decoding, "
+            "prompt, task); give the same settings, or leave users out and ask for all requests to write everybody's "
+            "anew"
         )
     return made_as
 

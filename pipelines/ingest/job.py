@@ -30,7 +30,7 @@ from pipelines.ingest.merge import LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.source_rows import nothing_in
-from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, unpacked_bytes
+from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, size_of
 from pipelines.ingest.sources.discover import addresses
 from pipelines.ingest.sources.download import fetch
 from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
@@ -46,8 +46,12 @@ _NEW_KEYS = (
     "limit", "vectors_id",
 )  # fmt: skip
 """Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
-_BLOCK_BYTES = 32 * 2**20
-"""Size of the blocks of rows between parsing and sorting by bucket."""
+_BLOCK_BYTES, _PARTITION_BYTES = 32 * 2**20, 128 * 2**20
+"""Size of the blocks of rows between parsing and sorting by bucket, and of the source's part that is merged in one
+task, as long as there are no more parts than `_PARTITIONS`."""
+_PARTITIONS = (64, 512)
+"""Least and greatest number of parts. Each block leaves an object per part, and Ray's driver keeps track of all: beyond
+the greatest number, blocks and parts grow with the source, so that there are never more than 512 * 512 objects."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
 
@@ -182,7 +186,7 @@ def _open_tables(config: IngestConfig, pieces: "tuple[Piece, ...]", options: Opt
         raise InputError(
             f"{config.tables}: histories has {histories.buckets} buckets and requests {requests.buckets}, but "
             f"{config.buckets or 'the same number'} is asked for; the number is fixed when tables are made: leave "
-            "--buckets out, or use new tables"
+            "--buckets out, use new tables, or run `rebucket`"
         )
     rejects = tables.open_or_create(config.tables, "rejects", 1)
     before = {table.spec.name: table.snapshot() for table in (histories, requests, rejects)}
@@ -211,9 +215,14 @@ def _fed(config: IngestConfig, pieces: "tuple[Piece, ...]") -> tuple[frozenset[s
 
 def _buckets(pieces: "tuple[Piece, ...]") -> int:
     """Returns about one bucket per 128 MB; a power of two, so that tables of different size split alike."""
-    files = {(piece.folder, piece.name): piece for piece in pieces}
-    size = sum(unpacked_bytes(piece) for piece in files.values())
-    return min(4096, max(16, 1 << (size // (128 * 2**20)).bit_length()))
+    return min(4096, max(16, 1 << (size_of(pieces) // (128 * 2**20)).bit_length()))
+
+
+def _spread(size: int, buckets: int) -> tuple[int, int]:
+    """Returns the number of parts that rows of `size` bytes are sorted into, and the size of the blocks sorted."""
+    least, most = _PARTITIONS
+    parts = min(most, max(least, -(-size // _PARTITION_BYTES)))
+    return min(buckets, parts), max(_BLOCK_BYTES, size // most)
 
 
 def _addresses(config: IngestConfig) -> list[str]:
@@ -254,8 +263,9 @@ def _files(
     if derived_anew:  # these buckets are merged too where the source has no row of theirs
         rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
     # Ray's own sizes, 128 MiB and 1 GiB, leave one task at work on files of ordinary size.
-    rows.context.target_max_block_size = rows.context.shuffle_input_batch_bytes = _BLOCK_BYTES
-    shuffled = rows.groupby("bucket", num_partitions=min(buckets, 64))
+    rows.context.target_max_block_size = _BLOCK_BYTES
+    parts, rows.context.shuffle_input_batch_bytes = _spread(size_of(plan.pieces), buckets)
+    shuffled = rows.groupby("bucket", num_partitions=parts)
     done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
     files: list[DataFile] = []
     anew: dict[str, set[int]] = {}

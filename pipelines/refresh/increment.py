@@ -14,9 +14,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import DataFile, Snapshot
 from pipelines.histories import pair_keys
-
-SETTLED = "settled"
-"""Key in the metadata of a commit of personas: texts and rejects of each bucket, as `settled_text` writes them."""
+from pipelines.tables import SETTLED
 
 RETRIED = frozenset({"not_finite"})
 """Reasons for which a text is tried again by every refresh: another dtype, batch or machine may give it a vector, and

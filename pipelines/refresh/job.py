@@ -14,7 +14,7 @@ from infra.report import RunReport
 from infra.table import DataFile
 from pipelines import tables
 from pipelines.refresh.config import Config
-from pipelines.refresh.increment import RETRIED, SETTLED, Late, Since, retried, settled_text
+from pipelines.refresh.increment import RETRIED, Late, Since, retried, settled_text
 from pipelines.replacer import Replacer
 from pipelines.run import CpuShare, begin
 from pplug.encoder import encoder_id
@@ -147,7 +147,7 @@ def _since(night: Night, embeddings: "Table") -> Since:
     """The rows added since the stored personas; none are known where these are not complete, or of another encoder, or
     where their histories cannot be read any more."""
     shown = night.shown
-    if shown.get("complete") != "true" or shown.get("encoder_id") != night.encoder_id or SETTLED not in shown:
+    if shown.get("complete") != "true" or shown.get("encoder_id") != night.encoder_id or tables.SETTLED not in shown:
         return Since()
     if int(shown["embeddings_version"]) > embeddings.version:  # another table stands there now
         return Since()
@@ -318,7 +318,7 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
         since = Since()  # all users' personas are to be made anew, whether their history has changed or not
     todo = sorted(bucket for bucket in there if not since.is_unchanged(bucket))
     versions = {"embeddings_version": str(vectors.version), "histories_version": str(night.histories.version)}
-    counted = {"texts": str(report.planned), "rejected": json.dumps(report.rejected), SETTLED: settled}
+    counted = {"texts": str(report.planned), "rejected": json.dumps(report.rejected), tables.SETTLED: settled}
     planned_on = before.version if before is not None else 0
     wave = Replacer(personas, report, config.wave_texts, decides | versions | counted, planned_on)
     identities = {"encoder_id": night.encoder_id, "plug_id": night.plug_id}

@@ -44,7 +44,7 @@ class RestoreConfig(JobConfig):
     `restore histories --version 12` takes back one table. `restore --before RUN` takes back every table that the run
     wrote, to the state before the run began. The rows of later runs in these tables are taken back, too: those runs are
     named, and need a new run_id to write them again. The retention of `vacuum` limits how far back a table can go, and
-    so do the last `erase` and the last `migrate`. Tables that are made from the restored ones follow with their next
+    so do the last `erase`, `migrate` and `rebucket`. Tables that are made from the restored ones follow with their next
     run: after histories come back, run `refresh`. No other job may write meanwhile; readers keep the files that they
     have opened. Unit of work: a table.
     """
@@ -91,6 +91,27 @@ class DropRunConfig(JobConfig):
         return self
 
 
+class DropRequestsConfig(JobConfig):
+    """Job `drop-requests`: takes requests that nobody needs any more out of `requests`, and all replies to them.
+
+    They go by their age or because runs have answered them. Replies of every run to a dropped request go with it, since
+    they could be neither evaluated nor judged without it. Older versions of both tables keep the rows until a vacuum. A
+    source that still holds a dropped request brings it back when it is ingested again. If the job is interrupted, the
+    same command ends its work. Unit of work: a request.
+    """
+
+    older_than_days: float | None = Field(None, gt=0)
+    """Drops the requests whose time (as_of) lies more than that many days back. Requests without a time stay."""
+    answered_by: tuple[str, ...] | None = Field(None, min_length=1)
+    """Drops the requests to which one of these runs has a reply that is no error."""
+
+    @model_validator(mode="after")
+    def _requests_are_named(self) -> Self:
+        if (self.older_than_days is None) == (self.answered_by is None):
+            raise ValueError("say which requests: either older_than_days, or answered_by with the names of runs")
+        return self
+
+
 class EraseConfig(JobConfig):
     """Job `erase`: removes users from all tables, old versions, run folders and exports, and proves it.
 
@@ -133,6 +154,22 @@ class MigrateConfig(JobConfig):
     """Tables to migrate, such as profiles,adapters; all when not given."""
     dry_run: bool = False
     """True only prints which tables would be migrated, from which schema version to which; nothing is written."""
+
+
+class RebucketConfig(JobConfig):
+    """Job `rebucket`: gives all tables of a population more buckets, as when a pilot has grown.
+
+    A bucket is what a task reads at a time, and the number is fixed when the tables are made. No row changes. All
+    tables are looked at before the first one changes; their rows are then written as files of the new buckets, and at
+    the end one commit per table puts these in place of the old ones. If the job is interrupted before that, the tables
+    are as they were. If it is interrupted between these commits, jobs refuse the tables until the same command has
+    ended it. Versions of before can be neither read nor restored by these jobs, and the next `refresh` compares all
+    histories once, but encodes nothing again. The job works alone on the tables. The old files stay until a vacuum: the
+    disk must hold the tables twice. Unit of work: a table.
+    """
+
+    buckets: int = Field(gt=1, le=65_536)
+    """New number of buckets, a multiple of the present one; 128 MB of vectors or items per bucket are a good size."""
 
 
 class ExportConfig(JobConfig):

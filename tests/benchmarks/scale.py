@@ -1,9 +1,10 @@
-"""The tables' own work at scale: a full build, then a night with some users changed; `make bench-scale`.
+"""The tables' own work at scale: an ingest and a full build, then a night with some users changed; `make bench-scale`.
 
     python -m tests.benchmarks.scale --users 1000000 --folder /big/disk [--persona 1024] [--changed 0.01]
 
-The encoder is a stand-in that hashes words into 384 values, so that what is measured is planning, reading, writing and
-committing; the rest is the job `refresh` as it is. Writes scale.json into the folder and prints it.
+Items are written as Parquet files, which the job `ingest` reads into tables. The encoder of `refresh` is a stand-in
+that hashes words into 384 values, so that what is measured is planning, reading, writing and committing; the rest are
+the jobs as they are. Writes scale.json into the folder and prints it.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
@@ -19,16 +21,19 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
 
 from infra import shards
-from infra.snapshot import DataFile
 from pipelines import tables
 from pipelines.histories import list_f32
+from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
-from pipelines.waves import DETAIL, REASON, each_bucket, files_table
-from pplug import history
+from pipelines.waves import DETAIL, REASON, each_bucket
 
 DIM, WORDS = 384, 20_000
+FILE_ROWS = 500_000
+"""Rows of one file of the source."""
 TASK = {
     "name": "scale",
     "item": "{text}",
@@ -69,50 +74,62 @@ class HashTexts:
         )
 
 
-class WriteHistories:
-    """in: bucket. out: the file of its users' items; `first` and `count` say which items of each user."""
+@dataclass(frozen=True)
+class WriteSource:
+    """in: part. out: the number of rows of the Parquet file that holds the part's users; `first` and `count` say which
+    items of each user."""
 
-    def __init__(self, table, of_bucket: dict[int, np.ndarray], first: int, count: int, words: int, run: str) -> None:
-        self.table, self.of_bucket, self.first, self.count = table, of_bucket, first, count
-        self.words, self.run = words, run
+    folder: Path
+    parts: tuple[np.ndarray, ...]
+    first: int
+    count: int
+    words: int
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for bucket in batch["bucket"].to_pylist():
-            users = self.of_bucket[bucket]
-            n, rng = len(users) * self.count, np.random.default_rng([bucket, self.first])
+        for part in batch["bucket"].to_pylist():
+            users = self.parts[part]
+            n, rng = len(users) * self.count, np.random.default_rng([part, self.first])
             vocabulary = np.array([f"word{i}" for i in range(WORDS)])
             texts = [" ".join(row) for row in vocabulary[rng.integers(0, WORDS, (n, self.words))]]
-            ids = pa.array([f"user-{user}" for user in users])
-            _, keys = shards.shard_columns(ids, self.table.buckets)
             owner = pa.array(np.repeat(np.arange(len(users)), self.count))
-            position = np.tile(np.arange(self.first, self.first + self.count), len(users))
+            number = np.tile(np.arange(self.first, self.first + self.count), len(users))
             data = pa.table(
                 {
-                    "bucket": pa.repeat(pa.scalar(bucket, pa.int32()), n),
-                    "user_key": keys.take(owner),
-                    "user_id": ids.take(owner),
-                    "item_id": pa.array(position).cast(pa.string()),
-                    "position": position,
-                    "occurred_at": pa.nulls(n, pa.timestamp("us", tz="UTC")),
-                    "fields": pa.array([[("text", text)] for text in texts], pa.map_(pa.string(), pa.string())),
-                    "text_hash": [history.text_hash({"text": text}) for text in texts],
+                    "user_id": pa.array([f"user-{user}" for user in users]).take(owner),
+                    "item_id": pa.array(number).cast(pa.string()),
+                    "text": texts,
                 }
             )
-            yield files_table(self.table.write(data, self.run))
+            pq.write_table(data, self.folder / f"items-{part:05d}.parquet", compression="zstd", row_group_size=100_000)
+            yield pa.table({"rows": [n]})
 
 
-def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: int, words: int, run: str) -> None:
-    """Commits some users' items to histories."""
-    table = tables.open_or_create(place, "histories", buckets)
-    ids, of_bucket = pa.array([f"user-{user}" for user in users]), {}
-    lies_in = shards.shard_columns(ids, buckets)[0].to_numpy()
-    for bucket in np.unique(lies_in).tolist():
-        of_bucket[bucket] = users[lies_in == bucket]
-    stage = WriteHistories(table, of_bucket, first, count, words, run)
-    made = each_bucket(sorted(of_bucket), stage)
-    files = [DataFile.from_row(row) for row in made]
-    table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=True,
-                 metadata={"task_entry": json.dumps(TASK)})  # fmt: skip
+def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: int, words: int, run: str) -> dict:
+    """Writes some users' items as Parquet files, ingests them, and returns what the ingest cost."""
+    folder = Path(f"{place}-source") / run
+    folder.mkdir(parents=True)
+    task = folder.parent / "task.yaml"
+    task.write_text(yaml.safe_dump(TASK))
+    parts = tuple(np.array_split(users, max(1, -(-len(users) * count // FILE_ROWS))))
+    rows = sum(row["rows"] for row in each_bucket(range(len(parts)), WriteSource(folder, parts, first, count, words)))
+    source_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    run_dir, start = folder.parent / "runs" / run, time.monotonic()
+    with Memory() as memory:
+        given = {"source": str(folder), "task": str(task), "buckets": buckets, "run_id": run, "run_dir": str(run_dir)}
+        code = ingest.run(ingest.Config(tables=place, **given))
+    seconds = time.monotonic() - start
+    report = json.loads((run_dir / "report.json").read_text())
+    assert code == 0 and report["written"] == rows, report["problem"]
+    shutil.rmtree(folder)
+    return {
+        "seconds": round(seconds, 1),
+        "rows": rows,
+        "rows_a_second": round(rows / seconds),
+        "source_files": len(parts),
+        "source_bytes": source_bytes,
+        "driver_mb": memory.driver >> 20,
+        "worker_mb": memory.worker >> 20,
+    }
 
 
 class Memory(threading.Thread):
@@ -122,6 +139,14 @@ class Memory(threading.Thread):
         super().__init__(daemon=True)
         self.driver = self.worker = 0
         self.ended = threading.Event()
+
+    def __enter__(self) -> "Memory":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.ended.set()
+        self.join()
 
     def run(self) -> None:
         me = psutil.Process()
@@ -142,13 +167,11 @@ def _private(process: psutil.Process) -> int:
 
 def refreshed(place: str, run: str, plug: str | None, folder: Path) -> dict:
     """One refresh and what it cost."""
-    memory = Memory()
-    memory.start()
     start = time.monotonic()
     config = refresh.Config(tables=place, run_id=run, run_dir=str(folder / "runs" / run), plug=plug, workers=2)
-    code = refresh.run(config)
+    with Memory() as memory:
+        code = refresh.run(config)
     seconds = time.monotonic() - start
-    memory.ended.set()
     report = json.loads((folder / "runs" / run / "report.json").read_text())
     assert code == 0, report["problem"]
     return {
@@ -223,16 +246,15 @@ def main(words: list[str] | None = None) -> dict:
     session.start(cpus=4, object_store_bytes=512 * 2**20)
     place, vectors = str(given.folder / "tables"), given.users * given.items * DIM * 1.8
     buckets = given.buckets or max(4, 1 << int(np.ceil(np.log2(max(1, vectors / (128 * 2**20))))))
-    start = time.monotonic()
-    add_items(place, buckets, np.arange(given.users), 0, given.items, given.words, "histories")
-    found = {"users": given.users, "items": given.items, "words": given.words, "buckets": buckets,
-             "persona": given.persona, "histories_seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+    found: dict = {"users": given.users, "items": given.items, "words": given.words, "buckets": buckets,
+                   "persona": given.persona}  # fmt: skip
+    found["ingest"] = add_items(place, buckets, np.arange(given.users), 0, given.items, given.words, "histories")
     plug = make_plug(place, given.folder, given.persona)
     found["full"] = refreshed(place, "full", plug, given.folder)
     found["unchanged"] = refreshed(place, "unchanged", plug, given.folder)
     changed = np.random.default_rng(1).choice(given.users, max(1, int(given.users * given.changed)), replace=False)
     found["reading"] = reading(place, given.users, changed)
-    add_items(place, buckets, np.sort(changed), given.items, 1, given.words, "night")
+    found["night_ingest"] = add_items(place, buckets, np.sort(changed), given.items, 1, given.words, "night-items")
     found["night"] = refreshed(place, "night", plug, given.folder)
     assert found["night"]["encoded"] == len(changed) == found["night"]["personas"]["changed"]
     found["night_share"] = round(found["night"]["seconds"] / found["full"]["seconds"], 4)
@@ -240,6 +262,7 @@ def main(words: list[str] | None = None) -> dict:
     (given.folder / "scale.json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2), flush=True)
     shutil.rmtree(place)
+    shutil.rmtree(f"{place}-source")
     return found
 
 

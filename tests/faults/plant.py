@@ -92,6 +92,19 @@ FAULTS = {
         "complete = bool(complete)",
         "tests/pipelines/test_gate.py::test_replaced_buckets_are_shown_only_within_the_limit_of_rejects",
     ),
+    "complete-without-all-rows": Fault(
+        "pipelines/waves.py",
+        "paid = all(self._got[bucket] == rows for bucket, rows in self.pending.items())",
+        "paid = all(self._got[bucket] for bucket in self.pending)",
+        "tests/pipelines/test_gate.py::test_a_bucket_that_lacks_a_row_is_never_complete",
+    ),
+    "cut-past-an-unanswered-request": Fault(
+        "pipelines/asked.py",
+        "part.group == self.group and part.instead is None",
+        "part.group == self.group",
+        "tests/pipelines/test_growing_requests.py::"
+        "test_adapters_follow_the_requests_to_be_answered_and_know_nothing_of_their_future",
+    ),
     "run-id-with-other-input": Fault(
         "infra/runs.py",
         "    if others:",

@@ -43,15 +43,21 @@ def test_replaced_buckets_are_shown_only_within_the_limit_of_rejects(tmp_path, a
     assert table.snapshot(complete=True).read(["text_hash"])["text_hash"].to_pylist() == shown
 
 
-def test_complete_buckets_are_committed_when_the_last_commit_is_long_ago(tmp_path, monkeypatch):
-    """Two of three buckets are complete; rows enough for a wave there are none."""
+def slow_run(tmp_path, monkeypatch, pending, **how):
+    """A committer whose last commit was at second 0 of the clock that is returned with it, and its table."""
     table = tables.open_or_create(str(tmp_path), "embeddings-e", BUCKETS)
     report = RunReport("refresh", "slow", {}, str(tmp_path / "run"), 0.0, planned=BUCKETS)
-    pending = {0: 1, 1: 1, 2: 2}
-    committer = Committer(table, None, report, pending, wave_rows=100, metadata={}, planned_on=table.version)
+    committer = Committer(table, None, report, pending, metadata={}, planned_on=table.version, **how)
     now = [0.0]
     monkeypatch.setattr(waves.time, "monotonic", lambda: now[0])
     committer._flushed = 0.0
+    return committer, table, now
+
+
+def test_buckets_that_replace_are_committed_when_complete_and_the_last_commit_is_long_ago(tmp_path, monkeypatch):
+    """Two of three buckets are complete; rows enough for a wave there are none."""
+    pending = {0: 1, 1: 1, 2: 2}
+    committer, table, now = slow_run(tmp_path, monkeypatch, pending, wave_rows=100, replace=True)
 
     def rows() -> int:
         return table.snapshot().rows
@@ -62,12 +68,34 @@ def test_complete_buckets_are_committed_when_the_last_commit_is_long_ago(tmp_pat
     committer.add(*vectors(table, "slow", [2], 1.0))  # half of its bucket: late, but not complete
     assert rows() == 0
     committer.add(*vectors(table, "slow", [1], 1.0))
-    assert rows() == 2 and report.written == 2
+    assert rows() == 2 and committer.report.written == 2
     now[0] += 1
     committer.add(*vectors(table, "slow", [2], 2.0))
     assert rows() == 2  # the next wave has begun
     committer.finish()
     assert rows() == 4 and table.snapshot(complete=True).rows == 4
+
+
+def test_rows_that_are_added_are_safe_within_their_bucket(tmp_path, monkeypatch):
+    """One bucket of seven rows, by waves of three and by the clock; it is complete to readers at the end alone."""
+    committer, table, now = slow_run(tmp_path, monkeypatch, {0: 7}, wave_rows=3)
+    there = []
+    for number in range(7):
+        now[0] += waves.WAVE_SECONDS + 1 if number == 4 else 1
+        committer.add(*vectors(table, "slow", [0], float(number)))
+        there.append(table.snapshot().rows)
+        assert table.snapshot().metadata.get("complete") != "true"
+    assert there == [0, 0, 3, 3, 5, 5, 5]
+    committer.finish()
+    assert table.snapshot(complete=True).rows == 7 and committer.report.written == 7
+
+
+def test_a_bucket_that_lacks_a_row_is_never_complete(tmp_path, monkeypatch):
+    committer, table, _ = slow_run(tmp_path, monkeypatch, {0: 2, 1: 1}, wave_rows=1)
+    for bucket in (0, 1):
+        committer.add(*vectors(table, "slow", [bucket], 1.0))
+    committer.finish()
+    assert table.snapshot().rows == 2 and table.snapshot().metadata.get("complete") != "true"
 
 
 def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population, tmp_path, ray_session):

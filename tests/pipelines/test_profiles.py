@@ -175,7 +175,7 @@ def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, capsys
     assert second["bob"]["history_hash"] == history_hash(old) != first["bob"]["history_hash"]
     # other settings, by one word: everybody's anew, or nobody's
     other = PROFILE.model_copy(update={"prompt": "{items}. the music"})
-    with pytest.raises(InputError, match="leave users out to write everybody's anew"):
+    with pytest.raises(InputError, match="leave users out and ask for all requests to write everybody's anew"):
         run(population, "mixed", users=str(tmp_path / "users"), **asked | {"profile": other})
     before = table.snapshot(complete=True)
     for made_as, owed in ((before.metadata["profile_id"], 0), ("other", 5)):

@@ -34,8 +34,8 @@ class NotThisFormat(OSError):
     """A file that is not what its name says, or cannot be used. Its message holds nothing of the file's text."""
 
 
-_PACKED_BY = 4
-"""Factor by which gzip shrinks texts like these, roughly."""
+_PACKED_BY, COLUMNS_PACKED_BY = 4, 3
+"""Factors by which gzip, and the columns of Parquet, shrink texts like these, roughly."""
 _PACKINGS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -134,6 +134,8 @@ class Format(ABC):
     """Kinds of source that may have this format."""
     asks: ClassVar[bool] = False
     """True if a source of history items holds requests, too."""
+    packed_by: ClassVar[int] = 1
+    """Factor by which the format itself shrinks what it holds, roughly."""
     surveys: ClassVar[bool] = False
     """True if `survey` has to run before anything is read."""
 
@@ -214,7 +216,12 @@ def is_packed(name: str) -> bool:
 
 def unpacked_bytes(piece: Piece) -> int:
     """Estimates the size of a piece's rows, unread."""
-    return piece.size * (_PACKED_BY if is_packed(piece.name) else 1)
+    return piece.size * (_PACKED_BY if is_packed(piece.name) else FORMATS[piece.format].packed_by)
+
+
+def size_of(pieces: Sequence[Piece]) -> int:
+    """Estimates the bytes of all rows of these pieces, unread; each file counts once."""
+    return sum(unpacked_bytes(piece) for piece in {(piece.folder, piece.name): piece for piece in pieces}.values())
 
 
 def opened(folder: str, name: str) -> Any:

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 from infra.errors import InputError
 from infra.remote import reading
 from infra.storage import Storage
-from pipelines.ingest.sources.base import Kind, Options, Piece
+from pipelines.ingest.sources.base import COLUMNS_PACKED_BY, Kind, Options, Piece
 from pipelines.ingest.sources.columns import refuse_duplicates, top_columns
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.records import BATCH_ROWS, Batch, RecordFormat
@@ -27,6 +27,7 @@ class Delta(RecordFormat):
     """Folders with a `_delta_log`: the rows of the newest version at the time of the look."""
 
     name = "delta"
+    packed_by = COLUMNS_PACKED_BY
 
     def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
         pieces = []

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.sources.base import Kind, Options, Piece
+from pipelines.ingest.sources.base import COLUMNS_PACKED_BY, Kind, Options, Piece
 from pipelines.ingest.sources.columns import top_columns
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.records import Batch, RecordFormat
@@ -27,6 +27,7 @@ class Iceberg(RecordFormat):
     """Folders with Iceberg's metadata: the rows of the newest snapshot at the time of the look."""
 
     name = "iceberg"
+    packed_by = COLUMNS_PACKED_BY
 
     def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
         pieces = []

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 import pipelines.ingest.sources.records as records
 from infra.remote import reading
-from pipelines.ingest.sources.base import Options, Piece
+from pipelines.ingest.sources.base import COLUMNS_PACKED_BY, Options, Piece
 from pipelines.ingest.sources.columns import refuse_duplicates, top_columns
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
@@ -26,6 +26,7 @@ class Parquet(RecordFormat):
     """Parquet files with any columns, nested ones too."""
 
     name = "parquet"
+    packed_by = COLUMNS_PACKED_BY
     suffixes = (".parquet", ".pq", ".parq")
 
     def divisible(self, file: File, options: Options) -> bool:

@@ -1,0 +1,80 @@
+"""Requests that a job works for: all, those with or without a target, from a time on, or not answered by any run.
+
+`generate` answers them. `adapt` and `generate --write-profiles` cut a user's items at them, so that nothing is made
+from an item that a request which is still to be answered may not see.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.snapshot import Snapshot
+from pipelines import tables
+from pipelines.job_config import RequestChoice
+from pipelines.methods import Group, known_parts
+
+
+def narrowed(requests: pa.Table, only: RequestChoice, since: datetime | None) -> pa.Table:
+    """The requests that a choice by target and by time leaves. A request without a time (as_of) is not `since` any.
+
+    Args:
+        requests: with the columns target and as_of. `new` leaves all of them here, since it goes by the replies.
+    """
+    if only in ("open", "labelled"):
+        has = pc.is_valid(requests["target"])
+        requests = requests.filter(has if only == "labelled" else pc.invert(has))
+    if since is not None:
+        requests = requests.filter(pc.greater_equal(requests["as_of"], pa.scalar(since, requests["as_of"].type)))
+    return requests
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Replies of any run by a method with a part of this group, such as `adapter`; neither by a control nor errors."""
+
+    generations: Snapshot
+    group: Group
+
+    def keys(self, bucket: int, user_keys: list[str] | None) -> set[tuple[str, str]]:
+        """The requests of a bucket that have such a reply: user_id and request_id."""
+        columns = ["user_id", "request_id", "method"]
+        rows = self.generations.read(columns, buckets=[bucket], filter=pc.field("error").is_null(), user_keys=user_keys)
+        methods = [name for name in pc.unique(rows["method"]).to_pylist() if self._counts(name)]
+        rows = rows.filter(pc.is_in(rows["method"], value_set=pa.array(methods, pa.string())))
+        return set(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+
+    def _counts(self, method: str) -> bool:
+        return any(part.group == self.group and part.instead is None for part in known_parts(method))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The requests at which what is made of a user's items is cut."""
+
+    only: RequestChoice = "all"
+    since: datetime | None = None
+    answered: Answered | None = None
+    """Replies that there are; requests with one of them are not chosen by `new`. None: there are none."""
+
+    @classmethod
+    def of(cls, place: str, only: RequestChoice, since: datetime | None, group: Group) -> "Chosen":
+        """The choice for what is made for methods with a part of this group, in the tables at `place`."""
+        replies = tables.newest(place, "generations") if only == "new" else None
+        return cls(only, since, Answered(replies, group) if replies is not None and replies.files else None)
+
+    @property
+    def is_some(self) -> bool:
+        """True if requests may be left out: then only users who have a chosen one are worked for."""
+        return self.only != "all" or self.since is not None
+
+    def among(self, requests: Snapshot, bucket: int, user_keys: list[str] | None, columns: list[str]) -> pa.Table:
+        """These columns of the chosen requests of a bucket."""
+        names = list(dict.fromkeys([*columns, "user_id", "request_id", "target", "as_of"]))
+        rows = narrowed(requests.read(names, buckets=[bucket], user_keys=user_keys), self.only, self.since)
+        if self.answered is not None:
+            done = self.answered.keys(bucket, user_keys)
+            keys = zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True)
+            rows = rows.filter(pa.array([key not in done for key in keys], pa.bool_()))
+        return rows.select(columns)

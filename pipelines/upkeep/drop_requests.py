@@ -1,0 +1,169 @@
+"""Job `drop-requests`: takes requests out of `requests`, by age or by who has answered them, and all replies to them.
+
+`config.py` describes the job and its keys. The two tables are committed one after the other, in an order that lets the
+same command end a job that was killed in between: the table that tells which requests go is the last one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra import lease, session, upkeep
+from infra.errors import ConcurrentRunError, InputError
+from infra.report import RunReport
+from infra.snapshot import DataFile, Snapshot, read_file
+from infra.table import CommitConflict, Table
+from pipelines import tables
+from pipelines.run import begin
+from pipelines.upkeep.config import DropRequestsConfig as Config
+from pipelines.upkeep.drop_run import CountRuns
+from pipelines.waves import each_bucket, files_of, listed, next_group
+
+TRIES = 3
+_NAMED = 10
+_KEY = ["user_key", "request_id"]
+
+
+@dataclass(frozen=True)
+class Going:
+    """The requests that go: those with a time before `limit`, or those that one of the runs has answered."""
+
+    told_by: Snapshot
+    """Version of `requests` where they go by age, else of `generations`."""
+    limit: datetime | None
+    runs: tuple[str, ...]
+
+    def keys(self, bucket: int) -> pa.Array:
+        """The keys of these requests in a bucket, as `_keys`."""
+        if self.limit is not None:
+            column = self.told_by.spec.schema.field("as_of")
+            which = pc.field("as_of") < pa.scalar(self.limit, column.type)
+        else:
+            which = pc.field("run_id").isin(self.runs) & pc.field("error").is_null()
+        return pc.unique(_keys(self.told_by.read(_KEY, buckets=[bucket], filter=which)))
+
+
+@dataclass(frozen=True)
+class Without:
+    """in: bucket int. out: old and new files (JSON lists of DataFile.to_row()), dropped (rows); a row per file that is
+    written anew."""
+
+    table: Table
+    snapshot: Snapshot
+    going: Going
+    run_id: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            gone = self.going.keys(bucket)
+
+            def stays(rows: pa.Table, gone: pa.Array = gone) -> pa.Array:
+                return pc.invert(pc.is_in(_keys(rows), value_set=gone))
+
+            for file in self.snapshot.by_bucket()[bucket] if len(gone) else ():
+                if pc.all(stays(read_file(file.uri, _KEY)), min_count=0).as_py():
+                    continue
+                done = upkeep.rewrite(self.table, [file], self.run_id, stays)
+                yield pa.table({"old": [listed(done.old)], "new": [listed(done.new)], "dropped": [done.dropped]})
+
+
+@dataclass(frozen=True)
+class CountUndated:
+    """in: bucket int. out: undated (requests of the bucket without a time)."""
+
+    requests: Snapshot
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for bucket in batch["bucket"].to_pylist():
+            yield pa.table({"undated": [self.requests.read(["as_of"], buckets=[bucket])["as_of"].null_count]})
+
+
+def run(config: Config) -> int:
+    """Runs the job; returns the exit code."""
+    report = begin("drop-requests", config)
+    requests = tables.open_table(config.tables, "requests")
+    answered = config.answered_by is not None or Table.exists(tables.location(config.tables, "generations"))
+    answers = [tables.open_table(config.tables, "generations")] if answered else []
+    for table in (requests, *answers):
+        _refuse_unfinished(table.snapshot())
+    session.start(writes={"tables": config.tables})
+    with lease.writing(config.tables, report.run_id):
+        going = _going(config, report)
+        order = [*answers, requests] if config.answered_by is None else [requests, *answers]
+        dropped = {table.spec.name: _drop(table, going, report) for table in order}
+    report.planned = report.written = dropped["requests"]
+    report.extra["replies_dropped"] = dropped.get("generations", 0)
+    report.extra["tables"] = tables.costs(config.tables, dropped)
+    print(
+        f"drop-requests: {dropped['requests']} requests and {dropped.get('generations', 0)} replies dropped", flush=True
+    )
+    return report.finish()
+
+
+def _going(config: Config, report: RunReport) -> Going:
+    """Tells the requests that go.
+
+    Raises:
+        InputError: a run that is named has no reply.
+    """
+    if config.answered_by is not None:
+        told_by = tables.open_table(config.tables, "generations").snapshot()
+        there = {row["run_id"] for row in each_bucket(list(told_by.by_bucket()), CountRuns(told_by))}
+        unknown = sorted(set(config.answered_by) - there)
+        if unknown:
+            some = ", ".join(sorted(there)[:_NAMED]) + (" and others" if len(there) > _NAMED else "")
+            raise InputError(
+                f"{told_by.table}: no reply of run {', '.join(unknown)}; it holds those of {some or 'no run'}"
+            )
+        return Going(told_by, None, config.answered_by)
+    assert config.older_than_days is not None, "the config has seen to it"
+    told_by = tables.open_table(config.tables, "requests").snapshot()
+    undated = sum(row["undated"] for row in each_bucket(list(told_by.by_bucket()), CountUndated(told_by)))
+    if undated:
+        report.extra["requests_without_time"] = undated
+        print(f"drop-requests: {undated} requests have no time (as_of), so that their age is unknown: they stay",
+              flush=True)  # fmt: skip
+    return Going(told_by, datetime.now(UTC) - timedelta(days=config.older_than_days), ())
+
+
+def _drop(table: Table, going: Going, report: RunReport) -> int:
+    """Commits a table without the rows of these requests; returns their number."""
+    name = table.spec.name
+    for _ in range(TRIES):
+        before = table.snapshot()
+        _refuse_unfinished(before)
+        old: list[DataFile] = []
+        new: list[DataFile] = []
+        dropped = 0
+        with report.stage(f"drop from {name}") as stage:
+            for row in each_bucket(list(before.by_bucket()), Without(table, before, going, report.run_id)):
+                old += files_of(row["old"])
+                new += files_of(row["new"])
+                dropped += row["dropped"]
+            stage.rows = dropped
+        if not dropped:
+            return 0
+        group = next_group(table, report.run_id)
+        try:
+            done = table.rewrite(new, old, below=before, run_id=report.run_id, group=group, same_rows=False)
+        except CommitConflict:
+            continue
+        report.table_written(name, done.version)
+        return dropped
+    raise ConcurrentRunError(f"{table.uri}: others committed to it during each of {TRIES} tries; run it again later")
+
+
+def _refuse_unfinished(before: Snapshot) -> None:
+    if before.files and before.metadata.get("complete") != "true":
+        raise InputError(
+            f"{before.table}: run {before.metadata.get('run_id')} has not ended on it; run it again to its end, then "
+            "this"
+        )
+
+
+def _keys(rows: pa.Table) -> pa.Array:
+    """user_key + request_id; user_key has a fixed length, so that joined keys cannot be mistaken."""
+    return pc.binary_join_element_wise(rows["user_key"], rows["request_id"], "")

@@ -1,0 +1,148 @@
+"""Requests go by age or by who has answered them, with all replies to them; the same command ends a killed job."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pytest
+
+from infra import shards
+from infra.errors import InputError
+from pipelines import tables
+from pipelines.__main__ import main
+from pipelines.upkeep import drop_requests
+from pipelines.upkeep.config import DropRequestsConfig
+
+BUCKETS = 2
+USERS = [f"user-{i}" for i in range(5)]
+AGES = {"old": 40, "recent": 3, "undated": None}
+"""Name of each user's requests, and their age in days."""
+
+
+class Kept:
+    """The two tables, with the rows as (user, name of the request) and (user, name, run)."""
+
+    def __init__(self, folder) -> None:
+        self.tables, self.folder = str(folder / "tables"), folder
+        now = datetime.now(UTC)
+        times = [None if age is None else now - timedelta(days=age) for age in AGES.values()] * len(USERS)
+        self.put("requests", "ingest", [(user, name) for user in USERS for name in AGES], as_of=times)
+
+    def put(self, name: str, run: str, keys: list[tuple[str, str]], complete: bool = True, **columns: list) -> None:
+        """One commit with these rows."""
+        table = tables.open_or_create(self.tables, name, BUCKETS)
+        users = pa.array([user for user, _ in keys])
+        bucket, key = shards.shard_columns(users, BUCKETS)
+        given = {"bucket": bucket, "user_key": key, "user_id": users, "run_id": pa.array([run] * len(keys))}
+        given |= {"request_id": pa.array([what for _, what in keys]), "method": pa.array(["none"] * len(keys))}
+        schema = table.spec.schema
+        given |= {what: pa.array(values, schema.field(what).type) for what, values in columns.items()}
+        made = [given.get(field.name, pa.nulls(len(keys), field.type)) for field in schema]
+        files = table.write(pa.table(made, names=schema.names).cast(schema), run)
+        table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=complete)
+
+    def reply(self, run: str, keys: list[tuple[str, str]], **columns: list) -> None:
+        self.put("generations", run, keys, **columns)
+
+    def rows(self, name: str, *columns: str) -> list[tuple]:
+        found = tables.open_table(self.tables, name).snapshot(complete=True).read(list(columns))
+        return sorted(tuple(row.values()) for row in found.to_pylist())
+
+    @property
+    def requests(self) -> list[tuple[str, str]]:
+        return self.rows("requests", "user_id", "request_id")
+
+    @property
+    def replies(self) -> list[tuple[str, str, str]]:
+        return self.rows("generations", "run_id", "user_id", "request_id")
+
+    def drop(self, run_id: str = "drop", **values) -> int:
+        run_dir = self.folder / run_id
+        made = DropRequestsConfig(tables=self.tables, run_id=run_id, run_dir=str(run_dir), **values)
+        code = drop_requests.run(made)
+        self.report = json.loads((run_dir / "report.json").read_text())
+        return code
+
+
+def of(*names: str) -> list[tuple[str, str]]:
+    return sorted((user, name) for user in USERS for name in names)
+
+
+def by(run: str, keys: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    return sorted((run, *key) for key in keys)
+
+
+@pytest.fixture
+def kept(tmp_path, ray_session) -> Kept:
+    made = Kept(tmp_path)
+    made.reply("monday", of("old", "recent"))
+    made.reply("tuesday", of("old", "undated"))
+    return made
+
+
+def test_requests_go_by_their_age_with_the_replies_of_every_run(kept, capsys):
+    assert kept.drop("none", older_than_days=50) == 0
+    assert kept.requests == of("old", "recent", "undated") and kept.report["written"] == 0
+    assert kept.drop(older_than_days=10) == 0
+    assert kept.requests == of("recent", "undated")
+    assert kept.replies == by("monday", of("recent")) + by("tuesday", of("undated"))
+    assert kept.report["written"] == 5 and kept.report["replies_dropped"] == 10
+    assert kept.report["requests_without_time"] == 5
+    assert "5 requests and 10 replies dropped" in capsys.readouterr().out
+    # what goes from one user stays with another who has a request of that name
+    kept.put("requests", "more", [(USERS[0], "old")], as_of=[datetime.now(UTC)])
+    kept.reply("wednesday", [(USERS[0], "old")])
+    assert kept.drop("again", older_than_days=10) == 0 and kept.report["written"] == 0
+    assert (USERS[0], "old") in kept.requests and ("wednesday", USERS[0], "old") in kept.replies
+
+
+def test_requests_go_by_the_runs_that_have_answered_them(kept):
+    kept.reply("failed", of("undated")[:2] + of("recent")[:1], error=["oom", None, None])
+    assert kept.drop(answered_by=("failed",)) == 0
+    gone = {of("undated")[1], of("recent")[0]}  # the reply that is an error is no answer
+    assert kept.requests == sorted(set(of("old", "recent", "undated")) - gone)
+    assert {row[1:] for row in kept.replies}.isdisjoint(gone) and len(kept.replies) == 10 + 10 + 3 - 2 - 1 - 1
+    with pytest.raises(InputError, match="no reply of run sunday; it holds those of failed, monday, tuesday"):
+        kept.drop("unknown", answered_by=("sunday", "monday"))
+
+
+@pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("monday",)}])
+def test_a_job_that_ended_between_the_tables_is_ended_by_the_same_command(kept, monkeypatch, how):
+    drop, done = drop_requests._drop, []
+
+    def first_only(table, going, report):
+        if done:
+            raise KeyboardInterrupt
+        done.append(table.spec.name)
+        return drop(table, going, report)
+
+    monkeypatch.setattr(drop_requests, "_drop", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        kept.drop("killed", **how)
+    monkeypatch.setattr(drop_requests, "_drop", drop)
+    # while replies tell which requests go they stay until the end, and so do the requests where their time tells it
+    assert done == (["generations"] if "older_than_days" in how else ["requests"])
+    assert kept.drop("another", **how) == 0
+    left = of("recent", "undated") if "older_than_days" in how else of("undated")
+    assert kept.requests == left
+    assert {row[1:] for row in kept.replies} <= set(left) and len(kept.replies) == (10 if len(left) == 10 else 5)
+
+
+def test_tables_on_which_a_run_has_not_ended_are_left_as_they_are(kept):
+    kept.put("generations", "broken", of("recent"), complete=False)
+    with pytest.raises(InputError, match="run broken has not ended on it"):
+        kept.drop(older_than_days=10)
+    assert kept.requests == of("old", "recent", "undated")
+
+
+def test_without_replies_the_requests_go_alone(tmp_path, ray_session):
+    kept = Kept(tmp_path)
+    assert kept.drop(older_than_days=10) == 0 and kept.requests == of("recent", "undated")
+    with pytest.raises(InputError, match="no table generations"):
+        kept.drop("answered", answered_by=("monday",))
+
+
+def test_a_choice_is_asked_for(capsys):
+    for given in ([], ["--answered-by", "monday", "--older-than-days", "3"]):
+        assert main(["drop-requests", *given, "--tables", "t"]) == 2
+        assert "say which requests: either older_than_days, or answered_by" in capsys.readouterr().err
