@@ -112,7 +112,7 @@ def test_replies_follow_a_json_schema(stages):
 
 
 def test_a_thought_that_the_prompt_opens_before_its_rows_is_cut(stages):
-    """As with llm.layout.rows=last, and a template that opens the thought itself; the row is the tag's own embedding."""
+    """As with llm.layout.rows=last, where a template opens the thought; the row is the embedding of the tag itself."""
     for stage in stages:
         tag = ids(stage.engine.tokenizer, "<think>")
         row = np.eye(stage.engine.dim, dtype=np.float32)[tag]
