@@ -10,6 +10,7 @@ from infra import lease, rebucketing, shards
 from infra.errors import ConcurrentRunError, InputError
 from infra.table import Table
 from pipelines import tables
+from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.upkeep import rebucket, restore
 from pipelines.upkeep.config import RebucketConfig, RestoreConfig
@@ -50,6 +51,17 @@ def run(place: str, buckets: int = NEW, run_id: str = "more") -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+def add_items(first, place: str, run_id: str, **more) -> int:
+    """Ingests a new item for some users; returns their number."""
+    items = [json.loads(line) for line in first.files["test/histories"].read_text().splitlines()]
+    new = [item | {"item_id": f"{run_id}-{item['item_id']}"} for item in items[::7]]
+    path = Path(place).parent / f"{run_id}.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in new))
+    given = {"tables": place, "source": str(path), "task": str(first.files["task"])}
+    assert first.run(ingest, run_id, **given | more) == 0
+    return len({item["user_id"] for item in new})
+
+
 def test_the_rows_stay_and_lie_in_the_buckets_of_their_users(place):
     before = {name: table.snapshot(complete=True) for name, table in named(place).items()}
     kept = {name: rows(snapshot) for name, snapshot in before.items()}
@@ -78,21 +90,17 @@ def test_the_next_night_goes_on_and_encodes_nothing_again(first, place):
     report = first.report("second")
     assert report["written"] == 0 and report["personas"]["changed"] == report["personas"]["gone"] == 0
     assert rows(named(place)["personas"].snapshot(complete=True)) == personas
-    # new items find their users, in a bucket that there was none of
-    items = [json.loads(line) for line in first.files["test/histories"].read_text().splitlines()]
-    more = [item | {"item_id": f"new-{item['item_id']}"} for item in items[::7]]
-    path = Path(place).parent / "new.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in more))
-    first.ingest("test", "more-items", tables=place, source=str(path), requests_source=None)
+    users = add_items(first, place, "third-items")  # new items find their users
     assert first.run(refresh, "third", **given) == 0
-    assert first.report("third")["personas"]["changed"] == len({item["user_id"] for item in more})
+    assert first.report("third")["personas"]["changed"] == users
     with pytest.raises(InputError, match="8 buckets.*run `rebucket`"):
-        first.ingest("test", "old-number", tables=place, buckets=OLD)
+        add_items(first, place, "old-number", buckets=OLD)
 
 
-def test_a_version_of_before_is_not_restored(place):
+def test_a_version_of_before_is_not_restored(first, place):
+    add_items(first, place, "later")
     run(place)
-    for which in ({"names": ("histories",), "version": 1}, {"before": "first"}):
+    for which in ({"names": ("histories",), "version": 1}, {"before": "later"}):
         config = RestoreConfig(tables=place, run_id="back", run_dir=str(Path(place).parent / "back"), **which)
         with pytest.raises(InputError, match="`rebucket` has changed their number"):
             restore.run(config)
