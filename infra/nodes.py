@@ -95,6 +95,15 @@ def refuse_unshared(folder: str, key: str, blind: list[str], nodes: int) -> None
         )
 
 
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor on the driver's own node; Ray would put it on any node, with which it would be lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 def others() -> dict[str, str]:
     """Returns id and host name of each node that is alive, except this one."""
     import ray

@@ -1,18 +1,26 @@
 """SIGTERM: a job ends within 30 seconds, with nothing half committed, and says how to go on.
 
 A commit is one step of the table's log: it is there or it is not. So the job may stop at any moment; what it has
-committed is found again by a rerun.
+committed is found again by a rerun. A training is asked first to save what it has learned since its last checkpoint.
 """
 
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 GRACE_S = 25.0
 """Seconds for leases, engines and Ray to be put down; then the process ends without them."""
+ASKED_S = 17.0
+"""Seconds of these for a block that was asked to end by itself; then it is ended."""
 CODE = 128 + signal.SIGTERM
 _ending = False
+_ask: Callable[[], None] | None = None
+"""Asks the block that now runs to end by itself."""
+_asked = False
+"""True while a block that was asked goes on."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -25,12 +33,44 @@ def install() -> None:
         signal.signal(signal.SIGTERM, _end)
 
 
+@contextmanager
+def asking(ask: Callable[[], None]) -> Iterator[None]:
+    """A block that SIGTERM does not break off at once: `ask` is called, and the block should end by itself.
+
+    Raises:
+        Terminated: the signal came; raised when the block has ended, or in its midst when ASKED_S are over.
+    """
+    global _ask, _asked
+    _ask = ask
+    try:
+        yield
+    except Exception as error:
+        if _ending:
+            raise Terminated from error
+        raise
+    finally:
+        _ask, _asked = None, False
+    if _ending:
+        raise Terminated
+
+
 def _end(number: int, frame: FrameType | None) -> None:
-    global _ending
-    if _ending:  # the first one is being obeyed
+    global _ending, _asked
+    if _ending and not _asked:  # the first one is being obeyed
         return
-    _ending = True
-    guard = threading.Timer(GRACE_S, os._exit, (CODE,))
-    guard.daemon = True
-    guard.start()
+    if not _ending:
+        _ending = True
+        _later(GRACE_S, os._exit, CODE)
+        if _ask is not None:
+            _asked = True
+            _later(ASKED_S, os.kill, os.getpid(), signal.SIGTERM)
+            _ask()
+            return
+    _asked = False
     raise Terminated
+
+
+def _later(seconds: float, action: Callable[..., object], *given: int) -> None:
+    timer = threading.Timer(seconds, action, given)
+    timer.daemon = True
+    timer.start()

@@ -1,13 +1,46 @@
-"""Ray Train as both trainings start it: workers, storage, restarts, and the error that ended it."""
+"""Ray Train as both trainings start it: workers, storage, restarts, SIGTERM, and the error that ended it."""
 
+import asyncio
 import os
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from infra import nodes, stopping
 from infra.storage import Storage
+
+
+class Ending:
+    """Actor of the driver: holds the word that a training is to end."""
+
+    def __init__(self) -> None:
+        self._said = asyncio.Event()
+
+    async def say(self) -> None:
+        self._said.set()
+
+    async def said(self) -> None:
+        """Returns when it has been said."""
+        await self._said.wait()
+
+
+class Asked:
+    """Tells a worker between two steps whether its training is to end."""
+
+    def __init__(self, ending: Any) -> None:
+        self._said: Any = ending.said.remote()
+
+    def __call__(self) -> bool:
+        if self._said is None or not ray.wait([self._said], timeout=0)[0]:
+            return False
+        try:
+            ray.get(self._said)
+        except ray.exceptions.RayActorError:  # its process was killed: nobody can say it any more
+            self._said = None
+        return self._said is not None
 
 
 def run_training(
@@ -24,19 +57,22 @@ def run_training(
     """Runs a training to its end, on from its newest checkpoint where the run has begun before.
 
     Args:
-        loop: what each worker runs, on `given` and the key `started_in`, the driver's folder.
+        loop: what each worker runs, on `given` and the keys `started_in`, the driver's folder, and `ending`, for
+            `Asked`.
         run_dir: holds the checkpoints, in `train/<run_id>`.
         max_failures: number of times that a training whose worker has died goes on from its newest checkpoint.
         checkpoints_kept: number of newest checkpoints that stay.
 
     Raises:
         Exception: the error that ended the training.
+        Terminated: SIGTERM ended it; the workers have been asked to save a checkpoint.
     """
+    ending = ray.remote(Ending).options(**nodes.beside_driver()).remote()
     storage = Storage(run_dir).join("train")
     resources = {"CPU": 1.0} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
         loop,
-        train_loop_config=given | {"started_in": os.getcwd()},
+        train_loop_config=given | {"started_in": os.getcwd(), "ending": ending},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=run_id,
@@ -46,7 +82,8 @@ def run_training(
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
         ),
     )
-    result = trainer.fit()
+    with stopping.asking(ending.say.remote):
+        result = trainer.fit()
     if result.error is not None:
         raise result.error
     return result

@@ -1,9 +1,9 @@
 """The keys that most jobs share."""
 
 from datetime import UTC, date, datetime
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pplug.settings import Settings
 
@@ -31,6 +31,10 @@ def as_moment(value: object) -> object:
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+_MIN = "min_"
+"""Begin of the keys with the least number of a pool's actors."""
+
+
 class JobConfig(Settings):
     """Keys of a job on a population's tables. `describe` shows a job's own keys before these."""
 
@@ -49,3 +53,15 @@ class ResumableConfig(JobConfig):
     """More rejects than this fraction of the rows end the run with exit code 3."""
     run_id: str | None = None
     """Name of this run; default: a new one. Give the id of a run that broke off to go on with it."""
+
+    def least(self, name: str) -> int:
+        """Least number of a pool's actors, whose most is the key `name`: the key min_<name>, or else the most."""
+        least: int = getattr(self, _MIN + name, None) or getattr(self, name)
+        return least
+
+    @model_validator(mode="after")
+    def _least_is_no_more_than_most(self) -> Self:
+        for name in type(self).model_fields:
+            if _MIN + name in type(self).model_fields and self.least(name) > getattr(self, name):
+                raise ValueError(f"{_MIN}{name}={self.least(name)} is more than {name}={getattr(self, name)}; lower it")
+        return self

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from infra import nodes
 from infra.errors import InputError
 
 _ASK_TIMEOUT_S = 60.0
@@ -32,9 +33,9 @@ class Deaths:
 
 
 def counter() -> tuple[str, Any]:
-    """Name and handle of a new counter; it lives as long as the handle."""
+    """Name and handle of a new counter; it lives as long as the handle, whatever other nodes are lost."""
     name = f"deaths-{uuid.uuid4().hex}"
-    return name, ray.remote(num_cpus=0)(Deaths).options(name=name).remote()
+    return name, ray.remote(Deaths).options(name=name, **nodes.beside_driver()).remote()
 
 
 def guarded(stage: type, restarts: int | None, deaths: str | None) -> type:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,23 +25,27 @@ from infra import device
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.storage import Storage
+from infra.trainer import Asked
 from pipelines.tracking import Tracked
 from pplug.llm import ParallelConfig
-from pplug.loop import Loop, run_epochs
+from pplug.loop import Loop, Order, run_epochs
 
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
-def refuse_uneven(workers: int, parallel: ParallelConfig) -> None:
+def refuse_uneven(workers: int, parallel: ParallelConfig, name: str = "workers") -> None:
     """Refuses a number of workers that cannot hold LLMs in groups.
 
+    Args:
+        name: the config's key with the number.
+
     Raises:
-        InputError: `workers` is no multiple of a group.
+        InputError: the number is no multiple of a group.
     """
     group = parallel.tensor * parallel.shard
     if workers % group:
         raise InputError(
-            f"workers={workers}: llm.parallel.tensor={parallel.tensor} and llm.parallel.shard={parallel.shard} have "
+            f"{name}={workers}: llm.parallel.tensor={parallel.tensor} and llm.parallel.shard={parallel.shard} have "
             f"{group} workers hold one LLM together; give a multiple of {group}"
         )
 
@@ -156,10 +161,32 @@ class Curves:
                 one.close()
 
 
+class Orders:
+    """Says after each step whether a checkpoint is due beside those of the plan, and whether the training is to end."""
+
+    def __init__(self, ending: Any, minutes: float) -> None:
+        """
+        Args:
+            ending: for `Asked`; when it is said, the training saves after the step that it is at, and ends.
+            minutes: age of the newest checkpoint at which another is due; 0: none ever is for that.
+        """
+        self._asked, self._seconds, self._saved_at = Asked(ending), minutes * 60, time.monotonic()
+
+    def saved(self) -> None:
+        """Notes that a checkpoint is made now."""
+        self._saved_at = time.monotonic()
+
+    def __call__(self) -> Order:
+        if self._asked():
+            return Order.END
+        return Order.SAVE if 0 < self._seconds < time.monotonic() - self._saved_at else Order.GO_ON
+
+
 def train(
     checkpoints: Checkpoints,
     *,
     rank: int,
+    orders: Orders,
     checkpoint_steps: int = 0,
     patience: int | None = None,
     more: Callable[[dict[str, float]], dict[str, Any]] = dict,
@@ -170,6 +197,7 @@ def train(
 
     Args:
         rank: of this worker among all; the first one saves and speaks.
+        orders: asked after each step.
         checkpoint_steps, patience: as in `run_epochs`.
         more: metrics -> metrics that are reported, with further ones.
         run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
@@ -188,6 +216,7 @@ def train(
 
     def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
         metrics = more(metrics)
+        orders.saved()
         if not first:
             ray.train.report(metrics)
             return
@@ -199,9 +228,9 @@ def train(
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
     with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
-        run_epochs(
+        whole = run_epochs(
             loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
-            patience=patience, worse=checkpoints.worse,
+            patience=patience, worse=checkpoints.worse, ask=orders,
         )  # fmt: skip
     if curves is not None:
         curves.close()
@@ -209,6 +238,8 @@ def train(
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
         ray.train.report(more({"step": begun, "best_val_loss": checkpoints.best}), checkpoint=checkpoint)
+    elif first and not whole:
+        print(f"{job}: asked to end, ends at step {taken} of {loop.steps}; the checkpoint is saved", flush=True)
     elif first and taken < loop.steps:
         print(f"{job}: ends at step {taken}: no lower validation loss in {patience} epochs", flush=True)
 

@@ -264,20 +264,22 @@ class Step:
 
 
 def actors(
-    stage: type, *args: Any, size: int, rows: int | None = 1, gpus: float = 0.0, restarts: int | None = None,
-    **options: Any,
+    stage: type, *args: Any, size: int, least: int | None = None, rows: int | None = 1, gpus: float = 0.0,
+    restarts: int | None = None, **options: Any,
 ) -> Step:  # fmt: skip
     """A stage with a state of its own, such as a model, in a pool of actors.
 
     Args:
         args: of the stage's constructor.
-        size: number of actors.
+        size: number of actors, at most.
+        least: number of actors that the stage starts with; Ray Data adds others and takes them away again, as there is
+            work and the cluster has room. None: `size`.
         rows: rows that the stage gets at a time; None passes blocks on as they come.
         gpus: GPUs of one actor.
         restarts: number of times that one actor may die and start again; lost nodes do not count. None: no limit.
         options: further options of `Dataset.map_batches`; those of `ActorPoolStrategy` stand in a mapping `pool`.
     """
-    pool = ray.data.ActorPoolStrategy(size=size, **options.pop("pool", {}))
+    pool = ray.data.ActorPoolStrategy(min_size=least or size, max_size=size, **options.pop("pool", {}))
     name, handle = counter() if restarts is not None else (None, None)
     given = {"fn_constructor_args": args, "batch_size": rows, "num_gpus": gpus or None, "compute": pool}
     return Step(guarded(stage, restarts, name), given | options, handle)

@@ -7,6 +7,7 @@ one, each on its share of the same batch. A step that does not fit the memory is
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +60,15 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
         out.append(order[start : start + size])
         start += size
     return out
+
+
+class Order(IntEnum):
+    """An order to a training between two steps, beside its plan; of several workers' orders the greatest counts."""
+
+    GO_ON = 0
+    SAVE = 1
+    END = 2
+    """Save, and take no further step."""
 
 
 class Loop:
@@ -172,6 +182,14 @@ class Loop:
             dist.all_reduce(value)
         return value / self.copies if self.copies > 1 else value
 
+    def agreed(self, order: Order) -> Order:
+        """The greatest of all workers' orders, so that all do the same."""
+        if dist.is_initialized():
+            greatest = torch.tensor(int(order), device=self.device)
+            dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+            return Order(int(greatest))
+        return order
+
     def _sum_gradients(self) -> None:
         """Sums gradients over workers in one message: each worker's loss is already divided by the global tokens."""
         if self.world * self.copies == 1:
@@ -209,8 +227,9 @@ def run_epochs(
     *,
     patience: int | None = None,
     worse: int = 0,
-) -> None:
-    """Trains from step `done` to the end; validates at each epoch's end, and saves then and every some steps.
+    ask: Callable[[], Order] = lambda: Order.GO_ON,
+) -> bool:
+    """Trains from step `done` to the end; validates at each epoch's end; saves then, every some steps and when asked.
 
     Args:
         done: steps already taken (a resumed run goes on at the next batch of the same plan).
@@ -220,13 +239,17 @@ def run_epochs(
         checkpoint_steps: 0 saves at the end of an epoch only.
         patience: epochs without a better val_loss after which the training ends; None: never.
         worse: epochs without a better one before step `done`.
+        ask: called after each step.
+
+    Returns:
+        False where it was asked to end before the end.
     """
     config = loop.config
     for epoch in range(config.epochs):
         if (epoch + 1) * loop.per_epoch <= done:
             continue
         if patience is not None and worse >= patience:
-            return
+            return True
         batches = plan_epoch(loop.lengths, config.batch_size, config.seed, epoch)
         losses = []
         for place, batch in enumerate(batches):
@@ -235,8 +258,8 @@ def run_epochs(
                 continue
             losses.append(loop.step(batch, epoch))
             on_step(step, loop.steps, losses[-1])
-            at_end = place + 1 == len(batches)
-            if not at_end and not (checkpoint_steps and step % checkpoint_steps == 0):
+            at_end, order = place + 1 == len(batches), loop.agreed(ask())
+            if not at_end and not (checkpoint_steps and step % checkpoint_steps == 0) and order is Order.GO_ON:
                 continue
             metrics = {"step": step, "epoch": epoch, "train_loss": float(np.mean(losses))}
             if at_end:
@@ -245,3 +268,6 @@ def run_epochs(
             worse = 0 if is_best else worse + at_end
             best = min(best, metrics.get("val_loss", best))
             on_checkpoint(step, metrics | {"best_val_loss": best}, is_best)
+            if order is Order.END and step < loop.steps:
+                return False
+    return True

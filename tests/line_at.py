@@ -1,36 +1,41 @@
 """The line from ingest to evaluate, in one process and one Ray session, once per place: a folder or an address.
 
-    python -m tests.line_at WORLD PLACE...
+    python -m tests.line_at WORLD BUCKETS PLACE...
 
 WORLD is a folder with `world` (pplug.world.write), `encoder` and `llm`. A place at an address gets encoder and
-LLM by `publish`, and all that the jobs make lies there too: tables, plug, run folders.
+LLM by `publish`, and all else that workers read or write lies there too: sources, tables, plug, run folders.
 """
 
 import os
 import sys
+from pathlib import Path
 
 from infra import session
+from infra.storage import Storage
 from pipelines.__main__ import main
 
 FILES = {"histories": "train/histories.jsonl", "requests": "train/requests.jsonl", "task": "task.yaml"}
 
 
-def line(world: str, place: str) -> int:
+def line(world: str, buckets: str, place: str) -> int:
     """Runs the jobs; returns the first exit code that is not 0."""
+    files = {name: os.path.join(world, "world", file) for name, file in FILES.items()}
     models = {name: f"{world}/{name}" for name in ("encoder", "llm")}
     if "://" in place:
         for name, folder in models.items():
             models[name] = f"{place}/models/{name}"
             if code := main(["publish", folder, "--to", models[name], "--run-dir", f"{place}/runs/publish-{name}"]):
                 return code
-    files = {name: os.path.join(world, "world", file) for name, file in FILES.items()}
+        for name in ("histories", "requests"):
+            Storage(place).write_bytes(FILES[name], Path(files[name]).read_bytes())
+            files[name] = f"{place}/{FILES[name]}"
     encoder = [f"encoder.model={models['encoder']}", "encoder.dtype=float32", "encoder.max_tokens=64"]
     llm, plug = [f"llm.model={models['llm']}"], f"plug={place}/plug"
     fit = ["fit.epochs=1", "fit.batch_size=16", "fit.precision=float32", "fit.val_fraction=0.3"]
     asked = ["methods=none,plug", "decoding.max_tokens=4", "engine.kind=transformers"]
     source = [f"source={files['histories']}", f"requests_source={files['requests']}", f"task={files['task']}"]
     jobs = {
-        "ingest": [*source, "buckets=2"],
+        "ingest": [*source, f"buckets={buckets}"],
         "refresh": encoder,
         "train": [*encoder, *llm, *fit, plug],
         "refresh-plug": [*encoder, plug],
@@ -48,6 +53,6 @@ def line(world: str, place: str) -> int:
 if __name__ == "__main__":
     session.start(object_store_bytes=300 * 2**20)
     try:
-        sys.exit(next((code for place in sys.argv[2:] if (code := line(sys.argv[1], place))), 0))
+        sys.exit(next((code for place in sys.argv[3:] if (code := line(*sys.argv[1:3], place))), 0))
     finally:
         session.stop()

@@ -33,7 +33,7 @@ from pipelines.cut import newest_of_each, visible_to_all
 from pipelines.histories import decode_fields, to_us
 from pipelines.model_folders import whole_output
 from pipelines.tracking import tracker
-from pipelines.training import Checkpoints, train, worker_device
+from pipelines.training import Checkpoints, Orders, train, worker_device
 from pipelines.written import read_written, refuse_another_count
 from pplug.adapter import LoraConfig
 from pplug.fit import make_room
@@ -138,8 +138,8 @@ def fit_base(given: dict[str, Any]) -> None:
 
     Args:
         given: llm, lora (LoraConfig), checkpointing, examples (folder), shards (the files written there), cpu
-            (CpuShare), left (checkpoints without a record), run_dir, track (arguments of `tracker`), started_in (the
-            driver's folder).
+            (CpuShare), left (checkpoints without a record), run_dir, checkpoint_minutes, track (arguments of
+            `tracker`), started_in (the driver's folder), ending (for `infra.trainer.Asked`).
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
@@ -179,7 +179,14 @@ def fit_base(given: dict[str, Any]) -> None:
         write = partial(_write, model)
         checkpoints = Checkpoints("adapt", local, loop, read, write)
         checkpoints.load(given["left"])
-        train(checkpoints, rank=rank, more=more, run_dir=given["run_dir"], tracked=tracker(*given["track"]))
+        train(
+            checkpoints,
+            rank=rank,
+            orders=Orders(given["ending"], given["checkpoint_minutes"]),
+            more=more,
+            run_dir=given["run_dir"],
+            tracked=tracker(*given["track"]),
+        )
 
 
 def _write(model: Any, folder: str, is_best: bool) -> None:

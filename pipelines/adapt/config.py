@@ -71,6 +71,9 @@ class Config(ResumableConfig):
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
     """Number of training actors: one per GPU, or one per core of a CPU node."""
+    min_workers: int | None = Field(None, gt=0)
+    """Least number of training actors of stage users. The job starts with it; Ray Data adds others up to `workers`
+    while there is work for them and room in the cluster, and takes them away again. Default: workers."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs of one worker; 1 on a GPU cluster."""
     threads: int | None = Field(None, gt=0)
@@ -81,6 +84,9 @@ class Config(ResumableConfig):
     """Number of users in one commit."""
     max_failures: int = Field(2, ge=0)
     """Number of times that stage base starts a lost worker group again within one run."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Minutes after which stage base makes a checkpoint between two others; 0 makes none for that. A training that is
+    asked to end (SIGTERM) makes one too."""
     track: Tracker | None = None
     """Tracker that is shown the loss curves of stage base beside TensorBoard, if its library is installed. It reads
     where it writes to from its own environment variables."""

@@ -60,8 +60,9 @@ def run(config: Config) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     users = tables.read_users(config.users, histories)
+    workers = config.workers if config.stage == "base" else config.least("workers")
     session.start(
-        need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker},
+        need={"CPU": workers + 2.0, "GPU": workers * config.gpus_per_worker},
         writes={"tables": config.tables} | ({"run_dir": run_dir} if config.stage == "base" else {}),
         reads={"llm.model": config.llm.model},
     )
@@ -82,7 +83,8 @@ def _refuse_a_spread(config: Config) -> None:
         )
     if config.stage == "base" and parallel.tensor > 1:
         raise InputError("llm.parallel.tensor: stage base spreads the layers' weights alone; give llm.parallel.shard")
-    refuse_uneven(config.workers, parallel)
+    for name in ("workers", "min_workers"):
+        refuse_uneven(getattr(config, name) or config.workers, parallel, name)
     if config.stage == "users" and parallel.tensor > 1 and config.gpus_per_worker not in (0, 1):
         raise InputError(
             f"gpus_per_worker={config.gpus_per_worker:g}: with llm.parallel.tensor={parallel.tensor} each worker has a "
@@ -142,7 +144,8 @@ def _adapters(
             waves.actors(ReadExamples, pending, task, config.llm, config.rule, size=1),
             waves.actors(
                 FitAdapters, config.llm, config.trained, config.stack, base, fit, cpu,
-                size=config.workers // tensor, rows=config.batch_users, gpus=config.gpus_per_worker * tensor,
+                least=config.least("workers") // tensor, size=config.workers // tensor, rows=config.batch_users,
+                gpus=config.gpus_per_worker * tensor,
             ),
             waves.tasks(TakeUnchanged(before), rows=None),
         ],
@@ -238,6 +241,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
                 "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
                 "left": left_without_record(Storage(run_dir).join("train"), run_id),
                 "run_dir": run_dir,
+                "checkpoint_minutes": config.checkpoint_minutes,
                 "track": (config.track, run_id, config.model_dump(mode="json")),
             },
             run_id=run_id,
@@ -260,9 +264,9 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
 
 
 # What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
-_FREE = {"run_id", "run_dir", "output", "workers", "gpus_per_worker", "threads", "max_failures", "max_reject_fraction",
-         "stack", "changed_only", "batch_users", "wave_users", "max_history_items", "lora",
-         "epochs", "track"}  # fmt: skip
+_FREE = {"run_id", "run_dir", "output", "workers", "min_workers", "gpus_per_worker", "threads", "max_failures",
+         "max_reject_fraction", "checkpoint_minutes", "stack", "changed_only", "batch_users", "wave_users",
+         "max_history_items", "lora", "epochs", "track"}  # fmt: skip
 _FREE_KEYS: dict[str, Any] = dict.fromkeys(_FREE, True) | {"llm": {"parallel"}}
 
 

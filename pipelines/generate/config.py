@@ -63,12 +63,20 @@ class Config(ResumableConfig):
     """Number of newest items of a user that count."""
     workers: int = Field(1, gt=0)
     """Number of engines: one per GPU, or one per CPU node."""
+    min_workers: int | None = Field(None, gt=0)
+    """Least number of engines. The job starts with it; Ray Data adds others up to `workers` while there is work for
+    them and room in the cluster, and takes them away again. Default: workers."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
     """GPUs of one engine; 0 is the CPU. auto: where the cluster has GPUs when the job starts, as many as
     engine.tensor_parallel_size and engine.pipeline_parallel_size ask for, else 0. Several GPUs without these two keys
     share each layer."""
     prompt_workers: int = Field(1, gt=0)
-    """Number of actors that build prompts beside the engines."""
+    """Number of actors that build prompts beside the engines; those of a node share its cores."""
+    min_prompt_workers: int | None = Field(None, gt=0)
+    """Least number of actors that build prompts, as min_workers is of engines. Default: prompt_workers."""
+    gpus_per_prompt_worker: float = Field(0.0, ge=0)
+    """GPUs of one actor that builds prompts, or a fraction of one, for a plug or retrieval whose encoder is too slow on
+    the CPU."""
     max_engine_restarts: int = Field(3, ge=0)
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)

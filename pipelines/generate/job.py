@@ -111,10 +111,9 @@ def _start(config: Config) -> None:
         "llm.model": config.llm.model,
         "retrieval.encoder.model": config.retrieval.encoder.model,
     }
-    session.start(
-        need={"CPU": config.workers + config.prompt_workers + 1.0}, writes={"tables": config.tables}, reads=reads
-    )
-    session.check({"GPU": config.workers * gpus_of(config)})
+    engines, builders = config.least("workers"), config.least("prompt_workers")
+    session.start(need={"CPU": engines + builders + 1.0}, writes={"tables": config.tables}, reads=reads)
+    session.check({"GPU": engines * gpus_of(config) + builders * config.gpus_per_prompt_worker})
 
 
 def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table) -> None:
@@ -141,8 +140,9 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
         steps=[
             waves.actors(
                 BuildPrompts, pending, methods, parts, opened.histories, using.embeddings, config.llm,
-                opened.encoder_decoder, opened.task, config.max_history_items, config.engine.batch_rows, cpu,
-                size=config.prompt_workers,
+                opened.encoder_decoder, opened.task, config.max_history_items, config.engine.batch_rows,
+                CpuShare.of(config.prompt_workers, config.gpus_per_prompt_worker),
+                **prompt_pool(config),
             ),
             engine_step(
                 config, Reply, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu, adapters,
@@ -192,11 +192,21 @@ def _plan(
     return pending, plan, identities
 
 
+def prompt_pool(config: Config) -> dict[str, Any]:
+    """The pool of actors that build prompts."""
+    return {
+        "least": config.least("prompt_workers"),
+        "size": config.prompt_workers,
+        "gpus": config.gpus_per_prompt_worker,
+    }
+
+
 def engine_step(config: Config | JudgeConfig, stage: type, *args: Any) -> waves.Step:
     """A stage with an engine, which answers several batches at once."""
     return waves.actors(
         stage,
         *args,
+        least=config.least("workers"),
         size=config.workers,
         rows=config.engine.batch_rows,
         gpus=gpus_of(config),
@@ -289,7 +299,7 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
         steps=[
             waves.actors(
                 AskForProfiles, pending, opened.task, config.llm, config.profile, opened.encoder_decoder,
-                size=config.prompt_workers,
+                **prompt_pool(config),
             ),
             engine_step(
                 config, WriteProfiles, config.llm, config.engine, opened.decoding, opened.llm_id, report.run_id, cpu,

@@ -96,10 +96,9 @@ def run(config: JudgeConfig) -> int:
     identities = {"judge_of": config.run, "judge": config.llm.model, "judge_id": judge}
     identities |= {"judge_decoding_id": config.decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
     refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
-    session.start(
-        need={"CPU": config.workers + 2.0}, writes={"tables": config.tables}, reads={"llm.model": config.llm.model}
-    )
-    session.check({"GPU": config.workers * gpus_of(config)})
+    engines = config.least("workers")
+    session.start(need={"CPU": engines + 2.0}, writes={"tables": config.tables}, reads={"llm.model": config.llm.model})
+    session.check({"GPU": engines * gpus_of(config)})
     with lease.writing(config.tables, report.run_id):
         pending = Unjudged(requests, before, config.run, report.run_id, task)
         plan = waves.plan(requests.filled(None), pending.count, report)

@@ -32,6 +32,9 @@ class JudgeConfig(ResumableConfig):
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
     """Number of engines: one per GPU, or one per CPU node."""
+    min_workers: int | None = Field(None, gt=0)
+    """Least number of engines. The job starts with it; Ray Data adds others up to `workers` while there is work for
+    them and room in the cluster, and takes them away again. Default: workers."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
     """GPUs of one engine; 0 is the CPU. auto: where the cluster has GPUs when the job starts, as many as
     engine.tensor_parallel_size and engine.pipeline_parallel_size ask for, else 0."""

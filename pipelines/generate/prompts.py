@@ -80,7 +80,7 @@ class BuildPrompts:
         block_rows: int,
         cpu: CpuShare,
     ) -> None:
-        device.assigned()  # prompts are built without a GPU, and must not find one that an engine was given
+        device.assigned()  # without a GPU of its own, it must not find one that an engine was given
         self.pending, self.methods, self.parts = pending, methods, parts
         self.histories, self.embeddings = histories, embeddings
         self.max_items, self.block_rows = max_items, block_rows

@@ -28,8 +28,14 @@ class Config(ResumableConfig):
     max_history_items: int = renamed("history_cap", 512, gt=0)
     """Number of newest items that a persona is made from."""
     workers: int = Field(1, gt=0)
-    """Number of encoder actors: one per GPU, or one per CPU node."""
+    """Number of encoder actors, and then of actors that make personas: one per GPU, or one per CPU node."""
+    min_workers: int | None = Field(None, gt=0)
+    """Least number of these actors. The job starts with it; Ray Data adds others up to `workers` while there is work
+    for them and room in the cluster, and takes them away again. Default: workers."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """Number of GPUs per encoder actor; 1 on a GPU cluster."""
+    gpus_per_persona_worker: float = Field(0.0, ge=0)
+    """GPUs of one actor that makes personas, or a fraction of one. Reading takes most of its time, so that a GPU would
+    stand idle; a wide plug's first personas of many users are quicker with one."""
     wave_texts: int = Field(200_000, gt=0)
     """Number of texts or personas per commit (one wave). A rerun does not repeat committed waves."""

@@ -68,9 +68,9 @@ class Night:
         """True if the newest personas are complete and made from the same."""
         return {"complete": "true", **self.decides}.items() <= self.shown.items()
 
-    @property
-    def cpu(self) -> CpuShare:
-        return CpuShare.of(self.config.workers, self.config.gpus_per_worker)
+    def cpu(self, gpus: float) -> CpuShare:
+        """Share of an actor that has so many GPUs."""
+        return CpuShare.of(self.config.workers, gpus)
 
 
 def run(config: Config) -> int:
@@ -124,9 +124,10 @@ def _refresh(night: Night) -> None:
     """Encodes the new texts, then makes the changed users' personas."""
     from infra import session
 
-    config, buckets = night.config, night.table.buckets
+    config, buckets, workers = night.config, night.table.buckets, night.config.least("workers")
+    gpus = max(config.gpus_per_worker, config.gpus_per_persona_worker)
     session.start(
-        need={"CPU": config.workers + 1.0, "GPU": config.workers * config.gpus_per_worker},
+        need={"CPU": workers + 1.0, "GPU": workers * gpus},
         writes={"tables": config.tables},
         reads={"plug": config.plug, "encoder.model": config.encoder.model},
     )
@@ -278,8 +279,8 @@ def _embed(night: Night, embeddings: "Table", rejects: "Table", since: Since) ->
         steps=[
             waves.tasks(read),
             waves.actors(
-                EmbedTexts, config.encoder, night.encoder_id, night.cpu,
-                size=config.workers, rows=BLOCK_TEXTS, gpus=config.gpus_per_worker,
+                EmbedTexts, config.encoder, night.encoder_id, night.cpu(config.gpus_per_worker),
+                least=config.least("workers"), size=config.workers, rows=BLOCK_TEXTS, gpus=config.gpus_per_worker,
             ),
         ],
         metadata={"encoder_id": night.encoder_id, "histories_version": str(night.histories.version)},
@@ -324,8 +325,9 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
     identities = {"encoder_id": night.encoder_id, "plug_id": night.plug_id}
     build = waves.actors(
         BuildPersonas, night.histories, vectors, personas, before if before is not None and before.files else None,
-        since, config.plug, identities, config.max_history_items, report.run_id, night.cpu, late,
-        size=config.workers, gpus=config.gpus_per_worker,
+        since, config.plug, identities, config.max_history_items, report.run_id,
+        night.cpu(config.gpus_per_persona_worker), late,
+        least=config.least("workers"), size=config.workers, gpus=config.gpus_per_persona_worker,
     )  # fmt: skip
     with report.stage("personas") as stage:
         names = ("users", "changed", "gone", "items_without_vector", "users_ahead_of_clock")

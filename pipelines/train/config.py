@@ -101,6 +101,9 @@ class Config(ResumableConfig):
     """Torch threads of one worker on a CPU; default: the machine's cores shared among the workers."""
     checkpoint_steps: int = Field(0, ge=0)
     """Number of steps between checkpoints; 0 makes one at each epoch's end."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Minutes after which a checkpoint is made between two others; 0 makes none for that. A training that is asked to
+    end (SIGTERM) makes one too."""
     max_failures: int = Field(2, ge=0)
     """Number of times that a lost worker group is started again within one run."""
     track: Tracker | None = None

@@ -31,7 +31,7 @@ from pipelines.tables import read_users
 from pipelines.tracking import refuse_missing, tracker
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
-from pipelines.training import Checkpoints, keep_curve, left_without_record, refuse_uneven, worker_device
+from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_uneven, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
@@ -130,8 +130,8 @@ def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
 
 
 # What may change from one start of a run to the next: it decides where and how fast, not what comes out.
-_FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "max_failures",
-         "max_reject_fraction", "track"}  # fmt: skip
+_FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "checkpoint_steps", "checkpoint_minutes",
+         "max_failures", "max_reject_fraction", "track"}  # fmt: skip
 
 
 def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
@@ -300,6 +300,7 @@ def fit_worker(given: dict[str, Any]) -> None:
         run_training_loop(
             checkpoints,
             rank=rank,
+            orders=Orders(given["ending"], config.checkpoint_minutes),
             checkpoint_steps=config.checkpoint_steps,
             patience=config.fit.patience,
             run_dir=given["run_dir"],

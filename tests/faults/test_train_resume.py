@@ -1,7 +1,9 @@
 """A training that is killed between two checkpoints goes on from the last one, to the same plug."""
 
 import json
+import re
 import shutil
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from pplug.fit import FitConfig
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
-FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-3, val_fraction=0.2)
+FIT = FitConfig(epochs=4, batch_size=8, precision="float32", learning_rate=1e-3, val_fraction=0.2)
 EVERY = 2
 pytestmark = pytest.mark.slow
 
@@ -106,3 +108,38 @@ def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_on
     (later / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:100])
     assert population.run(train, "cut", **killed) == 0
     assert_equal_to_the_undisturbed(population, "cut")
+
+
+def test_a_run_that_is_told_to_end_saves_first_and_a_rerun_goes_on_to_the_same_plug(population, killed, tmp_path):
+    """Both of its workers end after the same step, which no plan has named."""
+    values = killed | {"workers": 2, "fit": FIT.model_copy(update={"epochs": 8}), "checkpoint_steps": 7}
+    words = population.words(train, "told", **values)
+    with Job(words, tmp_path / "log-1") as job:
+        job.wait_until(lambda: saved_step(population, "told") >= 7, "a checkpoint")
+        began = time.monotonic()
+        job.terminate()
+        assert job.wait(30) == 143, job.output[-4000:]
+        assert time.monotonic() - began < 30 and job.survivors() == []
+    (step,) = re.findall(r"asked to end, ends at step (\d+) of \d+; the checkpoint is saved", job.output)
+    assert "train: ended by SIGTERM; run_id=told goes on where this run stopped" in job.output
+    assert saved_step(population, "told") == int(step) >= 7
+    # in Rays of their own: two workers that were forked just now may draw the same random ids, and Ray takes two calls
+    # for one
+    for number, again in enumerate((words, population.words(train, "never-told", **values))):
+        with Job(again, tmp_path / f"again-{number}") as job:
+            assert job.wait() == 0, job.output[-4000:]
+    assert population.report("told")["best_step"] == population.report("never-told")["best_step"]
+    one, two = weights(population, "never-told"), weights(population, "told")
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-6, name
+
+
+def test_a_run_saves_between_two_checkpoints_when_some_time_has_passed(population, killed):
+    values = killed | {"checkpoint_steps": 0, "checkpoint_minutes": 1e-6}
+    assert population.run(train, "by-time", **values) == 0
+    steps = [entry["step"] for entry in population.report("by-time")["history"]]
+    assert (
+        steps == list(range(1, steps[-1] + 1)) and steps[-1] == population.report("undisturbed")["history"][-1]["step"]
+    )
+    one, two = weights(population, "undisturbed"), weights(population, "by-time")
+    assert all((one[name] - two[name]).abs().max() <= 1e-6 for name in one)

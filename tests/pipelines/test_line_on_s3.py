@@ -33,7 +33,7 @@ def test_the_line_on_s3_is_the_line_on_a_disk(s3, tmp_path):
     local = str(tmp_path / "local")
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PPLUG_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.line_at", str(tmp_path), local, s3],
+        [sys.executable, "-m", "tests.line_at", str(tmp_path), "2", local, s3],
         cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

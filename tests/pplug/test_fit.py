@@ -9,7 +9,7 @@ import torch
 from pplug import PersonaPlug, PlugConfig
 from pplug.fit import FitConfig, Fitter, Samples, held_out, kept_items
 from pplug.llm import FrozenLLM, LLMConfig
-from pplug.loop import micro_batches, plan_epoch, run_epochs
+from pplug.loop import Order, micro_batches, plan_epoch, run_epochs
 from tests.pplug.models import tiny_llama
 
 D = 12
@@ -159,6 +159,18 @@ def test_micro_batches_change_no_gradient(llm):
         plugs.append(run.plug)
     for a, b in zip(plugs[0].parameters(), plugs[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_saves_when_it_is_asked_and_ends_after_the_step_at_which_it_is_asked_to(llm):
+    train = samples(llm, 64)  # four steps per epoch
+    run, saved = fitter(llm, CONFIG, train, train), []
+    orders = {2: Order.SAVE, 6: Order.END}
+    whole = run_epochs(
+        run, 0, np.inf, lambda *a: None, lambda step, metrics, best: saved.append((step, best)), 0,
+        ask=lambda: orders.get(run.schedule.last_epoch, Order.GO_ON),
+    )  # fmt: skip
+    assert not whole and run.schedule.last_epoch == 6
+    assert [step for step, _ in saved] == [2, 4, 6] and not saved[0][1], "only an epoch's end can be the best"
 
 
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(llm):
