@@ -144,9 +144,9 @@ class PromptBuilder:
             head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
             if len(first) + len(rest) > limit:
                 first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
-            parts = self._first + head + first, rest, tail + self._last
+            pieces = self._first + head + first, rest, tail + self._last
             split = ("before", "after", "last").index(self.layout.rows) + 1
-            before, after = ([token for part in some for token in part] for some in (parts[:split], parts[split:]))
+            before, after = ([token for part in some for token in part] for some in (pieces[:split], pieces[split:]))
             out.append(Prompt(before, after))
         return out
 
