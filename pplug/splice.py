@@ -36,8 +36,8 @@ class PromptLayout(Settings):
     rows: Literal["before", "after", "last"] = added("before")
     """Place of the persona rows. before: in front of the input, as in the paper. after: behind it, at the end of the
     user's turn: a step of training then takes two thirds of the processor time, and on a CPU the first epoch alone
-    reads the prompts, as far as the memory goes. last: right before the reply, behind the words that open it; it costs
-    as little as `after`, and an encoder-decoder refuses it."""
+    reads the prompts, as far as the memory goes. last: right before the reply, behind the words that open it, so that
+    the reply's first token is read off a row; an encoder-decoder refuses it."""
     max_input_tokens: int = Field(256, gt=0)
     """Number of tokens that an input may have. A longer input is cut at its end; the paper cuts at 256."""
     system: str | None = added(None)
