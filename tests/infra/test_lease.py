@@ -55,10 +55,10 @@ def test_a_killed_holders_lease_runs_out(place, monkeypatch):
 
 
 def test_a_living_holder_renews_its_lease(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "LASTS_S", 0.5)
+    monkeypatch.setattr(lease, "LASTS_S", 2.0)
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     with lease.writing(str(tmp_path), "long"):
-        time.sleep(1.0)
+        time.sleep(2.5)
         with pytest.raises(ConcurrentRunError):
             with lease.alone(str(tmp_path), "erase"):
                 pass

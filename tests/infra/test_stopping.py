@@ -42,7 +42,8 @@ except BaseException as error:
     assert process.stdout.readline() == "ready\n"
     if "asked" in said:
         process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out = process.stdout.read()  # not `communicate`, which loses what came together with the first line
+    process.wait(timeout=60)
     assert out.split("\n")[:-1] == said
 
 

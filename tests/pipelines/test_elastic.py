@@ -31,26 +31,33 @@ def population(tmp_path_factory, ray_session):
 
 
 class Slow:
-    """Stage: who worked on the row."""
+    """Stage: who worked on the row. The first rows wait, two minutes at most, until so many actors are at work."""
 
-    def __call__(self, batch):
+    def __init__(self, folder: str, together: int) -> None:
         import ray
 
-        time.sleep(0.5)
-        actor = ray.get_runtime_context().get_actor_id()
-        return pa.table({"bucket": batch["bucket"], "actor": [actor] * batch.num_rows})
+        self.actor = ray.get_runtime_context().get_actor_id()
+        self.folder, self.together = Path(folder), together
+
+    def __call__(self, batch):
+        (self.folder / self.actor).touch()
+        deadline = time.monotonic() + 120
+        while len(list(self.folder.iterdir())) < self.together and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.2)
+        return pa.table({"bucket": batch["bucket"], "actor": [self.actor] * batch.num_rows})
 
 
-def actors_of(**pool):
-    rows = waves.stream(list(range(24)), [waves.actors(Slow, **pool)]).iter_rows()
-    found = list(rows)
+def actors_of(folder, together, **pool):
+    folder.mkdir()
+    found = list(waves.stream(list(range(24)), [waves.actors(Slow, str(folder), together, **pool)]).iter_rows())
     assert sorted(row["bucket"] for row in found) == list(range(24))
     return {row["actor"] for row in found}
 
 
-def test_a_pool_grows_from_its_least_number_as_far_as_there_is_room(ray_session):
-    assert len(actors_of(size=1)) == 1
-    assert 1 < len(actors_of(least=1, size=MANY)) <= 4, "the session has four CPUs"
+def test_a_pool_grows_from_its_least_number_as_far_as_there_is_room(ray_session, tmp_path):
+    assert len(actors_of(tmp_path / "one", 1, size=1)) == 1
+    assert 1 < len(actors_of(tmp_path / "some", 2, least=1, size=MANY)) <= 4, "the session has four CPUs"
 
 
 def test_the_check_at_the_start_wants_the_least_number(population):
