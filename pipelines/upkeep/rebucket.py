@@ -83,7 +83,7 @@ def _commit(one: Rebucketing, files: list[DataFile], report: RunReport) -> None:
 
 
 def _by_new_bucket(text: str, one: Rebucketing) -> str:
-    """What was said of a bucket is said of each that its rows have gone to."""
+    """Repeats the facts of an old bucket for each bucket that its rows have gone to."""
     said: Mapping[str, object] = json.loads(text)
     to = range(0, one.table.buckets, one.buckets_before)
     return json.dumps({int(bucket) + more: value for bucket, value in said.items() for more in to})
