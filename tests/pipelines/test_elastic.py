@@ -30,27 +30,33 @@ def population(tmp_path_factory, ray_session):
     return made
 
 
-class Slow:
-    """Stage: who worked on the row."""
+class Meet:
+    """Stage: who worked on the row; nobody ends before so many actors have begun."""
+
+    def __init__(self, folder, wanted):
+        self.folder, self.wanted = folder, wanted
 
     def __call__(self, batch):
         import ray
 
-        time.sleep(0.5)
         actor = ray.get_runtime_context().get_actor_id()
+        (self.folder / actor).touch()
+        until = time.monotonic() + 300
+        while len(list(self.folder.iterdir())) < self.wanted and time.monotonic() < until:
+            time.sleep(0.1)
         return pa.table({"bucket": batch["bucket"], "actor": [actor] * batch.num_rows})
 
 
-def actors_of(**pool):
-    rows = waves.stream(list(range(24)), [waves.actors(Slow, **pool)]).iter_rows()
-    found = list(rows)
+def actors_of(folder, wanted, **pool):
+    folder.mkdir()
+    found = list(waves.stream(list(range(24)), [waves.actors(Meet, folder, wanted, **pool)]).iter_rows())
     assert sorted(row["bucket"] for row in found) == list(range(24))
     return {row["actor"] for row in found}
 
 
-def test_a_pool_grows_from_its_least_number_as_far_as_there_is_room(ray_session):
-    assert len(actors_of(size=1)) == 1
-    assert 1 < len(actors_of(least=1, size=MANY)) <= 4, "the session has four CPUs"
+def test_a_pool_grows_from_its_least_number_as_far_as_there_is_room(ray_session, tmp_path):
+    assert len(actors_of(tmp_path / "fixed", 1, size=1)) == 1
+    assert 2 <= len(actors_of(tmp_path / "grows", 2, least=1, size=MANY)) <= 4, "the session has four CPUs"
 
 
 def test_the_check_at_the_start_wants_the_least_number(population):
