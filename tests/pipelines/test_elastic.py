@@ -118,7 +118,8 @@ def test_personas_hold_no_gpu_of_the_encoders(population, tmp_path):
     place.ingest("test", buckets=8)
     assert place.run(refresh, "first", **place.common) == 0
     words = place.words(refresh, "night", **place.common, plug=str(population.root / "plug"), gpus_per_worker=1)
-    script = "import ray, sys; ray.init('local', num_cpus=4, num_gpus=1); from pipelines.__main__ import main; sys.exit(main())"
+    start = "import ray, sys; ray.init('local', num_cpus=4, num_gpus=1)"
+    script = f"{start}; from pipelines.__main__ import main; sys.exit(main())"
     for more, code, said in ((["--set", "gpus_per_persona_worker=1"], 2, "was given 1 GPU"), ([], 0, "refresh done")):
         done = subprocess.run(
             [sys.executable, "-c", script, *words[2:], *more, "--run-id", f"night-{code}"],
