@@ -93,7 +93,7 @@ REASONS = (
     ("one that is not linear", "refused: its projections are no linear modules (Conv1D)"),
     ("is an encoder-decoder|T5Config|asks for logits_to_keep", "refused: an encoder-decoder"),
     (r"Head dimension \d+ is not supported by MLA", "the engine has no kernel for its heads on a CPU"),
-    ("DIED.*(triton|Triton|fused_moe|moe)|Triton.*(not|no) ", "the engine has no adapters for experts on a CPU"),
+    ("DIED.*(triton|Triton|fused_moe|moe)|[Tt]riton.*(not|no) ", "the engine has no adapters for experts on a CPU"),
 )
 """Pattern in a message -> words of the table."""
 

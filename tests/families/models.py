@@ -81,7 +81,7 @@ FAMILIES = (
     Family("Mixtral", "Mixtral", _LOCAL_EXPERTS),
     Family("Gemma", "Gemma", _TIED),
     Family("Gemma 2", "Gemma2", {"query_pre_attn_scalar": 32} | _TIED, embeddings=0.25),
-    Family("Gemma 3", "Gemma3", {"query_pre_attn_scalar": 32} | _TIED),
+    Family("Gemma 3", "Gemma3", {"query_pre_attn_scalar": 32} | _TIED, embeddings=0.25),
     Family("Phi-3", "Phi3", targets=("qkv_proj",)),
     Family("OLMo 2", "Olmo2"),
     Family("GPT-2", "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}, ("c_attn",)),

@@ -98,8 +98,8 @@ HEAD = """# Families of LLMs
 `tests/families` writes this page: a tiny random model of each family goes through training and engine, in float32 on a
 CPU, beside transformers alone.
 
-The rows come from several runs in November 2026, on a CPU with AVX2; Gemma 3 was measured with an output layer of its
-own weights, and is tied to its embeddings in the test since.
+The rows come from one run in November 2026, on a CPU with AVX2. Gemma 3 was measured once more, since its random model
+first answered with the last token alone, with rows and without.
 
 - **plug trains**: each part of a plug gets a gradient; loss and gradient are those of a plain forward pass with labels.
 - **replies with rows**: greedy replies with persona rows are those of transformers' `generate`. The engine is `vllm`,
