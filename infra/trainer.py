@@ -23,7 +23,7 @@ class Ending:
         self._said.set()
 
     async def said(self) -> None:
-        """Returns when it has been said."""
+        """Returns as soon as the training has been told to end."""
         await self._said.wait()
 
 

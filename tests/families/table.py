@@ -98,8 +98,8 @@ HEAD = """# Families of LLMs
 `tests/families` writes this page: a tiny random model of each family goes through training and engine, in float32 on a
 CPU, beside transformers alone.
 
-The rows come from one run in November 2026, on a CPU with AVX2. Gemma 3 was measured once more, since its random model
-first answered with the last token alone, with rows and without.
+The rows come from one run in November 2026, on a CPU with AVX2. Three families were measured once more: Gemma 3, whose
+random model first answered with the last token alone, and Qwen3-MoE and Mixtral, whose reason came in unknown words.
 
 - **plug trains**: each part of a plug gets a gradient; loss and gradient are those of a plain forward pass with labels.
 - **replies with rows**: greedy replies with persona rows are those of transformers' `generate`. The engine is `vllm`,
