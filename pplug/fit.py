@@ -200,7 +200,10 @@ class Fitter(Loop):
         self.fit_memory(make_room(llm, config.checkpointing))
         self._kept: KeptBeginnings | None = None
         if self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows != "before":
-            self._kept = KeptBeginnings(KEPT_SHARE * memory.free_bytes(self.device, self.world))
+            self._kept = KeptBeginnings(
+                KEPT_SHARE * memory.free_bytes(self.device, self.world),
+                [prompt.before for own in (self.train, self.validation) for prompt in own.prompts],
+            )
 
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""

@@ -3,7 +3,8 @@
 Nothing that is trained stands before the first row, and later positions change nothing of what earlier ones compute.
 Keys and values of these tokens are therefore made without a graph, once for the whole batch where all prompts begin
 alike (a chat template's head), and the rest of each prompt goes on from them. Beginnings that differ are whole prompts
-(`layout.rows=after` or `last`): `KeptBeginnings` keeps what was computed of them for the next epoch.
+(`layout.rows=after` or `last`): what they have in common, which is the template's head and the task's own words, is read
+once as well, and `KeptBeginnings` keeps what was computed for the next epoch.
 Shapes: B samples, S tokens of the longest beginning, N layers of the LLM, K heads of keys, F width of a head.
 """
 
@@ -29,27 +30,36 @@ padding between a beginning and its rest."""
 class KeptBeginnings:
     """Keys and values of prompts' beginnings, on the CPU, as far as they fit in so many bytes."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, befores: Sequence[list[int]]) -> None:
+        """`befores`: all beginnings that may be asked for."""
         self._room = limit
+        self._head = common_head(befores)
+        self._head_pairs: Tensor | None = None
         self._known: dict[tuple[int, ...], Tensor] = {}
 
-    def read(self, llm: FrozenLLM, befores: Sequence[list[int]]) -> Any:
-        """transformers' cache of these beginnings, padded on the left; those that are not known are read first."""
-        fresh = [before for before in dict.fromkeys(map(tuple, befores)) if before not in self._known]
+    def read(self, llm: FrozenLLM, befores: Sequence[list[int]]) -> tuple[Any, Tensor]:
+        """transformers' cache of these beginnings and its attention mask, as `read_before` gives them; those that are
+        not known are read first."""
+        at = len(self._head)
+        if at and self._head_pairs is None:
+            cache, _ = _pass(llm, [self._head])
+            self._head_pairs = torch.stack([torch.stack([own.keys, own.values]) for own in cache.layers])
+        rests = [tuple(before[at:]) for before in befores]
+        fresh = [rest for rest in dict.fromkeys(rests) if rest not in self._known]
         new: dict[tuple[int, ...], Tensor] = {}
         if fresh:
-            layers = _read(llm, fresh)[0].layers
-            for place, before in enumerate(fresh):
-                new[before] = torch.stack(
-                    [torch.stack([pair[place, :, -len(before) :] for pair in (own.keys, own.values)]) for own in layers]
+            layers = _pass(llm, fresh, self._cache(len(fresh)))[0].layers
+            for place, rest in enumerate(fresh):
+                new[rest] = torch.stack(
+                    [torch.stack([pair[place, :, -len(rest) :] for pair in (own.keys, own.values)]) for own in layers]
                 )  # (N, 2, K, S, F)
-                if new[before].nbytes <= self._room:
-                    self._room -= new[before].nbytes
-                    self._known[before] = new[before]
+                if new[rest].nbytes <= self._room:
+                    self._room -= new[rest].nbytes
+                    self._known[rest] = new[rest]
         known = self._known | new
-        found = [known[tuple(before)] for before in befores]
-        longest = max(map(len, befores))
-        cache = DynamicCache()
+        found = [known[rest] for rest in rests]
+        longest = max(map(len, rests))
+        cache = self._cache(len(rests))
         for layer in range(len(found[0])):
             shape = (len(found), *found[0].shape[2:3], longest, found[0].shape[4])
             both = [found[0].new_zeros(shape) for _ in range(2)]
@@ -57,6 +67,15 @@ class KeptBeginnings:
                 for pair, padded in zip(own[layer], both, strict=True):
                     padded[place, :, longest - pair.shape[1] :] = pair
             cache.update(*both, layer)
+        mask = _mask(rests)
+        return cache, torch.cat([mask.new_ones(len(rests), at), mask], dim=1)
+
+    def _cache(self, samples: int) -> Any:
+        """A cache of its own that holds the common head of so many samples."""
+        cache = DynamicCache()
+        if self._head_pairs is not None:
+            for layer, pairs in enumerate(self._head_pairs):
+                cache.update(*pairs.expand(-1, samples, -1, -1, -1), layer)
         return cache
 
 
@@ -83,8 +102,17 @@ def read_before(
         cache.batch_repeat_interleave(len(befores))
         return cache, mask.expand(len(befores), -1)
     if kept is not None:
-        return kept.read(llm, befores), _mask(befores)
+        return kept.read(llm, befores)
     return _read(llm, befores)
+
+
+def common_head(befores: Sequence[list[int]]) -> list[int]:
+    """Tokens with which all of them begin; none where they are so few that a pass of their own does not pay. Each of
+    `befores` goes on behind them."""
+    least, most = min(befores), max(befores)  # in the order of their tokens, so that these two differ first
+    alike = [one == other for one, other in zip(least, most, strict=False)]
+    count = min(alike.index(False) if False in alike else len(alike), min(map(len, befores)) - 1)
+    return least[:count] if count >= FEWEST else []
 
 
 def _mask(befores: Sequence[Sequence[int]]) -> Tensor:
@@ -92,15 +120,33 @@ def _mask(befores: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in befores])
 
 
-def _read(llm: FrozenLLM, befores: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
-    """The cache of these beginnings, padded on the left, and its attention mask (B, S)."""
+def _read(llm: FrozenLLM, befores: Sequence[list[int]]) -> tuple[Any, Tensor]:
+    """The cache of these beginnings, padded on the left behind what they have in common, and its mask (B, S)."""
+    head = common_head(befores) if len(befores) > 1 else []
+    if not head:
+        return _pass(llm, befores)
+    cache, _ = _pass(llm, [head])
+    cache.batch_repeat_interleave(len(befores))
+    return _pass(llm, [before[len(head) :] for before in befores], cache)
+
+
+def _pass(llm: FrozenLLM, rows: Sequence[Sequence[int]], cache: Any = None) -> tuple[Any, Tensor]:
+    """The LLM's cache after these tokens, padded on the left, and its attention mask (B, S).
+
+    Args:
+        cache: what stands before them, without padding; it is written on.
+    """
     device = llm.embedding.weight.device
-    mask = _mask(befores).to(device)
-    ids = torch.tensor([[0] * (mask.shape[1] - len(row)) + list(row) for row in befores], device=device)
+    mask = _mask(rows).to(device)
+    ids = torch.tensor([[0] * (mask.shape[1] - len(row)) + list(row) for row in rows], device=device)
+    read = cache.get_seq_length() if cache is not None else 0
+    whole = torch.cat([mask.new_ones(len(rows), read), mask], dim=1)
     with torch.no_grad():
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        read = llm.model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)
-    return read.past_key_values, mask
+        places = (whole.cumsum(1) - 1).clamp(min=0)[:, read:]
+        out = llm.model.base_model(
+            input_ids=ids, attention_mask=whole, position_ids=places, past_key_values=cache, use_cache=True
+        )
+    return out.past_key_values, whole
 
 
 def can_read_ahead(model: Any) -> bool:

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -173,12 +174,34 @@ def serve(fd: int) -> None:
                 os.close(one)
 
 
+def import_with_ray() -> None:
+    """Imports all that a worker needs, without a draw from Ray's generator of ids.
+
+    Its state would be that of every fork: two workers would give two tasks one id, and Ray takes the second's result
+    for the first's. Ray draws the id of a class of actors when it defines one, which `ray.data` and `ray.train` do.
+    """
+    from ray import actor
+
+    ids = actor.ActorClassID
+
+    class Drawn:
+        @staticmethod
+        def from_random() -> object:
+            return ids(os.urandom(ids.size()))
+
+    actor.ActorClassID = Drawn
+    try:
+        for name in _WITH_RAY:
+            importlib.import_module(name)
+    finally:
+        actor.ActorClassID = ids
+
+
 def _serve_with_ray(wishes: socket.socket, env: dict[str, str]) -> None:
     """The second level: forks workers, and tells the process that Ray has started for each when it has ended."""
     os.environ.clear()
     os.environ.update(env)
-    for name in _WITH_RAY:
-        importlib.import_module(name)
+    import_with_ray()
     wakes, wake = os.pipe()
     for end in (wakes, wake):
         os.set_blocking(end, False)
@@ -241,6 +264,7 @@ def _run(given: dict, fds: list[int]) -> None:
         os.chdir(given["cwd"])
         torch.seed()  # draws without a seed are not to be alike in all workers
         np.random.seed()
+        random.seed()
         (_be_spawned if given["fds"] else _be_worker)(given["words"])
         code = 0
     except SystemExit as end:

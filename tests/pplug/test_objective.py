@@ -162,7 +162,8 @@ def test_what_stands_before_the_rows_needs_no_gradient_and_changes_no_loss(llama
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     loss, _ = target_loss(llm, prompts, rows, counts, targets)
     behind = [n + len(p.after) + len(t) for p, n, t in zip(prompts, counts, targets, strict=True)]
-    assert kept == [None, max(behind)]  # token ids first, then rows and what follows
+    # token ids first, of what all have in common in a pass of their own, then rows and what follows
+    assert kept == [None] * len(lengths) + [max(behind)]
     want = sum(
         by_hand(llm, p, rows[i, :n], t) for i, (p, n, t) in enumerate(zip(prompts, counts, targets, strict=True))
     )
@@ -190,15 +191,20 @@ def test_a_beginning_that_is_kept_is_read_once_and_changes_no_loss(llama, share,
 
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
     beginnings, config = {tuple(prompt.before) for prompt in prompts}, model.config
+    head = builder.frame["head"]
+    assert all(list(row[: len(head)]) == head for row in beginnings)
     of_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    kept = KeptBeginnings(share * of_token * sum(map(len, beginnings)))
+    room = share * of_token * sum(len(row) - len(head) for row in beginnings)
+    kept = KeptBeginnings(room, [prompt.before for prompt in prompts])
     for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
         loss, _ = target_loss(
             llm, [prompts[i] for i in order], rows[order], [counts[i] for i in order], [targets[i] for i in order], kept
         )
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad(loss, rows)[0], wanted, rtol=1e-4, atol=1e-6)
+    assert reads.pop(0) == [head]  # once, and no pass behind it holds it
     assert len(reads) == passes and len(reads[0]) == len(beginnings)
+    assert max(len(row) for read in reads for row in read) == max(map(len, beginnings)) - len(head)
     if passes == 2:
         assert (len(reads[1]) < len(reads[0])) == (share > 0)
 
