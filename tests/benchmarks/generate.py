@@ -92,15 +92,24 @@ class Job:
         return report["output_tokens" if self.per == "output_tokens" else "written"] / self.seconds[-1]
 
 
-def setting_of(given: Given, inputs: int, tokens: int) -> tuple[dict[str, Any], Any]:
-    """The job's config but for the method, and the population."""
-    population = prepare.refreshed(given.folder, prepare.people(given))
-    llm = prepare.language_model(given.folder, "large", prepare.LARGE, population, inputs)
+def setting_of(
+    given: Given, inputs: int, tokens: int, llm: LLMConfig | None = None, people: int | None = None
+) -> tuple[dict[str, Any], Any]:
+    """The job's config but for the method, and the population.
+
+    Args:
+        llm: another than the one of random weights.
+        people: another number than `prepare.people`.
+    """
+    population = prepare.refreshed(given.folder, people or prepare.people(given))
+    # of one length on both sides: the random LLM never ends a reply, and none is limited to the task's labels
+    decoding = Decoding(max_tokens=tokens, min_tokens=tokens if llm else 0, constrain="none")
+    llm = llm or prepare.language_model(given.folder, "large", prepare.LARGE, population, inputs)
     return {
         "tables": population.tables,
         "llm": llm,
         "plug": prepare.new_plug(given.folder, population, llm),
-        "decoding": Decoding(max_tokens=tokens),
+        "decoding": decoding,
         "engine": EngineConfig(max_model_len=1024),
         "retrieval": RetrievalConfig(k=4),
     }, population
@@ -154,12 +163,13 @@ def _bare(asked: dict[str, Any]) -> float:
         made = [LoRARequest(f"adapter-{i}", i + 1, folder) for i, folder in enumerate(adapters["folders"])]
         loras = [made[i] for i in adapters["of"]]
     engine = LLM(**args)
-    tokens = Decoding.model_validate(asked["decoding"]).max_tokens
+    decoding = Decoding.model_validate(asked["decoding"])
     engine.generate([{"prompt_token_ids": list(range(300, 324))}] * 2, SamplingParams(temperature=0, max_tokens=8),
                     use_tqdm=False)  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(Path(asked["prompts"]).read_text())]
     start = time.perf_counter()
-    out = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False, lora_request=loras)
+    params = SamplingParams(temperature=0, max_tokens=decoding.max_tokens, min_tokens=decoding.min_tokens)
+    out = engine.generate(prompts, params, use_tqdm=False, lora_request=loras)
     took = time.perf_counter() - start
     return sum(len(one.outputs[0].token_ids) for one in out) / took
 
@@ -261,13 +271,17 @@ def query_share(setting: dict[str, Any], population: Any, prompts: list[list[int
     return flops(encoder.model.config, lengths) / llm_flops(sum(map(len, prompts)), written)
 
 
-def config_of(given: Given, population: Any, setting: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+def config_of(
+    given: Given, population: Any, setting: dict[str, Any], prompts: list[list[int]], llm: str = ""
+) -> dict[str, Any]:
+    """What a reader needs to judge the figures; `llm`: words for another LLM than the one of random weights."""
     import torch
 
-    sizes, engine = prepare.LARGE, setting["engine"]
+    engine = setting["engine"]
     dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else "float32"
     return {"data": population.data, "requests": len(prompts), "tokens a prompt": round(np.mean([*map(len, prompts)])),
-            "tokens a reply": setting["decoding"].max_tokens, "LLM": f"Llama of random weights, {sizes}",
+            "tokens a reply": setting["decoding"].max_tokens,
+            "LLM": llm or f"Llama of random weights, {prepare.LARGE}",
             "dtype": dtype if engine.dtype == "auto" else engine.dtype, "max_num_seqs": engine.max_num_seqs,
             "batch_rows": engine.batch_rows, "in_flight": engine.in_flight, "threads": given.threads}  # fmt: skip
 
