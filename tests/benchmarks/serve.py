@@ -90,7 +90,7 @@ def run(given: Given) -> Found:
     tokens = given.size(32, 4)
     population = prepare.ingested(given.folder, given.size(USERS, 4), given.size(REQUESTS, 2))
     llm = prepare.language_model(given.folder, "large", prepare.LARGE, population, INPUTS)
-    setting = {"tables": population.tables, "llm": llm, "decoding": Decoding(max_tokens=tokens),
+    setting = {"tables": population.tables, "llm": llm, "decoding": Decoding(max_tokens=tokens, constrain="none"),
                "engine": EngineConfig(max_model_len=512)}  # fmt: skip
     folders, asked = store(given, population, llm), prompts_of(setting, population)
     users, prompts = sorted(folders), [ids for _, ids in asked]
