@@ -263,10 +263,10 @@ class Table:
         """
         from deltalake.exceptions import DeltaError
 
-        if version is None and complete:
-            version = self._newest_complete()
         try:
             delta = self._load(version)
+            if version is None and complete and (whole := self._newest_complete(delta.version())) != delta.version():
+                delta = self._load(whole)
         except DeltaError as error:
             if version is None:
                 raise
@@ -314,8 +314,8 @@ class Table:
         metadata = log.metadata_of(self.storage, delta.version())
         return Snapshot(delta.version(), metadata, files, self.uri, self.spec)
 
-    def _newest_complete(self) -> int:
-        for entry in log.back_from(self.storage, self.version):
+    def _newest_complete(self, newest: int) -> int:
+        for entry in log.back_from(self.storage, newest):
             if entry.get("complete") == "true":
                 return int(entry["version"])
         raise InputError(

@@ -30,6 +30,14 @@ def ray_session():
         session.stop()
 
 
+@pytest.fixture
+def ray_address(ray_session) -> str:
+    """Address of that Ray, for a job that is a process of its own: it joins sooner than it would start one."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real histories in LaMP's layout; they are no part of the project."""

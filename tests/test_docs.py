@@ -119,9 +119,13 @@ def test_a_planted_fault_is_found(fault, tmp_path):
 # --- what is shown is run ---------------------------------------------------------------------------------------------
 
 
-def shell(block: str, folder: Path, timeout_s: float) -> str:
-    """Runs a block of a document as it stands there, in an empty folder; returns what it has printed."""
+def shell(block: str, folder: Path, timeout_s: float, address: str | None = None) -> str:
+    """Runs a block of a document as it stands there, in an empty folder; returns what it has printed.
+
+    Its jobs join the Ray of `address`, or have one of their own each.
+    """
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= {} if address is None else {"RAY_ADDRESS": address}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
@@ -131,10 +135,10 @@ def shell(block: str, folder: Path, timeout_s: float) -> str:
     return done.stdout
 
 
-def test_the_ten_lines_of_own_data_make_tables(tmp_path):
+def test_the_ten_lines_of_own_data_make_tables(tmp_path, ray_address):
     first, _ = OWN.blocks("bash")
     assert len(first.splitlines()) == 10
-    shell(first, tmp_path, 300)
+    shell(first, tmp_path, 300, ray_address)
     items, requests = (small.rows(str(tmp_path / "dishes-tables"), name) for name in ("histories", "requests"))
     assert sorted((row["user_id"], row["item_id"], dict(row["fields"])["taste"]) for row in items) == [
         ("ann", "1", "salty"), ("ann", "2", "sour"), ("bob", "1", "sweet"), ("bob", "2", "salty")]  # fmt: skip

@@ -15,9 +15,10 @@ from tests.pipelines.population import NOTES
 ROOT = Path(__file__).parents[1]
 
 
-def pplug(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs a job with a Ray of its own, whose workers' output comes back."""
+def pplug(*words: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a job with a Ray of its own, or that of an address, whose workers' output comes back."""
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PPLUG_DEBUG")}
+    env |= {} if address is None else {"RAY_ADDRESS": address}
     env |= {"PPLUG_WORKER_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
@@ -90,8 +91,9 @@ def test_a_failed_job_ends_with_one_line_and_with_debug_it_shows_the_traceback(d
     assert shown.stderr.splitlines()[-1].startswith("base-lm: failed: ")
 
 
-def test_an_error_in_a_worker_ends_the_job_with_one_line_too(damaged):
-    done = pplug("refresh", "--tables", str(damaged / "tables"), "--run-dir", str(damaged / "refresh"))
+def test_an_error_in_a_worker_ends_the_job_with_one_line_too(damaged, ray_address):
+    words = ("--tables", str(damaged / "tables"), "--run-dir", str(damaged / "refresh"))
+    done = pplug("refresh", *words, address=ray_address)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout and '  File "' not in done.stderr + done.stdout
     assert re.match(r"refresh: failed: \S+\.parquet: not a readable Parquet file", done.stderr.splitlines()[-1])

@@ -7,17 +7,16 @@ from pipelines import tables
 ITEMS = "user_id,item_id,timestamp,dish,taste\nann,1,2026-01-05,soup,salty\nann,2,2026-01-12,cake,sweet\n"
 
 
-def test_a_submitted_command_runs_from_the_working_tree_and_shows_its_output(ray_head):
-    done = ray_head.submit("python", "-m", "pipelines", "--help", timeout_s=120)
-    assert done.returncode == 0, done.stdout
-    assert "usage: python -m pipelines <job>" in done.stdout and "succeeded" in done.stdout
-
-
-def test_a_submitted_job_that_fails_is_reported_as_failed_with_its_message(ray_head, tmp_path):
-    done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", str(tmp_path / "nowhere"),
-                           "--run-dir", str(tmp_path / "run"))  # fmt: skip
-    assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
+def test_a_submitted_command_runs_from_the_working_tree_and_its_failure_is_reported(ray_head, tmp_path):
+    """Three commands of one submission: the help, results below Ray's copy of the folder, and tables that lack."""
+    python = "python -m pipelines"
+    lacks = f"{python} refresh --tables {tmp_path}/nowhere --run-dir {tmp_path}/run"
+    script = f"{python} --help; {python} refresh --tables tables; echo ended with $?; {lacks}"
+    done = ray_head.submit("bash", "-c", f"'{script}'")
+    assert "usage: python -m pipelines <job>" in done.stdout
+    assert "tables=tables: counts from the current folder" in done.stdout and "ended with 2" in done.stdout
     assert "no table histories in" in done.stdout and "run `ingest`" in done.stdout
+    assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -51,9 +50,3 @@ def test_a_submission_gives_its_id_to_the_run_and_does_its_work_once(ray_head, t
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["run_id"], report["written"], report["already_there"]) == ("night-1", 0, 2)
     assert histories.version == version
-
-
-def test_results_below_rays_copy_of_the_folder_are_refused(ray_head):
-    done = ray_head.submit("python", "-m", "pipelines", "refresh", "--tables", "tables")
-    assert done.returncode == 1 and "exit code 2" in done.stdout, done.stdout
-    assert "tables=tables: counts from the current folder" in done.stdout

@@ -98,14 +98,6 @@ def assert_as_undisturbed(place, undisturbed):
 
 
 @pytest.fixture(scope="module")
-def address(ray_session):
-    """Address of the tests' own Ray, for the jobs that are killed: starting another takes longer than their work."""
-    import ray
-
-    return ray.get_runtime_context().gcs_address
-
-
-@pytest.fixture(scope="module")
 def undisturbed(population, tmp_path_factory):
     own = night(population, tmp_path_factory.mktemp("undisturbed"))
     assert population.run(refresh, "undisturbed", **own.values) == 0
@@ -113,7 +105,7 @@ def undisturbed(population, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population, undisturbed, tmp_path, address):
+def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population, undisturbed, tmp_path, ray_address):
     own = night(population, tmp_path)
     words = population.words(refresh, "night", **own.values)
     name = small.names(own.place, "embeddings")
@@ -123,12 +115,12 @@ def test_a_driver_killed_twice_leaves_the_table_of_an_undisturbed_run(population
     assert old[name] < new[name]
 
     with Reader(own.place, [name, "personas"]) as reader:
-        with Job(words, tmp_path / "log-1", address) as job:  # in the middle of the embeddings
+        with Job(words, tmp_path / "log-1", ray_address) as job:  # in the middle of the embeddings
             job.wait_until(lambda: small.commits(own.place, name) >= at_first + 2, "two groups committed")
             job.kill_driver()
         half = tables.open_table(own.place, name).snapshot()
         assert old[name] < half.rows < new[name] and half.metadata["complete"] == "false"
-        with Job(words, tmp_path / "log-2", address) as job:  # between the last embeddings and the personas
+        with Job(words, tmp_path / "log-2", ray_address) as job:  # between the last embeddings and the personas
             job.wait_until(lambda: small.commits(own.place, name) > at_first + 2 and
                            tables.open_table(own.place, name).snapshot().metadata["complete"] == "true",
                            "embeddings complete")  # fmt: skip
@@ -211,12 +203,12 @@ def seen_only_complete(reader, population, undisturbed):
     "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed > 0 else []) for seed in range(20)]
 )
 def test_a_worker_and_then_the_driver_killed_at_any_moment_cost_nothing(
-    population, undisturbed, tmp_path, address, seed
+    population, undisturbed, tmp_path, ray_address, seed
 ):
     own, run_id, name = night(population, tmp_path), f"random-{seed}", small.names(undisturbed, "embeddings")
     before = commits(own.place, name)
     with Reader(own.place, [name, "personas"]) as reader:
-        with Job(population.words(refresh, run_id, **own.values), tmp_path / "log", address) as job:
+        with Job(population.words(refresh, run_id, **own.values), tmp_path / "log", ray_address) as job:
             disturb(job, random.Random(seed), lambda: commits(own.place, name) - before,
                     commits(undisturbed, name) - before)  # fmt: skip
         assert population.run(refresh, run_id, **own.values) == 0

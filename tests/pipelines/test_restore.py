@@ -98,30 +98,30 @@ def test_a_table_goes_back_to_a_version_as_a_new_one(nights, capsys):
     assert nights.rows("histories") == [(user, "a") for user in sorted(USERS)]
 
 
-def test_all_tables_go_back_to_before_a_run(nights):
-    nights.put("histories", "later", USERS[2:4], "c")
-    assert nights.restore(before="bad") == 0
-    assert nights.rows("histories") == GOOD and nights.rows("requests") == [(user, "q") for user in sorted(USERS)]
-    assert nights.report["restored"]["histories"]["undone"] == ["later", "bad"]
-    assert nights.restore(before="bad") == 0 and nights.report["already_there"] == 2
+def test_all_tables_go_back_to_before_a_run(on_disk):
+    on_disk.put("histories", "later", USERS[2:4], "c")
+    assert on_disk.restore(before="bad") == 0
+    assert on_disk.rows("histories") == GOOD and on_disk.rows("requests") == [(user, "q") for user in sorted(USERS)]
+    assert on_disk.report["restored"]["histories"]["undone"] == ["later", "bad"]
+    assert on_disk.restore(before="bad") == 0 and on_disk.report["already_there"] == 2
     for names, wrong in ((None, "has written to none of"), (("histories",), "has written nothing to table histories")):
         with pytest.raises(InputError, match=f"run nobody {wrong}"):
-            nights.restore(before="nobody", names=names)
+            on_disk.restore(before="nobody", names=names)
     with pytest.raises(InputError, match="no complete version from before run first"):
-        nights.restore(before="first")
+        on_disk.restore(before="first")
 
 
-def test_a_run_that_was_taken_back_needs_another_run_id(nights):
+def test_a_run_that_was_taken_back_needs_another_run_id(on_disk):
     """Its commits stand in the log: it would take its own rows for written."""
-    assert nights.restore(before="bad") == 0
+    assert on_disk.restore(before="bad") == 0
     with pytest.raises(InputError, match="run bad had committed .* run back has restored an older version .* another"):
-        nights.put("requests", "bad", USERS[:2], "mended")
-    nights.put("requests", "good", USERS[:2], "mended")
-    assert len(nights.rows("requests")) == 14
-    assert nights.put("requests", "good", USERS[:2], "mended").already
-    assert nights.put("requests", "first", USERS, "q").already  # from before the version that came back
-    assert nights.restore("forth", names=("requests",), version=2) == 0
-    assert nights.put("requests", "bad", USERS[:2], "oops").already  # its rows are back
+        on_disk.put("requests", "bad", USERS[:2], "mended")
+    on_disk.put("requests", "good", USERS[:2], "mended")
+    assert len(on_disk.rows("requests")) == 14
+    assert on_disk.put("requests", "good", USERS[:2], "mended").already
+    assert on_disk.put("requests", "first", USERS, "q").already  # from before the version that came back
+    assert on_disk.restore("forth", names=("requests",), version=2) == 0
+    assert on_disk.put("requests", "bad", USERS[:2], "oops").already  # its rows are back
 
 
 def test_half_a_run_is_no_state_to_go_back_to_but_one_to_go_back_from(nights):
