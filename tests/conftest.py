@@ -15,6 +15,8 @@ os.environ.setdefault("PPLUG_WORKER_LOGS", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Two test processes share the cores: a thread that spins for its next piece of work takes the other's time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Else the end of a training and each of its checkpoints wait up to two seconds for Ray Train to look at its workers.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 # Ray would write one into the home folder at its first start; two first starts at once would each write their own.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -12,7 +12,7 @@ def test_a_submitted_command_runs_from_the_working_tree_and_its_failure_is_repor
     python = "python -m pipelines"
     lacks = f"{python} refresh --tables {tmp_path}/nowhere --run-dir {tmp_path}/run"
     script = f"{python} --help; {python} refresh --tables tables; echo ended with $?; {lacks}"
-    done = ray_head.submit("bash", "-c", f"'{script}'")
+    done = ray_head.submit("bash", "-c", script)
     assert "usage: python -m pipelines <job>" in done.stdout
     assert "tables=tables: counts from the current folder" in done.stdout and "ended with 2" in done.stdout
     assert "no table histories in" in done.stdout and "run `ingest`" in done.stdout

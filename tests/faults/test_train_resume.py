@@ -45,15 +45,7 @@ def weights(population, run_id):
 
 
 @pytest.fixture(scope="module")
-def quick_reports():
-    """Else every checkpoint waits up to two seconds for Ray Train to look at its workers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def killed(population, quick_reports, tmp_path_factory):
+def killed(population, tmp_path_factory):
     """Config of a run that was killed, with its whole process group, between two checkpoints."""
     values = population.common | {"llm": population.llm, "fit": FIT, "checkpoint_steps": EVERY, "threads": 1}
     assert population.run(train, "undisturbed", **values) == 0

@@ -35,14 +35,6 @@ FIT = FitConfig(epochs=1, batch_size=16, precision="float32", val_fraction=0.3)
 LORA = LoraConfig(learning_rate=1e-2, batch_size=8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_reports():
-    """Else every checkpoint waits up to two seconds for Ray Train to look at its workers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, ray_session):
     """Users with one request each, refreshed."""

@@ -250,8 +250,7 @@ def test_a_file_of_vectors_finds_its_items_in_the_source_and_in_the_tables(popul
 
 
 @pytest.mark.slow
-def test_a_plug_is_trained_on_them_and_weighs_all_items_alike(tmp_path, ray_session, monkeypatch):
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+def test_a_plug_is_trained_on_them_and_weighs_all_items_alike(tmp_path, ray_session):
     world = small.make(tmp_path, train_users=8, test_users=2, train_requests=1, test_requests=1)
     generator, given = np.random.default_rng(1), []
     lines = [json.loads(line) for line in world.files["train/histories"].read_text().splitlines()]
