@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 180
+START_TIMEOUT_S = 400
 
 
 @dataclass(frozen=True)
@@ -74,38 +74,40 @@ def ray_head() -> Iterator[RayHead]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    jobs_port, client_port = _free_ports(2)
-    log = (folder / "head.log").open("w+")
-    process = subprocess.Popen(
-        [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--port=0", "--disable-usage-stats"]
-        + [f"--dashboard-port={jobs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
-        + ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-        + ["--object-store-memory=500000000"],
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
     try:
-        head = RayHead(f"http://127.0.0.1:{jobs_port}", env, folder / "prom_metrics_service_discovery.json")
-        _wait_until_up(head, process, folder / "head.log")
-        yield head
+        head, process = _started(folder, env)
+        try:
+            yield head
+        finally:
+            _end(process)
     finally:
-        _end(process)
-        log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
+def _started(folder: Path, env: dict[str, str]) -> tuple[RayHead, subprocess.Popen[bytes]]:
+    """A head that answers. On a busy machine `ray start` gives up after a minute; then another is started."""
+    until, path = time.monotonic() + START_TIMEOUT_S, folder / "head.log"
     while time.monotonic() < until:
-        if process.poll() is not None:
-            break
-        # the job server answers before the node's agent is up, and where that takes too long `ray start` ends it all
-        if "will now block" in log.read_text() and head.ray("job", "list").returncode == 0:
-            return
-        time.sleep(0.5)
-    raise RuntimeError(f"the Ray head did not come up in {START_TIMEOUT_S} s:\n{log.read_text()[-3000:]}")
+        jobs_port, client_port = _free_ports(2)
+        with path.open("w") as log:
+            process = subprocess.Popen(
+                [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--port=0", "--disable-usage-stats"]
+                + [f"--dashboard-port={jobs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
+                + ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
+                + ["--object-store-memory=500000000"],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        head = RayHead(f"http://127.0.0.1:{jobs_port}", env, folder / "prom_metrics_service_discovery.json")
+        while process.poll() is None and time.monotonic() < until:
+            # the job server answers before the node's agent is up, and where that takes too long `ray start` ends it
+            if "will now block" in path.read_text() and head.ray("job", "list").returncode == 0:
+                return head, process
+            time.sleep(0.5)
+        _end(process)
+    raise RuntimeError(f"the Ray head did not come up in {START_TIMEOUT_S} s:\n{path.read_text()[-3000:]}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
