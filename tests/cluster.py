@@ -6,6 +6,7 @@ A mount namespace gives a node its own disk, which takes root. The head has the 
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -47,22 +48,33 @@ class Nodes:
 
     def add(self, cpus: int) -> psutil.Process:
         """Starts a node and waits until it has joined."""
-        start = [sys.executable, "-c", START, "start", f"--address={self.address}", "--block"]
+        until = time.monotonic() + START_TIMEOUT_S
+        node, name = self._start(cpus)
+        while name not in self._names():
+            assert time.monotonic() < until, f"the node did not come up; its exit code: {node.poll()}"
+            if node.poll() is not None:  # Ray itself waits half a minute, which is short beside other work
+                self._nodes.remove(node)
+                node, name = self._start(cpus)
+            time.sleep(0.2)
+        return node
+
+    def _start(self, cpus: int) -> tuple[psutil.Process, str]:
+        name = uuid.uuid4().hex
+        start = [sys.executable, "-c", START, "start", f"--address={self.address}", "--block", f"--node-name={name}"]
         start += [f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE}"]
         if self.hidden:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
             start = ["unshare", "-m", "sh", "-c", script, self.hidden, *start]
-        wanted, until = self.alive() + 1, time.monotonic() + START_TIMEOUT_S
         node = psutil.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL)
         self._nodes.append(node)
-        while self.alive() < wanted:
-            assert node.poll() is None and time.monotonic() < until, "the node did not come up"
-            time.sleep(0.2)
-        return node
+        return node, name
+
+    def _names(self) -> list[str]:
+        return [node["NodeName"] for node in self._cluster.global_state.node_table() if node["Alive"]]
 
     def alive(self) -> int:
         """Number of nodes that the head takes for alive, itself included."""
-        return sum(node["Alive"] for node in self._cluster.global_state.node_table())
+        return len(self._names())
 
     def at_work(self, stage: str) -> list[psutil.Process]:
         """Nodes on which an actor of this stage works on a batch now."""
@@ -71,7 +83,7 @@ class Nodes:
 
     def lose(self, node: psutil.Process) -> None:
         """SIGKILL of all that runs on a node, as where its machine is gone."""
-        below = node.children(recursive=True)
+        below = node.children(recursive=True) if node.poll() is None else []
         for process in (node, *below):
             try:
                 process.kill()

@@ -28,6 +28,7 @@ from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
 from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import BuildPrompts
+from pplug.identity import model_folder
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug
 from pplug.retrieval import RetrievalConfig
@@ -154,7 +155,7 @@ def _bare(asked: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
 
     config, llm = EngineConfig.model_validate(asked["engine"]), LLMConfig.model_validate(asked["llm"])
-    args = engine_args(llm.model, config, asked["threads"])
+    args = engine_args(model_folder(llm.model, llm.revision), config, asked["threads"])
     loras, adapters = None, asked["adapters"]
     if adapters:
         from vllm.lora.request import LoRARequest
