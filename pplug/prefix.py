@@ -3,8 +3,8 @@
 Nothing that is trained stands before the first row, and later positions change nothing of what earlier ones compute.
 Keys and values of these tokens are therefore made without a graph, once for the whole batch where all prompts begin
 alike (a chat template's head), and the rest of each prompt goes on from them. Beginnings that differ are whole prompts
-(`layout.rows=after` or `last`): what they have in common, which is the template's head and the task's own words, is read
-once as well, and `KeptBeginnings` keeps what was computed for the next epoch.
+(`layout.rows=after` or `last`): what they have in common, which is the template's head and the task's own words, is
+read once as well, and `KeptBeginnings` keeps what was computed for the next epoch.
 Shapes: B samples, S tokens of the longest beginning, N layers of the LLM, K heads of keys, F width of a head.
 """
 
