@@ -155,7 +155,7 @@ def _bare(asked: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
 
     config, llm = EngineConfig.model_validate(asked["engine"]), LLMConfig.model_validate(asked["llm"])
-    args = engine_args(model_folder(llm.model, llm.revision), config, asked["threads"])
+    args = engine_args(str(model_folder(llm.model, llm.revision)), config, asked["threads"])
     loras, adapters = None, asked["adapters"]
     if adapters:
         from vllm.lora.request import LoRARequest
