@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra import session
 from infra.shards import keys_by_bucket
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig
@@ -29,7 +30,7 @@ from pipelines.generate import replies as reply
 from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import BuildPrompts
 from pplug.identity import model_folder
-from pplug.llm import LLMConfig
+from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import PersonaPlug
 from pplug.retrieval import RetrievalConfig
 from tests.benchmarks import prepare
@@ -78,14 +79,12 @@ class Job:
         self.seconds: list[float] = []
 
     def __call__(self) -> float:
-        from pipelines.generate import job as generate
-
         clock = Path(os.environ[CLOCK])
         clock.write_text("")
         run_id = f"bench-{time.time_ns()}"
         run_dir = self.given.folder / "generate-run"
-        config = generate.Config(methods=(self.method,), run_id=run_id, run_dir=str(run_dir), **self.setting)
-        assert generate.run(config) == 0
+        config = generate_job.Config(methods=(self.method,), run_id=run_id, run_dir=str(run_dir), **self.setting)
+        assert generate_job.run(config) == 0
         times = [line.split() for line in clock.read_text().splitlines()]
         ready = next(float(at) for what, at in times if what == "ready")
         self.seconds.append(max(float(at) for what, at in times if what == "answered") - ready)
@@ -181,8 +180,6 @@ class Transformers:
     def __init__(self, setting: dict[str, Any], prompts: list[list[int]], threads: int) -> None:
         import torch
 
-        from pplug.llm import FrozenLLM
-
         torch.set_num_threads(threads)
         kind = EngineConfig().dtype if setting["engine"].dtype == "auto" else setting["engine"].dtype
         amx = torch.cpu._is_amx_tile_supported() or torch.cuda.is_available()
@@ -212,8 +209,6 @@ class Transformers:
 
 def begin(given: Given) -> None:
     """Ray, with the timed stages in the places of the job's."""
-    from infra import session
-
     os.environ[CLOCK] = str(given.folder / "clock")
     # by name at the driver's start, so that Ray's workers find the one home of these classes
     generate_job.BuildPrompts, generate_job.Reply = GatedPrompts, TimedReply  # type: ignore[misc]
@@ -221,8 +216,6 @@ def begin(given: Given) -> None:
 
 
 def run(given: Given) -> Found:
-    from infra import session
-
     begin(given)
     tokens = given.size(64, 8)
     setting, population = setting_of(given, INPUTS, tokens)
@@ -275,7 +268,7 @@ def query_share(setting: dict[str, Any], population: Any, prompts: list[list[int
 def config_of(
     given: Given, population: Any, setting: dict[str, Any], prompts: list[list[int]], llm: str = ""
 ) -> dict[str, Any]:
-    """What a reader needs to judge the figures; `llm`: words for another LLM than the one of random weights."""
+    """Facts by which a reader judges the figures; `llm`: words for another LLM than the one of random weights."""
     import torch
 
     engine = setting["engine"]

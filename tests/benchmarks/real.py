@@ -8,6 +8,7 @@ replies have the same number of tokens, and every run starts its engine anew.
 import importlib.util
 import json
 
+from infra import session
 from pplug.llm import LLMConfig
 from pplug.splice import PromptLayout
 from tests.benchmarks.generate import RETRIEVAL_INPUTS, Job, bare, begin, config_of, prompts_of, setting_of
@@ -20,8 +21,6 @@ TOKENS = 16
 
 
 def run(given: Given) -> Found:
-    from infra import session
-
     if importlib.util.find_spec(PACKAGE) is None:
         return Found([], {"not measured": f"the package {PACKAGE} is not installed (`make real` installs it)"})
     begin(given)
