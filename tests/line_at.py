@@ -4,6 +4,7 @@
 
 WORLD is a folder with `world` (pplug.world.write), `encoder` and `llm`. A place at an address gets encoder and
 LLM by `publish`, and all else that workers read or write lies there too: sources, tables, plug, run folders.
+`commands` has the line as command lines, for tests that submit them.
 """
 
 import os
@@ -19,35 +20,46 @@ FILES = {"histories": "train/histories.jsonl", "requests": "train/requests.jsonl
 
 def line(world: str, buckets: str, place: str) -> int:
     """Runs the jobs; returns the first exit code that is not 0."""
+    return next((code for words in commands(world, buckets, place).values() if (code := main(words))), 0)
+
+
+def commands(world: str, buckets: str, place: str, *asked: str, adapt: bool = False) -> dict[str, list[str]]:
+    """The words behind `python -m pipelines` by run id, in order; the files that an address needs are put there.
+
+    Args:
+        asked: `--set` values of generate that differ from methods none and plug on transformers.
+        adapt: with users' adapters.
+    """
     files = {name: os.path.join(world, "world", file) for name, file in FILES.items()}
     models = {name: f"{world}/{name}" for name in ("encoder", "llm")}
+    found: dict[str, list[str]] = {}
     if "://" in place:
         for name, folder in models.items():
-            models[name] = f"{place}/models/{name}"
-            if code := main(["publish", folder, "--to", models[name], "--run-dir", f"{place}/runs/publish-{name}"]):
-                return code
+            models[name], run_id = f"{place}/models/{name}", f"publish-{name}"
+            found[run_id] = ["publish", folder, "--to", models[name], "--run-dir", f"{place}/runs/{run_id}"]
         for name in ("histories", "requests"):
             Storage(place).write_bytes(FILES[name], Path(files[name]).read_bytes())
             files[name] = f"{place}/{FILES[name]}"
     encoder = [f"encoder.model={models['encoder']}", "encoder.dtype=float32", "encoder.max_tokens=64"]
     llm, plug = [f"llm.model={models['llm']}"], f"plug={place}/plug"
     fit = ["fit.epochs=1", "fit.batch_size=16", "fit.precision=float32", "fit.val_fraction=0.3"]
-    asked = ["methods=none,plug", "decoding.max_tokens=4", "engine.kind=transformers"]
+    replies = ["methods=none,plug", "decoding.max_tokens=4", "engine.kind=transformers", *asked]
     source = [f"source={files['histories']}", f"requests_source={files['requests']}", f"task={files['task']}"]
     jobs = {
         "ingest": [*source, f"buckets={buckets}"],
         "refresh": encoder,
         "train": [*encoder, *llm, *fit, plug],
         "refresh-plug": [*encoder, plug],
-        "generate": [*llm, plug, *asked],
+        "adapt": llm,
+        "generate": [*llm, plug, *replies],
         "evaluate": ["run=generate"],
     }
     for run_id, values in jobs.items():
-        common = [f"tables={place}/tables", f"run_id={run_id}", f"run_dir={place}/runs/{run_id}"]
-        job = run_id.partition("-")[0]
-        if code := main([job, *(word for value in [*values, *common] for word in ("--set", value))]):
-            return code
-    return 0
+        if run_id != "adapt" or adapt:
+            common = [f"tables={place}/tables", f"run_id={run_id}", f"run_dir={place}/runs/{run_id}"]
+            job = run_id.partition("-")[0]
+            found[run_id] = [job, *(word for value in [*values, *common] for word in ("--set", value))]
+    return found
 
 
 if __name__ == "__main__":
