@@ -32,7 +32,7 @@ WITH_ADAPTER = ("none", "plug", "adapter", "adapter:other-user")
 
 def run(config: Config) -> int:
     """Runs the line; returns the exit code of the first job that fails, else 0."""
-    start = time.monotonic()
+    start, config = time.monotonic(), config.sized()
     root = _fresh(local_root(config.run_dir))
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)

@@ -25,3 +25,16 @@ def test_the_commands_it_runs_are_ones_that_the_command_line_takes(tmp_path):
     for job, *words in commands:
         config = JOBS[job].config
         options.check(config, options.read(words, config))
+
+
+def test_a_quick_demo_has_fewer_people_wherever_no_number_was_given():
+    full, quick, given = (
+        demo.Config(**values).sized() for values in ({}, {"quick": True}, {"quick": True, "test_users": 399})
+    )
+    assert (quick.train_users, quick.test_users, quick.adapter_users) < (
+        full.train_users,
+        full.test_users,
+        full.adapter_users,
+    )
+    assert given.test_users == 399 and given.train_users == quick.train_users and quick.seed == full.seed
+    assert full == demo.Config()
