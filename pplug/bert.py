@@ -7,8 +7,10 @@ next to nothing, and the model's own forward is used.
 Shapes: B texts, L tokens of the longest, D width.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +27,26 @@ FAMILIES = ("bert", "roberta", "xlm-roberta")
 def native_bf16() -> bool:
     """True if this processor multiplies bfloat16 by itself."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@lru_cache(maxsize=1)
+def bf16_is_quicker() -> bool:
+    """True if this processor multiplies bfloat16 quicker than float32: with AMX always, with AVX512-BF16 as measured.
+
+    Of two cores with AVX512-BF16 and without AMX, AMD's were 2.1 times as quick in bfloat16 as in float32, Intel's .55
+    times (products of 1024 rows, torch 2.13). The difference is so great that a moment tells it on a busy machine too.
+    """
+    if not native_bf16() or torch.cpu._is_amx_tile_supported():
+        return native_bf16()
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    sides = {dtype: (torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)) for dtype in seconds}
+    with torch.inference_mode():
+        for _ in range(8):  # in turn, and the best of each: the first one prepares, and others may work beside it
+            for dtype, (left, right) in sides.items():
+                start = time.perf_counter()
+                torch.nn.functional.linear(left, right)
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def forward_of(model: nn.Module, dtype: torch.dtype) -> Forward:

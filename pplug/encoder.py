@@ -88,15 +88,15 @@ class EncoderConfig(Settings):
 
 
 def best_dtype(wanted: str, device: "torch.device") -> "Any":
-    """torch dtype for matrix work on a device: bfloat16 on a GPU or a processor with native bf16 products, else
+    """torch dtype for matrix work on a device: bfloat16 on a GPU or a processor whose products are quicker in it, else
     float32."""
     import torch
 
     if wanted != "auto":
         return getattr(torch, wanted)
-    from pplug.bert import native_bf16
+    from pplug.bert import bf16_is_quicker
 
-    return torch.bfloat16 if device.type == "cuda" or native_bf16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or bf16_is_quicker() else torch.float32
 
 
 def encoder_dtype(wanted: str, device: "torch.device", family: str = "") -> "Any":

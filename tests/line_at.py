@@ -27,7 +27,7 @@ def commands(world: str, buckets: str, place: str, *asked: str, adapt: bool = Fa
     """The words behind `python -m pipelines` by run id, in order; the files that an address needs are put there.
 
     Args:
-        asked: `--set` values of generate that differ from methods none and plug on transformers.
+        asked: `--set` values of generate; methods none and plug on transformers without any.
         adapt: with users' adapters.
     """
     files = {name: os.path.join(world, "world", file) for name, file in FILES.items()}
@@ -43,7 +43,7 @@ def commands(world: str, buckets: str, place: str, *asked: str, adapt: bool = Fa
     encoder = [f"encoder.model={models['encoder']}", "encoder.dtype=float32", "encoder.max_tokens=64"]
     llm, plug = [f"llm.model={models['llm']}"], f"plug={place}/plug"
     fit = ["fit.epochs=1", "fit.batch_size=16", "fit.precision=float32", "fit.val_fraction=0.3"]
-    replies = ["methods=none,plug", "decoding.max_tokens=4", "engine.kind=transformers", *asked]
+    replies = ["decoding.max_tokens=4", *(asked or ("methods=none,plug", "engine.kind=transformers"))]
     source = [f"source={files['histories']}", f"requests_source={files['requests']}", f"task={files['task']}"]
     jobs = {
         "ingest": [*source, f"buckets={buckets}"],

@@ -29,6 +29,7 @@ from pipelines.generate import job as generate_job
 from pipelines.generate import replies as reply
 from pipelines.generate.pending import PendingReplies
 from pipelines.generate.prompts import BuildPrompts
+from pplug.bert import bf16_is_quicker
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.plug import PersonaPlug
@@ -182,8 +183,8 @@ class Transformers:
 
         torch.set_num_threads(threads)
         kind = EngineConfig().dtype if setting["engine"].dtype == "auto" else setting["engine"].dtype
-        amx = torch.cpu._is_amx_tile_supported() or torch.cuda.is_available()
-        dtype = ("bfloat16" if amx else "float32") if kind == "auto" else kind
+        quick = bf16_is_quicker() or torch.cuda.is_available()
+        dtype = ("bfloat16" if quick else "float32") if kind == "auto" else kind
         self.llm = FrozenLLM.load(setting["llm"].model_copy(update={"dtype": dtype}))
         self.prompts, self.tokens = prompts, setting["decoding"].max_tokens
 
@@ -272,7 +273,7 @@ def config_of(
     import torch
 
     engine = setting["engine"]
-    dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else "float32"
+    dtype = "bfloat16" if bf16_is_quicker() or torch.cuda.is_available() else "float32"
     return {"data": population.data, "requests": len(prompts), "tokens a prompt": round(np.mean([*map(len, prompts)])),
             "tokens a reply": setting["decoding"].max_tokens,
             "LLM": llm or f"Llama of random weights, {prepare.LARGE}",

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.run import CpuShare
+from pplug.bert import bf16_is_quicker
 from tests.benchmarks import prepare
 from tests.benchmarks.measure import Given, matmul_rate, seconds
 from tests.prompt_stage import prompt_stage
@@ -169,7 +170,7 @@ def generate(given: Given) -> list[dict[str, Any]]:
     out: list[pa.Table] = []
     spent = timer(lambda: out.append(reply_to(built(buckets))))
     prompt_tokens, output_tokens = (sum(out[0][name].to_pylist()) for name in ("prompt_tokens", "output_tokens"))
-    dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else torch.float32
+    dtype = torch.bfloat16 if bf16_is_quicker() or torch.cuda.is_available() else torch.float32
     floor = row.llm_flops(prompt_tokens, output_tokens) / matmul_rate(dtype)
     answer.engine.shutdown()
     return [shares("generate with plug by part", spent, floor)]

@@ -22,6 +22,7 @@ from pipelines.engines.adapters import Adapters
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.engines.vllm_args import lora_args
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes, write_folder
+from pplug.bert import bf16_is_quicker
 from pplug.llm import LLMConfig, llm_id
 from tests.benchmarks import prepare
 from tests.benchmarks.generate import INPUTS, Job, bare, begin
@@ -127,7 +128,7 @@ def run(given: Given) -> Found:
              note="the engine's own kernels: on a CPU it has no quick ones for adapters"),
         Line(f"{what}, start and end too", "an engine a user", "seconds a user", whole[-1:], alone, most=1 / 5),
     ]  # fmt: skip
-    dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cuda.is_available() else "float32"
+    dtype = "bfloat16" if bf16_is_quicker() or torch.cuda.is_available() else "float32"
     config = {"data": population.data, "requests": len(prompts), "tokens a reply": tokens, "rank": shape.rank,
               "tokens a prompt": round(sum(map(len, prompts)) / len(prompts)), "targets": "+".join(shape.targets),
               "LLM": f"Llama of random weights, {prepare.LARGE}", "dtype": dtype, "threads": given.threads,
