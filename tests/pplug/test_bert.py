@@ -1,7 +1,10 @@
 """The fused forward pass against transformers' modules, one text at a time."""
 
+import time
+
 import pytest
 import torch
+from torch.utils.benchmark import Timer
 from transformers import (
     BertConfig,
     BertModel,
@@ -13,7 +16,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from pplug.bert import FusedBert, forward_of, native_bf16
+from pplug.bert import FusedBert, bf16_is_quicker, forward_of, native_bf16
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 64, "max_position_embeddings": 40, "initializer_range": 0.5}  # fmt: skip
@@ -88,3 +91,19 @@ def test_a_model_of_another_make_runs_as_it_is():
         for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 0.1)):
             got = forward_of(distil, dtype)(tokens, mask)
             torch.testing.assert_close(got.float(), distil(tokens, mask).last_hidden_state, atol=atol, rtol=0)
+
+
+def test_bfloat16_is_taken_where_its_products_are_quicker():
+    if not native_bf16() or torch.cpu._is_amx_tile_supported():
+        assert bf16_is_quicker() == native_bf16()
+        return
+    timed = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = torch.nn.Sequential(*[torch.nn.Linear(768, 768, dtype=dtype) for _ in range(4)])
+        timer = Timer(
+            "model(x)", timer=time.thread_time, globals={"model": model, "x": torch.ones(256, 768, dtype=dtype)}
+        )
+        timed[dtype] = timer.timeit(30).mean  # on one thread, as Timer does
+    ratio = timed[torch.float32] / timed[torch.bfloat16]
+    if not 0.8 < ratio < 1.25:  # else either choice is as good
+        assert bf16_is_quicker() == (ratio > 1)
