@@ -181,7 +181,7 @@ class BaseLMConfig(JobConfig):
 
 
 QUICK = {"train_users": 200, "test_users": 100, "adapter_users": 20, "corpus_users": 1500, "lm_steps": 1200}
-"""What `quick` sets. With a shorter training still, the tiny LM does not learn to use a stated preference."""
+"""Numbers that `quick` puts in the place of those that were not given."""
 
 
 class DemoConfig(Settings):
