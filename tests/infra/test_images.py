@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def context(tmp_path: Path) -> Path:
-    """What `git archive HEAD` hands to the build; where the tree is no clone, the tree."""
+    """The files that `git archive HEAD` hands to the build, unpacked; a tree that is no clone has none."""
     archive = tmp_path / "context.tar"
     made = subprocess.run(["git", "archive", "-o", archive, "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if made.returncode:

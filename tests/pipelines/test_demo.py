@@ -1,4 +1,4 @@
-"""What the demo says of its own outcome; its jobs are tested one by one, and `make demo` runs them all."""
+"""The demo's verdict on its own outcome, and its sizes; its jobs are tested one by one, and `make demo` runs them all."""
 
 from pipelines import options
 from pipelines.__main__ import JOBS
