@@ -1,4 +1,4 @@
-"""The demo's verdict on its own outcome, and its sizes; its jobs are tested one by one, and `make demo` runs them all."""
+"""The verdict of the demo on its own outcome, and its sizes; `make demo` runs its jobs, tested one by one elsewhere."""
 
 from pipelines import options
 from pipelines.__main__ import JOBS
