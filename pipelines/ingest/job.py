@@ -29,6 +29,7 @@ from pipelines.ingest.look import look, options_of, settled, sources_of
 from pipelines.ingest.merge import LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
+from pipelines.ingest.parts import BLOCK_BYTES, KEY, bucket_keys, keyed, spread
 from pipelines.ingest.source_rows import nothing_in
 from pipelines.ingest.sources.base import FORMATS, UNREADABLE, Options, Piece, size_of
 from pipelines.ingest.sources.discover import addresses
@@ -46,12 +47,6 @@ _NEW_KEYS = (
     "limit", "vectors_id",
 )  # fmt: skip
 """Keys that decide the rows. The record of a run that began before there was such a key has none of the new ones."""
-_BLOCK_BYTES, _PARTITION_BYTES = 32 * 2**20, 128 * 2**20
-"""Size of the blocks of rows between parsing and sorting by bucket, and of the source's part that is merged in one
-task, as long as there are no more parts than `_PARTITIONS`."""
-_PARTITIONS = (64, 512)
-"""Least and greatest number of parts. Each block leaves an object per part, and Ray's driver keeps track of all: beyond
-the greatest number, blocks and parts grow with the source, so that there are never more than 512 * 512 objects."""
 LISTED_FILES = 100
 """Number of files that the record of a run lists by name; it holds the digest of all."""
 
@@ -218,13 +213,6 @@ def _buckets(pieces: "tuple[Piece, ...]") -> int:
     return min(4096, max(16, 1 << (size_of(pieces) // (128 * 2**20)).bit_length()))
 
 
-def _spread(size: int, buckets: int) -> tuple[int, int]:
-    """Returns the number of parts that rows of `size` bytes are sorted into, and the size of the blocks sorted."""
-    least, most = _PARTITIONS
-    parts = min(most, max(least, -(-size // _PARTITION_BYTES)))
-    return min(buckets, parts), max(_BLOCK_BYTES, size // most)
-
-
 def _addresses(config: IngestConfig) -> list[str]:
     return [*addresses(config.source), *addresses(config.requests_source), *addresses(config.vectors)]
 
@@ -263,10 +251,13 @@ def _files(
     if derived_anew:  # these buckets are merged too where the source has no row of theirs
         rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
     # Ray's own sizes, 128 MiB and 1 GiB, leave one task at work on files of ordinary size.
-    rows.context.target_max_block_size = _BLOCK_BYTES
-    parts, rows.context.shuffle_input_batch_bytes = _spread(size_of(plan.pieces), buckets)
-    shuffled = rows.groupby("bucket", num_partitions=parts)
-    done = shuffled.map_groups(lambda group: merge(group), batch_format="pyarrow")
+    rows.context.target_max_block_size = BLOCK_BYTES
+    parts, rows.context.shuffle_input_batch_bytes = spread(size_of(plan.pieces), buckets)
+    keys = bucket_keys(buckets, parts)
+    rows = rows.map_batches(lambda batch: keyed(batch, keys), batch_size=None, batch_format="pyarrow")
+    done = rows.groupby(KEY, num_partitions=parts).map_groups(
+        lambda group: merge(group.drop_columns(KEY)), batch_format="pyarrow"
+    )
     files: list[DataFile] = []
     anew: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()

@@ -129,6 +129,7 @@ def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: in
         "source_bytes": source_bytes,
         "driver_mb": memory.driver >> 20,
         "worker_mb": memory.worker >> 20,
+        "largest_worker": memory.largest,
     }
 
 
@@ -138,6 +139,8 @@ class Memory(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.driver = self.worker = 0
+        self.largest = ""
+        """Ray's name of the worker with the greatest memory, and so of its work."""
         self.ended = threading.Event()
 
     def __enter__(self) -> "Memory":
@@ -154,8 +157,9 @@ class Memory(threading.Thread):
             self.driver = max(self.driver, _private(me))
             for process in me.children(recursive=True):
                 try:
-                    if process.name().startswith("ray::"):
-                        self.worker = max(self.worker, _private(process))
+                    title = " ".join(process.cmdline()[:1])
+                    if title.startswith("ray::") and (used := _private(process)) > self.worker:
+                        self.worker, self.largest = used, title
                 except psutil.Error:
                     continue
 
@@ -181,6 +185,7 @@ def refreshed(place: str, run: str, plug: str | None, folder: Path) -> dict:
         "personas": report["personas"],
         "driver_mb": memory.driver >> 20,
         "worker_mb": memory.worker >> 20,
+        "largest_worker": memory.largest,
     }
 
 

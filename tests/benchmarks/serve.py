@@ -34,7 +34,10 @@ BUCKETS = 8
 
 
 def store(given: Given, population: prepare.Population, llm: LLMConfig) -> dict[str, str]:
-    """Adapters of random weights for everybody, in the table and as PEFT folders; user_id -> folder."""
+    """Adapters of random weights for everybody, in the table and as PEFT folders; user_id -> folder.
+
+    They pass as made from each user's oldest item, which every request may see.
+    """
     shape, kind, name = AdapterShape(), getattr(torch, LoraConfig().storage_dtype), llm_id(llm)
     widths = base_shapes(Path(llm.model), shape.targets)
     users = sorted(set(population.snapshot("requests").read(["user_id"])["user_id"].to_pylist()))
@@ -54,7 +57,8 @@ def store(given: Given, population: prepare.Population, llm: LLMConfig) -> dict[
     known = {"bucket": buckets, "user_key": keys, "user_id": pa.array(users), "weights": pa.array(cells, pa.binary()),
              "adapter_id": pa.array([f"bench-{number}" for number in range(len(users))]),
              "rank": pa.array([shape.rank] * len(users)), "alpha": pa.array([shape.alpha] * len(users)),
-             "targets": pa.array([list(shape.targets)] * len(users))}  # fmt: skip
+             "targets": pa.array([list(shape.targets)] * len(users)),
+             "last_item_position": pa.array([0] * len(users), pa.int64())}  # fmt: skip
     rows = pa.table({
         field.name: known.get(field.name, pa.nulls(len(users), field.type)) for field in table.spec.schema
     }).cast(table.spec.schema)  # fmt: skip
