@@ -18,13 +18,15 @@ class FitConfig(Settings):
     start_epochs: int = added(0, ge=0)
     """Number of passes over all samples before the LLM reads any. The persona learns in them to name the answer in the
     LLM's own token embeddings, at a small part of the LLM's cost per sample. 0 as published."""
+    start_query_learning_rate: float = added(0.0, ge=0)
+    """Learning rate of the query encoder in the start. With 0 it stays the copy that it is in the beginning."""
     batch_size: int = Field(64, gt=0)
     """Number of samples per step, over all workers."""
     learning_rate: float = Field(1e-4, gt=0)
     """Highest learning rate of the plug, reached at the end of the warm-up."""
     query_learning_rate: float | None = Field(None, ge=0)
-    """Learning rate of the query encoder; default: learning_rate. With 0 the encoder stays the copy that it is at the
-    start, and each query is encoded once."""
+    """Learning rate of the query encoder while the LLM reads; default: learning_rate. With 0 the encoder stays as it is
+    when the LLM reads its first sample, and each query is encoded once."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of AdamW."""
     warmup_fraction: float = renamed("warmup", 0.05, ge=0, lt=1)

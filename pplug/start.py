@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pplug.encoder import best_dtype, pad
 from pplug.fit import Samples, personas_of
 from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM
@@ -33,28 +34,37 @@ VALUES_PER_PASS = 1 << 27
 """Projected values of the items of a pass, at most: half a GiB in 32 bits, some times over for the gradient."""
 
 
+QUERIES_PER_PASS = 16
+"""Queries of like length that a trained query encoder reads at a time."""
+
+
 class Start:
     """The start of a plug. All workers take the same steps, on the same samples."""
 
-    def __init__(self, plug: Any, llm: FrozenLLM, config: FitConfig) -> None:
-        self.plug, self.llm, self.config = plug, llm, config
+    def __init__(self, plug: Any, llm: FrozenLLM, config: FitConfig, pad_id: int = 0) -> None:
+        """`pad_id`: the id that queries of a batch are padded with."""
+        self.plug, self.llm, self.config, self.pad_id = plug, llm, config, pad_id
         self.device = next(plug.parameters()).device
+        self.dtype = best_dtype(config.precision, self.device)
         guess = plug.label_guess
         self.sharpness = nn.Parameter(torch.tensor(SHARPNESS, device=self.device)) if guess is None else guess.sharpness
 
     def learn(self, samples: Samples) -> None:
-        """Trains the plug, apart from its query encoder, for `config.start_epochs`.
+        """Trains the plug for `config.start_epochs`, its query encoder only at a rate of its own.
 
         Args:
-            samples: with query vectors, where the plug reads queries.
+            samples: without query vectors where the query encoder is trained; else with them, where the plug reads
+                queries.
         """
-        config = self.config
+        config, query = self.config, []
         left_out = ("emb_model.", "label_guess.")
-        own = [p for name, p in self.plug.named_parameters() if not name.startswith(left_out) and p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [{"params": own, "lr": config.learning_rate}, {"params": [self.sharpness], "lr": SHARPNESS_RATE}],
-            weight_decay=config.weight_decay,
-        )
+        rest = [p for name, p in self.plug.named_parameters() if not name.startswith(left_out) and p.requires_grad]
+        groups = [{"params": rest, "lr": config.learning_rate}, {"params": [self.sharpness], "lr": SHARPNESS_RATE}]
+        if config.start_query_learning_rate and self.plug.emb_model is not None:
+            query = [p for p in self.plug.emb_model.parameters() if p.requires_grad]
+            groups.append({"params": query, "lr": config.start_query_learning_rate})
+        own = [*rest, *query]
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         answers = Answers(self.llm, samples)
         steps = config.start_epochs * -(-len(samples) // BATCH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -92,12 +102,26 @@ class Start:
         sizes = samples.spans[batch, 2] - samples.spans[batch, 1]
         for part in np.split(np.arange(len(batch)), np.flatnonzero(np.diff(np.cumsum(sizes) // most)) + 1):
             persona_BPH, query_BD, _ = personas_of(
-                self.plug, self.plug.unguessed, samples, batch[part], self.config, epoch
-            )
+                self.plug, self.plug.unguessed, samples, batch[part], self.config, epoch,
+                self._encoded(samples, batch[part]),
+            )  # fmt: skip
             instruction_BH = self.plug.instruction(query_BD).expand(len(part), -1)
             said_BH = self.plug.said(instruction_BH, persona_BPH)
             likeness_BC = F.normalize(said_BH, dim=-1) @ vectors_CH.T
             yield self.sharpness.exp() * likeness_BC, right_B[torch.from_numpy(part).to(self.device)]
+
+    def _encoded(self, samples: Samples, places: np.ndarray) -> Tensor | None:
+        """Query vectors (B, D) of the encoder as it is now, where the samples have none; padded among their like."""
+        if samples.query_vectors is not None or self.plug.emb_model is None:
+            return None
+        order = np.argsort([len(samples.queries[place]) for place in places], kind="stable")
+        vectors = []
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for start in range(0, len(order), QUERIES_PER_PASS):
+                some = places[order[start : start + QUERIES_PER_PASS]]
+                tokens, mask = pad([samples.queries[place] for place in some], self.pad_id)
+                vectors.append(self.plug.embed_query(tokens.to(self.device), mask.to(self.device)))
+        return torch.cat(vectors)[torch.from_numpy(np.argsort(order)).to(self.device)]
 
 
 class Answers:

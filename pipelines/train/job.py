@@ -317,17 +317,21 @@ def start(
         The samples, with the vectors of their queries where these stay as they are.
     """
     dtype = best_dtype(config.fit.precision, next(plug.parameters()).device)
-    encoded = [encode_queries(plug, samples, pad_id, dtype) for samples in (train, validation)]
-    beginning = Start(plug, llm, config.fit)
-    before = beginning.named(encoded[1])
-    beginning.learn(encoded[0])
-    after = beginning.named(encoded[1])  # by all workers: those that hold one LLM together look up embeddings together
+    held = encode_queries(plug, validation, pad_id, dtype)
+    beginning = Start(plug, llm, config.fit, pad_id)
+    before = beginning.named(held)
+    trains_queries = config.fit.start_query_learning_rate > 0
+    own = train if trains_queries else encode_queries(plug, train, pad_id, dtype)
+    beginning.learn(own)
+    if trains_queries:
+        held = encode_queries(plug, validation, pad_id, dtype)
+    after = beginning.named(held)  # by all workers: those that hold one LLM together look up embeddings together
     if rank == 0:
         print(
             f"train: start: without the LLM, the plug names {after:.4f} of the held-out answers, {before:.4f} before",
             flush=True,
         )
-    return (encoded[0], encoded[1]) if config.fit.query_learning_rate == 0 else (train, validation)
+    return (own, held) if config.fit.query_learning_rate == 0 else (train, validation)
 
 
 def read_by_llm(config: Config, train: Samples, validation: Samples) -> tuple[Samples, Samples]:

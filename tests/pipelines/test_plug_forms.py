@@ -288,7 +288,8 @@ def test_training_says_what_a_part_lacks(made, tmp_path):
 @pytest.mark.timeout(600)
 def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
     world, plugs = made.world, []
-    fit = config(world).fit.model_copy(update={"query_learning_rate": 0.0, "start_epochs": 2, "max_samples": 24})
+    rates = {"query_learning_rate": 0.0, "start_query_learning_rate": 1e-3}
+    fit = config(world).fit.model_copy(update={"start_epochs": 2, "max_samples": 24} | rates)
     for workers in (1, 2):
         given = world.common | {"llm": world.llm, "shape": SHAPE, "fit": fit, "workers": workers}
         assert world.run(train, f"workers-{workers}", **given) == 0

@@ -1,16 +1,18 @@
 """A plug's start: what its rows are compared with, worked out answer by answer, and what it teaches without the LLM."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 from pplug import PersonaPlug, PlugConfig, start
 from pplug.fit import FitConfig, drawn, encode_queries
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.start import Start
-from tests.pplug.models import tiny_llama
+from tests.pplug.models import tiny_bert, tiny_llama
 from tests.pplug.test_fit import D, samples
 
 CONFIG = FitConfig(start_epochs=20, epochs=1, learning_rate=1e-2, precision="float32", item_dropout=0.0)
@@ -109,3 +111,45 @@ def test_as_many_samples_are_drawn_as_asked_and_the_same_each_time(llm):
 def test_without_a_query_encoder_there_is_nothing_to_encode(llm):
     given = samples(llm, 8)
     assert encode_queries(new_plug(llm), given, 0, torch.float32) is given
+
+
+def test_the_query_encoder_learns_at_its_own_rate_what_frozen_it_cannot_tell(llm, tmp_path):
+    """Two requests that begin with the same vector: only an encoder that is trained can tell them apart."""
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(tiny_bert(tmp_path, dim=D))
+    with torch.no_grad():
+        words = encoder.embeddings.word_embeddings.weight
+        words[6] = words[5]
+    train, named = samples(llm, 160), {}
+    kinds = [target == train.targets[0] for target in train.targets]
+    asked = replace(train, queries=[[5 + kind] for kind in kinds], spans=train.spans[:1].repeat(160, 0))
+    for rate in (0.0, 1e-3):
+        own = copy.deepcopy(encoder)
+        config = CONFIG.model_copy(update={"start_query_learning_rate": rate})
+        plug = PersonaPlug(
+            PlugConfig(encoder_dim=D, llm_dim=llm.dim, persona_scale=llm.embedding_norm, request_value=True), own
+        ).eval()
+        beginning = Start(plug, llm, config)
+        beginning.learn(asked if rate else encode_queries(plug, asked, 0, torch.float32))
+        named[rate] = beginning.named(encode_queries(plug, asked, 0, torch.float32))
+        moved = not torch.equal(own.embeddings.word_embeddings.weight[6], words[6])
+        assert moved == (rate > 0)
+    assert named[0.0] == pytest.approx(max(np.mean(kinds), 1 - np.mean(kinds)))
+    assert named[1e-3] == 1
+
+
+def test_queries_of_unlike_lengths_keep_their_places(llm, tmp_path):
+    torch.manual_seed(0)
+    plug = PersonaPlug(
+        PlugConfig(encoder_dim=D, llm_dim=llm.dim, request_value=True),
+        AutoModel.from_pretrained(tiny_bert(tmp_path, dim=D)),
+    ).eval()
+    lengths = np.random.default_rng(0).integers(1, 30, 40)
+    given = replace(samples(llm, 40), queries=[[1 + i % 7] * int(n) for i, n in enumerate(lengths)])
+    places = np.array([31, 4, 4, 17, *range(20, 39)])
+    got = Start(plug, llm, CONFIG)._encoded(given, places)
+    for row, place in enumerate(places):
+        ids = torch.tensor([given.queries[place]])
+        torch.testing.assert_close(
+            got[row : row + 1], plug.embed_query(ids, torch.ones_like(ids)), atol=1e-5, rtol=1e-4
+        )
