@@ -179,6 +179,31 @@ def test_help_loads_nothing_heavy(words):
     assert not HEAVY & set(loaded), f"{' '.join(words)} loads {HEAVY & set(loaded)}"
 
 
+TABLE_WORK = [
+    "pipelines.ingest.parse", "pipelines.ingest.merge", "pipelines.ingest.users", "pipelines.refresh.embed",
+    "pipelines.train.samples", "pipelines.pending_users", "pipelines.adapt.unchanged", "pipelines.generate.pending",
+    "pipelines.engines.adapters", "pipelines.generate.drop_errors", "pipelines.evaluate.scoring",
+    "pipelines.evaluate.references", "pipelines.evaluate.drift", "pipelines.upkeep.compact_buckets",
+    "pipelines.upkeep.export_table", "pipelines.upkeep.rebucket", "pipelines.upkeep.drop_run",
+    "pipelines.upkeep.drop_requests", "pipelines.upkeep.scrub", "pipelines.waves",
+]  # fmt: skip
+"""Modules of the stages that Ray runs as tasks on tables alone. Each of their processes would wait for torch and
+transformers for six seconds of a core."""
+
+
+_EACH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    print(name, *{"torch", "transformers"} & set(sys.modules))
+"""
+
+
+def test_the_work_on_tables_waits_for_no_model_library():
+    done = subprocess.run([sys.executable, "-c", _EACH, *TABLE_WORK], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == TABLE_WORK, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", list(JOBS))
 def test_every_key_of_every_job_says_what_it_is_for_and_hides_no_option(name):
     from pipelines import options

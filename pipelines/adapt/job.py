@@ -22,7 +22,8 @@ from pipelines import begun, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
-from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged, fit_id
+from pipelines.adapt.unchanged import TakeUnchanged
+from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
 from pipelines.asked import Chosen
 from pipelines.made_from import users_id
 from pipelines.model_folders import below, check_output

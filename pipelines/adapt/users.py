@@ -9,7 +9,6 @@ before it, as the request would have been answered then. Which items count is sa
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +17,10 @@ import torch
 
 from infra import device
 from infra.errors import InputError
-from infra.snapshot import Snapshot
 from pipelines.adapt.group import TrainerGroup
+from pipelines.adapt.unchanged import ADAPTER_ROWS
 from pipelines.histories import Histories, decode_fields
-from pipelines.pending_users import PendingUsers, with_nulls
+from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
 from pplug import retrieval
@@ -30,17 +29,14 @@ from pplug.identity import short_id
 from pplug.llm import FrozenLLM, LLMConfig, refuse_another, tokenizer_of
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.lora_user import Fitted
-from pplug.schemas import ADAPTERS
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec, fill, query
 
-ADAPTER_ROWS = pa.schema([*ADAPTERS, pa.field(REASON, pa.string()), pa.field(DETAIL, pa.string())])
 _TOKENS = pa.list_(pa.list_(pa.int32()))
 EXAMPLES = pa.schema([*ADAPTER_ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
 """A user to train (prompts, answers), an adapter that stays as it is (adapter_id, without weights), or a reject."""
 BLOCK_BYTES = 256 * 2**20
 """Weights of one block of rows: beyond 2 GiB Arrow would need other offsets, and a block is in memory several times."""
-_READ_ROWS = 8
 RETRIEVAL_ITEMS = 512
 """Newest items before an item among which retrieval looks, as in generate."""
 
@@ -186,24 +182,3 @@ class FitAdapters:
             "loss": fitted.loss,
             "weights": data,
         }
-
-
-@dataclass(frozen=True)
-class TakeUnchanged:
-    """Stage: gives the adapters that stay their weights, which so never pass through a training actor.
-
-    in, out: ADAPTER_ROWS
-    """
-
-    before: Snapshot
-    """The table that they stand in."""
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        held = pc.and_(pc.is_valid(batch["adapter_id"]), pc.is_null(batch["weights"]))
-        yield batch.filter(pc.invert(held))
-        rows = batch.filter(held)
-        for bucket in pc.unique(rows["bucket"]).to_pylist():
-            keys = rows.filter(pc.equal(rows["bucket"], bucket))["user_key"].to_pylist()
-            for start in range(0, len(keys), _READ_ROWS):
-                some = self.before.read(buckets=[bucket], user_keys=keys[start : start + _READ_ROWS])
-                yield with_nulls(some, ADAPTER_ROWS)

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,12 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.histories import read_bucket, to_us
 from pipelines.written import read_written, refuse_another_count
-from pplug.fit import Samples
 from pplug.history import NO_TIME
 from pplug.items import NO_LABEL, LabelSet
 from pplug.tasks import TaskSpec, query
+
+if TYPE_CHECKING:  # torch: the tasks that prepare would wait for it
+    from pplug.fit import Samples
 
 NPY_HEADER_BYTES = 128
 
@@ -173,7 +175,7 @@ MEAN_OF_USERS = 10_000
 """Users whose vectors make the mean that a plug subtracts; they lie in the first buckets, which a hash fills."""
 
 
-def vectors_by_user(samples: Samples) -> list[np.ndarray]:
+def vectors_by_user(samples: "Samples") -> list[np.ndarray]:
     """The vectors of some users, (n, D) each: those of the user's sample that sees most items."""
     longest: dict[str, int] = {}
     sizes = samples.spans[:, 2] - samples.spans[:, 1]

@@ -20,7 +20,8 @@ from pipelines import __main__ as cli
 from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
-from pipelines.adapt.users import FitAdapters, ReadExamples, TakeUnchanged
+from pipelines.adapt.unchanged import TakeUnchanged
+from pipelines.adapt.users import FitAdapters, ReadExamples
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare
 from pipelines.upkeep import erase
