@@ -122,7 +122,7 @@ def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: in
     assert code == 0 and report["written"] == rows, report["problem"]
     shutil.rmtree(folder)
     return {
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "rows": rows,
         "rows_a_second": round(rows / seconds),
         "source_files": len(parts),
@@ -179,7 +179,7 @@ def refreshed(place: str, run: str, plug: str | None, folder: Path) -> dict:
     report = json.loads((folder / "runs" / run / "report.json").read_text())
     assert code == 0, report["problem"]
     return {
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "encoded": report["written"],
         "stages": {name: stage["seconds"] for name, stage in report["stages"].items()},
         "personas": report["personas"],

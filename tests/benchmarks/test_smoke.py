@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from math import isfinite
 
 import pytest
 
@@ -29,4 +30,6 @@ def test_a_row_runs_at_its_smallest_size(folder, row):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = json.loads((folder / "smoke" / f"{row}.json").read_text())["lines"]
-    assert lines and all(value > 0 for line in lines for value in [*line["ours"], *line["other"]])
+    values = [value for line in lines for value in [*line["ours"], *line["other"]]]
+    # The row `growth` has differences of two times, which chance decides at this size; all else is a rate or a time.
+    assert values and all(value > 0 or (row == "growth" and isfinite(value)) for value in values)
