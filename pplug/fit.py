@@ -182,8 +182,6 @@ class Fitter(Loop):
         query = list(plug.emb_model.parameters()) if plug.emb_model is not None else []
         query_lr = config.learning_rate if config.query_learning_rate is None else config.query_learning_rate
         if query_lr == 0:
-            self.train = encode_queries(plug, train, pad_id, self.dtype)
-            self.validation = encode_queries(plug, validation, pad_id, self.dtype)
             for parameter in query:
                 parameter.requires_grad_(False)
         own = {id(parameter) for parameter in query}
@@ -204,6 +202,15 @@ class Fitter(Loop):
                 KEPT_SHARE * memory.free_bytes(self.device, self.world),
                 [prompt.before for own in (self.train, self.validation) for prompt in own.prompts],
             )
+
+    def encode_queries(self) -> None:
+        """Encodes each query once, where the query encoder learns no more; without this each pass encodes its own.
+
+        The encoder must be the one that the plug keeps: call it when a checkpoint has been put in place.
+        """
+        if self.fit_config.query_learning_rate == 0:
+            self.train = encode_queries(self.plug, self.train, self.pad_id, self.dtype)
+            self.validation = encode_queries(self.plug, self.validation, self.pad_id, self.dtype)
 
     def soft_prompts(self, samples: Samples, indices: np.ndarray, epoch: int | None) -> tuple[Any, list[int]]:
         """Instruction and persona rows (B, 1+P, H) of samples, and how many of them stand in each prompt."""

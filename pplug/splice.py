@@ -14,7 +14,7 @@ Only token ids and persona rows travel; token embeddings are looked up where the
 Shapes: L prompt positions, R = 1+P rows (1 for a user without history, 0 without a plug), H LLM width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from typing import Any, Literal
@@ -135,20 +135,31 @@ class PromptBuilder:
         Args:
             prefixes: texts that stand before the persona rows; they count for the limit.
         """
-        limit, out = self.layout.max_input_tokens, []
-        pairs = zip(prefixes or [""] * len(inputs), inputs, strict=True)
-        texts = [self._turn.trimmed(prefix, text) for prefix, text in pairs]
+        split = ("before", "after", "last").index(self.layout.rows) + 1
+        out = []
+        for pieces in self._pieces(inputs, prefixes or [""] * len(inputs)):
+            before, after = ([token for part in some for token in part] for some in (pieces[:split], pieces[split:]))
+            out.append(Prompt(before, after))
+        return out
+
+    def opening(self) -> list[int]:
+        """Token ids of a prompt up to the place where the user's words would begin, wherever the persona rows stand."""
+        ((head, _, _),) = self._pieces([""], [""])
+        return head
+
+    def _pieces(
+        self, inputs: Sequence[str], prefixes: Sequence[str]
+    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Token ids of each prompt: up to the end of the prefix, of the input, and of all behind it."""
+        limit = self.layout.max_input_tokens
+        texts = [self._turn.trimmed(prefix, text) for prefix, text in zip(prefixes, inputs, strict=True)]
         for parts, (prefix, text) in zip(
             self.words.within(self._turn.head, texts, self._turn.tail), texts, strict=True
         ):
             head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
             if len(first) + len(rest) > limit:
                 first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
-            pieces = self._first + head + first, rest, tail + self._last
-            split = ("before", "after", "last").index(self.layout.rows) + 1
-            before, after = ([token for part in some for token in part] for some in (pieces[:split], pieces[split:]))
-            out.append(Prompt(before, after))
-        return out
+            yield self._first + head + first, rest, tail + self._last
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids of replies, cut at max_tokens, with the token that ends a reply."""

@@ -118,7 +118,7 @@ def _adapters(
     before = adapters.snapshot()
     asked = keys_by_bucket(users, buckets)
     chosen = Chosen.of(config.tables, config.requests, config.since, "adapter")
-    _refuse_other_settings(config, before, base, fit)
+    _refuse_other_settings(config, adapters, before, base, fit)
     _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
     requests = _requests(config, report)
     # when only some users are trained, the others keep their old adapters, which may be uncut
@@ -158,16 +158,21 @@ def _adapters(
     )  # fmt: skip
 
 
-def _refuse_other_settings(config: Config, adapters: Snapshot, base: str, fit: str) -> None:
-    """Refuses to train some users alone beside adapters that were made with other settings."""
-    made_as = adapters.metadata.get("fit_id")
+def _refuse_other_settings(config: Config, table: Table, adapters: Snapshot, base: str, fit: str) -> None:
+    """Refuses to train some users alone beside adapters that were made with other settings.
+
+    A run that changes the settings and breaks off leaves adapters of both. One that trains all users ends it; one that
+    trains those with a chosen request would end it with a mixture.
+    """
     some = {"changed_only": config.changed_only, "requests": config.requests != "all", "since": config.since}
     given = [name for name, value in some.items() if value]
-    if given and made_as and made_as != fit:
+    chosen = given and given != ["changed_only"]
+    there = tables.metadata_values(table, "fit_id") if chosen else {adapters.metadata.get("fit_id", fit)}
+    if given and there - {fit}:
         raise InputError(
             f"{', '.join(given)}: the adapters there are of base {adapters.metadata.get('llm_id')} and settings "
-            f"{made_as}, this run would make those of base {base} and settings {fit}; give the settings they were made "
-            f"with, or leave {' and '.join(given)} out to train everybody anew"
+            f"{' and '.join(sorted(there))}, this run would make those of base {base} and settings {fit}; give the "
+            f"settings they were made with, or leave {' and '.join(given)} out to train everybody anew"
         )
 
 

@@ -111,9 +111,10 @@ def tokenised(
     prompt_builder: PromptBuilder, pairs: list[tuple[str | None, str]], max_target_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and answers; the answer of a pair without an input starts where the user's words would."""
-    prompts = []
-    for (words, _), prompt in zip(pairs, prompt_builder.prompts([words or "" for words, _ in pairs]), strict=True):
-        prompts.append(prompt.before + (prompt.after if words is not None else []))
+    prompts = [prompt.before + prompt.after for prompt in prompt_builder.prompts([words or "" for words, _ in pairs])]
+    if any(words is None for words, _ in pairs):
+        opening = prompt_builder.opening()
+        prompts = [opening if words is None else ids for (words, _), ids in zip(pairs, prompts, strict=True)]
     return prompts, prompt_builder.targets([answer for _, answer in pairs], max_target_tokens)
 
 

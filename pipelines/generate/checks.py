@@ -110,15 +110,16 @@ def note_undated(config: Config, report: RunReport, plan: Plan) -> None:
     """Counts the requests that `since` leaves out because they have no time.
 
     Raises:
-        InputError: no request has one, so that `since` can choose none.
+        InputError: no request has one, so that `since` can choose none on any night.
     """
     undated = sum(row["undated"] for row in plan.values())
     if not undated:
         return
-    if not report.planned:
+    if not any(row["timed"] for row in plan.values()):
+        instead = "" if config.requests == "new" else ", or ask for --requests new, which goes by the replies"
         raise InputError(
-            f"since={config.since}: {undated} requests in {config.tables} have no time (as_of), and no other is left; "
-            "ingest them with a time, or ask for --requests new, which goes by the replies"
+            f"since={config.since}: none of the {undated} requests asked for in {config.tables} has a time (as_of); "
+            f"ingest them with a time{instead}"
         )
     report.extra["requests_without_time"] = undated
     print(f"generate: {undated} requests have no time (as_of), and since={config.since} leaves them out", flush=True)

@@ -58,8 +58,9 @@ class PendingReplies:
         """Requests of a bucket, and which of them the run has already answered."""
         keys = of_bucket(self.users, bucket)
         everything = self.requests.read(buckets=[bucket], user_keys=keys)
-        requests = narrowed(everything, self.only, self.since)
-        undated = 0 if self.since is None else everything["as_of"].null_count
+        of_kind = narrowed(everything, self.only, None)
+        requests = narrowed(of_kind, "all", self.since)
+        undated = 0 if self.since is None else of_kind["as_of"].null_count
         answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
         failed = 0
         if self.done is not None:
@@ -75,16 +76,17 @@ class PendingReplies:
                 elif mine or (self.alike is not None and self.alike.holds(row)):
                     answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
-        return BucketRequests(requests, answered, failed, self.samples, undated)
+        return BucketRequests(requests, answered, failed, self.samples, undated, len(of_kind) - undated)
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
         pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors.
-        undated: requests that `since` leaves out because they have no time. with_target, dated: requests to answer with
-        a known answer, and those of them that may not see all items. Per table in `made_from_items`, of the requests
-        that a method with such a part has to answer, without_<group>: those whose user has no row; <group>_leaks: those
-        with a known answer whose user's row was made from items that they may not see.
+        undated, timed: requests that `since` leaves out because they have no time, and those that have one, too early
+        or not. with_target, dated: requests to answer with a known answer, and those of them that may not see all
+        items. Per table in `made_from_items`, of the requests that a method with such a part has to answer,
+        without_<group>: those whose user has no row; <group>_leaks: those with a known answer whose user's row was made
+        from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked = self.read(bucket)
@@ -94,7 +96,8 @@ class PendingReplies:
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
             labelled = _labelled(asked.unanswered(rows, set(self.methods)))
-            counts |= {"failed": asked.failed, "undated": asked.undated, "with_target": len(labelled)}
+            counts |= {"failed": asked.failed, "undated": asked.undated, "timed": asked.timed}
+            counts["with_target"] = len(labelled)
             counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
             for group, table in self.made_from_items.items():
                 made_from = last_items(table, bucket, keys)
@@ -129,7 +132,9 @@ class BucketRequests:
     """Replies of this run that are errors."""
     samples: int = 1
     undated: int = 0
-    """Requests that were left out because they have no time."""
+    """Requests that `since` left out because they have no time."""
+    timed: int = 0
+    """Requests that have a time, where `since` is given those that it left out among them."""
 
     def unanswered(self, rows: Sequence[Mapping[str, Any]], methods: set[str]) -> list[Mapping[str, Any]]:
         """The rows that some of these methods have not answered yet."""

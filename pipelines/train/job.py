@@ -297,6 +297,7 @@ def fit_worker(given: dict[str, Any]) -> None:
 
         checkpoints = Checkpoints("train", local, fitter, read, write)
         checkpoints.load(given["left"])
+        fitter.encode_queries()  # by the encoder that the start has trained, which a checkpoint brings with it
         run_training_loop(
             checkpoints,
             rank=rank,
@@ -314,7 +315,7 @@ def start(
     """Has the plug learn to name the answers, before the LLM reads any sample.
 
     Returns:
-        The samples, with the vectors of their queries where these stay as they are.
+        The samples, with the vectors of their queries where no part of the training changes these.
     """
     dtype = best_dtype(config.fit.precision, next(plug.parameters()).device)
     held = encode_queries(plug, validation, pad_id, dtype)
@@ -331,7 +332,8 @@ def start(
             f"train: start: without the LLM, the plug names {after:.4f} of the held-out answers, {before:.4f} before",
             flush=True,
         )
-    return (own, held) if config.fit.query_learning_rate == 0 else (train, validation)
+    still = not trains_queries and config.fit.query_learning_rate == 0
+    return (own, held) if still else (train, validation)
 
 
 def read_by_llm(config: Config, train: Samples, validation: Samples) -> tuple[Samples, Samples]:

@@ -60,12 +60,12 @@ def killed(population, tmp_path_factory):
     return values
 
 
-def assert_equal_to_the_undisturbed(population, run_id):
-    want, got = population.report("undisturbed"), population.report(run_id)
+def assert_equal(population, undisturbed, run_id):
+    want, got = population.report(undisturbed), population.report(run_id)
     assert [entry["step"] for entry in got["history"]] == [entry["step"] for entry in want["history"]]
     assert got["best_step"] == want["best_step"]
     assert got["best_val_loss"] == pytest.approx(want["best_val_loss"], abs=1e-6)
-    one, two = weights(population, "undisturbed"), weights(population, run_id)
+    one, two = weights(population, undisturbed), weights(population, run_id)
     assert one.keys() == two.keys()
     for name in one:
         assert (one[name] - two[name]).abs().max() <= 1e-6, name
@@ -79,7 +79,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_plug(populati
         assert job.wait() == 0, job.output[-4000:]
     assert f"goes on at step {last}" in job.output
     assert population.report("killed")["tables_read"] == population.report("undisturbed")["tables_read"]
-    assert_equal_to_the_undisturbed(population, "killed")
+    assert_equal(population, "undisturbed", "killed")
+
+
+def test_a_killed_run_whose_queries_learned_in_the_start_goes_on_with_their_vectors(population, killed, tmp_path):
+    """The query encoder learns in the start alone, and queries are encoded once: by what it has become."""
+    own = {"start_epochs": 3, "start_query_learning_rate": 1e-2, "query_learning_rate": 0.0}
+    versions = {name.partition("-")[0]: read for name, read in population.report("undisturbed")["tables_read"].items()}
+    values = killed | {"fit": FIT.model_copy(update=own), "as_of_version": versions}
+    assert population.run(train, "started", **values) == 0
+    with Job(population.words(train, "started-killed", **values), tmp_path / "log-1") as job:
+        job.wait_until(lambda: saved_step(population, "started-killed") >= 3 * EVERY, "three checkpoints")
+        job.kill_group()
+    with Job(population.words(train, "started-killed", **values), tmp_path / "log-2") as job:
+        assert job.wait() == 0, job.output[-4000:]
+    assert "goes on at step" in job.output
+    assert_equal(population, "started", "started-killed")
 
 
 def test_a_run_does_not_go_on_with_another_config(population, killed):
@@ -99,7 +114,7 @@ def test_a_kill_while_checkpoint_and_record_are_written_costs_that_checkpoint_on
     later = shutil.copytree(newest, folder / "checkpoint_2999-01-01_00-00-00.000000")
     (later / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:100])
     assert population.run(train, "cut", **killed) == 0
-    assert_equal_to_the_undisturbed(population, "cut")
+    assert_equal(population, "undisturbed", "cut")
 
 
 def test_a_run_that_is_told_to_end_saves_first_and_a_rerun_goes_on_to_the_same_plug(population, killed, tmp_path):

@@ -21,7 +21,7 @@ from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
 from pipelines.adapt.unchanged import TakeUnchanged
-from pipelines.adapt.users import FitAdapters, ReadExamples
+from pipelines.adapt.users import FitAdapters, ReadExamples, tokenised
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare
 from pipelines.upkeep import erase
@@ -29,6 +29,7 @@ from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, ba
 from pplug.history import history_hash
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.lora import StackedTrainer, UserExamples
+from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
 from tests.pipelines.population import NOTES
 from tests.pplug.families import make
@@ -348,3 +349,15 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     )
     counts = pa.concat_tables(stage(pa.table({"bucket": [0, 1]})))
     assert sum(counts["examples"].to_pylist()) == len([row for row in requests if row["owner_id"] != target]) == 7
+
+
+@pytest.mark.parametrize("rows", ["before", "after", "last"])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}big {{ m.content }} red{% endfor %} answer :"])
+def test_a_text_alone_is_learned_in_the_users_place_wherever_persona_rows_stand(rows, template, tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    builder = PromptBuilder(tokenizer, PromptLayout(rows=rows, suffix=" answer :"), encoder_decoder=False)
+    prompts, answers = tokenised(builder, [("the cat", "music"), (None, "a dog ran")], 10)
+    head, tail = (["<s>"], ["answer", ":"]) if template is None else (["big"], ["red", "answer", ":"])
+    assert list(map(tokenizer.convert_ids_to_tokens, prompts)) == [[*head, "the", "cat", *tail], head]
+    assert list(map(tokenizer.convert_ids_to_tokens, answers)) == [["music", "</s>"], ["a", "dog", "ran", "</s>"]]

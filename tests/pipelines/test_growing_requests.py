@@ -3,6 +3,7 @@
 Items lie a day apart, so that the item of a day is the answer to that day's request, and later ones are its future.
 """
 
+import re
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -74,10 +75,16 @@ def test_requests_from_a_time_on_are_answered_and_those_without_one_counted(popu
     assert "1 requests have no time (as_of)" in capsys.readouterr().out
     assert run(population, "earlier", llm=llm, methods=("none",), since="2026-01-02T00:00:01", requests="new") == 0
     assert answered(population, "earlier") == []
-    some = population.folder / "ann"
-    some.write_text("ann\n")
-    with pytest.raises(InputError, match="1 requests in .* have no time .as_of., and no other is left"):
-        run(population, "none", llm=llm, methods=("none",), since="2026-02-01", users=str(some))
+    some = population.folder / "some"
+    some.write_text("ann\n")  # a night on which nobody has asked
+    assert run(population, "quiet", llm=llm, methods=("none",), since="2026-02-01", users=str(some)) == 0
+    assert (population.report["planned"], population.report["requests_without_time"]) == (0, 1)
+    put(population, days_of(0), [asked("dan", None, "undated")], buckets=1)
+    some.write_text("dan\n")
+    for requests, advice in (("all", " with a time, or ask for --requests new"), ("new", " with a time$")):
+        with pytest.raises(InputError, match=f"none of the 1 requests asked for in .* has a time .as_of.; .*{advice}"):
+            given = {"llm": llm, "methods": ("none",), "users": str(some), "requests": requests}
+            run(population, f"none-{requests}", since="2026-01-01", **given)
 
 
 @pytest.mark.parametrize("job", [Config, AdaptConfig])
@@ -170,8 +177,22 @@ def test_adapters_follow_the_requests_to_be_answered_and_know_nothing_of_their_f
     assert train("tuesday", requests="new") == {"ann": 4, "bob": 1, "cleo": 1, "dan": 1}
     assert train("since", since="2026-01-06") == {"ann": 4, "bob": 4, "cleo": 4, "dan": 1}
     assert train("all") == dict.fromkeys(PEOPLE, 1) | {"eve": 2}
-    with pytest.raises(InputError, match="requests: the adapters there are of base .* or leave requests out to train"):
-        train("other", requests="new", lora=lora.model_copy(update={"epochs": 2}))
+    other = lora.model_copy(update={"epochs": 2})
+    with pytest.raises(InputError, match="requests: the adapters there are of .* or leave requests out") as refused:
+        train("other", requests="new", lora=other)
+    # a run that trains everybody with the other settings breaks off: the newest version says that it has them
+    (settings,) = re.findall(r"this run would make those of base \S+ and settings (\S+);", str(refused.value))
+    adapters = tables.open_table(population.tables, "adapters")
+    complete = adapters.snapshot(complete=True)
+    half = complete.metadata | {"fit_id": settings}
+    kept = {name: half[name] for name in ("llm_id", "fit_id", "cut", "histories_version")}
+    adapters.commit([], run_id="half", group=0, mode="append", planned_on=adapters.version, metadata=kept)
+    assert adapters.snapshot().metadata["fit_id"] == settings != complete.metadata["fit_id"]
+    with pytest.raises(InputError, match="the adapters there are of base .* and settings .* and .*, this run would"):
+        train("some-of-them", requests="new", lora=other)
+    assert adapters.snapshot(complete=True).version == complete.version
+    assert train("everybody", lora=other) == dict.fromkeys(PEOPLE, 1) | {"eve": 2}
+    assert train("tonight", requests="new", lora=other)
 
 
 def test_where_nothing_is_cut_no_requests_are_chosen(population):
