@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infra import session
 from tests.benchmarks import scale
 from tests.benchmarks.measure import Found, Given, Line, in_turn
 
@@ -18,8 +19,7 @@ ITEMS, WORDS, BUCKETS, PERSONA = 20, 60, 8, 256
 
 
 def run(given: Given) -> Found:
-    from infra import session
-    from pipelines.refresh import embed
+    from pipelines.refresh import embed  # torch, which workers need not load
 
     users = given.size(1200, 50)
     embed.EmbedTexts = scale.HashTexts  # type: ignore[misc, assignment]

@@ -24,12 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from infra import shards
+from infra import session, shards
 from pipelines import tables
 from pipelines.histories import list_f32
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.waves import DETAIL, REASON, each_bucket
+from pplug.encoder import EncoderConfig, encoder_id
 
 DIM, WORDS = 384, 20_000
 FILE_ROWS = 500_000
@@ -223,8 +224,7 @@ def make_plug(place: str, folder: Path, width: int) -> str | None:
     """An untrained plug: what it says does not matter here, only its size."""
     if not width:
         return None
-    from pplug.encoder import EncoderConfig, encoder_id
-    from pplug.plug import PersonaPlug, PlugConfig
+    from pplug.plug import PersonaPlug, PlugConfig  # torch: workers, which import this module, need none
 
     config = PlugConfig(
         encoder_dim=DIM, llm_dim=width, aggregation="mean", encoder_id=encoder_id(EncoderConfig(), "{text}")
@@ -244,8 +244,7 @@ def main(words: list[str] | None = None) -> dict:
     parser.add_argument("--folder", type=Path, required=True, help="new folder; needs 1 KB a user and item")
     given = parser.parse_args(words)
 
-    from infra import session
-    from pipelines.refresh import embed
+    from pipelines.refresh import embed  # torch, as above
 
     embed.EmbedTexts = HashTexts
     session.start(cpus=4, object_store_bytes=512 * 2**20)
