@@ -11,28 +11,31 @@ matrix product on a CPU gives a row the same bits wherever it stands among such 
 another kernel for another number of rows, so there a result is equal up to rounding only.
 
 No padding: the tokens of all rows stand one after another, with their own positions; only attention, per user, sees
-rows padded to that user's longest. Logits are computed at target positions only.
+rows padded to that user's longest. Words that all rows of a user's step begin with (a chat template's head, the task's
+own words) stand there once, so that dropout draws one mask for them and not one per row. Logits are computed at target
+positions only, and so is what stands behind the attention of the last layer.
 Shapes: U users of a pass, M tokens of all of them, R rows of one user, L its longest row, T its tokens, r rank.
 
 [1] "Democratizing Large Language Models via Personalized Parameter-Efficient Fine-tuning", arXiv:2402.04401 (OPPU).
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from pplug import memory
 from pplug.adapter import LoraConfig, StackConfig, target_modules
+from pplug.gates import use_quick_gates
+from pplug.last_layer import shorten
 from pplug.logits import IGNORED, LOGITS, losses_in_pieces, taken_apart, vocabulary
+from pplug.lora_pass import ATTENTION, Pass, use_quick_attention
 from pplug.lora_user import (
     ALIGN,
     Fitted,
@@ -44,6 +47,7 @@ from pplug.lora_user import (
     plan_steps,
     user_seed,
 )
+from pplug.low_rank import add_up, down
 from pplug.norms import use_fast_rmsnorm
 from pplug.parallel import Cut, is_spread
 from pplug.stackable import Example, own_losses, probe_examples, refuse_unlike
@@ -58,104 +62,6 @@ __all__ = [
     "plan_steps",
     "user_seed",
 ]
-_ATTENTION = "pplug_stack"
-_NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
-                  "output_router_logits", "return_dict"}  # fmt: skip
-"""Arguments of a base's attention that change nothing here: the base is in eval mode and knows its own positions."""
-
-
-class _Block:
-    """One user's tokens in a pass: where they stand, and how attention sees them as padded rows."""
-
-    def __init__(self, part: Part, device: Any) -> None:
-        lengths = np.array([len(ids) for ids, _ in part.rows])
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.size = -(-int(starts[-1]) // ALIGN) * ALIGN
-        self.rows, self.longest = len(lengths), int(lengths.max())
-        ids, position = np.zeros(self.size, np.int64), np.zeros(self.size, np.int64)
-        into, out_of = np.zeros((self.rows, self.longest), np.int64), np.zeros(self.size, np.int64)
-        at: list[np.ndarray] = []
-        labels: list[int] = []
-        for row, (tokens, wanted) in enumerate(part.rows):
-            start, end = int(starts[row]), int(starts[row + 1])
-            ids[start:end], position[start:end] = tokens, np.arange(end - start)
-            into[row, : end - start] = np.arange(start, end)
-            out_of[start:end] = row * self.longest + np.arange(end - start)
-            at.append(np.arange(end - len(wanted), end))
-            labels += wanted
-        spare = -len(labels) % ALIGN  # whole blocks of logits, too
-        self.ids, self.position = ids, position
-        self.label_at = np.concatenate([*at, np.zeros(spare, np.int64)]).astype(np.int64)
-        self.labels = torch.tensor(labels + [IGNORED] * spare, device=device)
-        self.into = torch.from_numpy(into.ravel()).to(device)
-        self.out_of = torch.from_numpy(out_of).to(device)
-        later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=device).triu(1)
-        self.causal = torch.zeros(later.shape, device=device).masked_fill_(later, -1e30)
-
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Causal attention within each row, (T, H, d). Rows are padded at their ends, which no real token sees."""
-        q, k, v = (
-            x.index_select(0, self.into).unflatten(0, (self.rows, self.longest)).transpose(1, 2)
-            for x in (q_THd, k_TKd, v_TKd)
-        )
-        if q.is_cuda:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        else:  # on a CPU the fused backward is several times slower than plain products for short rows
-            share = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
-            scores = torch.baddbmm(
-                self.causal.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
-            )
-            weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-            out = (weights @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.out_of)
-
-
-class Pass:
-    """The users of one pass and their blocks."""
-
-    def __init__(self, users: list[User], device: Any) -> None:
-        self.users, self.parts = users, [user.parts[0] for user in users]
-        self.blocks = [_Block(part, device) for part in self.parts]
-        self.sizes = [block.size for block in self.blocks]
-        self.pieces = [user.pieces() for user in users]
-        starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        label_at = [start + block.label_at for start, block in zip(starts, self.blocks, strict=False)]
-        self.ids = torch.from_numpy(np.concatenate([block.ids for block in self.blocks])[None]).to(device)
-        self.position = torch.from_numpy(np.concatenate([block.position for block in self.blocks])[None]).to(device)
-        self.label_at = torch.from_numpy(np.concatenate(label_at)).to(device)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    stack: Pass | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, heads, M, d) of all users, each user apart.
-
-    Raises:
-        ValueError: the base asks for something that this function does not compute.
-    """
-    if stack is None:
-        raise ValueError("stacked training needs a base that hands its keyword arguments on to its attention")
-    if softcap is not None or (sliding_window and sliding_window < max(block.longest for block in stack.blocks)):
-        raise ValueError("stacked training knows plain causal attention: this base caps its scores or has a window")
-    asked = [name for name, value in more.items() if name not in _NOTHING_TO_DO and value is not None]
-    if asked or is_causal is False:
-        what = ", ".join(sorted(asked)) or "is_causal=False"
-        raise ValueError(f"stacked training knows plain causal attention: this base asks for {what} too")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    split = zip(*(x[0].transpose(0, 1).split(stack.sizes) for x in (query, key, value)), strict=True)
-    out = [block.attend(q, k, v, scale) for block, (q, k, v) in zip(stack.blocks, split, strict=True)]
-    return torch.cat(out)[None], None
 
 
 def _mask(user: User, x: Tensor, cut: Cut | None) -> Tensor:
@@ -163,9 +69,6 @@ def _mask(user: User, x: Tensor, cut: Cut | None) -> Tensor:
     if cut is None or not cut.by_input:
         return user.mask(x)
     return user.mask(x.new_empty(len(x), cut.width))[:, cut.part]
-
-
-AttentionInterface.register(_ATTENTION, _attention)
 
 
 class StackedTrainer:
@@ -181,8 +84,9 @@ class StackedTrainer:
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
         self._parts = taken_apart(model)
         use_fast_rmsnorm(model)
-        model.set_attn_implementation(_ATTENTION)
-        if model.config._attn_implementation != _ATTENTION:  # transformers only warns
+        use_quick_gates(model)
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")
         self._cuts = [Cut.of(module) for module in self.modules.values()]
         self._together = is_spread(model)  # other workers do the same steps, each on its part of the base
@@ -194,7 +98,10 @@ class StackedTrainer:
         words = vocabulary(model)
         self.label_bytes = 12 * words  # logits, in float32, and softmax
         self._label_rows = max(ALIGN, LOGITS // words // ALIGN * ALIGN)
+        self._ends_short = False
         refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
+        whole = [prompt + target for prompt, target in probes]
+        self._use_shortcuts([(row[: ALIGN // 2], row[ALIGN // 2 :]) for row in whole])
         self.token_bytes = self._probe()
         given = self.stack.memory_gib
         if given is None:
@@ -204,6 +111,44 @@ class StackedTrainer:
             least = torch.tensor(self.memory_bytes, dtype=torch.float64, device=self.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             self.memory_bytes = float(least)
+
+    def _use_shortcuts(self, examples: Sequence[Example]) -> None:
+        """Changes how the base computes wherever its losses stay the same."""
+        self._kept_if_same(lambda: use_quick_attention(self.model), examples)
+        layers = memory.layers_of(self.model)
+        if layers and not self._together:  # others compute their part of a layer at the same time
+            self._kept_if_same(lambda: self._shorten(layers[-1]), examples)
+
+    def _shorten(self, layer: nn.Module) -> Callable[[], None]:
+        try:
+            undo = shorten(layer, lambda: self._pass.label_at if self._pass else None, [*self.modules.values()])
+        except ValueError:
+            return lambda: None
+        self._ends_short = True
+
+        def take_back() -> None:
+            undo()
+            self._ends_short = False
+
+        return take_back
+
+    def _kept_if_same(self, change: Callable[[], Callable[[], None]], examples: Sequence[Example]) -> bool:
+        """Changes how the base computes, and takes it back where its losses are others then.
+
+        Args:
+            change: returns what takes it back.
+        """
+        before = self._each_loss(examples)
+        undo = change()
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 1e-2
+        try:
+            pairs = zip(before, self._each_loss(examples), strict=True)
+            same = all(torch.allclose(one, two, rtol=tolerance) for one, two in pairs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            same = False
+        if not same:
+            undo()
+        return same
 
     def pass_bytes(self, parts: Iterable[Part]) -> float:
         """Memory of a pass over these parts, beside the adapters."""
@@ -257,22 +202,19 @@ class StackedTrainer:
         stack = self._pass
         if stack is None:
             return out
-        inputs, dropout, lows, cut = given[0].flatten(0, -2), self.config.dropout, [], self._cuts[place]
+        inputs, dropout, cut = given[0].flatten(0, -2), self.config.dropout, self._cuts[place]
         if len(inputs) != sum(stack.sizes):
             name = list(self.modules)[place]
             raise ValueError(f"target {name}: it works on other rows than the tokens, so users cannot share a pass")
-        scale = self.config.shape.scale / (1 - dropout)
-        for user, pieces, x in zip(stack.users, stack.pieces, inputs.split(stack.sizes), strict=True):
-            x = x.float()
-            if dropout:
-                x = x * _mask(user, x, cut)
-            a = pieces[2 * place]
-            lows.append(F.linear(x, a if cut is None else cut.inner(a)) * scale)
+        a, b = ([pieces[2 * place + side] for pieces in stack.pieces] for side in (0, 1))
         if cut is not None:
-            lows = list(cut.joined(torch.cat(lows)).split(stack.sizes))
-        b_of = (pieces[2 * place + 1] for pieces in stack.pieces)
-        deltas = [F.linear(low, b if cut is None else cut.outer(b)) for low, b in zip(lows, b_of, strict=True)]
-        return (out + torch.cat(deltas).view(out.shape)).to(out.dtype)
+            a, b = [cut.inner(one) for one in a], [cut.outer(one) for one in b]
+        each = zip(stack.users, inputs.split(stack.sizes), strict=True)
+        masks = [_mask(user, x, cut) for user, x in each] if dropout else []
+        low = down(inputs, a, masks, self.config.shape.scale / (1 - dropout), stack.sizes)
+        if cut is not None:
+            low = cut.joined(low)
+        return add_up(out.flatten(0, -2), low, b, stack.sizes).view(out.shape)
 
     def losses(self, stack: Pass, reduction: str = "sum") -> list[Tensor]:
         """Each user's cross-entropy over the labels of this pass: summed, or of each label."""
@@ -282,9 +224,10 @@ class StackedTrainer:
         self._pass = stack
         try:
             if parts is None:
-                out = self.model(**given, logits_to_keep=stack.label_at).logits[0]
+                out = self.model(**given, logits_to_keep=0 if self._ends_short else stack.label_at).logits[0]
             else:
-                out = parts.hidden(**given)[0].index_select(0, stack.label_at)
+                out = parts.hidden(**given)[0]
+                out = out if self._ends_short else out.index_select(0, stack.label_at)
         finally:
             self._pass = None
         per_user = zip(out.split(sizes), stack.blocks, strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pplug.adapter import AdapterShape, LoraConfig
 from pplug.identity import stable_int
+from pplug.prefix import common_head
 from pplug.schedule import rate
 
 ALIGN = 16
@@ -74,7 +75,14 @@ def kept_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
         -(2**31), None, generator=generator
     )
     limit = round(dropout * 2**16) - 2**15
-    return (draws.view(torch.int16)[: x.numel()] >= limit).to(torch.float32).view(x.shape)
+    kept = torch.empty(x.shape, device=x.device)
+    torch.ge(draws.view(torch.int16)[: x.numel()], limit, out=kept.view(-1))  # in one pass
+    return kept
+
+
+def _head(rows: Sequence[tuple[list[int], list[int]]]) -> int:
+    """Number of tokens with which all rows begin and from which no label is read; 0 where it is too few to pay."""
+    return len(common_head([ids[: len(ids) - len(labels) + 1] for ids, labels in rows])) if len(rows) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -85,21 +93,23 @@ class Part:
     """Token ids and, at the end of the row, the labels of its last len(labels) positions."""
     step_labels: int
     ends_step: bool
+    head: int = 0
+    """Number of tokens with which all rows begin: they stand in the pass once, before the rest of each row."""
     whole: int = 0
     """Number of tokens of the part that this one was cut from because of memory; 0: it was not cut."""
     offset: int = 0
-    """Number of tokens of that part before this one."""
+    """Number of tokens behind that part's head and before this one's own."""
 
     def halves(self) -> "tuple[Part, Part]":
         """Two parts with half the rows each, whose dropout masks are those of the one."""
         at, whole = len(self.rows) // 2, self.whole or self.tokens
         first = replace(self, rows=self.rows[:at], ends_step=False, whole=whole)
-        second = replace(self, rows=self.rows[at:], whole=whole, offset=self.offset + first.tokens)
+        second = replace(self, rows=self.rows[at:], whole=whole, offset=self.offset + first.tokens - self.head)
         return first, second
 
     @property
     def tokens(self) -> int:
-        return sum(len(ids) for ids, _ in self.rows)
+        return sum(len(ids) for ids, _ in self.rows) - self.head * (len(self.rows) - 1)
 
     @property
     def labels(self) -> int:
@@ -140,7 +150,7 @@ class User:
                 size = 0
             groups[-1].append(row)
             size += len(row[0])
-        return [Part(group, total, group is groups[-1]) for group in groups]
+        return [Part(group, total, group is groups[-1], _head(group)) for group in groups]
 
     def halve(self) -> bool:
         """Cuts the next part in two, which changes no value beyond rounding; False where it is one row."""
@@ -164,7 +174,9 @@ class User:
             return kept_mask(x, dropout, self.generator)
         size = -(-part.whole // ALIGN) * ALIGN
         drawn = kept_mask(x.new_empty(size, x.shape[-1]), dropout, self.generator)
-        return torch.cat([drawn, drawn.new_ones(len(x), x.shape[-1])])[part.offset : part.offset + len(x)]
+        start = part.head + part.offset
+        own = drawn[: part.head], drawn[start : start + part.tokens - part.head]
+        return torch.cat([*own, drawn.new_ones(len(x) - part.tokens, x.shape[-1])])
 
     @property
     def done(self) -> bool:

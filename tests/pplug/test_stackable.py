@@ -53,8 +53,8 @@ def test_attention_that_is_more_than_plain_is_refused(family, more, message):
 
 def test_a_base_that_would_train_as_another_model_is_refused_without_being_told(monkeypatch):
     """The comparison alone finds the sinks, even where the attention takes them for nothing to do."""
-    monkeypatch.setattr("pplug.lora._NOTHING_TO_DO", {"dropout", "position_ids", "use_cache", "output_router_logits",
-                                                      "s_aux"})  # fmt: skip
+    nothing = {"dropout", "position_ids", "use_cache", "output_router_logits", "s_aux"}
+    monkeypatch.setattr("pplug.lora_pass._NOTHING_TO_DO", nothing)
     for dtype in (torch.float32, torch.bfloat16):
         model = make("GptOss", num_local_experts=4, num_experts_per_tok=2).to(dtype)
         with pytest.raises(ValueError, match="GptOssForCausalLM would be trained as another model"):
