@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from pplug import memory
 from pplug.adapter import LoraConfig, StackConfig, target_modules
-from pplug.gates import use_quick_gates
 from pplug.last_layer import shorten
 from pplug.logits import IGNORED, LOGITS, losses_in_pieces, taken_apart, vocabulary
 from pplug.lora_pass import ATTENTION, Pass, use_quick_attention
@@ -84,7 +83,6 @@ class StackedTrainer:
         alone = own_losses(model, probes[:2])  # as long as the model has its own attention
         self._parts = taken_apart(model)
         use_fast_rmsnorm(model)
-        use_quick_gates(model)
         model.set_attn_implementation(ATTENTION)
         if model.config._attn_implementation != ATTENTION:  # transformers only warns
             raise ValueError(f"{type(model).__name__} computes attention in a way of its own: it cannot be stacked")

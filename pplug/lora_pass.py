@@ -159,9 +159,9 @@ class _Attend(torch.autograd.Function):
         split = zip(*(x.split(stack.sizes) for x in (q, k, v, cos_Md, sin_Md, out)), strict=True)
         for block, (q_T, k_T, v_T, cos, sin, out_T) in zip(stack.blocks, split, strict=True):
             (into, out_of), (into_k, _) = block.places(heads, 1), block.places(heads, share)
-            q_p = _padded(_turned(q_T, cos, sin), into, block, d)
+            q_p = _padded(_turned(q_T, scale * cos, scale * sin), into, block, d)
             k_p, v_p = (_padded(x, into_k, block, d) for x in (_turned(k_T, cos, sin), v_T))
-            scores = torch.baddbmm(block.causal.to(q.dtype), q_p, k_p.transpose(1, 2), alpha=scale)
+            scores = torch.bmm(q_p, k_p.transpose(1, 2)).add_(block.causal)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
             found = torch.bmm(weights, v_p).view(-1, d)
             torch.index_select(found, 0, out_of, out=out_T.view(-1, d))
@@ -185,12 +185,11 @@ class _Attend(torch.autograd.Function):
             g.view(block.rows, heads, block.longest, -1).mul_(block.own)
             of_weights = torch.bmm(g, v_p.transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            _turned_back(_laid_back(torch.bmm(of_scores, k_p), block, heads, 1), cos, sin, q_T)
+            to_q = _laid_back(torch.bmm(of_scores, k_p), block, heads, 1)
+            _turned_back(to_q, ctx.scale * cos, ctx.scale * sin, q_T)
             to_k = _laid_back(torch.bmm(of_scores.transpose(1, 2), q_p), block, heads, share)
             _turned_back(to_k, cos, sin, k_T)
             v_T.copy_(_laid_back(torch.bmm(weights.transpose(1, 2), g), block, heads, share).flatten(1))
-            for part in (q_T, k_T):
-                part.mul_(ctx.scale)
         return of_q, of_k, of_v, None, None, None, None
 
 

@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from pplug.adapter import AdapterShape, LoraConfig, StackConfig
-from pplug.gates import use_quick_gates
 from pplug.lora import Pass, StackedTrainer, UserExamples
 from pplug.low_rank import add_up, down
 from tests.pplug.families import PLAIN, make, targets
@@ -97,7 +96,6 @@ def test_a_family_gives_the_adapters_that_it_gives_without_shortcuts(family, mon
     users = [UserExamples(f"user-{i}", alike(n, i)) for i, n in enumerate((4, 5))]
     quick = stacked(make(family), config, users)
     monkeypatch.setattr(StackedTrainer, "_use_shortcuts", lambda self, examples: None)
-    monkeypatch.setattr("pplug.lora.use_quick_gates", lambda model: 0)
     plain = stacked(make(family), config, users)
     for name, found in plain.items():
         near(found.weights, quick[name].weights, most=1e-3)
@@ -135,29 +133,6 @@ def test_layers_that_are_computed_again_change_no_bit_where_prompts_begin_alike(
 
 
 # --- the steps themselves ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 5, 700], ids=str)
-def test_gates_have_the_values_and_gradients_of_the_formula(rows):
-    torch.manual_seed(0)
-    mlp = make("Llama").model.layers[0].mlp
-    x, grad = torch.randn(2, rows, mlp.gate_proj.in_features), torch.randn(2, rows, mlp.gate_proj.in_features)
-    found = []
-    for quick in (False, True):
-        if quick:
-            assert use_quick_gates(mlp) == 1
-        given = x.clone().requires_grad_()
-        out = mlp(given)
-        out.backward(grad)
-        found.append((out.detach(), given.grad))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_another_activation_keeps_its_own_gate():
-    mlp = make("Llama").model.layers[0].mlp
-    mlp.act_fn = torch.nn.GELU()
-    assert use_quick_gates(mlp) == 0 and "forward" not in vars(mlp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
