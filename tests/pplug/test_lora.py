@@ -16,6 +16,8 @@ from tests.pplug.models import tiny_llama
 VOCAB = 26
 SIZES = (1, 2, 3, 5, 16, 17, 40, 60)
 """Items of the eight users: one step an epoch, whole batches, and broken ones."""
+ROUNDING = 3e-4
+"""Relative difference that rounding may make: AdamW's first step is the sign of a gradient, however small it is."""
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_a_stack_of_eight_gives_the_adapters_that_peft_gives_one_by_one(folder, 
         for name, pair in want.items():
             for ours, theirs in zip(found.weights[name], pair, strict=True):
                 assert theirs.norm() > 0
-                assert (ours - theirs).norm() / theirs.norm() < 1e-4, (user.user_id, name)
+                assert (ours - theirs).norm() / theirs.norm() < ROUNDING, (user.user_id, name)
 
 
 def test_a_step_in_parts_and_a_text_without_a_prompt_are_learned_alike(folder):

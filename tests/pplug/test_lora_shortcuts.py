@@ -9,7 +9,7 @@ from pplug.adapter import AdapterShape, LoraConfig, StackConfig
 from pplug.lora import Pass, StackedTrainer, UserExamples
 from pplug.low_rank import add_up, down
 from tests.pplug.families import PLAIN, make, targets
-from tests.pplug.test_lora import VOCAB, base, folder, one_by_one, same_bits, stacked, threads  # noqa: F401
+from tests.pplug.test_lora import ROUNDING, VOCAB, base, folder, one_by_one, same_bits, stacked, threads  # noqa: F401
 
 HEAD = [5, 9, 4, 17, 8, 11, 6, 20, 13, 7, 12]
 """A task's own words, with which all prompts of a user begin."""
@@ -23,7 +23,7 @@ def alike(n, seed, head=HEAD):
     return [(found[0][0], target) if i == 1 else (prompt, target) for i, (prompt, target) in enumerate(found)]
 
 
-def near(one, two, most=1e-4):
+def near(one, two, most=ROUNDING):
     assert one.keys() == two.keys()
     for name, pair in one.items():
         for want, got in zip(pair, two[name], strict=True):
