@@ -6,7 +6,7 @@ places, laid out as padded rows, multiplied, and laid back.
 Shapes: M tokens of all users, T of one, R its rows, L its longest row, H heads, K heads of keys, d width of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,53 +20,46 @@ from pplug.logits import IGNORED
 from pplug.lora_user import ALIGN, Part, User
 
 ATTENTION = "pplug_stack"
+LIKE = 0.75
+"""Share of the longest row's length that a row has at least in a group that is padded to it."""
 _NOTHING_TO_DO = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
                   "output_router_logits", "return_dict"}  # fmt: skip
 """Arguments of a base's attention that change nothing here: the base is in eval mode and knows its own positions."""
 
 
-class _Block:
-    """One user's tokens in a pass: where they stand, and how attention sees them as padded rows."""
+class _Rows:
+    """Rows of like lengths of one user, as attention sees them: padded to the longest at their ends."""
 
-    def __init__(self, part: Part, device: Any) -> None:
-        head = self.head = part.head
-        self.tokens = part.tokens
-        self.size = -(-part.tokens // ALIGN) * ALIGN
-        self.rows, self.longest = len(part.rows), max(len(ids) for ids, _ in part.rows)
-        ids, position = np.zeros(self.size, np.int64), np.zeros(self.size, np.int64)
-        into, out_of = np.zeros((self.rows, self.longest), np.int64), np.zeros(self.size, np.int64)
-        ids[:head], position[:head] = part.rows[0][0][:head], np.arange(head)
-        into[:, :head], out_of[:head] = np.arange(head), np.arange(head)
-        at: list[np.ndarray] = []
-        labels: list[int] = []
-        end = head
-        for row, (tokens, wanted) in enumerate(part.rows):
-            start, end = end, end + len(tokens) - head
-            own = np.arange(head, len(tokens))
-            ids[start:end], position[start:end] = tokens[head:], own
-            into[row, head : len(tokens)] = np.arange(start, end)
-            out_of[start:end] = row * self.longest + own
-            at.append(np.arange(end - len(wanted), end))
-            labels += wanted
-        spare = -len(labels) % ALIGN  # whole blocks of logits, too
-        self.ids, self.position = ids, position
-        self.label_at = np.concatenate([*at, np.zeros(spare, np.int64)]).astype(np.int64)
-        self.labels = torch.tensor(labels + [IGNORED] * spare, device=device)
-        self.into = torch.from_numpy(into.ravel()).to(device)
-        self.out_of = torch.from_numpy(out_of).to(device)
-        own = np.zeros((self.rows, 1, self.longest, 1), np.float32)
-        for row, (tokens, _) in enumerate(part.rows):
-            own[row, 0, head if row else 0 : len(tokens)] = 1
-        self.own = torch.from_numpy(own).to(device)
-        """1 where a place of the padded rows is a token that attention is read at: each once."""
-        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def __init__(self, lengths: Sequence[int], head: int, start: int, size: int, device: Any) -> None:
+        """`start`: place of the first row's own first token among the user's, behind the head that all rows share; the
+        user's first rows, which begin with the head, take it for theirs. `size`: number of tokens that are theirs."""
+        first = start == head
+        self.count, self.longest, self.head, self.first = len(lengths), max(lengths), head, first
+        self.own = slice(0 if first else start, start + size)
+        into = np.zeros((self.count, self.longest), np.int64)
+        out_of = np.zeros(self.own.stop - self.own.start, np.int64)
+        read = np.zeros((self.count, 1, self.longest, 1), np.float32)
+        into[:, :head] = np.arange(head)
+        out_of[: head if first else 0] = np.arange(head if first else 0)
+        for row, length in enumerate(lengths):
+            end = start + length - head
+            into[row, head:length] = np.arange(start, end)
+            out_of[start - self.own.start : end - self.own.start] = row * self.longest + np.arange(head, length)
+            read[row, 0, 0 if first and not row else head : length] = 1
+            start = end
+        self.tokens = start - self.own.start
+        """Number of own tokens before those that fill the last block of ALIGN."""
+        self.into, self.out_of = torch.from_numpy(into.ravel()).to(device), torch.from_numpy(out_of).to(device)
+        self.read = torch.from_numpy(read).to(device)
+        """1 where a place of the padded rows is a token that attention is read at: each token once."""
         later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=device).triu(1)
         self.causal = torch.zeros(later.shape, device=device).masked_fill_(later, -1e30)
+        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Causal attention within each row, (T, H, d). Rows are padded at their ends, which no real token sees."""
+        """Causal attention within each row at these rows' own tokens, (., H, d)."""
         q, k, v = (
-            x.index_select(0, self.into).unflatten(0, (self.rows, self.longest)).transpose(1, 2)
+            x.index_select(0, self.into).unflatten(0, (self.count, self.longest)).transpose(1, 2)
             for x in (q_THd, k_TKd, v_TKd)
         )
         if q.is_cuda:
@@ -82,18 +75,83 @@ class _Block:
         return out.transpose(1, 2).flatten(0, 1).index_select(0, self.out_of)
 
     def places(self, heads: int, share: int) -> tuple[Tensor, Tensor]:
-        """Indices of each (row, head, place) among (token, head), and of each (token, head) among these.
+        """Indices of each (row, head, place) among (token, head), and of each (own token, head) among these.
 
         Args:
             share: number of heads that read each head of the tokens.
         """
         if (heads, share) not in self._places:
             each = torch.arange(heads, device=self.into.device)
-            into = self.into.view(self.rows, 1, -1) * (heads // share) + (each // share)[:, None]
+            into = self.into.view(self.count, 1, -1) * (heads // share) + (each // share)[:, None]
             row, place = self.out_of // self.longest, self.out_of % self.longest
             out_of = (row[:, None] * heads + each) * self.longest + place[:, None]
             self._places[heads, share] = into.flatten(), out_of.flatten()
         return self._places[heads, share]
+
+    def padded(self, x: Tensor, heads: int, share: int, width: int) -> Tensor:
+        """Values of tokens and heads as padded rows, (R H, L, d)."""
+        into, _ = self.places(heads, share)
+        return x.reshape(-1, width).index_select(0, into).view(-1, self.longest, width)
+
+    def add_back(self, x: Tensor, heads: int, share: int, out_TKd: Tensor) -> None:
+        """Puts the gradient of padded rows, (R H, L, d), where their own tokens stand, and adds to that of the head
+        what each row gives it; of heads that read the same one, the sum."""
+        x = x.view(self.count, heads // share, share, *x.shape[1:]).sum(2) if share > 1 else x
+        x = x.view(self.count, heads // share, *x.shape[-2:])
+        rows = x[1:] if self.first else x  # the first row's head is among the own tokens
+        shared = rows[:, :, : self.head].sum(0).transpose(0, 1) if self.head and len(rows) else None
+        _, out_of = self.places(heads // share, 1)
+        own = out_TKd[self.own]
+        torch.index_select(x.reshape(-1, x.shape[-1]), 0, out_of, out=own.view(-1, x.shape[-1]))
+        own[self.tokens :] = 0
+        if shared is not None:
+            out_TKd[: self.head] += shared
+
+
+class _Block:
+    """One user's tokens in a pass: where they stand, and the groups of rows as which attention sees them."""
+
+    def __init__(self, part: Part, device: Any) -> None:
+        head = part.head
+        self.size = -(-part.tokens // ALIGN) * ALIGN
+        ids, position = np.zeros(self.size, np.int64), np.zeros(self.size, np.int64)
+        ids[:head], position[:head] = part.rows[0][0][:head], np.arange(head)
+        at: list[np.ndarray] = []
+        labels: list[int] = []
+        ends = [head]
+        for tokens, wanted in part.rows:
+            start, end = ends[-1], ends[-1] + len(tokens) - head
+            ids[start:end], position[start:end] = tokens[head:], np.arange(head, len(tokens))
+            at.append(np.arange(end - len(wanted), end))
+            labels += wanted
+            ends.append(end)
+        spare = -len(labels) % ALIGN  # whole blocks of logits, too
+        self.ids, self.position = ids, position
+        self.label_at = np.concatenate([*at, np.zeros(spare, np.int64)]).astype(np.int64)
+        self.labels = torch.tensor(labels + [IGNORED] * spare, device=device)
+        lengths = [len(tokens) for tokens, _ in part.rows]
+        self.longest = max(lengths)
+        ends[-1] = self.size
+        self.groups = [
+            _Rows(lengths[first:last], head, ends[first], ends[last] - ends[first], device)
+            for first, last in _like(lengths)
+        ]
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Causal attention within each row, (T, H, d)."""
+        return torch.cat([rows.attend(q_THd, k_TKd, v_TKd, scale) for rows in self.groups])
+
+
+def _like(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """First row and end of each group of rows of like lengths; the shortest rows come first."""
+    groups, end = [], len(lengths)
+    while end:
+        start = end - 1
+        while start and lengths[start - 1] >= LIKE * lengths[end - 1]:
+            start -= 1
+        groups.append((start, end))
+        end = start
+    return groups[::-1]
 
 
 class Pass:
@@ -158,14 +216,15 @@ class _Attend(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         split = zip(*(x.split(stack.sizes) for x in (q, k, v, cos_Md, sin_Md, out)), strict=True)
         for block, (q_T, k_T, v_T, cos, sin, out_T) in zip(stack.blocks, split, strict=True):
-            (into, out_of), (into_k, _) = block.places(heads, 1), block.places(heads, share)
-            q_p = _padded(_turned(q_T, scale * cos, scale * sin), into, block, d)
-            k_p, v_p = (_padded(x, into_k, block, d) for x in (_turned(k_T, cos, sin), v_T))
-            scores = torch.bmm(q_p, k_p.transpose(1, 2)).add_(block.causal)
-            weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-            found = torch.bmm(weights, v_p).view(-1, d)
-            torch.index_select(found, 0, out_of, out=out_T.view(-1, d))
-            kept += [q_p, k_p, v_p, weights]
+            q_turned, k_turned = _turned(q_T, scale * cos, scale * sin), _turned(k_T, cos, sin)
+            for rows in block.groups:
+                q_p = rows.padded(q_turned, heads, 1, d)
+                k_p, v_p = (rows.padded(x, heads, share, d) for x in (k_turned, v_T))
+                scores = torch.bmm(q_p, k_p.transpose(1, 2)).add_(rows.causal)
+                weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+                found, (_, out_of) = torch.bmm(weights, v_p).view(-1, d), rows.places(heads, 1)
+                torch.index_select(found, 0, out_of, out=out_T[rows.own].view(-1, d))
+                kept += [q_p, k_p, v_p, weights]
         ctx.scale, ctx.stack, ctx.heads, ctx.share = scale, stack, heads, share
         ctx.save_for_backward(cos_Md, sin_Md, *kept)
         return out
@@ -175,21 +234,23 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stack, heads, share = ctx.stack, ctx.heads, ctx.share
         cos_Md, sin_Md, *kept = ctx.saved_tensors
-        of_q = torch.empty_like(grad)
+        d, of_q = cos_Md.shape[1], torch.empty_like(grad)
         of_k, of_v = (grad.new_empty(len(grad), grad.shape[1] // share) for _ in range(2))
         split = zip(*(x.split(stack.sizes) for x in (grad.contiguous(), cos_Md, sin_Md, of_q, of_k, of_v)), strict=True)
-        each = zip(stack.blocks, split, *(kept[i::4] for i in range(4)), strict=True)
-        for block, (grad_T, cos, sin, q_T, k_T, v_T), q_p, k_p, v_p, weights in each:
-            into, _ = block.places(heads, 1)
-            g = _padded(grad_T, into, block, cos.shape[1])
-            g.view(block.rows, heads, block.longest, -1).mul_(block.own)
-            of_weights = torch.bmm(g, v_p.transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            to_q = _laid_back(torch.bmm(of_scores, k_p), block, heads, 1)
+        each = zip(kept[0::4], kept[1::4], kept[2::4], kept[3::4], strict=True)
+        for block, (grad_T, cos, sin, q_T, k_T, v_T) in zip(stack.blocks, split, strict=True):
+            to_q = grad.new_empty(block.size, heads, d)
+            to_k, to_v = grad.new_empty(block.size, heads // share, d), v_T.view(block.size, -1, d)
+            for rows, (q_p, k_p, v_p, weights) in zip(block.groups, each, strict=False):  # each: of later blocks too
+                g = rows.padded(grad_T, heads, 1, d)
+                g.view(rows.count, heads, rows.longest, d).mul_(rows.read)
+                of_weights = torch.bmm(g, v_p.transpose(1, 2))
+                of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+                rows.add_back(torch.bmm(of_scores, k_p), heads, 1, to_q)
+                rows.add_back(torch.bmm(of_scores.transpose(1, 2), q_p), heads, share, to_k)
+                rows.add_back(torch.bmm(weights.transpose(1, 2), g), heads, share, to_v)
             _turned_back(to_q, ctx.scale * cos, ctx.scale * sin, q_T)
-            to_k = _laid_back(torch.bmm(of_scores.transpose(1, 2), q_p), block, heads, share)
             _turned_back(to_k, cos, sin, k_T)
-            v_T.copy_(_laid_back(torch.bmm(weights.transpose(1, 2), g), block, heads, share).flatten(1))
         return of_q, of_k, of_v, None, None, None, None
 
 
@@ -208,24 +269,6 @@ def _turned_back(x: Tensor, cos_Td: Tensor, sin_Td: Tensor, out: Tensor) -> None
     torch.mul(x, cos_Td[:, None], out=out)
     out[..., :half].addcmul_(x[..., half:], sin_Td[:, None, half:])
     out[..., half:].addcmul_(x[..., :half], sin_Td[:, None, :half], value=-1)
-
-
-def _padded(x: Tensor, into: Tensor, block: _Block, width: int) -> Tensor:
-    """A user's values of tokens and heads as padded rows, (R H, L, d)."""
-    return x.reshape(-1, width).index_select(0, into).view(-1, block.longest, width)
-
-
-def _laid_back(x: Tensor, block: _Block, heads: int, share: int) -> Tensor:
-    """The gradient of a user's tokens, (T, K, d), from that of the padded rows, (R H, L, d): that of every row, and of
-    every head that reads the same one, is summed."""
-    x = x.view(block.rows, heads // share, share, *x.shape[1:]).sum(2) if share > 1 else x
-    x = x.view(block.rows, heads // share, *x.shape[-2:])
-    if block.head and block.rows > 1:
-        x[0, :, : block.head] += x[1:, :, : block.head].sum(0)
-    _, out_of = block.places(heads // share, 1)
-    out = x.reshape(-1, x.shape[-1]).index_select(0, out_of).view(block.size, heads // share, -1)
-    out[block.tokens :] = 0
-    return out
 
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -146,6 +146,7 @@ class User:
             # nothing stands before the first token of a target without a prompt, so nothing predicts it
             labels = target if prompt else target[1:]
             rows.append(((prompt + target)[:-1], labels))
+        rows.sort(key=lambda row: len(row[0]))  # rows of like lengths are padded together
         total = sum(len(labels) for _, labels in rows)
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         size = 0

@@ -37,8 +37,8 @@ def test_words_that_all_prompts_begin_with_stand_in_a_pass_once(folder):  # noqa
     trainer = StackedTrainer(base(folder), LoraConfig(batch_size=4))
     user = trainer.enter(UserExamples("a", alike(4, 0)))
     rows = sum(len(prompt) + len(target) - 1 for prompt, target in user.given.examples)
-    (block,) = (stack := Pass([user], "cpu")).blocks
-    assert block.head == len(HEAD) and user.parts[0].tokens == rows - 3 * len(HEAD)
+    stack = Pass([user], "cpu")
+    assert user.parts[0].head == len(HEAD) and user.parts[0].tokens == rows - 3 * len(HEAD)
     assert stack.ids[0, : len(HEAD)].tolist() == HEAD
     assert stack.ids.shape[1] == -(-(rows - 3 * len(HEAD)) // 16) * 16
 
@@ -49,6 +49,16 @@ def test_equal_prompts_alone_share_all_but_the_token_that_their_targets_are_read
     assert user.parts[0].head == len(HEAD) - 1
     few = trainer.enter(UserExamples("b", [(HEAD[:8], [21, 2]), (HEAD[:8], [22, 2])]))
     assert few.parts[0].head == 0  # seven tokens are too few to pay
+
+
+def test_rows_of_unlike_lengths_are_padded_apart():
+    """80 alone, as 41 is less than three quarters of it; 40 with 41; 12 with neither, and 10 with it."""
+    config = LoraConfig(batch_size=8)
+    lengths = (41, 10, 80, 12, 40)
+    trainer = StackedTrainer(make("Llama"), config)
+    user = trainer.enter(UserExamples("a", [([5] * n, [6]) for n in lengths]))
+    (block,) = Pass([user], "cpu").blocks
+    assert [(rows.count, rows.longest) for rows in block.groups] == [(2, 12), (2, 41), (1, 80)]
 
 
 @pytest.mark.parametrize(
