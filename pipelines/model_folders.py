@@ -17,18 +17,21 @@ def below(run_dir: str, name: str) -> str:
     return f"{run_dir.rstrip('/')}/{name}" if artifacts.is_address(run_dir) else os.path.join(run_dir, name)
 
 
-def check_output(key: str, where: str | Path, known: Sequence[str]) -> None:
+def check_output(key: str, where: str | Path, known: Sequence[str], run_dir: str | None = None) -> None:
     """Refuses a place that `whole_output` could not write to; a job asks before it trains.
 
     Args:
         key: the config's name for the place.
         known: patterns of the names that such a folder may hold.
+        run_dir: the run's folder, of a job that keeps its examples and checkpoints there.
 
     Raises:
-        InputError: something else lies there, or the address is one that is only read.
+        InputError: something else lies there or will, or the address is one that is only read.
     """
     where = str(where)
     try:
+        if run_dir is not None and _same(where, run_dir):
+            raise InputError(f"{where} is the run's own folder, which holds the training's files; give another folder")
         if where.startswith("file://"):
             raise InputError(f"{where}: give the path alone")
         if Storage(where).is_s3:
@@ -37,6 +40,12 @@ def check_output(key: str, where: str | Path, known: Sequence[str]) -> None:
             check_replaceable(where, known)
     except (ValueError, InputError) as error:
         raise InputError(f"{key}: {error}") from error
+
+
+def _same(one: str, other: str) -> bool:
+    if artifacts.is_address(one) or artifacts.is_address(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextmanager

@@ -216,7 +216,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     itself = os.path.exists(output) and os.path.samefile(output, folder)
     if itself or output.rstrip("/") == config.llm.model.rstrip("/"):
         raise InputError(f"output={output}: is the folder of the base itself; give another folder")
-    check_output("output", output, MODEL_FILES)
+    check_output("output", output, MODEL_FILES, run_dir)
     left_out = tables.read_users(config.users) or frozenset()
     decisive = _decisive(config, task, left_out, base)
     known = begun.read(run_dir, "adapt", run_id, decisive)

@@ -74,7 +74,7 @@ def _run(config: Config, run_id: str) -> int:
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
     target = config.plug or below(run_dir, "plug")
-    check_output("plug", target, PLUG_FILES)
+    check_output("plug", target, PLUG_FILES, run_dir)
     settings = decisive(config, identities)
     versions: dict[Any, int] = {**config.as_of_version}
     known = begun.read(run_dir, "train", run_id, settings)

@@ -130,6 +130,8 @@ def test_a_base_is_made_of_its_own_runs_data_and_settings_alone(made, tmp_path):
         run("one", output=str(output))
     with pytest.raises(InputError, match="output=.*: is the folder of the base itself"):
         run("two", output=made.llm.model)
+    with pytest.raises(InputError, match="output: .* is the run's own folder, .*; give another folder"):
+        run("two", run_dir=str(tmp_path / "both"), output=str(tmp_path / "x" / ".." / "both"))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"output: .* holds notes\.txt"):
@@ -225,3 +227,6 @@ def test_a_plugs_folder_that_holds_something_else_is_refused_before_training(mad
     with pytest.raises(InputError, match=r"plug: .* holds notes\.txt .* would be lost"):
         made.run(train, "refused", **values(made, plug=str(tmp_path / "plug")))
     assert (tmp_path / "plug" / "notes.txt").read_text() == "mine"
+    same = str(tmp_path / "both")
+    with pytest.raises(InputError, match="plug: .* is the run's own folder, .*; give another folder"):
+        train.run(train.Config(run_id="same", run_dir=f"{same}/", **values(made, plug=same)))
