@@ -27,6 +27,9 @@ from infra.storage import Storage, retrying
 
 MANIFEST = "pplug-manifest.json"
 """Name of the file that is written last. A published folder without it is not whole."""
+REPLACING = "pplug-manifest.replacing"
+"""Name of the file that names those which a writer is replacing: after a kill they may be others than the manifest
+says, though of the same size."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 """Ends of the names of files that a caller who wants no weights does without."""
 UNUSED_DAYS = 30.0
@@ -99,18 +102,26 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(files, pool.map(_facts, files.values()), strict=True))
         before = _files(storage.read_bytes(MANIFEST)) if storage.is_file(MANIFEST) else {}
+        doubtful = set(json.loads(storage.read_bytes(REPLACING))) if storage.is_file(REPLACING) else set()
         there = storage.facts()
         todo = [
             name
             for name in files
-            if before.get(name) != facts[name] or name not in there or there[name].size != facts[name]["size"]
+            if before.get(name) != facts[name]
+            or name not in there
+            or there[name].size != facts[name]["size"]
+            or name in doubtful
         ]
+        if todo:
+            storage.write_bytes(REPLACING, json.dumps(sorted(doubtful | set(todo))).encode())
         for _ in pool.map(lambda name: retrying(partial(_upload, storage, name, files[name]), f"write {name}"), todo):
             pass
     content = json.dumps({"format": 1, "files": facts}, indent=1, sort_keys=True)
     storage.write_bytes(MANIFEST, content.encode())
     for name in before.keys() - facts.keys():
         storage.delete(name)
+    if todo or doubtful:
+        storage.delete(REPLACING)
     return len(todo), len(files) - len(todo)
 
 
@@ -132,7 +143,7 @@ def check_publishable(uri: str, known: Sequence[str]) -> None:
     strange = [
         name
         for name in storage.list()
-        if name != MANIFEST and name not in manifest and not any(fnmatch(name, one) for one in patterns)
+        if name not in {MANIFEST, REPLACING, *manifest} and not any(fnmatch(name, one) for one in patterns)
     ]
     if strange:
         raise ValueError(

@@ -1,9 +1,11 @@
 """The items of a bucket that a base model may learn: those that all requests of their user may see.
 
 A request with a target is scored later, and its answer stands in an item that it may not see. Only what comes before
-the earliest request of a user is safe to learn, as for the user's own adapter (`pending_users`).
+the earliest request of a user is safe to learn, as for the user's own adapter (`pending_users`). Of a person with one
+history per question nothing is: another of these histories may hold the answer.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,14 @@ ITEM_COLUMNS = ["user_id", "position", "occurred_at"]
 REQUEST_COLUMNS = ["user_id", "owner_id", "as_of", "as_of_position"]
 
 
+def is_one_of_several(request: Mapping[str, Any]) -> bool:
+    """True if the history that a request reads is one of several of the same person."""
+    return request["owner_id"] is not None and request["owner_id"] != request["user_id"]
+
+
 def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
-    """Marks the items that every request of their user may see; all items of a user without a request.
+    """Marks the items that every request of their user may see; all items of a user without a request, and none of a
+    person who has several histories.
 
     Args:
         items: whole histories of some users, with ITEM_COLUMNS, in any order.
@@ -43,7 +51,9 @@ def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
         order = history.order(times, positions)
         sorted_times = None if times is None else times[order]
         count = min(
-            history.visible_count(sorted_times, positions[order], to_us(one["as_of"]), one["as_of_position"])
+            0
+            if is_one_of_several(one)
+            else history.visible_count(sorted_times, positions[order], to_us(one["as_of"]), one["as_of_position"])
             for one in asked[user]
         )
         visible[np.array(rows)[order[count:]]] = False

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from infra import rebucketing, upkeep
 from infra.errors import InputError
-from infra.lines import lines
+from infra.lines import numbered_lines
 from infra.shards import bucket_of_key, user_key
 from infra.snapshot import Snapshot
 from infra.storage import Storage
@@ -164,7 +164,8 @@ def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
     """Reads user ids from a file with one id per line, however the file was saved. None without a file.
 
     Args:
-        among: tables in one of which each id should have a row; ids without a row are named on the screen.
+        among: tables in one of which each id should have a row; the lines of ids without a row are named on
+            the screen, but never the ids, since the output is kept.
 
     Raises:
         InputError: the file cannot be read.
@@ -172,18 +173,20 @@ def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        users = frozenset(lines(path))
+        at = {text: number for number, text in numbered_lines(path)}
+        users = frozenset(at)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"users={path}: cannot be read ({error}); expected a file with one user id per line, in UTF-8"
         ) from error
-    absent = sorted(absent_from(users, *among)) if among else []
+    absent = absent_from(users, *among) if among else set()
     if absent:
-        more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+        places = sorted(number for text, number in at.items() if text in absent)
+        more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         where = ", ".join(snapshot.spec.name for snapshot in among)
         print(
-            f"users={path}: {len(absent)} of {len(users)} ids have no row in {where}: "
-            f"{', '.join(map(repr, absent[:_NAMED]))}{more}",
+            f"users={path}: {len(absent)} of {len(users)} ids have no row in {where}: line{'s' * (len(places) > 1)} "
+            f"{', '.join(map(str, places[:_NAMED]))}{more}",
             flush=True,
         )
     return users

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pplug import memory
+from pplug.identity import stable_int
 from pplug.parallel import Mesh
 from pplug.schedule import rate
 
@@ -144,7 +145,8 @@ class Loop:
     def _gradients(self, batch: np.ndarray, epoch: int) -> torch.Tensor:
         tokens = int(self.target_tokens[batch].sum())
         if self.seeded:  # the same dropout after a restart
-            torch.manual_seed((self.config.seed << 40) + self.schedule.last_epoch * self.world + self.rank)
+            step = self.schedule.last_epoch * self.world + self.rank
+            torch.manual_seed(stable_int(f"{self.config.seed}:{step}") >> 1)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part, counts in self.passes(batch, self.lengths):

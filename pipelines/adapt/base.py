@@ -152,7 +152,7 @@ def fit_base(given: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm.model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    prompts, answers = load_examples(given["examples"], given["shards"])
+    prompts, answers = _all_prompted(*load_examples(given["examples"], given["shards"]))
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
     of_answers = np.array([len(answer) for answer in answers], np.int64)
 
@@ -216,6 +216,15 @@ def _answers_loss(llm: FrozenLLM, prompts: list[list[int]], answers: list[list[i
     n = len(prompts)
     loss, _ = target_loss(llm, [Prompt(ids, []) for ids in prompts], nothing.expand(n, 1, llm.dim), [0] * n, answers)
     return loss
+
+
+def _all_prompted(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The same examples, where an answer without a prompt has its first token for one, since nothing predicts that; one
+    that has no other token teaches nothing."""
+    pairs = [(p, a) if p else (a[:1], a[1:]) for p, a in zip(prompts, answers, strict=True)]
+    return [prompt for prompt, answer in pairs if answer], [answer for _, answer in pairs if answer]
 
 
 def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[int]], list[list[int]]]:

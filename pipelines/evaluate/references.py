@@ -19,6 +19,7 @@ import ray
 
 from infra.shards import user_key
 from infra.snapshot import Snapshot
+from pipelines.cut import is_one_of_several
 from pipelines.histories import Histories, decode_fields, read_bucket
 from pplug import references
 from pplug.references import Classifier
@@ -210,8 +211,7 @@ def _visible_to_all(users: Histories, requests: Snapshot | None, bucket: int) ->
         return counts
     columns = ["user_id", "owner_id", "as_of", "as_of_position"]
     for row in requests.read(columns, buckets=[bucket]).to_pylist():
-        split = row["owner_id"] is not None and row["owner_id"] != row["user_id"]
-        count = 0 if split else _visible(users, row)
+        count = 0 if is_one_of_several(row) else _visible(users, row)
         counts[row["user_id"]] = min(counts.get(row["user_id"], _ALL), count)
     return counts
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from pipelines.asked import narrowed
+from pipelines.cut import is_one_of_several
 from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
 from pipelines.methods import Group, parse
@@ -84,21 +85,25 @@ class PendingReplies:
         pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors.
         undated, timed: requests that `since` leaves out because they have no time, and those that have one, too early
         or not. with_target, dated: requests to answer with a known answer, and those of them that may not see all
-        items. Per table in `made_from_items`, of the requests that a method with such a part has to answer,
-        without_<group>: those whose user has no row; <group>_leaks: those with a known answer whose user's row was made
-        from items that they may not see.
+        items of their person. Per table in `made_from_items`, of the requests that a method with such a part has to
+        answer, without_<group>: those whose user has no row; <group>_leaks: those with a known answer whose user's row
+        was made from items that they may not see.
         """
         for bucket in batch["bucket"].to_pylist():
             asked = self.read(bucket)
             wanted = {(method, sample) for method in self.methods for sample in range(self.samples)}
-            rows = asked.requests.select(["user_id", "request_id", "as_of", "as_of_position", "target"]).to_pylist()
+            columns = ["user_id", "owner_id", "request_id", "as_of", "as_of_position", "target"]
+            rows = asked.requests.select(columns).to_pylist()
             keys = pc.unique(asked.requests["user_key"]).to_pylist()
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
             labelled = _labelled(asked.unanswered(rows, set(self.methods)))
             counts |= {"failed": asked.failed, "undated": asked.undated, "timed": asked.timed}
             counts["with_target"] = len(labelled)
-            counts["dated"] = sum(row["as_of"] is not None or row["as_of_position"] is not None for row in labelled)
+            counts["dated"] = sum(
+                row["as_of"] is not None or row["as_of_position"] is not None or is_one_of_several(row)
+                for row in labelled
+            )
             for group, table in self.made_from_items.items():
                 made_from = last_items(table, bucket, keys)
                 due = asked.unanswered(rows, self._methods_with(group))

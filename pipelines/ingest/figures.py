@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 from pipelines.codes import flat
 from pipelines.ingest.labels import MOST_LABELS
 from pipelines.ingest.source_rows import COUNT, ITEM, REJECT, REQUEST, Notes
+from pplug.references import rating
 from pplug.tasks import TaskSpec
 
 EXAMPLES = 5
 """Number of places that are kept of each reason of rejects."""
+NO_LABEL = "(no label of the task)"
 _LISTED = 20
 """Number of labels or columns that a summary names."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -154,6 +156,10 @@ class Figures:
 
     # --- for people and for files -------------------------------------------------------------------------------------
 
+    def without_texts(self, task: TaskSpec) -> "Figures":
+        """The figures as they may stand in a log: of answers, the task's labels alone."""
+        return replace(self, labels=_of_labels(self.labels, task), targets=_of_labels(self.targets, task))
+
     def to_dict(self) -> dict[str, Any]:
         """The figures for report.json: no text of any row."""
         return {
@@ -183,6 +189,15 @@ class Figures:
             yield f"rejected, {reason}: {n}"
             for one in self.examples.get(reason, []):
                 yield f"    {one.shown()}: {one.detail}" + (f" | {one.text!r}" if one.text else "")
+
+
+def _of_labels(counts: Counter[str], task: TaskSpec) -> Counter[str]:
+    """The same with one name for all answers that are no label of the task's: such an answer is a text of a user."""
+    found: Counter[str] = Counter()
+    for answer, n in counts.items():
+        known = answer.strip() in task.labels or (task.metric == "rating" and rating(answer, task) is not None)
+        found[answer if known else NO_LABEL] += n
+    return found
 
 
 def answers(column: pa.ChunkedArray | pa.Array, task: TaskSpec) -> Counter[str]:

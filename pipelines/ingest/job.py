@@ -133,7 +133,7 @@ def run(config: IngestConfig) -> int:
         summary.refuse_missing(config, figures)
         summary.refuse_nobody(config, figures, report)
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
-        summary.tell(config, pieces, figures, report)
+        summary.tell(config, pieces, plan.task, figures, report)
         _commit(plan, config, files, anew, report, kept["groups"])
     if changes is not None:
         forget_rows(run_dir)

@@ -66,8 +66,9 @@ def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: S
     return with_labels(task, found)
 
 
-def tell(config: IngestConfig, pieces: Sequence[Piece], figures: Figures, report: RunReport) -> None:
+def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures: Figures, report: RunReport) -> None:
     """Prints the summary, and puts it into the report, there without the text of any row."""
+    figures = figures.without_texts(task)
     files = len({(piece.folder, name) for piece in pieces for name in piece.files})
     report.extra["source"] = {"files": files} | figures.to_dict()
     lines = [f"files {files}, {first}" if at == 0 else first for at, first in enumerate(figures.told())]

@@ -151,3 +151,25 @@ def test_a_manifest_cannot_lead_out_of_the_cache(s3, tmp_path):
 
 def test_folders_of_this_machine_stay_as_they_are(tmp_path):
     assert artifacts.fetch(str(tmp_path)) == artifacts.fetch(f"file://{tmp_path}") == tmp_path
+
+
+def test_the_former_model_can_be_put_back_after_a_publish_that_was_killed(s3_server, s3, tmp_path, monkeypatch):
+    """The second model's weights are as large as the first's, and its publish dies before the manifest."""
+    monkeypatch.setattr(artifacts, "REPLACED_WAIT_S", 0.0)
+    artifacts.publish(folder(tmp_path / "one"), s3)
+    turned = bytes(reversed(FILES["model.safetensors"]))
+    write = Storage.write_bytes
+
+    def dies(storage, name, content, *more):
+        if name == artifacts.MANIFEST:
+            raise ConnectionAbortedError("the publisher dies here")
+        return write(storage, name, content, *more)
+
+    monkeypatch.setattr(Storage, "write_bytes", dies)
+    with pytest.raises(ConnectionAbortedError):
+        artifacts.publish(folder(tmp_path / "two", **{"model.safetensors": turned}), s3)
+    monkeypatch.setattr(Storage, "write_bytes", write)
+    artifacts.check_publishable(s3, tuple(FILES))
+    assert artifacts.publish(tmp_path / "one", s3) == (1, 2)
+    assert content(artifacts.fetch(s3)) == FILES
+    assert artifacts.publish(tmp_path / "one", s3) == (0, 3)

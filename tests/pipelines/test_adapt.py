@@ -241,7 +241,7 @@ def test_nights_train_only_who_is_new_or_has_changed(population, llm, tmp_path, 
     values = {"users": str(asked), "max_reject_fraction": 0.5, "batch_users": 2}
     assert run(population, llm, "first", **values) == 0
     assert population.report["rejected"] == {"no_usable_item": 1, "no_history": 2} and population.report["written"] == 6
-    assert "2 of 9 ids have no row in histories: 'new', 'nobody'\n" in capsys.readouterr().out
+    assert "2 of 9 ids have no row in histories: lines 8, 9\n" in capsys.readouterr().out
     keys = {row["key"] for row in population.rows("rejects") if row["job"] == "adapt"}
     assert keys == {user_key(name) for name in ("mute", "nobody", "new")}
     first = {row["user_id"]: row for row in population.rows("adapters")}

@@ -11,6 +11,7 @@ from pipelines import made_from, tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
 from pipelines.adapt.mixed import OtherSettings
+from pipelines.generate.pending import PendingReplies
 from pipelines.lines import base_lm
 from pipelines.upkeep import export
 from pplug.adapter import LoraConfig
@@ -52,6 +53,22 @@ def counts_of(population, llm, folder, left_out=(), cut=True, examples="items"):
     stage = BaseExamples(histories, requests, examples, cut, entry, frozenset(left_out), llm, 16, str(folder))
     rows = pa.concat_tables(stage(pa.table({"bucket": list(range(BUCKETS))})))
     return {name: sum(rows[name].to_pylist()) for name in ("examples", "items_cut_off", "users_left_out")}
+
+
+def test_a_base_learns_nothing_of_a_person_who_has_a_history_per_question(population, llm, tmp_path):
+    """The answer to the first question stands in the history of the second, whose request may see all of it."""
+    questions = [
+        {"request_id": f"q{n}", "user_id": f"ann-{n}", "owner_id": "ann", "input": "How do I feel? the cat x",
+         "target": "good"} for n in (1, 2)
+    ]  # fmt: skip
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    answer = {"user_id": "ann-2", "item_id": "x", "fields": {"mood": "good", "text": "the cat x"}}
+    fill(population, [item("ann-1", 0), item("ann-2", 0), answer, item("bob", 0)], requests_source=str(path))
+    assert counts_of(population, llm, tmp_path)["examples"] == 1  # that of bob, whom nobody asks about
+    pending = PendingReplies(snapshot(population, "requests"), None, "r", ("none",), "all", None)
+    counts = pa.concat_tables(pending.count(pa.table({"bucket": list(range(BUCKETS))})))
+    assert sum(counts["dated"].to_pylist()) == 2  # so a base without a cut is refused for them
 
 
 def test_a_base_learns_no_item_that_a_request_may_not_see(population, llm, tmp_path):

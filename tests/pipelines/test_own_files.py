@@ -19,7 +19,7 @@ from infra.errors import InputError
 from infra.storage import Storage
 from pipelines import begun, tables
 from pipelines.adapt import job as adapt
-from pipelines.adapt.base import BaseShard, load_examples
+from pipelines.adapt.base import BaseShard, _all_prompted, load_examples
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.samples import PrepareSamples, Shard, load_samples
@@ -165,6 +165,12 @@ def test_a_run_goes_on_with_what_it_began_with_and_nothing_else(made, tmp_path):
         begun.read(place, "adapt", "r", decisive | {"lora": {"rank": 4}})
     with pytest.raises(InputError, match="run r in .* began as job adapt, not train; give another --run-id"):
         begun.read(place, "train", "r", decisive)
+
+
+def test_an_answer_without_a_prompt_begins_with_its_first_token():
+    """Nothing predicts that token; an answer of one token teaches nothing."""
+    found = _all_prompted([[], [1], [], []], [[5, 6, 2], [7], [8], [9, 2]])
+    assert found == ([[5], [1], [9]], [[6, 2], [7], [2]])
 
 
 def test_examples_are_read_by_their_names_and_counts(tmp_path):

@@ -156,7 +156,7 @@ def test_nights_write_only_who_is_new_or_sees_other_items(made, tmp_path, capsys
     (tmp_path / "users").write_text("ann\nnobody asks for me\n")
     assert run(population, "one", users=str(tmp_path / "users"), **asked) == 0
     assert population.report["planned"] == 1 and profiles(population).keys() == {"ann"}
-    assert "1 of 2 ids have no row in requests: 'nobody asks for me'\n" in capsys.readouterr().out
+    assert "1 of 2 ids have no row in requests: line 2\n" in capsys.readouterr().out
     assert run(population, "all", wave_rows=1, **asked) == 0
     assert (population.report["written"], population.report["already_there"]) == (3, 1)
     table, first = tables.open_table(population.tables, "profiles"), profiles(population)

@@ -411,3 +411,19 @@ def test_an_item_without_a_time_takes_that_of_its_neighbour_and_no_other_time_ch
 def test_the_time_rule_is_the_configs():
     config = IngestConfig(tables="t", source="s", time={"unit": "excel", "latest": "2030-01-01"})
     assert config.time == TimeRule(unit="excel", latest=date(2030, 1, 1)) and config.undated == "neighbour"
+
+
+def test_an_answer_that_is_no_label_is_counted_and_not_shown(tmp_path):
+    """An item keeps such an answer, which may be any text of its user; the log and the report have its number."""
+    told = ["good", "bad", "My wife Anna left me on Monday", "and my dog died"]
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps(note(item=f"{n}", mood=mood)) + "\n" for n, mood in enumerate(told)))
+    figures = Read(path).figures.without_texts(TASK)
+    assert figures.to_dict()["labels"] == {"(no label of the task)": 2, "good": 1, "bad": 1}
+    assert not any(word in "".join(figures.told()) for word in ("Anna", "dog"))
+    stars = TaskSpec.model_validate(NOTES | {"metric": "rating", "labels": ["1", "2", "5"], "target": "stars"})
+    path.write_text(
+        "".join(json.dumps(note(item=f"{n}") | {"stars": one}) + "\n" for n, one in enumerate(["4.5", "Anna"]))
+    )
+    assert Read(path, task=stars).figures.without_texts(stars).to_dict()["labels"] == {
+        "4.5": 1, "(no label of the task)": 1}  # fmt: skip
