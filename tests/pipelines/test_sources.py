@@ -321,6 +321,20 @@ def test_a_large_csv_is_divided_only_where_no_quoted_line_break_can_lie(tmp_path
     assert 1 in tried and max(tried) > 20
 
 
+@pytest.mark.parametrize(
+    ("encoding", "end", "given"),
+    [("utf-16", "\r\n", None), ("utf-16-le", "\n", "UTF_16_LE"), ("utf-32", "\n", "utf-32"), ("utf-8", "\r", None)],
+)
+def test_a_large_csv_without_line_ends_of_one_byte_is_not_divided(tmp_path, monkeypatch, encoding, end, given):
+    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text of number {n}" * 9} for n in range(2000)]
+    content = as_csv(rows, lineterminator=end) + "u,2000,one\nu,2001,two\n"
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode(encoding))
+    monkeypatch.setattr(records, "PIECE_BYTES", len(content.encode(encoding)) * 2 // 3)
+    found, rejects = read(path, csv={"encoding": given})
+    assert [row["user_id"] for row in found] == [*(row["user_id"] for row in rows), "u", "u"] and rejects == {}
+
+
 # --- Parquet and nested columns --------------------------------------------------------------------------------------
 
 
