@@ -1,7 +1,8 @@
 """A Delta table as live source: what has come to it since the last ingest of it, and what has gone.
 
 The version that an ingest has read stands in the metadata of the histories' commit, by the table's own id, so that a
-restored table of histories is followed from the version that it holds. Between that version and the newest one:
+restored table of histories is followed from the version that it holds. Where requests are committed after them, it
+counts only once it stands in the requests' commit too. Between that version and the newest one:
 - Files were only added: these files are read, and nothing has gone.
 - Files were removed too, and the table keeps a change data feed: the rows of the feed are read.
 - Files were removed without a feed: the table is read as a whole; rows that are there already count as such.
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 FOLLOWED = "followed"
-"""Key in the metadata of a commit of histories: version that was read of each followed table, by the table's id."""
+"""Key in the metadata of a commit: version that was read of each followed table, by the table's id."""
+FOLLOWED_BEFORE = "followed_before"
+"""Key of histories beside it: versions read before (null: none), which count until the requests' commit is there."""
 CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
 """Files in the run folder with the keys of items that have gone, and with the users none of whose items is left."""
@@ -68,26 +71,46 @@ class Changes:
             found["gone"] = Source((File(storage.uri, GONE_ITEMS, "jsonl", storage.size(GONE_ITEMS)),))
         return found
 
-    def followed(self, before: Mapping[str, str]) -> dict[str, str]:
-        """Metadata of the histories' commit, with the versions of other tables kept."""
-        known = json.loads(before.get(FOLLOWED, "{}"))
-        return {FOLLOWED: json.dumps(known | {self.table_id: self.version}, sort_keys=True)}
+    def followed(self, before: Mapping[str, str], requests_follow: bool = False) -> dict[str, str]:
+        """Metadata of a commit, with the versions of other tables kept; `requests_follow` says that this is the commit
+        of histories and that of requests comes next."""
+        known, earlier = _versions(before), _versions(before, FOLLOWED_BEFORE)
+        earlier.pop(self.table_id, None)
+        found = {FOLLOWED: known | {self.table_id: self.version}}
+        if requests_follow or earlier:
+            found[FOLLOWED_BEFORE] = earlier | ({self.table_id: self.since} if requests_follow else {})
+        return {key: json.dumps(versions, sort_keys=True) for key, versions in found.items()}
 
 
-def find_changes(address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str) -> Changes:
+def _versions(metadata: Mapping[str, str], key: str = FOLLOWED) -> dict[str, Any]:
+    return json.loads(metadata.get(key, "{}"))
+
+
+def _last_read(histories: Mapping[str, str], requests: Mapping[str, str], table_id: str) -> int | None:
+    known, earlier = _versions(histories).get(table_id), _versions(histories, FOLLOWED_BEFORE)
+    if table_id in earlier and _versions(requests).get(table_id) != known:  # stopped between the two commits
+        return earlier[table_id]
+    return known
+
+
+def find_changes(
+    address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str,
+    requests_before: Mapping[str, str] | None = None,
+) -> Changes:  # fmt: skip
     """Compares a Delta table with the version of its last ingest.
 
     Args:
         before: metadata of the histories' newest commit.
         columns: column of the table for each of our names.
         run_dir: folder for rows of a change data feed (`CHANGED_ROWS`).
+        requests_before: metadata of the requests' newest commit.
 
     Raises:
         InputError: the address has no Delta table, or the table has no such columns.
     """
     table = _opened(address)
     table_id, version = str(table.metadata().id), table.version()
-    since = json.loads(before.get(FOLLOWED, "{}")).get(table_id)
+    since = _last_read(before, requests_before or {}, table_id)
     names = [columns.get(name, name) for name in KEYS]
 
     def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:

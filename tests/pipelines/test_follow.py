@@ -9,6 +9,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from infra.errors import InputError
 from infra.storage import Storage
+from infra.table import Table
 from pipelines.ingest import job as ingest
 from pipelines.ingest.derive import derived_id
 from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, GONE_ITEMS, GONE_USERS, find_changes
@@ -171,3 +172,29 @@ def test_what_has_gone_is_removed_when_asked_for(population, place, ray_session,
     listed = {"users": str(run_dir / GONE_USERS), "run_dir": str(population.folder / "erase"), "confirm_absent": True}
     monkeypatch.chdir(population.folder)  # `erase` looks into the run folders of the current one
     assert erase.run(erase.Config(tables=population.tables, **listed)) == 0
+
+
+@pytest.mark.parametrize(("night", "run_id"), [(1, "same"), (2, "another")])
+def test_a_stop_before_the_commit_of_requests_loses_no_derived_request(
+    population, place, ray_session, monkeypatch, night, run_id
+):
+    common = {"source": place, "task": population.task(NOTES), "columns": COLUMNS, "follow": True, "derive_requests": 1}
+    commit = Table.commit
+
+    def stops(table, *args, **kwargs):
+        if table.spec.name == "requests":
+            raise ConnectionAbortedError("the driver dies here")
+        return commit(table, *args, **kwargs)
+
+    write_deltalake(place, rows(*FIRST))
+    if night == 2:
+        assert population.ingest(**common) == 0
+        write_deltalake(place, rows(("a", 3, "five"), ("z", 1, "six")), mode="append")
+    monkeypatch.setattr(Table, "commit", stops)
+    with pytest.raises(ConnectionAbortedError):
+        population.ingest(run_id="same", **common)
+    monkeypatch.setattr(Table, "commit", commit)
+    assert population.ingest(run_id=run_id, **common) == 0
+    wanted = [("a", "2"), ("b", "1"), ("b c", "1")] + ([("a", "3"), ("z", "1")] if night == 2 else [])
+    assert set(population.requests()) == {derived_id(*key) for key in wanted}
+    assert population.ingest(**common) == 0 and population.report["planned"] == 0
