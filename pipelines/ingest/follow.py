@@ -5,7 +5,8 @@ restored table of histories is followed from the version that it holds. Where re
 counts only once it stands in the requests' commit too. Between that version and the newest one:
 - Files were only added: these files are read, and nothing has gone.
 - Files were removed too, and the table keeps a change data feed: the rows of the feed are read.
-- Files were removed without a feed: the table is read as a whole; rows that are there already count as such.
+- Files were removed without a feed, or the table has deletion vectors or mapped columns, so that its files do not lie
+  there as its rows: the table is read as a whole; rows that are there already count as such.
 Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
 whatever the feed says: a row that was moved or written again has not gone.
 """
@@ -18,11 +19,14 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind
+from pipelines.ingest.sources.columns import paths
+from pipelines.ingest.sources.delta import rows_of
 from pipelines.ingest.sources.discover import File, Source
 from pipelines.ingest.values import id_column
 
@@ -128,15 +132,24 @@ def find_changes(
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
     span = f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
-    if before_files.keys() <= now_files.keys():
+    root = Storage(address)
+    now_rows = rows_of(table, root)
+    plain = isinstance(now_rows, pads.Dataset)
+    if plain and before_files.keys() <= now_files.keys():
         added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
         return changes(added, f"{span} only added rows: {len(added)} new files are read")
     try:
-        now = _keys(table, names)
-        gone, left = _gone(_keys(old, names), now)
+        now = _keys(now_rows, names, address)
+        gone, left = _gone(_keys(rows_of(old, root), names, address), now)
     except OSError:  # a vacuum has removed the old files
         return changes(None, f"version {version} is read as a whole: the files of version {since} are no longer there, "
                              "so that rows that have gone cannot be told")  # fmt: skip
+    if not plain:
+        words = (
+            f"version {version} is read as a whole: the table has deletion vectors or mapped columns, so that its "
+            f"files do not tell the rows of {span}"
+        )
+        return changes(None, words, gone, left)
     feed = _feed(table, since, version, names, now, run_dir)
     if feed is None:
         words = (
@@ -202,20 +215,30 @@ def _file(address: str, action: Mapping[str, Any]) -> File:
     return File(Storage(address).uri, unquote(action["path"]), "parquet", action["size_bytes"], tuple(texts))
 
 
-def _keys(table: "DeltaTable", names: Sequence[str]) -> pa.Table:
-    """Keys of a version, each once, as ids of the histories; rows without a key have none."""
-    dataset = table.to_pyarrow_dataset()
-    try:
-        rows = dataset.to_table(
-            columns={ours: pc.field(*name.split(".")) for ours, name in zip(KEYS, names, strict=True)}
-        )
-    except (pa.ArrowInvalid, KeyError) as error:
+def _keys(rows: pads.Dataset | pa.RecordBatchReader, names: Sequence[str], address: str) -> pa.Table:
+    """Keys of a version, each once, as ids of the histories; rows without a key have none.
+
+    Raises:
+        InputError: the table has no such columns.
+        OSError: a file of the version cannot be read.
+    """
+    if not set(names) <= paths(rows.schema):
         raise InputError(
-            f"{table.table_uri}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
-            f"rows that have gone by them; it has {', '.join(dataset.schema.names[:20])}"
-        ) from error
-    rows = rows.group_by(list(KEYS)).aggregate([])
-    return _keys_of(rows, KEYS).drop_null()
+            f"{address}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
+            f"rows that have gone by them; it has {', '.join(rows.schema.names[:20])}"
+        )
+    columns = {
+        ours: pc.field(*[name] if name in rows.schema.names else name.split("."))
+        for ours, name in zip(KEYS, names, strict=True)
+    }
+    found = (
+        rows.scanner(columns) if isinstance(rows, pads.Dataset) else pads.Scanner.from_batches(rows, columns=columns)
+    )
+    try:
+        keys = found.to_table()
+    except pa.ArrowInvalid as error:  # a stream's word for a file that is not there
+        raise OSError("a file of the table cannot be read") from error
+    return _keys_of(keys.group_by(list(KEYS)).aggregate([]), KEYS).drop_null()
 
 
 def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:

@@ -1,6 +1,11 @@
 """A Delta table as live source: what is read of it after the first ingest, what has gone, and what is removed."""
 
+import base64
 import json
+import shutil
+import string
+import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,6 +101,40 @@ def test_rewritten_files_and_rows_that_come_again_are_no_deletes(place, tmp_path
     assert read(found) == [(1, "again")]
     write_deltalake(place, rows(("z", 1, "all new")), mode="overwrite")
     assert changes(place, tmp_path, 4).gone_users == ("a", "b", "b c")
+
+
+def vector(*rows):
+    """A deletion vector of these rows, written into the log: a roaring bitmap of one list, in the letters of Z85."""
+    bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(rows) - 1, 16) + struct.pack(f"<{len(rows)}H", *rows)
+    data = struct.pack("<IQI", 1681511377, 1, 0) + bitmap
+    lower, upper, digits = string.ascii_lowercase, string.ascii_uppercase, string.digits
+    b85, z85 = digits + upper + lower + "!#$%&()*+-;<=>?@^_`{|}~", digits + lower + upper + ".-:+=^!/*?&<>()[]{}@%$#"
+    text = base64.b85encode(data).decode().translate(str.maketrans(b85, z85))
+    return {"storageType": "i", "pathOrInlineDv": text, "sizeInBytes": len(data), "cardinality": len(rows)}
+
+
+def test_a_delete_by_a_deletion_vector_has_gone_and_no_marked_file_is_read_as_it_lies(place, tmp_path):
+    def write(version, *actions):
+        lines = "".join(json.dumps(action) + "\n" for action in actions)
+        (Path(place) / "_delta_log" / f"{version:020}.json").write_text(lines)
+
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    first = (Path(place) / "_delta_log" / f"{0:020}.json").read_text().splitlines()
+    (add,) = (json.loads(line)["add"] for line in first if "add" in json.loads(line))
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors", "changeDataFeed"]}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7} | features}
+    remove = {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}}
+    write(1, protocol, remove, {"add": add | {"deletionVector": vector(0, 2)}})
+    found = changes(place, tmp_path, 0)
+    assert found.gone.to_pylist() == [{"user_id": "a", "item_id": "1"}, {"user_id": "b", "item_id": "1"}]
+    assert found.gone_users == ("b",) and found.files is None and "only added rows" not in found.words
+    shutil.copy(f"{place}/{add['path']}", f"{place}/more.parquet")
+    write(2, {"add": add | {"path": "more.parquet", "deletionVector": vector(1, 3)}})
+    found = changes(place, tmp_path, 1)
+    assert found.files is None and not found.gone.num_rows and "version 2 is read as a whole" in found.words
+    (Path(place) / add["path"]).unlink()
+    write(3, {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}})
+    assert "files of version 1 are no longer there" in changes(place, tmp_path, 1).words
 
 
 def test_a_version_that_is_gone_means_a_full_read_that_says_so(place, tmp_path):
