@@ -265,8 +265,8 @@ def _no_keys() -> pa.Table:
 def _feed(
     table: "DeltaTable", since: int, version: int, names: Sequence[str], now: pa.Table, run_dir: str
 ) -> File | None:
-    """Writes the rows that the change data feed has after a version, in the order of their commits; None without a feed
-    of all these versions."""
+    """Writes the rows that the change data feed has after a version, in the order of their commits and each as its last
+    commit left it; None without a feed of all these versions."""
     if table.metadata().configuration.get("delta.enableChangeDataFeed", "").lower() != "true":
         return None
     try:
@@ -274,11 +274,16 @@ def _feed(
     except Exception:  # the library has no one kind for a feed that began later, was vacuumed or cannot be found
         return None
     columns = pa.schema(table.schema().to_arrow())
-    kind, order = rows["_change_type"].cast(pa.string()), pc.sort_indices(rows["_commit_version"])
+    kind, commits = rows["_change_type"].cast(pa.string()), rows["_commit_version"]
+    order = pc.sort_indices(commits)
+    order = order.filter(pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"])).take(order))
     rows = rows.select(columns.names).cast(columns)  # views of texts, which the feed has, cannot be sorted or written
-    is_new = pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"]))
-    rows = rows.take(order).filter(is_new.take(order))
-    stays = pc.is_in(_joined(_keys_of(rows, names)), value_set=_joined(now))  # others have come and gone again
+    rows, commits = rows.take(order), commits.take(order)
+    keys = _joined(_keys_of(rows, names))
+    newest = pa.table({"key": keys, "commit": commits}).group_by("key").aggregate([("commit", "max")])
+    last = newest["commit_max"].take(pc.index_in(keys, value_set=newest["key"].combine_chunks()))
+    # A row is not read as it was before a later commit, nor where it has come and gone again.
+    stays = pc.and_(pc.is_in(keys, value_set=_joined(now)), pc.equal(commits, last))
     storage = Storage(run_dir)
     with storage.open_output(CHANGED_ROWS) as out:
         pq.write_table(rows.filter(stays), out, compression="zstd")

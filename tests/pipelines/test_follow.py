@@ -103,6 +103,18 @@ def test_rewritten_files_and_rows_that_come_again_are_no_deletes(place, tmp_path
     assert changes(place, tmp_path, 4).gone_users == ("a", "b", "b c")
 
 
+def test_a_row_that_changed_several_times_is_read_once_as_it_is_now(place, tmp_path):
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    for text in ("earlier", "later", "last"):
+        DeltaTable(place).update(updates={"text": f"'{text}'"}, predicate="author = 'a' and item_id = 2")
+    write_deltalake(place, rows(("b", 7, "soon gone"), ("b", 8, "soon another")), mode="append")
+    DeltaTable(place).delete("author = 'b'")
+    write_deltalake(place, rows(("b", 8, "another"), ("d", 1, "twice"), ("d", 1, "twice there")), mode="append")
+    found = changes(place, tmp_path, 0)
+    assert read(found) == [(1, "twice"), (1, "twice there"), (2, "last"), (8, "another")]
+    assert found.gone.to_pylist() == [{"user_id": "b", "item_id": "1"}] and not found.gone_users
+
+
 def vector(*rows):
     """A deletion vector of these rows, written into the log: a roaring bitmap of one list, in the letters of Z85."""
     bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(rows) - 1, 16) + struct.pack(f"<{len(rows)}H", *rows)
