@@ -1,10 +1,12 @@
 """A Delta table as live source: what has come to it since the last ingest of it, and what has gone.
 
 The version that an ingest has read stands in the metadata of the histories' commit, by the table's own id, so that a
-restored table of histories is followed from the version that it holds. Between that version and the newest one:
+restored table of histories is followed from the version that it holds. Where requests are committed after them, it
+counts only once it stands in the requests' commit too. Between that version and the newest one:
 - Files were only added: these files are read, and nothing has gone.
 - Files were removed too, and the table keeps a change data feed: the rows of the feed are read.
-- Files were removed without a feed: the table is read as a whole; rows that are there already count as such.
+- Files were removed without a feed, or the table has deletion vectors or mapped columns, so that its files do not lie
+  there as its rows: the table is read as a whole; rows that are there already count as such.
 Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
 whatever the feed says: a row that was moved or written again has not gone.
 """
@@ -17,11 +19,14 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind
+from pipelines.ingest.sources.columns import paths
+from pipelines.ingest.sources.delta import rows_of
 from pipelines.ingest.sources.discover import File, Source
 from pipelines.ingest.values import id_column
 
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 FOLLOWED = "followed"
-"""Key in the metadata of a commit of histories: version that was read of each followed table, by the table's id."""
+"""Key in the metadata of a commit: version that was read of each followed table, by the table's id."""
+FOLLOWED_BEFORE = "followed_before"
+"""Key of histories beside it: versions read before (null: none), which count until the requests' commit is there."""
 CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
 """Files in the run folder with the keys of items that have gone, and with the users none of whose items is left."""
@@ -68,26 +75,46 @@ class Changes:
             found["gone"] = Source((File(storage.uri, GONE_ITEMS, "jsonl", storage.size(GONE_ITEMS)),))
         return found
 
-    def followed(self, before: Mapping[str, str]) -> dict[str, str]:
-        """Metadata of the histories' commit, with the versions of other tables kept."""
-        known = json.loads(before.get(FOLLOWED, "{}"))
-        return {FOLLOWED: json.dumps(known | {self.table_id: self.version}, sort_keys=True)}
+    def followed(self, before: Mapping[str, str], requests_follow: bool = False) -> dict[str, str]:
+        """Metadata of a commit, with the versions of other tables kept; `requests_follow` says that this is the commit
+        of histories and that of requests comes next."""
+        known, earlier = _versions(before), _versions(before, FOLLOWED_BEFORE)
+        earlier.pop(self.table_id, None)
+        found = {FOLLOWED: known | {self.table_id: self.version}}
+        if requests_follow or earlier:
+            found[FOLLOWED_BEFORE] = earlier | ({self.table_id: self.since} if requests_follow else {})
+        return {key: json.dumps(versions, sort_keys=True) for key, versions in found.items()}
 
 
-def find_changes(address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str) -> Changes:
+def _versions(metadata: Mapping[str, str], key: str = FOLLOWED) -> dict[str, Any]:
+    return json.loads(metadata.get(key, "{}"))
+
+
+def _last_read(histories: Mapping[str, str], requests: Mapping[str, str], table_id: str) -> int | None:
+    known, earlier = _versions(histories).get(table_id), _versions(histories, FOLLOWED_BEFORE)
+    if table_id in earlier and _versions(requests).get(table_id) != known:  # stopped between the two commits
+        return earlier[table_id]
+    return known
+
+
+def find_changes(
+    address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str,
+    requests_before: Mapping[str, str] | None = None,
+) -> Changes:  # fmt: skip
     """Compares a Delta table with the version of its last ingest.
 
     Args:
         before: metadata of the histories' newest commit.
         columns: column of the table for each of our names.
         run_dir: folder for rows of a change data feed (`CHANGED_ROWS`).
+        requests_before: metadata of the requests' newest commit.
 
     Raises:
         InputError: the address has no Delta table, or the table has no such columns.
     """
     table = _opened(address)
     table_id, version = str(table.metadata().id), table.version()
-    since = json.loads(before.get(FOLLOWED, "{}")).get(table_id)
+    since = _last_read(before, requests_before or {}, table_id)
     names = [columns.get(name, name) for name in KEYS]
 
     def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:
@@ -105,15 +132,24 @@ def find_changes(address: str, before: Mapping[str, str], columns: Mapping[str, 
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
     span = f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
-    if before_files.keys() <= now_files.keys():
+    root = Storage(address)
+    now_rows = rows_of(table, root)
+    plain = isinstance(now_rows, pads.Dataset)
+    if plain and before_files.keys() <= now_files.keys():
         added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
         return changes(added, f"{span} only added rows: {len(added)} new files are read")
     try:
-        now = _keys(table, names)
-        gone, left = _gone(_keys(old, names), now)
+        now = _keys(now_rows, names, address)
+        gone, left = _gone(_keys(rows_of(old, root), names, address), now)
     except OSError:  # a vacuum has removed the old files
         return changes(None, f"version {version} is read as a whole: the files of version {since} are no longer there, "
                              "so that rows that have gone cannot be told")  # fmt: skip
+    if not plain:
+        words = (
+            f"version {version} is read as a whole: the table has deletion vectors or mapped columns, so that its "
+            f"files do not tell the rows of {span}"
+        )
+        return changes(None, words, gone, left)
     feed = _feed(table, since, version, names, now, run_dir)
     if feed is None:
         words = (
@@ -179,20 +215,30 @@ def _file(address: str, action: Mapping[str, Any]) -> File:
     return File(Storage(address).uri, unquote(action["path"]), "parquet", action["size_bytes"], tuple(texts))
 
 
-def _keys(table: "DeltaTable", names: Sequence[str]) -> pa.Table:
-    """Keys of a version, each once, as ids of the histories; rows without a key have none."""
-    dataset = table.to_pyarrow_dataset()
-    try:
-        rows = dataset.to_table(
-            columns={ours: pc.field(*name.split(".")) for ours, name in zip(KEYS, names, strict=True)}
-        )
-    except (pa.ArrowInvalid, KeyError) as error:
+def _keys(rows: pads.Dataset | pa.RecordBatchReader, names: Sequence[str], address: str) -> pa.Table:
+    """Keys of a version, each once, as ids of the histories; rows without a key have none.
+
+    Raises:
+        InputError: the table has no such columns.
+        OSError: a file of the version cannot be read.
+    """
+    if not set(names) <= paths(rows.schema):
         raise InputError(
-            f"{table.table_uri}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
-            f"rows that have gone by them; it has {', '.join(dataset.schema.names[:20])}"
-        ) from error
-    rows = rows.group_by(list(KEYS)).aggregate([])
-    return _keys_of(rows, KEYS).drop_null()
+            f"{address}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
+            f"rows that have gone by them; it has {', '.join(rows.schema.names[:20])}"
+        )
+    columns = {
+        ours: pc.field(*[name] if name in rows.schema.names else name.split("."))
+        for ours, name in zip(KEYS, names, strict=True)
+    }
+    found = (
+        rows.scanner(columns) if isinstance(rows, pads.Dataset) else pads.Scanner.from_batches(rows, columns=columns)
+    )
+    try:
+        keys = found.to_table()
+    except pa.ArrowInvalid as error:  # a stream's word for a file that is not there
+        raise OSError("a file of the table cannot be read") from error
+    return _keys_of(keys.group_by(list(KEYS)).aggregate([]), KEYS).drop_null()
 
 
 def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -219,8 +265,8 @@ def _no_keys() -> pa.Table:
 def _feed(
     table: "DeltaTable", since: int, version: int, names: Sequence[str], now: pa.Table, run_dir: str
 ) -> File | None:
-    """Writes the rows that the change data feed has after a version, in the order of their commits; None without a feed
-    of all these versions."""
+    """Writes the rows that the change data feed has after a version, in the order of their commits and each as its last
+    commit left it; None without a feed of all these versions."""
     if table.metadata().configuration.get("delta.enableChangeDataFeed", "").lower() != "true":
         return None
     try:
@@ -228,11 +274,16 @@ def _feed(
     except Exception:  # the library has no one kind for a feed that began later, was vacuumed or cannot be found
         return None
     columns = pa.schema(table.schema().to_arrow())
-    kind, order = rows["_change_type"].cast(pa.string()), pc.sort_indices(rows["_commit_version"])
+    kind, commits = rows["_change_type"].cast(pa.string()), rows["_commit_version"]
+    order = pc.sort_indices(commits)
+    order = order.filter(pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"])).take(order))
     rows = rows.select(columns.names).cast(columns)  # views of texts, which the feed has, cannot be sorted or written
-    is_new = pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"]))
-    rows = rows.take(order).filter(is_new.take(order))
-    stays = pc.is_in(_joined(_keys_of(rows, names)), value_set=_joined(now))  # others have come and gone again
+    rows, commits = rows.take(order), commits.take(order)
+    keys = _joined(_keys_of(rows, names))
+    newest = pa.table({"key": keys, "commit": commits}).group_by("key").aggregate([("commit", "max")])
+    last = newest["commit_max"].take(pc.index_in(keys, value_set=newest["key"].combine_chunks()))
+    # A row is not read as it was before a later commit, nor where it has come and gone again.
+    stays = pc.and_(pc.is_in(keys, value_set=_joined(now)), pc.equal(commits, last))
     storage = Storage(run_dir)
     with storage.open_output(CHANGED_ROWS) as out:
         pq.write_table(rows.filter(stays), out, compression="zstd")

@@ -24,7 +24,7 @@ from pipelines.ingest import check, summary
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.follow import FOLLOWED, Changes, find_changes, forget_rows, write_gone
+from pipelines.ingest.follow import FOLLOWED, FOLLOWED_BEFORE, Changes, find_changes, forget_rows, write_gone
 from pipelines.ingest.look import look, options_of, settled, sources_of
 from pipelines.ingest.merge import LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
@@ -81,9 +81,9 @@ class Plan:
         if name == "rejects":
             return {}
         before = self.before[name].metadata
-        followed = {FOLLOWED: before[FOLLOWED]} if FOLLOWED in before else {}
-        if self.changes is not None and name == "histories" and whole:
-            followed = self.changes.followed(before)
+        followed = {key: before[key] for key in (FOLLOWED, FOLLOWED_BEFORE) if key in before}
+        if self.changes is not None and whole:
+            followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
         return {"task_entry": self.task.to_json()} | followed
 
     @property
@@ -143,8 +143,9 @@ def run(config: IngestConfig) -> int:
 def _changes(config: IngestConfig, run_dir: str) -> Changes:
     """Looks at what has changed in the table that is followed, and tells what has gone from it."""
     (source,) = addresses(config.source)
-    histories = tables.newest(config.tables, "histories")
-    changes = find_changes(source, histories.metadata if histories is not None else {}, config.columns, run_dir)
+    newest = (tables.newest(config.tables, name) for name in ("histories", "requests"))
+    histories, requests = (table.metadata if table is not None else {} for table in newest)
+    changes = find_changes(source, histories, config.columns, run_dir, requests)
     write_gone(changes, run_dir, config.tables, config.apply_deletes)
     return changes
 

@@ -1,6 +1,11 @@
 """A Delta table as live source: what is read of it after the first ingest, what has gone, and what is removed."""
 
+import base64
 import json
+import shutil
+import string
+import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +14,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from infra.errors import InputError
 from infra.storage import Storage
+from infra.table import Table
 from pipelines.ingest import job as ingest
 from pipelines.ingest.derive import derived_id
 from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, GONE_ITEMS, GONE_USERS, find_changes
@@ -97,6 +103,52 @@ def test_rewritten_files_and_rows_that_come_again_are_no_deletes(place, tmp_path
     assert changes(place, tmp_path, 4).gone_users == ("a", "b", "b c")
 
 
+def test_a_row_that_changed_several_times_is_read_once_as_it_is_now(place, tmp_path):
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    for text in ("earlier", "later", "last"):
+        DeltaTable(place).update(updates={"text": f"'{text}'"}, predicate="author = 'a' and item_id = 2")
+    write_deltalake(place, rows(("b", 7, "soon gone"), ("b", 8, "soon another")), mode="append")
+    DeltaTable(place).delete("author = 'b'")
+    write_deltalake(place, rows(("b", 8, "another"), ("d", 1, "twice"), ("d", 1, "twice there")), mode="append")
+    found = changes(place, tmp_path, 0)
+    assert read(found) == [(1, "twice"), (1, "twice there"), (2, "last"), (8, "another")]
+    assert found.gone.to_pylist() == [{"user_id": "b", "item_id": "1"}] and not found.gone_users
+
+
+def vector(*rows):
+    """A deletion vector of these rows, written into the log: a roaring bitmap of one list, in the letters of Z85."""
+    bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(rows) - 1, 16) + struct.pack(f"<{len(rows)}H", *rows)
+    data = struct.pack("<IQI", 1681511377, 1, 0) + bitmap
+    lower, upper, digits = string.ascii_lowercase, string.ascii_uppercase, string.digits
+    b85, z85 = digits + upper + lower + "!#$%&()*+-;<=>?@^_`{|}~", digits + lower + upper + ".-:+=^!/*?&<>()[]{}@%$#"
+    text = base64.b85encode(data).decode().translate(str.maketrans(b85, z85))
+    return {"storageType": "i", "pathOrInlineDv": text, "sizeInBytes": len(data), "cardinality": len(rows)}
+
+
+def test_a_delete_by_a_deletion_vector_has_gone_and_no_marked_file_is_read_as_it_lies(place, tmp_path):
+    def write(version, *actions):
+        lines = "".join(json.dumps(action) + "\n" for action in actions)
+        (Path(place) / "_delta_log" / f"{version:020}.json").write_text(lines)
+
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    first = (Path(place) / "_delta_log" / f"{0:020}.json").read_text().splitlines()
+    (add,) = (json.loads(line)["add"] for line in first if "add" in json.loads(line))
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors", "changeDataFeed"]}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7} | features}
+    remove = {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}}
+    write(1, protocol, remove, {"add": add | {"deletionVector": vector(0, 2)}})
+    found = changes(place, tmp_path, 0)
+    assert found.gone.to_pylist() == [{"user_id": "a", "item_id": "1"}, {"user_id": "b", "item_id": "1"}]
+    assert found.gone_users == ("b",) and found.files is None and "only added rows" not in found.words
+    shutil.copy(f"{place}/{add['path']}", f"{place}/more.parquet")
+    write(2, {"add": add | {"path": "more.parquet", "deletionVector": vector(1, 3)}})
+    found = changes(place, tmp_path, 1)
+    assert found.files is None and not found.gone.num_rows and "version 2 is read as a whole" in found.words
+    (Path(place) / add["path"]).unlink()
+    write(3, {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}})
+    assert "files of version 1 are no longer there" in changes(place, tmp_path, 1).words
+
+
 def test_a_version_that_is_gone_means_a_full_read_that_says_so(place, tmp_path):
     write_deltalake(place, rows(*FIRST))
     DeltaTable(place).delete("item_id = 2")
@@ -171,3 +223,29 @@ def test_what_has_gone_is_removed_when_asked_for(population, place, ray_session,
     listed = {"users": str(run_dir / GONE_USERS), "run_dir": str(population.folder / "erase"), "confirm_absent": True}
     monkeypatch.chdir(population.folder)  # `erase` looks into the run folders of the current one
     assert erase.run(erase.Config(tables=population.tables, **listed)) == 0
+
+
+@pytest.mark.parametrize(("night", "run_id"), [(1, "same"), (2, "another")])
+def test_a_stop_before_the_commit_of_requests_loses_no_derived_request(
+    population, place, ray_session, monkeypatch, night, run_id
+):
+    common = {"source": place, "task": population.task(NOTES), "columns": COLUMNS, "follow": True, "derive_requests": 1}
+    commit = Table.commit
+
+    def stops(table, *args, **kwargs):
+        if table.spec.name == "requests":
+            raise ConnectionAbortedError("the driver dies here")
+        return commit(table, *args, **kwargs)
+
+    write_deltalake(place, rows(*FIRST))
+    if night == 2:
+        assert population.ingest(**common) == 0
+        write_deltalake(place, rows(("a", 3, "five"), ("z", 1, "six")), mode="append")
+    monkeypatch.setattr(Table, "commit", stops)
+    with pytest.raises(ConnectionAbortedError):
+        population.ingest(run_id="same", **common)
+    monkeypatch.setattr(Table, "commit", commit)
+    assert population.ingest(run_id=run_id, **common) == 0
+    wanted = [("a", "2"), ("b", "1"), ("b c", "1")] + ([("a", "3"), ("z", "1")] if night == 2 else [])
+    assert set(population.requests()) == {derived_id(*key) for key in wanted}
+    assert population.ingest(**common) == 0 and population.report["planned"] == 0

@@ -234,6 +234,21 @@ def test_a_query_over_any_form_gives_its_rows(tmp_path):
         read(found["a.csv"], query="select nothing from source")
 
 
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
+def test_a_query_counts_each_row_of_a_large_file_once(tmp_path, monkeypatch, form):
+    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text {n}" * 9} for n in range(2000)]
+    path = jsonl(tmp_path / f"a.{form}", rows)
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+    elif form == "csv":
+        path.write_text(as_csv(rows))
+    monkeypatch.setattr(records, "PIECE_BYTES", path.stat().st_size // 5)
+    query = "select 'u' as user_id, count(*) as item_id, 'x' as text from source"
+    assert look(path, query=query).pieces[0].size == path.stat().st_size
+    (found,), rejects = read(path, query=query)
+    assert (found["item_id"], rejects) == ("2000", {})
+
+
 def test_text_files_are_lines_for_a_query(tmp_path):
     (tmp_path / "chat.txt").write_bytes(b"1/2/24, 10:15 - Ann: hello\r\n1/2/24, 10:16 - Bob: hi: there\r\n")
     query = """select regexp_extract(line, '- ([^:]+):', 1) as user_id, number as item_id,
@@ -304,6 +319,20 @@ def test_a_large_csv_is_divided_only_where_no_quoted_line_break_can_lie(tmp_path
         found, rejects = read(path)
         assert (plain(found), rejects) == (rows, {})
     assert 1 in tried and max(tried) > 20
+
+
+@pytest.mark.parametrize(
+    ("encoding", "end", "given"),
+    [("utf-16", "\r\n", None), ("utf-16-le", "\n", "UTF_16_LE"), ("utf-32", "\n", "utf-32"), ("utf-8", "\r", None)],
+)
+def test_a_large_csv_without_line_ends_of_one_byte_is_not_divided(tmp_path, monkeypatch, encoding, end, given):
+    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text of number {n}" * 9} for n in range(2000)]
+    content = as_csv(rows, lineterminator=end) + "u,2000,one\nu,2001,two\n"
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode(encoding))
+    monkeypatch.setattr(records, "PIECE_BYTES", len(content.encode(encoding)) * 2 // 3)
+    found, rejects = read(path, csv={"encoding": given})
+    assert [row["user_id"] for row in found] == [*(row["user_id"] for row in rows), "u", "u"] and rejects == {}
 
 
 # --- Parquet and nested columns --------------------------------------------------------------------------------------

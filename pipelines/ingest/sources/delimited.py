@@ -4,7 +4,7 @@ Values are texts, byte for byte: "007" stays so. Each row that cannot be taken a
 next row is read. Python's csv module parses, strictly: Arrow's reader takes `"a "b" c"` for a value with other
 characters, and DuckDB's tells no line of a good row.
 A large file is divided only where a line break cannot lie inside quotes: an even number of quotes stands before it. The
-task before checks that its last row ends there.
+task before checks that its last row ends there. A file in UTF-16 or UTF-32, or with lone returns, is not divided.
 """
 
 import codecs
@@ -61,6 +61,11 @@ class Form:
     lone_returns: bool = False
     """True if lines end in \\r alone, as on old Macs."""
 
+    @property
+    def ends_in_newlines(self) -> bool:
+        """True if the byte \\n ends a line wherever it stands; else a file is read as text from its beginning."""
+        return not codecs.lookup(self.encoding).name.startswith(_WIDE) and not self.lone_returns
+
     def in_words(self) -> str:
         tab = {"\t": "tab"}.get(self.delimiter, self.delimiter)
         quote = f"quote {self.quote}" if self.quote else "no quotes"
@@ -81,7 +86,8 @@ class Delimited(RecordFormat):
         for whole in super().pieces(files, kind, options, first_file):
             size = files[whole.file - first_file].size
             local = "://" not in whole.folder and not begins_packed(whole.folder, whole.name)
-            found += _divided(whole, options.csv) if size > records.PIECE_BYTES and local else [whole]
+            large = size > records.PIECE_BYTES and local
+            found += _divided(whole, options.csv) if large and _may_be_divided(whole, options) else [whole]
         return found
 
     def schema(self, piece: Piece, options: Options) -> pa.Schema:
@@ -226,7 +232,7 @@ def _plain_lines(lines: Sequence[str]) -> Iterator[_Line]:
 def _numbered(piece: Piece, form: Form) -> Iterator[_Line]:
     """Yields the lines of a piece's file from its start on, and beyond its end; a damaged letter is an odd one."""
     with opened(piece.folder, piece.name) as stream:
-        if form.encoding.startswith(_WIDE) or form.lone_returns:
+        if not form.ends_in_newlines:
             at = 0
             for number, text in enumerate(io.TextIOWrapper(stream, form.encoding, "odd letters", newline=""), start=1):
                 yield at, number, len(text), text
@@ -295,6 +301,13 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
             header = False
         elif values or error is not None:
             yield offset, line, size, values, error
+
+
+def _may_be_divided(whole: Piece, options: Options) -> bool:
+    try:
+        return form_of(whole, options).ends_in_newlines
+    except DAMAGED:  # the task that reads the file sets it aside
+        return False
 
 
 def _divided(whole: Piece, given: CsvForm) -> list[Piece]:

@@ -89,9 +89,10 @@ def rows_of(table: "DeltaTable", root: Storage) -> pads.Dataset | pa.RecordBatch
     from deltalake.exceptions import DeltaError, DeltaProtocolError
 
     try:
-        # Without a file system, Arrow's threads would call deltalake's through Python, also while Python ends.
-        return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(root.path, root.filesystem))
-    except DeltaProtocolError:
-        return pa.RecordBatchReader.from_stream(table.scan())
+        try:
+            # Without a file system, Arrow's threads would call deltalake's through Python, also while Python ends.
+            return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(root.path, root.filesystem))
+        except DeltaProtocolError:
+            return pa.RecordBatchReader.from_stream(table.scan())
     except DeltaError as error:
         raise OSError(f"deltalake cannot read the table ({type(error).__name__})") from error

@@ -44,9 +44,10 @@ class Query(RecordFormat):
     chosen = False
 
     def over(self, pieces: Sequence[Piece], kind: Kind) -> Piece:
-        """Makes the one piece of a source whose files are these."""
-        size = sum(piece.size for piece in pieces)
-        return Piece(self.name, kind, "", ("query",), pieces[0].file, parts=tuple(pieces), size=size)
+        """Makes the one piece of a source whose files these are pieces of; the query reads each file whole, once."""
+        files = {piece.file: replace(piece, start=0, end=None) for piece in pieces}
+        size = sum(file.size for file in files.values())
+        return Piece(self.name, kind, "", ("query",), pieces[0].file, parts=tuple(files.values()), size=size)
 
     def pieces(self, files: Sequence[File], kind: Kind, options: Options, first_file: int = 0) -> list[Piece]:
         raise NotImplementedError("a query stands over the pieces of other formats: see `over`")
