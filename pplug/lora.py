@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class StackedTrainer:
         refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
         whole = [prompt + target for prompt, target in probes]
         self._use_shortcuts([(row[: ALIGN // 2], row[ALIGN // 2 :]) for row in whole])
-        self.token_bytes = self._probe()
+        self.token_bytes, self.pair_bytes = self._probe()
         given = self.stack.memory_gib
         if given is None:
             free = memory.FREE_SHARE * memory.free_bytes(self.device) if self.device.type == "cuda" else 8 * 2**30
@@ -154,7 +155,8 @@ class StackedTrainer:
         labels = sum(part.labels for part in parts)
         if self._parts is not None:
             labels = min(labels, self._label_rows)
-        return sum(part.tokens for part in parts) * self.token_bytes + labels * self.label_bytes
+        rows = [len(ids) for part in parts for ids, _ in part.rows]  # a head that rows share is counted in each of them
+        return sum(n * (self.token_bytes + n * self.pair_bytes) for n in rows) + labels * self.label_bytes
 
     def fit(self, users: Iterable[UserExamples]) -> Iterator[Fitted]:
         """Each user's adapter, in the order in which they finish.
@@ -322,20 +324,27 @@ class StackedTrainer:
         loss = float(user.last_loss) / max(1, user.last_labels)
         return Fitted(user.given.user_id, weights, len(user.given.examples), len(user.batches), loss)
 
-    def _probe(self) -> float:
-        """Bytes that a token of a pass takes, counted on a pass over ALIGN tokens.
+    def _probe(self) -> tuple[float, float]:
+        """Bytes that a pass takes per token, and per pair of tokens of a row, which attention keeps on a CPU.
 
-        Where layers are computed again, what one of them keeps meanwhile comes to what all of them keep.
+        Counted on passes over one short row and a longer one. Where layers are computed again, what one of them keeps
+        meanwhile comes to what all of them keep.
         """
-        user = self.enter(UserExamples("", [([0] * ALIGN, [0])]))
+        sizes = (ALIGN, 4 * ALIGN)
 
-        def kept() -> float:
-            own = [*self.model.parameters(), user.theta]
-            count = memory.kept_bytes(lambda: self.losses(Pass([user], self.device)), own)
-            return max(0.0, count - ALIGN * self.label_bytes) / ALIGN
+        def kept() -> np.ndarray:
+            found = []
+            for size in sizes:
+                user = self.enter(UserExamples("", [([0] * size, [0])]))
+                own = [*self.model.parameters(), user.theta]
+                count = memory.kept_bytes(partial(self.losses, Pass([user], self.device)), own)
+                found.append(max(0.0, count - ALIGN * self.label_bytes))
+            return np.array(found)
 
-        every = kept()
-        if not memory.wanted(self.stack.checkpointing, self.device):
-            return every
-        layers = memory.checkpoint_layers(self.model, self._again)
-        return kept() + every / layers if layers else every
+        bytes_of = kept()
+        if memory.wanted(self.stack.checkpointing, self.device):
+            layers = memory.checkpoint_layers(self.model, self._again)
+            bytes_of = kept() + bytes_of / layers if layers else bytes_of
+        short, long = bytes_of / sizes  # of each token: a + b L
+        per_pair = max(0.0, (long - short) / (sizes[1] - sizes[0]))
+        return max(0.0, short - per_pair * sizes[0]), per_pair

@@ -272,14 +272,15 @@ def test_layers_that_are_computed_again_change_no_bit(folder):
         assert same_bits(found[0][user].weights, found[1][user].weights)
 
 
-def test_the_memory_estimate_is_near_what_a_pass_keeps(folder):
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_the_memory_estimate_is_near_what_a_pass_keeps(folder, long):
     """Against a count over a real pass of many users."""
     trainer = StackedTrainer(base(folder), LoraConfig())
     users, kept = people(), {}
-    estimate = sum(
-        sum(len(p) + len(t) - 1 for p, t in user.examples[:16]) * trainer.token_bytes
-        + sum(len(t) for _, t in user.examples[:16]) * trainer.label_bytes
-        for user in users
+    if long:  # what attention keeps grows with the square of a row's length
+        users = [UserExamples(f"{n}", [(prompt * 4, target) for prompt, target in texts(3, n)]) for n in range(4)]
+    estimate = trainer.pass_bytes(
+        trainer.enter(UserExamples(user.user_id, user.examples[:16])).parts[0] for user in users
     )
     own = {parameter.data_ptr() for parameter in trainer.model.parameters()}
 

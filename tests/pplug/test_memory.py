@@ -60,6 +60,7 @@ def test_several_users_of_an_8b_model_fit_one_gpu_of_80_gb():
         trainer.adapter_bytes = 36 * 20 * 8 * (4096 + 4096 + 4096 + 1024)  # q and v
         per_layer = 147_752 + 4 * 2 * 2 * WIDTH  # of each adapted module the input and the mask, float32
         trainer.token_bytes = 36 * 8_192 + per_layer if how == "on" else 36 * per_layer
+        trainer.pair_bytes = 0.0
         trainer.label_bytes, trainer._label_rows, trainer._parts = 12 * 151_936, 2**25 // 151_936, object()
         part = trainer_part(16, 300, 30)
         room = memory.FREE_SHARE * (80e9 - 16.4e9)
