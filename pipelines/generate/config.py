@@ -43,8 +43,9 @@ class Config(ResumableConfig):
     """JSON lines of {user_id, text}: what the method `oracle` puts before a user's request."""
     requests: RequestChoice = "all"
     """Requests to answer. open: those without a target; labelled: those with one; new: those that no run has answered
-    by the method, with the same LLM, plug and decoding, as a schedule wants it. Profiles are cut at these requests, and
-    written for their users alone; for them, new are those that no run has answered by a method with a profile."""
+    by the method, with the same LLM, plug, settings of adapters and decoding, as a schedule wants it. Profiles are cut
+    at these requests, and written for their users alone; for them, new are those that no run has answered by a method
+    with a profile."""
     since: datetime | None = None
     """Time from which requests count, by their as_of: a day or a time in ISO form, UTC where it names no zone. Requests
     without a time are then left out, and counted."""

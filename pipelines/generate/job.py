@@ -165,11 +165,12 @@ def _plan(
     """Counts the pending replies per bucket, and refuses those that must not be made."""
     config, report = using.config, using.report
     users = keys_by_bucket(tables.read_users(config.users, opened.requests), generations.buckets)
-    identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "profile_id": ""}
-    identities |= {"decoding_id": opened.decoding.decoding_id, "settings_id": settings_id(config, opened.task)}
+    identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "fit_id": ""}
+    identities |= {"profile_id": "", "decoding_id": opened.decoding.decoding_id}
+    identities |= {"settings_id": settings_id(config, opened.task)}
     for part in parts:
         identities |= part.identities()
-    alike = MadeAlike(opened.llm_id, opened.decoding.decoding_id, identities["plug_id"])
+    alike = MadeAlike(opened.llm_id, opened.decoding.decoding_id, identities["plug_id"], identities["fit_id"])
     pending = PendingReplies(
         opened.requests,
         before if before.files else None,

@@ -15,6 +15,7 @@ from pipelines.cut import is_one_of_several
 from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
 from pipelines.methods import Group, parse
+from pplug.adapter import IMPORTED
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,21 @@ class MadeAlike:
     llm_id: str
     decoding_id: str
     plug_id: str
+    fit_id: str = ""
+    """Settings of the adapters; empty where nobody knows them."""
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """True for such a reply; the plug counts where the method has one."""
+        """True for such a reply; plug and adapter count where the method has one."""
         ids = row["llm_id"], row["decoding_id"]
         with_plug = parse(row["method"]).part("plug") is not None
-        return ids == (self.llm_id, self.decoding_id) and (not with_plug or row["plug_id"] == self.plug_id)
+        by_plug = not with_plug or row["plug_id"] == self.plug_id
+        return ids == (self.llm_id, self.decoding_id) and by_plug and self._fits(row["adapter_id"])
+
+    def _fits(self, adapter_id: str | None) -> bool:
+        """True without an adapter, and for one from elsewhere, which stands beside those of any settings."""
+        if adapter_id is None or not self.fit_id:
+            return True
+        return adapter_id.partition("-")[0] in (self.fit_id, IMPORTED)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class PendingReplies:
             columns = ["user_id", "request_id", "method", "sample", "error", "run_id"]
             counts = pc.field("run_id") == self.run_id
             if self.alike is not None:
-                columns += ["llm_id", "decoding_id", "plug_id"]
+                columns += ["llm_id", "decoding_id", "plug_id", "adapter_id"]
                 counts = counts | (pc.field("llm_id") == self.alike.llm_id)
             for row in self.done.read(columns, buckets=[bucket], filter=counts, user_keys=keys).to_pylist():
                 mine = row["run_id"] == self.run_id

@@ -14,6 +14,7 @@ from infra.errors import InputError
 from pipelines import options, tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.config import Config as AdaptConfig
+from pipelines.engines.base import EngineConfig
 from pipelines.generate.config import Config
 from pplug.adapter import LoraConfig
 from pplug.history import history_hash
@@ -152,6 +153,12 @@ def put_replies(population, *rows: tuple[str, str, str | None]) -> None:
     table.commit(files, run_id="by-hand", group=0, mode="append", planned_on=table.version, complete=True)
 
 
+def begin_replies(population, name: str, fit_id: str) -> None:
+    """A run of generate that has made nothing yet, by adapters of these settings."""
+    table = tables.open_table(population.tables, "generations")
+    table.commit([], run_id=name, group=0, mode="append", planned_on=table.version, metadata={"fit_id": fit_id})
+
+
 def test_adapters_follow_the_requests_to_be_answered_and_know_nothing_of_their_future(population, llm):
     lora = LoraConfig(storage_dtype="float32", batch_size=1, epochs=1)
 
@@ -177,6 +184,15 @@ def test_adapters_follow_the_requests_to_be_answered_and_know_nothing_of_their_f
     assert train("tuesday", requests="new") == {"ann": 4, "bob": 1, "cleo": 1, "dan": 1}
     assert train("since", since="2026-01-06") == {"ann": 4, "bob": 4, "cleo": 4, "dan": 1}
     assert train("all") == dict.fromkeys(PEOPLE, 1) | {"eve": 2}
+    # replies that were begun go on with adapters of the same settings, whatever night made them, and with no others
+    (fit,) = {row["adapter_id"].partition("-")[0] for row in population.rows("adapters")}
+    asking = {"llm": llm, "methods": ("adapter",), "engine": EngineConfig(), "users": str(population.folder / "some")}
+    (population.folder / "some").write_text("somebody else\n")  # so that no engine starts
+    begin_replies(population, "same", fit)
+    begin_replies(population, "another", "0123456789abcdef")
+    assert run(population, "same", **asking) == 0
+    with pytest.raises(InputError, match=f"replies of other models or settings .fit_id 0123456789abcdef, now {fit}"):
+        run(population, "another", **asking)
     other = lora.model_copy(update={"epochs": 2})
     with pytest.raises(InputError, match="requests: the adapters there are of .* or leave requests out") as refused:
         train("other", requests="new", lora=other)

@@ -1,8 +1,11 @@
 """Requests that no run has answered: a schedule asks them alone, with the models and decoding of the runs before."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines.engines.base import Decoding
+from pipelines.generate.parts.adapter import Adapter
 from pipelines.generate.pending import MadeAlike
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
@@ -55,8 +58,23 @@ def test_a_night_answers_what_no_night_before_has_answered_in_the_same_way(made)
 
 def test_a_reply_counts_if_models_and_decoding_are_alike_and_the_plug_where_there_is_one():
     alike = MadeAlike("llm", "decoding", "plug")
-    row = {"llm_id": "llm", "decoding_id": "decoding", "plug_id": None, "method": "bm25"}
+    row = {"llm_id": "llm", "decoding_id": "decoding", "plug_id": None, "adapter_id": None, "method": "bm25"}
     assert alike.holds(row)
     assert not alike.holds(row | {"llm_id": "another"}) and not alike.holds(row | {"decoding_id": "another"})
     assert alike.holds(row | {"method": "plug+bm25", "plug_id": "plug"})
     assert not alike.holds(row | {"method": "plug+bm25", "plug_id": "another"})
+
+
+def test_a_reply_by_an_adapter_of_other_settings_does_not_count():
+    row = {"llm_id": "llm", "decoding_id": "decoding", "plug_id": None, "method": "adapter"}
+    counts = {"fit-1234": True, "imported-1234": True, None: True, "older-1234": False, "older-fit": False}
+    for known in (True, False):  # adapters of before do not say their settings: then any count
+        alike = MadeAlike("llm", "decoding", "", "fit" if known else "")
+        for adapter, good in counts.items():
+            assert alike.holds(row | {"adapter_id": adapter}) == (good or not known), adapter
+
+
+def test_a_run_of_generate_notes_the_settings_of_its_adapters():
+    for said, want in (({"fit_id": "f1", "llm_id": "l"}, "f1"), ({"llm_id": "l"}, "")):
+        part = Adapter(SimpleNamespace(metadata=said), frozenset({"adapter"}), 1, "l")
+        assert dict(part.identities()) == {"fit_id": want}

@@ -40,6 +40,9 @@ class Adapter(Part):
         run.report.table_read("adapters", adapters.version)
         return cls(adapters, run.kinds("adapter"), run.buckets, made_for or run.llm_id)
 
+    def identities(self) -> dict[str, str]:
+        return {"fit_id": self.adapters.metadata.get("fit_id", "")}
+
     def made_from_items(self) -> Snapshot | None:
         return self.adapters if "adapter" in self.kinds else None
 
