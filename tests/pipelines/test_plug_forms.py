@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from infra.errors import InputError
 from pipelines import tables
+from pipelines.generate import job as generate
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
@@ -308,3 +309,11 @@ def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
     ids = llm.tokenizer(task.labels[0], add_special_tokens=False)["input_ids"]
     want = llm.embedding.weight[ids].mean(0) / plug.config.persona_scale
     torch.testing.assert_close(plug.label_values.vectors[0], want)
+
+
+def test_a_plug_that_weighs_all_items_alike_has_no_attention(made, tmp_path):
+    """Its rows would be those of the mean, under the name of attention."""
+    values = {"tables": made.world.tables, "llm": made.world.llm, "plug": str(made.plugs["mean"])}
+    asked = generate.Config(**values, methods=("plug", "plug:attention"), run_id="alike", run_dir=str(tmp_path))
+    with pytest.raises(InputError, match="shape.aggregation=mean .* it has no plug:attention; ask for plug"):
+        generate.run(asked)
