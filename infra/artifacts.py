@@ -112,7 +112,7 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
             or there[name].size != facts[name]["size"]
             or name in doubtful
         ]
-        if todo:
+        if any(name in before for name in todo):
             storage.write_bytes(REPLACING, json.dumps(sorted(doubtful | set(todo))).encode())
         for _ in pool.map(lambda name: retrying(partial(_upload, storage, name, files[name]), f"write {name}"), todo):
             pass
@@ -120,7 +120,7 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
     storage.write_bytes(MANIFEST, content.encode())
     for name in before.keys() - facts.keys():
         storage.delete(name)
-    if todo or doubtful:
+    if storage.is_file(REPLACING):
         storage.delete(REPLACING)
     return len(todo), len(files) - len(todo)
 

@@ -330,21 +330,22 @@ class StackedTrainer:
         Counted on passes over one short row and a longer one. Where layers are computed again, what one of them keeps
         meanwhile comes to what all of them keep.
         """
-        sizes = (ALIGN, 4 * ALIGN)
 
-        def kept() -> np.ndarray:
-            found = []
-            for size in sizes:
-                user = self.enter(UserExamples("", [([0] * size, [0])]))
-                own = [*self.model.parameters(), user.theta]
-                count = memory.kept_bytes(partial(self.losses, Pass([user], self.device)), own)
-                found.append(max(0.0, count - ALIGN * self.label_bytes))
-            return np.array(found)
+        def kept(size: int) -> float:
+            user = self.enter(UserExamples("", [([0] * size, [0])]))
+            own = [*self.model.parameters(), user.theta]
+            count = memory.kept_bytes(partial(self.losses, Pass([user], self.device)), own)
+            return max(0.0, count - ALIGN * self.label_bytes) / size
 
-        bytes_of = kept()
+        sizes = [ALIGN, 4 * ALIGN]
+        try:
+            per_token = np.array([kept(size) for size in sizes])
+        except (IndexError, ValueError):  # the base reads no row of that length
+            del sizes[1]
+            per_token = np.array([kept(ALIGN)])
         if memory.wanted(self.stack.checkpointing, self.device):
             layers = memory.checkpoint_layers(self.model, self._again)
-            bytes_of = kept() + bytes_of / layers if layers else bytes_of
-        short, long = bytes_of / sizes  # of each token: a + b L
-        per_pair = max(0.0, (long - short) / (sizes[1] - sizes[0]))
-        return max(0.0, short - per_pair * sizes[0]), per_pair
+            per_token = np.array([kept(size) for size in sizes]) + per_token / layers if layers else per_token
+        short, long = per_token[0], per_token[-1]  # each a + b L
+        per_pair = max(0.0, (long - short) / (4 * ALIGN - ALIGN))
+        return max(0.0, short - per_pair * ALIGN), per_pair

@@ -45,8 +45,9 @@ def fit_id(lora: LoraConfig, llm_id: str, task: TaskSpec, rule: ExampleRule, cap
     """Identity of all that decides an adapter beside the user's own items."""
     form = task.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
     rules = {"task": form, "rule": rule.decisive(), "cap": cap}
-    # how a step is cut decides which values dropout draws, and nothing without dropout
-    decisive = lora.decisive() | {"micro_tokens": lora.max_tokens_per_microbatch if lora.dropout else 16_384}
+    # how a step is cut to fit the memory decides which values dropout draws, as a seed does, and no more; it stands
+    # there as it did when it was part of the identity
+    decisive = lora.decisive() | {"micro_tokens": 16_384}
     return short_id({"lora": decisive, "llm_id": llm_id} | rules)
 
 

@@ -78,7 +78,11 @@ def test_labels_outside_the_list_and_rows_given_twice_are_said_at_ingest(populat
     assert (report["repeated"], report["already_there"]) == (1, 1)
     assert "0 already there, 1 given twice word for word" in told and "1 rows given twice" in told
     found = report["source"]
-    assert found["labels"] == {"good": 4, "odd": 1} and found["targets"] == {"good": 3} and found["files"] == 1
+    assert (
+        found["labels"] == {"good": 4, "(no label of the task)": 1}
+        and found["targets"] == {"good": 3}
+        and found["files"] == 1
+    )
     assert found["left_out"] == {"more": 1}
     offset = sum(len(json.dumps(row)) + 1 for row in rows[:4])
     assert found["rejects"]["bad_json"]["examples"][0]["place"] == f"items.jsonl line 5 (byte {offset})"
