@@ -14,6 +14,7 @@ from infra.snapshot import Snapshot
 from pipelines import tables
 from pipelines.job_config import RequestChoice
 from pipelines.methods import Group, known_parts
+from pplug import rubric
 
 
 def narrowed(requests: pa.Table, only: RequestChoice, since: datetime | None) -> pa.Table:
@@ -30,9 +31,19 @@ def narrowed(requests: pa.Table, only: RequestChoice, since: datetime | None) ->
     return requests
 
 
+def is_reply() -> pc.Expression:
+    """True for a row of `generations` that is a reply. One of the job `judge` has the reply's method and models, but
+    its text is a judgement."""
+    judged = pc.starts_with(pc.field("text"), rubric.JUDGEMENT)
+    return ~pc.coalesce(judged, pc.scalar(False))  # a row may have no text
+
+
 @dataclass(frozen=True)
 class Answered:
-    """Replies of any run by a method with a part of this group, such as `adapter`; neither by a control nor errors."""
+    """Replies of any run by a method with a part of this group, such as `adapter`.
+
+    Those by a control do not count, and neither do errors and judgements.
+    """
 
     generations: Snapshot
     group: Group
@@ -40,7 +51,8 @@ class Answered:
     def keys(self, bucket: int, user_keys: list[str] | None) -> set[tuple[str, str]]:
         """The requests of a bucket that have such a reply: user_id and request_id."""
         columns = ["user_id", "request_id", "method"]
-        rows = self.generations.read(columns, buckets=[bucket], filter=pc.field("error").is_null(), user_keys=user_keys)
+        counts = pc.field("error").is_null() & is_reply()
+        rows = self.generations.read(columns, buckets=[bucket], filter=counts, user_keys=user_keys)
         methods = [name for name in pc.unique(rows["method"]).to_pylist() if self._counts(name)]
         rows = rows.filter(pc.is_in(rows["method"], value_set=pa.array(methods, pa.string())))
         return set(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))

@@ -29,6 +29,8 @@ evidence: {evidence}
 Answer with a JSON object that has the one field match_score: 0 if the response does not cover this aspect, 1 if it \
 covers it somewhat, 2 if it covers it very well. Give no explanation. Example: {{"match_score": 1}}"""
 """Question to the judge; the wording is ours, fields and scale are the benchmark's."""
+JUDGEMENT = '{"match_scores": '
+"""Beginning of every text that stands for a judged reply."""
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
@@ -90,7 +92,7 @@ def score_of(reply: str) -> int | None:
 
 def judgement(scores: Sequence[int | None]) -> str:
     """The text that stands for a judged reply; None is an aspect on which the judge's reply could not be read."""
-    return json.dumps({"match_scores": list(scores)})
+    return f"{JUDGEMENT}{json.dumps(list(scores))}}}"
 
 
 def read_judgement(text: str) -> list[int | None] | None:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
-from pipelines.asked import narrowed
+from pipelines.asked import is_reply, narrowed
 from pipelines.cut import is_one_of_several
 from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
@@ -79,7 +79,7 @@ class PendingReplies:
             counts = pc.field("run_id") == self.run_id
             if self.alike is not None:
                 columns += ["llm_id", "decoding_id", "plug_id", "adapter_id"]
-                counts = counts | (pc.field("llm_id") == self.alike.llm_id)
+                counts = counts | ((pc.field("llm_id") == self.alike.llm_id) & is_reply())
             for row in self.done.read(columns, buckets=[bucket], filter=counts, user_keys=keys).to_pylist():
                 mine = row["run_id"] == self.run_id
                 if row["error"] is not None:

@@ -1,17 +1,22 @@
 """Several replies to one request: rows of their own, taken up again one by one, and scored as a mean."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from infra.errors import InputError
 from pipelines import shown, tables
+from pipelines.asked import Answered
 from pipelines.engines.base import Decoding
 from pipelines.evaluate import job as evaluate
-from pipelines.generate.judge import Unjudged
-from pipelines.generate.pending import PendingReplies
+from pipelines.generate.judge import ASKED, Judge, Unjudged
+from pipelines.generate.pending import MadeAlike, PendingReplies
+from pipelines.upkeep import drop_run
+from pplug.schemas import GENERATIONS
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
 
@@ -80,16 +85,21 @@ def test_samples_without_sampling_and_of_a_profile_are_refused(made):
         run(made, "p", llm=made.llm, write_profiles=True, decoding=Decoding(**HOT, n=2))
 
 
-def write(population, name, rows):
-    """Puts replies into `generations` as a finished run: (request_id, method, sample, text, error)."""
-    table = tables.open_or_create(population.tables, "generations", 1)
+def write(population, name, rows, **more):
+    """Puts replies into `generations` as a finished run: (request_id, method, sample, text, error); `more` of each."""
     users = {row["request_id"]: (row["user_id"], row["user_key"], row["bucket"]) for row in population.rows("requests")}
     data = []
     for request, method, sample, text, error in rows:
         user, key, bucket = users[request]
         data.append({"run_id": name, "request_id": request, "method": method, "sample": sample, "text": text,
                      "error": error, "user_id": user, "user_key": key, "bucket": bucket, "prompt_tokens": 5,
-                     "output_tokens": 2, "persona": "none"})  # fmt: skip
+                     "output_tokens": 2, "persona": "none"} | more)  # fmt: skip
+    put_rows(population, name, data)
+    return data
+
+
+def put_rows(population, name, data):
+    table = tables.open_or_create(population.tables, "generations", 1)
     files = table.write(pa.Table.from_pylist(data, schema=table.spec.schema), name)
     table.commit(files, run_id=name, group=0, mode="append", planned_on=table.snapshot().version, complete=True)
 
@@ -113,6 +123,33 @@ def test_a_sample_that_is_missing_or_an_error_is_still_owed(made):
     assert (row["pending"], row["existing"], row["failed"]) == (len(names) * 3 + 2, len(names) * 3 - 2, 1)
     unjudged = Unjudged(requests, done, "gaps", "judge", None)
     assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0)[0]) == sorted(r[:3:2] for r in rows)
+
+
+def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_been_dropped(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    by_models = {"llm_id": "judged-llm", "decoding_id": "d"}
+    rows = [(name, "recency", None, "" if at == 2 else "good", "oom" if at == 2 else None)
+            for at, name in enumerate(names)]  # fmt: skip
+    replies = write(made, "to-judge", rows, **by_models)
+    stage = object.__new__(Judge)
+    stage.reply = SimpleNamespace(run_id="the-judge", engine=SimpleNamespace(about="float32"))
+    asked = pa.Table.from_pylist([row | {"before": [], "after": []} for row in replies], schema=ASKED)
+    put_rows(made, "the-judge", stage(asked).select(GENERATIONS.names).to_pylist())
+    requests = tables.open_table(made.tables, "requests").snapshot()
+    alike = MadeAlike(plug_id="", **by_models)
+    dropped = drop_run.Config(tables=made.tables, runs=("to-judge",), run_id="drop", run_dir=str(made.folder / "drop"))
+    for there in (names[:2] + names[3:], []):
+        done = tables.open_table(made.tables, "generations").snapshot()
+        pending = PendingReplies(requests, done, "night", ("recency",), "new", None, {}, alike=alike).read(0)
+        of_nobody = [
+            row["request_id"] for row in pending.requests.to_pylist() if pending.missing(row, "recency") == [0]
+        ]
+        assert sorted(of_nobody) == [name for name in names if name not in there]
+        mine = done.read(filter=pc.field("run_id").isin(["to-judge", "the-judge"]))
+        only = SimpleNamespace(read=lambda columns, filter, mine=mine, **_: mine.filter(filter).select(columns))
+        assert {name for _, name in Answered(only, "retrieval").keys(0, None)} == set(there)
+        if there:
+            assert drop_run.run(dropped) == 0
 
 
 def scores(population, name, **config):
