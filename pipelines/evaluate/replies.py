@@ -65,6 +65,8 @@ class Replies(Answers):
     """Keys of replies to requests that the table requests does not have."""
     made_by: frozenset[tuple[str, str, str]]
     """Method, column of IDENTITIES and identity of all replies there are."""
+    samples: dict[tuple[str, str], int]
+    """Number of samples by run and method, as far as this bucket shows it."""
 
     @property
     def users(self) -> int:
@@ -99,7 +101,7 @@ def join_bucket(
     asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
     names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
-             "persona", "adapter_id", "sample"]  # fmt: skip
+             "persona", "adapter_id", "sample", "run_id"]  # fmt: skip
     rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
     existing = set(_keys(everything))
     if len(existing) < len(everything):
@@ -127,6 +129,10 @@ def join_bucket(
             for name in IDENTITIES
             if row[name]
         ),
+        samples={
+            (row["run_id"], row["method"]): 1 + (row["sample_max"] or 0)
+            for row in rows.group_by(["run_id", "method"]).aggregate([("sample", "max")]).to_pylist()
+        },
     )
 
 

@@ -89,8 +89,6 @@ class Tally:
     """Replies that are errors."""
     missing: list[str] = field(default_factory=list)
     """Names, for messages, of some requests that other methods answered and this one did not."""
-    n_missing: int = 0
-    """Number of such requests."""
     cut: int = 0
     """Replies that ended at the limit of tokens."""
     n_unclear: int = 0
@@ -128,8 +126,15 @@ class Scored:
     """Number of such requests."""
     made_by: frozenset[tuple[str, str, str]] = frozenset()
     """Method, kind of identity and identity, as in `Replies`."""
+    samples: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Number of samples by run and method."""
     problem: str | None = None
     """Message on a bucket that cannot be scored."""
+
+    def owed(self, method: str) -> int:
+        """Number of replies that a method must have: each of a run's methods answers as often as any of them."""
+        runs = {run for run, name in self.samples if name == method}
+        return self.answered * max((n for (run, _), n in self.samples.items() if run in runs), default=1)
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class ScoreBuckets:
             unknown=tuple(map(shown, replies.unknown[:3])),
             n_unknown=len(replies.unknown),
             made_by=replies.made_by,
+            samples=replies.samples,
         )
 
     def _replies(self, bucket: int) -> tuple[Replies, int]:
@@ -220,7 +226,7 @@ class ScoreBuckets:
         base: Mapping[Key, float],
         thirds: Mapping[str, np.ndarray],
     ) -> Tally:
-        """The tally of a method, with counts of replies that are missing, errors, cut or not understood."""
+        """The tally of a method, with counts of replies that are errors, cut or not understood."""
         samples = [replies, *(other for other in replies.others if method in other.texts)]
         return functools.reduce(
             added, (self._sample(method, one, replies.rows, golds, base, thirds) for one in samples)
@@ -238,8 +244,7 @@ class ScoreBuckets:
         """As `_method`, over one reply per request."""
         texts, errors = replies.texts.get(method, {}), replies.errors.get(method, set())
         tally = self._tally(rows, texts, replies.costs.get(method, {}), base, thirds)
-        missing = [one for one in golds if one not in texts]
-        tally.missing, tally.n_missing = [shown(one) for one in missing[:3]], len(missing)
+        tally.missing = [shown(one) for one in golds if one not in texts][:3]
         tally.errors = len(errors & golds.keys())
         tally.cut = len(replies.cut.get(method, set()) & golds.keys())
         without_errors = {one: texts[one] for one in golds if one in texts and one not in errors}
@@ -348,12 +353,9 @@ def _different(replies: Sequence[DrawnReply]) -> tuple[DrawnReply, ...]:
 
 
 def merged(one: Scored, other: Scored) -> Scored:
-    """Adds up two parts. A method that a part does not have misses everything that part answered."""
-    methods = _both(one.methods, other.methods)
-    for method, tally in methods.items():
-        tally.n_missing += sum(part.answered for part in (one, other) if method not in part.methods)
+    """Adds up two parts."""
     return Scored(
-        methods=methods,
+        methods=_both(one.methods, other.methods),
         references=_both(one.references, other.references),
         labelled=one.labelled + other.labelled,
         answered=one.answered + other.answered,
@@ -366,6 +368,9 @@ def merged(one: Scored, other: Scored) -> Scored:
         unknown=(one.unknown + other.unknown)[:3],
         n_unknown=one.n_unknown + other.n_unknown,
         made_by=one.made_by | other.made_by,
+        samples={
+            made: max(one.samples.get(made, 0), other.samples.get(made, 0)) for made in one.samples | other.samples
+        },
         problem=one.problem or other.problem,
     )
 
@@ -385,7 +390,6 @@ def added(one: Tally, other: Tally) -> Tally:
         resampled=one.resampled + other.resampled,
         errors=one.errors + other.errors,
         missing=(one.missing + other.missing)[:3],
-        n_missing=one.n_missing + other.n_missing,
         cut=one.cut + other.cut,
         n_unclear=one.n_unclear + other.n_unclear,
         unclear=_different([*one.unclear, *other.unclear]),

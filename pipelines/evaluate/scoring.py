@@ -235,9 +235,11 @@ def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -
     if unknown:
         raise InputError(f"{where}: no method {unknown[0]}; it has {', '.join(sorted(scored.seen))}")
     for method, tally in scored.methods.items():
-        if tally.n_missing:
+        owed = scored.owed(method)
+        if missing := owed - int(tally.sums[0]):
+            samples = "samples of the " if owed > scored.answered else ""
             some = f", such as {', '.join(tally.missing)}" if tally.missing else ""
             raise InputError(
-                f"{where}: method {method} has no reply to {tally.n_missing} of {scored.answered} requests that were "
+                f"{where}: method {method} has no reply to {missing} of {owed} {samples}requests that were "
                 f"answered{some}; end that run of generate (same run_id) or leave the method out with --methods"
             )

@@ -152,9 +152,9 @@ def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_bee
             assert drop_run.run(dropped) == 0
 
 
-def scores(population, name, **config):
-    run_dir = population.folder / f"evaluate-{name}"
-    config = evaluate.Config(tables=population.tables, run_dir=str(run_dir), run=(name,), **config)
+def scores(population, *runs):
+    run_dir = population.folder / f"evaluate-{runs[0]}"
+    config = evaluate.Config(tables=population.tables, run_dir=str(run_dir), run=runs)
     assert evaluate.run(config) == 0
     return json.loads((run_dir / "report.json").read_text())
 
@@ -187,3 +187,22 @@ def test_a_method_that_lacks_a_sample_is_refused(made):
     write(made, "short", rows[:-1])
     with pytest.raises(InputError, match="method none has no reply to 1 of"):
         scores(made, "short")
+
+
+def test_a_method_that_lacks_a_sample_of_every_request_is_refused(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    rows = [
+        (name, method, sample, "good", None)
+        for name in names for method in ("none", "recency") for sample in range(3)
+        if (method, sample) != ("recency", 2)
+    ]  # fmt: skip
+    write(made, "no-third", rows)
+    said = f"recency has no reply to {len(names)} of {3 * len(names)} samples of the requests that were answered;"
+    with pytest.raises(InputError, match=said):
+        scores(made, "no-third")
+    # a run of one sample may stand beside one of three
+    write(made, "only-three", [row for row in rows if row[1] == "none"])
+    write(made, "only-one", [(*row[:2], None, *row[3:]) for row in rows if row[1:3] == ("recency", 0)])
+    report = scores(made, "only-three", "only-one")
+    assert {name: row["n"] for name, row in report["methods"].items()} == {
+        "none": 3 * len(names), "recency": len(names)}  # fmt: skip
