@@ -64,10 +64,15 @@ def value_of(key: str) -> str:
     return VALUES.get(key.rpartition(".")[2], "0.25")
 
 
+def own(caplog):
+    """The records but Ray's, which may tell of an earlier test's tasks."""
+    return [record for record in caplog.records if not record.name.startswith("ray")]
+
+
 @pytest.mark.parametrize(("job", "old", "new"), KEYS)
 def test_an_old_name_works_in_every_place(job, old, new, tmp_path, caplog):
     want = config(job, "--set", f"{new}={value_of(new)}")
-    assert not caplog.records and want != config(job)
+    assert not own(caplog) and want != config(job)
     group, _, key = old.rpartition(".")
     file = tmp_path / "job.yaml"
     file.write_text(f"{group}:\n  {key}: {value_of(new)}\n" if group else f"{key}: {value_of(new)}\n")
@@ -75,9 +80,7 @@ def test_an_old_name_works_in_every_place(job, old, new, tmp_path, caplog):
         assert config(job, "--set", f"{old}={value_of(new)}") == want
         assert config(job, "--" + old.replace("_", "-"), value_of(new)) == want
         assert config(job, "--config", str(file)) == want
-    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
-        f"the key {old} is now called {new}"
-    ]
+    assert [record.getMessage().partition(";")[0] for record in own(caplog)] == [f"the key {old} is now called {new}"]
 
 
 def test_every_renamed_field_is_tried():
