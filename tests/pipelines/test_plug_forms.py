@@ -12,8 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from infra.errors import InputError
+from infra.report import RunReport
 from pipelines import tables
+from pipelines.generate.config import Config
+from pipelines.generate.parts.base import GenerateRun
+from pipelines.generate.parts.plug import Plug
 from pipelines.ingest import job as ingest
+from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
@@ -308,3 +313,18 @@ def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
     ids = llm.tokenizer(task.labels[0], add_special_tokens=False)["input_ids"]
     want = llm.embedding.weight[ids].mean(0) / plug.config.persona_scale
     torch.testing.assert_close(plug.label_values.vectors[0], want)
+
+
+def test_a_plug_that_does_not_weigh_by_requests_has_no_attention(made):
+    config = {"tables": made.world.tables, "llm": made.world.llm}
+    task = load(str(made.world.files["task"]))
+
+    def opened(aggregation: str, *methods: str) -> Plug:
+        asked = Config(**config, plug=made.plugs[aggregation], methods=methods)
+        report = RunReport("generate", "r", {}, str(made.world.root / "opened"))
+        return Plug.open(GenerateRun(asked, parse_all(methods), "tiny", task, report, 1))
+
+    with pytest.raises(InputError, match="was trained with aggregation=mean, .* ask for plug or plug:mean"):
+        opened("mean", "plug", "plug:attention")
+    for aggregation, methods in (("mean", ("plug", "plug:mean")), ("attention", ("plug:mean", "plug:attention"))):
+        assert opened(aggregation, *methods).kinds == set(methods)
