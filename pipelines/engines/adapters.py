@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
 from pipelines.learned import last_items
+from pipelines.owners import Owners, in_turn
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
 from pplug.controls import drawn_for
 
@@ -60,14 +61,12 @@ def facts(snapshot: Snapshot, batch: pa.Table) -> pa.Table:
 class AdapterIndex:
     """Adapters of a bucket's users, by user."""
 
-    def __init__(
-        self, adapters: Snapshot, bucket: int, owners: Mapping[str, str], user_keys: Sequence[str] | None = None
-    ) -> None:
-        """`owners`: user_id -> the person, where they differ. `user_keys`: whose are read; all for `other`."""
+    def __init__(self, adapters: Snapshot, bucket: int, owners: Owners, user_keys: Sequence[str] | None = None) -> None:
+        """`owners`: read for `other` alone. `user_keys`: whose adapters are read; all for `other`."""
         self._adapters, self._bucket, self._owners = adapters, bucket, owners
         self._here = self._read(bucket, user_keys)
         self._made_from = last_items(adapters, bucket, user_keys)
-        self._far: dict[int, dict[str, AdapterName]] = {}
+        self._pool: dict[int, tuple[dict[str, AdapterName], dict[str, str]]] = {}
 
     def _read(self, bucket: int, user_keys: Sequence[str] | None = None) -> dict[str, AdapterName]:
         columns = ["user_id", "user_key", "adapter_id"]
@@ -86,24 +85,21 @@ class AdapterIndex:
     def other(self, request: Mapping[str, Any]) -> AdapterName | None:
         """Another person's adapter: drawn by the person's hash, so that every run draws alike."""
         owner = request["owner_id"]
-        for pool in self._pools():
+        for pool, owners in self._pools():
             choice = [
-                name
-                for user, name in pool.items()
-                if user != request["user_id"] and self._owners.get(user, user) != owner
+                name for user, name in pool.items() if user != request["user_id"] and owners.get(user, user) != owner
             ]
             if choice:
                 return drawn_for(owner, choice)
         return None
 
-    def _pools(self) -> Iterator[dict[str, AdapterName]]:
-        """Yields the adapters of this bucket, then, for a user who is alone in it, those of the others in turn."""
-        yield self._here
-        filled = sorted(self._adapters.by_bucket())
-        for bucket in [b for b in filled if b > self._bucket] + [b for b in filled if b < self._bucket]:
-            if bucket not in self._far:
-                self._far[bucket] = self._read(bucket)
-            yield self._far[bucket]
+    def _pools(self) -> Iterator[tuple[dict[str, AdapterName], dict[str, str]]]:
+        """Yields adapters and owners of this bucket, then, for a user who is alone in it, those of the others."""
+        for bucket in in_turn(self._bucket, self._adapters.by_bucket()):
+            if bucket not in self._pool:
+                adapters = self._here if bucket == self._bucket else self._read(bucket)
+                self._pool[bucket] = adapters, self._owners.of(bucket)
+            yield self._pool[bucket]
 
 
 class AdapterShelf:

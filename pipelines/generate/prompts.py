@@ -20,6 +20,7 @@ from pipelines.generate.pending import BucketRequests, PendingReplies
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Method
+from pipelines.owners import Owners
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig, tokenizer_of
 from pplug.splice import PromptBuilder
@@ -107,13 +108,13 @@ class BuildPrompts:
         """Reads of the bucket's histories what the parts need; of these users alone, but for a control of another."""
         keys = pc.unique(requests["user_key"]).to_pylist()
         needs = [part.needs() for part in self.parts]
-        items = None
+        items, owners = None, Owners(self.pending.requests)
         if self.histories is not None and any(one.items for one in needs) and requests.num_rows:
             items = VisibleItems(
                 self.histories,
                 self.embeddings,
                 bucket,
-                requests,
+                owners,
                 keys,
                 self.max_items,
                 others=any(one.others for one in needs),
@@ -121,7 +122,7 @@ class BuildPrompts:
                 labels=next((one.labels for one in needs if one.labels is not None), None),
             )
         encoder_id = None if self.embeddings is None else self.embeddings.metadata.get("encoder_id")
-        return BucketView(bucket, requests, keys, items, encoder_id)
+        return BucketView(bucket, requests, keys, items, encoder_id, owners)
 
     def _blocks(self, bucket: int, asked: BucketRequests, rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
         """Prompts of these requests, one block per method."""

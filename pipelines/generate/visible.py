@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from infra.snapshot import Snapshot
 from pipelines.histories import Histories, read_bucket, to_us
+from pipelines.owners import Owners, in_turn
 from pplug.controls import drawn_for
 from pplug.history import NO_TIME
 from pplug.items import LabelSet, UserItems
@@ -21,7 +22,7 @@ class VisibleItems:
         histories: Snapshot,
         embeddings: Snapshot | None,
         bucket: int,
-        requests: pa.Table,
+        owners: Owners,
         keys: Sequence[str],
         max_items: int,
         *,
@@ -38,9 +39,10 @@ class VisibleItems:
             rows = None if others else np.arange(len(self.own.text_hash))
             self.own = self.own.with_labels(histories, bucket, labels, rows)
         self.max_items = max_items
-        self._source, self._bucket = (histories, embeddings), bucket
-        self._others: Histories | None = None
-        self._owner = dict(zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True))
+        self._source, self._bucket, self._owners = (histories, embeddings), bucket, owners
+        self._far: tuple[int, Histories] | None = None
+        self._persons: dict[int, dict[str, str]] = {}
+        self._place: dict[str, int | None] = {}  # by person, the bucket that another one is drawn from
 
     def rows(self, request: Mapping[str, Any]) -> np.ndarray:
         """Rows of `own` of the items the request may see, oldest first."""
@@ -78,30 +80,37 @@ class VisibleItems:
     def of_another(self, request: Mapping[str, Any], by_request: bool) -> UserItems:
         """Another person's items, with that person's labels and times: drawn by the user's hash, so that every run
         draws alike. `by_request`: as in `items`."""
-        owner = request["owner_id"]
-        pool = self.own
-        choice = self._other_people(pool, request["user_id"], owner)
-        if not choice:  # alone in the bucket: the next bucket that has anybody
-            pool = self._next_bucket()
-            choice = self._other_people(pool, request["user_id"], owner)
-        if not choice:
-            return pool.items(np.zeros(0, np.int64))
+        user_id, owner = request["user_id"], request["owner_id"]
+        if owner not in self._place:  # alone in the bucket: the next bucket that has anybody
+            places = in_turn(self._bucket, self._source[0].by_bucket())
+            self._place[owner] = next((place for place in places if self._others(place, user_id, owner)), None)
+        place = self._place[owner]
+        choice = [] if place is None else self._others(place, user_id, owner)
+        if place is None or not choice:
+            return self.own.items(np.zeros(0, np.int64))
+        pool = self._pool(place)
         rows = pool.visible(drawn_for(owner, choice), None, None, self.max_items)
         return pool.items(rows, to_us(request["as_of"]) if by_request else None)
 
-    def _other_people(self, pool: Histories, user_id: str, owner: str) -> list[int]:
+    def _others(self, bucket: int, user_id: str, owner: str) -> list[int]:
+        """Places of a bucket's users with items who are somebody else."""
+        if bucket not in self._persons:
+            self._persons[bucket] = self._owners.of(bucket)
+        pool, persons = self._pool(bucket), self._persons[bucket]
         return [
             row
             for row, user in enumerate(pool.user_ids)
-            if user != user_id and self._owner.get(user, user) != owner and pool.starts[row + 1] > pool.starts[row]
+            if user != user_id and persons.get(user, user) != owner and pool.starts[row + 1] > pool.starts[row]
         ]
 
-    def _next_bucket(self) -> Histories:
-        if self._others is None:
-            histories, embeddings = self._source
-            filled = sorted(histories.by_bucket())
-            later = [bucket for bucket in filled if bucket > self._bucket] + filled
-            self._others = read_bucket(histories, embeddings, later[0])
+    def _pool(self, bucket: int) -> Histories:
+        """The items of a bucket; of other buckets the last one that was asked for stays in memory."""
+        if bucket == self._bucket:
+            return self.own
+        if self._far is None or self._far[0] != bucket:
+            self._far = None  # two of them at once would take twice the memory
+            pool = read_bucket(*self._source, bucket)
             if self._labels is not None:
-                self._others = self._others.with_labels(histories, later[0], self._labels)
-        return self._others
+                pool = pool.with_labels(self._source[0], bucket, self._labels)
+            self._far = bucket, pool
+        return self._far[1]

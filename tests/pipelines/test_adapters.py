@@ -76,16 +76,16 @@ def test_another_persons_adapter_is_a_strangers_and_the_same_each_time(tmp_path)
     people = {f"user-{i}": {"adapter_id": f"f-{i}"} for i in range(30)}
     snapshot = snapshot_of(tmp_path, people)
     owners = {user: "ann" if int(user[5:]) < 25 else user for user in people}
+    known = SimpleNamespace(of=lambda bucket: owners)
     for user in people:
         request = {"user_id": user, "owner_id": owners[user], "as_of": None, "as_of_position": None}
-        index = AdapterIndex(snapshot, bucket_of(user, 4), owners)
+        index, again = (AdapterIndex(snapshot, bucket_of(user, 4), known) for _ in range(2))
         drawn = index.other(request)
         assert index.own(request) == AdapterName(user_key(user), people[user]["adapter_id"])
-        assert drawn == AdapterIndex(snapshot, bucket_of(user, 4), owners).other(request)
-        assert drawn is not None and owners[f"user-{drawn.adapter_id[2:]}"] != owners[user]
+        assert drawn == again.other(request) and owners[f"user-{drawn.adapter_id[2:]}"] != owners[user]
     alone = snapshot_of(tmp_path / "alone", {"user-0": {"adapter_id": "f-0"}})
-    assert AdapterIndex(alone, bucket_of("user-0", 4), {}).other({"user_id": "user-0", "owner_id": "user-0"}) is None
-    assert AdapterIndex(alone, 0, {}).own({"user_id": "nobody"}) is None
+    assert AdapterIndex(alone, bucket_of("user-0", 4), known).other({"user_id": "user-0", "owner_id": "ann"}) is None
+    assert AdapterIndex(alone, 0, known).own({"user_id": "nobody"}) is None
 
 
 def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkeypatch):
@@ -425,7 +425,7 @@ def test_an_adapter_is_chosen_only_for_requests_that_may_see_what_it_was_made_fr
         for user, (at, position) in last.items()
     }
     snapshot = snapshot_of(tmp_path, rows, buckets=1)
-    index = AdapterIndex(snapshot, 0, {})
+    index = AdapterIndex(snapshot, 0, None)
     # user, as_of, as_of_position: whether the newest item comes before both, which cleo's row does not say
     cases = [
         ("ann", None, None, True), ("ann", day, None, False), ("ann", day + timedelta(microseconds=1), None, True),

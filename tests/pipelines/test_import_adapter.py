@@ -84,7 +84,7 @@ def test_it_answers_only_requests_that_may_see_all_of_the_users_items(filled, ba
     snapshot = tables.open_table(filled.tables, "adapters").snapshot(complete=True)
     (bucket,) = snapshot.by_bucket()
     assert last_items(snapshot, bucket, None)["ann"].position == 2
-    index = AdapterIndex(snapshot, bucket, {})
+    index = AdapterIndex(snapshot, bucket, None)
     request = {"user_id": "ann", "owner_id": "ann", "as_of": None}
     assert index.own(request | {"as_of_position": 2}) is None
     assert index.own(request | {"as_of_position": 3}) is not None

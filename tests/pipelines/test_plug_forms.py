@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from infra.errors import InputError
+from infra.report import RunReport
 from pipelines import tables
-from pipelines.generate import job as generate
+from pipelines.generate.config import Config
+from pipelines.generate.parts.base import GenerateRun
+from pipelines.generate.parts.plug import Plug
 from pipelines.ingest import job as ingest
+from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
@@ -311,9 +315,16 @@ def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
     torch.testing.assert_close(plug.label_values.vectors[0], want)
 
 
-def test_a_plug_that_weighs_all_items_alike_has_no_attention(made, tmp_path):
-    """Its rows would be those of the mean, under the name of attention."""
-    values = {"tables": made.world.tables, "llm": made.world.llm, "plug": str(made.plugs["mean"])}
-    asked = generate.Config(**values, methods=("plug", "plug:attention"), run_id="alike", run_dir=str(tmp_path))
-    with pytest.raises(InputError, match="shape.aggregation=mean .* it has no plug:attention; ask for plug"):
-        generate.run(asked)
+def test_a_plug_that_does_not_weigh_by_requests_has_no_attention(made):
+    config = {"tables": made.world.tables, "llm": made.world.llm}
+    task = load(str(made.world.files["task"]))
+
+    def opened(aggregation: str, *methods: str) -> Plug:
+        asked = Config(**config, plug=made.plugs[aggregation], methods=methods)
+        report = RunReport("generate", "r", {}, str(made.world.root / "opened"))
+        return Plug.open(GenerateRun(asked, parse_all(methods), "tiny", task, report, 1))
+
+    with pytest.raises(InputError, match="was trained with aggregation=mean, .* ask for plug or plug:mean"):
+        opened("mean", "plug", "plug:attention")
+    for aggregation, methods in (("mean", ("plug", "plug:mean")), ("attention", ("plug:mean", "plug:attention"))):
+        assert opened(aggregation, *methods).kinds == set(methods)

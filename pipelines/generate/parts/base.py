@@ -22,6 +22,7 @@ from pipelines.engines.adapters import AdapterName
 from pipelines.generate.config import Config
 from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Group, Method, PartInfo
+from pipelines.owners import Owners
 from pipelines.run import CpuShare
 from pplug.items import LabelSet
 from pplug.llm import LLMConfig
@@ -124,12 +125,8 @@ class BucketView:
     """None where no part needs them, or where there is no request."""
     encoder_id: str | None
     """Encoder of the vectors beside the items."""
-
-    @property
-    def owners(self) -> dict[str, str]:
-        """user_id -> the person."""
-        ids, owners = (self.requests[name].to_pylist() for name in ("user_id", "owner_id"))
-        return dict(zip(ids, owners, strict=True))
+    owners: Owners
+    """Persons behind the users of any bucket."""
 
 
 @dataclass

@@ -53,14 +53,14 @@ class Plug(Part):
             made_for = PersonaPlug.from_pretrained(folder).config
         except (OSError, ValueError) as error:
             raise InputError(f"plug: {error}") from error
-        if "plug:attention" in kinds and made_for.aggregation == "mean":
-            raise InputError(
-                f"plug {config.plug} was trained with shape.aggregation=mean and weighs all items alike: it has no "
-                "plug:attention; ask for plug"
-            )
         remedy = "give the LLM and llm.layout it was trained with, or train a new plug"
         run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(folder), remedy)
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
+        if "plug:attention" in kinds and made_for.aggregation == "mean" and not made_for.trained_without_history:
+            raise InputError(
+                f"plug:attention: plug {config.plug} was trained with aggregation=mean, so that it does not weigh "
+                "items by requests; ask for plug or plug:mean"
+            )
         identity, personas = plug_id(folder), None
         if made_for.trained_without_history:
             return cls(config.plug, identity, kinds, None)._of(made_for)

@@ -1,0 +1,27 @@
+"""The person behind each user: one with a history per question has several users, which may lie in many buckets."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+
+from infra.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Owners:
+    """The table `requests`, asked who is who. It is read whole, whatever requests a run was asked for."""
+
+    requests: Snapshot
+
+    def of(self, bucket: int) -> dict[str, str]:
+        """Person by user_id, of a bucket's users who are not a person of their own."""
+        split = pc.field("user_id") != pc.field("owner_id")
+        rows = self.requests.read(["user_id", "owner_id"], buckets=[bucket], filter=split)
+        return dict(zip(rows["user_id"].to_pylist(), rows["owner_id"].to_pylist(), strict=True))
+
+
+def in_turn(bucket: int, filled: Iterable[int]) -> list[int]:
+    """The bucket, then those with rows that come after it and those before it: where another person is looked for."""
+    others = sorted(set(filled) - {bucket})
+    return [bucket, *(b for b in others if b > bucket), *(b for b in others if b < bucket)]
