@@ -12,7 +12,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,8 @@ _TRANSIENT_TEXT = re.compile(
     r"|response payload is not completed|error reading a body|end of file before message length|response body error",
     re.IGNORECASE,
 )
+_READINGS = 20
+"""Number of times that a folder is read anew which others change meanwhile."""
 _SLASH_LOST = re.compile(r"(s3|gs|gcs|az|abfss?|https?):/(?!/)")
 """An address that went through a path, which makes one slash of two: it would be a folder called `s3:`."""
 _FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
@@ -193,14 +195,23 @@ class Storage:
     def folders(self, name: str = "") -> list[str]:
         """Lists the names of the folders right below, sorted."""
         selector = pafs.FileSelector(self._at(name), allow_not_found=True)
-        infos = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        infos = retrying(lambda: self._found(selector), f"list {self.full(name)}")
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def list(self, name: str = "", recursive: bool = True) -> list[str]:
         """Lists the names of all files below, sorted, relative to this folder; none when there is no such folder."""
         selector = pafs.FileSelector(self._at(name), recursive=recursive, allow_not_found=True)
-        infos = retrying(lambda: self.filesystem.get_file_info(selector), f"list {self.full(name)}")
+        infos = retrying(lambda: self._found(selector), f"list {self.full(name)}")
         return sorted(info.path.removeprefix(self.path + "/") for info in infos if info.type == pafs.FileType.File)
+
+    def _found(self, selector: pafs.FileSelector) -> "Sequence[pafs.FileInfo]":
+        """Reads folders anew where one of them went while they were read: Arrow tells of that as of an error."""
+        for _ in range(_READINGS):
+            try:
+                return self.filesystem.get_file_info(selector)
+            except FileNotFoundError:
+                pass
+        return self.filesystem.get_file_info(selector)
 
     def facts(self, name: str = "") -> dict[str, "FileFacts"]:
         """Returns size and time of every file below, by name relative to this folder."""
@@ -212,7 +223,7 @@ class Storage:
                 return {
                     path: FileFacts(info["size"], info["LastModified"].timestamp()) for path, info in objects.items()
                 }
-            infos = self.filesystem.get_file_info(pafs.FileSelector(at, recursive=True, allow_not_found=True))
+            infos = self._found(pafs.FileSelector(at, recursive=True, allow_not_found=True))
             files = [info for info in infos if info.type == pafs.FileType.File]
             return {info.path: FileFacts(info.size, info.mtime_ns / 1e9) for info in files}
 

@@ -2,6 +2,8 @@
 
 import logging
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -216,3 +218,25 @@ def test_nothing_of_the_credentials_is_logged(s3_server, s3, spec, rows, caplog,
     table.commit(table.write(rows(["a"]), "run"), run_id="run", group=0, mode="append", planned_on=0)
     out, err = capfd.readouterr()
     assert "test-secret-value" not in caplog.text + out + err
+
+
+def test_a_folder_that_goes_while_it_is_listed_hides_no_other_file(tmp_path):
+    """Threads make and remove folders beside a file that stays; each listing holds the file, and none is an error."""
+    (tmp_path / "stays").write_text("x")
+    ends = threading.Event()
+
+    def change(name):
+        while not ends.is_set():
+            (tmp_path / name).mkdir()
+            (tmp_path / name).rmdir()
+
+    with ThreadPoolExecutor(3) as pool:
+        changes = [pool.submit(change, f"goes-{number}") for number in range(3)]
+        try:
+            for _ in range(300):
+                assert Storage(str(tmp_path)).list() == ["stays"]
+                assert Storage(str(tmp_path)).list("goes-0", recursive=False) == []
+                assert list(Storage(str(tmp_path)).facts()) == ["stays"]
+        finally:
+            ends.set()
+    assert all(done.exception() is None for done in changes)
