@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pplug import history
-from pplug.items import NO_LABEL, LabelSet, UserItems
+from pplug.items import NO_LABEL, KnownAnswers, UserItems
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Histories:
     vector_row: np.ndarray
     vectors: np.ndarray
     label_row: np.ndarray | None = None
-    """Row of each item's label among those of a plug, (T,); None where labels were not read (`with_labels`)."""
+    """What a plug reads of each item's answer, (T,) or (T, P): `pplug.items.KnownAnswers`; None where answers were not
+    read (`with_labels`)."""
 
     def user(self, user_id: str) -> int | None:
         """Row of a user; None when the user has no item."""
@@ -78,22 +79,25 @@ class Histories:
         vector_row[wanted] = found
         return dataclasses.replace(self, vector_row=vector_row, vectors=vectors)
 
-    def with_labels(self, histories: Snapshot, bucket: int, known: LabelSet, rows: np.ndarray | None = None) -> Self:
-        """The same users, the items in `rows` (all when None) beside their labels.
+    def with_labels(
+        self, histories: Snapshot, bucket: int, known: KnownAnswers, rows: np.ndarray | None = None
+    ) -> Self:
+        """The same users, the items in `rows` (all when None) beside their labels or answers.
 
-        The texts around a label are read some row groups at a time, and kept no longer.
+        The texts around an answer are read some row groups at a time, and kept no longer.
         """
         wanted = np.arange(len(self.text_hash)) if rows is None else rows
         distinct = self.text_hash.take(pa.array(wanted)).dictionary_encode()
         owner = np.searchsorted(self.starts, wanted, side="right") - 1
         users = None if rows is None else np.unique(np.asarray(self.user_keys)[owner]).tolist()
-        label_of = np.full(len(distinct.dictionary), NO_LABEL, np.int64)  # the hash covers the label
+        width = known.rows(histories.spec.empty(["fields"])["fields"]).shape[1:]
+        label_of = np.full((len(distinct.dictionary), *width), NO_LABEL, np.int64)  # the hash covers the answer
         for table in histories.of_users(["user_key", "text_hash", "fields"], bucket, users):
             at = pc.index_in(table["text_hash"], value_set=distinct.dictionary)
             hit = np.flatnonzero(pc.is_valid(at).to_numpy(zero_copy_only=False))
             if len(hit):
                 label_of[at.take(pa.array(hit)).to_numpy()] = known.rows(table["fields"].take(pa.array(hit)))
-        label_row = np.full(len(self.text_hash), NO_LABEL, np.int64)
+        label_row = np.full((len(self.text_hash), *width), NO_LABEL, np.int64)
         label_row[wanted] = label_of[distinct.indices.to_numpy()]
         return dataclasses.replace(self, label_row=label_row)
 

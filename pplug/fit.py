@@ -23,12 +23,12 @@ from pplug.encoder import best_dtype, default_batch_tokens, encode_batches, pad
 from pplug.fit_config import FitConfig
 from pplug.history import NO_TIME, age_days
 from pplug.identity import stable_int
+from pplug.item_tensors import ragged
 from pplug.items import UserItems
 from pplug.llm import FrozenLLM
 from pplug.loop import Loop
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
-from pplug.plug import ragged
 from pplug.prefix import KeptBeginnings
 from pplug.splice import Prompt
 
@@ -47,7 +47,8 @@ class Samples:
     spans: np.ndarray
     shards: Sequence[np.ndarray]
     facts: Sequence[np.ndarray] | None = None
-    """Per shard (V, 2) int64: row of each item's label, and its time in microseconds (history.NO_TIME: none)."""
+    """Per shard (V, 2) or (V, P + 1) int64: row of each item's label, or the tokens of its answer, and its time in
+    microseconds (history.NO_TIME: none)."""
     as_of: np.ndarray | None = None
     """(N,) int64, time at which the items' ages count; where it is before the newest item's, that one's counts."""
     query_vectors: torch.Tensor | None = None
@@ -62,7 +63,9 @@ class Samples:
         vectors = self.shards[shard][start:stop]
         if self.facts is None or self.as_of is None:
             return UserItems(vectors)
-        labels, times = self.facts[shard][start:stop].T
+        facts = self.facts[shard][start:stop]
+        labels, times = facts[:, :-1], facts[:, -1]
+        labels = labels[:, 0] if labels.shape[1] == 1 else labels
         return UserItems(vectors, labels, age_days(times, max(self.as_of[index], times.max(initial=NO_TIME))))
 
     def take(self, places: np.ndarray) -> "Samples":

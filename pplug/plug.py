@@ -16,9 +16,8 @@ That is the paper's form, which the defaults of `PlugConfig` make. Beyond it sta
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,51 +27,20 @@ from pplug.encoder import pool
 from pplug.encoder_head import Head, HeadedEncoder, bare_transformer
 from pplug.folder import read_whole, whole_folder
 from pplug.identity import file_digest, short_id
-from pplug.items import UserItems
+from pplug.item_tensors import NO_FACTS, ItemFacts
+from pplug.items import AnswerTokens, KnownAnswers, LabelSet
+from pplug.llm import load_tokenizer
+from pplug.plain_text import TextTokenizer
 from pplug.plug_config import PlugConfig
-from pplug.plug_parts import Center, ItemWeights, LabelGuess, LabelValues, projector, starts_at_zero
+from pplug.plug_parts import AnswerValues, Center, ItemWeights, LabelGuess, LabelValues, projector, starts_at_zero
 
-PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "llm.json")
+PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "answer_tokenizer", "llm.json")
 """Names in a plug folder."""
-
-
-class ItemFacts(NamedTuple):
-    """Facts about items beside their vectors; a plug that uses them refuses to go without."""
-
-    labels_T: Tensor | None = None
-    """Row of each item's label among the plug's, int64; below 0: no label."""
-    days_T: Tensor | None = None
-    """Age of each item in days; zeros for all items of a user whose times are not known."""
-
-
-NO_FACTS = ItemFacts()
 
 
 def _sums(values_TF: Tensor, owner_T: Tensor, users: int) -> Tensor:
     """Sum over each user's items, (B, F)."""
     return values_TF.new_zeros(users, values_TF.shape[-1]).index_add(0, owner_T, values_TF)
-
-
-def ragged(items: Sequence[UserItems], dim: int, device: Any) -> tuple[Tensor, Tensor, ItemFacts]:
-    """Items of several users as `PersonaPlug.personas` takes them: vectors (T, D) float32, owners (T,), and facts.
-
-    Args:
-        dim: D; the vectors of a user without any may have no width.
-    """
-    vectors = np.concatenate([own.vectors.reshape(-1, dim) for own in items])
-    owners = np.repeat(np.arange(len(items)), [len(own) for own in items])
-    labels, days = _joined([own.labels for own in items]), _joined([own.days for own in items])
-
-    def on_device(values: np.ndarray | None, kind: type) -> Any:
-        return None if values is None else torch.from_numpy(values.astype(kind)).to(device)
-
-    facts = ItemFacts(on_device(labels, np.int64), on_device(days, np.float32))
-    return on_device(vectors, np.float32), on_device(owners, np.int64), facts
-
-
-def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 class PersonaPlug(nn.Module):
@@ -102,6 +70,12 @@ class PersonaPlug(nn.Module):
         labels = len(config.labels)
         self.label_values = LabelValues(labels, config.llm_dim, tokens, config.hidden) if labels else None
         self.label_guess = LabelGuess(labels, config.llm_dim, tokens) if config.label_guess else None
+        self.answer_values = None
+        if config.answer_field is not None:
+            by_query = config.aggregation == "attention"
+            self.answer_values = AnswerValues(config.answer_vocabulary, config.llm_dim, tokens, by_query=by_query)
+        self.words: TextTokenizer | None = None
+        """Tokenizer of the answers that the rows spell, which is the LLM's."""
         self.emb_model = query_encoder
         if query_encoder is not None:
             for name, parameter in query_encoder.named_parameters():
@@ -213,6 +187,10 @@ class PersonaPlug(nn.Module):
         if self.label_values is not None:
             added_BPH = self.label_values(weights_TW, owner_T, users, facts.labels_T)
             persona_BPH = persona_BPH + config.persona_scale * added_BPH.float()
+        if self.answer_values is not None:
+            assert facts.labels_T is not None, "checked above"
+            spelt_BPH = self.answer_values(items_TD, owner_T, counts, asked_BD, facts.labels_T)
+            persona_BPH = persona_BPH + config.persona_scale * spelt_BPH
         # multiplied, not masked in place: every parameter keeps a gradient (zero) in a batch without any history
         return persona_BPH * (counts > 0).view(users, 1, 1)
 
@@ -236,6 +214,11 @@ class PersonaPlug(nn.Module):
             raise ValueError(
                 "this plug adds the items' labels to a persona; give the row of each item's label in its config's "
                 "labels, -1 for an item without one"
+            )
+        if config.answer_field is not None and facts.labels_T is None:
+            raise ValueError(
+                "this plug spells the items' answers; give the ids of the first persona_tokens tokens of each item's "
+                "answer, -1 behind its last (known_answers.rows)"
             )
         if config.uses_times and facts.days_T is None:
             raise ValueError(
@@ -269,14 +252,15 @@ class PersonaPlug(nn.Module):
             items: (B, N, D), L2-normalised, oldest first; padded rows may hold any value.
             mask: (B, N) bool, True where an item is real.
             query: (B, D), L2-normalised; None leaves likeness out.
-            labels: (B, N) int64, row of each item's label in the config's labels, -1 for none.
+            labels: (B, N) int64, row of each item's label in the config's labels, -1 for none; of a plug that spells
+                answers (B, N, P), the ids of their tokens.
             days: (B, N), age of each item in days.
 
         Returns:
             (B, 1+P, H) float32: row 0 the instruction, then the persona, zeros for a user without an item.
 
         Raises:
-            ValueError: another width than the plug was made for, or it needs labels or days.
+            ValueError: another width than the plug was made for, or it needs labels, answers or days.
         """
         owner_T = mask.nonzero()[:, 0]
         facts = ItemFacts(None if labels is None else labels[mask], None if days is None else days[mask])
@@ -294,10 +278,34 @@ class PersonaPlug(nn.Module):
         if self.label_guess is not None and tokens_LPH is not None:
             self.label_guess.tokens.copy_(tokens_LPH / self.config.persona_scale)
 
+    def set_answers(self, words: TextTokenizer, ids: Sequence[int], vectors_VH: Tensor) -> None:
+        """Stores the LLM's embeddings of the tokens that answers are spelt with, which are not trained.
+
+        Args:
+            words: the LLM's tokenizer of texts.
+            ids: of the tokens, ascending.
+        """
+        assert self.answer_values is not None, "only a plug that spells answers has a place for them"
+        self.words = words
+        self.answer_values.ids.copy_(torch.tensor(ids))
+        self.answer_values.vectors.copy_(vectors_VH / self.config.persona_scale)
+
+    @property
+    def known_answers(self) -> KnownAnswers | None:
+        """How this plug reads the answers of items; None for one that reads none."""
+        config = self.config
+        if config.label_field is not None:
+            return LabelSet(config.label_field, config.labels)
+        if config.answer_field is None:
+            return None
+        assert self.words is not None, "`set_answers` or a folder gives the tokenizer"
+        return AnswerTokens(config.answer_field, self.words, config.persona_tokens)
+
     # --- the folder ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """Writes model.safetensors and config.json (and query_encoder/: config and tokenizer of the trained copy).
+        """Writes model.safetensors and config.json (and query_encoder/: config and tokenizer of the trained copy;
+        answer_tokenizer/: the LLM's, for a plug that spells answers).
 
         The folder takes the place of a former plug as a whole.
 
@@ -313,6 +321,8 @@ class PersonaPlug(nn.Module):
         with whole_folder(folder, PLUG_FILES) as draft:
             save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
             (draft / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+            if self.words is not None:
+                self.words.tokenizer.save_pretrained(draft / "answer_tokenizer")
             if self.emb_model is not None:
                 transformer, _ = self.query_parts()
                 transformer.config.architectures = [type(transformer).__name__]  # type: ignore[union-attr]
@@ -352,6 +362,8 @@ class PersonaPlug(nn.Module):
             )
         except RuntimeError as error:
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
+        if config.answer_field is not None:
+            plug.words = TextTokenizer(load_tokenizer(folder / "answer_tokenizer"))
         return plug.eval()
 
     @classmethod

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pplug.encoder_folder import HeadConfig
-from pplug.items import LabelSet
 from pplug.settings import Settings
 
 
@@ -57,6 +56,10 @@ class PlugConfig(Settings):
     """Field that holds an item's label, where there are `labels`."""
     label_guess: bool = _beyond(False)
     """True if the persona rows spell the labels that the plug itself takes for likely; it has `labels` then."""
+    answer_field: str | None = _beyond(None)
+    """Field that holds an item's answer, where persona rows spell the answers of the items; none in the paper."""
+    answer_vocabulary: int = _beyond(0, ge=0)
+    """V, number of tokens that such rows can be made of: those of the answers in the training."""
     recency: Literal["none", "position", "time"] = _beyond("none")
     """Learned weights of an item's age, beside its likeness. none: as in the paper; position: log of the place counted
     from the newest item; time: position, and log of the days."""
@@ -78,12 +81,9 @@ class PlugConfig(Settings):
             raise ValueError(f"labels={list(self.labels)[:3]} and label_field={self.label_field} belong together")
         if self.label_guess and not self.labels:
             raise ValueError("label_guess=true spells labels, and the plug has none")
+        if self.labels and self.answer_field is not None:
+            raise ValueError("a plug reads an item's answer as one of its labels or as text, not both")
         return self
-
-    @property
-    def label_set(self) -> LabelSet | None:
-        """The labels that items are read for; None for a plug without label values."""
-        return None if self.label_field is None else LabelSet(self.label_field, self.labels)
 
     @property
     def uses_times(self) -> bool:

@@ -40,6 +40,12 @@ def segment_softmax(scores_T: Tensor, owner_T: Tensor, users: int) -> Tensor:
     return exp / total[owner_T]
 
 
+def _rank(owner_T: Tensor, counts_B: Tensor) -> Tensor:
+    """Place of each item counted from its owner's newest, which has 0; (T,) float32."""
+    last_B = counts_B.long().cumsum(0) - 1
+    return (last_B[owner_T] - torch.arange(len(owner_T), device=owner_T.device)).float()
+
+
 class ItemWeights(nn.Module):
     """Weights of a user's items, for each weighting w:
 
@@ -83,9 +89,8 @@ class ItemWeights(nn.Module):
 
     def _ages(self, owner_T: Tensor, counts_B: Tensor, days_T: Tensor | None) -> Tensor:
         """log(1 + rank), and log(1 + days) where they count; (T, 1 or 2) float32."""
-        last_B = counts_B.long().cumsum(0) - 1
-        rank_T = last_B[owner_T] - torch.arange(len(owner_T), device=owner_T.device)
-        ages = [rank_T.float()] if days_T is None or self.ages == 1 else [rank_T.float(), days_T.float()]
+        rank_T = _rank(owner_T, counts_B)
+        ages = [rank_T] if days_T is None or self.ages == 1 else [rank_T, days_T.float()]
         return torch.log1p(torch.stack(ages, dim=1))
 
 
@@ -146,6 +151,48 @@ class LabelGuess(nn.Module):
         return self.gain * torch.einsum("bl,lph->bph", likely_BL, self.tokens)
 
 
+class AnswerValues(nn.Module):
+    """Rows that spell what a user's items answer:
+
+        g_p sum_i softmax_i(exp(s) x . h_i + a log(1 + rank_i)) t(i)_p
+
+    t(i)_p is the embedding of the p-th token of item i's answer by the LLM, in units of the persona's scale, zeros
+    behind its last and for a token that no answer of the training has. x and rank are those of `ItemWeights`; the
+    weights are sharper than those of the vectors, since the mean of many answers says little. g starts at 1 and a at 0.
+    """
+
+    def __init__(self, vocabulary: int, llm_dim: int, tokens: int, *, by_query: bool) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.zeros(vocabulary, dtype=torch.int64))
+        self.register_buffer("vectors", torch.zeros(vocabulary, llm_dim))
+        self.gain = nn.Parameter(torch.ones(tokens, 1))
+        self.age = nn.Parameter(torch.zeros(()))
+        if by_query:
+            self.sharpness = nn.Parameter(torch.tensor(SHARPNESS / AGE_RATE))
+
+    def forward(
+        self, items_TD: Tensor, owner_T: Tensor, counts_B: Tensor, query_BD: Tensor | None, answers_TP: Tensor
+    ) -> Tensor:
+        """(B, P, H) float32. `answers_TP`: token ids, below 0 for none."""
+        with torch.autocast(items_TD.device.type, enabled=False):
+            scores_T = AGE_RATE * self.age * torch.log1p(_rank(owner_T, counts_B))
+            if query_BD is not None:
+                likeness_T = (items_TD.float() * query_BD.float()[owner_T]).sum(-1)
+                scores_T = scores_T + torch.exp(AGE_RATE * self.sharpness) * likeness_T
+            weights_T = segment_softmax(scores_T, owner_T, len(counts_B))
+            counts = counts_B.long()
+            rows = []
+            for tokens_T in answers_TP.unbind(1):
+                place_T = torch.searchsorted(self.ids, tokens_T.contiguous()).clamp(max=len(self.ids) - 1)
+                spelt_T = weights_T * (self.ids[place_T] == tokens_T)
+                rows.append(
+                    F.embedding_bag(
+                        place_T, self.vectors, counts.cumsum(0) - counts, mode="sum", per_sample_weights=spelt_T
+                    )
+                )
+            return self.gain * torch.stack(rows, dim=1)
+
+
 class Center(nn.Module):
     """Vectors as they differ from other users': (h - m) / s, with the mean m over the users of the training and the
     spread s of their items around it."""
@@ -190,6 +237,12 @@ def label_tokens(llm: Any, labels: Sequence[str], count: int) -> Tensor:
         first = row[:count]
         out[place, : len(first)] = llm.embedding(torch.tensor(first, device=device)).float().cpu()
     return out
+
+
+@torch.no_grad()
+def token_vectors(llm: Any, ids: Sequence[int]) -> Tensor:
+    """The LLM's embeddings of these tokens, (V, H) float32."""
+    return llm.embedding(torch.tensor(list(ids), device=llm.embedding.weight.device)).float().cpu()
 
 
 @torch.no_grad()

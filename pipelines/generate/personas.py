@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from infra import device
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
+from pplug.item_tensors import ragged
 from pplug.items import UserItems
 from pplug.plain_text import TextTokenizer
-from pplug.plug import PersonaPlug, ragged
+from pplug.plug import PersonaPlug
 
 
 class PersonaMaker:

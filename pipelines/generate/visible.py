@@ -11,7 +11,7 @@ from pipelines.histories import Histories, read_bucket, to_us
 from pipelines.owners import Owners, in_turn
 from pplug.controls import drawn_for
 from pplug.history import NO_TIME
-from pplug.items import LabelSet, UserItems
+from pplug.items import KnownAnswers, UserItems
 
 
 class VisibleItems:
@@ -28,10 +28,10 @@ class VisibleItems:
         *,
         others: bool,
         with_fields: bool,
-        labels: LabelSet | None = None,
+        labels: KnownAnswers | None = None,
     ) -> None:
         """`keys`: of the requests' users; `others`: another user's items will be asked for, so that all are read;
-        `labels`: of a plug that adds them to a persona."""
+        `labels`: answers that a plug adds to a persona."""
         theirs = None if others else keys
         self.own = read_bucket(histories, embeddings, bucket, with_fields=with_fields, user_keys=theirs)
         self._labels = labels

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pplug.tasks import TaskSpec
 
 MISSED = {
-    "items_without_label": "items of users with new personas have none of the plug's labels: they count with the value "
-    "that it has learned for such items",
+    "items_without_label": "items of users with new personas have no answer that the plug knows: they count with the "
+    "value that it has learned for such items, or spell nothing",
     "users_without_times": "users with new personas have an item without a time: the order of their items alone counts",
 }
 """Facts that a plug may miss of items, by the name of their count, and the words for it."""

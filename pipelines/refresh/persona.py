@@ -26,8 +26,9 @@ from pipelines.refresh.increment import Late, Since
 from pipelines.run import CpuShare
 from pipelines.waves import files_table
 from pplug.history import NO_TIME, age_days, history_hashes
+from pplug.item_tensors import ItemFacts
 from pplug.items import NO_LABEL
-from pplug.plug import ItemFacts, PersonaPlug
+from pplug.plug import PersonaPlug
 
 HEAD = ("user_key", "history_hash", "encoder_id", "plug_id", "n_items", "last_item_at")
 """Columns that decide a persona, without a vector: a user whose row is stored with the same ones needs no new one."""
@@ -150,7 +151,7 @@ class BuildPersonas:
         owner_T = np.repeat(np.arange(n), [len(span) for span in spans]).astype(np.int64)
         if n:
             users = users.with_vectors(self.embeddings, bucket, None if everybody else live)
-        labels = self.plug.config.label_set if self.plug is not None else None
+        labels = self.plug.known_answers if self.plug is not None else None
         if labels is not None and n:
             users = users.with_labels(self.histories, bucket, labels, None if everybody else live)
         has = users.vector_row[live] >= 0
@@ -181,9 +182,11 @@ class BuildPersonas:
         """Labels and ages of items, as `ItemFacts` names them, and how many have none; for a plug that uses them."""
         labels_T = days_T = None
         missing = {"items_without_label": 0, "users_without_times": 0}
-        if self.plug is not None and self.plug.config.labels and users.label_row is not None:
+        if users.label_row is not None:
             labels_T = users.label_row[rows_T]
-            missing["items_without_label"] = int((labels_T == NO_LABEL).sum())
+            missing["items_without_label"] = int(
+                ((labels_T[:, 0] if labels_T.ndim == 2 else labels_T) == NO_LABEL).sum()
+            )
         if self.plug is not None and self.plug.config.uses_times:
             times_T = users.times[rows_T]
             newest_T = np.searchsorted(owner_T, owner_T, side="right") - 1  # a user's last item

@@ -41,6 +41,10 @@ class PlugShape(Settings):
     label_guess: bool = added(False)
     """True has the persona rows spell the labels that the plug takes for likely, in the LLM's own token embeddings, as
     if they stood in the prompt. It needs label_values; a start (fit.start_epochs) teaches what is likely."""
+    answer_values: bool = added(False)
+    """True has the persona rows spell what the user's items answer: row p adds the LLM's own embedding of the p-th
+    token of each item's answer, weighed by the item's likeness to the query and its age. It is made for answers that
+    are free text, such as titles, and needs a task with `target`."""
     recency: Literal["none", "position", "time"] = added("none")
     """Learned weights of an item's age. none: as in the paper; position: log of the place counted from the newest item;
     time: position and the log of the days up to the request, or to the newest item where the request has no time or the
@@ -62,6 +66,11 @@ class PlugShape(Settings):
     def _guesses_have_labels(self) -> Self:
         if self.label_guess and not self.label_values:
             raise ValueError("shape.label_guess=true spells labels; set shape.label_values=true as well")
+        if self.label_values and self.answer_values:
+            raise ValueError(
+                "shape.label_values and shape.answer_values both read an item's answer; set the first for a task with "
+                "labels, the second for answers that are free text"
+            )
         return self
 
 

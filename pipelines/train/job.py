@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.tracking import refuse_missing, tracker
+from pipelines.train.answers import MAX_TOKENS, known_answers
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
 from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_uneven, worker_device
@@ -38,13 +40,13 @@ from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, drawn, encode_queries, held_out
 from pplug.history import NO_TIME
-from pplug.identity import model_folder, short_id
-from pplug.items import LabelSet
-from pplug.llm import FrozenLLM, llm_id, load_tokenizer, refuse_another
+from pplug.identity import short_id
+from pplug.items import AnswerTokens, KnownAnswers, LabelSet
+from pplug.llm import FrozenLLM, llm_id, refuse_another
 from pplug.parallel import Mesh
 from pplug.plain_text import TextTokenizer
 from pplug.plug import PLUG_FILES, PersonaPlug, PlugConfig, plug_id
-from pplug.plug_parts import label_tokens, label_vectors, refuse_empty_labels
+from pplug.plug_parts import label_tokens, label_vectors, token_vectors
 from pplug.stand_in import SAMPLE_FILE, llm_sample
 from pplug.start import Start
 from pplug.tasks import TaskSpec
@@ -69,7 +71,7 @@ def _run(config: Config, run_id: str) -> int:
             f"task {task.name}: its targets are rubrics for a judge, and no answers to learn; train on another task"
         )
     encoder, llm = _models(config, task)
-    labels = label_set(config, task)
+    answers = known_answers(config, task)
     blind = config.shape.without_history
     identities = {"encoder_id": None if blind else encoder, "llm_id": llm}
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
@@ -97,7 +99,7 @@ def _run(config: Config, run_id: str) -> int:
     )
     samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
-        counts, shards = _prepare(config, histories, embeddings, requests, task, samples, labels)
+        counts, shards, tokens = _prepare(config, histories, embeddings, requests, task, samples, answers)
         stage.rows = counts["samples"]
     report.planned = counts["samples"]
     report.extra["samples"] = counts
@@ -109,8 +111,13 @@ def _run(config: Config, run_id: str) -> int:
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     _check_times(config, counts)
+    if isinstance(answers, AnswerTokens) and not tokens:
+        raise InputError(
+            f"{config.tables}: shape.answer_values=true spells what items answer, but no item has a text in its field "
+            f"{answers.field!r}; leave it out, or name another `target` in the task's entry"
+        )
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, labels)
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, (answers, tokens))
         stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -144,28 +151,6 @@ def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any
     return settings | identities
 
 
-def label_set(config: Config, task: TaskSpec) -> LabelSet | None:
-    """The task's labels, for a plug that adds them to a persona; None for another plug.
-
-    Raises:
-        InputError: the task has no list of labels, or the LLM has no tokens for one of them.
-    """
-    if not config.shape.label_values or config.shape.without_history:
-        return None
-    if task.target is None or not task.labels:
-        lacks = "no field `target`" if task.target is None else "no list of labels (its answers are free text)"
-        raise InputError(
-            f"shape.label_values=true adds the label of each item to a persona, but the task {task.name} has {lacks}; "
-            "leave it out, or name target and labels in the task's entry"
-        )
-    words = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
-    try:
-        refuse_empty_labels(task.labels, words.ids(list(task.labels)))
-    except ValueError as error:
-        raise InputError(f"task {task.name}: {error}") from error
-    return LabelSet(task.target, task.labels)
-
-
 def _check_times(config: Config, counts: dict[str, int]) -> None:
     """Refuses a plug that weighs by times where no item has any, and counts the users who have none."""
     if config.shape.recency != "time" or not counts["without_times"]:
@@ -189,20 +174,22 @@ def _prepare(
     requests: Any,
     task: Any,
     folder: str,
-    labels: LabelSet | None,
-) -> tuple[dict[str, int], "list[Shard]"]:
-    """Counts over all buckets, and the files that hold samples."""
+    known: KnownAnswers | None,
+) -> tuple[dict[str, int], "list[Shard]", list[int]]:
+    """Counts over all buckets, the files that hold samples, and the tokens that answers are spelt with."""
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users, labels)
+    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users, known)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0, "without_times": 0}
-    shards = []
+    shards, often = [], Counter[int]()
     for row in each_bucket(requests.filled(users), stage):
+        often.update(dict(zip(row["tokens"], row["tokens_items"], strict=True)))
         for name in counts:
             counts[name] += row[name]
         if row["samples"]:
             shards.append(Shard(row["bucket"], row["samples"], row["vectors"]))
-    return counts, sorted(shards)
+    most = sorted(often, key=lambda token: (-often[token], token))[:MAX_TOKENS]
+    return counts, sorted(shards), sorted(most)
 
 
 def _fit(
@@ -213,7 +200,7 @@ def _fit(
     identities: dict[str, str | None],
     target: str,
     width: int | None,
-    labels: LabelSet | None,
+    answers: tuple[LabelSet | AnswerTokens | None, list[int]],
 ) -> dict[str, Any]:
     """Runs Ray Train and copies the best plug to its folder."""
     storage = Storage(run_dir).join("train")
@@ -222,7 +209,7 @@ def _fit(
         "samples": samples,
         "identities": identities,
         "width": width,
-        "labels": labels,
+        "answers": answers,
         "cpu": CpuShare(config.workers, config.threads),
         "left": left_without_record(storage, run_id),
         "run_dir": run_dir,
@@ -271,7 +258,8 @@ def fit_worker(given: dict[str, Any]) -> None:
     parallel = config.llm.parallel
     mesh = Mesh.of(rank, context.get_world_size(), parallel.tensor, device.type, parallel.shard)
     torch.manual_seed(config.fit.seed)
-    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], given["labels"], mesh, device)
+    answers, tokens = given["answers"]
+    plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], answers, tokens, mesh, device)
     refuse_another(config.llm, given["identities"]["llm_id"])
     plug.to(device)
     with tempfile.TemporaryDirectory() as local:
@@ -349,7 +337,8 @@ def make_models(
     config: Config,
     identities: dict[str, Any],
     width: int | None = None,
-    labels: LabelSet | None = None,
+    known: LabelSet | AnswerTokens | None = None,
+    tokens: Sequence[int] = (),
     mesh: Mesh | None = None,
     device: torch.device | None = None,
 ) -> tuple[Any, Any, Any]:
@@ -357,7 +346,8 @@ def make_models(
 
     Args:
         width: D of vectors that have no encoder; the plug then has no query encoder, and there is no tokenizer.
-        labels: the plug's labels; None for a plug without label values.
+        known: how the plug reads the items' answers; None for one that reads none.
+        tokens: ids of those that answers are spelt with, ascending.
         mesh: this worker's place among those of the training.
         device: of the LLM, and later of the plug.
     """
@@ -374,8 +364,10 @@ def make_models(
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:
         beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
-    if labels is not None:
-        beyond |= {"labels": labels.labels, "label_field": labels.field, "label_guess": shape.label_guess}
+    if isinstance(known, LabelSet):
+        beyond |= {"labels": known.labels, "label_field": known.field, "label_guess": shape.label_guess}
+    elif known is not None:
+        beyond |= {"answer_field": known.field, "answer_vocabulary": len(tokens)}
     plug = PersonaPlug(
         PlugConfig(
             llm_dim=llm.dim,
@@ -393,9 +385,11 @@ def make_models(
         ),
         query_encoder=encoder if attention or shape.request_value else None,
     )
-    if labels is not None:
-        tokens = label_tokens(llm, labels.labels, shape.persona_tokens)
-        plug.set_label_vectors(label_vectors(llm, labels.labels).cpu(), tokens)
+    if isinstance(known, LabelSet):
+        spelt = label_tokens(llm, known.labels, shape.persona_tokens)
+        plug.set_label_vectors(label_vectors(llm, known.labels).cpu(), spelt)
+    elif known is not None:
+        plug.set_answers(known.words, tokens, token_vectors(llm, tokens))
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
     return plug.eval(), llm, tokenizer
 

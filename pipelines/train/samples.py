@@ -1,7 +1,8 @@
 """Stage of training: a bucket's requests with targets, and the vectors of the items each may see, as files.
 
 Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, as_of, start, stop), vectors-<bucket>.npy, (T, D)
-in 16 bits, and facts-<bucket>.npy, (T, 2): the row of each item's label among the plug's and its time in microseconds.
+in 16 bits, and facts-<bucket>.npy, (T, 2) or (T, P + 1): the row of each item's label among the plug's, or the tokens
+of its answer, and its time in microseconds.
 Train workers memory-map the arrays. A request's items are a range of its user's, oldest first.
 """
 
@@ -9,7 +10,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from infra.storage import Storage
 from pipelines.histories import read_bucket, to_us
 from pipelines.written import read_written, refuse_another_count
 from pplug.history import NO_TIME
-from pplug.items import NO_LABEL, LabelSet
+from pplug.items import NO_LABEL, KnownAnswers
 from pplug.tasks import TaskSpec, query
 
 if TYPE_CHECKING:  # torch: the tasks that prepare would wait for it
@@ -57,7 +58,8 @@ class PrepareSamples:
 
     in:  bucket int
     out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
-         (samples with items, of which one or more have no time)
+         (samples with items, of which one or more have no time), tokens and tokens_items (with answers that a plug
+         spells: the ids of their tokens, and how often each stands there)
     """
 
     histories: Snapshot
@@ -69,14 +71,16 @@ class PrepareSamples:
     folder: str
     users: Mapping[int, list[str]] | None = None
     """User keys by bucket (`shards.keys_by_bucket`): only the requests of these users are read."""
-    labels: LabelSet | None = None
-    """Labels that the items are read for; None for a plug that uses none."""
+    labels: KnownAnswers | None = None
+    """Labels or answers that the items are read for; None for a plug that uses none."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            yield pa.Table.from_pylist([self._bucket(bucket)])
+            row = self._bucket(bucket)
+            kinds = {name: pa.list_(pa.int64()) if isinstance(row[name], list) else pa.int64() for name in row}
+            yield pa.Table.from_pylist([row], pa.schema(kinds))
 
-    def _bucket(self, bucket: int) -> dict[str, int]:
+    def _bucket(self, bucket: int) -> dict[str, Any]:
         known, keys = pc.field("target").is_valid(), of_bucket(self.users, bucket)
         requests = self.requests.read(buckets=[bucket], filter=known, user_keys=keys).sort_by("request_id")
         theirs = pc.unique(requests["user_key"]).to_pylist()  # who asks nothing with a target is not read
@@ -109,11 +113,14 @@ class PrepareSamples:
                 }
             )
         shard = Shard(bucket, len(rows), int(has.sum()))
+        tokens = often = np.zeros(0, np.int64)
         if rows:
             storage, table = Storage(self.folder), io.BytesIO()
             labels = np.full(len(has), NO_LABEL, np.int64) if users.label_row is None else users.label_row
             vectors = users.vectors[users.vector_row[has]].astype(np.float16)
-            facts = np.stack([labels, users.times], axis=1)[has]
+            facts = np.column_stack([labels, users.times])[has]
+            if labels.ndim == 2:
+                tokens, often = np.unique(facts[:, :-1][facts[:, :-1] != NO_LABEL], return_counts=True)
             for name, values in ((shard.vectors_file, vectors), (shard.facts_file, facts)):
                 out = io.BytesIO()
                 np.save(out, values)
@@ -121,7 +128,8 @@ class PrepareSamples:
             pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
             storage.write_bytes(shard.samples_file, table.getvalue())
         return shard._asdict() | {
-            "without_history": lonely, "without_vector": missing, "without_times": untimed
+            "without_history": lonely, "without_vector": missing, "without_times": untimed,
+            "tokens": tokens.tolist(), "tokens_items": often.tolist(),
         }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from pplug.controls import drawn_for
 from pplug.encoder import TextEncoder, encoder_id
 from pplug.fit import FitConfig, Fitter
 from pplug.llm import FrozenLLM
+from pplug.plain_text import TextTokenizer
 from pplug.plug import PersonaPlug, PlugConfig
 from pplug.tasks import load
 from tests.pipelines import small
@@ -39,6 +40,28 @@ SHAPE = PlugShape(
 DAY = timedelta(days=1)
 NOW = datetime(2027, 3, 1, tzinfo=UTC)
 ASKED = {"input": "Tag this for me. description: a film of crime"}
+
+
+def spelling_folder(world: small.Small, aggregation: str) -> str:
+    """A plug that spells the items' answers, whose weights are random."""
+    llm, task = FrozenLLM.load(world.llm), load(str(world.files["task"]))
+    words = TextTokenizer(llm.tokenizer)
+    known = sorted({token for row in words.ids(task.labels[:-1]) for token in row})  # the last label is not known
+    torch.manual_seed(2)
+    config = PlugConfig(
+        encoder_dim=16, llm_dim=llm.dim, aggregation=aggregation, persona_tokens=2, recency="position",
+        answer_field="tag", answer_vocabulary=len(known), encoder_id=encoder_id(world.encoder, task.item),
+        llm_id="tiny",
+    )  # fmt: skip
+    encoder = AutoModel.from_pretrained(world.encoder.model) if aggregation == "attention" else None
+    plug = PersonaPlug(config, encoder)
+    with torch.no_grad():
+        plug.answer_values.gain.normal_()
+        plug.answer_values.age.fill_(-0.1)
+    plug.set_answers(words, known, torch.randn(len(known), llm.dim))
+    folder = world.root / f"spelling-{aggregation}"
+    plug.save_pretrained(folder, AutoTokenizer.from_pretrained(world.encoder.model) if encoder else None)
+    return str(folder)
 
 
 def plug_folder(world: small.Small, aggregation: str) -> str:
@@ -84,6 +107,7 @@ def made(tmp_path_factory, ray_session):
         files[name].write_text(text + "".join(json.dumps(row) + "\n" for row in rows))
     world.ingest("train", buckets=1, source=str(files["histories"]), requests_source=str(files["requests"]))
     plugs = {aggregation: plug_folder(world, aggregation) for aggregation in ("mean", "attention")}
+    plugs |= {f"spelling-{aggregation}": spelling_folder(world, aggregation) for aggregation in ("mean", "attention")}
     assert world.run(refresh, "refresh", **world.common, plug=plugs["mean"]) == 0
     return SimpleNamespace(world=world, users=users, plugs=plugs)
 
@@ -118,7 +142,11 @@ def persona(made, aggregation: str, items: list[dict], at: datetime | None, quer
     plug, encoder = PersonaPlug.from_pretrained(made.plugs[aggregation]), TextEncoder(made.world.encoder)
     task = load(str(made.world.files["task"]))
     vectors = encoder.encode([task.item.format_map(item["fields"]) for item in items])
-    labels = [task.labels.index(tag) if (tag := item["fields"]["tag"]) in task.labels else -1 for item in items]
+    tags = [item["fields"]["tag"] for item in items]
+    labels = [task.labels.index(tag) if tag in task.labels else -1 for tag in tags]
+    if aggregation.startswith("spelling"):
+        spell = AutoTokenizer.from_pretrained(made.world.llm.model)
+        labels = [(spell(tag, add_special_tokens=False)["input_ids"] + [-1, -1])[:2] for tag in tags]
     times = [item["occurred_at"] for item in items]
     days = [0.0] * len(items)
     if None not in times:
@@ -140,7 +168,7 @@ def built(made, aggregation: str, *methods: str) -> dict[tuple[str, str], dict]:
     )
     vectors = tables.open_table(world.tables, small.names(world.tables, "embeddings")).snapshot(complete=True)
     build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=methods,
-                         plug=made.plugs[aggregation], personas=personas if aggregation == "mean" else None,
+                         plug=made.plugs[aggregation], personas=personas if aggregation.endswith("mean") else None,
                          llm=world.llm, task=tables.task_entry(None, histories))  # fmt: skip
     rows = pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()
     return {(row["request_id"], row["method"]): row for row in rows}
@@ -218,6 +246,34 @@ def test_a_label_or_a_time_alone_makes_the_persona_anew_and_no_later_label_reach
     assert then[f"open-{made.users[2]}", "plug"]["rows"] != at_now[f"open-{made.users[2]}", "plug"]["rows"]
 
 
+def test_answers_are_spelt_from_the_tables_and_of_another_person_by_that_persons(made):
+    own, query = items_of(made.world), ASKED["input"].split("description: ")[1]
+    rows = built(made, "spelling-attention", "plug", "plug:other-user")
+    for user in made.users[:4]:
+        seen = [item for item in own[user] if item["occurred_at"] < NOW]
+        want = persona(made, "spelling-attention", seen, NOW, query)
+        assert close(rows[f"now-{user}", "plug"]["rows"], want)
+        silent = [item | {"fields": item["fields"] | {"tag": ""}} for item in seen]
+        assert not close(persona(made, "spelling-attention", silent, NOW, query), want)
+        people = sorted((row["user_key"], other) for other, (row, *_) in own.items() if other != user)
+        other = own[drawn_for(user, [other for _, other in people])]
+        want = persona(made, "spelling-attention", other, NOW, query)
+        assert close(rows[f"now-{user}", "plug:other-user"]["rows"], want)
+
+
+def test_stored_personas_spell_answers_and_an_item_without_one_is_counted(made):
+    nothing = after_now(made.users[3]) | {"item_id": "tagless", "fields": {"description": "a tree", "tag": ""}}
+    add(made, "tagless", nothing)
+    assert made.world.run(refresh, "spelt", **made.world.common, plug=made.plugs["spelling-mean"]) == 0
+    own = items_of(made.world)
+    for row in small.rows(made.world.tables, "personas"):
+        want = persona(made, "spelling-mean", own[row["user_id"]], None, None)
+        assert close(row["persona"], want[-len(row["persona"]) :]), row["user_id"]
+    assert made.world.report("spelt")["personas"]["items_without_label"] == 1
+    rows = built(made, "spelling-mean", "plug")
+    assert {rows[f"open-{user}", "plug"]["persona"] for user in made.users} == {"mean"}
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -231,10 +287,10 @@ def prepared(world: small.Small, settings: train.Config):
     names = ("histories", small.names(world.tables, "embeddings"), "requests")
     histories, vectors, requests = (tables.open_table(world.tables, name).snapshot(complete=True) for name in names)
     task, folder = tables.task_entry(None, histories), str(world.root / "samples")
-    labels = train.label_set(settings, task)
-    stage = PrepareSamples(histories, vectors, requests, task, 512, folder, None, labels)
+    answers = train.known_answers(settings, task)
+    stage = PrepareSamples(histories, vectors, requests, task, 512, folder, None, answers)
     (written,) = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
-    models = train.make_models(settings, {"encoder_id": "e", "llm_id": "l"}, None, labels)
+    models = train.make_models(settings, {"encoder_id": "e", "llm_id": "l"}, None, answers, written["tokens"])
     files = [(written["bucket"], written["samples"], written["vectors"])]
     return models, train.make_samples(settings, (folder, files), "", *models)
 
@@ -271,6 +327,30 @@ def test_a_sample_has_the_labels_and_ages_of_the_items_that_its_request_may_see(
     assert before.keys() - moved <= still | unseen | {name for name in before if "emb_model.embeddings" in name}
 
 
+def test_a_sample_has_the_answers_of_its_items_and_the_plug_keeps_the_llms_embeddings_of_their_tokens(made):
+    spelt = {"label_values": False, "label_guess": False, "answer_values": True, "recency": "position"}
+    settings = config(made.world, **spelt)
+    (plug, llm, _), samples = prepared(made.world, settings)
+    own, seen_tokens = items_of(made.world), set()
+    for part in samples:
+        for index, owner in enumerate(part.owners):
+            found = part.items(index)
+            tags = [item["fields"]["tag"] for item in own[owner][: len(found)]]
+            want = [(llm.tokenizer(tag, add_special_tokens=False)["input_ids"] + [-1, -1])[:2] for tag in tags]
+            assert found.labels.tolist() == want
+            seen_tokens |= {token for row in want for token in row} - {-1}
+    ids = plug.answer_values.ids.tolist()
+    assert ids == sorted(ids) and seen_tokens <= set(ids)
+    torch.testing.assert_close(
+        plug.answer_values.vectors * plug.config.persona_scale, llm.embedding.weight[ids].detach().float()
+    )
+    fitter = Fitter(plug, llm, settings.fit, *samples)
+    before = {name: tensor.clone() for name, tensor in plug.answer_values.state_dict().items()}
+    assert np.isfinite([fitter.step(np.arange(8), epoch) for epoch in range(3)]).all()
+    moved = {name for name, tensor in plug.answer_values.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"gain", "age", "sharpness"}
+
+
 def _sees(items: list[dict], request: dict) -> int:
     return sum(item["occurred_at"] < request["as_of"] for item in items)
 
@@ -282,6 +362,10 @@ def test_training_says_what_a_part_lacks(made, tmp_path):
         task.write_text(json.dumps(free)[:-1] + (', "target": "tag"}' if more else "}"))
         with pytest.raises(InputError, match=f"shape.label_values=true .* the task free has {lacks}"):
             train.run(config(made.world).model_copy(update={"task": str(task), "run_dir": str(tmp_path)}))
+    task.write_text(json.dumps(free))
+    only = {"label_values": False, "label_guess": False, "answer_values": True}
+    with pytest.raises(InputError, match="shape.answer_values=true .* the task free has no field `target`"):
+        train.run(config(made.world, **only).model_copy(update={"task": str(task), "run_dir": str(tmp_path)}))
     counts = {"samples": 5, "without_history": 1, "without_times": 4}
     with pytest.raises(InputError, match="shape.recency=time weighs items by their age .* set shape.recency=position"):
         train._check_times(config(made.world), counts)

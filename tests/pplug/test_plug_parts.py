@@ -3,17 +3,23 @@ equations; and the paper's form, which is what it was before they came."""
 
 import json
 import math
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from pipelines.train.config import PlugShape
 from pplug import PersonaPlug, PlugConfig
-from pplug.items import NO_LABEL, LabelSet, UserItems
+from pplug.item_tensors import ItemFacts, ragged
+from pplug.items import NO_LABEL, AnswerTokens, LabelSet, UserItems
 from pplug.llm import FrozenLLM, LLMConfig
-from pplug.plug import ItemFacts, plug_id, ragged
+from pplug.plain_text import TextTokenizer
+from pplug.plug import plug_id
 from pplug.plug_parts import AGE_RATE, Center, label_tokens, label_vectors
 from tests.pplug.models import tiny_llama
 
@@ -28,10 +34,15 @@ FORMS = {
     "hidden": {"hidden": 5},
     "request": {"request_value": True},
     "guess": LABELS | {"label_guess": True},
+    "answers": {"answer_field": "title", "answer_vocabulary": 4},
     "all": LABELS
     | {"recency": "time", "center": "users", "token_attention": "own", "hidden": 5}
     | {"request_value": True, "label_guess": True},
+    "all with answers": {"answer_field": "title", "answer_vocabulary": 4, "recency": "position", "hidden": 5}
+    | {"center": "users", "token_attention": "own", "request_value": True},
 }
+WORDS = (2, 3, 7, 9)
+"""Ids of the tokens that answers are spelt with; the others that stand in `given` are not known."""
 SIZES = (5, 0, 1, 3)
 
 
@@ -42,19 +53,28 @@ def made(**form: object) -> PersonaPlug:
     plug = PersonaPlug(PlugConfig(encoder_dim=D, llm_dim=H, persona_tokens=P, **scales, **form))
     with torch.no_grad():
         for name, parameter in plug.named_parameters():
-            if any(part in name for part in ("label_values", "item_weights", "request_mlp")):
+            if any(part in name for part in ("label_values", "item_weights", "request_mlp", "answer_values")):
                 parameter.normal_(0, 0.3)
     if plug.label_values is not None:
         labels = len(plug.config.labels)
         plug.set_label_vectors(torch.randn(labels, H), torch.randn(labels, P, H))
+    if plug.answer_values is not None:
+        plug.set_answers(TextTokenizer(spelling()), WORDS, torch.randn(len(WORDS), H))
     if plug.center is not None:
         plug.center.mean.normal_(0, 0.2)
         plug.center.spread.fill_(0.8)
     return plug
 
 
-def given(seed: int = 1) -> dict[str, torch.Tensor]:
-    """Items, queries, labels and ages of four users, padded."""
+@cache
+def spelling() -> AutoTokenizer:
+    """A tokenizer of answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoTokenizer.from_pretrained(tiny_llama(Path(folder)))
+
+
+def given(seed: int = 1, answers: bool = False) -> dict[str, torch.Tensor]:
+    """Items, queries, labels (or tokens of answers) and ages of four users, padded."""
     draw = torch.Generator().manual_seed(seed)
     items, query = torch.randn(4, 5, D, generator=draw), torch.randn(4, D, generator=draw)
     mask = torch.arange(5)[None] < torch.tensor(SIZES)[:, None]
@@ -62,7 +82,9 @@ def given(seed: int = 1) -> dict[str, torch.Tensor]:
         "items": items / items.norm(dim=-1, keepdim=True),
         "query": query / query.norm(dim=-1, keepdim=True),
         "mask": mask,
-        "labels": torch.randint(-1, 4, (4, 5), generator=draw),
+        "labels": torch.randint(-1, 10, (4, 5, P), generator=draw)
+        if answers
+        else torch.randint(-1, 4, (4, 5), generator=draw),
         "days": torch.rand(4, 5, generator=draw) * 100,
     }
 
@@ -114,6 +136,8 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
                 embedded = w["label_values.vectors"][label] if label >= 0 else w["label_values.no_label"][0]
                 value = value + w["label_values.gain"][token] * embedded + mlp("label_values.mlp", embedded)[token]
             rows[token] += weight * value
+        if config.answer_field is not None:
+            rows[token] += spelt_by_hand(w, items, None if config.aggregation == "mean" else query, labels, token)
     if config.label_guess and len(items):
         asked = query if config.aggregation == "attention" else None
         said, vectors = instruction_by_hand(plug, asked) / 0.6 + sum(rows) / P, w["label_values.vectors"]
@@ -125,12 +149,27 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
     return config.persona_scale * rows
 
 
+def spelt_by_hand(w, items, query, tokens, place: int) -> torch.Tensor:
+    """What the answers' tokens at one place add to a persona row."""
+    scores = []
+    for index, item in enumerate(items):
+        likeness = 0.0 if query is None else float(query @ item)
+        sharp = math.exp(10.0 * float(w["answer_values.sharpness"])) if query is not None else 0.0
+        scores.append(sharp * likeness + 10.0 * float(w["answer_values.age"]) * math.log(len(items) - index))
+    out = torch.zeros(H)
+    for index, row in enumerate(tokens.tolist()):
+        if row[place] in WORDS:
+            share = math.exp(scores[index]) / sum(map(math.exp, scores))
+            out += share * w["answer_values.vectors"][WORDS.index(row[place])]
+    return w["answer_values.gain"][place] * out
+
+
 @pytest.mark.parametrize("aggregation", ["attention", "mean"])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_a_form_equals_its_equations_user_by_user(form, aggregation):
     assert AGE_RATE == 10.0
-    plug, at = made(aggregation=aggregation, **FORMS[form]), given()
+    plug, at = made(aggregation=aggregation, **FORMS[form]), given(answers="answers" in form)
     owner, facts = at["mask"].nonzero()[:, 0], ItemFacts(at["labels"][at["mask"]], at["days"][at["mask"]])
     for query in (at["query"], None):  # None: as refresh makes the personas that it stores
         got = plug.personas(at["items"][at["mask"]], owner, 4, query, facts)
@@ -152,9 +191,10 @@ def test_a_form_equals_its_equations_user_by_user(form, aggregation):
 @pytest.mark.parametrize("aggregation", ["attention", "mean"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_reaches_every_parameter_and_nobodys_history_leaves_none_without(form, aggregation):
-    plug, at = made(aggregation=aggregation, **FORMS[form]), given()
+    plug, at = made(aggregation=aggregation, **FORMS[form]), given(answers="answers" in form)
     factors = torch.randn(4, 1 + P, H, generator=torch.Generator().manual_seed(2))
     at["labels"][0, 0] = NO_LABEL
+    at["labels"][0, 1] = 2  # a label, and a token of answers
     (plug(at["items"], at["mask"], at["query"], at["labels"], at["days"]) * factors).sum().backward()
     unreached = {name for name, p in plug.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert not unreached
@@ -222,6 +262,10 @@ def test_guesses_need_labels():
         PlugConfig(encoder_dim=D, llm_dim=H, label_guess=True)
     with pytest.raises(ValueError, match="set shape.label_values=true as well"):
         PlugShape(label_guess=True)
+    with pytest.raises(ValueError, match="shape.label_values and shape.answer_values both read an item's answer"):
+        PlugShape(label_values=True, answer_values=True)
+    with pytest.raises(ValueError, match="as one of its labels or as text, not both"):
+        PlugConfig(encoder_dim=D, llm_dim=H, **LABELS, **FORMS["answers"])
 
 
 def test_facts_that_a_plug_needs_are_asked_for():
@@ -230,6 +274,8 @@ def test_facts_that_a_plug_needs_are_asked_for():
         made(**LABELS)(at["items"], at["mask"], at["query"])
     with pytest.raises(ValueError, match="weighs items by their age; give each item's age in days"):
         made(recency="time")(at["items"], at["mask"], at["query"])
+    with pytest.raises(ValueError, match="spells the items' answers; give the ids of the first persona_tokens tokens"):
+        made(**FORMS["answers"])(at["items"], at["mask"], at["query"])
     assert made(recency="position")(at["items"], at["mask"], at["query"]).isfinite().all()
     with pytest.raises(ValueError, match="belong together"):
         PlugConfig(encoder_dim=D, llm_dim=H, labels=("cat",))
@@ -261,6 +307,20 @@ def test_labels_are_found_by_their_text_and_numbers_by_their_value():
     assert LabelSet("s", ("1", "4", "5")).rows(stars).tolist() == [1, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]
 
 
+def test_an_answer_is_read_as_the_first_tokens_that_the_llm_would_write():
+    words = TextTokenizer(spelling())
+    whole = words.ids(["a cat sat on the tree"])[0]
+    rows = [{"title": " a cat sat on the tree\n"}, {"title": "cat"}, {"title": ""}, {"text": "dog"}, None]
+    found = pa.array([row and list(row.items()) for row in rows], pa.map_(pa.string(), pa.string()))
+    tokens = AnswerTokens("title", words, 3)
+    one = [words.ids(["cat"])[0][0], NO_LABEL, NO_LABEL]
+    assert len(whole) > 3 and tokens.rows(found).tolist() == [whole[:3], one] + [[NO_LABEL] * 3] * 3
+    assert tokens.rows(pa.chunked_array([found[:1], found[1:2]])).tolist() == [whole[:3], one]
+    assert tokens.rows(found[:0]).shape == (0, 3)
+    long = pa.array([[("title", "a cat sat on the tree " * 1000)]], found.type)
+    assert tokens.rows(long).tolist() == [whole[:3]]
+
+
 def test_items_of_several_requests_stand_one_after_another():
     rng = np.random.default_rng(1)
     items = [UserItems(rng.normal(size=(n, D)), np.arange(n) - 1, np.arange(n) / 2) for n in (2, 0, 3)]
@@ -276,11 +336,14 @@ def test_items_of_several_requests_stand_one_after_another():
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_a_folder_gives_the_same_form_back(form, tmp_path):
-    plug, at = made(**FORMS[form]), given()
+    plug, at = made(**FORMS[form]), given(answers="answers" in form)
     again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path))
     assert again.config == plug.config and type(again.config.labels) is tuple
     whole = (at["items"], at["mask"], at["query"], at["labels"], at["days"])
     assert torch.equal(plug(*whole), again(*whole))
+    if plug.words is not None:
+        fields = pa.array([[("title", "a cat sat"), ("text", "dog")]], pa.map_(pa.string(), pa.string()))
+        assert np.array_equal(again.known_answers.rows(fields), plug.known_answers.rows(fields))
 
 
 # --- the paper's form, as it was before the parts came ------------------------------------------------------------

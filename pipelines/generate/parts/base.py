@@ -24,7 +24,7 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Group, Method, PartInfo
 from pipelines.owners import Owners
 from pipelines.run import CpuShare
-from pplug.items import LabelSet
+from pplug.items import KnownAnswers
 from pplug.llm import LLMConfig
 from pplug.splice import PromptBuilder
 from pplug.stand_in import stands_for
@@ -108,7 +108,7 @@ class Needs:
     """True if it reads their texts too."""
     others: bool = False
     """True if it reads the items of other users too."""
-    labels: LabelSet | None = None
+    labels: KnownAnswers | None = None
     """Labels that it reads the items for; None: none."""
 
 

@@ -83,7 +83,7 @@ class Plug(Part):
         return {"plug_id": self.plug_id}
 
     def needs(self) -> Needs:
-        labels = self.maker.plug.config.label_set if not self.kinds <= set(OF_NOBODY) else None
+        labels = self.maker.plug.known_answers if not self.kinds <= set(OF_NOBODY) else None
         return Needs(items=True, others="plug:other-user" in self.kinds, labels=labels)
 
     def load(self, worker: Worker) -> None:
