@@ -3,15 +3,17 @@
 `config.py` says what it does, and holds its keys.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from infra.errors import InputError
 from infra.job_log import LINE_LOG, JobLog
 from infra.report import check_run_id
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
 from pipelines.lines.steps import local_root, run_steps
-from pipelines.methods import parse_all
+from pipelines.methods import Method, parse_all
 
 TASK_BASE = "task-base"
 """Step that adapts the LLM to the task, and folder of the model that it makes."""
@@ -35,8 +37,12 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     line = _Line(config, root, name)
     model, encoder = line.model, line.given["encoder"]
     llm = model["llm"]
-    adapters = [method.name for method in parse_all(config.methods) if method.part("adapter")]
+    methods = parse_all(config.methods)
+    adapters = [method.name for method in methods if method.part("adapter")]
+    soft = [method.name for method in methods if (part := method.part("plug")) and part.name == SOFT_PROMPT]
     task_base = model["task_base"] if adapters else None
+    if task_base:
+        _refuse_plugs_of_another_llm(methods, config.use)
     line.ingest("train", 0)
     if llm["model"] == BASE_LM:
         llm["model"] = str(root / BASE_LM)
@@ -48,11 +54,11 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     line.add("refresh-dev", "refresh", "dev", encoder=encoder, plug=str(root / "plug"), **line.gpus)
     if adapters and not task_base:
         line.adapt(llm)
-    apart = {SOFT_PROMPT, *(adapters if task_base else [])}
+    apart = {*soft, *(adapters if task_base else [])}
     line.generate("generate", "plug", [method for method in config.methods if method not in apart], llm)
-    if SOFT_PROMPT in config.methods:
+    if soft:
         line.train("train-soft", without_history=True)
-        line.generate("generate-soft", "plug-soft", [SOFT_PROMPT], llm)
+        line.generate("generate-soft", "plug-soft", soft, llm)
     if task_base:
         adapted = llm | {"model": str(root / TASK_BASE)}
         line.add(TASK_BASE, "adapt", "train", stage="base", cut="none", llm=llm, output=adapted["model"],
@@ -63,6 +69,16 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
              generate_reports=[str(root / step / "report.json") for step in line.runs],
              references_from=[str(root / "tables" / "train")])  # fmt: skip
     return line.found
+
+
+def _refuse_plugs_of_another_llm(methods: Sequence[Method], use: str) -> None:
+    """Refuses methods that add a plug to adapters whose LLM has learned the task: the plug is made for another LLM."""
+    mixed = [method.name for method in methods if method.part("adapter") and method.part("plug")]
+    if mixed:
+        raise InputError(
+            f"methods {mixed}: models.{use}.task_base makes another LLM for the adapters than the plug is trained for; "
+            f"leave these methods out, or set models.{use}.task_base to null"
+        )
 
 
 class _Line:

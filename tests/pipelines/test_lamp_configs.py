@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import pipelines
+from infra.errors import InputError
 from pipelines import options
 from pipelines.__main__ import JOBS
 from pipelines.lines import lamp
@@ -101,6 +102,20 @@ def test_adapters_are_trained_where_a_method_has_them(tmp_path):
     steps = list(made)
     assert steps.index("ingest-dev") < steps.index("adapt") < steps.index("generate")
     assert made["adapt"].tables == made["generate"].tables and made["adapt"].llm == made["generate"].llm
+
+
+def test_a_soft_prompt_beside_retrieval_is_generated_with_the_plug_that_is_one(tmp_path):
+    methods = "[none, plug, plug:soft-prompt+bm25, bm25+plug:soft-prompt]"
+    made = jobs(load(TINY[0], "--source", "somewhere", "--methods", methods), tmp_path)
+    assert made["generate"].methods == ("none", "plug")
+    assert made["generate-soft"].methods == ("plug:soft-prompt+bm25", "bm25+plug:soft-prompt")
+
+
+def test_a_plug_beside_an_adapter_whose_llm_has_learned_the_task_is_refused_before_anything_runs(tmp_path):
+    config = load(REAL[0], "--source", "somewhere", "--methods", "[none, adapter, adapter+plug]")
+    with pytest.raises(InputError, match=r"methods \['adapter\+plug'\].*set models.smollm2.task_base to null"):
+        lamp.run(config.model_copy(update={"run_dir": str(tmp_path)}))
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_model_that_is_not_there_is_named(capsys):
