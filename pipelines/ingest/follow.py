@@ -284,6 +284,7 @@ def _feed(
     last = newest["commit_max"].take(pc.index_in(keys, value_set=newest["key"].combine_chunks()))
     # A row is not read as it was before a later commit, nor where it has come and gone again.
     stays = pc.and_(pc.is_in(keys, value_set=_joined(now)), pc.equal(commits, last))
+    stays = pc.or_kleene(pc.is_null(keys), stays)  # a row without a key is a reject, and no silent loss
     storage = Storage(run_dir)
     with storage.open_output(CHANGED_ROWS) as out:
         pq.write_table(rows.filter(stays), out, compression="zstd")

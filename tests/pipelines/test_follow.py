@@ -115,6 +115,17 @@ def test_a_row_that_changed_several_times_is_read_once_as_it_is_now(place, tmp_p
     assert found.gone.to_pylist() == [{"user_id": "b", "item_id": "1"}] and not found.gone_users
 
 
+def test_rows_of_a_feed_without_a_key_are_left_to_be_rejected(place, tmp_path):
+    write_deltalake(place, rows(*FIRST), configuration=FEED)
+    DeltaTable(place).delete("author = 'b'")
+    write_deltalake(place, rows((None, 5, "of nobody"), ("a", None, "no number"), ("a", 6, "whole")), mode="append")
+    found = changes(place, tmp_path, 0)
+    (part,) = found.files
+    texts = pq.read_table(Storage(part.folder).full(part.name))["text"].to_pylist()
+    assert sorted(texts) == ["no number", "of nobody", "whole"]
+    assert found.gone.to_pylist() == [{"user_id": "b", "item_id": "1"}]
+
+
 def vector(*rows):
     """A deletion vector of these rows, written into the log: a roaring bitmap of one list, in the letters of Z85."""
     bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(rows) - 1, 16) + struct.pack(f"<{len(rows)}H", *rows)
