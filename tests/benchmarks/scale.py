@@ -1,10 +1,13 @@
-"""The tables' own work at scale: an ingest and a full build, then a night with some users changed; `make bench-scale`.
+"""The tables' own work at scale: an ingest and a full build, then a night with some users changed, then a reply for
+every user; `make bench-scale`.
 
     python -m tests.benchmarks.scale --users 1000000 --folder /big/disk [--persona 1024] [--changed 0.01]
 
 Items are written as Parquet files, which the job `ingest` reads into tables. The encoder of `refresh` is a stand-in
-that hashes words into 384 values, so that what is measured is planning, reading, writing and committing; the rest are
-the jobs as they are. Writes scale.json into the folder and prints it.
+that hashes words into 384 values, and the engine of `generate` one that answers at once, so that what is measured is
+planning, reading, building prompts, writing and committing; the rest are the jobs as they are. Replies are made with
+the two newest items in the prompt and, where there is a plug, with its stored personas. Writes scale.json into the
+folder and prints it.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -31,6 +35,7 @@ from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pipelines.waves import DETAIL, REASON, each_bucket
 from pplug.encoder import EncoderConfig, encoder_id
+from pplug.llm import LLMConfig, llm_id
 
 DIM, WORDS = 384, 20_000
 FILE_ROWS = 500_000
@@ -38,6 +43,7 @@ FILE_ROWS = 500_000
 TASK = {
     "name": "scale",
     "item": "{text}",
+    "retrieval": {"pattern": "{text} "},
     "item_without_label": "{text}",
     "metric": "text",
     "max_output_tokens": 8,
@@ -103,6 +109,42 @@ class WriteSource:
             )
             pq.write_table(data, self.folder / f"items-{part:05d}.parquet", compression="zstd", row_group_size=100_000)
             yield pa.table({"rows": [n]})
+
+
+def add_requests(place: str, users: int, run: str) -> dict:
+    """Writes one request per user as a Parquet file, ingests them, and returns what the ingest cost."""
+    folder = Path(f"{place}-source") / run
+    folder.mkdir(parents=True)
+    names = pa.array([f"user-{user}" for user in range(users)])
+    data = pa.table({"request_id": names, "user_id": names, "input": pa.repeat("Which word comes next?", users)})
+    pq.write_table(data, folder / "requests.parquet", compression="zstd", row_group_size=100_000)
+    return measured(run, folder.parent, users, ingest, tables=place, requests_source=str(folder / "requests.parquet"))
+
+
+def answered(job: Any, place: str, method: str, users: int, folder: Path, plug: str | None = None) -> dict:
+    """One run of `generate` with the stand-in engine, and what it cost."""
+    return measured(
+        method.partition("@")[0], folder, users, job, tables=place, methods=[method], plug=plug,
+        llm={"model": str(folder / "llm"), "layout": {"max_input_tokens": 256}}, decoding={"max_tokens": 8},
+    )  # fmt: skip
+
+
+def measured(run: str, folder: Path, rows: int, job: Any, **given: Any) -> dict:
+    """A run of a job that writes so many rows, and what it cost."""
+    start, run_dir = time.monotonic(), folder / "runs" / run
+    with Memory() as memory:
+        code = job.run(job.Config(run_id=run, run_dir=str(run_dir), **given))
+    seconds = time.monotonic() - start
+    report = json.loads((run_dir / "report.json").read_text())
+    assert code == 0 and report["written"] == rows, report["problem"]
+    return {
+        "seconds": round(seconds, 3),
+        "rows_a_second": round(rows / seconds),
+        "stages": {name: stage["seconds"] for name, stage in report["stages"].items()},
+        "driver_mb": memory.driver >> 20,
+        "worker_mb": memory.worker >> 20,
+        "largest_worker": memory.largest,
+    }
 
 
 def add_items(place: str, buckets: int, users: np.ndarray, first: int, count: int, words: int, run: str) -> dict:
@@ -227,8 +269,9 @@ def make_plug(place: str, folder: Path, width: int) -> str | None:
     from pplug.plug import PersonaPlug, PlugConfig  # torch: workers, which import this module, need none
 
     config = PlugConfig(
-        encoder_dim=DIM, llm_dim=width, aggregation="mean", encoder_id=encoder_id(EncoderConfig(), "{text}")
-    )
+        encoder_dim=DIM, llm_dim=width, aggregation="mean", encoder_id=encoder_id(EncoderConfig(), "{text}"),
+        llm_id=llm_id(LLMConfig(model=str(folder / "llm"))) if (folder / "llm").exists() else None,
+    )  # fmt: skip
     PersonaPlug(config).save_pretrained(folder / "plug")
     return str(folder / "plug")
 
@@ -244,9 +287,13 @@ def main(words: list[str] | None = None) -> dict:
     parser.add_argument("--folder", type=Path, required=True, help="new folder; needs 1 KB a user and item")
     given = parser.parse_args(words)
 
-    from pipelines.refresh import embed  # torch, as above
+    from pipelines.generate import job as generate  # torch, as above
+    from pipelines.refresh import embed
+    from tests.benchmarks.echo import EchoReply
+    from tests.pplug.models import tiny_llama
 
-    embed.EmbedTexts = HashTexts
+    embed.EmbedTexts, generate.Reply = HashTexts, EchoReply
+    tiny_llama(given.folder / "llm", given.persona or 64)
     session.start(cpus=4, object_store_bytes=512 * 2**20)
     place, vectors = str(given.folder / "tables"), given.users * given.items * DIM * 1.8
     buckets = given.buckets or max(4, 1 << int(np.ceil(np.log2(max(1, vectors / (128 * 2**20))))))
@@ -262,6 +309,10 @@ def main(words: list[str] | None = None) -> dict:
     found["night"] = refreshed(place, "night", plug, given.folder)
     assert found["night"]["encoded"] == len(changed) == found["night"]["personas"]["changed"]
     found["night_share"] = round(found["night"]["seconds"] / found["full"]["seconds"], 4)
+    add_requests(place, given.users, "requests")
+    found["generate"] = answered(generate, place, "recency@2", given.users, given.folder)
+    if plug is not None:
+        found["generate_plug"] = answered(generate, place, "plug", given.users, given.folder, plug)
     found["full_us_per_user"] = round(found["full"]["seconds"] / given.users * 1e6, 1)
     (given.folder / "scale.json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2), flush=True)
