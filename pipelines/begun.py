@@ -12,6 +12,9 @@ from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 
+TASK = "task_entry"
+"""Key of the entry of the task that is learned, which records of earlier releases lack."""
+
 
 def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> dict[str, int]:
     """Versions of the tables that this run began with; empty when it begins now.
@@ -30,7 +33,8 @@ def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> di
     if known.get("job") != job:
         raise InputError(f"run {run_id} in {run_dir} began as job {known.get('job')}, not {job}; give another --run-id")
     before, now = known["config"], json.loads(json.dumps(dict(decisive)))
-    changed = [key for key in now if before.get(key) != now[key]]
+    keys = {**now, **before}.keys() - ({TASK} - before.keys())
+    changed = [key for key in {**now, **before} if key in keys and before.get(key) != now.get(key)]
     if changed or "tables" not in known:
         key = (changed or ["version"])[0]
         raise InputError(

@@ -22,7 +22,6 @@ from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches, pad
 from pplug.fit_config import FitConfig
 from pplug.history import NO_TIME, age_days
-from pplug.identity import stable_int
 from pplug.item_tensors import ragged
 from pplug.items import UserItems
 from pplug.llm import FrozenLLM
@@ -85,11 +84,6 @@ class Samples:
     def lengths(self) -> np.ndarray:
         """Tokens of prompt and target."""
         return np.array([len(p) + len(t) for p, t in zip(self.prompts, self.targets, strict=True)], np.int64)
-
-
-def held_out(owner_id: str, share: float, seed: int) -> bool:
-    """True if this person's samples choose the checkpoint instead of training; id and seed decide it."""
-    return stable_int(f"{seed}:{owner_id}") / 2**64 < share
 
 
 def kept_items(n: int, config: FitConfig, epoch: int, sample: int) -> np.ndarray:

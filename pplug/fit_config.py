@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pplug.identity import stable_int
 from pplug.settings import Settings, added, renamed
 
 
@@ -61,3 +62,8 @@ class FitConfig(Settings):
         is set."""
         left_out = {"max_tokens_per_microbatch", "checkpointing"} | ({"patience"} if self.patience is None else set())
         return super().decisive(**({"exclude": left_out} | choice))
+
+
+def held_out(owner_id: str, share: float, seed: int) -> bool:
+    """True if this person's samples choose the checkpoint instead of training; id and seed decide it."""
+    return stable_int(f"{seed}:{owner_id}") / 2**64 < share

@@ -266,6 +266,11 @@ def run_epochs(
             metrics = {"step": step, "epoch": epoch, "train_loss": float(np.mean(losses))}
             if at_end:
                 metrics |= loop.validate()
+                if not math.isfinite(metrics.get("val_loss", 0.0)) and not math.isfinite(best):
+                    raise ValueError(
+                        f"the validation loss is {metrics['val_loss']} after step {step}, and no earlier epoch has "
+                        "another: the training has diverged; lower its learning rate"
+                    )
             is_best = at_end and metrics.get("val_loss", -math.inf) < best
             worse = 0 if is_best else worse + at_end
             best = min(best, metrics.get("val_loss", best))

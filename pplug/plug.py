@@ -189,7 +189,8 @@ class PersonaPlug(nn.Module):
             persona_BPH = persona_BPH + config.persona_scale * added_BPH.float()
         if self.answer_values is not None:
             assert facts.labels_T is not None, "checked above"
-            spelt_BPH = self.answer_values(items_TD, owner_T, counts, asked_BD, facts.labels_T)
+            answers_TP = facts.labels_T.reshape(len(items_TD), config.persona_tokens)  # (T,) for one token
+            spelt_BPH = self.answer_values(items_TD, owner_T, counts, asked_BD, answers_TP)
             persona_BPH = persona_BPH + config.persona_scale * spelt_BPH
         # multiplied, not masked in place: every parameter keeps a gradient (zero) in a batch without any history
         return persona_BPH * (counts > 0).view(users, 1, 1)

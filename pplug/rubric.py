@@ -63,11 +63,18 @@ def read(target: str) -> Rubric:
     try:
         return Rubric.model_validate_json(target)
     except ValidationError as wrong:
-        places = ", ".join(sorted({".".join(map(str, error["loc"])) or "the whole" for error in wrong.errors()}))
+        places = ", ".join(sorted({_place(error["loc"]) for error in wrong.errors()}))
         raise ValueError(
             'a target of a rubric task is JSON such as {"aspects": [{"aspect": ..., "reason": ..., "evidence": ...}], '
             f'"narrative": ...}}; wrong here: {places}'
         ) from None
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Place of an error without any word of the target, whose unknown keys stand in pydantic's."""
+    known = {*Rubric.model_fields, *Aspect.model_fields}
+    parts = [str(part) if isinstance(part, int) or part in known else "an unknown key" for part in loc]
+    return ".".join(parts) or "the whole"
 
 
 def prompts(question: str, response: str, rubric: Rubric) -> list[str]:

@@ -77,6 +77,12 @@ class Decoding(Settings):
         ]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it, or raise max_tokens"
+            )
+        if "" in self.stop:
+            raise ValueError("stop: an empty text ends every reply before it begins; leave it out")
         if self.num_beams > 1 and self.logprobs:
             raise ValueError("logprobs are those of one sequence of tokens; set num_beams=1, or logprobs=false")
         if self.n > 1 and not self.temperature:
@@ -253,12 +259,9 @@ class Engine(Protocol):
         """One reply per prompt, in order."""
         ...
 
-    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float]]:
-        """Log-probabilities of the asked tokens, in order, before temperature and penalties.
-
-        Raises:
-            ValueError: the engine could not answer.
-        """
+    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float] | None]:
+        """Log-probabilities of the asked tokens, in order, before temperature and penalties; None where there is no
+        answer."""
         ...
 
     def shutdown(self) -> None: ...

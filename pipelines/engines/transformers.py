@@ -86,9 +86,9 @@ class TransformersEngine:
                 return [reply for prompt in prompts for reply in self._generate([prompt])]
             return self._generate(prompts)
 
-    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float]]:
+    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float] | None]:
         """Log-probabilities of the asked tokens, in order; see `Engine`."""
-        found: list[list[float]] = []
+        found: list[list[float] | None] = []
         with self._lock, torch.inference_mode():
             for one in asked:
                 going_on = [] if self.llm.encoder_decoder else list(one.begun)

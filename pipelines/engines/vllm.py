@@ -181,26 +181,29 @@ class VLLMEngine:
         """One reply per prompt, in order."""
         return self._wait(self._all([self._reply(prompt) for prompt in prompts])) if prompts else []
 
-    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float]]:
+    def next_logprobs(self, asked: Sequence[NextTokens]) -> list[list[float] | None]:
         """Log-probabilities of the asked tokens, in order; see `Engine`."""
         return self._wait(self._all([self._next(one) for one in asked])) if asked else []
 
     async def _all(self, questions: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         return await asyncio.gather(*questions)
 
-    async def _next(self, asked: NextTokens) -> list[float]:
+    async def _next(self, asked: NextTokens) -> list[float] | None:
         prompt = asked.prompt
         going_on = EnginePrompt(
             prompt.key, prompt.before, prompt.soft_prompt, [*prompt.after, *asked.begun], prompt.adapter
         )
         sampling = self._params(temperature=0.0, max_tokens=1, logprob_token_ids=list(asked.ids))
-        (found,) = (await self._generate(going_on, sampling)).logprobs
+        try:
+            (found,) = (await self._generate(going_on, sampling)).logprobs
+        except Exception:
+            return None
         return [found[token].logprob for token in asked.ids]
 
     async def _reply(self, prompt: EnginePrompt) -> EngineReply:
         try:
             reply = await self._generate(prompt, self._sampling(prompt))
-        except (ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # vLLM's own errors have no base but Exception
             said = str(error) if isinstance(error, _AdapterError) else ""
             return EngineReply("", "error", 0, said or f"the engine refused the prompt ({type(error).__name__})")
         ids = list(reply.token_ids)

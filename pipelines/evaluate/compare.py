@@ -10,6 +10,7 @@ import ray
 from infra import session
 from infra.errors import InputError
 from infra.report import RunReport
+from infra.shards import keys_by_bucket
 from pipelines import tables
 from pipelines.evaluate import drift, scoring
 from pipelines.evaluate.cohorts import FactReader
@@ -44,11 +45,13 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     task = tables.task_entry(config.task, snapshots["histories"])
     for name in names[1:]:
         report.table_read(name, snapshots[name].version)
+    buckets = tables.open_table(config.tables, "requests").buckets
+    users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)
     sides = []
     with report.stage("score") as stage:
         for own, other in (runs, runs[::-1]):
             facts = FactReader(snapshots["histories"], None)
-            sides.append(scoring.score(config, task, snapshots, (own,), facts, {}, beside=(other,)))
+            sides.append(scoring.score(config, task, snapshots, (own,), facts, {}, beside=(other,), users=users))
         stage.rows = sum(scored.answered * len(scored.methods) for scored in sides)
     earlier, later = sides
     if earlier.methods.keys().isdisjoint(later.methods):

@@ -62,13 +62,14 @@ def measure(buckets: Sequence[int], earlier: Snapshot, later: Snapshot, threshol
         sides = []
         for snapshot in (earlier, later):
             wanted = pc.field("n_items") > 0
-            sides.append(snapshot.read(["user_key", "mean_vector"], buckets=[bucket], filter=wanted).combine_chunks())
+            side = snapshot.read(["user_key", "mean_vector"], buckets=[bucket], filter=wanted).combine_chunks()
+            has_vector = matrix(side["mean_vector"]).any(axis=1) if len(side) else np.zeros(0, bool)
+            sides.append(side.filter(pa.array(has_vector)))
         place = pc.index_in(sides[0]["user_key"], value_set=pa.array(sides[1]["user_key"].to_pylist(), pa.string()))
         rows = pc.fill_null(place, -1).to_numpy().astype(np.int64)
         first = matrix(sides[0]["mean_vector"].take(pa.array(np.flatnonzero(rows >= 0))))
         second = matrix(sides[1]["mean_vector"].take(pa.array(rows[rows >= 0])))
         moved = cosine_distance(first, second)
-        moved = moved[np.isfinite(moved)]
         counts = np.bincount(cohorts.bins(KIND, moved), minlength=cohorts.BINS[KIND])
         only = (len(sides[0]) - len(first), len(sides[1]) - len(second))
         total += Moves(counts, float(moved.sum()), int((moved > threshold).sum()), only)

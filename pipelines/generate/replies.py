@@ -111,6 +111,8 @@ class Reply:
         out = [replies.get(i, nothing) for i in range(len(prompts))]
         answered = [i for i in good if out[i].error is None]
         labels = dict(zip(answered, self._of_labels([prompts[i] for i in answered]), strict=True))
+        for i in [i for i in answered if labels[i] is None and self._label_logprobs is not None]:
+            out[i] = EngineReply("", "error", 0, "the engine refused the question for the labels' probabilities")
         notes = zip(batch["notes"].to_pylist(), out, strict=True)
         columns: dict[str, Any] = {name: batch[name] for name in _CARRIED}
         columns |= {
@@ -131,12 +133,17 @@ class Reply:
         return pa.table({name: columns[name] for name in REPLIES.names}, schema=REPLIES)
 
     def _of_labels(self, prompts: Sequence[EnginePrompt]) -> list[list[tuple[str, float]] | None]:
-        """The log-probability of each label for each prompt; None where they are not asked for."""
+        """The log-probability of each label for each prompt; None where they are not asked for, or not to be had."""
         if self._label_logprobs is None:
             return [None] * len(prompts)
         asked = [self._label_logprobs.questions(prompt) for prompt in prompts]
         answers = iter(self.engine.next_logprobs([one for questions in asked for one in questions]))
-        return [list(self._label_logprobs([next(answers) for _ in questions]).items()) for questions in asked]
+        out: list[list[tuple[str, float]] | None] = []
+        for questions in asked:
+            found = [next(answers) for _ in questions]
+            known = [one for one in found if one is not None]
+            out.append(list(self._label_logprobs(known).items()) if len(known) == len(found) else None)
+        return out
 
     def __del__(self) -> None:
         """Ray Data drops the stage when its actor ends: the engine's processes end with it."""

@@ -184,15 +184,20 @@ class BuildPersonas:
         missing = {"items_without_label": 0, "users_without_times": 0}
         if users.label_row is not None:
             labels_T = users.label_row[rows_T]
-            missing["items_without_label"] = int(
-                ((labels_T[:, 0] if labels_T.ndim == 2 else labels_T) == NO_LABEL).sum()
-            )
+            missing["items_without_label"] = self._without_answer(labels_T)
         if self.plug is not None and self.plug.config.uses_times:
             times_T = users.times[rows_T]
             newest_T = np.searchsorted(owner_T, owner_T, side="right") - 1  # a user's last item
             days_T = age_days(times_T, times_T[newest_T])
             missing["users_without_times"] = len(np.unique(owner_T[times_T == NO_TIME]))
         return {"labels_T": labels_T, "days_T": days_T}, missing
+
+    def _without_answer(self, labels_T: np.ndarray) -> int:
+        """Items without a label or answer, or of whose answer the plug knows no token."""
+        assert self.plug is not None, "a plug reads the answers"
+        if self.plug.answer_values is None:
+            return int((labels_T == NO_LABEL).sum())
+        return int((~np.isin(labels_T, self.plug.answer_values.ids.cpu().numpy()).any(axis=1)).sum())
 
     def _vectors(
         self,

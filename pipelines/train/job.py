@@ -38,7 +38,8 @@ from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
 from pplug.encoder_head import query_encoder
-from pplug.fit import Fitter, Samples, drawn, encode_queries, held_out
+from pplug.fit import Fitter, Samples, drawn, encode_queries
+from pplug.fit_config import held_out
 from pplug.history import NO_TIME
 from pplug.identity import short_id
 from pplug.items import AnswerTokens, KnownAnswers, LabelSet
@@ -77,7 +78,7 @@ def _run(config: Config, run_id: str) -> int:
     embeddings_name = "" if blind else tables.embeddings_name(encoder)
     target = config.plug or below(run_dir, "plug")
     check_output("plug", target, PLUG_FILES, run_dir)
-    settings = decisive(config, identities)
+    settings = decisive(config, identities) | {begun.TASK: task.model_dump(mode="json")}
     versions: dict[Any, int] = {**config.as_of_version}
     known = begun.read(run_dir, "train", run_id, settings)
     versions |= {name.partition("-")[0]: version for name, version in known.items()}
@@ -142,7 +143,7 @@ _FREE = {"run_id", "run_dir", "plug", "workers", "gpus_per_worker", "threads", "
 
 
 def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any]:
-    """All that decides what comes out of a run, beside the tables' versions."""
+    """All that decides what comes out of a run, beside the tables' versions and the task's entry."""
     settings = config.decisive(exclude=_FREE)
     settings["fit"] = config.fit.decisive()
     del settings["encoder"]["batch_tokens"], settings["llm"]["parallel"]
@@ -179,7 +180,8 @@ def _prepare(
     """Counts over all buckets, the files that hold samples, and the tokens that answers are spelt with."""
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    stage = PrepareSamples(histories, embeddings, requests, task, config.max_history_items, folder, users, known)
+    fit, cap = config.fit, config.max_history_items
+    stage = PrepareSamples(histories, embeddings, requests, task, cap, folder, users, known, fit.val_fraction, fit.seed)
     counts = {"samples": 0, "without_history": 0, "without_vector": 0, "without_times": 0}
     shards, often = [], Counter[int]()
     for row in each_bucket(requests.filled(users), stage):

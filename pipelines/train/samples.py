@@ -22,6 +22,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.histories import read_bucket, to_us
 from pipelines.written import read_written, refuse_another_count
+from pplug.fit_config import held_out
 from pplug.history import NO_TIME
 from pplug.items import NO_LABEL, KnownAnswers
 from pplug.tasks import TaskSpec, query
@@ -59,7 +60,7 @@ class PrepareSamples:
     in:  bucket int
     out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
          (samples with items, of which one or more have no time), tokens and tokens_items (with answers that a plug
-         spells: the ids of their tokens, and how often each stands there)
+         spells: the ids of the tokens that learned samples show, and how often each stands there)
     """
 
     histories: Snapshot
@@ -73,6 +74,9 @@ class PrepareSamples:
     """User keys by bucket (`shards.keys_by_bucket`): only the requests of these users are read."""
     labels: KnownAnswers | None = None
     """Labels or answers that the items are read for; None for a plug that uses none."""
+    val_fraction: float = 0.0
+    """Share of people who are held out, whose tokens do not count."""
+    seed: int = 0
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -89,6 +93,7 @@ class PrepareSamples:
             users = users.with_labels(self.histories, bucket, self.labels, np.arange(len(users.text_hash)))
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
+        learned = np.zeros(int(has.sum()), bool)  # items that a sample shows which is learned from
         rows, lonely, missing, untimed = [], 0, 0, 0
         for request in requests.to_pylist():
             user = users.user(request["user_id"]) if self.embeddings is not None else None
@@ -100,6 +105,7 @@ class PrepareSamples:
                     missing += len(seen) - (stop - start)
                     untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
+            learned[start:stop] |= not held_out(request["owner_id"], self.val_fraction, self.seed)
             rows.append(
                 {
                     "request_id": request["request_id"],
@@ -120,7 +126,8 @@ class PrepareSamples:
             vectors = users.vectors[users.vector_row[has]].astype(np.float16)
             facts = np.column_stack([labels, users.times])[has]
             if labels.ndim == 2:
-                tokens, often = np.unique(facts[:, :-1][facts[:, :-1] != NO_LABEL], return_counts=True)
+                shown = facts[learned, :-1]
+                tokens, often = np.unique(shown[shown != NO_LABEL], return_counts=True)
             for name, values in ((shard.vectors_file, vectors), (shard.facts_file, facts)):
                 out = io.BytesIO()
                 np.save(out, values)

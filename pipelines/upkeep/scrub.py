@@ -158,13 +158,18 @@ class Scrub:
         return batch.append_column("what", pa.array(done, pa.string()))
 
     def _file(self, storage: Storage, name: str) -> str:
+        folder, _, last = name.rpartition("/")
         try:
+            if last.startswith("facts-") and last.endswith(".npy"):  # without its samples, nobody knows whose they are
+                if storage.exists(f"{folder}/{_sibling(last, 'samples')}"):
+                    return ""
+                storage.delete(name)
+                return "deleted"
             if not search(storage, name, self.needles).hits and not self._predictions(storage, name):
                 return ""
-            folder, _, last = name.rpartition("/")
             if last.startswith("samples-") and last.endswith(".parquet"):  # a rerun of the training makes them anew
-                vectors = last.replace("samples-", "vectors-").replace(".parquet", ".npy")
-                for gone in (f"{folder}/{vectors}", name):  # the samples last: a rerun knows the vectors by them
+                vectors, facts = (f"{folder}/{_sibling(last, kind)}" for kind in ("vectors", "facts"))
+                for gone in (vectors, facts, name):  # the samples last: a rerun knows the others by them
                     storage.delete(gone)
                 return "deleted"
             if name.endswith(".parquet"):
@@ -224,6 +229,12 @@ class Scrub:
         if isinstance(value, list | tuple):
             return any(self._has(part) for part in value)
         return isinstance(value, str) and (self.needles.is_one(value) or bool(self.needles.inside(value)))
+
+
+def _sibling(name: str, kind: str) -> str:
+    """Name of the file of another kind that a training wrote for the same bucket."""
+    bucket = name.partition("-")[2].partition(".")[0]
+    return f"{kind}-{bucket}.{'parquet' if kind == 'samples' else 'npy'}"
 
 
 def _put(storage: Storage, name: str, data: bytes) -> str:

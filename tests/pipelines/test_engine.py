@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infra.errors import InputError
-from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, ResolvedDecoding
+from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, NextTokens, ResolvedDecoding
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.generate.personas import ragged_f32
@@ -433,3 +433,20 @@ def test_the_rows_of_a_prompt_are_no_tokens_to_a_penalty(reply, llm):
         token for token, real in zip(inputs["prompt_token_ids"], inputs["prompt_is_token_ids"], strict=True) if not real
     ]
     assert len(beside) == 3 and set(beside) <= {*prompt.before, *prompt.after}
+
+
+def test_a_prompt_that_the_engine_refuses_is_that_rows_error_alone(reply, llm):
+    whole, nothing = prompts(llm, [2])[0], np.zeros((0, llm.dim), np.float32)
+    found = reply.engine.replies([EnginePrompt("empty", [], nothing, []), whole])
+    assert found[0].error is not None and found[0].error.startswith("the engine refused the prompt")
+    assert found[1].error is None and found[1].output_tokens
+    asked = [NextTokens(EnginePrompt("empty", [], nothing, []), (), (5,)), NextTokens(whole, (), (5,))]
+    lost, known = reply.engine.next_logprobs(asked)
+    assert lost is None and len(known) == 1
+
+
+def test_options_that_no_reply_could_keep_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="min_tokens=40 is more than max_tokens=32"):
+        Decoding(min_tokens=40, max_tokens=32)
+    with pytest.raises(ValueError, match="stop: an empty text ends every reply"):
+        Decoding(stop=("\n", ""))

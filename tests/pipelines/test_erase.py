@@ -96,6 +96,8 @@ class People:
             rows = pa.table({"request_id": ["q"], "owner_id": [user], "input": [own(user, 0)]})
             pq.write_table(rows, samples / f"samples-{USERS.index(user)}.parquet", compression="zstd")
             np.save(samples / f"vectors-{USERS.index(user)}.npy", np.zeros((3, 2), np.float16))
+            np.save(samples / f"facts-{USERS.index(user)}.npy", np.zeros((3, 3), np.int64))
+        np.save(samples / "facts-77.npy", np.zeros((3, 3), np.int64))  # an earlier erase left it alone
         said = {"job": "train", "plug_id": "feed", "config": {"tables": self.tables}}
         for run_id, name in (("train", "train.begun.json"), ("killed", "killed.begun.json"), ("train", "report.json")):
             (runs / "train" / name).write_text(json.dumps(said | {"run_id": run_id}))
@@ -184,7 +186,8 @@ def test_erased_users_are_nowhere_and_all_others_rows_are_unchanged(people):
     assert sorted(plug["run_id"] for plug in record["trained_on_their_data"]) == ["killed", "train"]
     assert (people.report["planned"], people.report["written"]) == (3, 3)
     samples = people.folder / "runs" / "train" / "samples"
-    assert sorted(path.name for path in samples.iterdir()) == ["samples-5.parquet", "vectors-5.npy"]
+    left = ["facts-5.npy", "samples-5.parquet", "vectors-5.npy"]
+    assert sorted(path.name for path in samples.iterdir()) == left
     assert pq.read_table(people.folder / "export" / "part-0.parquet")["user_id"].to_pylist() == [
         "7",
         "user-10",

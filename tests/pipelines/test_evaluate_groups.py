@@ -199,7 +199,7 @@ def test_costs_are_per_request_and_per_user(known, tmp_path):
 # --- two runs, two nights -------------------------------------------------------------------------------------------
 
 
-def test_two_runs_are_compared_on_the_requests_that_both_answered(known, capsys):
+def test_two_runs_are_compared_on_the_requests_that_both_answered(known, capsys, tmp_path):
     better = {i: row["target"] for i, row in known.requests().items() if i not in ("u00-0", "u01-1")}
     write_generations(known, "later", {"plug:mean": better, "bm25": better})
     _, report, printed = run(known, capsys, compare=("night", "later"))
@@ -217,6 +217,13 @@ def test_two_runs_are_compared_on_the_requests_that_both_answered(known, capsys)
     drawn = sums[np.random.default_rng(0).integers(0, len(sums), (4000, len(sums)))].sum(axis=1)
     low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
     np.testing.assert_allclose(one["ci95"], [low, high], atol=0.15 * (high - low))
+    (tmp_path / "some.txt").write_text("u03\nu05\n")
+    _, report, _ = run(known, compare=("night", "later"), users=str(tmp_path / "some.txt"))
+    few = report["compare"]
+    theirs = [i for i in better if i.startswith(("u03-", "u05-"))]
+    assert few["n_requests"] == len(theirs) and few["n_users"] == 2
+    want = 1 - np.mean([old[i] for i in theirs])
+    assert few["methods"]["plug:mean"]["accuracy"]["difference"] == pytest.approx(want)
     assert "night -> later" in printed and "2 requests of night are not in the other run" in printed
     with pytest.raises(InputError, match="share no method .*night has none, plug:mean; never has no reply"):
         run(known, compare=("night", "never"))
@@ -229,15 +236,16 @@ def test_drift_is_the_cosine_distance_of_each_users_two_vectors(known):
     first = table.version
     now = {user: vector + rng.normal(0, 1, 8) * (i % 2) for i, (user, vector) in enumerate(known.vector.items())}
     now["new"] = now.pop("u07")  # one goes, one comes
+    now["u09"] = np.zeros(8)  # the items of one have no vector any more
     write_personas(known, now, "second")
     _, report, _ = run(known, drift=(first, first + 1), drift_threshold=0.2)
     cosine = [
         np.dot(vector, now[user]) / np.linalg.norm(vector) / np.linalg.norm(now[user])
         for user, vector in known.vector.items()
-        if user != "u07"
+        if user not in ("u07", "u09")
     ]
     moved, found = 1 - np.array(cosine), report["drift"]
-    assert (found["users"], found["gone"], found["new"]) == (USERS - 1, 1, 1)
+    assert (found["users"], found["gone"], found["new"]) == (USERS - 2, 2, 1)
     assert found["mean"] == pytest.approx(moved.mean(), abs=1e-3) and found["share_above"] == (moved > 0.2).mean()
     assert 0 < found["share_above"] < 1
     got = (found["median"], found["p95"])

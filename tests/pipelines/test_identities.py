@@ -111,8 +111,22 @@ def test_a_training_goes_on_from_a_record_of_before(before):
         begun.read(str(before), "train", "train-1", training(max_history_items=31))
     with pytest.raises(InputError, match="began with another"):  # which an earlier release did not heed
         begun.read(str(before), "adapt", "adapt-1", base_training(max_history_items=30))
+    entry = {begun.TASK: TASK.model_dump(mode="json")}  # which records of before do not have
+    assert begun.read(str(before), "train", "train-1", training() | entry) == {}
     with pytest.raises(InputError, match="began with another fit"):
         begun.read(str(before), "train", "train-1", training(fit=FIT.model_copy(update={"max_grad_norm": 0.8})))
+
+
+def test_a_training_that_began_with_another_task_or_with_a_key_that_is_left_out_does_not_go_on(tmp_path):
+    entry = {begun.TASK: TASK.model_dump(mode="json")}
+    begun.write(str(tmp_path), "train", "t", training() | entry, {})
+    assert begun.read(str(tmp_path), "train", "t", training() | entry) == {}
+    other = TASK.model_copy(update={"query_end": "other"}).model_dump(mode="json")
+    with pytest.raises(InputError, match="began with another task_entry"):
+        begun.read(str(tmp_path), "train", "t", training() | {begun.TASK: other})
+    begun.write(str(tmp_path), "adapt", "a", base_training(max_history_items=50), {})
+    with pytest.raises(InputError, match="began with another max_history_items: 50, now null"):
+        begun.read(str(tmp_path), "adapt", "a", base_training())
 
 
 def test_a_plug_of_before_is_read_and_one_saved_now_is_the_same(before, tmp_path):

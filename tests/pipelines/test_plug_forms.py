@@ -269,7 +269,15 @@ def test_stored_personas_spell_answers_and_an_item_without_one_is_counted(made):
     for row in small.rows(made.world.tables, "personas"):
         want = persona(made, "spelling-mean", own[row["user_id"]], None, None)
         assert close(row["persona"], want[-len(row["persona"]) :]), row["user_id"]
-    assert made.world.report("spelt")["personas"]["items_without_label"] == 1
+    plug, spell = (
+        PersonaPlug.from_pretrained(made.plugs["spelling-mean"]),
+        AutoTokenizer.from_pretrained(made.world.llm.model),
+    )
+    known = set(plug.answer_values.ids.tolist())
+    tags = [item["fields"]["tag"] for items in own.values() for item in items]
+    silent = sum(known.isdisjoint(spell(tag, add_special_tokens=False)["input_ids"][:2]) for tag in tags)
+    assert 1 < silent < len(tags)  # with those of the label that the plug does not know
+    assert made.world.report("spelt")["personas"]["items_without_label"] == silent
     rows = built(made, "spelling-mean", "plug")
     assert {rows[f"open-{user}", "plug"]["persona"] for user in made.users} == {"mean"}
 
@@ -288,7 +296,8 @@ def prepared(world: small.Small, settings: train.Config):
     histories, vectors, requests = (tables.open_table(world.tables, name).snapshot(complete=True) for name in names)
     task, folder = tables.task_entry(None, histories), str(world.root / "samples")
     answers = train.known_answers(settings, task)
-    stage = PrepareSamples(histories, vectors, requests, task, 512, folder, None, answers)
+    share, seed = settings.fit.val_fraction, settings.fit.seed
+    stage = PrepareSamples(histories, vectors, requests, task, 512, folder, None, answers, share, seed)
     (written,) = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
     models = train.make_models(settings, {"encoder_id": "e", "llm_id": "l"}, None, answers, written["tokens"])
     files = [(written["bucket"], written["samples"], written["vectors"])]
@@ -327,20 +336,22 @@ def test_a_sample_has_the_labels_and_ages_of_the_items_that_its_request_may_see(
     assert before.keys() - moved <= still | unseen | {name for name in before if "emb_model.embeddings" in name}
 
 
-def test_a_sample_has_the_answers_of_its_items_and_the_plug_keeps_the_llms_embeddings_of_their_tokens(made):
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_sample_has_the_answers_of_its_items_and_the_plug_the_llms_embeddings_of_learned_tokens(made, tokens):
     spelt = {"label_values": False, "label_guess": False, "answer_values": True, "recency": "position"}
-    settings = config(made.world, **spelt)
+    settings = config(made.world, **spelt, persona_tokens=tokens)
     (plug, llm, _), samples = prepared(made.world, settings)
-    own, seen_tokens = items_of(made.world), set()
+    own, learned = items_of(made.world), set()
     for part in samples:
         for index, owner in enumerate(part.owners):
             found = part.items(index)
             tags = [item["fields"]["tag"] for item in own[owner][: len(found)]]
-            want = [(llm.tokenizer(tag, add_special_tokens=False)["input_ids"] + [-1, -1])[:2] for tag in tags]
-            assert found.labels.tolist() == want
-            seen_tokens |= {token for row in want for token in row} - {-1}
+            want = [(llm.tokenizer(tag, add_special_tokens=False)["input_ids"] + [-1, -1])[:tokens] for tag in tags]
+            assert found.labels.reshape(-1, tokens).tolist() == want
+            if part is samples[0]:  # what held-out people answer is no part of the plug
+                learned |= {token for row in want for token in row} - {-1}
     ids = plug.answer_values.ids.tolist()
-    assert ids == sorted(ids) and seen_tokens <= set(ids)
+    assert ids == sorted(learned)
     torch.testing.assert_close(
         plug.answer_values.vectors * plug.config.persona_scale, llm.embedding.weight[ids].detach().float()
     )

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from pplug.controls import drawn_for
-from pplug.fit import held_out
+from pplug.fit_config import held_out
 from pplug.identity import stable_int
 from pplug.lora import user_seed
 from pplug.retrieval import at_random

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pplug import PersonaPlug, PlugConfig
-from pplug.fit import FitConfig, Fitter, Samples, held_out, kept_items
+from pplug.fit import FitConfig, Fitter, Samples, kept_items
+from pplug.fit_config import held_out
 from pplug.llm import FrozenLLM, LLMConfig
 from pplug.loop import Order, micro_batches, plan_epoch, run_epochs
 from tests.pplug.models import tiny_llama
@@ -103,6 +104,17 @@ def test_a_plug_learns_what_only_the_history_tells(llm):
     run_epochs(run, 0, np.inf, lambda *a: None, lambda step, metrics, best: seen.append(metrics), 0)
     assert before["val_exact"] < 0.6 < 0.95 < seen[-1]["val_exact"]
     assert seen[-1]["val_loss"] < 0.5 * before["val_loss"]
+
+
+def test_a_training_that_diverges_ends_at_its_first_epoch_and_says_so(llm):
+    run, steps = fitter(llm, CONFIG, samples(llm, 32), samples(llm, 16, seed=1)), []
+    run.validate = lambda: {"val_loss": float("nan"), "val_exact": 0.0}
+    with pytest.raises(ValueError, match="validation loss is nan after step 2, .* lower its learning rate"):
+        run_epochs(run, 0, np.inf, lambda step, *a: steps.append(step), lambda *a: None, 0)
+    assert steps == [1, 2]
+    kept = []  # with a better epoch before it, that one is the result
+    run_epochs(run, 2, 0.5, lambda *a: None, lambda step, metrics, best: kept.append(best), 0)
+    assert kept and not any(kept)
 
 
 def test_history_dropout_teaches_the_instruction_to_serve_who_has_no_history(llm):

@@ -44,7 +44,8 @@ def test_a_reply_scores_what_its_aspects_got_of_what_they_could_get():
 
 
 def test_a_target_that_is_no_rubric_is_refused_without_its_text():
-    for text in ("secret", '{"aspects": []}', '{"aspects": [{"aspect": "", "reason": "secret"}]}'):
+    for text in ("secret", '{"aspects": []}', '{"aspects": [{"aspect": "", "reason": "secret"}]}',
+                 '{"aspects": [{"aspect": "a", "secret": 1}], "secret": 2}'):  # fmt: skip
         with pytest.raises(ValueError, match="a target of a rubric task is JSON") as caught:
             rubric.read(text)
         assert "secret" not in str(caught.value)
