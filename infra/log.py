@@ -54,6 +54,11 @@ def back_from(storage: Storage, version: int) -> Iterator[dict[str, Any]]:
         version -= 1
 
 
+def is_rewritten(info: Mapping[str, Any]) -> bool:
+    """True for a commit that put another's rows into other files, and repeats its run_id."""
+    return _REWRITTEN_BY in info
+
+
 def metadata_of(storage: Storage, version: int) -> dict[str, str]:
     """Returns the custom metadata of one commit, without the library's own keys."""
     info = commit_info(entries(storage, version) or [])

@@ -333,11 +333,20 @@ class Table:
         return list(islice(log.back_from(self.storage, self.version), limit))
 
     def metadata_of_run(self, run_id: str) -> dict[str, str]:
-        """Returns the metadata of a run's newest commit; empty where it has none, or where the log no longer has it."""
-        for entry in log.back_from(self.storage, self.version) if len(self.committed(run_id)) else ():
+        """Returns the metadata of a run's commits, by key the newest value that is not empty.
+
+        Nothing is known of commits that the log no longer has.
+        """
+        found: dict[str, str] = {}
+        groups = len(self.committed(run_id))
+        for entry in log.back_from(self.storage, self.version) if groups else ():
             if entry.get("run_id") == run_id:
-                return log.metadata_of(self.storage, entry["version"])
-        return {}
+                for key, value in log.metadata_of(self.storage, entry["version"]).items():
+                    found[key] = found.get(key) or value
+                groups -= not log.is_rewritten(entry)
+                if not groups:
+                    break
+        return found
 
     def committed(self, run_id: str) -> range:
         """Returns the groups that this run has committed, 0 to the last. A rerun starts at their number."""

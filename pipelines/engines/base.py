@@ -180,6 +180,15 @@ class EngineConfig(Settings):
     args: dict[str, Any] = {}
     """Further arguments of vLLM's engine (AsyncEngineArgs), passed on as they are. They count for `decoding_id`."""
 
+    @model_validator(mode="after")
+    def _transformers_takes_no_keys_of_vllms_numbers(self) -> Self:
+        given = [name for name in self.changes_numbers() if name != "dtype"]
+        if self.kind == "transformers" and given:
+            raise ValueError(
+                f"engine.kind=transformers does not have {' and '.join(given)}, which are vLLM's; leave them out"
+            )
+        return self
+
     @property
     def devices(self) -> int:
         """Number of devices that one engine asks for."""

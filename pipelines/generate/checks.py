@@ -134,7 +134,12 @@ def settings_id(config: Config, task: TaskSpec) -> str:
             "history_cap": config.max_history_items,
             "task": task.model_dump(mode="json"),
         }
+        | ({"as_of_version": dict(config.as_of_version)} if config.as_of_version else {})
     )
+
+
+JUDGE_OF = "judge_of"
+"""Key of a run of `judge` in its commits' metadata: the run whose replies it judges."""
 
 
 def refuse_another_run(metadata: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:

@@ -1,10 +1,11 @@
-"""Takes a run's replies with an error out of `generations`: the rerun puts replies in their place.
+"""Takes a run's replies with an error out of `generations`, those that the rerun puts replies in the place of.
 
 Only the files that hold such rows are written anew; rows of other runs in them stay as they are.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +14,16 @@ from infra.errors import ConcurrentRunError
 from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import CommitConflict, Table
+from pipelines.generate.pending import ReplyKey
 from pipelines.waves import each_bucket, files_of, listed, next_group
 
 TRIES = 5
+
+
+class Owing(Protocol):
+    """Says which errors of a run are made anew."""
+
+    def owed(self, bucket: int) -> frozenset[ReplyKey]: ...
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,21 @@ class WithoutErrors:
     table: Table
     snapshot: Snapshot
     run_id: str
+    pending: Owing
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
+            owed = self.pending.owed(bucket)
             for file in self.snapshot.by_bucket()[bucket]:
                 if read_file(file.uri, ["run_id", "error"], self._errors()).num_rows:
                     rows = read_files([file], spec=self.table.spec)
-                    kept = rows.filter(pc.invert(pc.fill_null(self._mask(rows), False)))
+                    keys = zip(*(rows[name].to_pylist() for name in ("user_id", "request_id", "method")), strict=True)
+                    samples = (sample or 0 for sample in rows["sample"].to_pylist())
+                    again = pa.array([(*key, sample) in owed for key, sample in zip(keys, samples, strict=True)])
+                    gone = pc.and_(pc.fill_null(self._mask(rows), False), again)
+                    if not pc.any(gone).as_py():
+                        continue
+                    kept = rows.filter(pc.invert(gone))
                     new = self.table.write(kept, self.run_id) if kept.num_rows else []
                     yield pa.table({"old": [listed([file])], "new": [listed(new)]})
 
@@ -43,9 +59,9 @@ class WithoutErrors:
 
 
 def drop_errors(
-    table: Table, before: Snapshot, buckets: list[int], report: RunReport, metadata: Mapping[str, str]
+    table: Table, before: Snapshot, pending: Owing, buckets: list[int], report: RunReport, metadata: Mapping[str, str]
 ) -> Snapshot:
-    """Commits the table without this run's errors in these buckets; returns that version.
+    """Commits the table without those errors of this run in these buckets that are made anew; returns that version.
 
     Until the run has ended, readers keep the newest complete version, which still holds them.
 
@@ -53,7 +69,7 @@ def drop_errors(
         ConcurrentRunError: others put the table's rows into other files again and again.
     """
     for _ in range(TRIES):
-        stage = WithoutErrors(table, before, report.run_id)
+        stage = WithoutErrors(table, before, report.run_id, pending)
         old: list[DataFile] = []
         new: list[DataFile] = []
         for row in each_bucket(buckets, stage):

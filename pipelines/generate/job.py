@@ -20,6 +20,7 @@ from pipelines import shown, tables, waves
 from pipelines.asked import Chosen
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.generate.checks import (
+    JUDGE_OF,
     check_base,
     gpus_of,
     is_encoder_decoder,
@@ -124,7 +125,7 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
     failed = [bucket for bucket, row in plan.items() if row["failed"]]
     if failed:
         report.extra["errors_tried_again"] = sum(plan[bucket]["failed"] for bucket in failed)
-        before = drop_errors(generations, before, failed, report, identities)
+        before = drop_errors(generations, before, pending, failed, report, identities)
         pending = dataclasses.replace(pending, done=before)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)
@@ -183,7 +184,10 @@ def _plan(
         alike if config.requests == "new" else None,
         config.since,
     )
-    refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
+    before_now = generations.metadata_of_run(report.run_id)
+    if JUDGE_OF in before_now:
+        raise InputError(f"run_id={report.run_id}: this run has judgements; give replies another run_id")
+    refuse_another_run(before_now, identities, report.run_id)
     plan = waves.plan(opened.requests.filled(users), pending.count, report)
     note_undated(config, report, plan)
     refuse_a_leak(config, using.methods, parts, plan)
@@ -232,6 +236,10 @@ def count_replies(replies: pa.Table) -> dict[str, int]:
     return counts
 
 
+MOST_ERRORS, OTHER_ERRORS = 100, "others"
+"""Number of different errors that a report tells apart, and the name of the rest: they may hold values of the row."""
+
+
 class CountedReplies:
     """Adds what `count_replies` has counted to the report."""
 
@@ -250,7 +258,8 @@ class CountedReplies:
             else:
                 self.report.failed += n
                 errors = self.report.extra.setdefault("errors", {})
-                errors[reason] = errors.get(reason, 0) + n
+                known = reason if reason in errors or len(errors) < MOST_ERRORS else OTHER_ERRORS
+                errors[known] = errors.get(known, 0) + n
 
     def _engine(self, about: str, n: int) -> None:
         """Counts the replies per number format: auto may take another one on another node."""

@@ -7,6 +7,7 @@ What it does and its keys stand in `judge_config.py`.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from infra.errors import InputError
 from infra.snapshot import Snapshot
 from pipelines import tables, waves
 from pipelines.engines.base import PromptSizes
-from pipelines.generate.checks import gpus_of, refuse_another_run
+from pipelines.engines.constrain import resolve
+from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
 from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.job import CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig
-from pipelines.generate.pending import request_key
+from pipelines.generate.pending import ReplyKey, reply_key, request_key
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
 from pipelines.generate.replies import ENGINE, REPLIES, Reply
@@ -31,13 +33,14 @@ from pipelines.run import CpuShare, begin
 from pplug import rubric
 from pplug.identity import model_folder, short_id
 from pplug.llm import LLMConfig, llm_id, load_tokenizer
+from pplug.plain_text import TextTokenizer
 from pplug.schemas import GENERATIONS
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec, query
 
 _TOKENS = pa.list_(pa.list_(pa.int32()))
 ASKED = pa.schema([*GENERATIONS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
-"""A reply to judge, with the token ids of one prompt per aspect. Without a prompt it covers nothing."""
+"""A reply to judge, with the token ids of one prompt per aspect. A reply that is an error has none."""
 _NO_LIMIT = 1 << 20
 
 
@@ -51,25 +54,29 @@ class Unjudged:
     judged_run: str
     task: TaskSpec
 
-    def read(self, bucket: int) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, int]:
-        """Pairs of a reply and its request, and how many replies are judged already, or judged with an error."""
+    def read(self, bucket: int) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, frozenset[ReplyKey]]:
+        """Pairs of a reply to judge and its request, how many are judged already, and which with an error."""
         requests = self.requests.read(buckets=[bucket], filter=pc.field("target").is_valid())
         known = {request_key(row): row for row in requests.to_pylist()}
         wanted = pc.field("run_id").isin([self.run, self.judged_run])
         rows = self.generations.read(buckets=[bucket], filter=wanted).to_pylist()
-        judged = {_reply_key(row): row["error"] for row in rows if row["run_id"] == self.judged_run}
+        judged = {reply_key(row): row["error"] for row in rows if row["run_id"] == self.judged_run}
         replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
         pending = [
-            (row, known[request_key(row)]) for row in replies if judged.get(_reply_key(row), "not yet") is not None
+            (row, known[request_key(row)]) for row in replies if judged.get(reply_key(row), "not yet") is not None
         ]
-        failed = sum(error is not None for error in judged.values())
-        return pending, len(replies) - len(pending), failed
+        failed = {reply_key(row) for row, _ in pending} & judged.keys()
+        return pending, len(replies) - len(pending), frozenset(failed)
+
+    def owed(self, bucket: int) -> frozenset[ReplyKey]:
+        """Judgements that are errors and are made anew."""
+        return self.read(bucket)[2]
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket: bucket, pending, existing, failed."""
         for bucket in batch["bucket"].to_pylist():
             pending, existing, failed = self.read(bucket)
-            counts = {"pending": len(pending), "existing": existing, "failed": failed}
+            counts = {"pending": len(pending), "existing": existing, "failed": len(failed)}
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
 
 
@@ -86,6 +93,9 @@ def run(config: JudgeConfig) -> int:
         )
     if config.decoding.n > 1:
         raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
+    if config.decoding.logprobs:
+        raise InputError("decoding.logprobs: a judgement has none, and the row keeps the reply's own; leave it out")
+    decoding, _ = resolve(config.decoding, config.engine, task, partial(_no_words, task))
     try:
         judge = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
@@ -93,9 +103,15 @@ def run(config: JudgeConfig) -> int:
     before = generations.snapshot()
     report.table_read("requests", requests.version)
     report.table_read("generations", before.version)
-    identities = {"judge_of": config.run, "judge": config.llm.model, "judge_id": judge}
-    identities |= {"judge_decoding_id": config.decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
-    refuse_another_run(generations.metadata_of_run(report.run_id), identities, report.run_id)
+    identities = {JUDGE_OF: config.run, "judge": config.llm.model, "judge_id": judge}
+    identities |= {"judge_decoding_id": decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
+    identities |= {"judge_engine": config.engine.kind, "judge_task_id": short_id(task.model_dump(mode="json"))}
+    judged = generations.metadata_of_run(report.run_id)
+    if config.run == report.run_id or judged and JUDGE_OF not in judged:
+        raise InputError(f"run_id={report.run_id}: this run has replies, and judgements need a run_id of their own")
+    if JUDGE_OF in generations.metadata_of_run(config.run):
+        raise InputError(f"run={config.run}: this run has judgements and no replies; give the run that it judges")
+    refuse_another_run(judged, identities, report.run_id)
     engines = config.least("workers")
     session.start(need={"CPU": engines + 2.0}, writes={"tables": config.tables}, reads={"llm.model": config.llm.model})
     session.check({"GPU": engines * gpus_of(config)})
@@ -106,7 +122,7 @@ def run(config: JudgeConfig) -> int:
             raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
         failed = [bucket for bucket, row in plan.items() if row["failed"]]
         if failed:
-            before = drop_errors(generations, before, failed, report, identities)
+            before = drop_errors(generations, before, pending, failed, report, identities)
             pending = Unjudged(requests, before, config.run, report.run_id, task)
         cpu = CpuShare.of(config.workers, gpus_of(config))
         waves.run(
@@ -119,7 +135,7 @@ def run(config: JudgeConfig) -> int:
             steps=[
                 waves.actors(AskJudge, pending, config.llm, size=1),
                 engine_step(
-                    config, Judge, config.llm, config.engine, config.decoding, judge, report.run_id, cpu, None,
+                    config, Judge, config.llm, config.engine, decoding, judge, report.run_id, cpu, None,
                     PromptSizes(rows=0),
                 ),
             ],
@@ -134,8 +150,8 @@ def run(config: JudgeConfig) -> int:
     return report.finish()
 
 
-def _reply_key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
-    return *request_key(row), row["method"], row["sample"] or 0
+def _no_words(task: TaskSpec) -> TextTokenizer:
+    raise AssertionError(f"task {task.name} is judged by a rubric: it has no labels to write")
 
 
 def _nth(row: Mapping[str, Any]) -> str:
@@ -196,15 +212,14 @@ class Judge:
         return self.reply(table).to_pylist()
 
     def _judged(self, row: Mapping[str, Any], replies: list[dict[str, Any]]) -> dict[str, Any]:
-        """The reply's row with its judgement for a text; a reply that is itself an error covers nothing."""
-        errors = [reply["error"] for reply in replies if reply["error"] is not None]
-        scores = [rubric.score_of(reply["text"]) for reply in replies] or [0]
-        text = "" if errors else rubric.judgement(scores)
+        """The reply's row with its judgement for a text; a reply that is itself an error stays that error."""
+        errors = [error for error in (row["error"], *(reply["error"] for reply in replies)) if error is not None]
         made: dict[str, Any] = {
             "run_id": self.reply.run_id,
-            "text": text,
+            "text": "" if errors else rubric.judgement([rubric.score_of(reply["text"]) for reply in replies]),
+            "finish_reason": "error" if errors else row["finish_reason"],
             "error": errors[0] if errors else None,
             "notes": [],
             ENGINE: self.reply.engine.about,
         }
-        return {name: row.get(name) for name in REPLIES.names} | made | {"finish_reason": "stop"}
+        return {name: row.get(name) for name in REPLIES.names} | made

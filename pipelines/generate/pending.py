@@ -1,7 +1,7 @@
 """Requests and methods that a run still has to answer: the plan and the work take them from the same place."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,9 @@ from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
 from pipelines.methods import Group, parse
 from pplug.adapter import IMPORTED
+
+ReplyKey = tuple[str, str, str, int]
+"""User, request, method and sample of a reply."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class PendingReplies:
         requests = narrowed(of_kind, "all", self.since)
         undated = 0 if self.since is None else of_kind["as_of"].null_count
         answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
-        failed = 0
+        errors: set[ReplyKey] = set()
         if self.done is not None:
             columns = ["user_id", "request_id", "method", "sample", "error", "run_id"]
             counts = pc.field("run_id") == self.run_id
@@ -83,16 +86,27 @@ class PendingReplies:
             for row in self.done.read(columns, buckets=[bucket], filter=counts, user_keys=keys).to_pylist():
                 mine = row["run_id"] == self.run_id
                 if row["error"] is not None:
-                    failed += mine
+                    errors |= {reply_key(row)} if mine else set()
                 elif mine or (self.alike is not None and self.alike.holds(row)):
                     answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
-        return BucketRequests(requests, answered, failed, self.samples, undated, len(of_kind) - undated)
+        asked = BucketRequests(requests, answered, frozenset(), self.samples, undated, len(of_kind) - undated)
+        rows = {request_key(row): row for row in requests.select(["user_id", "request_id"]).to_pylist()}
+        again = {
+            key for key in errors if key[:2] in rows and key[2] in self.methods
+            and key[3] in asked.missing(rows[key[:2]], key[2])
+        }  # fmt: skip
+        return replace(asked, failed=frozenset(again))
+
+    def owed(self, bucket: int) -> frozenset[ReplyKey]:
+        """Replies of this run that are errors and are made anew."""
+        return self.read(bucket).failed
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors.
+        pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors and
+        are made anew.
         undated, timed: requests that `since` leaves out because they have no time, and those that have one, too early
         or not. with_target, dated: requests to answer with a known answer, and those of them that may not see all
         items of their person. Per table in `made_from_items`, of the requests that a method with such a part has to
@@ -108,7 +122,7 @@ class PendingReplies:
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
             labelled = _labelled(asked.unanswered(rows, set(self.methods)))
-            counts |= {"failed": asked.failed, "undated": asked.undated, "timed": asked.timed}
+            counts |= {"failed": len(asked.failed), "undated": asked.undated, "timed": asked.timed}
             counts["with_target"] = len(labelled)
             counts["dated"] = sum(
                 row["as_of"] is not None or row["as_of_position"] is not None or is_one_of_several(row)
@@ -143,8 +157,8 @@ class BucketRequests:
     answered: dict[tuple[str, str], set[tuple[str, int]]]
     """Methods and samples with a reply, by `request_key`. A reply with an error does not count: it is asked for
     again."""
-    failed: int
-    """Replies of this run that are errors."""
+    failed: frozenset[ReplyKey]
+    """Replies of this run that are errors and are asked for again; others stay as they are."""
     samples: int = 1
     undated: int = 0
     """Requests that `since` left out because they have no time."""
@@ -159,6 +173,11 @@ class BucketRequests:
         """The samples that a method still owes a request."""
         there = self.answered.get(request_key(row), set())
         return [sample for sample in range(self.samples) if (method, sample) not in there]
+
+
+def reply_key(row: Mapping[str, Any]) -> ReplyKey:
+    """The key of a reply within a run: user, request, method and sample."""
+    return row["user_id"], row["request_id"], row["method"], row["sample"] or 0
 
 
 def request_key(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -49,6 +49,7 @@ PROMPTS = pa.schema(
 NOTES = {
     "adapter_not_used": "the user's adapter was made from items that the request may not see",
     "profile_not_used": "the user's profile was made from items that the request may not see",
+    "profile_of_other_settings": "the user's profile was made with other settings: run generate --write-profiles",
     "persona_made_anew": "the stored persona was made from another history, or from another number of newest items",
     "items_without_time": "the plug weighs items by their age, and the user's have no times: their order alone counted",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",

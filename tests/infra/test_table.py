@@ -164,6 +164,16 @@ def test_readers_take_the_newest_complete_version_while_a_later_run_is_under_way
     assert table.snapshot(complete=True).rows == 29
 
 
+def test_the_metadata_of_a_run_is_that_of_all_its_commits(table, rows):
+    for group, known in enumerate(({"plug": "A", "llm": "x"}, {"plug": "", "llm": "x"}, {"llm": "y"})):
+        files = table.write(rows(bucket=0, count=1), "one")
+        table.commit(files, run_id="one", group=group, mode="append", planned_on=table.version, metadata=known)
+        add(table, rows(bucket=1), run=f"other-{group}", complete=True)
+    found = table.metadata_of_run("one")
+    assert (found["plug"], found["llm"]) == ("A", "y")
+    assert table.metadata_of_run("nobody") == {}
+
+
 def test_a_missing_table_is_named(tmp_path, spec):
     assert not Table.exists(str(tmp_path / "things"))
     with pytest.raises(InputError, match="things: there is no table things here; check the address or run the job"):

@@ -450,3 +450,5 @@ def test_options_that_no_reply_could_keep_are_refused_at_the_start():
         Decoding(min_tokens=40, max_tokens=32)
     with pytest.raises(ValueError, match="stop: an empty text ends every reply"):
         Decoding(stop=("\n", ""))
+    with pytest.raises(ValueError, match="transformers does not have quantization and args, which are vLLM's"):
+        EngineConfig(kind="transformers", dtype="float32", quantization="fp8", args={"seed": 1})

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pipelines
+from infra.errors import InputError
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.evaluate import job as evaluate
 from pipelines.generate import job as generate
@@ -171,3 +172,12 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
         "none": {"coverage": 0.5}, "recency": {"coverage": 0.5}
     }  # fmt: skip
     assert scored["identities"]["judge"] == config.llm.model
+    for changed, refused in (
+        ({"run_id": "a"}, "run_id=a: this run has replies, and judgements need a run_id of their own"),
+        ({"run": "b", "run_id": "c"}, "run=b: this run has judgements and no replies"),
+        ({"engine": ENGINE.model_copy(update={"kind": "transformers"})}, "judge_engine vllm, now transformers"),
+    ):
+        with pytest.raises(InputError, match=refused):
+            judge.run(config.model_copy(update=changed))
+    with pytest.raises(InputError, match="run_id=b: this run has judgements; give replies another run_id"):
+        generate.run(answers.model_copy(update={"run_id": "b"}))

@@ -18,6 +18,7 @@ from infra.shards import user_key
 from pipelines import tables
 from pipelines.engines.base import Decoding, EngineConfig, ResolvedDecoding
 from pipelines.generate import job as generate
+from pipelines.generate.parts.profile import Profile
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles
 from pipelines.methods import parse
 from pipelines.pending_users import PendingUsers
@@ -305,6 +306,21 @@ def test_replies_with_profiles_are_written_and_users_without_one_are_counted(mad
     said = tables.open_table(made.population.tables, "generations").snapshot(complete=True).metadata
     assert said["profile_id"] == made.report["profile_id"] != ""
     assert [key for key in rows if rows[key]["prompt_tokens"] > rows[key[0], "none"]["prompt_tokens"]]
+
+
+def test_a_profile_of_other_settings_is_left_out_and_said(made):
+    snapshot = tables.open_table(made.population.tables, "profiles").snapshot(complete=True)
+    part = Profile(snapshot, PROFILE, 0.6)
+    bucket = snapshot.read().to_pylist()[0]["bucket"]
+    part.look(SimpleNamespace(bucket=bucket, user_keys=None))
+    known = set(part._texts)
+    assert known and not part._others
+    part.profiles = SimpleNamespace(read=snapshot.read, metadata={"profile_id": "of-another-llm"})
+    part.look(SimpleNamespace(bucket=bucket, user_keys=None))
+    assert not part._texts and part._others == known
+    drafts = SimpleNamespace(requests=[{"user_id": min(known)}], notes=[[]], prefixes=[None], inputs=["x"])
+    part.contribute(None, drafts)
+    assert drafts.notes == [["profile_of_other_settings"]] and drafts.prefixes == [None]
 
 
 def test_what_generate_refuses_before_an_engine_starts(made, tmp_path):

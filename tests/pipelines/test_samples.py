@@ -9,13 +9,16 @@ import pyarrow.compute as pc
 import pytest
 
 from infra.errors import InputError
+from infra.snapshot import read_file
 from pipelines import shown, tables
 from pipelines.asked import Answered
 from pipelines.engines.base import Decoding
 from pipelines.evaluate import job as evaluate
+from pipelines.generate.drop_errors import WithoutErrors
 from pipelines.generate.judge import ASKED, Judge, Unjudged
 from pipelines.generate.pending import MadeAlike, PendingReplies
 from pipelines.upkeep import drop_run
+from pipelines.waves import files_of
 from pplug.schemas import GENERATIONS
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
@@ -125,6 +128,27 @@ def test_a_sample_that_is_missing_or_an_error_is_still_owed(made):
     assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0)[0]) == sorted(r[:3:2] for r in rows)
 
 
+def test_a_narrower_rerun_leaves_the_errors_that_it_does_not_make_anew(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    rows = [(name, method, None, "", "oom") for name in names[:4] for method in ("none", "bm25")]
+    rows[0] = (*rows[0][:3], "good", None)
+    write(made, "narrow", rows)
+    table = tables.open_table(made.tables, "generations")
+    before, requests = table.snapshot(), tables.open_table(made.tables, "requests").snapshot()
+    (key,) = {row["user_key"] for row in made.rows("requests") if row["request_id"] == names[1]}
+    pending = PendingReplies(requests, before, "narrow", ("none",), "all", {0: [key]})
+    theirs = [row["request_id"] for row in made.rows("requests") if row["user_key"] == key]
+    again = {(name, "none") for name, method, _, _, error in rows if error and method == "none" and name in theirs}
+    assert {(name, method) for _, name, method, _ in pending.owed(0)} == again != set()
+    (row,) = pa.concat_tables(pending.count(pa.table({"bucket": [0]}))).to_pylist()
+    assert row["failed"] == len(again)
+    stage = WithoutErrors(table, before, "narrow", pending)
+    written = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
+    kept = [row for part in written for file in files_of(part["new"]) for row in read_file(file.uri).to_pylist()]
+    left = {(row["request_id"], row["method"]) for row in kept if row["run_id"] == "narrow"}
+    assert left == {(name, method) for name, method, *_ in rows} - again
+
+
 def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_been_dropped(made):
     names = sorted(row["request_id"] for row in made.rows("requests"))
     by_models = {"llm_id": "judged-llm", "decoding_id": "d"}
@@ -134,7 +158,10 @@ def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_bee
     stage = object.__new__(Judge)
     stage.reply = SimpleNamespace(run_id="the-judge", engine=SimpleNamespace(about="float32"))
     asked = pa.Table.from_pylist([row | {"before": [], "after": []} for row in replies], schema=ASKED)
-    put_rows(made, "the-judge", stage(asked).select(GENERATIONS.names).to_pylist())
+    judged = stage(asked).select(GENERATIONS.names).to_pylist()
+    assert [(row["error"], row["text"] == "") for row in judged] == [(row[4], row[4] == "oom") for row in rows]
+    assert [row["finish_reason"] == "error" for row in judged] == [row[4] == "oom" for row in rows]
+    put_rows(made, "the-judge", judged)
     requests = tables.open_table(made.tables, "requests").snapshot()
     alike = MadeAlike(plug_id="", **by_models)
     dropped = drop_run.Config(tables=made.tables, runs=("to-judge",), run_id="drop", run_dir=str(made.folder / "drop"))

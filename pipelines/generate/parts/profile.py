@@ -58,15 +58,19 @@ class Profile(Part):
         self.tokenizer, self.limit = worker.prompt_builder.words, worker.llm.layout.max_input_tokens
 
     def look(self, view: BucketView) -> None:
-        columns = ["user_id", "text", *LAST_ITEM]
+        columns, made_as = ["user_id", "text", "profile_id", *LAST_ITEM], self.identities()["profile_id"]
         rows = self.profiles.read(columns, buckets=[view.bucket], user_keys=view.user_keys).to_pylist()
-        self._texts = {row["user_id"]: (row["text"], last_item(row)) for row in rows}
+        self._texts = {row["user_id"]: (row["text"], last_item(row)) for row in rows
+                       if made_as in ("", row["profile_id"])}  # fmt: skip
+        self._others = {row["user_id"] for row in rows} - self._texts.keys()
 
     def contribute(self, part: PartInfo, drafts: Drafts) -> None:
         for i, request in enumerate(drafts.requests):
             text, made_from = self._texts.get(request["user_id"], (None, None))
             if made_from is not None and not made_from.is_visible_to(request):
                 drafts.notes[i].append("profile_not_used")
+            elif request["user_id"] in self._others:
+                drafts.notes[i].append("profile_of_other_settings")
             elif text is not None:
                 drafts.prefixes[i] = prefix(
                     text, drafts.inputs[i], self.config, self.tokenizer, self.limit, self.input_share
