@@ -116,7 +116,8 @@ class QuickstartConfig(Settings):
     their ids; refresh and train on train; refresh, generate and evaluate on dev. Where no LLM is named, a tiny one is
     trained on the train users' items first: it compares methods, and says nothing of what a real LLM would reach.
     The mapping stands in own.yaml of the run folder, the task in own-task.yaml: where they are not as they should be,
-    mend them and run the same command again. A rerun goes on where it broke off. Unit of work: a job.
+    mend them and run the same command again, which then makes all but these two anew. A rerun goes on where it broke
+    off. Unit of work: a job.
     """
 
     positional: ClassVar[str] = "source"

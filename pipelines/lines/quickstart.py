@@ -4,6 +4,8 @@
 """
 
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pipelines.lines.steps import Steps, local_root, run_steps
 from pplug import tasks
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
+from pplug.identity import short_id
 from pplug.splice import PromptLayout
 
 PARTS = {"train": 0.8, "dev": 0.2}
@@ -46,12 +49,25 @@ def run(config: Config) -> int:
     elif code := _check(config, sources, own):
         return code
     planned = steps(config, root, name, _read(own, sources))
+    if forget_former(root, list(planned)):
+        print(f"{own} or {OWN}-task.yaml has changed: what was made with them is removed and made anew", flush=True)
     if code := run_steps(planned, root, done=1):
         return code
     print(f"\nquickstart done; report: {root / 'evaluate' / 'report.html'}")
     print(f"mapping and task: {own}, {root / f'{OWN}-task.yaml'}; each job again: the commands above; look at rows:")
     print(f"$ python -m pipelines show replies --tables {shlex.quote(str(root / 'tables' / 'dev'))}", flush=True)
     return 0
+
+
+def forget_former(root: Path, planned: Sequence[str]) -> bool:
+    """Removes what the steps made from another mapping or task; returns whether there was such a thing."""
+    files, mark = (root / f"{OWN}.yaml", root / f"{OWN}-task.yaml"), root / f"{OWN}.made-from"
+    made_from = short_id({file.name: file.read_text(encoding="utf-8") for file in files if file.exists()})
+    another = mark.exists() and mark.read_text(encoding="utf-8") != made_from
+    for name in (*planned, "tables", "plug", "plug-soft") if another else ():
+        shutil.rmtree(root / name, ignore_errors=True)
+    mark.write_text(made_from, encoding="utf-8")
+    return another
 
 
 def _check(config: Config, sources: list[str], own: Path) -> int:

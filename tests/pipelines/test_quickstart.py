@@ -72,6 +72,23 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_what_was_made_with_another_mapping_is_removed_and_nothing_else(tmp_path):
+    own, task = tmp_path / "own.yaml", tmp_path / "own-task.yaml"
+    own.write_text("columns: {text: body}\n")
+    task.write_text("name: reviews\n")
+    made = ["ingest-train/report.json", "tables/train/x.parquet", "plug/config.json"]
+    for name in (*made, "mine/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    steps = ["ingest-train", "train"]
+    assert not quickstart.forget_former(tmp_path, steps)  # the first run
+    assert not quickstart.forget_former(tmp_path, steps) and all((tmp_path / name).exists() for name in made)
+    task.write_text("name: mended\n")
+    assert quickstart.forget_former(tmp_path, steps)
+    assert not any((tmp_path / name).exists() for name in made) and (tmp_path / "mine" / "notes.txt").exists()
+    assert not quickstart.forget_former(tmp_path, steps)
+
+
 def test_a_csv_ends_with_a_report_with_a_plug(tmp_path):
     """With a small model and few steps, as a user types it; the same command again does nothing anew."""
 
