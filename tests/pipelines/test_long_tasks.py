@@ -175,7 +175,7 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     for changed, refused in (
         ({"run_id": "a"}, "run_id=a: this run has replies, and judgements need a run_id of their own"),
         ({"run": "b", "run_id": "c"}, "run=b: this run has judgements and no replies"),
-        ({"engine": ENGINE.model_copy(update={"kind": "transformers"})}, "judge_engine vllm, now transformers"),
+        ({"engine": ENGINE.model_copy(update={"kind": "vllm"})}, "judge_engine transformers, now vllm"),
     ):
         with pytest.raises(InputError, match=refused):
             judge.run(config.model_copy(update=changed))
