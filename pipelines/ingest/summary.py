@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from infra import job_log
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
@@ -67,7 +68,9 @@ def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: S
 
 
 def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures: Figures, report: RunReport) -> None:
-    """Prints the summary, and puts it into the report, there without the text of any row."""
+    """Prints the summary, and puts it into the report, both without the text of any row; texts that `show_text` asks
+    for go to the screen alone."""
+    rejected = [one for kept in figures.examples.values() for one in kept if one.text]
     figures = figures.without_texts(task)
     files = len({(piece.folder, name) for piece in pieces for name in piece.files})
     report.extra["source"] = {"files": files} | figures.to_dict()
@@ -84,6 +87,9 @@ def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures:
             lines.append(f"{report.extra[name]} {text}")
     for line in lines:
         print(f"ingest: {line}", flush=True)
+    if rejected:
+        texts = [f"    {one.shown()} | {one.text!r}" for one in rejected]
+        job_log.show("\n".join(["ingest: texts of rejected rows", *texts]))
     warning = untimed_warning(config, figures)
     report.extra["warnings"] = [warning] if warning else []
     if warning:
