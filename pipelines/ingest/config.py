@@ -158,6 +158,11 @@ class IngestConfig(BaseModel):
                 "follow reads one Delta table row by row into tables that grow: give one source, mode=upsert, and "
                 "neither explode nor query"
             )
+        if self.follow and self.limit is not None:
+            raise ValueError(
+                "follow notes a version of the table as read, and with limit only some of its users would be: leave "
+                "one of the two out"
+            )
         return self
 
     @model_validator(mode="after")

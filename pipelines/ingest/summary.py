@@ -20,7 +20,8 @@ def refuse_missing(config: IngestConfig, figures: Figures) -> None:
     Raises:
         InputError: a mapped column is in no row of the source, or the mapped time column has no value.
     """
-    there = set().union(*figures.columns.values())
+    # the list of what has gone has columns of our own, and stands for no row of the source
+    there = set().union(*(names for kind, names in figures.columns.items() if kind != "gone"))
     if not there:  # nothing was read, or the format has no columns
         return
     mapped = [("columns", name, column, there) for name, column in config.columns.items()]
