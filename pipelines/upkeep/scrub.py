@@ -146,8 +146,8 @@ class DropRows:
 class Scrub:
     """in: root, name of a file of a run or an export. out: root, name, what ("", "rewritten" or "deleted").
 
-    Rows of Parquet, lines of JSON lines, logs and texts, and entries of JSON lists that hold one of the values go; other
-    files stay as they are, and the proof names them.
+    Rows of Parquet, lines of JSON lines, logs and texts, and entries of JSON lists that hold one of the values go;
+    files of other kinds stay as they are, and the proof names them.
     """
 
     needles: Needles
