@@ -92,7 +92,7 @@ class Changes:
             found[FOLLOWED_BEFORE] = earlier | ({self.table_id: self.since} if requests_follow else {})
         left = list(self.unapplied)
         if not requests_follow:  # else the commit that comes next says so
-            left = [] if self.applied else [*left, *([self.since] if len(self.gone) else [])]
+            left = [] if self.applied else [*left, self.since] if self.since is not None and len(self.gone) else left
         gone = _versions(before, FOLLOWED_GONE) | {self.table_id: left}
         if gone := {table_id: versions for table_id, versions in gone.items() if versions}:
             found[FOLLOWED_GONE] = gone

@@ -51,3 +51,46 @@ def test_text_files_are_lines_for_a_query(tmp_path):
     ]  # fmt: skip
     with pytest.raises(InputError, match="neither its name nor its first bytes tell a format"):
         read(tmp_path / "chat.txt")
+
+
+def test_a_query_reads_many_files_of_json_and_an_empty_one_among_them(tmp_path):
+    for number in range(6):
+        jsonl(tmp_path / f"{number}.jsonl", [row | {"user_id": f"v{number}"} for row in ROWS])
+    (tmp_path / "nothing.jsonl").write_text("")
+    query = "select user_id, count(*) as item_id, 'x' as text from source group by all order by all"
+    rows, rejects = read(tmp_path, query=query)
+    assert [(row["user_id"], row["item_id"]) for row in rows] == [(f"v{n}", str(len(ROWS))) for n in range(6)]
+    assert rejects == {}
+
+
+def test_a_query_over_files_without_a_row_gives_none_and_a_damaged_one_is_named(tmp_path):
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("")
+        assert read(tmp_path / name, query="select nothing from source") == ([], {})
+    (tmp_path / "cut.json").write_text('[{"user_id": "u", "te')
+    rows, rejects = read(tmp_path / "cut.json", query="select * from source")
+    assert rows == [] and list(rejects.values()) == ["unreadable_file"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_column_of_the_files_stands_before_one_of_their_folders_and_folders_give_texts(tmp_path, form):
+    for day in ("2024-01-01", "2024-01-02"):
+        path = jsonl(tmp_path / f"day={day}" / f"month={day[:7]}" / f"a.{form}", [ROWS[0] | {"Day": "5"}])
+        if form == "csv":
+            path.write_text(as_csv([ROWS[0] | {"Day": "5"}]))
+    query = "select user_id, item_id, day || month[:4] as text from source"
+    assert [row["text"] for row in read(tmp_path, query=query)[0]] == ["52024"] * 2
+
+
+def test_a_query_leaves_uuids_as_they_stand(tmp_path):
+    user = "550E8400-E29B-41D4-A716-446655440000"
+    path = jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"user_id": user, "more": {"UUID": user}, "day": "2024-01-02"}])
+    (row,), _ = read(path, query="select user_id, item_id, more.UUID as text, year(day) as year from source")
+    assert (row["user_id"], row["text"], row["year"]) == (user, user, "2024")
+
+
+def test_a_type_that_duckdb_lacks_is_refused_with_a_word_of_ours(tmp_path):
+    half = pa.array([1.5], pa.float16())
+    pq.write_table(pa.table({"user_id": ["u"], "item_id": ["1"], "text": ["x"], "half": half}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="query: DuckDB cannot make one view of these files"):
+        read(tmp_path / "a.parquet", query="select * from source")
