@@ -8,7 +8,8 @@ counts only once it stands in the requests' commit too. Between that version and
 - Files were removed without a feed, or the table has deletion vectors or mapped columns, so that its files do not lie
   there as its rows: the table is read as a whole; rows that are there already count as such.
 Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
-whatever the feed says: a row that was moved or written again has not gone.
+whatever the feed says: a row that was moved or written again has not gone. Where a night does not remove what has gone,
+the old version is noted, so that a later night that removes compares with it too.
 """
 
 import json
@@ -154,13 +155,12 @@ def find_changes(
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
-    span = f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
     root = Storage(address)
     now_rows = rows_of(table, root)
     plain = isinstance(now_rows, pads.Dataset)
     added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
     only_added = plain and before_files.keys() <= now_files.keys()
-    what_is_new = f"{span} only added rows: {len(added)} new files are read"
+    what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
     if only_added and not late:
         return changes(added, what_is_new)
     try:
@@ -174,20 +174,34 @@ def find_changes(
         return changes((), f"the table is still at version {version}: no row is read{lost}", gone, left)
     if only_added:
         return changes(added, what_is_new + lost, gone, left)
-    if not plain:
-        words = (
+    feed, words = _changed(table, since, names, now if plain else None, run_dir)
+    return changes(None if feed is None else (feed,), words + lost, gone, left)
+
+
+def _changed(
+    table: "DeltaTable", since: int, names: Sequence[str], now: pa.Table | None, run_dir: str
+) -> tuple[File | None, str]:
+    """Returns the file to read of versions that changed rows, None for the table as a whole, and words on it.
+
+    Args:
+        now: keys of the newest version; None if its files do not tell its rows.
+    """
+    version, span = table.version(), _span(since, table.version())
+    if now is None:
+        return None, (
             f"version {version} is read as a whole: the table has deletion vectors or mapped columns, so that its "
-            f"files do not tell the rows of {span}{lost}"
+            f"files do not tell the rows of {span}"
         )
-        return changes(None, words, gone, left)
     feed = _feed(table, since, version, names, now, run_dir)
     if feed is None:
-        words = (
+        return None, (
             f"version {version} is read as a whole: {span} changed rows, and the table has no change data feed of them"
-            f"{lost}"
         )
-        return changes(None, words, gone, left)
-    return changes((feed,), f"{span} changed rows: those of the change data feed are read{lost}", gone, left)
+    return feed, f"{span} changed rows: those of the change data feed are read"
+
+
+def _span(since: int, version: int) -> str:
+    return f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
 
 
 def write_gone(changes: Changes, run_dir: str, tables: str, apply_deletes: bool) -> None:
