@@ -186,16 +186,22 @@ def _in_text(text: str, needles: Needles, of_log: bool = False) -> int:
 
 
 def _documents(text: str) -> Iterator[Any]:
+    whole = parsed(text)
+    yield from [whole] if whole is not None else (_of_line(line) for line in text.splitlines())
+
+
+def _of_line(line: str) -> Any:
+    value = parsed(line)
+    return line.replace("\ufeff", "").strip() if value is None else value
+
+
+def parsed(text: str) -> Any:
+    """Returns the JSON value that a text is; None where it is none, or a number, which may be an id as it stands."""
     try:
-        yield json.loads(text)
-        return
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        pass
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            yield line.strip()
+        return None
+    return value if isinstance(value, str | list | dict) else None
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -14,11 +14,15 @@ class Owners:
 
     requests: Snapshot
 
-    def of(self, bucket: int) -> dict[str, str]:
-        """Person by user_id, of a bucket's users who are not a person of their own."""
+    def of(self, bucket: int) -> dict[str, frozenset[str]]:
+        """Persons by user_id, of a bucket's users who are not a person of their own alone: themselves, and whoever
+        their requests name."""
         split = pc.field("user_id") != pc.field("owner_id")
         rows = self.requests.read(["user_id", "owner_id"], buckets=[bucket], filter=split)
-        return dict(zip(rows["user_id"].to_pylist(), rows["owner_id"].to_pylist(), strict=True))
+        found: dict[str, set[str]] = {}
+        for user, owner in zip(rows["user_id"].to_pylist(), rows["owner_id"].to_pylist(), strict=True):
+            found.setdefault(user, {user}).add(owner)
+        return {user: frozenset(persons) for user, persons in found.items()}
 
 
 def in_turn(bucket: int, filled: Iterable[int]) -> list[int]:

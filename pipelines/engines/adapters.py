@@ -66,7 +66,7 @@ class AdapterIndex:
         self._adapters, self._bucket, self._owners = adapters, bucket, owners
         self._here = self._read(bucket, user_keys)
         self._made_from = last_items(adapters, bucket, user_keys)
-        self._pool: dict[int, tuple[dict[str, AdapterName], dict[str, str]]] = {}
+        self._pool: dict[int, tuple[dict[str, AdapterName], dict[str, frozenset[str]]]] = {}
 
     def _read(self, bucket: int, user_keys: Sequence[str] | None = None) -> dict[str, AdapterName]:
         columns = ["user_id", "user_key", "adapter_id"]
@@ -87,13 +87,15 @@ class AdapterIndex:
         owner = request["owner_id"]
         for pool, owners in self._pools():
             choice = [
-                name for user, name in pool.items() if user != request["user_id"] and owners.get(user, user) != owner
+                name
+                for user, name in pool.items()
+                if user != request["user_id"] and owner not in owners.get(user, {user})
             ]
             if choice:
                 return drawn_for(owner, choice)
         return None
 
-    def _pools(self) -> Iterator[tuple[dict[str, AdapterName], dict[str, str]]]:
+    def _pools(self) -> Iterator[tuple[dict[str, AdapterName], dict[str, frozenset[str]]]]:
         """Yields adapters and owners of this bucket, then, for a user who is alone in it, those of the others."""
         for bucket in in_turn(self._bucket, self._adapters.by_bucket()):
             if bucket not in self._pool:

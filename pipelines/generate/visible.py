@@ -41,7 +41,7 @@ class VisibleItems:
         self.max_items = max_items
         self._source, self._bucket, self._owners = (histories, embeddings), bucket, owners
         self._far: tuple[int, Histories] | None = None
-        self._persons: dict[int, dict[str, str]] = {}
+        self._persons: dict[int, dict[str, frozenset[str]]] = {}
         self._place: dict[str, int | None] = {}  # by person, the bucket that another one is drawn from
 
     def rows(self, request: Mapping[str, Any]) -> np.ndarray:
@@ -100,7 +100,7 @@ class VisibleItems:
         return [
             row
             for row, user in enumerate(pool.user_ids)
-            if user != user_id and persons.get(user, user) != owner and pool.starts[row + 1] > pool.starts[row]
+            if user != user_id and owner not in persons.get(user, {user}) and pool.starts[row + 1] > pool.starts[row]
         ]
 
     def _pool(self, bucket: int) -> Histories:

@@ -51,8 +51,9 @@ class IngestConfig(BaseModel):
     """Reading of what has come to a Delta table, the source, since its last ingest with this key; the first one reads
     all. Items that have gone from the table are counted, and listed in the run folder."""
     apply_deletes: bool = False
-    """Removal of the items that `follow` finds gone, and of requests derived from them. Users of whom no item is left
-    are for `erase`, with the list in the run folder; `compact` drops vectors that no item needs."""
+    """Removal of the items that `follow` finds gone, or found gone in nights without this key, and of requests derived
+    from them. Users of whom no item is left are for `erase`, with the list in the run folder; `compact` drops vectors
+    that no item needs."""
     format: Literal["auto", *choices()] = "auto"  # type: ignore[valid-type]
     """Format of the source; auto goes by the names of its files."""
     split: str = "train"
@@ -157,6 +158,11 @@ class IngestConfig(BaseModel):
             raise ValueError(
                 "follow reads one Delta table row by row into tables that grow: give one source, mode=upsert, and "
                 "neither explode nor query"
+            )
+        if self.follow and self.limit is not None:
+            raise ValueError(
+                "follow notes a version of the table as read, and with limit only some of its users would be: leave "
+                "one of the two out"
             )
         return self
 

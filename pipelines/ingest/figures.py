@@ -157,8 +157,10 @@ class Figures:
     # --- for people and for files -------------------------------------------------------------------------------------
 
     def without_texts(self, task: TaskSpec) -> "Figures":
-        """The figures as they may stand in a log: of answers, the task's labels alone."""
-        return replace(self, labels=_of_labels(self.labels, task), targets=_of_labels(self.targets, task))
+        """The figures as they may stand in a log: of answers, the task's labels alone; of rejected rows, the places."""
+        examples = {reason: [replace(one, text=None) for one in kept] for reason, kept in self.examples.items()}
+        labels, targets = _of_labels(self.labels, task), _of_labels(self.targets, task)
+        return replace(self, labels=labels, targets=targets, examples=examples)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for report.json: no text of any row."""

@@ -8,7 +8,8 @@ counts only once it stands in the requests' commit too. Between that version and
 - Files were removed without a feed, or the table has deletion vectors or mapped columns, so that its files do not lie
   there as its rows: the table is read as a whole; rows that are there already count as such.
 Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
-whatever the feed says: a row that was moved or written again has not gone.
+whatever the feed says: a row that was moved or written again has not gone. Where a night does not remove what has gone,
+the old version is noted, so that a later night that removes compares with it too.
 """
 
 import json
@@ -28,7 +29,7 @@ from pipelines.ingest.sources.base import Kind
 from pipelines.ingest.sources.columns import paths
 from pipelines.ingest.sources.delta import rows_of
 from pipelines.ingest.sources.discover import File, Source
-from pipelines.ingest.values import id_column
+from pipelines.ingest.values import id_column, text_of
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -37,6 +38,9 @@ FOLLOWED = "followed"
 """Key in the metadata of a commit: version that was read of each followed table, by the table's id."""
 FOLLOWED_BEFORE = "followed_before"
 """Key of histories beside it: versions read before (null: none), which count until the requests' commit is there."""
+FOLLOWED_GONE = "followed_gone"
+"""Key beside them: by the table's id, versions that were read and some of whose rows have gone from it since, without
+`apply_deletes`. Where requests are committed after histories, the list counts that stands in the requests' commit."""
 CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
 """Files in the run folder with the keys of items that have gone, and with the users none of whose items is left."""
@@ -60,6 +64,10 @@ class Changes:
     """Users among them of whom the table has no item any more; the job `erase` is for them."""
     words: str
     """Sentence on what is read."""
+    unapplied: tuple[int, ...] = ()
+    """Versions of earlier ingests whose rows have gone and were not removed."""
+    applied: bool = False
+    """True if this ingest removes what has gone, of those versions too."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -83,6 +91,12 @@ class Changes:
         found = {FOLLOWED: known | {self.table_id: self.version}}
         if requests_follow or earlier:
             found[FOLLOWED_BEFORE] = earlier | ({self.table_id: self.since} if requests_follow else {})
+        left = list(self.unapplied)
+        if not requests_follow:  # else the commit that comes next says so
+            left = [] if self.applied else [*left, self.since] if self.since is not None and len(self.gone) else left
+        gone = _versions(before, FOLLOWED_GONE) | {self.table_id: left}
+        if gone := {table_id: versions for table_id, versions in gone.items() if versions}:
+            found[FOLLOWED_GONE] = gone
         return {key: json.dumps(versions, sort_keys=True) for key, versions in found.items()}
 
 
@@ -97,9 +111,15 @@ def _last_read(histories: Mapping[str, str], requests: Mapping[str, str], table_
     return known
 
 
+def _unapplied(histories: Mapping[str, str], requests: Mapping[str, str], table_id: str) -> tuple[int, ...]:
+    known, later = _versions(histories).get(table_id), table_id in _versions(histories, FOLLOWED_BEFORE)
+    newest = requests if later and _versions(requests).get(table_id) == known else histories
+    return tuple(_versions(newest, FOLLOWED_GONE).get(table_id, ()))
+
+
 def find_changes(
     address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str,
-    requests_before: Mapping[str, str] | None = None,
+    requests_before: Mapping[str, str] | None = None, apply_deletes: bool = False,
 ) -> Changes:  # fmt: skip
     """Compares a Delta table with the version of its last ingest.
 
@@ -108,6 +128,7 @@ def find_changes(
         columns: column of the table for each of our names.
         run_dir: folder for rows of a change data feed (`CHANGED_ROWS`).
         requests_before: metadata of the requests' newest commit.
+        apply_deletes: what has gone will be removed, and with it what went in earlier nights and was not.
 
     Raises:
         InputError: the address has no Delta table, or the table has no such columns.
@@ -115,15 +136,18 @@ def find_changes(
     table = _opened(address)
     table_id, version = str(table.metadata().id), table.version()
     since = _last_read(before, requests_before or {}, table_id)
+    unapplied = _unapplied(before, requests_before or {}, table_id)
+    late = unapplied if apply_deletes else ()
     names = [columns.get(name, name) for name in KEYS]
 
     def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:
         kept = None if files is None else tuple(files)
-        return Changes(table_id, version, since, kept, _no_keys() if gone is None else gone, tuple(left), words)
+        gone = _no_keys() if gone is None else gone
+        return Changes(table_id, version, since, kept, gone, tuple(left), words, unapplied, apply_deletes)
 
     if since is None:
         return changes(None, f"version {version} of the table is read as a whole: no earlier ingest has followed it")
-    if since == version:
+    if since == version and not late:
         return changes((), f"the table is still at version {version}: nothing is read")
     try:
         old = _opened(address, since)
@@ -131,32 +155,53 @@ def find_changes(
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
-    span = f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
     root = Storage(address)
     now_rows = rows_of(table, root)
     plain = isinstance(now_rows, pads.Dataset)
-    if plain and before_files.keys() <= now_files.keys():
-        added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
-        return changes(added, f"{span} only added rows: {len(added)} new files are read")
+    added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
+    only_added = plain and before_files.keys() <= now_files.keys()
+    what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
+    if only_added and not late:
+        return changes(added, what_is_new)
     try:
         now = _keys(now_rows, names, address)
-        gone, left = _gone(_keys(rows_of(old, root), names, address), now)
+        earlier, lost = _keys_of_versions(address, late, names)
+        gone, left = _gone(pa.concat_tables([_keys(rows_of(old, root), names, address), *earlier]), now)
     except OSError:  # a vacuum has removed the old files
         return changes(None, f"version {version} is read as a whole: the files of version {since} are no longer there, "
                              "so that rows that have gone cannot be told")  # fmt: skip
-    if not plain:
-        words = (
+    if since == version:
+        return changes((), f"the table is still at version {version}: no row is read{lost}", gone, left)
+    if only_added:
+        return changes(added, what_is_new + lost, gone, left)
+    feed, words = _changed(table, since, names, now if plain else None, run_dir)
+    return changes(None if feed is None else (feed,), words + lost, gone, left)
+
+
+def _changed(
+    table: "DeltaTable", since: int, names: Sequence[str], now: pa.Table | None, run_dir: str
+) -> tuple[File | None, str]:
+    """Returns the file to read of versions that changed rows, None for the table as a whole, and words on it.
+
+    Args:
+        now: keys of the newest version; None if its files do not tell its rows.
+    """
+    version, span = table.version(), _span(since, table.version())
+    if now is None:
+        return None, (
             f"version {version} is read as a whole: the table has deletion vectors or mapped columns, so that its "
             f"files do not tell the rows of {span}"
         )
-        return changes(None, words, gone, left)
     feed = _feed(table, since, version, names, now, run_dir)
     if feed is None:
-        words = (
+        return None, (
             f"version {version} is read as a whole: {span} changed rows, and the table has no change data feed of them"
         )
-        return changes(None, words, gone, left)
-    return changes((feed,), f"{span} changed rows: those of the change data feed are read", gone, left)
+    return feed, f"{span} changed rows: those of the change data feed are read"
+
+
+def _span(since: int, version: int) -> str:
+    return f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
 
 
 def write_gone(changes: Changes, run_dir: str, tables: str, apply_deletes: bool) -> None:
@@ -209,9 +254,7 @@ def _files(table: "DeltaTable") -> dict[str, dict[str, Any]]:
 
 def _file(address: str, action: Mapping[str, Any]) -> File:
     partition = {name: value for name, value in action.items() if name.startswith("partition.")}
-    texts = (
-        (name.removeprefix("partition."), None if value is None else str(value)) for name, value in partition.items()
-    )
+    texts = ((name.removeprefix("partition."), text_of(value)) for name, value in partition.items())
     return File(Storage(address).uri, unquote(action["path"]), "parquet", action["size_bytes"], tuple(texts))
 
 
@@ -241,6 +284,19 @@ def _keys(rows: pads.Dataset | pa.RecordBatchReader, names: Sequence[str], addre
     return _keys_of(keys.group_by(list(KEYS)).aggregate([]), KEYS).drop_null()
 
 
+def _keys_of_versions(address: str, versions: Sequence[int], names: Sequence[str]) -> tuple[list[pa.Table], str]:
+    """Keys of each of these versions that can still be read, and words on those that cannot."""
+    found, lost = list[pa.Table](), list[str]()
+    for version in versions:
+        try:
+            found.append(_keys(rows_of(_opened(address, version), Storage(address)), names, address))
+        except (InputError, OSError):
+            lost.append(str(version))
+    if not lost:
+        return found, ""
+    return found, f"; what went after version {', '.join(lost)} cannot be told, because it can no longer be read"
+
+
 def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     """Keys of rows as ids of the histories, null where a row cannot have one."""
 
@@ -253,7 +309,12 @@ def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:
 
 def _gone(old: pa.Table, now: pa.Table) -> tuple[pa.Table, list[str]]:
     """Keys that only the old version has, and the users among them of whom the new one has nothing."""
-    gone = old.join(now, list(KEYS), join_type="left anti").sort_by([(name, "ascending") for name in KEYS])
+    gone = (
+        old.join(now, list(KEYS), join_type="left anti")
+        .group_by(list(KEYS))
+        .aggregate([])
+        .sort_by([(name, "ascending") for name in KEYS])
+    )
     users = pc.unique(gone["user_id"])
     return gone, users.filter(pc.invert(pc.is_in(users, value_set=pc.unique(now["user_id"])))).to_pylist()
 

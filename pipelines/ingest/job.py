@@ -24,7 +24,15 @@ from pipelines.ingest import check, summary
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.follow import FOLLOWED, FOLLOWED_BEFORE, Changes, find_changes, forget_rows, write_gone
+from pipelines.ingest.follow import (
+    FOLLOWED,
+    FOLLOWED_BEFORE,
+    FOLLOWED_GONE,
+    Changes,
+    find_changes,
+    forget_rows,
+    write_gone,
+)
 from pipelines.ingest.look import look, options_of, settled, sources_of
 from pipelines.ingest.merge import LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
@@ -81,7 +89,9 @@ class Plan:
         if name == "rejects":
             return {}
         before = self.before[name].metadata
-        followed = {key: before[key] for key in (FOLLOWED, FOLLOWED_BEFORE) if key in before}
+        # with the rows of a followed table, what was known of its versions has gone too
+        kept = () if "histories" in self.whole else (FOLLOWED, FOLLOWED_BEFORE, FOLLOWED_GONE)
+        followed = {key: before[key] for key in kept if key in before}
         if self.changes is not None and whole:
             followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
         return {"task_entry": self.task.to_json()} | followed
@@ -145,7 +155,7 @@ def _changes(config: IngestConfig, run_dir: str) -> Changes:
     (source,) = addresses(config.source)
     newest = (tables.newest(config.tables, name) for name in ("histories", "requests"))
     histories, requests = (table.metadata if table is not None else {} for table in newest)
-    changes = find_changes(source, histories, config.columns, run_dir, requests)
+    changes = find_changes(source, histories, config.columns, run_dir, requests, config.apply_deletes)
     write_gone(changes, run_dir, config.tables, config.apply_deletes)
     return changes
 

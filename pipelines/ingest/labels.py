@@ -1,7 +1,7 @@
 """Answers of a task with labels: which texts count as a label, and how they are stored."""
 
 from collections.abc import Iterable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Literal
 
 import numpy as np
@@ -92,6 +92,6 @@ def _form(text: str) -> str:
 def _number(text: str) -> Decimal | None:
     try:
         number = Decimal(text)
-    except InvalidOperation:
+        return number.normalize() + 0 if number.is_finite() else None
+    except ArithmeticError:  # no number, or one that is too large
         return None
-    return number.normalize() + 0 if number.is_finite() else None

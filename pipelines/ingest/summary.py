@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from infra import job_log
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
@@ -19,7 +20,8 @@ def refuse_missing(config: IngestConfig, figures: Figures) -> None:
     Raises:
         InputError: a mapped column is in no row of the source, or the mapped time column has no value.
     """
-    there = set().union(*figures.columns.values())
+    # the list of what has gone has columns of our own, and stands for no row of the source
+    there = set().union(*(names for kind, names in figures.columns.items() if kind != "gone"))
     if not there:  # nothing was read, or the format has no columns
         return
     mapped = [("columns", name, column, there) for name, column in config.columns.items()]
@@ -67,7 +69,9 @@ def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: S
 
 
 def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures: Figures, report: RunReport) -> None:
-    """Prints the summary, and puts it into the report, there without the text of any row."""
+    """Prints the summary, and puts it into the report, both without the text of any row; texts that `show_text` asks
+    for go to the screen alone."""
+    rejected = [one for kept in figures.examples.values() for one in kept if one.text]
     figures = figures.without_texts(task)
     files = len({(piece.folder, name) for piece in pieces for name in piece.files})
     report.extra["source"] = {"files": files} | figures.to_dict()
@@ -84,6 +88,9 @@ def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures:
             lines.append(f"{report.extra[name]} {text}")
     for line in lines:
         print(f"ingest: {line}", flush=True)
+    if rejected:
+        texts = [f"    {one.shown()} | {one.text!r}" for one in rejected]
+        job_log.show("\n".join(["ingest: texts of rejected rows", *texts]))
     warning = untimed_warning(config, figures)
     report.extra["warnings"] = [warning] if warning else []
     if warning:

@@ -124,7 +124,7 @@ class EraseConfig(JobConfig):
     user_id: str | None = None
     """Id of one user. A command line may be logged: a file of users keeps the id out of it."""
     users: str | None = None
-    """File with one user id per line."""
+    """File with one user id per line. It is left as it is, also in one of the folders: remove it afterwards."""
     folders: tuple[str, ...] = ("runs",)
     """Run folders and exports. All files below them are rewritten without the users, and searched."""
     confirm_absent: bool = False

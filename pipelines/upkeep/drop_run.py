@@ -141,6 +141,6 @@ def _last_commits(table: Table) -> tuple[dict[str, float], float]:
     earliest = time.time()
     for entry in log.back_from(table.storage, table.version):
         earliest = float(entry.get("timestamp", 0)) / 1000
-        if "run_id" in entry:
+        if entry.get("run_id") == log.writer(entry):  # a compaction's entry repeats the newest run's id
             last.setdefault(entry["run_id"], earliest)
     return last, earliest

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -114,7 +115,7 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     with report.stage("folders") as stage:
         begun = Storage(config.tables).join(runs.FOLDER)  # sources of runs: a file may be called after a user
         places = [*folders, begun]
-        files = [(place.uri, name) for place in places for name in place.list() if not name.endswith(PENDING)]
+        files = [(place.uri, name) for place in places for name in place.list() if not _is_own(place, name, config)]
         what = [row["what"] for row in _over(files, Scrub(needles, requests))]
         record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
         stage.rows = len(files)
@@ -122,8 +123,9 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
         record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in opened.items()}
         stage.rows = sum(record["rows_dropped"].values())
     with report.stage("proof") as stage:
-        survivors, opaque, stage.rows = prove(config.tables, folders, needles)
-    record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": list(DUTIES)}
+        survivors, opaque, stage.rows = prove(config.tables, folders, needles, config)
+    duties = [*DUTIES, *([] if config.users is None else [f"the list of the users, {config.users}: remove it"])]
+    record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": duties}
     report.extra["erasure"] = record
     report.planned = len(given)
     report.written, report.already_there = len(here), len(given) - len(here)
@@ -137,6 +139,14 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     else:
         run_dir.delete(PENDING)
     return absent
+
+
+def _is_own(folder: "Storage", name: str, config: Config | None) -> bool:
+    """Says whether a file is what this erase itself needs until its end: its digests, or the list it was given."""
+    if name.endswith(PENDING) or config is None or config.users is None:
+        return name.endswith(PENDING)
+    place, users = folder.full(name), config.users
+    return place == users if folder.is_s3 else os.path.realpath(place) == os.path.realpath(users)
 
 
 def _never_found(given: frozenset[str], here: set[str], run_dir: "Storage") -> frozenset[str]:
@@ -270,14 +280,16 @@ def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:
     return list(trainings.values())
 
 
-def prove(place: str, folders: "list[Storage]", needles: "Needles") -> tuple[list[str], list[str], int]:
+def prove(
+    place: str, folders: "list[Storage]", needles: "Needles", config: Config | None = None
+) -> tuple[list[str], list[str], int]:
     """Opens and decodes every file of the tables and folders, orphans and logs included, and searches it.
 
     Returns:
         Files in which a value is left, files that could be searched only as bytes, and the number of all files.
     """
     roots = {folder.uri: folder for folder in [Storage(place), *folders]}
-    files = [(root, name) for root, folder in roots.items() for name in folder.list() if not name.endswith(PENDING)]
+    files = [(r, name) for r, folder in roots.items() for name in folder.list() if not _is_own(folder, name, config)]
     survivors, opaque = [], []
     for row in _over(files, SearchFiles(needles)):
         named = needles.inside(row["name"])  # then the name must not be shown

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import upkeep
-from infra.search import ID_COLUMNS, Needles, has_text, leaves, search
+from infra.search import ID_COLUMNS, Needles, has_text, leaves, parsed, search
 from infra.snapshot import DataFile, read_file
 from infra.storage import Storage
 from infra.table import Table
@@ -146,8 +146,8 @@ class DropRows:
 class Scrub:
     """in: root, name of a file of a run or an export. out: root, name, what ("", "rewritten" or "deleted").
 
-    Rows of Parquet, lines of JSON lines and logs, and entries of JSON lists that hold one of the values go; files of
-    other kinds stay as they are, and the proof names them.
+    Rows of Parquet, lines of JSON lines, logs and texts, and entries of JSON lists that hold one of the values go;
+    files of other kinds stay as they are, and the proof names them.
     """
 
     needles: Needles
@@ -174,9 +174,9 @@ class Scrub:
                 return "deleted"
             if name.endswith(".parquet"):
                 return self._parquet(storage, name)
-            if name.endswith((".jsonl", ".ndjson", ".log")):
+            if name.endswith((".jsonl", ".ndjson", ".log", ".txt")):
                 lines = storage.read_bytes(name).decode("utf-8").splitlines(keepends=True)
-                return _put(storage, name, "".join(line for line in lines if not self._has(_parsed(line))).encode())
+                return _put(storage, name, "".join(line for line in lines if not self._in_line(name, line)).encode())
             if name.endswith(".json"):
                 rest = self._without(json.loads(storage.read_bytes(name)))
                 return _put(storage, name, json.dumps(rest, indent=2, ensure_ascii=False).encode())
@@ -209,6 +209,11 @@ class Scrub:
         pq.write_table(table.filter(pc.invert(pa.array(theirs, pa.bool_()))), out, compression="zstd")
         return _put(storage, name, out.getvalue())
 
+    def _in_line(self, name: str, line: str) -> bool:
+        text, value = line.replace("\ufeff", "").strip(), parsed(line)
+        of_a_list = name.endswith(".txt") and text in self.needles.ids  # a list of ids, as ingest leaves one
+        return of_a_list or self._has(text if value is None else value)
+
     def _without(self, value: Any) -> Any:
         """Returns the JSON value without list entries that hold one of the values."""
         if isinstance(value, dict):
@@ -240,13 +245,6 @@ def _sibling(name: str, kind: str) -> str:
 def _put(storage: Storage, name: str, data: bytes) -> str:
     storage.write_bytes(name, data)
     return "rewritten"
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
 
 
 def _pairs(batch: pa.Table) -> Iterable[tuple[str, str]]:

@@ -13,7 +13,7 @@ from infra.search import Needles, search
 from infra.storage import Storage
 
 ID, TEXT = "a/b=c 😀", "a text that only she has written"
-NEEDLES = Needles(values=frozenset({ID, TEXT, "user-1"}), ids=frozenset({"7", ID}))
+NEEDLES = Needles(values=frozenset({ID, TEXT, "user-1", "8812"}), ids=frozenset({"7", ID}))
 
 
 def packed(table: pa.Table, **how) -> bytes:
@@ -58,6 +58,8 @@ def test_a_text_in_compressed_parquet_is_found_whatever_it_lies_in(tmp_path, kin
         ("ascii.json", json.dumps({"a": ID}, ensure_ascii=True)),
         ("key.json", json.dumps({ID: 1})),
         ("number.json", json.dumps({"user_id": 7})),
+        ("number.txt", "8812\n"),
+        ("numbers.txt", "\ufeff8812\r\n9\n"),
         ("lines.jsonl", "{}\n" + json.dumps({"text": TEXT}) + "\n"),
         ("inside.json", json.dumps({"prompt": f"before. {TEXT}. After"})),
         ("job.log", f"12:00 wrote reply for user-1: {TEXT}"),

@@ -76,7 +76,7 @@ def test_another_persons_adapter_is_a_strangers_and_the_same_each_time(tmp_path)
     people = {f"user-{i}": {"adapter_id": f"f-{i}"} for i in range(30)}
     snapshot = snapshot_of(tmp_path, people)
     owners = {user: "ann" if int(user[5:]) < 25 else user for user in people}
-    known = SimpleNamespace(of=lambda bucket: owners)
+    known = SimpleNamespace(of=lambda bucket: {user: {owner} for user, owner in owners.items()})
     for user in people:
         request = {"user_id": user, "owner_id": owners[user], "as_of": None, "as_of_position": None}
         index, again = (AdapterIndex(snapshot, bucket_of(user, 4), known) for _ in range(2))

@@ -6,7 +6,10 @@ import pytest
 
 from infra import shards
 from pipelines import tables
+from pipelines.engines.adapters import AdapterIndex
 from pipelines.generate.pending import PendingReplies
+from pipelines.generate.visible import VisibleItems
+from pipelines.owners import Owners
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
 from pplug.tasks import TaskSpec
@@ -25,15 +28,15 @@ STRANGER = IN_BUCKET[3][4]
 USERS = [*QUESTIONS, STRANGER]
 
 
-def put(place: str, name: str, **columns) -> None:
+def put(place: str, name: str, run: str = "run", **columns) -> None:
     """Commits a row per user; columns that are not given are null."""
     table = tables.open_or_create(place, name, BUCKETS)
     bucket, key = shards.shard_columns(pa.array(USERS), BUCKETS)
     given = {"bucket": bucket, "user_key": key, "user_id": pa.array(USERS)} | columns
     schema = table.spec.schema
     rows = [given.get(field.name, pa.nulls(len(USERS), field.type)) for field in schema]
-    files = table.write(pa.table(rows, names=schema.names).cast(schema), "run")
-    table.commit(files, run_id="run", group=0, mode="append", planned_on=table.version, complete=True)
+    files = table.write(pa.table(rows, names=schema.names).cast(schema), run)
+    table.commit(files, run_id=run, group=0, mode="append", planned_on=table.version, complete=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +90,20 @@ def test_the_one_who_is_nobodys_namesake_is_given_one_of_the_others(made):
     by_method = {row["method"]: row for row in made([STRANGER], *METHODS)}
     assert by_method["adapter:other-user"]["adapter_id"] in {f"of-{user}" for user in QUESTIONS}
     assert sum(alike(by_method["plug:other-user"], row) for row in made(QUESTIONS, "plug:mean")) == 1
+
+
+def test_a_user_whose_requests_name_two_persons_is_both_of_them(tmp_path):
+    place, same = str(tmp_path / "tables"), pa.array(USERS)
+    for owner in ("ann", "bob"):
+        put(place, "requests", owner, request_id=same, owner_id=pa.array([owner] * len(USERS)), input=same)
+    put(place, "adapters", adapter_id=same)
+    put(place, "histories", item_id=same, position=pa.array([0] * len(USERS)), text_hash=same)
+    requests, adapters, histories = (
+        tables.open_table(place, name).snapshot(complete=True) for name in ("requests", "adapters", "histories")
+    )
+    assert Owners(requests).of(3)[STRANGER] == {STRANGER, "ann", "bob"}
+    for owner in ("ann", "bob"):
+        request = {"user_id": QUESTIONS[0], "owner_id": owner, "as_of": None, "as_of_position": None}
+        assert AdapterIndex(adapters, 0, Owners(requests)).other(request) is None
+        items = VisibleItems(histories, None, 0, Owners(requests), [], 9, others=True, with_fields=False)
+        assert not len(items.of_another(request, by_request=False).vectors)

@@ -6,7 +6,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from infra import log, shards
+from infra import log, shards, upkeep
 from infra.errors import InputError
 from pipelines import options, tables
 from pipelines.__main__ import main
@@ -89,6 +89,23 @@ def test_age_counts_from_a_runs_last_commit(replies, monkeypatch):
     assert replies.report["age_unknown"] == ["merged"]
     assert replies.drop("some", older_than_days=10) == 0
     assert replies.rows() == of("today")
+
+
+def test_a_compaction_makes_no_run_younger(replies, monkeypatch):
+    back_from = log.back_from
+
+    def aged(storage, version):
+        for entry in back_from(storage, version):
+            days = 0 if log.writer(entry) == "compact" else 20
+            yield entry | {"timestamp": int((time.time() - days * 24 * 3600) * 1000)}
+
+    table = tables.open_table(replies.tables, "generations")
+    before = table.snapshot()
+    done = [upkeep.rewrite(table, files, "compact") for files in before.by_bucket().values()]
+    new, old = [file for one in done for file in one.new], [file for one in done for file in one.old]
+    table.rewrite(new, old, below=before, run_id="compact", group=0, same_rows=True)
+    monkeypatch.setattr(drop_run.log, "back_from", aged)
+    assert replies.drop(older_than_days=10) == 0 and replies.rows() == []
 
 
 def test_a_table_whose_newest_run_has_not_ended_is_left(replies):

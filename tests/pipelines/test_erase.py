@@ -13,7 +13,7 @@ from infra import lease, shards, upkeep
 from infra.errors import ConcurrentRunError, InputError
 from infra.search import Needles, digest
 from infra.storage import Storage
-from infra.table import Table
+from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.evaluate import job as evaluate
 from pipelines.lines import base_lm
@@ -238,6 +238,15 @@ def test_a_user_with_a_short_id_goes_too(people):
     assert own(SHORT, 0) not in decoded(people.folder / "tables")
 
 
+def test_lists_of_an_earlier_ingest_lose_the_users_and_the_list_that_was_given_is_left(people):
+    given, old = people.folder / "runs" / "gone-users.txt", people.folder / "runs" / "older.txt"
+    given.write_text(f"{SHORT}\nuser-1\n")
+    old.write_text(f"\ufeff{SHORT}\r\n8812\nuser-1\nuser-10\n")
+    assert people.erase(users=str(given)) == 0
+    assert given.read_text() == f"{SHORT}\nuser-1\n" and old.read_bytes() == b"8812\nuser-10\n"
+    assert any(str(given) in duty for duty in people.report["erasure"]["duties"])
+
+
 def test_a_file_with_a_byte_order_mark_erases_its_first_user_too(people):
     """As spreadsheets save it: with a mark, CRLF and blank lines."""
     before, path = people.everything(), people.folder / "gone.txt"
@@ -391,8 +400,6 @@ def test_nobody_erases_beside_a_writer_and_no_writer_goes_on_from_before(people)
     table = tables.open_table(people.tables, "generations")
     planned, file = table.version, table.write(table.snapshot().read(buckets=[0]), "slow")
     assert people.erase(user_id="user-1") == 0
-    from infra.table import CommitConflict
-
     with pytest.raises(CommitConflict):  # its files are no more
         table.commit(file, run_id="slow", group=0, mode="append", planned_on=planned)
 

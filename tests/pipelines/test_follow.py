@@ -5,6 +5,7 @@ import json
 import shutil
 import string
 import struct
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,8 @@ from infra.storage import Storage
 from infra.table import Table
 from pipelines.ingest import job as ingest
 from pipelines.ingest.derive import derived_id
-from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, GONE_ITEMS, GONE_USERS, find_changes
+from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, FOLLOWED_GONE, GONE_ITEMS, GONE_USERS, find_changes
+from pipelines.ingest.values import text_column
 from pipelines.upkeep import erase
 from tests.pipelines.population import NOTES
 
@@ -182,6 +184,8 @@ def test_what_cannot_be_followed_is_refused(place, tmp_path):
     for more in ({"mode": "replace"}, {"source": ("x", "y")}, {"explode": "list"}):
         with pytest.raises(ValueError, match="follow reads one Delta table"):
             ingest.Config(**{"tables": "t", "source": place, "follow": True} | more)
+    with pytest.raises(ValueError, match="with limit only some of its users would be"):
+        ingest.Config(tables="t", source=place, follow=True, limit=3)
     with pytest.raises(ValueError, match="apply_deletes needs --follow"):
         ingest.Config(tables="t", source=place, apply_deletes=True)
 
@@ -234,6 +238,68 @@ def test_what_has_gone_is_removed_when_asked_for(population, place, ray_session,
     listed = {"users": str(run_dir / GONE_USERS), "run_dir": str(population.folder / "erase"), "confirm_absent": True}
     monkeypatch.chdir(population.folder)  # `erase` looks into the run folders of the current one
     assert erase.run(erase.Config(tables=population.tables, **listed)) == 0
+
+
+def test_a_night_of_deletes_alone_removes_those_of_earlier_nights_too(population, place, ray_session):
+    common = {"source": place, "task": population.task(NOTES), "columns": COLUMNS, "follow": True}
+    write_deltalake(place, rows(*FIRST, ("d", 1, "five")), configuration=FEED)
+    assert population.ingest(derive_requests=1, **common) == 0
+    DeltaTable(place).delete("author = 'b'")
+    assert population.ingest(derive_requests=1, **common) == 0 and population.report["followed"]["items_gone"] == 1
+    write_deltalake(place, rows(("a", 3, "six")), mode="append")
+    assert population.ingest(**common) == 0 and len(population.rows("histories")) == 6
+    DeltaTable(place).delete("author = 'd'")
+    assert population.ingest(apply_deletes=True, **common) == 0 and population.report["items_removed"] == 2
+    assert set(population.items()) == {"a", "b c"}
+    assert {row["user_id"] for row in population.rows("requests")} == {"a", "b c"}
+    DeltaTable(place).delete("author = 'b c'")
+    assert population.ingest(**common) == 0
+    assert population.ingest(apply_deletes=True, **common) == 0  # the table is as it was the night before
+    assert set(population.items()) == {"a"} and "no row is read" in population.report["followed"]["words"]
+    assert population.ingest(apply_deletes=True, **common) == 0 and not population.report["followed"]["items_gone"]
+
+
+def test_a_table_whose_rows_were_replaced_is_read_from_its_beginning(population, place, ray_session):
+    common = {"task": population.task(NOTES), "columns": COLUMNS}
+    write_deltalake(place, rows(*FIRST))
+    assert population.ingest(source=place, follow=True, **common) == 0
+    pq.write_table(rows(("z", 1, "of another source")), population.folder / "other.parquet")
+    other = str(population.folder / "other.parquet")
+    assert population.ingest(source=other, mode="replace", **common) == 0 and set(population.items()) == {"z"}
+    assert population.ingest(source=place, follow=True, **common) == 0
+    assert set(population.items()) == {"a", "b", "b c", "z"}
+
+
+def test_what_went_in_earlier_nights_is_told_as_far_as_its_versions_are_there(place, tmp_path):
+    def found(before, requests=None):
+        return find_changes(place, before, COLUMNS, str(tmp_path / "run"), requests, apply_deletes=True)
+
+    write_deltalake(place, rows(*FIRST))
+    DeltaTable(place).delete("author = 'b'")
+    told = changes(place, tmp_path, 0)
+    histories = told.followed({}, requests_follow=True)
+    requests = told.followed({})
+    assert found(histories, requests).gone_users == ("b",)
+    assert found(histories, {}).unapplied == ()  # it stopped before the commit of requests
+    write_deltalake(place, rows(("d", 1, "more")), mode="append")
+    later = found(requests)
+    assert later.gone_users == ("b",) and read(later) == [(1, "more")]
+    assert FOLLOWED_GONE not in later.followed(requests) and FOLLOWED_GONE in later.followed(requests, True)
+    DeltaTable(place).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    lost = found(requests)
+    assert not lost.gone.num_rows and "what went after version 0 cannot be told" in lost.words
+
+
+def test_columns_of_folders_have_the_texts_of_the_first_read(place, tmp_path):
+    at = pa.array([datetime(2024, 1, 1, 10), datetime(2024, 1, 2, 11, 30)], pa.timestamp("us", tz="UTC"))
+    more = {"good": [True, False], "at": at, "score": [4.0, 2.5]}
+    for name, values in more.items():
+        table = rows(("a", 1, "one"), ("b", 1, "two")).append_column(name, pa.array(values))
+        write_deltalake(f"{place}-{name}", table, partition_by=[name])
+        write_deltalake(f"{place}-{name}", table, partition_by=[name], mode="append")
+        found = {dict(file.partition)[name] for file in changes(f"{place}-{name}", tmp_path, 0).files}
+        first = DeltaTable(f"{place}-{name}").to_pyarrow_dataset().to_table()[name]
+        assert found == set(text_column(first)[0].to_pylist()), name
 
 
 @pytest.mark.parametrize(("night", "run_id"), [(1, "same"), (2, "another")])

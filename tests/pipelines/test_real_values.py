@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from infra.errors import InputError
+from infra.job_log import JobLog
 from infra.storage import Storage
 from pipelines import tables
 from tests.pipelines.population import NOTES
@@ -69,7 +70,9 @@ def test_labels_outside_the_list_and_rows_given_twice_are_said_at_ingest(populat
     rows = [note("u", "1", mood="GOOD "), note("u", "2", mood="odd"), note("v", "1"), note("v", "1")]
     rows += [b"secret nonsense", note("w", "1", more={"nested": 1})]
     source, task = write(population, rows), population.task(NOTES)
-    code = population.ingest(source=source, task=task, derive_requests=2, max_reject_fraction=0.5, show_text=True)
+    with JobLog("ingest") as log:
+        log.move_to(str(population.folder))
+        code = population.ingest(source=source, task=task, derive_requests=2, max_reject_fraction=0.5, show_text=True)
     assert code == 0
     assert population.items()["u"][0]["fields"]["mood"] == "good"
     assert sorted(row["target"] for row in population.rows("requests")) == ["good"] * 3
@@ -88,6 +91,7 @@ def test_labels_outside_the_list_and_rows_given_twice_are_said_at_ingest(populat
     assert found["rejects"]["bad_json"]["examples"][0]["place"] == f"items.jsonl line 5 (byte {offset})"
     assert "secret nonsense" in told and "target_outside_labels: 1" in told
     everywhere = [path.read_bytes() for path in population.folder.rglob("*.json")]
+    everywhere.append((population.folder / "job.log").read_bytes())
     assert everywhere and not any(b"secret" in text for text in everywhere)
     assert not any("secret" in str(row) for row in population.rows("rejects"))
 

@@ -366,7 +366,12 @@ def test_a_rating_may_lie_between_the_points_of_the_scale_but_not_beyond():
         name="r", item="{text}", item_without_label="{text}", metric="rating", labels=("1", "2", "3", "4", "5")
     )
     rule = LabelRule(task, "normalise")
-    assert [rule.label(answer) for answer in ("4.0", "3.5", "6", "x", "5")] == ["4", "3.5", None, None, "5"]
+    assert [rule.label(answer) for answer in ("4.0", "3.5", "6", "x", "1e9999999", "5")] == [
+        "4",
+        "3.5",
+        *[None] * 3,
+        "5",
+    ]
 
 
 def test_labels_that_are_found_become_the_tasks_up_to_a_bound():

@@ -217,50 +217,6 @@ def test_every_form_gives_the_same_rows_byte_for_byte(tmp_path):
     assert tried == 24
 
 
-def test_a_query_over_any_form_gives_its_rows(tmp_path):
-    query = (
-        "select user_id as uid, item_id, upper(text) as text from source where user_id <> 'u1' order by item_id desc"
-    )
-    wanted = [{"user_id": row["user_id"], "item_id": row["item_id"], "text": row["text"].upper()}
-              for row in reversed(ROWS) if row["user_id"] != "u1"]  # fmt: skip
-    found = forms(tmp_path)
-    for name in ("a.JSONL", "pretty.json", "semi.csv", "wide.csv", "a.parquet", "delta"):
-        rows, rejects = read(found[name], query=query, columns={"user_id": "uid"})
-        assert (plain(rows), rejects) == (wanted, {}), name
-    both = [str(found["a.JSONL"]), str(found["a.parquet"])]
-    rows, _ = read(both, query="select user_id, count(*) || '' as item_id, max(text) as text from source group by all")
-    assert {row["user_id"]: row["item_id"] for row in rows} == {"u0": "6", "u1": "4", "u2": "4"}
-    with pytest.raises(InputError, match="`source` has the columns user_id, item_id, text"):
-        read(found["a.csv"], query="select nothing from source")
-
-
-@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
-def test_a_query_counts_each_row_of_a_large_file_once(tmp_path, monkeypatch, form):
-    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text {n}" * 9} for n in range(2000)]
-    path = jsonl(tmp_path / f"a.{form}", rows)
-    if form == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
-    elif form == "csv":
-        path.write_text(as_csv(rows))
-    monkeypatch.setattr(records, "PIECE_BYTES", path.stat().st_size // 5)
-    query = "select 'u' as user_id, count(*) as item_id, 'x' as text from source"
-    assert look(path, query=query).pieces[0].size == path.stat().st_size
-    (found,), rejects = read(path, query=query)
-    assert (found["item_id"], rejects) == ("2000", {})
-
-
-def test_text_files_are_lines_for_a_query(tmp_path):
-    (tmp_path / "chat.txt").write_bytes(b"1/2/24, 10:15 - Ann: hello\r\n1/2/24, 10:16 - Bob: hi: there\r\n")
-    query = """select regexp_extract(line, '- ([^:]+):', 1) as user_id, number as item_id,
-               regexp_extract(line, '- [^:]+: (.*)', 1) as text from source"""
-    rows, _ = read(tmp_path / "chat.txt", format="text", query=query)
-    assert plain(rows) == [
-        {"user_id": "Ann", "item_id": "1", "text": "hello"}, {"user_id": "Bob", "item_id": "2", "text": "hi: there"}
-    ]  # fmt: skip
-    with pytest.raises(InputError, match="neither its name nor its first bytes tell a format"):
-        read(tmp_path / "chat.txt")
-
-
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +260,11 @@ def test_delimiter_header_and_encoding_of_a_csv_are_found_and_shown(tmp_path):
         "user_id\titem_id\ttext\n" + "".join(f'u\t{n}\t"Heroes" live\n' for n in range(9))
     )
     assert read(tmp_path / "raw.tsv")[0][3]["text"] == '"Heroes" live'
+    (tmp_path / "blank.csv").write_text("\n" + as_csv())
+    assert plain(read(tmp_path / "blank.csv")[0]) == ROWS
+    for wrong in ({"encoding": "nosuch"}, {"encoding": "base64"}, {"quote": "ab"}):
+        with pytest.raises(ValueError, match=f"csv.{next(iter(wrong))}='"):
+            look(tmp_path / "ru.csv", csv=wrong)
 
 
 def test_a_large_csv_is_divided_only_where_no_quoted_line_break_can_lie(tmp_path, monkeypatch):
@@ -404,6 +365,8 @@ def test_a_damaged_file_or_one_of_another_kind_is_one_reject_with_its_name(tmp_p
     (tmp_path / "middle.jsonl.gz").write_bytes(broken)
     (tmp_path / "end.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "cut.json").write_bytes(json.dumps(many[:200]).encode()[:-30])
+    for number, magic in enumerate((b"\x1f\x8b\x08" + bytes(7), b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+        (tmp_path / f"packed{number}.jsonl").write_bytes(magic + b"\xff" * 50)
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "really.csv")
     (tmp_path / "really.parquet").write_text(as_csv())
     (tmp_path / "sheet.csv").write_bytes(b"PK\x03\x04" + bytes(100))
@@ -425,7 +388,7 @@ def test_a_damaged_file_or_one_of_another_kind_is_one_reject_with_its_name(tmp_p
         damaged += 1
         if path.name in ("middle.jsonl.gz", "end.jsonl.gz", "cut.json"):  # what stands before the damage comes through
             assert len(rows) > 100 and plain(rows)[:100] == many[:100]
-    assert damaged == 8
+    assert damaged == 12
 
 
 def test_a_damaged_page_of_a_parquet_file_is_found_by_its_checksum(tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+from pydantic import field_validator
 
 from infra.errors import InputError
 from infra.remote import reading
@@ -56,6 +57,24 @@ class CsvForm(Settings):
     """Character around values that hold delimiters or line ends; an empty text for none."""
     encoding: str | None = None
     """Name of the encoding, such as cp1252; UTF-8, UTF-16 by its mark, or found from the beginning of each file."""
+
+    @field_validator("quote")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        if value is not None and len(value) > 1:
+            raise ValueError(
+                f"csv.quote={value!r} has {len(value)} characters; expected one, or an empty text for none"
+            )
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except LookupError as error:
+            raise ValueError(f"csv.encoding={value!r} is no text encoding that Python knows, such as cp1252") from error
+        return value
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
             raise NotThisFormat(
                 "quotes are not closed, so that the file cannot be divided; compress it to read it whole"
             )
-        if header and error is None:
+        if header and error is None and values:  # a blank line before the names is none of them
             header = False
         elif values or error is not None:
             yield offset, line, size, values, error

@@ -192,7 +192,7 @@ def read(files: LampFiles, survey: Survey, writer: RowWriter, keep_questions: bo
     """Hands every row to the writer; yields when the writer is full."""
     answers = golds(files)[1]
     for question in questions(files):
-        place = f"{files.questions} question {question.id or f'number {question.number + 1}'}"
+        place = f"{files.questions} question number {question.number + 1}"  # its id may be a user's
         seq = question.number * _ITEMS
         if question.error is not None:
             writer.planned()

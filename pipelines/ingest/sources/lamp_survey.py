@@ -56,14 +56,14 @@ def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: di
         twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
         twice = [i for i in twice if i not in damaged]
         if twice:
-            return f"{files.questions}: {len(twice)} ids occur twice, such as {_some(twice)}; ids must be unique"
+            return f"{files.questions}: {len(twice)} ids occur twice; ids must be unique"
     if files.outputs is None:
         return None
     if "" in damaged:  # a question whose id cannot be read may be the one that a gold belongs to
         answers = {i: answer for i, answer in answers.items() if i in known}
     strange, lacking = [i for i in answers if i not in known], [i for i in ids if i not in answers and i not in damaged]
-    problems = [f"{len(strange)} golds have no question, such as {_some(strange)}"] * bool(strange)
-    problems += [f"{len(lacking)} questions have no gold, such as {_some(lacking)}"] * bool(lacking)
+    problems = [f"{len(strange)} golds have no question"] * bool(strange)
+    problems += [f"{len(lacking)} questions have no gold"] * bool(lacking)
     if problems:
         return (
             f"{files.outputs} does not match {files.questions} in {files.folder}: {'; '.join(problems)}; "
@@ -112,11 +112,11 @@ def _digest(profile: list[Any], time: TimeRule) -> np.ndarray:
 def _share_histories(
     owners: dict[str, list[tuple[str, np.ndarray]]], ids: set[str], scope: str
 ) -> tuple[str | None, Survey]:
-    survey, unproven = Survey(), []
+    survey, unproven = Survey(), 0
     for owner, asked in owners.items():
         cuts = [None] if len(asked) == 1 else _cuts([digest for _, digest in asked])
         if cuts is None:
-            unproven.append(asked[0][0])
+            unproven += 1
             continue
         for (question, _), cut in zip(asked, cuts, strict=True):
             survey.user_of[question] = owner
@@ -124,13 +124,14 @@ def _share_histories(
                 survey.as_of[question] = cut
     if scope == "user" and unproven:
         return (
-            f"history_scope=user: the profiles of {len(unproven)} users' questions, such as {unproven[0]!r}, are not, "
-            "by their dates, earlier and later states of one history; use history_scope=question or auto"
+            f"history_scope=user: the profiles of {unproven} users' questions are not, by their dates, earlier and "
+            "later states of one history; use history_scope=question or auto"
         ), Survey()
-    own = ids - set(survey.user_of)
-    if own & set(survey.user_of.values()):
-        clash = min(own & set(survey.user_of.values()))
-        return f"{clash!r} is the id of a question and of another question's user; use history_scope=question", Survey()
+    both = (ids - set(survey.user_of)) & set(survey.user_of.values())
+    if both:
+        return (
+            f"{len(both)} ids are those of a question and of another question's user; use history_scope=question"
+        ), Survey()
     return None, survey
 
 
@@ -148,7 +149,3 @@ def _cuts(digests: list[np.ndarray]) -> list[int | None] | None:
             return None
         cuts.append(int(newest) + 1)
     return cuts
-
-
-def _some(ids: list[str]) -> str:
-    return ", ".join(map(repr, ids[:3]))

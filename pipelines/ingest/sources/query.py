@@ -1,11 +1,13 @@
 """Rows that a SQL query makes of a source's files, by DuckDB. The view `source` holds what the files hold.
 
 Parquet and Delta are scanned where they lie. Files of other formats are read by their own readers first, so that a
-damaged row is a reject with its place, and kept on the local disk while the query runs: as JSON lines or as Parquet.
+damaged row is a reject with its place, and kept on the local disk while the query runs: as Parquet, or all records of
+JSON in one file of lines, because each file that DuckDB reads as JSON takes buffers of its own.
 """
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 _LOOKED_AT = 1000
 """Number of rows per file that a look reads of formats that DuckDB does not scan."""
 _MEMORY = "2GB"
+_LEAST, _LONG = 2**24, 2**26
+"""Bytes: the least size of a JSON object that DuckDB is told of, and the length of a line above which it takes one
+thread, since each thread has buffers of that size."""
+_UUID = re.compile(r'(?<![\w"])UUID(?=$|[,)\[])')
+"""The type, in DuckDB's name of a column's type; a field of that name is followed by its own type."""
 Bad = tuple[RowError, int | None, str | None]
 """Error, line and text of a row that could not be read; its place stands in the error's detail."""
 
@@ -64,8 +71,13 @@ class Query(RecordFormat):
         import duckdb
 
         with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
-            connection, _ = _opened(piece, options, Path(folder), _LOOKED_AT)
+            try:
+                connection, _, some = _opened(piece, options, Path(folder), _LOOKED_AT)
+            except NotThisFormat as error:
+                raise InputError(f"{_key(piece)}: {error}") from error
             with connection:
+                if not some:  # as a file without rows, or a damaged one, has no head
+                    return Head(pa.schema([]), [])
                 try:
                     table = pa.table(
                         connection.sql(f"select * from ({_sql(piece, options)}) limit {rows}").to_arrow_table()
@@ -84,10 +96,12 @@ class Query(RecordFormat):
         import duckdb
 
         with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
-            connection, bad = _opened(piece, options, Path(folder), None)
+            connection, bad, some = _opened(piece, options, Path(folder), None)
             with connection:
                 if bad:
                     yield Batch({}, np.empty(0, np.int64), bad=[(at, *row) for at, row in enumerate(bad)])
+                if not some:
+                    return
                 try:
                     reader = connection.sql(_sql(piece, options)).to_arrow_reader(BATCH_ROWS)
                     refuse_duplicates(reader.schema.names)
@@ -113,8 +127,15 @@ def _sql(piece: Piece, options: Options) -> str:
 
 def _opened(
     piece: Piece, options: Options, folder: Path, rows: int | None
-) -> tuple["duckdb.DuckDBPyConnection", list[Bad]]:
-    """Opens DuckDB with the view `source`; `rows` of each file, or all. Rows that cannot be read are returned."""
+) -> tuple["duckdb.DuckDBPyConnection", list[Bad], bool]:
+    """Opens DuckDB with the view `source`; `rows` of each file, or all.
+
+    Returns:
+        The connection, rows that cannot be read, and False if no file has any row, so that there is no view.
+
+    Raises:
+        NotThisFormat: DuckDB cannot make one view of all files.
+    """
     import duckdb
 
     connection = duckdb.connect()
@@ -125,45 +146,94 @@ def _opened(
     bad: list[Bad] = []
     views: list[str] = []
     plain = replace(options, explode=None)
-    for number, part in enumerate(piece.parts):
-        try:
-            view = _view(connection, part, plain, folder, number, rows, bad)
-        except DAMAGED as error:
-            bad.append(_placed(damage(error), part.name))
-            continue
-        extra = "".join(f", {_literal(value)} as {_quoted(name)}" for name, value in part.partition)
-        views.append(f"select *{extra} from {view}")
-    if not views:
-        raise NotThisFormat("no file of the source can be read")
-    connection.execute(f"create view source as {' union all by name '.join(views)}")
-    return connection, bad
+    lines = [part for part in piece.parts if isinstance(FORMATS[part.format], Jsonl)]
+    try:
+        for number, part in enumerate(piece.parts):
+            if part in lines:
+                continue
+            try:
+                view = _view(connection, part, plain, folder, number, rows, bad)
+                if view is not None:
+                    views.append(f"select *{_more(connection, part, view)} from {view}")
+            except DAMAGED as error:
+                bad.append(_placed(damage(error), part.name))
+        if lines and (view := _lines(connection, lines, plain, folder, rows, bad)) is not None:
+            views.append(f"select * from {view}")
+        if views:
+            connection.execute(f"create view source as {' union all by name '.join(views)}")
+    except duckdb.Error as error:  # its words may hold values
+        connection.close()
+        raise NotThisFormat(
+            f"DuckDB cannot make one view of these files ({type(error).__name__}): a column may have a type that it "
+            "lacks, or another type in another file"
+        ) from error
+    return connection, bad, bool(views)
+
+
+def _more(connection: "duckdb.DuckDBPyConnection", part: Piece, view: str) -> str:
+    """Returns the columns that a file's folders give, where the file has none of that name."""
+    held = {name.casefold() for name, *_ in connection.sql(f"describe select * from {view}").fetchall()}
+    given = [(name, value) for name, value in part.partition if name.casefold() not in held]
+    return "".join(f", {_literal(value)} as {_quoted(name)}" for name, value in given)
 
 
 def _view(
     connection: "duckdb.DuckDBPyConnection", part: Piece, options: Options, folder: Path, number: int, rows: int | None,
     bad: list[Bad],
-) -> str:  # fmt: skip
-    """Makes one file's rows known to DuckDB; returns what stands for them after `from`."""
+) -> str | None:  # fmt: skip
+    """Makes one file's rows known to DuckDB; returns what stands for them after `from`, None for a file of nothing."""
     format, name = FORMATS[part.format], f"part{number}"
     if part.format == "parquet":
         storage = reading(part.folder)
         dataset = pads.dataset(storage._at(part.name), filesystem=storage.filesystem, format="parquet")
         refuse_duplicates(dataset.schema.names)
         connection.register(name, dataset)
-    elif part.format == "delta":
+        return name if dataset.schema.names else None
+    if part.format == "delta":
         root = reading(part.folder).join(part.name)
-        rows = rows_of(open_table(root.uri, part.version), root)
-        connection.register(name, rows.read_all() if isinstance(rows, pa.RecordBatchReader) else rows)
-    elif isinstance(format, Jsonl):
-        path = folder / f"{name}.jsonl"
-        _keep_lines(format, part, options, path, rows, bad)
-        return f"read_json('{path}', format='newline_delimited', sample_size=-1, maximum_object_size={2**28})"
-    else:
-        assert isinstance(format, RecordFormat)
-        path = folder / f"{name}.parquet"
-        _keep_columns(format, part, options, path, rows, bad)
-        return f"read_parquet('{path}')"
-    return name
+        found = rows_of(open_table(root.uri, part.version), root)
+        connection.register(name, found.read_all() if isinstance(found, pa.RecordBatchReader) else found)
+        return name
+    assert isinstance(format, RecordFormat)
+    path = folder / f"{name}.parquet"
+    return f"read_parquet('{path}')" if _keep_columns(format, part, options, path, rows, bad) else None
+
+
+def _lines(
+    connection: "duckdb.DuckDBPyConnection", parts: Sequence[Piece], options: Options, folder: Path, rows: int | None,
+    bad: list[Bad],
+) -> str | None:  # fmt: skip
+    """Writes the records of all files of JSON into one file of lines; returns what stands for them, None for none."""
+    path, longest, seen, of_folders = folder / "lines.jsonl", 0, set[str](), set[str]()
+    with open(path, "wb") as out:
+        for part in parts:
+            format = FORMATS[part.format]
+            assert isinstance(format, Jsonl)
+            for batch in _batches(format, part, options, rows, bad):
+                held = {name.casefold() for name in batch.columns}
+                folders = {name: value for name, value in part.partition if name.casefold() not in held}
+                of_folders |= folders.keys()
+                seen |= batch.columns.keys()
+                for row in zip(*map(plain, batch.columns.values()), strict=True):
+                    record = folders | dict(zip(batch.columns, row, strict=True))
+                    known = {name: value for name, value in record.items() if value is not None}
+                    line = json.dumps(known).encode() + b"\n"
+                    longest = max(longest, len(line))
+                    out.write(line)
+    if not longest:
+        return None
+    if longest > _LONG:
+        connection.execute("set threads = 1")
+    form = f"read_json('{path}', format='newline_delimited', maximum_object_size={max(_LEAST, longest)}"
+    found = connection.sql(f"describe select * from {form}, sample_size=-1)").fetchall()
+    inferred = {name: kind for name, kind, *_ in found}
+    # an id stays as it stands, where DuckDB would write a UUID in lower case; folders give texts
+    kinds = {name: _UUID.sub("VARCHAR", kind) for name, kind in inferred.items()}
+    kinds |= dict.fromkeys(of_folders - seen, "VARCHAR")
+    if kinds == inferred or not kinds.keys() <= seen | of_folders:  # a name that DuckDB has changed is none of the file
+        return f"{form}, sample_size=-1)"
+    columns = ", ".join(f"{_literal(name)}: {_literal(kind)}" for name, kind in kinds.items())
+    return f"{form}, columns={{{columns}}})"
 
 
 def _placed(error: RowError, place: str, line: int | None = None, text: str | None = None) -> Bad:
@@ -172,8 +242,8 @@ def _placed(error: RowError, place: str, line: int | None = None, text: str | No
 
 def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | None, bad: list[Bad]) -> Iterator[Batch]:
     """Yields a file's batches until there are so many rows; what cannot be read is added to `bad`."""
-    place = format.place_of(part, options)
     try:
+        place = format.place_of(part, options)
         for batch in format.batches(part, options):
             bad += [_placed(error, place(seq), line, text) for seq, error, line, text in batch.bad]
             yield batch
@@ -184,25 +254,14 @@ def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | No
         bad.append(_placed(damage(error), part.name))
 
 
-def _keep_lines(format: Jsonl, part: Piece, options: Options, path: Path, rows: int | None, bad: list[Bad]) -> None:
-    """Writes the records of a file as JSON lines. Raises NotThisFormat: there is none."""
-    written = 0
-    with open(path, "w", encoding="utf-8") as out:
-        for batch in _batches(format, part, options, rows, bad):
-            for row in zip(*map(plain, batch.columns.values()), strict=True):
-                record = {name: value for name, value in zip(batch.columns, row, strict=True) if value is not None}
-                out.write(json.dumps(record) + "\n")
-                written += 1
-    if not written:
-        raise NotThisFormat("no record of it can be read")
-
-
 def _keep_columns(
     format: RecordFormat, part: Piece, options: Options, path: Path, rows: int | None, bad: list[Bad]
-) -> None:
-    """Writes the rows of a file as Parquet; a row with text that is not UTF-8 is bad."""
+) -> bool:
+    """Writes the rows of a file as Parquet; a row with text that is not UTF-8 is bad. Returns False without columns."""
     schema, place = format.schema(part, options), format.place_of(part, options)
     assert schema is not None
+    if not schema.names:
+        return False
     with pq.ParquetWriter(path, schema, compression="lz4") as out:
         for batch in _batches(format, part, options, rows, bad):
             columns = [batch.columns[name] for name in schema.names]
@@ -214,6 +273,7 @@ def _keep_columns(
                 error = RowError("bad_utf8", "a value of the row is not UTF-8")
                 bad.append(_placed(error, place(int(batch.seq[row]))))
             out.write_table(pa.table([_chosen(column, np.flatnonzero(sound)) for column in columns], schema=schema))
+    return True
 
 
 def _chosen(column: Column, rows: np.ndarray) -> Column:

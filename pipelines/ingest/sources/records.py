@@ -166,9 +166,10 @@ class RecordFormat(Format):
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         """Hands every record of the piece to the writer; yields when the writer is full."""
-        place, mapping = self.place_of(piece, options), options.mapping(piece.kind)
+        mapping = options.mapping(piece.kind)
         several = ELEMENTS if options.explode and piece.kind == "items" else 1
         try:
+            place = self.place_of(piece, options)  # it may look into the file
             for batch in self.batches(piece, options, _needed(piece.kind, mapping, options)):
                 writer.notes.lines += batch.lines
                 writer.planned(len(batch.bad))

@@ -1,0 +1,96 @@
+"""SQL over a source's files: each row once, whatever the form, the number and the folders of the files."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import InputError
+from pipelines.ingest.sources import records
+from tests.pipelines.test_sources import ROWS, as_csv, forms, jsonl, look, plain, read
+
+
+def test_a_query_over_any_form_gives_its_rows(tmp_path):
+    query = (
+        "select user_id as uid, item_id, upper(text) as text from source where user_id <> 'u1' order by item_id desc"
+    )
+    wanted = [{"user_id": row["user_id"], "item_id": row["item_id"], "text": row["text"].upper()}
+              for row in reversed(ROWS) if row["user_id"] != "u1"]  # fmt: skip
+    found = forms(tmp_path)
+    for name in ("a.JSONL", "pretty.json", "semi.csv", "wide.csv", "a.parquet", "delta"):
+        rows, rejects = read(found[name], query=query, columns={"user_id": "uid"})
+        assert (plain(rows), rejects) == (wanted, {}), name
+    both = [str(found["a.JSONL"]), str(found["a.parquet"])]
+    rows, _ = read(both, query="select user_id, count(*) || '' as item_id, max(text) as text from source group by all")
+    assert {row["user_id"]: row["item_id"] for row in rows} == {"u0": "6", "u1": "4", "u2": "4"}
+    with pytest.raises(InputError, match="`source` has the columns user_id, item_id, text"):
+        read(found["a.csv"], query="select nothing from source")
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
+def test_a_query_counts_each_row_of_a_large_file_once(tmp_path, monkeypatch, form):
+    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text {n}" * 9} for n in range(2000)]
+    path = jsonl(tmp_path / f"a.{form}", rows)
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+    elif form == "csv":
+        path.write_text(as_csv(rows))
+    monkeypatch.setattr(records, "PIECE_BYTES", path.stat().st_size // 5)
+    query = "select 'u' as user_id, count(*) as item_id, 'x' as text from source"
+    assert look(path, query=query).pieces[0].size == path.stat().st_size
+    (found,), rejects = read(path, query=query)
+    assert (found["item_id"], rejects) == ("2000", {})
+
+
+def test_text_files_are_lines_for_a_query(tmp_path):
+    (tmp_path / "chat.txt").write_bytes(b"1/2/24, 10:15 - Ann: hello\r\n1/2/24, 10:16 - Bob: hi: there\r\n")
+    query = """select regexp_extract(line, '- ([^:]+):', 1) as user_id, number as item_id,
+               regexp_extract(line, '- [^:]+: (.*)', 1) as text from source"""
+    rows, _ = read(tmp_path / "chat.txt", format="text", query=query)
+    assert plain(rows) == [
+        {"user_id": "Ann", "item_id": "1", "text": "hello"}, {"user_id": "Bob", "item_id": "2", "text": "hi: there"}
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="neither its name nor its first bytes tell a format"):
+        read(tmp_path / "chat.txt")
+
+
+def test_a_query_reads_many_files_of_json_and_an_empty_one_among_them(tmp_path):
+    for number in range(6):
+        jsonl(tmp_path / f"{number}.jsonl", [row | {"user_id": f"v{number}"} for row in ROWS])
+    (tmp_path / "nothing.jsonl").write_text("")
+    query = "select user_id, count(*) as item_id, 'x' as text from source group by all order by all"
+    rows, rejects = read(tmp_path, query=query)
+    assert [(row["user_id"], row["item_id"]) for row in rows] == [(f"v{n}", str(len(ROWS))) for n in range(6)]
+    assert rejects == {}
+
+
+def test_a_query_over_files_without_a_row_gives_none_and_a_damaged_one_is_named(tmp_path):
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("")
+        assert read(tmp_path / name, query="select nothing from source") == ([], {})
+    (tmp_path / "cut.json").write_text('[{"user_id": "u", "te')
+    rows, rejects = read(tmp_path / "cut.json", query="select * from source")
+    assert rows == [] and list(rejects.values()) == ["unreadable_file"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_column_of_the_files_stands_before_one_of_their_folders_and_folders_give_texts(tmp_path, form):
+    for day in ("2024-01-01", "2024-01-02"):
+        path = jsonl(tmp_path / f"day={day}" / f"month={day[:7]}" / f"a.{form}", [ROWS[0] | {"Day": "5"}])
+        if form == "csv":
+            path.write_text(as_csv([ROWS[0] | {"Day": "5"}]))
+    query = "select user_id, item_id, day || month[:4] as text from source"
+    assert [row["text"] for row in read(tmp_path, query=query)[0]] == ["52024"] * 2
+
+
+def test_a_query_leaves_uuids_as_they_stand(tmp_path):
+    user = "550E8400-E29B-41D4-A716-446655440000"
+    path = jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"user_id": user, "more": {"UUID": user}, "day": "2024-01-02"}])
+    (row,), _ = read(path, query="select user_id, item_id, more.UUID as text, year(day) as year from source")
+    assert (row["user_id"], row["text"], row["year"]) == (user, user, "2024")
+
+
+def test_a_type_that_duckdb_lacks_is_refused_with_a_word_of_ours(tmp_path):
+    half = pa.array([1.5], pa.float16())
+    pq.write_table(pa.table({"user_id": ["u"], "item_id": ["1"], "text": ["x"], "half": half}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="query: DuckDB cannot make one view of these files"):
+        read(tmp_path / "a.parquet", query="select * from source")
