@@ -39,7 +39,7 @@ class Histories:
     vector_row: np.ndarray
     vectors: np.ndarray
     label_row: np.ndarray | None = None
-    """What a plug reads of each item's answer, (T,) or (T, P): `pplug.items.KnownAnswers`; None where answers were not
+    """A plug's reading of each item's answer, (T,) or (T, P): `pplug.items.KnownAnswers`; None where answers were not
     read (`with_labels`)."""
 
     def user(self, user_id: str) -> int | None:

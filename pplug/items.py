@@ -24,7 +24,7 @@ class KnownAnswers(Protocol):
     """Says how a plug reads the answers that items hold."""
 
     def rows(self, fields: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """What the plug reads of each item's answer, (n,) or (n, P) int64, given map<string,string> per item."""
+        """Returns the plug's reading of each item's answer, (n,) or (n, P) int64, given map<string,string> per item."""
 
 
 @dataclass(frozen=True)

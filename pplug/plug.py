@@ -293,7 +293,7 @@ class PersonaPlug(nn.Module):
 
     @property
     def known_answers(self) -> KnownAnswers | None:
-        """How this plug reads the answers of items; None for one that reads none."""
+        """The way in which this plug reads the answers of items; None for one that reads none."""
         config = self.config
         if config.label_field is not None:
             return LabelSet(config.label_field, config.labels)

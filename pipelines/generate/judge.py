@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from infra import lease, session
 from infra.errors import InputError
 from infra.snapshot import Snapshot
+from infra.table import Table
 from pipelines import tables, waves
-from pipelines.engines.base import PromptSizes
+from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
 from pipelines.generate.drop_errors import drop_errors
@@ -91,11 +92,7 @@ def run(config: JudgeConfig) -> int:
         raise InputError(
             f"task {task.name}: answers are scored as {task.metric}, not by a rubric; `evaluate` needs no judge here"
         )
-    if config.decoding.n > 1:
-        raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
-    if config.decoding.logprobs:
-        raise InputError("decoding.logprobs: a judgement has none, and the row keeps the reply's own; leave it out")
-    decoding, _ = resolve(config.decoding, config.engine, task, partial(_no_words, task))
+    decoding = _decoding(config, task)
     try:
         judge = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
@@ -106,12 +103,7 @@ def run(config: JudgeConfig) -> int:
     identities = {JUDGE_OF: config.run, "judge": config.llm.model, "judge_id": judge}
     identities |= {"judge_decoding_id": decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
     identities |= {"judge_engine": config.engine.kind, "judge_task_id": short_id(task.model_dump(mode="json"))}
-    judged = generations.metadata_of_run(report.run_id)
-    if config.run == report.run_id or judged and JUDGE_OF not in judged:
-        raise InputError(f"run_id={report.run_id}: this run has replies, and judgements need a run_id of their own")
-    if JUDGE_OF in generations.metadata_of_run(config.run):
-        raise InputError(f"run={config.run}: this run has judgements and no replies; give the run that it judges")
-    refuse_another_run(judged, identities, report.run_id)
+    _refuse_other_runs(generations, config.run, report.run_id, identities)
     engines = config.least("workers")
     session.start(need={"CPU": engines + 2.0}, writes={"tables": config.tables}, reads={"llm.model": config.llm.model})
     session.check({"GPU": engines * gpus_of(config)})
@@ -148,6 +140,25 @@ def run(config: JudgeConfig) -> int:
         )  # fmt: skip
     report.extra |= identities | {"judge_prompt": rubric.PROMPT}
     return report.finish()
+
+
+def _decoding(config: JudgeConfig, task: TaskSpec) -> ResolvedDecoding:
+    """The decoding of judgements, with the engine's numbers. Raises InputError: it has what a judgement cannot have."""
+    if config.decoding.n > 1:
+        raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
+    if config.decoding.logprobs:
+        raise InputError("decoding.logprobs: a judgement has none, and the row keeps the reply's own; leave it out")
+    return resolve(config.decoding, config.engine, task, partial(_no_words, task))[0]
+
+
+def _refuse_other_runs(generations: Table, run: str, own: str, identities: Mapping[str, str]) -> None:
+    """Refuses a run of replies for one of judgements, the reverse, and judgements that were made otherwise."""
+    judged = generations.metadata_of_run(own)
+    if run == own or (judged and JUDGE_OF not in judged):
+        raise InputError(f"run_id={own}: this run has replies, and judgements need a run_id of their own")
+    if JUDGE_OF in generations.metadata_of_run(run):
+        raise InputError(f"run={run}: this run has judgements and no replies; give the run that it judges")
+    refuse_another_run(judged, identities, own)
 
 
 def _no_words(task: TaskSpec) -> TextTokenizer:

@@ -1,4 +1,4 @@
-"""How a training reads the answers that items hold: as one of the task's labels, or as the tokens they begin with."""
+"""The answers that items hold, as a training reads them: one of the task's labels each, or the tokens it begins with."""
 
 from infra.errors import InputError
 from pipelines.train.config import Config
@@ -14,7 +14,7 @@ MAX_TOKENS = 1 << 14
 
 
 def known_answers(config: Config, task: TaskSpec) -> LabelSet | AnswerTokens | None:
-    """How the items' answers are read, for a plug that adds them to a persona; None for another plug.
+    """The way in which items' answers are read, for a plug that adds them to a persona; None for another plug.
 
     Raises:
         InputError: the task has no field or no list of labels for it, or the LLM has no tokens for a label.

@@ -66,11 +66,7 @@ def _run(config: Config, run_id: str) -> int:
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     histories = tables.snapshot(config.tables, "histories", config.as_of_version)
-    task = tables.task_entry(config.task, histories)
-    if task.metric == "rubric":
-        raise InputError(
-            f"task {task.name}: its targets are rubrics for a judge, and no answers to learn; train on another task"
-        )
+    task = _task(config, histories)
     encoder, llm = _models(config, task)
     answers = known_answers(config, task)
     blind = config.shape.without_history
@@ -112,11 +108,7 @@ def _run(config: Config, run_id: str) -> int:
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     _check_times(config, counts)
-    if isinstance(answers, AnswerTokens) and not tokens:
-        raise InputError(
-            f"{config.tables}: shape.answer_values=true spells what items answer, but no item has a text in its field "
-            f"{answers.field!r}; leave it out, or name another `target` in the task's entry"
-        )
+    _check_answers(config, answers, tokens)
     with report.stage("fit") as stage:
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, (answers, tokens))
         stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
@@ -125,6 +117,16 @@ def _run(config: Config, run_id: str) -> int:
     code = report.finish()
     print(f"plug {facts['plug_id']} (validation loss {facts['best_val_loss']:.4f}): {facts['plug']}", flush=True)
     return code
+
+
+def _task(config: Config, histories: Any) -> TaskSpec:
+    """The task that is learned. Raises InputError: its targets are no answers."""
+    task = tables.task_entry(config.task, histories)
+    if task.metric == "rubric":
+        raise InputError(
+            f"task {task.name}: its targets are rubrics for a judge, and no answers to learn; train on another task"
+        )
+    return task
 
 
 def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
@@ -150,6 +152,15 @@ def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any
     if config.users is not None:  # the ids in the file count, not its name
         settings["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return settings | identities
+
+
+def _check_answers(config: Config, answers: KnownAnswers | None, tokens: Sequence[int]) -> None:
+    """Refuses a plug that spells answers where no item has any."""
+    if isinstance(answers, AnswerTokens) and not tokens:
+        raise InputError(
+            f"{config.tables}: shape.answer_values=true spells what items answer, but no item has a text in its field "
+            f"{answers.field!r}; leave it out, or name another `target` in the task's entry"
+        )
 
 
 def _check_times(config: Config, counts: dict[str, int]) -> None:
