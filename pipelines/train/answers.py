@@ -1,4 +1,4 @@
-"""The answers that items hold, as a training reads them: one of the task's labels each, or the tokens it begins with."""
+"""The answers that items hold, as a training reads them: one of the task's labels, or the tokens it begins with."""
 
 from infra.errors import InputError
 from pipelines.train.config import Config
