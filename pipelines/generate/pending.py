@@ -177,7 +177,7 @@ class BucketRequests:
 
 def reply_key(row: Mapping[str, Any]) -> ReplyKey:
     """The key of a reply within a run: user, request, method and sample."""
-    return row["user_id"], row["request_id"], row["method"], row["sample"] or 0
+    return *request_key(row), row["method"], row["sample"] or 0
 
 
 def request_key(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -436,7 +436,7 @@ def test_the_rows_of_a_prompt_are_no_tokens_to_a_penalty(reply, llm):
 
 
 def test_a_prompt_that_the_engine_refuses_is_that_rows_error_alone(reply, llm):
-    whole, nothing = prompts(llm, [2])[0], np.zeros((0, llm.dim), np.float32)
+    whole, nothing = prompts(llm, ROWS)[0], np.zeros((0, llm.dim), np.float32)
     found = reply.engine.replies([EnginePrompt("empty", [], nothing, []), whole])
     assert found[0].error is not None and found[0].error.startswith("the engine refused the prompt")
     assert found[1].error is None and found[1].output_tokens
