@@ -62,7 +62,7 @@ format: $(READY) ## Put the code into the agreed format
 bench: check $(READY) ## Measure every speed claim beside a peer; ONLY=encode: one row
 	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-bench-scale: $(READY) ## Ingest and the table work at a million users, half an hour: ARGS="--users 1000000 --folder DIR"
+bench-scale: $(READY) ## Ingest, table work and replies at a million users, an hour and a half: ARGS="--users 1000000 --folder DIR"
 	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
 
 bench-night: $(READY) ## A night with the real encoder, 100,000 items, minutes: ARGS="--folder DIR"
