@@ -81,6 +81,10 @@ class PlugConfig(Settings):
             raise ValueError(f"labels={list(self.labels)[:3]} and label_field={self.label_field} belong together")
         if self.label_guess and not self.labels:
             raise ValueError("label_guess=true spells labels, and the plug has none")
+        if (self.answer_field is not None) != (self.answer_vocabulary > 0):
+            raise ValueError(
+                f"answer_field={self.answer_field} and answer_vocabulary={self.answer_vocabulary} belong together"
+            )
         if self.labels and self.answer_field is not None:
             raise ValueError("a plug reads an item's answer as one of its labels or as text, not both")
         return self

@@ -264,6 +264,8 @@ def test_guesses_need_labels():
         PlugShape(label_guess=True)
     with pytest.raises(ValueError, match="shape.label_values and shape.answer_values both read an item's answer"):
         PlugShape(label_values=True, answer_values=True)
+    with pytest.raises(ValueError, match="answer_field=title and answer_vocabulary=0 belong together"):
+        PlugConfig(encoder_dim=D, llm_dim=H, answer_field="title")
     with pytest.raises(ValueError, match="as one of its labels or as text, not both"):
         PlugConfig(encoder_dim=D, llm_dim=H, **LABELS, **FORMS["answers"])
 
