@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
+from typing import Any
 
 from infra.errors import ConcurrentRunError
 from infra.storage import Storage
@@ -71,7 +72,13 @@ def refuse_if_not_alone(root: str, owner: str) -> None:
     _refuse(root, owner, "alone")
 
 
-def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = ()) -> None:
+def another_writes(root: str, owner: str) -> bool:
+    """True while another run holds `writing`: what it has committed so far may be half of its work."""
+    return any(_others(root, owner, "writing"))
+
+
+def _others(root: str, owner: str, kind: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of the leases of this kind (None: of any) that other runs hold now."""
     storage, now = Storage(root), time.time()
     for name in storage.list(FOLDER, recursive=False):
         if kind is not None and not name.startswith(f"{FOLDER}/{kind}-"):
@@ -80,11 +87,17 @@ def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = (
             lease = json.loads(storage.read_bytes(name))
         except (FileNotFoundError, ValueError):  # given back while we looked
             continue
-        if lease["owner"] != owner and lease["until"] > now and lease["kind"] not in beside:
+        if lease["owner"] != owner and lease["until"] > now:
+            yield name, lease
+
+
+def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = ()) -> None:
+    for name, lease in _others(root, owner, kind):
+        if lease["kind"] not in beside:
             raise ConcurrentRunError(
                 f"{root}: run {lease['owner']} is at work here ({lease['kind']}; its lease {name} runs out in "
-                f"{lease['until'] - now:.0f} s unless renewed) and this run cannot work beside it. This run stops, and "
-                f"its commits stay: when the other has ended, run it again with run_id={owner}"
+                f"{lease['until'] - time.time():.0f} s unless renewed) and this run cannot work beside it. This run "
+                f"stops, and its commits stay: when the other has ended, run it again with run_id={owner}"
             )
 
 

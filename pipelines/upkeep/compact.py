@@ -14,6 +14,7 @@ from pipelines.run import begin
 from pipelines.upkeep.compact_buckets import CompactBucket
 from pipelines.upkeep.config import CompactConfig as Config
 from pipelines.waves import each_bucket, files_of, next_group
+from pplug.encoder import OWN_ID
 
 TRIES = 3
 """Number of plans for one table before it is left to the next compaction."""
@@ -58,7 +59,12 @@ def _compact(config: Config, report: RunReport, table: "Table") -> int:
 
 def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snapshot", replaced: list[str]) -> None:
     """Plans on a complete version and commits in waves; adds the replaced files to `replaced`."""
-    of_vectors = table.spec.name.startswith("embeddings")
+    name = table.spec.name
+    of_vectors = name.startswith("embeddings")
+    if of_vectors and name.startswith(tables.embeddings_name(OWN_ID)):
+        # ingest commits such vectors before their items, and no encoder could make them again: asked between the two
+        # snapshots, so that a writer that has ended by now has its items in the second
+        of_vectors = not lease.another_writes(config.tables, report.run_id)
     histories = tables.open_table(config.tables, "histories").snapshot(complete=True) if of_vectors else None
     stage = CompactBucket(table, snapshot, histories, config.target_mb * 2**20, report.run_id)
     old: list[DataFile] = []

@@ -40,6 +40,15 @@ def test_who_must_be_alone_waits_for_writers_and_writers_for_him(place):
         pass
 
 
+def test_who_asks_is_told_of_other_writers_alone(place):
+    assert not lease.another_writes(place, "me")
+    with lease.writing(place, "me"), lease.reading(place, "reader"):
+        assert not lease.another_writes(place, "me")
+        with lease.writing(place, "you"):
+            assert lease.another_writes(place, "me")
+    assert not lease.another_writes(place, "me")
+
+
 def test_a_killed_holders_lease_runs_out(place, monkeypatch):
     monkeypatch.setattr(lease, "LASTS_S", 0.5)
     Storage(place).write_bytes(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from infra import lease
 from infra.errors import InputError
 from infra.shards import user_key
 from pipelines import tables
@@ -19,6 +21,7 @@ from pipelines.ingest.vector_values import vector_column, vector_of
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
+from pipelines.upkeep import compact
 from pplug import history
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.fit import FitConfig
@@ -237,6 +240,22 @@ def test_a_file_of_vectors_finds_its_items_in_the_source_and_in_the_tables(popul
     (persona,) = population.rows("personas")
     mean = (2 * as_stored([1, 0, 0]) + as_stored([0, 1, 0]) + as_stored([1, 1, 1])) / 4
     np.testing.assert_allclose(persona["mean_vector"], mean, atol=1e-3)
+
+    # vectors come before their items: a compaction meanwhile takes none of them away
+    table = tables.open_table(population.tables, "embeddings-own-demo")
+    early = table.snapshot().read().slice(0, 1)
+    place = early.schema.get_field_index("text_hash")
+    early = early.set_column(place, "text_hash", pa.array([hash_of("not there yet")]))
+    files = table.write(early, "early")
+    table.commit(files, run_id="early", group=0, mode="append", planned_on=table.version, complete=True)
+    compacts = {"tables": population.tables, "names": ("embeddings-own-demo",)}
+    for run_id, others, left in (
+        ("beside", lease.writing(population.tables, "ingest"), 4),
+        ("alone", nullcontext(), 3),
+    ):
+        with others:
+            assert compact.run(compact.Config(run_id=run_id, run_dir=str(population.folder / run_id), **compacts)) == 0
+        assert len(stored(population)) == left, run_id
 
     with pytest.raises(InputError, match="no table embeddings-own-other .*run `ingest --vectors-id other`"):
         refresh.run(refresh.Config(run_id="r3", **run | {"encoder": EncoderConfig(model="own:other")}))
