@@ -386,6 +386,23 @@ def test_training_says_what_a_part_lacks(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_plug_that_spells_answers_is_trained_by_the_job_and_read_back(made, tokens):
+    world = made.world
+    fit = config(world).fit.model_copy(update={"start_epochs": 1, "epochs": 1})
+    shape = PlugShape(persona_tokens=tokens, answer_values=True, recency="position", aggregation="mean")
+    given = world.common | {"llm": world.llm, "shape": shape, "fit": fit}
+    assert world.run(train, f"spelling-{tokens}", **given) == 0
+    folder = world.report(f"spelling-{tokens}")["plug"]
+    plug = PersonaPlug.from_pretrained(folder)
+    assert plug.config.answer_field == "tag" and plug.config.answer_vocabulary == len(plug.answer_values.ids) > 1
+    assert plug.answer_values.gain.shape == (tokens, 1) and plug.answer_values.vectors.any()
+    assert world.run(refresh, f"refresh-{tokens}", **world.common, plug=folder) == 0
+    assert world.report(f"refresh-{tokens}")["personas"]["changed"] == len(items_of(world))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_workers_train_the_same_plug_with_every_part_as_one(made):
     world, plugs = made.world, []
     rates = {"query_learning_rate": 0.0, "start_query_learning_rate": 1e-3}
