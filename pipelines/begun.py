@@ -33,8 +33,8 @@ def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> di
     if known.get("job") != job:
         raise InputError(f"run {run_id} in {run_dir} began as job {known.get('job')}, not {job}; give another --run-id")
     before, now = known["config"], json.loads(json.dumps(dict(decisive)))
-    keys = {**now, **before}.keys() - ({TASK} - before.keys())
-    changed = [key for key in {**now, **before} if key in keys and before.get(key) != now.get(key)]
+    unknown = {TASK} - before.keys()
+    changed = [key for key in {**now, **before} if key not in unknown and before.get(key) != now.get(key)]
     if changed or "tables" not in known:
         key = (changed or ["version"])[0]
         raise InputError(

@@ -196,7 +196,7 @@ class VLLMEngine:
         sampling = self._params(temperature=0.0, max_tokens=1, logprob_token_ids=list(asked.ids))
         try:
             (found,) = (await self._generate(going_on, sampling)).logprobs
-        except Exception:
+        except Exception:  # as in `_reply`: the row becomes an error
             return None
         return [found[token].logprob for token in asked.ids]
 

@@ -147,3 +147,12 @@ def test_a_random_walk_always_ends_at_a_label():
         reached.add(begun[:-1])
     assert reached == set(IDS)
     assert len(list(itertools.chain(*choices(IDS).values()))) > len(IDS)
+
+
+def test_options_that_no_reply_could_keep_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="min_tokens=40 is more than max_tokens=32"):
+        Decoding(min_tokens=40, max_tokens=32)
+    with pytest.raises(ValueError, match="stop: an empty text ends every reply"):
+        Decoding(stop=("\n", ""))
+    with pytest.raises(ValueError, match="transformers does not have quantization and args, which are vLLM's"):
+        EngineConfig(kind="transformers", dtype="float32", quantization="fp8", args={"seed": 1})

@@ -443,12 +443,3 @@ def test_a_prompt_that_the_engine_refuses_is_that_rows_error_alone(reply, llm):
     asked = [NextTokens(EnginePrompt("empty", [], nothing, []), (), (5,)), NextTokens(whole, (), (5,))]
     lost, known = reply.engine.next_logprobs(asked)
     assert lost is None and len(known) == 1
-
-
-def test_options_that_no_reply_could_keep_are_refused_at_the_start():
-    with pytest.raises(ValueError, match="min_tokens=40 is more than max_tokens=32"):
-        Decoding(min_tokens=40, max_tokens=32)
-    with pytest.raises(ValueError, match="stop: an empty text ends every reply"):
-        Decoding(stop=("\n", ""))
-    with pytest.raises(ValueError, match="transformers does not have quantization and args, which are vLLM's"):
-        EngineConfig(kind="transformers", dtype="float32", quantization="fp8", args={"seed": 1})

@@ -150,7 +150,7 @@ def by_hand(plug: PersonaPlug, items, query, labels, days) -> torch.Tensor:
 
 
 def spelt_by_hand(w, items, query, tokens, place: int) -> torch.Tensor:
-    """What the answers' tokens at one place add to a persona row."""
+    """The part of a persona row that the answers' tokens at one place add."""
     scores = []
     for index, item in enumerate(items):
         likeness = 0.0 if query is None else float(query @ item)
