@@ -24,9 +24,7 @@ from pplug.encoder import OWN_ID
 from pplug.tasks import TaskSpec
 
 GROUP_ROWS = 512
-"""Number of rows of texts or vectors that are read together. Reading 1% of users at random (20 items each, D=384)
-touches 24% of the bytes of `embeddings` with 512 and 14% with 256; but 256 make the file 11% larger (1.98 for 1.79
-bytes per value, random vectors)."""
+"""Number of rows of texts or personas that are read together."""
 _SPECS = [
     TableSpec("histories", schemas.HISTORIES, 1, sort=("user_key", "position"), row_group_rows=GROUP_ROWS),
     TableSpec("requests", schemas.REQUESTS, 1, sort=("user_key", "request_id"), row_group_rows=GROUP_ROWS),
@@ -36,7 +34,7 @@ _SPECS = [
         1,
         sort=("user_key", "text_hash"),
         vectors=("vector",),
-        row_group_rows=GROUP_ROWS,
+        row_group_rows=None,
     ),
     TableSpec(
         "personas",

@@ -37,6 +37,10 @@ SHOWN, LEAST_ROWS, MOST_ROWS = 50, 64, 5_000
 kill costs the block that is being filled beside the wave."""
 
 
+TASKS_PER_CPU, MOST_TOGETHER = 8, 8
+"""Tasks of `each_bucket` per CPU, at least, so that no CPU waits long for the last; and buckets of a task, at most."""
+
+
 class WriteFiles:
     """Stage: writes rows as files of one table; rows with a reject reason go to `rejects`.
 
@@ -295,18 +299,24 @@ def tasks(stage: Callable[[pa.Table], Any], rows: int | None = 1) -> Step:
     return Step(call if plain else call.__call__, {"batch_size": rows})
 
 
-def stream(buckets: Sequence[int], steps: Sequence[Step]) -> "ray.data.Dataset":
-    """A stream of work that begins with one row per bucket, one block per row."""
-    data = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=max(1, len(buckets)))
+def stream(buckets: Sequence[int], steps: Sequence[Step], *, together: int = 1) -> "ray.data.Dataset":
+    """A stream of work that begins with one row per bucket, `together` rows in a block, which one task takes."""
+    blocks = max(1, -(-len(buckets) // together))
+    data = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=blocks)
     for step in steps:
         data = data.map_batches(step.stage, batch_format="pyarrow", **step.options)
     return data
 
 
 def each_bucket(buckets: Sequence[int], stage: Callable[[pa.Table], Any]) -> Iterator[dict[str, Any]]:
-    """Calls a stage (in: bucket) for every bucket, in Ray tasks, and yields the rows that it gives."""
+    """Calls a stage (in: bucket) for every bucket, in Ray tasks, and yields the rows that it gives.
+
+    A task costs 15 ms, as much as a look into a small bucket: where there are many, it takes several.
+    """
     if buckets:
-        yield from stream(buckets, [tasks(stage)]).iter_rows()
+        at_once = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        together = min(MOST_TOGETHER, max(1, len(buckets) // at_once))
+        yield from stream(buckets, [tasks(stage)], together=together).iter_rows()
 
 
 def plan(

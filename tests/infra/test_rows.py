@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.rows import conform
+from infra.table import Table
 
 
 def changed(data: pa.Table, name: str, values) -> pa.Table:
@@ -44,6 +45,23 @@ def test_a_16_bit_value_costs_less_than_1_9_bytes(table, rows):
         meta = pq.ParquetFile(file.uri).metadata
         cost += sum(meta.row_group(g).column(index).total_compressed_size for g in range(meta.num_row_groups))
     assert cost / vectors.size < 1.9
+
+
+@pytest.mark.parametrize("width", [64, 256, 384, 576, 1024, 2304])
+def test_row_groups_of_vectors_are_as_small_as_costs_no_space(tmp_path, spec, rows, width):
+    count = 2_000_000 // width
+    vectors = np.random.default_rng(0).standard_normal((count, width)).astype(np.float32)
+    data = changed(rows([f"u{i}" for i in range(count)]), "bucket", pa.array([0] * count, pa.int32()))
+    data = changed(data, "vector", pa.array(list(vectors)))
+    sizes, groups = [], []
+    for group_rows in (None, count, 65_536 // width * 3 // 2):  # its own, one for all, and a group that mixes streams
+        table = Table.create(str(tmp_path / str(group_rows)), replace(spec, row_group_rows=group_rows), 1)
+        [file] = table.write(data, "run")
+        sizes.append(file.size)
+        groups.append(pq.ParquetFile(file.uri).metadata.num_row_groups)
+    assert groups[0] == -(-count // (65_536 // width + 1))  # 171 rows at D=384
+    assert sizes[0] / vectors.size < 1.9 + 100 / width  # a row's other columns take less than 100 bytes
+    assert sizes[0] < 1.06 * sizes[1] and sizes[2] > 1.02 * sizes[0]
 
 
 def test_vectors_are_rounded_to_16_bits_and_stay_float32(table, rows):
@@ -139,7 +157,7 @@ def test_rows_are_sorted_and_cut_into_row_groups(table, rows, spec):
 
 
 def test_an_unbucketed_table_has_plain_files(tmp_path):
-    from infra.table import Table, TableSpec
+    from infra.table import TableSpec
 
     spec = TableSpec("notes", pa.schema([("key", pa.string()), ("why", pa.string())]), 1, ("key",), bucketed=False)
     table = Table.create(str(tmp_path / "notes"), replace(spec, row_group_rows=10), 1)

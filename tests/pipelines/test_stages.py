@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from collections import Counter
 
 import pyarrow as pa
 import pytest
+import ray
 from ray.data import DataContext
 
 from infra import session
@@ -85,3 +87,16 @@ def test_deaths_with_a_lost_node_do_not_count(ray_session, monkeypatch):
     deaths = stages.Deaths()
     assert [deaths.started("actor", node) for node in ("b", "a", "a")] == [0, 0, 1]
     assert deaths.started("another", "a") == 0
+
+
+def by_task(batch: pa.Table):
+    for bucket in batch["bucket"].to_pylist():
+        yield pa.table({"bucket": [bucket], "task": [ray.get_runtime_context().get_task_id()]})
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (15, 1), (40, 5), (400, 8)])
+def test_a_task_takes_several_buckets_where_there_are_many(count, most):
+    cpus = int(ray.cluster_resources()["CPU"])
+    rows = list(waves.each_bucket(list(range(count * cpus)), by_task))
+    assert sorted(row["bucket"] for row in rows) == list(range(count * cpus))
+    assert max(Counter(row["task"] for row in rows).values()) == most
