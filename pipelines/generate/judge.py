@@ -23,7 +23,7 @@ from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
 from pipelines.generate.drop_errors import drop_errors
-from pipelines.generate.job import CountedReplies, count_replies, engine_step
+from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
 from pipelines.generate.personas import ragged_f32
@@ -42,6 +42,9 @@ from pplug.tasks import TaskSpec, query
 _TOKENS = pa.list_(pa.list_(pa.int32()))
 ASKED = pa.schema([*GENERATIONS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
 """A reply to judge, with the token ids of one prompt per aspect. A reply that is an error has none."""
+ASKING = tuple(f"judge_{name}" for name in TOKENS)
+"""Tokens of a judgement's prompts and answers. The row keeps those of the reply, by which methods are compared."""
+JUDGED = pa.schema([*REPLIES, *(pa.field(name, pa.int64()) for name in ASKING)])
 _NO_LIMIT = 1 << 20
 
 
@@ -117,6 +120,7 @@ def run(config: JudgeConfig) -> int:
             before = drop_errors(generations, before, pending, failed, report, identities)
             pending = Unjudged(requests, before, config.run, report.run_id, task)
         cpu = CpuShare.of(config.workers, gpus_of(config))
+        counted = CountedReplies(report)
         waves.run(
             report,
             "judge",
@@ -135,9 +139,10 @@ def run(config: JudgeConfig) -> int:
             wave_rows=config.wave_rows,
             block_rows=config.wave_rows,
             strict=False,
-            count=count_replies,
-            counted=CountedReplies(report),
+            count=count_judgements,
+            counted=counted,
         )  # fmt: skip
+    counted.note_tokens()
     report.extra |= identities | {"judge_prompt": rubric.PROMPT}
     return report.finish()
 
@@ -170,6 +175,13 @@ def _nth(row: Mapping[str, Any]) -> str:
     return f" sample {row['sample']}" if row["sample"] else ""
 
 
+def count_judgements(judged: pa.Table) -> dict[str, int]:
+    """Counts a block of `JUDGED`, with the tokens that the judge has read and written."""
+    own = dict(zip(ASKING, TOKENS, strict=True))
+    rest = judged.select([name for name in judged.column_names if name not in TOKENS])
+    return count_replies(rest.rename_columns([own.get(name, name) for name in rest.column_names]))
+
+
 class AskJudge:
     """Stage: a bucket's replies with their prompts to the judge. in: bucket int. out: ASKED."""
 
@@ -196,7 +208,7 @@ class AskJudge:
 
 
 class Judge:
-    """Stage: one judgement per reply, by the engine of `Reply`. in: ASKED. out: REPLIES."""
+    """Stage: one judgement per reply, by the engine of `Reply`. in: ASKED. out: JUDGED."""
 
     def __init__(self, *how: Any) -> None:
         """`how`: the arguments of `Reply`."""
@@ -212,7 +224,7 @@ class Judge:
         ]
         replies = iter(self._replies(prompts))
         judged = [self._judged(row, [next(replies) for _ in row["before"]]) for row in rows]
-        return pa.Table.from_pylist(judged, schema=REPLIES)
+        return pa.Table.from_pylist(judged, schema=JUDGED)
 
     def _replies(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not prompts:
@@ -233,4 +245,5 @@ class Judge:
             "notes": [],
             ENGINE: self.reply.engine.about,
         }
-        return {name: row.get(name) for name in REPLIES.names} | made
+        made |= {asked: sum(reply[name] or 0 for reply in replies) for asked, name in zip(ASKING, TOKENS, strict=True)}
+        return {name: row.get(name) for name in JUDGED.names} | made

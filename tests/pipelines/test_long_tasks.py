@@ -156,11 +156,23 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     config = JudgeConfig(**common, llm=strict_judge(folder / "judge"), run="a", run_id="b", run_dir=str(folder / "b"),
                          decoding=Decoding(max_tokens=1))  # fmt: skip
     assert judge.run(config) == 0
+    first = json.loads((folder / "b" / "report.json").read_text())
     assert judge.run(config) == 0  # nothing is judged twice
     report = json.loads((folder / "b" / "report.json").read_text())
     assert (report["already_there"], report["judge"], report["judge_prompt"]) == (4, config.llm.model, rubric.PROMPT)
     rows = {(row["request_id"], row["method"], row["run_id"]): row for row in population.rows("generations")}
     assert len(rows) == 8
+    # A word is a token to this judge, and its answer to an aspect is one.
+    aspects, questions = {"q1": 2, "q2": 1}, population.requests()
+    words = sum(
+        len(prompt.split())
+        for (request, _, run), row in rows.items()
+        if run == "a"
+        for prompt in rubric.prompts(
+            questions[request]["input"], row["text"], rubric.read(questions[request]["target"])
+        )
+    )
+    assert (first["prompt_tokens"], first["output_tokens"]) == (words, 2 * sum(aspects.values()))
     for (request, method, run), row in rows.items():
         if run == "b":
             reply = rows[request, method, "a"]
