@@ -70,8 +70,6 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
     assert "is of r.csv, not of other.csv" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_what_was_made_with_another_mapping_is_removed_and_nothing_else(tmp_path):
     own, task = tmp_path / "own.yaml", tmp_path / "own-task.yaml"
     own.write_text("columns: {text: body}\n")
@@ -89,6 +87,8 @@ def test_what_was_made_with_another_mapping_is_removed_and_nothing_else(tmp_path
     assert not quickstart.forget_former(tmp_path, steps)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_csv_ends_with_a_report_with_a_plug(tmp_path):
     """With a small model and few steps, as a user types it; the same command again does nothing anew."""
 
