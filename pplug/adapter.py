@@ -28,6 +28,10 @@ _PREFIX = "base_model.model."
 _HEADER_BYTES = 100_000_000  # safetensors' own bound
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Modules that the adapter of a base changes by default: in the paper, the projections of the attention."""
+
+
 class AdapterShape(Settings):
     """Sets which modules an adapter changes, and how. The defaults are the paper's [1]."""
 

@@ -192,13 +192,11 @@ class Fitter(Loop):
             return self.loss(self.train, indices, epoch)[0]
 
         super().__init__(groups, config, train.lengths(), targets, train_loss, mesh or Mesh(rank, world))
-        self.fit_memory(make_room(llm, config.checkpointing))
-        self._kept: KeptBeginnings | None = None
-        if self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows != "before":
-            self._kept = KeptBeginnings(
-                KEPT_SHARE * memory.free_bytes(self.device, self.world),
-                [prompt.before for own in (self.train, self.validation) for prompt in own.prompts],
-            )
+        keeps = self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows != "before"
+        room = KEPT_SHARE * memory.free_bytes(self.device, self.world) if keeps else 0.0
+        self.fit_memory(make_room(llm, config.checkpointing), room)
+        befores = [prompt.before for own in (self.train, self.validation) for prompt in own.prompts]
+        self._kept = KeptBeginnings(room, befores) if keeps else None
 
     def encode_queries(self) -> None:
         """Encodes each query once, where the query encoder learns no more; without this each pass encodes its own.
@@ -249,11 +247,13 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
     """Has the LLM's layers computed again in the backward pass where `checkpointing` asks for it.
 
     Returns:
-        Bytes that a token of a pass takes, counted on a pass over some tokens.
+        Bytes that a token of a pass takes, counted on a pass over some tokens in the layout that the LLM has: those
+        before the persona rows may be read without a graph, those behind keep all.
     """
     device = llm.embedding.weight.device
     target = [0] * 8
-    prompt = Prompt([0] * (tokens - len(target) - 1), [])
+    words = [0] * (tokens - len(target) - 2)
+    prompt = Prompt([0], words) if llm.prompt_builder.layout.rows == "before" else Prompt([0, *words], [])
 
     def kept() -> float:
         rows = torch.zeros(1, 1, llm.dim, device=device, requires_grad=True)

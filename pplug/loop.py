@@ -109,10 +109,14 @@ class Loop:
             self.optimizer, lambda step: rate(step, self.steps, config.warmup_fraction)
         )
 
-    def fit_memory(self, token_bytes: float) -> None:
-        """Lowers the budget to what is free, at so many bytes that a token keeps for the backward pass."""
+    def fit_memory(self, token_bytes: float, promised: float = 0.0) -> None:
+        """Lowers the budget to what is free, at so many bytes that a token keeps for the backward pass.
+
+        Args:
+            promised: bytes of the free ones that something else will take.
+        """
         sharers = self.world if self.device.type == "cpu" else 1
-        free = memory.FREE_SHARE * memory.free_bytes(self.device, sharers)
+        free = memory.FREE_SHARE * (memory.free_bytes(self.device, sharers) - promised)
         budget = torch.tensor(max(1, min(self.budget, int(free / max(1.0, token_bytes)))), device=self.device)
         if dist.is_initialized():  # workers that hold one LLM together take the same passes
             dist.all_reduce(budget, op=dist.ReduceOp.MIN)

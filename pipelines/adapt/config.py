@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.job_config import RequestChoice, ResumableConfig, as_moment
 from pipelines.tracking import Tracker
-from pplug.adapter import ExampleRule, LoraConfig, StackConfig
+from pplug.adapter import ATTENTION, ExampleRule, LoraConfig, StackConfig
 from pplug.llm import LLMConfig
 from pplug.settings import added, renamed
 
@@ -40,7 +40,8 @@ class Config(ResumableConfig):
     """File with one user id per line. Stage users makes adapters for them (default: all); stage base leaves them
     out."""
     lora: LoraConfig = LoraConfig()
-    """Settings of an adapter and its training."""
+    """Settings of an adapter and its training. lora.shape.targets of a base: by default all projections of the attention
+    (q_proj, k_proj, v_proj, o_proj), as in the paper."""
     epochs: int | None = Field(None, gt=0)
     """Number of passes over the examples. Default: lora.epochs for users; 3 for the base, as in the paper."""
     stack: StackConfig = StackConfig()
@@ -105,5 +106,9 @@ class Config(ResumableConfig):
     @property
     def trained(self) -> LoraConfig:
         """The settings of the training that was chosen."""
-        epochs = self.epochs or (self.lora.epochs if self.stage == "users" else 3)
-        return self.lora.model_copy(update={"epochs": epochs})
+        if self.stage == "users":
+            return self.lora.model_copy(update={"epochs": self.epochs or self.lora.epochs})
+        shape = self.lora.shape
+        if "targets" not in shape.model_fields_set:
+            shape = shape.model_copy(update={"targets": ATTENTION})
+        return self.lora.model_copy(update={"epochs": self.epochs or 3, "shape": shape})

@@ -57,7 +57,7 @@ def run(config: Config) -> int:
         )
     try:
         base = llm_id(config.llm)
-        base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.lora.shape.targets)
+        base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.trained.shape.targets)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     users = tables.read_users(config.users, histories)

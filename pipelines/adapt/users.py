@@ -76,7 +76,10 @@ class ReadExamples:
         texts = []
         for i, (words, answer) in found:
             before = [known[j] for j in range(max(start, i - RETRIEVAL_ITEMS), i)]
-            texts.append((words if words is None else self._with_items(words, before), answer))
+            try:
+                texts.append((words if words is None else self._with_items(words, before), answer))
+            except ValueError as problem:  # names the field that retrieval words an item by, never a text
+                return {REASON: "missing_field", DETAIL: str(problem)}
         prompts, answers = tokenised(self.prompt_builder, texts, self.rule.max_target_tokens)
         return {"prompts": prompts, "answers": answers}
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.plan.config import PlanConfig
-from pipelines.plan.rates import DECODE_BATCH, GPUS, LAYERS, SHARES, Measured, parameters, width_of
+from pipelines.plan.rates import DECODE_BATCH, GPUS, SHARES, Measured, parameters, usual
+from pplug.adapter import LoraConfig
 
 TERA, GIB = 1e12, 2**30
 VALUE_BYTES = 1.81
-"""Bytes of a vector's value in a table (pipelines/tables.py: 1.79 to 1.98, by the size of the row groups)."""
+"""Bytes of a vector's value in a table, as measured with random vectors (infra/rows.py)."""
 KEY_BYTES = 40
 """Bytes of a row beside its vectors: key, hash, identity, after compression."""
 TEXT_BYTES = 2.0
@@ -66,7 +67,8 @@ def lines_of(config: PlanConfig, measured: Mapping[str, Measured]) -> list[Line]
     encode = f"T 2 N / ({gpu.tflops:g} TFLOP/s {SHARES['encode']:g}), T={config.item_tokens}, N={config.encoder}"
     sample = config.prompt_tokens + config.output_tokens
     per_sample = 6 * llm * sample / (gpu.tflops * TERA * SHARES["train"])
-    per_user = 4 * llm * config.items * config.item_tokens / (gpu.tflops * TERA * SHARES["adapt"])
+    passes = LoraConfig().epochs
+    per_user = passes * 6 * llm * config.items * config.item_tokens / (gpu.tflops * TERA * SHARES["adapt"])
     answers = config.users * config.requests * config.methods
     planned = [
         Line("refresh, everything", texts, "texts", texts * per_text, 0, encode, ""),
@@ -78,8 +80,8 @@ def lines_of(config: PlanConfig, measured: Mapping[str, Measured]) -> list[Line]
         ),
         Line(
             "adapt", config.users * config.adapters, "users", config.users * config.adapters * per_user, 0,
-            f"T 4 N / ({gpu.tflops:g} TFLOP/s {SHARES['adapt']:g}), T={config.items:g} x {config.item_tokens}, "
-            f"N={config.llm}: forward, backward", "", for_llm,
+            f"{passes} T 6 N / ({gpu.tflops:g} TFLOP/s {SHARES['adapt']:g}), T={config.items:g} x "
+            f"{config.item_tokens}, N={config.llm}: {passes} epochs of forward, recomputed, backward", "", for_llm,
         ),
         Line("generate", answers, "replies", answers * _per_reply(config), 0, _reply_formula(config), "", for_llm),
     ]  # fmt: skip
@@ -114,7 +116,7 @@ def _by_measure(line: Line, measured: Mapping[str, Measured]) -> Line:
     rate = measured.get(line.job.partition(",")[0])
     if rate is None:
         return line
-    formula = f"{rate.start_s:.1f} s + {rate.per_unit_s:.3g} s a unit and worker, as measured"
+    formula = f"{rate.start_s:.1f} s + {rate.per_unit_s:.3g} s per unit and GPU, as measured"
     return Line(
         line.job, line.units, line.unit, line.units * rate.per_unit_s, rate.start_s, formula, rate.source, line.at_least
     )
@@ -122,9 +124,10 @@ def _by_measure(line: Line, measured: Mapping[str, Measured]) -> Line:
 
 def storage_of(config: PlanConfig, measured: Mapping[str, Measured]) -> list[Stored]:
     """The tables of the plan. Measured bytes of a row come before the formula's."""
-    width = config.llm_dim or width_of(parameters(config.llm))
+    usual_width, layers = usual(parameters(config.llm))
+    width = config.llm_dim or usual_width
     texts, answers = config.users * config.items, config.users * config.requests * config.methods
-    adapter = config.adapter_bytes or 2 * 2 * 8 * 2 * width * LAYERS.get(width, 32)
+    adapter = config.adapter_bytes or 2 * 2 * 8 * 2 * width * layers
     values = config.encoder_dim + config.persona_tokens * width
     rows = {
         "histories": (texts, config.item_tokens * TEXT_BYTES + KEY_BYTES,

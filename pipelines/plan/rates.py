@@ -43,7 +43,8 @@ DECODE_BATCH = 256
 """Number of requests that the engine answers at once: engine.max_num_seqs."""
 WIDTHS = {0.5e9: 896, 1.5e9: 1536, 3e9: 2048, 8e9: 4096, 14e9: 5120, 32e9: 5120, 70e9: 8192, 123e9: 12288}
 """Usual widths of LLMs by their number of parameters."""
-LAYERS = {896: 24, 1536: 28, 2048: 36, 4096: 32, 5120: 48, 8192: 80, 12288: 88}
+LAYERS = {0.5e9: 24, 1.5e9: 28, 3e9: 36, 8e9: 32, 14e9: 48, 32e9: 64, 70e9: 80, 123e9: 88}
+"""Usual numbers of layers of LLMs by their number of parameters."""
 _UNIT = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -59,9 +60,10 @@ def parameters(size: str) -> float:
     return float(found[1]) * _UNIT[found[2]]
 
 
-def width_of(size: float) -> int:
-    """The width of the usual LLM whose size is nearest."""
-    return WIDTHS[min(WIDTHS, key=lambda known: abs(known / size - 1) if known > size else abs(size / known - 1))]
+def usual(size: float) -> tuple[int, int]:
+    """Width and number of layers of the usual LLM whose size is nearest."""
+    nearest = min(WIDTHS, key=lambda known: abs(known / size - 1) if known > size else abs(size / known - 1))
+    return WIDTHS[nearest], LAYERS[nearest]
 
 
 # --- measured rates ---------------------------------------------------------------------------------------------------
@@ -69,12 +71,12 @@ def width_of(size: float) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """A job's time and bytes as runs have measured them: start + units * per_unit / workers, on their own machines."""
+    """A job's time and bytes as runs have measured them: start + units * per_unit / GPUs, on their own machines."""
 
     job: str
     start_s: float
     per_unit_s: float
-    """Seconds of one worker per unit of the job."""
+    """Seconds of one GPU per unit of the job; of one worker where it has none."""
     source: str
     bytes_per_unit: Mapping[str, tuple[float, float]]
     """Bytes of each table the run has reported: fixed ones, and those per unit."""
@@ -124,11 +126,16 @@ def _json(path: str) -> dict[str, Any]:
 
 def _of_reports(job: str, reports: list[tuple[str, dict[str, Any]]]) -> Measured:
     """The line through the runs' times; one run, or runs of one size, tell no start-up."""
-    sizes = [float(report["written"]) for _, report in reports]
-    for (path, _), size in zip(reports, sizes, strict=True):
-        if not size:
+    for path, report in reports:
+        if not report["written"]:
             raise InputError(f"rates={path}: this run has written nothing, so that it has no rate; name another one")
-    workers = [float(report["config"].get("workers") or 1) for _, report in reports]
+        if report["config"].get("stage") == "base" or report["config"].get("write_profiles"):
+            raise InputError(
+                f"rates={path}: this run of {job} made {'profiles' if job == 'generate' else 'a base'}, which a plan "
+                "has no line for; name a run that made what the job is named for"
+            )
+    sizes = [_units(report) for _, report in reports]
+    workers = [float(report["config"].get("workers") or 1) * _gpus(report["config"]) for _, report in reports]
     seconds = [float(report["seconds"]) for _, report in reports]
     start, per_unit = _line([size / n for size, n in zip(sizes, workers, strict=True)], seconds)
     bytes_per_unit = {}
@@ -137,6 +144,19 @@ def _of_reports(job: str, reports: list[tuple[str, dict[str, Any]]]) -> Measured
                  if table in report.get("tables", {})]  # fmt: skip
         bytes_per_unit[table.partition("-")[0]] = _line([float(n) for n, _ in those], [float(b) for _, b in those])
     return Measured(job, start, per_unit, ", ".join(path for path, _ in reports), bytes_per_unit)
+
+
+def _units(report: Mapping[str, Any]) -> float:
+    """Units of the job that a run has worked through: a training sees its samples once per epoch."""
+    return float(report["stages"]["fit"]["rows"] if report["job"] == "train" else report["written"])
+
+
+def _gpus(config: Mapping[str, Any]) -> float:
+    """GPUs of one worker, or the share of one; 1 where it has none, and is itself what is counted."""
+    engine = config.get("engine", {})
+    devices = (engine.get("tensor_parallel_size") or 1) * (engine.get("pipeline_parallel_size") or 1)
+    given = config.get("gpus_per_worker")
+    return float(given) if given and given != "auto" else float(devices)
 
 
 def _of_table(report: Mapping[str, Any], table: str) -> float:

@@ -25,7 +25,7 @@ class PlugShape(Settings):
     query_prefix: str | None = ""
     """Text put before a query; BGE wants its own sentence here. The empty text stands for the encoder's own prompt for
     queries, where it has one; null puts nothing before a query."""
-    query_max_tokens: int | None = Field(None, gt=0)
+    query_max_tokens: int | None = Field(None, gt=2)
     """Number of tokens at which a query is cut; default: encoder.max_tokens. The encoder's own max_seq_length counts
     where it is lower. Fewer are quicker, in training and in generate."""
     persona_scale: float | None = Field(None, gt=0)

@@ -170,6 +170,13 @@ def test_users_without_anything_to_learn_are_rejected_with_a_reason(population, 
         user_key("ann"): None, user_key("mute"): "no_usable_item", user_key("nobody"): "no_history"}  # fmt: skip
 
 
+def test_a_user_whose_item_lacks_what_retrieval_words_it_by_is_a_reject(population, llm):
+    fill(population, [item("ann", 1), item("ann", 2), item("bob", 1)], NOTES | {"retrieval": {"pattern": "{title} "}})
+    rows = {row["user_id"]: row for row in examples(population, llm, ExampleRule(retrieve="recency")).to_pylist()}
+    assert rows["ann"]["reject_reason"] == "missing_field" and "'title'" in rows["ann"]["reject_detail"]
+    assert rows["bob"]["reject_reason"] is None and len(rows["bob"]["prompts"]) == 1
+
+
 def test_an_item_that_is_its_own_answer(population, llm):
     """A tweet: no input, the text is what is learned."""
     task = {"name": "tweets", "item": "{text}", "item_without_label": "{text}", "target": "text", "metric": "text"}
@@ -337,7 +344,7 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     assert report["llm_id"] == llm_id(merged) != llm_id(made.llm)
     old, new = (AutoModelForCausalLM.from_pretrained(config.model).state_dict() for config in (made.llm, merged))
     moved = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
-    assert old.keys() == new.keys() and moved == {"q_proj", "v_proj"}
+    assert old.keys() == new.keys() and moved == {"q_proj", "k_proj", "v_proj", "o_proj"}
     first, second = (FrozenLLM.load(config).tokenizer("the cat")["input_ids"] for config in (made.llm, merged))
     assert first == second
 

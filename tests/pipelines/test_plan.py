@@ -1,6 +1,7 @@
 """The planner's arithmetic by hand, its refusals, and its predictions against runs of another size."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from pipelines import options
 from pipelines.__main__ import main
 from pipelines.plan.config import PlanConfig
 from pipelines.plan.estimate import least_gpus, lines_of, storage_of
-from pipelines.plan.rates import GPUS, parameters, read, width_of
+from pipelines.plan.rates import GPUS, parameters, read, usual
 from tests.pipelines.test_night import Night, note
 
 WORDS = "--users 10000000 --items 50 --changed 0.01 --llm 8B --gpu H100".split()
@@ -25,7 +26,8 @@ def test_the_numbers_of_a_plan_are_those_of_the_formulas():
     # 60 tokens through 22M parameters at .4 of 989 TFLOP/s
     assert lines["refresh, a night"].gpu_seconds == pytest.approx(5e6 * 60 * 2 * 22e6 / (989e12 * 0.4))
     assert lines["train"].gpu_seconds == pytest.approx(200_000 * 322 * 6 * 8e9 / (989e12 * 0.5))
-    assert lines["adapt"].gpu_seconds == pytest.approx(1e5 * 3000 * 4 * 8e9 / (989e12 * 0.4))
+    # two epochs of forward, the same once more, and a backward pass to the inputs
+    assert lines["adapt"].gpu_seconds == pytest.approx(1e5 * 2 * 3000 * 6 * 8e9 / (989e12 * 0.4))
     # decoding: 16 GB read per step of 256 replies takes longer than their products
     decode = 32 * 16e9 / (3350e9 * 0.5) / 256
     assert lines["generate"].gpu_seconds == pytest.approx(1e7 * (290 * 2 * 8e9 / (989e12 * 0.5) + decode))
@@ -40,7 +42,12 @@ def test_gpus_follow_from_hours_and_memory():
     (generate,) = [line for line in lines_of(config, {}) if line.job == "generate"]
     gpus = generate.gpus(2)
     assert gpus % 4 == 0 and generate.seconds(gpus) <= 2 * 3600 < generate.seconds(gpus - 4)
-    assert least_gpus(planned(*WORDS)) == 1 and width_of(8e9) == 4096 and width_of(7e9) == 4096
+    assert least_gpus(planned(*WORDS)) == 1 and usual(8e9) == usual(7e9) == (4096, 32)
+    adapters = {}
+    for llm in ("14B", "32B"):  # of one width, with 48 and 64 layers
+        (adapters[llm],) = [table.bytes for table in storage_of(planned(*WORDS, "--llm", llm), {}) if
+                            table.table == "adapters"]  # fmt: skip
+    assert adapters["32B"] / adapters["14B"] == pytest.approx(64 / 48)
 
 
 def test_a_plan_prints_every_job_and_source_and_starts_nothing(capsys):
@@ -93,6 +100,39 @@ def test_two_runs_of_one_job_tell_its_start_up(tmp_path):
     assert everything.seconds(1) == pytest.approx(20 + 1000 * 0.1)
     (embeddings,) = [table for table in storage_of(config, read(config.rates)) if table.table == "embeddings"]
     assert embeddings.bytes == pytest.approx(3000 + 1000 * 20)
+
+
+def reported(folder: Path, job: str, written: int, seconds: float, stages: dict | None = None, **config) -> str:
+    report = {"job": job, "seconds": seconds, "written": written, "planned": written, "stages": stages or {},
+              "config": {"workers": 1} | config}  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(report))
+    return str(folder / "report.json")
+
+
+def test_a_measured_training_is_counted_in_samples_times_epochs(tmp_path):
+    path = reported(tmp_path, "train", 1000, 100.0, {"fit": {"rows": 2000, "seconds": 90.0}}, fit={"epochs": 2})
+    for epochs, seconds in ((2, 100), (5, 250)):
+        config = planned(*WORDS, "--train-samples", "1000", "--epochs", str(epochs), "--rates", path)
+        (train,) = [line for line in lines_of(config, read(config.rates)) if line.job == "train"]
+        assert train.seconds(1) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "seconds"),
+    [("auto", {"tensor_parallel_size": 4, "pipeline_parallel_size": 1}, 400), (4.0, {}, 400), (0.5, {}, 50),
+     (0.0, {}, 100)],
+)  # fmt: skip
+def test_a_measured_rate_is_one_of_gpus_and_not_of_engines(tmp_path, gpus, engine, seconds):
+    path = reported(tmp_path, "generate", 1000, 100.0, gpus_per_worker=gpus, engine=engine)
+    config = planned(*WORDS, "--users", "1000", "--rates", path)
+    (generate,) = [line for line in lines_of(config, read(config.rates)) if line.job == "generate"]
+    assert generate.gpu_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("job", "config"), [("adapt", {"stage": "base"}), ("generate", {"write_profiles": True})])
+def test_a_run_that_made_something_else_is_no_rate(tmp_path, capsys, job, config):
+    assert main(["plan", *WORDS, "--rates", reported(tmp_path, job, 10, 1.0, **config)]) == 2
+    assert "which a plan has no line for" in capsys.readouterr().err
 
 
 # --- against runs -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pplug.llm import FrozenLLM, LLMConfig
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.lora_user import Part
 from pplug.objective import target_loss
-from pplug.splice import Prompt
+from pplug.splice import Prompt, PromptLayout
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 
 WIDTH, TOKENS = 4096, 8
@@ -88,6 +88,16 @@ def test_layers_that_are_computed_again_give_the_same_gradient(make, tmp_path):
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
     assert found[0][2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("rows", ["before", "after", "last"])
+def test_a_token_takes_what_one_of_a_prompt_in_this_layout_keeps(llama, rows):
+    llm = FrozenLLM.load(LLMConfig(model=str(llama), layout=PromptLayout(rows=rows)))
+    [prompt] = llm.prompt_builder.prompts([" ".join(["cat", "ran"] * 25)])
+    rows_RH = torch.zeros(1, 1, llm.dim, requires_grad=True)
+    kept = memory.kept_bytes(lambda: target_loss(llm, [prompt], rows_RH, [1], [[5] * 8]), list(llm.model.parameters()))
+    tokens = len(prompt.before) + len(prompt.after) + 1 + 8
+    assert tokens > 50 and make_room(llm, "off") == pytest.approx(kept / tokens, rel=0.2)
 
 
 # --- what does not fit ---------------------------------------------------------------------------------------------
