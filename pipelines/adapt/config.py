@@ -40,8 +40,8 @@ class Config(ResumableConfig):
     """File with one user id per line. Stage users makes adapters for them (default: all); stage base leaves them
     out."""
     lora: LoraConfig = LoraConfig()
-    """Settings of an adapter and its training. lora.shape.targets of a base: by default all projections of the attention
-    (q_proj, k_proj, v_proj, o_proj), as in the paper."""
+    """Settings of an adapter and its training. By default, lora.shape.targets of a base are all projections of the
+    attention (q_proj, k_proj, v_proj, o_proj), as in the paper."""
     epochs: int | None = Field(None, gt=0)
     """Number of passes over the examples. Default: lora.epochs for users; 3 for the base, as in the paper."""
     stack: StackConfig = StackConfig()
