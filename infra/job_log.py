@@ -210,8 +210,17 @@ class _Stream:
             shown = shown if isinstance(self.under, _Stream) else self._log.object_of(shown, self._name)
         if shown is not None:
             with tqdm.external_write_mode(file=terminal(sys.stderr)):  # else the line would stand behind a bar
-                self.under.write(shown + "\n")
-                self.under.flush()
+                _tell(self.under, shown + "\n")
+
+
+def _tell(stream: Any, text: str) -> None:
+    """Writes to a stream. Where nobody reads it any more, as behind `| head`, the job goes on without it."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _last_drawn(line: str) -> str:
@@ -230,8 +239,7 @@ def show(text: str) -> None:
         for line in text.split("\n"):
             said = "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in line)
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            stream.write(said.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
+            _tell(stream, said.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def terminal(stream: TextIO) -> TextIO:

@@ -62,6 +62,17 @@ def test_a_small_job_says_its_steps_and_its_end_and_nothing_else(ingested):
     assert "own-id" not in said and "own text" not in said
 
 
+def test_a_job_whose_output_nobody_reads_any_more_goes_on_to_its_end(tmp_path):
+    """As in `... | head -1`."""
+    words = [sys.executable, "-m", "pipelines", "plan", "--users", "1000"]
+    with open(tmp_path / "errors", "w") as errors:
+        job = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+        assert job.stdout is not None
+        job.stdout.close()
+        assert job.wait(60) == 0
+    assert (tmp_path / "errors").read_text() == ""
+
+
 @pytest.fixture
 def damaged(ingested):
     """Tables in which one file of the histories is not what it should be; whole again afterwards."""
