@@ -30,6 +30,7 @@ class PersonaMaker:
         self.device = device.assigned()
         self.plug = PersonaPlug.from_pretrained(folder, queries=queries).to(self.device)
         self.dtype = best_dtype("auto", self.device)
+        self.instruction = None if self.plug.config.request_value else self._instructions(None)
         self.ahead: dict[str, Any] = {}
         self.tokenizer = None
         if self.plug.emb_model is not None:
@@ -55,7 +56,8 @@ class PersonaMaker:
         weighed = aggregation == "attention" and any(own is not None and len(own) for own in items)
         asked = self.tokenizer is not None and (weighed or self.plug.config.request_value)
         x = self._queries(queries) if asked else None
-        instructions = self._instructions(x, len(items))
+        one = self.instruction
+        instructions = self._instructions(x) if one is None else np.repeat(one, len(items), axis=0)
         personas = self._personas(x if weighed else None, items)
         out, kinds = [], []
         for instruction, own, ready, persona in zip(instructions, items, stored, personas, strict=True):
@@ -70,11 +72,10 @@ class PersonaMaker:
                 kinds.append("none")
         return out, kinds
 
-    def _instructions(self, query_BD: Any, requests: int) -> np.ndarray:
-        """(B, H)."""
+    def _instructions(self, query_BD: Any) -> np.ndarray:
+        """(B, H); (1, H) of a plug that has one for all requests."""
         with torch.inference_mode():
-            rows = self.plug.instruction(query_BD).float()
-        return rows.expand(requests, -1).cpu().numpy()
+            return self.plug.instruction(query_BD).float().cpu().numpy()
 
     def _personas(self, query_BD: Any, items: Sequence[UserItems | None]) -> np.ndarray:
         """(B, P*H), zeros for a request without items."""

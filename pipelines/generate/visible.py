@@ -1,6 +1,7 @@
 """The items of a bucket's users that each request may see, and another person's items for a control."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,31 +34,39 @@ class VisibleItems:
         """`keys`: of the requests' users; `others`: another user's items will be asked for, so that all are read;
         `labels`: answers that a plug adds to a persona."""
         theirs = None if others else keys
-        self.own = read_bucket(histories, embeddings, bucket, with_fields=with_fields, user_keys=theirs)
+        self.texts = read_bucket(histories, None, bucket, with_fields=with_fields, user_keys=theirs)
+        self._some = None if others else np.arange(len(self.texts.text_hash))
         self._labels = labels
-        if labels is not None:
-            rows = None if others else np.arange(len(self.own.text_hash))
-            self.own = self.own.with_labels(histories, bucket, labels, rows)
         self.max_items = max_items
         self._source, self._bucket, self._owners = (histories, embeddings), bucket, owners
         self._far: tuple[int, Histories] | None = None
         self._persons: dict[int, dict[str, frozenset[str]]] = {}
         self._place: dict[str, int | None] = {}  # by person, the bucket that another one is drawn from
 
+    @cached_property
+    def own(self) -> Histories:
+        """The same items beside their vectors and answers, which are read when the first is asked for: stored personas
+        and words alone need none."""
+        histories, embeddings = self._source
+        own = self.texts
+        if embeddings is not None:
+            own = own.with_vectors(embeddings, self._bucket, self._some)
+        return own if self._labels is None else own.with_labels(histories, self._bucket, self._labels, self._some)
+
     def rows(self, request: Mapping[str, Any]) -> np.ndarray:
-        """Rows of `own` of the items the request may see, oldest first."""
-        user = self.own.user(request["user_id"])
+        """Rows of `texts` and `own` of the items the request may see, oldest first."""
+        user = self.texts.user(request["user_id"])
         if user is None:
             return np.zeros(0, np.int64)
-        return self.own.visible_to(request, user, self.max_items)
+        return self.texts.visible_to(request, user, self.max_items)
 
     def hashes(self, request: Mapping[str, Any]) -> list[str]:
         """Text hashes of the items the request may see, oldest first."""
-        return self.own.text_hash.take(pa.array(self.rows(request))).to_pylist()
+        return self.texts.text_hash.take(pa.array(self.rows(request))).to_pylist()
 
     def times(self, request: Mapping[str, Any]) -> list[int]:
         """Times of the items the request may see, oldest first."""
-        return self.own.times[self.rows(request)].tolist()
+        return self.texts.times[self.rows(request)].tolist()
 
     def items(self, request: Mapping[str, Any], by_request: bool) -> UserItems:
         """The items the request may see that have a vector, aged at the request's time.
@@ -70,7 +79,7 @@ class VisibleItems:
     def lacks_times(self, request: Mapping[str, Any]) -> bool:
         """Returns whether the user is untimed: an item has no time, so that none counts."""
         rows = self.rows(request)
-        return bool(len(rows)) and bool((self.own.times[rows] == NO_TIME).any())
+        return bool(len(rows)) and bool((self.texts.times[rows] == NO_TIME).any())
 
     def lacks_vectors(self, request: Mapping[str, Any]) -> bool:
         """Returns whether an item that the request may see has no vector yet."""

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +73,23 @@ def assert_made_from(made, plug, cap: int, notes: list[str]) -> None:
 def test_the_stored_persona_is_taken_where_its_items_are_the_requests(made):
     made, plug, _ = made
     assert_made_from(made, plug, 512, [])
+
+
+def test_no_vector_is_read_where_the_stored_persona_is_taken(made):
+    made, plug, _ = made
+    want = by_hand(made, plug, 512)
+    files = list((Path(made.tables) / small.names(made.tables, "embeddings")).rglob("*.parquet"))
+    assert files
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    try:
+        for user, row in built(made, plug, 512).items():
+            np.testing.assert_allclose(row["rows"], want[user], rtol=2e-3, atol=2e-3)
+        with pytest.raises(FileNotFoundError):
+            built(made, plug, 2)
+    finally:
+        for file in files:
+            file.with_suffix(".away").rename(file)
 
 
 def test_another_number_of_newest_items_is_another_persona(made):

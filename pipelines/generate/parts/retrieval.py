@@ -120,7 +120,7 @@ class Retrieval(Part):
             try:
                 if keys[i] not in self._found:
                     self._found[keys[i]] = self._find(kind, k, request, texts[i], vectors.get(i), users)
-                items = [_fields(users.own, row) for row in self._found[keys[i]][:k]]
+                items = [_fields(users.texts, row) for row in self._found[keys[i]][:k]]
                 prompt = retrieval.compose(
                     items, input, self.task, self.tokenizer, self.budget, self.config.input_share, reserved[i]
                 )
@@ -137,15 +137,15 @@ class Retrieval(Part):
     def _find(
         self, kind: str, k: int, request: Mapping[str, Any], text: str, vector: np.ndarray | None, users: VisibleItems
     ) -> np.ndarray:
-        own, rows = users.own, users.rows(request)
+        rows = users.rows(request)
         if vector is not None:
-            rows = rows[own.vector_row[rows] >= 0]
+            rows = rows[users.own.vector_row[rows] >= 0]
         if not len(rows):
             return rows
         if vector is not None:
-            best = retrieval.nearest(own.vectors[own.vector_row[rows]], vector)
+            best = retrieval.nearest(users.own.vectors[users.own.vector_row[rows]], vector)
         elif kind == "bm25":
-            best = self._index(rows, own).rank(text)
+            best = self._index(rows, users.texts).rank(text)
         elif kind == "recency":
             best = retrieval.recency(len(rows))
         elif kind == "random":
