@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from infra import lease, log
 from infra.errors import ConcurrentRunError, InputError
-from infra.rows import TableSpec, conform, write_parquet
+from infra.rows import TableSpec, conform, in_order, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.storage import Storage, is_transient, retrying
 
@@ -214,8 +214,8 @@ class Table:
                 finite in 16 bits. The message names the column, never a value of a user.
         """
         data = conform(data, self.spec)
-        order = [(column, "ascending") for column in (["bucket"] if self.spec.bucketed else []) + list(self.spec.sort)]
-        data = data.sort_by(order) if order else data
+        order = [*(["bucket"] if self.spec.bucketed else []), *self.spec.sort]
+        data = in_order(data, order) if order else data
         if not len(data):
             return []
         if not self.spec.bucketed:

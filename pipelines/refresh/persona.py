@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra import device
+from infra.rows import rows_at
 from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.codes import encode
@@ -95,7 +96,8 @@ class BuildPersonas:
             if len(changed) or gone:
                 if kept.num_rows and self.before is not None:  # rows as they are: nothing is computed for them
                     stored = self.before.read(buckets=[bucket])
-                    stored = stored.filter(pc.is_in(stored["user_key"], value_set=kept["user_key"]))
+                    stays = pc.is_in(stored["user_key"], value_set=kept["user_key"]).to_numpy()
+                    stored = rows_at(stored, np.flatnonzero(stays))
                     rows = pa.concat_tables([stored, rows.cast(stored.schema)])
                 files = self.personas.write(rows, self.run_id) if rows.num_rows else []
             facts = {

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.rows import conform
+from infra.rows import conform, in_order, rows_at
 from infra.table import Table
 
 
@@ -166,3 +166,25 @@ def test_an_unbucketed_table_has_plain_files(tmp_path):
     table.commit([file], run_id="run", group=0, mode="append", planned_on=0)
     assert table.snapshot().read().to_pylist() == [{"key": "a", "why": "y"}, {"key": "b", "why": "x"}]
     assert table.write(pa.table({"key": pa.array([], pa.string()), "why": pa.array([], pa.string())}), "run") == []
+
+
+@pytest.mark.parametrize("inserted", [0, 1, 5, 300])
+def test_rows_that_are_put_between_sorted_ones_are_sorted_as_by_arrow(inserted):
+    rng = np.random.default_rng(inserted)
+    numbers = np.concatenate([np.arange(1000), rng.integers(0, 1000, inserted)])
+    keys = pa.array([None if n == 500 else f"{n:04}" for n in numbers], pa.string())
+    vectors = pa.array([[float(n), float(at)] for at, n in enumerate(numbers)], pa.list_(pa.float32()))
+    data = pa.table({"key": keys, "n": numbers % 3, "vector": vectors})
+    for columns in (["key"], ["n", "key"]):
+        want = data.sort_by([(column, "ascending") for column in columns])
+        assert in_order(data, columns).equals(want)
+        halves = pa.concat_tables([data.slice(0, 600), data.slice(600)])
+        assert in_order(halves, columns).equals(want)
+    assert in_order(data.slice(0, 0), ["key"]).num_rows == 0
+
+
+@pytest.mark.parametrize("rows", [[], [3], [0, 1, 2], [2, 1, 0], [5, 5, 6], [*range(40, 90), *range(10)]])
+def test_rows_by_their_numbers_are_those_that_arrow_takes(rows):
+    data = pa.table({"n": range(100), "vector": [[float(n)] * (n % 4) for n in range(100)]})
+    numbers = np.array(rows, np.int64)
+    assert rows_at(data, numbers).equals(data.take(pa.array(numbers)))
