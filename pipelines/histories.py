@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.rows import rows_at
 from infra.snapshot import Snapshot
 from pplug import history
 from pplug.items import NO_LABEL, KnownAnswers, UserItems
@@ -147,7 +148,7 @@ def read_bucket(
     items = pa.concat_tables(
         [histories.spec.empty(columns), *histories.of_users(columns, bucket, user_keys)]
     ).combine_chunks()
-    items = items.take(_ordered(items))
+    items = rows_at(items, _ordered(items).to_numpy())
     starts = _starts(items["user_key"])
     occurred_at, last_item_at = _times(items["occurred_at"], starts)
     first = pa.array(starts[:-1])
@@ -216,7 +217,7 @@ def vectors_of(
         hit = np.flatnonzero(pc.is_valid(at).to_numpy(zero_copy_only=False))
         if len(hit):
             row_of[at.take(pa.array(hit)).to_numpy()] = count + np.arange(len(hit))
-            parts.append(matrix(table["vector"].take(pa.array(hit))))
+            parts.append(matrix(table["vector"])[hit])  # Arrow's `take` moves each value by itself
             count += len(hit)
     if len(wanted):
         place = row_of[distinct.indices.to_numpy()]
