@@ -83,7 +83,7 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
         info = commit_info(actions or [])
         if (
             actions is None
-            or any(key in info for key in OF_ONE_COMMIT)
+            or any(key in info for key in (ERASED, ERASING, RESTORED))
             or any(kind in entry for entry in actions for kind in _NOT_ROWS)
         ):
             kinds.add("other")

@@ -111,6 +111,18 @@ def test_an_append_does_not_go_on_over_a_replacement(table, rows):
         append(table, mine, run="mine", planned_on=1)
 
 
+def test_an_append_goes_on_over_another_runs_dropping_of_its_rows(table, rows):
+    with_error = append(table, table.write(rows(bucket=1), "other"), run="other").version
+    mine = table.write(rows(bucket=1, n=7), "mine")
+    strict = {"run_id": "third", "group": 0, "mode": "append", "planned_on": with_error, "strict": True}
+    old, new = table.snapshot().files, table.write(rows(bucket=1, count=1), "other")
+    table.drop_own(new, old, run_id="other", group=1, planned_on=with_error, metadata={})
+    with pytest.raises(CommitConflict):
+        table.commit(table.write(rows(bucket=2), "third"), **strict)
+    assert append(table, mine, run="mine", planned_on=with_error) == Commit(3, already=False)
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 7, 7]
+
+
 def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):
     with pytest.raises(CommitConflict):
         append(table, table.write(rows(bucket=1), "run"), planned_on=5)
