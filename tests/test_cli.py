@@ -222,6 +222,12 @@ def test_missing_config_file_and_an_empty_one(job, capsys, tmp_path):
     assert run("--config", str(tmp_path / "empty.yaml"), "--tables", "t") == 0
 
 
+def test_a_folder_that_can_have_no_tables_is_refused_before_anything_is_made(job, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "50%25off: '%25' in the address of tables" in wrong(capsys, "--tables", "50%25off")
+    assert not job.seen and not list(tmp_path.iterdir())
+
+
 # --- how a job ends ---------------------------------------------------------------------------------------------------
 
 
