@@ -356,6 +356,14 @@ class Table:
         last = self._asked(lambda: delta.transaction_version(run_id))
         return range(0 if last is None else last + 1)
 
+    def unended(self, runs: Iterable[str], version: int) -> list[str]:
+        """Lists those of these runs that have committed up to a version without an end: it holds a part of their rows.
+
+        A version may be complete in spite of them, when another run has ended on it. Nothing is known of commits that
+        the log no longer has.
+        """
+        return log.unended(self.storage, version, [run for run in runs if self.committed(run)])
+
     # -- driver side: commits
 
     def commit(

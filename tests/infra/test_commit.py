@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from infra import upkeep
 from infra.table import Commit, CommitConflict, Table
 
 
@@ -121,6 +122,22 @@ def test_an_append_goes_on_over_another_runs_dropping_of_its_rows(table, rows):
         table.commit(table.write(rows(bucket=2), "third"), **strict)
     assert append(table, mine, run="mine", planned_on=with_error) == Commit(3, already=False)
     assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 7, 7]
+
+
+def test_a_run_of_which_another_has_shown_a_part_is_told(table, rows):
+    append(table, table.write(rows(bucket=1), "half"), run="half")
+    append(table, table.write(rows(bucket=2), "whole"), run="whole", complete=True)
+    shown = table.snapshot(complete=True)
+    runs = ["half", "whole", "never"]
+    assert shown.rows == 4 and table.unended(runs, shown.version) == ["half"]
+    merged = table.rewrite([], [], below=shown, run_id="compact", group=0, same_rows=True).version
+    assert table.unended(runs, merged) == ["half"]
+    ended = append(table, [], run="half", group=1, planned_on=merged, complete=True).version
+    assert table.unended(runs, ended) == [] and table.unended(runs, shown.version) == ["half"]
+    back = upkeep.restore(table, table.snapshot(shown.version), "restore", 0)
+    assert table.unended(runs, back.version) == ["half"]  # its end has been taken back
+    upkeep.forget(table, "erase", 0)
+    assert table.unended(runs, table.version) == []  # nobody knows any more
 
 
 def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):
