@@ -5,7 +5,7 @@ process moves (a server in the same process: 180 s of time-outs), and it reads t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from infra.snapshot import DataFile
@@ -83,7 +83,7 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
         info = commit_info(actions or [])
         if (
             actions is None
-            or any(key in info for key in OF_ONE_COMMIT)
+            or any(key in info for key in (ERASED, ERASING, RESTORED))
             or any(kind in entry for entry in actions for kind in _NOT_ROWS)
         ):
             kinds.add("other")
@@ -155,6 +155,25 @@ def taken_back(storage: Storage, version: int, newest: int) -> str | None:
             if until < version:
                 return writer(info)
     return None
+
+
+def unended(storage: Storage, version: int, runs: Iterable[str]) -> list[str]:
+    """Lists those of these runs whose newest commit up to a version has not ended them.
+
+    A run of which the log has no entry is none of them. Commits that a restore has taken back do not count.
+    """
+    left, found, until = set(runs), [], version
+    for info in back_from(storage, version):
+        if not left:
+            break
+        if info["version"] > until:
+            continue
+        if RESTORED in info:
+            until = int(info[RESTORED])
+        elif info.get("run_id") in left and not is_rewritten(info):
+            left.remove(info["run_id"])
+            found += [info["run_id"]] if info.get("complete") != "true" else []
+    return found
 
 
 def lost_race(error: Exception) -> bool:

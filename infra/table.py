@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import lease, log
+from infra import addresses, lease, log
 from infra.errors import ConcurrentRunError, InputError
 from infra.rows import TableSpec, conform, in_order, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
@@ -85,7 +85,7 @@ class Table:
         """Makes an empty table, with bucket count and schema version in its description.
 
         Raises:
-            InputError: the address has a table already, or the bucket count is below 1.
+            InputError: the address has a table already or cannot have one, or the bucket count is below 1.
         """
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
@@ -93,6 +93,7 @@ class Table:
         table = cls(Storage(uri).uri, spec, buckets)
         if buckets < 1:
             raise InputError(f"table {spec.name}: buckets={buckets}; expected 1 or more")
+        addresses.refuse_misread(table.uri)
         storage = table.storage
         if not storage.is_s3:
             storage.filesystem.create_dir(storage.path)
@@ -147,6 +148,7 @@ class Table:
     @classmethod
     def _opened(cls, uri: str, spec: TableSpec) -> "tuple[Table, DeltaTable]":
         uri = Storage(uri).uri
+        addresses.refuse_misread(uri)
         if not cls.exists(uri):
             raise InputError(
                 f"{uri}: there is no table {spec.name} here; check the address or run the job that writes it"
@@ -353,6 +355,14 @@ class Table:
         delta = self._load()
         last = self._asked(lambda: delta.transaction_version(run_id))
         return range(0 if last is None else last + 1)
+
+    def unended(self, runs: Iterable[str], version: int) -> list[str]:
+        """Lists those of these runs that have committed up to a version without an end: it holds a part of their rows.
+
+        A version may be complete in spite of them, when another run has ended on it. Nothing is known of commits that
+        the log no longer has.
+        """
+        return log.unended(self.storage, version, [run for run in runs if self.committed(run)])
 
     # -- driver side: commits
 

@@ -205,13 +205,16 @@ def undone(table: Table, target: Snapshot, newest: int) -> list[str]:
 
 
 def restored_since(table: Table, version: int) -> bool:
-    """Says whether an older version has been put back after this one, so that some of its rows may be gone."""
+    """Says whether an older version has been put back after this one, so that some of its rows may be gone.
+
+    A log that no longer reaches back to this version, or is another table's, could not tell: it counts as such.
+    """
     for info in log.back_from(table.storage, table.version):
-        if info["version"] <= version:
+        if info["version"] == version:
             return False
         if log.RESTORED in info:
             return True
-    return False
+    return True
 
 
 def check_restorable(table: Table, target: Snapshot) -> None:

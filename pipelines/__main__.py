@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
-from infra import stopping, submission
+from infra import addresses, stopping, submission
 from infra.errors import ConcurrentRunError, InputError
 from pipelines import failures
 
@@ -296,7 +296,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _refuse_places(name: str, config: BaseModel) -> None:
-    """Refuses results that a submitted job would lose, and buckets that cannot be used, before anything starts.
+    """Refuses results that a submitted job would lose, and places that cannot be used, before anything starts.
 
     Raises:
         InputError: names the key, or the address.
@@ -305,11 +305,13 @@ def _refuse_places(name: str, config: BaseModel) -> None:
     given = {key: getattr(config, key) for key in written if hasattr(config, key)}
     looks_only = getattr(config, "check", None) is not None
     submission.refuse_lost({k: v for k, v in given.items() if v is not None or (k == "run_dir" and not looks_only)})
-    addresses = [text for text in _texts(config) if text.startswith("s3://")]
-    if addresses:
+    if given.get("tables"):
+        addresses.refuse_misread(given["tables"])
+    on_s3 = [text for text in _texts(config) if text.startswith("s3://")]
+    if on_s3:
         from infra import s3
 
-        s3.check(addresses)
+        s3.check(on_s3)
 
 
 def _program() -> str:

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from infra.errors import InputError
+from pplug import yaml_text
 from pplug.settings import Settings, warn_renamed
 
 Key = tuple[str, ...]
@@ -133,7 +134,7 @@ def _read_file(path: str, given: ParsedOptions, config: type[BaseModel]) -> None
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values = yaml_text.load(text)
     except FileNotFoundError:
         shipped = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.yaml"))
         hint = difflib.get_close_matches(Path(path).name, shipped, n=1)
@@ -175,11 +176,11 @@ def _note_places(node: yaml.Node | None, above: Key, path: str, given: ParsedOpt
 def _value(text: str, annotation: Any, place: str) -> Any:
     """Reads one value as its field wants it: a text as it stands, a list with commas, the rest as YAML."""
     leaves = _leaves(annotation)
+    others = {bool, int, float} & set(leaves)
     if type(None) in leaves and text in ("null", "~"):
         return None
     if any(leaf in (str, Path) or isinstance(leaf, str) for leaf in leaves):
-        others = {bool, int, float} & set(leaves)
-        value = yaml.safe_load(text) if others and text else text
+        value = yaml_text.load_or_text(text) if others and text else text
         return value if type(value) in others else text
     if _is_list(annotation) and not text.lstrip().startswith("["):
         item = next((a for a in _list_items(annotation)), Any)
@@ -188,11 +189,10 @@ def _value(text: str, annotation: Any, place: str) -> Any:
         pairs = (pair.partition("=") for pair in text.split(","))
         return {key.strip(): below.strip() for key, _, below in pairs}
     try:
-        return yaml.safe_load(text)
+        return yaml_text.load(text, decimal=bool(others))
     except yaml.YAMLError as error:
-        raise InputError(
-            f"{place}: {text!r} is not a value YAML reads ({getattr(error, 'problem', None) or error})"
-        ) from None
+        why = getattr(error, "problem", None) or error
+        raise InputError(f"{place}: {text!r} is not a value YAML reads ({why})") from None
 
 
 # --- renamed keys ---------------------------------------------------------------------------------------------------

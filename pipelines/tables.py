@@ -6,7 +6,7 @@ bucket by bucket, without a shuffle. Vectors of another encoder stand in a table
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -123,6 +123,36 @@ def names(tables: str) -> list[str]:
     """Lists the tables that a population has."""
     folders = Storage(tables).folders()
     return [name for name in folders if name.partition("-")[0] in SPECS and Table.exists(location(tables, name))]
+
+
+def refuse_rebucketed(tables: str, name: str, buckets: int) -> None:
+    """Refuses to go on by a number of buckets that `rebucket` has changed since a table was opened.
+
+    A job that opens tables before it has its lease asks this once it has it: from then on `rebucket` waits.
+
+    Raises:
+        InputError: the table has another number now.
+    """
+    now = open_table(tables, name).buckets
+    if now != buckets:
+        raise InputError(
+            f"{tables}: while this job started, `rebucket` has given the tables {now} buckets, and they had {buckets}; "
+            "start it again"
+        )
+
+
+def refuse_unended(table: Table, version: int, runs: Sequence[str]) -> None:
+    """Refuses runs that broke off or are still at work, where the end of another has shown their first rows to readers.
+
+    Raises:
+        InputError: names these runs.
+    """
+    half = table.unended(runs, version)
+    if half:
+        raise InputError(
+            f"{table.uri}: run {', '.join(half)} has not ended, so that version {version} holds a part of its rows; "
+            f"run that job again with run_id={half[0]} until it ends, then this"
+        )
 
 
 def metadata_values(table: Table, key: str) -> set[str]:

@@ -373,7 +373,8 @@ def run(
         block_rows: rows of one file's block, at most, and fewer where there are few rows, so that the screen shows how
             far the run is; None takes blocks as they come.
         key: the column by which `rejects` names a row.
-        complete: whether `before` needs no further commit where nothing is pending; by default, whether it is complete.
+        complete: whether `before` needs no further commit where nothing is pending; by default, whether it is complete,
+            and not by another run's end alone.
         strict: whether another run's appends undo the plan; not where each run has rows of its own.
         count: numbers of a block of rows, counted in the worker; `counted` gets them on the driver.
 
@@ -381,6 +382,9 @@ def run(
         What was committed, for what the job reports beside.
     """
     todo = {bucket: n for bucket, n in sorted(pending.items()) if n}
+    if complete is None:
+        complete = before.metadata.get("complete") == "true"
+        complete = complete and (strict or not into.unended([report.run_id], before.version))
     kept = {bucket: (unchanged or {}).get(bucket, 0) for bucket in todo}
     committer = Committer(
         table=into,
@@ -391,7 +395,7 @@ def run(
         metadata=dict(metadata),
         planned_on=before.version,
         strict=strict,
-        complete=before.metadata.get("complete") == "true" if complete is None else complete,
+        complete=complete,
         replace=unchanged is not None,
     )
     with report.stage(name) as stage:

@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from pplug import yaml_text
 from pplug.settings import Settings
 
 Metric = Literal["classification", "rating", "text", "rubric"]
@@ -342,7 +343,7 @@ def load(path: str | Path) -> TaskSpec:
         ValueError: the file is missing, is no YAML mapping, or a key is wrong; the message names file and key.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = yaml_text.load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
         raise ValueError(f"{path}: this task entry cannot be read: {wrong}") from wrong
     if not isinstance(found, dict):

@@ -118,6 +118,8 @@ def test_null_lists_mappings_numbers_and_unions(job):
     assert config_of(job, "--low", "-3").low == -3
     assert config_of(job, "--size", "8").size == 8
     assert config_of(job, "--size", "auto").size == "auto"
+    got = config_of(job, "--buckets", "010", "--size", "010", "--rate", "010", "--low", "-010")  # to YAML these are 8
+    assert (got.buckets, got.size, got.rate, got.low) == (10, 10, 10.0, -10)
 
 
 # --- what is wrong is named -------------------------------------------------------------------------------------------
@@ -186,6 +188,10 @@ def test_missing_and_contradicting_keys(job, capsys):
         (["--config"], "--config needs a value"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is given 2 times"),
         (["--methods", "none", "--methods", "plug"], "given twice: several values are written with commas"),
+        (["--buckets", "2026-02-30"], "--buckets: '2026-02-30' is not a value YAML reads (day is out of range for mon"),
+        (["--rate", "0b_"], "--rate: '0b_' is not a value YAML reads (invalid literal for int() with base 2"),
+        (["--tables", "t", "--size", "2026-13-01"], "size: got '2026-13-01' (--size), expected 'auto'"),
+        (["--tables", "t", "--size", "[x"], "size: got '[x' (--size), expected 'auto'"),
     ],
 )
 def test_wrong_usage(job, capsys, words, message):
@@ -199,6 +205,8 @@ def test_wrong_usage(job, capsys, words, message):
         ("- a\n- b\n", "expected a mapping of keys to values, got ['a', 'b']"),
         ("tables: a\ntables: b\n", "line 2: tables is given twice, first in"),
         ("1: a\n", "keys are words, got '1'"),
+        ("tables: a\nbuckets: 2026-02-30\n", "line 2, column 10: not YAML: day is out of range for month"),
+        ("tables: a\nencoder: {max_tokens: 0b_}\n", "line 2, column 23: not YAML: invalid literal for int()"),
         ("tables: \udcff", "not UTF-8 (byte 8)"),
     ],
 )
@@ -212,6 +220,12 @@ def test_missing_config_file_and_an_empty_one(job, capsys, tmp_path):
     assert "there is no such file" in wrong(capsys, "--config", str(tmp_path / "none.yaml"))
     (tmp_path / "empty.yaml").touch()
     assert run("--config", str(tmp_path / "empty.yaml"), "--tables", "t") == 0
+
+
+def test_a_folder_that_can_have_no_tables_is_refused_before_anything_is_made(job, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "50%25off: '%25' in the address of tables" in wrong(capsys, "--tables", "50%25off")
+    assert not job.seen and not list(tmp_path.iterdir())
 
 
 # --- how a job ends ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def run(config: Config) -> int:
     refuse_missing(config.track)
     report = begin("adapt", config)
     run_id, run_dir = report.run_id, report.run_dir
-    histories = tables.open_table(config.tables, "histories").snapshot(complete=True)
+    table = tables.open_table(config.tables, "histories")
+    histories = table.snapshot(complete=True)
     report.table_read("histories", histories.version)
     task = tables.task_entry(config.task, histories)
     if task.target is None and (config.stage == "users" or config.examples == "items"):
@@ -71,6 +72,7 @@ def run(config: Config) -> int:
         with lease.reading(config.tables, run_id):
             return _base(config, run_id, run_dir, report, task, base)
     with lease.writing(config.tables, run_id):
+        tables.refuse_rebucketed(config.tables, "histories", table.buckets)
         _adapters(config, report, histories, task, users, base)
     return report.finish()
 

@@ -42,6 +42,7 @@ def compare(config: EvaluateConfig, run_id: str) -> int:
 def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunReport) -> Comparison:
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
+    scoring.refuse_unended(config, snapshots["generations"], runs)
     task = tables.task_entry(config.task, snapshots["histories"])
     for name in names[1:]:
         report.table_read(name, snapshots[name].version)

@@ -21,8 +21,8 @@ class EvaluateConfig(JobConfig):
     """
 
     run: tuple[str, ...] = ()
-    """run_id of one or several runs of generate; the newest complete run when not given. No method may be in two of
-    them, unless `pool` is given."""
+    """run_id of one or several runs of generate, all of which have ended; the newest complete run when not given. No
+    method may be in two of them, unless `pool` is given."""
     methods: tuple[str, ...] | None = Field(None, min_length=1)
     """Methods to score; all methods of the runs by default."""
     users: str | None = None

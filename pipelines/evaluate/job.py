@@ -45,6 +45,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)
     task = tables.task_entry(config.task, snapshots["histories"])
     runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
+    scoring.refuse_unended(config, snapshots["generations"], runs)
     session.start(writes={"tables": config.tables})
     report = begin("evaluate", config, run_id=run_id)
     for name in ("requests", "generations"):

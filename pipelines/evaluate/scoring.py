@@ -218,6 +218,17 @@ def refuse_unknown_requests(scored: Scored, runs: tuple[str, ...], config: Evalu
         )
 
 
+def refuse_unended(config: EvaluateConfig, generations: Snapshot, runs: tuple[str, ...]) -> None:
+    """Refuses runs of which only a part of the replies is there, unless the version to read is named.
+
+    Raises:
+        InputError: names these runs.
+    """
+    if "generations" not in config.as_of_version:
+        table = tables.open_table(config.tables, "generations")
+        tables.refuse_unended(table, generations.version, runs)
+
+
 def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
     """Refuses a method that has not answered all that the others have.
 

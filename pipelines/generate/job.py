@@ -57,6 +57,7 @@ class Opened:
     requests: Snapshot
     histories: Snapshot
     buckets: int
+    """Number of buckets of the requests, read before any snapshot."""
     task: TaskSpec
     llm_id: str
     encoder_decoder: bool
@@ -88,15 +89,17 @@ def run(config: Config) -> int:
         made_as = profiles_made_as(config, opened.task, opened.llm_id, opened.decoding.decoding_id)
         _start(config)
         with lease.writing(config.tables, report.run_id):
+            tables.refuse_rebucketed(config.tables, "requests", opened.buckets)
             _write_profiles(config, report, opened, made_as)
         return report.finish()
     using = GenerateRun(config, methods, opened.llm_id, opened.task, report, opened.buckets)
     parts = open_parts(using)
     _start(config)
-    generations = tables.open_or_create(config.tables, "generations", opened.buckets)
-    for part in parts:
-        part.start()
     with lease.writing(config.tables, report.run_id):
+        tables.refuse_rebucketed(config.tables, "requests", opened.buckets)
+        generations = tables.open_or_create(config.tables, "generations", opened.buckets)
+        for part in parts:
+            part.start()
         _generate(using, opened, parts, generations)
     code = report.finish()
     if config.show:

@@ -6,7 +6,7 @@ What it does and its keys stand in `judge_config.py`.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from infra import lease, session
 from infra.errors import InputError
+from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import tables, waves
@@ -107,44 +108,58 @@ def run(config: JudgeConfig) -> int:
     identities |= {"judge_decoding_id": decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
     identities |= {"judge_engine": config.engine.kind, "judge_task_id": short_id(task.model_dump(mode="json"))}
     _refuse_other_runs(generations, config.run, report.run_id, identities)
+    tables.refuse_unended(generations, before.version, [config.run])
     engines = config.least("workers")
     session.start(need={"CPU": engines + 2.0}, writes={"tables": config.tables}, reads={"llm.model": config.llm.model})
     session.check({"GPU": engines * gpus_of(config)})
     with lease.writing(config.tables, report.run_id):
+        tables.refuse_rebucketed(config.tables, "generations", generations.buckets)
         pending = Unjudged(requests, before, config.run, report.run_id, task)
-        plan = waves.plan(requests.filled(None), pending.count, report)
-        if not report.planned:
-            raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
-        failed = [bucket for bucket, row in plan.items() if row["failed"]]
-        if failed:
-            before = drop_errors(generations, before, pending, failed, report, identities)
-            pending = Unjudged(requests, before, config.run, report.run_id, task)
-        cpu = CpuShare.of(config.workers, gpus_of(config))
-        counted = CountedReplies(report)
-        waves.run(
-            report,
-            "judge",
-            "replies",
-            into=generations,
-            before=before,
-            pending={bucket: row["pending"] for bucket, row in plan.items()},
-            steps=[
-                waves.actors(AskJudge, pending, config.llm, size=1),
-                engine_step(
-                    config, Judge, config.llm, config.engine, decoding, judge, report.run_id, cpu, None,
-                    PromptSizes(rows=0),
-                ),
-            ],
-            metadata=identities,
-            wave_rows=config.wave_rows,
-            block_rows=config.wave_rows,
-            strict=False,
-            count=count_judgements,
-            counted=counted,
-        )  # fmt: skip
-    counted.note_tokens()
+        _judge(config, report, generations, pending, decoding, identities)
     report.extra |= identities | {"judge_prompt": rubric.PROMPT}
     return report.finish()
+
+
+def _judge(
+    config: JudgeConfig,
+    report: RunReport,
+    generations: Table,
+    pending: Unjudged,
+    decoding: ResolvedDecoding,
+    identities: Mapping[str, str],
+) -> None:
+    """Plans which replies are still to be judged, has them judged in one stream, commits wave by wave."""
+    plan = waves.plan(pending.requests.filled(None), pending.count, report)
+    if not report.planned:
+        raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
+    failed = [bucket for bucket, row in plan.items() if row["failed"]]
+    if failed:
+        before = drop_errors(generations, pending.generations, pending, failed, report, identities)
+        pending = replace(pending, generations=before)
+    cpu = CpuShare.of(config.workers, gpus_of(config))
+    counted = CountedReplies(report)
+    waves.run(
+        report,
+        "judge",
+        "replies",
+        into=generations,
+        before=pending.generations,
+        pending={bucket: row["pending"] for bucket, row in plan.items()},
+        steps=[
+            waves.actors(AskJudge, pending, config.llm, size=1),
+            engine_step(
+                config, Judge, config.llm, config.engine, decoding, identities["judge_id"], report.run_id, cpu, None,
+                PromptSizes(rows=0),
+            ),
+        ],
+        metadata=identities,
+        wave_rows=config.wave_rows,
+        block_rows=config.wave_rows,
+        strict=False,
+        count=count_judgements,
+        counted=counted,
+    )  # fmt: skip
+    counted.note_tokens()
 
 
 def _decoding(config: JudgeConfig, task: TaskSpec) -> ResolvedDecoding:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from infra import addresses
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind
@@ -237,6 +238,7 @@ def _opened(address: str, version: int | None = None) -> "DeltaTable":
     from deltalake.exceptions import DeltaError
 
     storage = Storage(address)
+    addresses.refuse_misread(storage.uri)
     try:
         return DeltaTable(storage.uri, version=version, storage_options=storage.delta_options())
     except (DeltaError, OSError) as error:

@@ -20,7 +20,7 @@ from pipelines.lines import lamp
 from pipelines.lines.config import BASE_LM, LampConfig, Model
 from pipelines.lines.config import QuickstartConfig as Config
 from pipelines.lines.steps import Steps, local_root, run_steps
-from pplug import tasks
+from pplug import tasks, yaml_text
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
 from pplug.identity import short_id
@@ -81,8 +81,17 @@ def _check(config: Config, sources: list[str], own: Path) -> int:
 
 
 def _read(own: Path, sources: list[str]) -> dict[str, Any]:
-    """The config that the first step wrote, which the user may have mended. Raises InputError: it is of others."""
-    values: dict[str, Any] = yaml.safe_load(own.read_text(encoding="utf-8"))
+    """The config that the first step wrote, which the user may have mended.
+
+    Raises:
+        InputError: it cannot be read, or it is of other sources.
+    """
+    try:
+        values: dict[str, Any] = dict(yaml_text.load(own.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{own}: not a mapping in YAML ({error}): mend it, or remove it for another proposal"
+        ) from error
     given = values.get("source")
     if ([given] if isinstance(given, str) else list(given or ())) != sources:
         raise InputError(f"{own} is of {given}, not of {', '.join(sources)}: give another --run-id, or remove {own}")

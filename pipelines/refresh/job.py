@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from infra import artifacts, lease, upkeep
+from infra import artifacts, lease, log, upkeep
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.table import DataFile
@@ -107,8 +107,8 @@ def _nothing_changed(night: Night) -> bool:
     report, shown, name = night.report, night.shown, tables.embeddings_name(night.encoder_id)
     if night.before is None or tables.newest(night.config.tables, name) is None or not night.is_made:
         return False
-    if upkeep.restored_since(tables.open_table(night.config.tables, name), int(shown["embeddings_version"])):
-        return False  # vectors that existed may be missing now
+    if _may_lack_vectors(night, tables.open_table(night.config.tables, name)):
+        return False
     rejected = json.loads(shown["rejected"])
     if not RETRIED.isdisjoint(rejected):
         return False
@@ -118,6 +118,18 @@ def _nothing_changed(night: Night) -> bool:
     report.already_there = report.planned - report.rejected.total()
     report.extra["personas"] = {"users": night.before.rows, "changed": 0, "gone": 0, "buckets_rewritten": 0}
     return True
+
+
+def _may_lack_vectors(night: Night, embeddings: "Table") -> bool:
+    """Says whether vectors that the newest personas were made from may be gone, so that no bucket is settled.
+
+    A compaction drops the vectors that no item needs: they are wanted again when the histories have gone back since.
+    """
+    then = int(night.shown["embeddings_version"])
+    if upkeep.restored_since(embeddings, then):
+        return True
+    dropped = "other" in log.kinds(embeddings.storage, then, embeddings.version)
+    return dropped and upkeep.restored_since(night.table, int(night.shown["histories_version"]))
 
 
 def _refresh(night: Night) -> None:
@@ -150,9 +162,7 @@ def _since(night: Night, embeddings: "Table") -> Since:
     shown = night.shown
     if shown.get("complete") != "true" or shown.get("encoder_id") != night.encoder_id or tables.SETTLED not in shown:
         return Since()
-    if int(shown["embeddings_version"]) > embeddings.version:  # another table stands there now
-        return Since()
-    if upkeep.restored_since(embeddings, int(shown["embeddings_version"])):  # vectors that existed may be missing now
+    if _may_lack_vectors(night, embeddings):
         return Since()
     try:
         then = night.table.snapshot(version=int(shown["histories_version"]))
@@ -339,8 +349,8 @@ def _personas(night: Night, embeddings: "Table", personas: "Table", since: Since
             if row["changed"] or row["gone"]:
                 wave.add(row["for_bucket"], DataFile.from_row(row) if row["path"] is not None else None)
         stage.rows = counts["changed"]
-        # Also where the same rows lie in other files now: the next night then goes on from these.
-        if wave.replaced or not night.is_made:
+        # Also where the same rows lie in other files now, or vectors have come back: the next night goes on from these.
+        if wave.replaced or not night.is_made or _may_lack_vectors(night, embeddings):
             wave.flush(complete=True)
     if counts["users_ahead_of_clock"]:
         print(

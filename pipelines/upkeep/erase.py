@@ -228,7 +228,8 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     try:
         shown = table.snapshot(complete=True)
     except InputError:
-        shown = dataclasses.replace(newest, files=[])  # no run has ended here yet
+        # No run has ended here yet: the empty table must not claim what an unfinished run has said of its rows.
+        shown = dataclasses.replace(newest, files=[], metadata={})
     paths = {file.path for file in newest.files}
     old, new, dropped = [], [], 0
     mine = {int(key[:16], 16) % table.buckets for key in someone.keys} if table.spec.bucketed else None
@@ -248,7 +249,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     gone = [file for file in newest.files if file.path not in keep]
     group = next_group(table, report.run_id)
     try:
-        if gone or back or new or newest.version != shown.version:
+        if gone or back or new or (newest.version, newest.metadata) != (shown.version, shown.metadata):
             below = dataclasses.replace(newest, metadata=shown.metadata)
             more = {log.ERASING: report.run_id} if dropped else {}
             table.rewrite(

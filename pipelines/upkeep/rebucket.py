@@ -24,11 +24,13 @@ from pipelines.waves import each_bucket, files_of, listed, next_group
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
-    names = [name for name in tables.chosen(config.tables, None) if tables.spec_of(name).bucketed]
+    tables.chosen(config.tables, None)  # refuses a folder without tables before there is a lease in it
     report = begin("rebucket", config)
     report.extra["rebucketed"] = {}
     with lease.alone(config.tables, report.run_id):
         _refuse_another_number(config)
+        # listed only now: a run that has just ended may have made a table
+        names = [name for name in tables.chosen(config.tables, None) if tables.spec_of(name).bucketed]
         looked = [
             rebucketing.pending(tables.location(config.tables, name), tables.spec_of(name), config.buckets)
             for name in names

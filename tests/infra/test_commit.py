@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from infra import upkeep
 from infra.table import Commit, CommitConflict, Table
 
 
@@ -109,6 +110,34 @@ def test_an_append_does_not_go_on_over_a_replacement(table, rows):
     replace(table, table.write(rows(bucket=1, n=1), "two"), [1], run="two", planned_on=1)
     with pytest.raises(CommitConflict):
         append(table, mine, run="mine", planned_on=1)
+
+
+def test_an_append_goes_on_over_another_runs_dropping_of_its_rows(table, rows):
+    with_error = append(table, table.write(rows(bucket=1), "other"), run="other").version
+    mine = table.write(rows(bucket=1, n=7), "mine")
+    strict = {"run_id": "third", "group": 0, "mode": "append", "planned_on": with_error, "strict": True}
+    old, new = table.snapshot().files, table.write(rows(bucket=1, count=1), "other")
+    table.drop_own(new, old, run_id="other", group=1, planned_on=with_error, metadata={})
+    with pytest.raises(CommitConflict):
+        table.commit(table.write(rows(bucket=2), "third"), **strict)
+    assert append(table, mine, run="mine", planned_on=with_error) == Commit(3, already=False)
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 7, 7]
+
+
+def test_a_run_of_which_another_has_shown_a_part_is_told(table, rows):
+    append(table, table.write(rows(bucket=1), "half"), run="half")
+    append(table, table.write(rows(bucket=2), "whole"), run="whole", complete=True)
+    shown = table.snapshot(complete=True)
+    runs = ["half", "whole", "never"]
+    assert shown.rows == 4 and table.unended(runs, shown.version) == ["half"]
+    merged = table.rewrite([], [], below=shown, run_id="compact", group=0, same_rows=True).version
+    assert table.unended(runs, merged) == ["half"]
+    ended = append(table, [], run="half", group=1, planned_on=merged, complete=True).version
+    assert table.unended(runs, ended) == [] and table.unended(runs, shown.version) == ["half"]
+    back = upkeep.restore(table, table.snapshot(shown.version), "restore", 0)
+    assert table.unended(runs, back.version) == ["half"]  # its end has been taken back
+    upkeep.forget(table, "erase", 0)
+    assert table.unended(runs, table.version) == []  # nobody knows any more
 
 
 def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):

@@ -59,6 +59,10 @@ def test_a_source_that_git_ignores_is_named_beside_the_error(copied, capsys):
     assert submission.left_behind(["s3://data/x", "org/model", "/data/x", "pipelines"]) == ""
 
 
+def test_a_text_too_long_for_a_path_is_no_file_that_was_left_behind(copied):
+    assert submission.left_behind([f"select {'a, ' * 100}b from t", "0\0", "pipelines"]) == ""
+
+
 def test_a_folder_that_nobody_has_named_is_not_missed(copied, capsys):
     words = ["ingest", "--source", "/nowhere/items.jsonl", "--tables", "/nowhere/t", "--run-dir", "/nowhere/r"]
     assert main([*words, "--task", "LaMP_2"]) == 2

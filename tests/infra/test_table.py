@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from infra.errors import InputError
+from infra.storage import Storage
 from infra.table import DataFile, Table, read_file
 
 STRANGE = ["../../x", "a/b", "x" * 300, "nul\0id", "😀", "a=b", "%2F", " ", ".", "plain"]
@@ -19,6 +20,36 @@ def add(table: Table, data: pa.Table, run: str = "run", group: int = 0, **more):
     return table.commit(
         table.write(data, run), run_id=run, group=group, mode="append", planned_on=table.version, **more
     )
+
+
+SIGNS = ["50%off", "x%zz", "a b", "ü", "[x]", "a;b", "a+b"]
+MISREAD = ["50%25off", "a%20b", "a\tb"]
+ON_A_DISK, ON_S3 = "a\\b", ["a?b", "a#b"]
+"""Signs that the library misreads in one of the two places alone."""
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [*((where, name) for where in ("tmp_path", "s3") for name in SIGNS), ("s3", ON_A_DISK)]
+    + [("tmp_path", name) for name in ON_S3],
+)
+def test_folders_of_tables_may_have_all_signs_but_a_few(request, spec, rows, where, name):
+    uri = f"{request.getfixturevalue(where)}/{name}/things"
+    add(Table.create(uri, spec, 4), rows(bucket=1), complete=True)
+    assert Table.open(uri, spec).snapshot(complete=True).read().num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [*((where, name) for where in ("tmp_path", "s3") for name in MISREAD), ("tmp_path", ON_A_DISK)]
+    + [("s3", name) for name in ON_S3],
+)
+def test_a_folder_that_the_library_would_take_for_another_is_refused(request, spec, where, name):
+    root = f"{request.getfixturevalue(where)}/{name}"
+    for use in (lambda: Table.create(f"{root}/things", spec, 4), lambda: Table.open(f"{root}/things", spec)):
+        with pytest.raises(InputError, match="in the address of tables has another meaning"):
+            use()
+    assert Storage(root).list() == []
 
 
 def test_the_same_code_works_on_a_local_disk_and_on_s3(place, spec, rows):

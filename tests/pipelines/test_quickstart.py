@@ -70,6 +70,13 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
     assert "is of r.csv, not of other.csv" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["source: [r.csv", "limit: 2026-02-30", "r.csv", ""])
+def test_a_mapping_that_cannot_be_read_is_named(tmp_path, capsys, text):
+    (tmp_path / "own.yaml").write_text(text)
+    assert main(["quickstart", "r.csv", "--run-dir", str(tmp_path)]) == 2
+    assert "own.yaml: not a mapping in YAML" in capsys.readouterr().err
+
+
 def test_what_was_made_with_another_mapping_is_removed_and_nothing_else(tmp_path):
     own, task = tmp_path / "own.yaml", tmp_path / "own-task.yaml"
     own.write_text("columns: {text: body}\n")

@@ -12,7 +12,7 @@ from infra.errors import ConcurrentRunError, InputError
 from infra.table import CommitConflict
 from pipelines import options, tables
 from pipelines.__main__ import main
-from pipelines.upkeep import erase, restore, vacuum
+from pipelines.upkeep import compact, erase, restore, vacuum
 from tests.pipelines.test_night import Night, note
 
 BUCKETS = 4
@@ -309,6 +309,26 @@ def test_vectors_that_went_back_are_made_again(evening, clean, tmp_path):
     [name] = [name for name in tables.names(evening.tables) if name.startswith("embeddings-")]
     version = tables.open_table(evening.tables, name).version
     assert line(evening, tmp_path / "vectors", [*GOOD_NIGHT, back(names=(name,), version=version)]) == clean
+
+
+def compacted(night: Night) -> None:
+    config = compact.Config(tables=night.tables, run_id="compact", run_dir=str(night.folder / "compact"))
+    assert compact.run(config) == 0
+    report = json.loads((night.folder / "compact" / "report.json").read_text())
+    assert report["rows_dropped"][night.embeddings] == len(USERS)
+
+
+def nothing_to_do(night: Night) -> None:
+    assert night.refresh("nothing") == 0
+    assert (night.report["planned"], night.report["written"], night.report["stages"]) == (len(GIVEN), 0, {})
+
+
+def test_dropped_vectors_are_made_again_when_histories_went_back(evening, clean, tmp_path):
+    half = [lambda night: night.ingest_items([row for row in GIVEN if row["item_id"] == "0"], mode="replace")]
+    lost = [*half, compacted, back(names=("histories",), version=evening.table("histories").version)]
+    steps = [*lost, refreshed("again"), nothing_to_do]
+    assert line(evening, tmp_path / "dropped", steps) == clean
+    assert line(evening, tmp_path / "late", lost) == clean  # the next night only adds rows
 
 
 @pytest.mark.slow

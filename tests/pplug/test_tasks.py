@@ -100,7 +100,7 @@ def test_a_wrong_entry_names_file_and_key(tmp_path, change, says):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe", b"name: 2026-02-30", None])
 def test_a_file_that_is_no_entry_is_named(tmp_path, content):
     path = tmp_path / "task.yaml"
     if content is not None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
+from infra import addresses
 from infra.errors import InputError
 from infra.remote import reading
 from infra.storage import Storage
@@ -63,6 +64,7 @@ def open_table(address: str, version: int | None = None) -> "DeltaTable":
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
+    addresses.refuse_misread(address)
     try:
         return DeltaTable(address, version=version, storage_options=reading(address).delta_options())
     except (DeltaError, OSError) as error:

@@ -1,0 +1,95 @@
+"""Half of a run that was killed or is at work, which the end of another run has made a part of a complete version."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from infra import session
+from infra.errors import InputError
+from infra.report import RunReport
+from pipelines import tables, waves
+from pipelines.evaluate import compare
+from pipelines.evaluate import job as evaluate
+from pipelines.generate import judge
+from pipelines.generate.judge_config import JudgeConfig
+from pplug.tasks import get
+
+
+class AfterTheCheck(Exception):
+    pass
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> str:
+    """Run `half` has committed and not ended, then run `whole` has."""
+    root = str(tmp_path / "tables")
+    for name in ("histories", "requests"):
+        put(root, name, "ingest", complete=True)
+    put(root, "generations", "half")
+    put(root, "generations", "whole", complete=True)
+
+    def start(**given):
+        raise AfterTheCheck
+
+    monkeypatch.setattr(session, "start", start)
+    return root
+
+
+def put(root: str, name: str, run_id: str, group: int = 0, complete: bool = False) -> None:
+    table = tables.open_or_create(root, name, 1)
+    said = {"task_entry": get("LaMP_2").to_json()} if name == "histories" else {}
+    table.commit([], run_id=run_id, group=group, mode="append", planned_on=table.version, metadata=said,
+                 complete=complete)  # fmt: skip
+
+
+def scored(place: str, *runs: str, **more) -> None:
+    evaluate.run(evaluate.Config(tables=place, run=runs, **more))
+
+
+def test_evaluate_refuses_a_run_that_has_not_ended_and_scores_others(place):
+    for runs in (("half",), ("whole", "half")):
+        with pytest.raises(InputError, match="run half has not ended.* with run_id=half until it ends, then this"):
+            scored(place, *runs)
+    for runs in (("whole",), ()):
+        with pytest.raises(AfterTheCheck):
+            scored(place, *runs)
+    with pytest.raises(AfterTheCheck):  # whoever names a version may have it, complete or not
+        scored(place, "half", as_of_version={"generations": 1})
+    put(place, "generations", "half", group=1, complete=True)
+    with pytest.raises(AfterTheCheck):
+        scored(place, "half", "whole")
+
+
+def test_a_run_that_is_tried_again_is_scored_as_it_ended_before(place):
+    put(place, "generations", "whole", group=1)
+    with pytest.raises(AfterTheCheck):
+        scored(place, "whole")
+
+
+@pytest.mark.parametrize("runs", [("half", "whole"), ("whole", "half")])
+def test_compare_refuses_it_too(place, runs):
+    config = evaluate.Config(tables=place, compare=runs)
+    with pytest.raises(InputError, match="run half has not ended"):
+        compare._compared_runs(config, runs, SimpleNamespace(table_read=lambda *given: None))
+
+
+def test_judge_refuses_it_too(place, monkeypatch):
+    monkeypatch.setattr(judge, "llm_id", lambda config: "llm")
+    monkeypatch.setattr(judge, "_decoding", lambda config, task: SimpleNamespace(decoding_id="d"))
+    given = {"tables": place, "llm": {"model": "a-judge"}, "task": "LaMP_QA", "run_dir": f"{place}/../run"}
+    with pytest.raises(InputError, match="run half has not ended"):
+        judge.run(JudgeConfig(run="half", **given))
+    with pytest.raises(AfterTheCheck):
+        judge.run(JudgeConfig(run="whole", **given))
+
+
+def test_the_rerun_of_a_run_that_lacks_only_its_end_writes_it(place, tmp_path):
+    """All replies are there, and the version is complete by another run's end."""
+    table = tables.open_table(place, "generations")
+    for run_id, commits in (("half", 1), ("half", 0), ("new", 0)):
+        before = table.snapshot()
+        report = RunReport("generate", run_id, {}, str(tmp_path / "run"))
+        waves.run(report, "generate", "replies", into=table, before=before, pending={}, steps=[], metadata={},
+                  wave_rows=1, strict=False)  # fmt: skip
+        assert table.version == before.version + commits
+    assert table.unended(["half"], table.version) == []
