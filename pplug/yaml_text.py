@@ -10,6 +10,9 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
+    # a copy of its own: some libraries take dates out of the one that everybody shares
+    yaml_implicit_resolvers = {sign: [*known] for sign, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)  # type: ignore[no-untyped-call]

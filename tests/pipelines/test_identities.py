@@ -66,7 +66,8 @@ def training(**more: object) -> dict[str, object]:
 
 
 def base_training(**more: object) -> dict[str, object]:
-    config = AdaptConfig(tables="t", llm=LLM, stage="base", lora=LORA, **more)
+    shape = AdapterShape(rank=4, targets=("q_proj", "v_proj"))  # once the default of a base, too
+    config = AdaptConfig(tables="t", llm=LLM, stage="base", lora=LORA.model_copy(update={"shape": shape}), **more)
     return adapt._decisive(config, TASK, frozenset({"ann"}), "llm")
 
 
