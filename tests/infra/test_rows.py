@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.rows import conform, in_order, rows_at
-from infra.table import Table
+from infra.table import Table, TableSpec
 
 
 def changed(data: pa.Table, name: str, values) -> pa.Table:
@@ -157,8 +157,6 @@ def test_rows_are_sorted_and_cut_into_row_groups(table, rows, spec):
 
 
 def test_an_unbucketed_table_has_plain_files(tmp_path):
-    from infra.table import TableSpec
-
     spec = TableSpec("notes", pa.schema([("key", pa.string()), ("why", pa.string())]), 1, ("key",), bucketed=False)
     table = Table.create(str(tmp_path / "notes"), replace(spec, row_group_rows=10), 1)
     [file] = table.write(pa.table({"key": ["b", "a"], "why": ["x", "y"]}), "run")
