@@ -10,14 +10,18 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    # a copy of its own: some libraries take dates out of the one that everybody shares
-    yaml_implicit_resolvers = {sign: [*known] for sign, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+
+
+# lm-format-enforcer, which vLLM brings, makes dates texts in the loader that everybody shares.
+_Loader.yaml_constructors = {
+    **yaml.SafeLoader.yaml_constructors,
+    "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_timestamp,
+}
 
 
 def load(text: str, decimal: bool = False) -> Any:
