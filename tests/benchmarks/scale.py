@@ -299,22 +299,27 @@ def main(words: list[str] | None = None) -> dict:
     buckets = given.buckets or max(4, 1 << int(np.ceil(np.log2(max(1, vectors / (128 * 2**20))))))
     found: dict = {"users": given.users, "items": given.items, "words": given.words, "buckets": buckets,
                    "persona": given.persona}  # fmt: skip
-    found["ingest"] = add_items(place, buckets, np.arange(given.users), 0, given.items, given.words, "histories")
+
+    def note(**figures: Any) -> None:
+        """Keeps the figures of each part as it ends: an hour's are not lost with the part that fails."""
+        found.update(figures)
+        (given.folder / "scale.json").write_text(json.dumps(found, indent=2))
+
+    note(ingest=add_items(place, buckets, np.arange(given.users), 0, given.items, given.words, "histories"))
     plug = make_plug(place, given.folder, given.persona)
-    found["full"] = refreshed(place, "full", plug, given.folder)
-    found["unchanged"] = refreshed(place, "unchanged", plug, given.folder)
+    note(full=refreshed(place, "full", plug, given.folder))
+    note(unchanged=refreshed(place, "unchanged", plug, given.folder))
     changed = np.random.default_rng(1).choice(given.users, max(1, int(given.users * given.changed)), replace=False)
-    found["reading"] = reading(place, given.users, changed)
-    found["night_ingest"] = add_items(place, buckets, np.sort(changed), given.items, 1, given.words, "night-items")
-    found["night"] = refreshed(place, "night", plug, given.folder)
+    note(reading=reading(place, given.users, changed))
+    note(night_ingest=add_items(place, buckets, np.sort(changed), given.items, 1, given.words, "night-items"))
+    note(night=refreshed(place, "night", plug, given.folder))
     assert found["night"]["encoded"] == len(changed) == found["night"]["personas"]["changed"]
-    found["night_share"] = round(found["night"]["seconds"] / found["full"]["seconds"], 4)
+    note(night_share=round(found["night"]["seconds"] / found["full"]["seconds"], 4))
+    note(full_us_per_user=round(found["full"]["seconds"] / given.users * 1e6, 1))
     add_requests(place, given.users, "requests")
-    found["generate"] = answered(generate, place, "recency@2", given.users, given.folder)
     if plug is not None:
-        found["generate_plug"] = answered(generate, place, "plug", given.users, given.folder, plug)
-    found["full_us_per_user"] = round(found["full"]["seconds"] / given.users * 1e6, 1)
-    (given.folder / "scale.json").write_text(json.dumps(found, indent=2))
+        note(generate_plug=answered(generate, place, "plug", given.users, given.folder, plug))
+    note(generate=answered(generate, place, "recency@2", given.users, given.folder))
     print(json.dumps(found, indent=2), flush=True)
     shutil.rmtree(place)
     shutil.rmtree(f"{place}-source")
