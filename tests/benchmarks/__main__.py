@@ -1,6 +1,6 @@
 """All benchmarks, each in a process of its own, and their table; `make bench`.
 
-    python -m tests.benchmarks [--only encode,train] [--profile] [--rounds 3] [--smoke] [--folder runs/bench]
+    python -m tests.benchmarks [--only encode,train] [--profile] [--rounds 2] [--smoke] [--folder runs/bench]
 
 Every row is a ratio of two sides of one run (see measure.py). A row that misses its target says so; the exit code is 1
 only when a benchmark could not be run. Results go to results/<what>_<hardware>_<date>.json and into README.md.
@@ -27,7 +27,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(ROWS), help=f"any of {', '.join(ROWS)}")
     parser.add_argument("--profile", action="store_true", help="where the seconds go, instead of the speeds")
-    parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="of both sides in turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--smoke", action="store_true", help="smallest sizes; nothing is kept")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench", help="for tables and models")
