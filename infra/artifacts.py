@@ -99,6 +99,7 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
     """
     storage = Storage(uri)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if name not in (MANIFEST, REPLACING)}  # of a copy's source
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(files, pool.map(_facts, files.values()), strict=True))
         before = _files(storage.read_bytes(MANIFEST)) if storage.is_file(MANIFEST) else {}

@@ -6,6 +6,7 @@ this, and gets what botocore has found each time a table is opened.
 """
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from infra.errors import InputError
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15
 """Time-outs of the one look at a bucket before work starts."""
+AWAY_S = 60
+"""Seconds for which that look is repeated while Amazon's own address does not answer."""
 VARIABLES = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN, where they have one) or AWS_PROFILE, and "
     "AWS_REGION; for another endpoint than Amazon's also AWS_ENDPOINT_URL"
@@ -49,7 +52,7 @@ class Connection:
         """
         try:
             keys = self.credentials.get_frozen_credentials()
-        except BotoCoreError as error:
+        except (BotoCoreError, ClientError) as error:
             raise _not_had(error) from error
         options = {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
         options["AWS_REGION"] = self.region
@@ -92,7 +95,7 @@ def _connection(around: tuple[tuple[str, str], ...], pid: int) -> Connection:
             retries={"max_attempts": 2, "mode": "standard"},
         )
         client = session.create_client("s3", region_name=region, config=once)
-    except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no address
+    except (BotoCoreError, ClientError, ValueError) as error:  # a role that STS refuses; an endpoint that is no address
         raise _not_had(error) from error
     endpoint = client.meta.endpoint_url
     amazon = (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
@@ -125,7 +128,7 @@ def check(uris: Iterable[str]) -> None:
         found = connection()
         server = found.endpoint or f"Amazon, region {found.region}"
         try:
-            found.client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            _look(found, bucket, prefix)
         except ClientError as error:
             _refuse(uri, bucket, server, error)
         except (HTTPClientError, ConnectionError) as error:
@@ -135,6 +138,20 @@ def check(uris: Iterable[str]) -> None:
             ) from error
         except BotoCoreError as error:
             raise InputError(f"{uri}: {error} ({type(error).__name__})") from error
+
+
+def _look(found: Connection, bucket: str, prefix: str) -> None:
+    """Lists one object. A network that is away for some seconds ends no night: Amazon's own address is right, and is
+    asked again; another one may be misspelled, and is asked once."""
+    end = time.monotonic() + (AWAY_S if found.endpoint is None else 0)
+    while True:
+        try:
+            found.client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            return
+        except (HTTPClientError, ConnectionError):
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
 
 
 def _refuse(uri: str, bucket: str, server: str, error: ClientError) -> None:

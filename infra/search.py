@@ -187,7 +187,12 @@ def _in_text(text: str, needles: Needles, of_log: bool = False) -> int:
 
 def _documents(text: str) -> Iterator[Any]:
     whole = parsed(text)
-    yield from [whole] if whole is not None else (_of_line(line) for line in text.splitlines())
+    yield from [whole] if whole is not None else (_of_line(line) for line in lines_of(text))
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Yields the lines with their ends. str.splitlines ends one at U+2028, too, which JSON may hold as it is."""
+    return iter(io.StringIO(text, newline=""))
 
 
 def _of_line(line: str) -> Any:

@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -205,21 +206,19 @@ def _run(name: str, words: list[str], debug: bool, as_json: bool, is_process: bo
     except InputError as error:
         message = str(error)
         lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
-        return _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
-    from infra import metrics, session
+        code = _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
+        return _unreported(name, code, is_process)
     from infra.job_log import JobLog
 
     try:
         _refuse_places(name, config)
     except InputError as error:
-        return _wrong(f"{name}: {error}", config)
+        return _unreported(name, _wrong(f"{name}: {error}", config), is_process)
     with JobLog(name, debug, as_json) as log:
         try:
             return _logged(name, config, log)
         finally:
-            if is_process and "ray" in sys.modules:  # at the end workers' last lines come, which the log has to take
-                metrics.let_go()
-                session.stop()
+            _let_go(is_process)  # at the end workers' last lines come, which the log has to take
 
 
 def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
@@ -239,12 +238,32 @@ def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
         log.error(error)
         unfinished = RunReport.unfinished
         code = _explained(name, error, config, log, unfinished.run_id if unfinished is not None else None)
-        if unfinished is not None:  # the job had begun to count: how far it came is worth keeping
-            try:
-                unfinished.abandon(error, code)
-            except OSError as unwritten:
-                print(f"{name}: no report could be written ({unwritten})", file=sys.stderr)
+        if unfinished is None:
+            return _unreported(name, code, False)
+        try:  # the job had begun to count: how far it came is worth keeping
+            unfinished.abandon(error, code)
+        except OSError as unwritten:
+            print(f"{name}: no report could be written ({unwritten})", file=sys.stderr)
         return code
+
+
+def _unreported(name: str, code: int, is_process: bool) -> int:
+    """Tells a cluster's metrics of a job that has ended before its report began; returns its exit code."""
+    from infra import metrics, session
+
+    session.join_to_report()
+    metrics.JOB_END.record(time.time(), job=name, exit_code=str(code))
+    _let_go(is_process)
+    return code
+
+
+def _let_go(is_process: bool) -> None:
+    """Leaves Ray, where it is this process that has joined it."""
+    if is_process and "ray" in sys.modules:
+        from infra import metrics, session
+
+        metrics.let_go()
+        session.stop()
 
 
 class _ToStderr(logging.Handler):

@@ -113,7 +113,8 @@ class Checkpoints:
     def _take(self, folder: str) -> None:
         history = json.loads(Path(folder, "history.json").read_text())
         put = self.read(folder)
-        state = torch.load(f"{folder}/state.pt", weights_only=True)
+        # each state goes to its parameter's device; that of the worker that saved it may not be here
+        state = torch.load(f"{folder}/state.pt", map_location="cpu", weights_only=True)
         losses = Path(folder, LOSSES)  # an earlier release wrote none
         rows = list(csv.reader(losses.open()))[1:] if losses.exists() else []
         # everything has been read: only now is anything changed

@@ -220,7 +220,7 @@ def caps_scores(config: Mapping[str, Any]) -> bool:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, with a padding token."""
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder)
+        tokenizer = read_tokenizer(folder)
     except (OSError, ValueError) as error:  # the message of transformers names neither the folder nor a file
         raise ValueError(f"{folder}: no tokenizer that can be loaded ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
@@ -230,19 +230,37 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _tokenizer_class(folder: Path) -> Any:
-    """Class of the tokenizer: AutoTokenizer, or the class that it would choose, since it loads all of transformers (10
-    s on a slow core)."""
-    said = folder / "tokenizer_config.json"
-    if said.is_file() and (folder / "tokenizer.json").is_file():
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer as it is.
+
+    Without AutoTokenizer where its choice is known, since it loads all of transformers (10 s on a slow core), and where
+    it would choose wrongly: a byte-level tokenizer.json under the name of Llama's class loses its spaces
+    (DeepSeek-R1-Distill-Llama; transformers knows these by their address alone), and of a Mistral with tekken.json it
+    takes the publisher's own backend, which has neither a chat template nor added tokens.
+    """
+    said, words, own = folder / "tokenizer_config.json", folder / "tokenizer.json", dict[str, bool]()
+    if (folder / "tekken.json").is_file():
+        own = {"fix_mistral_regex": True}  # an early tokenizer.json of these splits texts otherwise than tekken.json
+    if said.is_file() and words.is_file():
         config = json.loads(said.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in config:
+        kind = config.get("tokenizer_class") or ""
+        if "auto_map" not in config and (kind == "TokenizersBackend" or kind.startswith("Llama") and _by_bytes(words)):
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast
+            return PreTrainedTokenizerFast.from_pretrained(folder, **own)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder, **own, **({"mistral_format": False} if own else {}))
+
+
+def _by_bytes(words: Path) -> bool:
+    """True if a tokenizer.json splits texts into bytes, as GPT-2's does, and not at its own sign for a space."""
+    parts = [json.loads(words.read_text(encoding="utf-8")).get(name) or {} for name in ("pre_tokenizer", "decoder")]
+    return any(
+        step.get("type") == "ByteLevel"
+        for part in parts
+        for step in (part, *part.get("pretokenizers", ()), *part.get("decoders", ()))
+    )
 
 
 def tokenizer_of(llm: LLMConfig) -> Any:
@@ -256,6 +274,22 @@ def embedding_rows(folder: Path, ids: Sequence[int]) -> "Tensor":
     Raises:
         ValueError: the weights hold no token embeddings under a name that is known.
     """
+    file, name, scale = _embedding(folder)
+    return read_rows(file, name, ids) * scale
+
+
+def embedding_count(folder: Path) -> int:
+    """Number of token embeddings that the weights hold; a tokenizer may know more tokens (Gemma 3 1B).
+
+    Raises:
+        ValueError: as `embedding_rows`.
+    """
+    file, name, _ = _embedding(folder)
+    return shape_of(file, name)[0]
+
+
+def _embedding(folder: Path) -> tuple[Path, str, float]:
+    """File and name of the token embeddings, and the factor of the layer that holds them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -270,7 +304,7 @@ def embedding_rows(folder: Path, ids: Sequence[int]) -> "Tensor":
     known = [name for name in names if name in files] or _like(names, files, wanted.shape[1])
     if not known:
         raise ValueError(f"{folder}: no tensor {' or '.join(names)} in its weights")
-    return read_rows(files[known[0]], known[0], ids) * embedding_scale(embedding)
+    return files[known[0]], known[0], embedding_scale(embedding)
 
 
 def _like(names: Sequence[str], files: Mapping[str, Path], width: int) -> list[str]:

@@ -8,14 +8,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pplug.identity import weight_files
 
 _PREFIX = "base_model.model."
 _COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_PROCESSORS = "*processor_config.json"
 
 
 def can_merge(base: Path, adapter: Path) -> bool:
     """True if the base's files have the adapter's modules under the names that the loaded model has."""
-    known = {name for file in base.glob("*.safetensors") for name in _names(file)}
+    known = {name for file in _weights(base) for name in _names(file)}
     return all(f"{module}.weight" in known for module in _modules(adapter))
 
 
@@ -30,7 +32,7 @@ def merge_files(base: Path, adapter: Path, output: Path) -> None:
     config = json.loads((adapter / CONFIG_FILE).read_text())
     scale = config["lora_alpha"] / config["r"]
     tensors = load_file(adapter / WEIGHTS_FILE)
-    for file in sorted(base.glob("*.safetensors")):
+    for file in _weights(base):
         with safe_open(file, "pt") as source:
             held, metadata = {name: source.get_tensor(name) for name in source.keys()}, source.metadata()
         for name in held:
@@ -43,6 +45,18 @@ def merge_files(base: Path, adapter: Path, output: Path) -> None:
     for name in _COPIED:
         if (base / name).exists():
             shutil.copy(base / name, output / name)
+
+
+def copy_processors(base: Path, output: Path) -> None:
+    """Copies what a model that also reads pictures needs, without which vLLM does not start it for texts either."""
+    for path in base.glob(_PROCESSORS):
+        shutil.copy(path, output / path.name)
+
+
+def _weights(base: Path) -> list[Path]:
+    """The files that transformers reads the weights from: a folder may also hold them in the publisher's own form
+    (`consolidated*.safetensors`), which vLLM would prefer."""
+    return [file for file in weight_files(base) if file.suffix == ".safetensors"]
 
 
 def _names(file: Path) -> list[str]:

@@ -33,7 +33,7 @@ _UNKNOWN = {
     "monteclora_config": "MonteCLoRA",
 }
 """Settings of PEFT whose adapters are more than alpha / r * B A on linear modules, or on a changed base."""
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[Tensor, Tensor]]]":

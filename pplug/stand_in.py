@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pplug.identity import model_folder
-from pplug.llm import LLMConfig, embedding_rows, former_llm_id, prompt_frame, tokenizer_of
+from pplug.llm import LLMConfig, embedding_count, embedding_rows, former_llm_id, prompt_frame, tokenizer_of
 
 SAMPLE = "llm_sample"
 """Key of the sample in a table's metadata."""
@@ -30,9 +30,10 @@ def llm_sample(config: LLMConfig) -> str:
 
     Empty where the weights hold no token embeddings under a name that is known: no copy can then be compared.
     """
-    vocabulary = len(tokenizer_of(config))
-    ids = np.unique(np.linspace(0, vocabulary - 1, _TOKENS).astype(int)).tolist()
     try:
+        folder = model_folder(config.model, config.revision)
+        vocabulary = min(len(tokenizer_of(config)), embedding_count(folder))
+        ids = np.unique(np.linspace(0, vocabulary - 1, _TOKENS).astype(int)).tolist()
         rows = _rows(config, ids).astype(np.float16)
     except ValueError:
         return ""

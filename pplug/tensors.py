@@ -48,7 +48,11 @@ def shape_of(path: Path, name: str) -> tuple[int, ...]:
 
 
 def read_rows(path: Path, name: str, rows: Sequence[int]) -> "Tensor":
-    """Some rows of a matrix in a file, float32."""
+    """Some rows of a matrix in a file, float32.
+
+    Raises:
+        IndexError: it has fewer rows.
+    """
     import torch
 
     if path.suffix == ".safetensors":
@@ -56,5 +60,7 @@ def read_rows(path: Path, name: str, rows: Sequence[int]) -> "Tensor":
 
         with safe_open(path, framework="pt") as tensors:
             matrix = tensors.get_slice(name)
+            if max(rows, default=0) >= matrix.get_shape()[0]:
+                raise IndexError(f"{name} of {path.name} has {matrix.get_shape()[0]} rows, none of number {max(rows)}")
             return torch.cat([matrix[row : row + 1] for row in rows]).float()
     return _pickled(path)[name][list(rows)].float()

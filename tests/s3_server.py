@@ -15,7 +15,7 @@ class S3Server:
     Kinds: "503", "403", "expired", "slow", "cut", "lost answer".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
         from werkzeug.serving import make_server
 
@@ -23,7 +23,7 @@ class S3Server:
         self.fault: Callable[[dict], str | None] = lambda environ: None
         self.failed = 0
         self._putting = threading.Lock()
-        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
+        self._server = make_server("127.0.0.1", port, self, threaded=True, request_handler=MotoRequestHandler)
         self.url = f"http://127.0.0.1:{self._server.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import ray.train
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from infra import session
 from infra.snapshot import Snapshot
@@ -39,9 +39,9 @@ from pplug.adapter import LoraConfig
 from pplug.fit import make_room
 from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
-from pplug.llm import FrozenLLM, LLMConfig, tokenizer_of
+from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, tokenizer_of
 from pplug.loop import Loop
-from pplug.merge import can_merge, merge_files
+from pplug.merge import can_merge, copy_processors, merge_files
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.splice import Prompt, PromptBuilder
@@ -263,5 +263,6 @@ def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
             peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(draft)
+        copy_processors(folder, draft)
+        read_tokenizer(folder).save_pretrained(draft)
         (draft / made_from.FILE).write_text(record, encoding="utf-8")

@@ -262,6 +262,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
         with result.checkpoint.as_directory() as checkpoint:
             keep_curve(checkpoint, run_dir)
             merge(config.llm, str(Path(checkpoint) / "adapter"), output, made_from.text(record, folder))
+    for shard in shards:  # the words of users, as tokens: a rerun writes them anew
+        Storage(examples).delete(shard.file)
     report.written = sum(shard.examples for shard in shards)
     merged = llm_id(config.llm.model_copy(update={"model": output, "revision": None}))
     report.extra |= {"base": output, "llm_id": merged, "made_from": record.model_dump(mode="json")}

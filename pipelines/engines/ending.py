@@ -67,14 +67,15 @@ class Ending:
         places = [place for stop in self.stop_texts if (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else None
 
-    def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> tuple[str | None, tuple[str, ...]]:
+    def answer(self, ids: Sequence[int], prompt: Sequence[int], ended: bool) -> tuple[str | None, tuple[str, ...]]:
         """The text after a model's thoughts, and notes about them; None where it has not thought aloud.
 
         Args:
             ids: of the reply.
             prompt: ids of its last piece (behind the persona rows, if any), which may end within a thought.
+            ended: it ended by itself, and not at the greatest length.
         """
-        start = self._after_thoughts(ids, prompt)
+        start = self._after_thoughts(ids, prompt, ended)
         if start is None:
             return None, ()
         if start < 0:
@@ -83,12 +84,16 @@ class Ending:
         cut = self.cut(text)
         return (text if cut is None else cut).strip(), ("thinking_cut",)
 
-    def _after_thoughts(self, ids: Sequence[int], prompt: Sequence[int]) -> int | None:
-        """The place where the answer begins; -1 where the thoughts have no end, None where there are none."""
+    def _after_thoughts(self, ids: Sequence[int], prompt: Sequence[int], ended: bool) -> int | None:
+        """The place where the answer begins; -1 where the thoughts have no end, None where there are none.
+
+        A reply that ends without leaving the thought that its prompt has opened is an answer: so a plug or an adapter
+        has learned it, whose targets stand right behind the prompt.
+        """
         if self._close is not None:
             if self._close in ids:
                 return _last(ids, self._close) + 1
-            if self._open in ids or _last(prompt, self._open) > _last(prompt, self._close):
+            if self._open in ids or not ended and _last(prompt, self._open) > _last(prompt, self._close):
                 return -1
         if self._channel is not None and self._message is not None and self._channel in ids:
             place, after = _last(ids, self._channel), _last(ids, self._message)

@@ -157,7 +157,7 @@ class TransformersEngine:
         cut = self.ending.cut(whole)
         text, notes = whole if cut is None else cut, tuple[str, ...]()
         if not self._masks:
-            answer, notes = self.ending.answer(ids, prompt.after or prompt.before)
+            answer, notes = self.ending.answer(ids, prompt.after or prompt.before, stopped)
             text = text if answer is None else answer
         logprobs = None if logprobs is None else logprobs[:length]
         return EngineReply(text, "stop" if stopped else "length", length, None, logprobs, notes)

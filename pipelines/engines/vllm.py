@@ -211,7 +211,7 @@ class VLLMEngine:
             return EngineReply("", "error", 0, f"the engine gave the prompt up ({reply.finish_reason})")
         text, notes = reply.text, tuple[str, ...]()
         if self._structured is None:
-            answer, notes = self.ending.answer(ids, prompt.after or prompt.before)
+            answer, notes = self.ending.answer(ids, prompt.after or prompt.before, reply.finish_reason == "stop")
             text = text if answer is None else answer
         logprobs = None
         if self.decoding.logprobs:

@@ -14,7 +14,7 @@ from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import tables
-from pipelines.evaluate import predictions, references, scoring, summary
+from pipelines.evaluate import known_answers, predictions, references, scoring, summary
 from pipelines.evaluate.compare import compare
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.figures import KnownScores, Report
@@ -58,6 +58,8 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
             for place in config.references_from
         ]
         fitted = references.fit(task, snapshots["histories"], snapshots["requests"], users, others)
+        elsewhere = {place: histories for place, (histories, _) in zip(config.references_from, others, strict=True)}
+        seen = known_answers.warnings(task, snapshots["requests"], users, elsewhere)
     with report.stage("score") as stage:
         parts = scoring.score_runs(config, task, snapshots, runs, facts, cuts, users, fitted)
         scored = scoring.pooled(parts)
@@ -66,6 +68,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     seconds = seconds_per_reply(config.generate_reports, runs)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
+    evaluation.warnings += seen
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:
         evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}

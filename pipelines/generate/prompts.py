@@ -53,6 +53,7 @@ NOTES = {
     "persona_made_anew": "the stored persona was made from another history, or from another number of newest items",
     "items_without_time": "the plug weighs items by their age, and the user's have no times: their order alone counted",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
+    "history_without_time": "the request has a time and the user's items have none: it may see none of them",
     "thinking_cut": "the model thought aloud; its thoughts were cut from the reply",
     "thinking_unfinished": "the model thought until decoding.max_tokens, so the reply is empty",
 }
@@ -103,7 +104,8 @@ class BuildPrompts:
                     coming = coming.select(["user_id", "request_id", "input"]).to_pylist()
                     for part in self.parts:
                         part.look_ahead(asked.unanswered(coming, names))
-                yield from self._blocks(bucket, asked, asked.requests.slice(start, self.block_rows).to_pylist())
+                rows = asked.requests.slice(start, self.block_rows).to_pylist()
+                yield from self._blocks(bucket, asked, rows, view.items)
 
     def _view(self, bucket: int, requests: pa.Table) -> BucketView:
         """Reads of the bucket's histories what the parts need; of these users alone, but for a control of another."""
@@ -125,7 +127,9 @@ class BuildPrompts:
         encoder_id = None if self.embeddings is None else self.embeddings.metadata.get("encoder_id")
         return BucketView(bucket, requests, keys, items, encoder_id, owners)
 
-    def _blocks(self, bucket: int, asked: BucketRequests, rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
+    def _blocks(
+        self, bucket: int, asked: BucketRequests, rows: Sequence[dict[str, Any]], items: VisibleItems | None
+    ) -> Iterator[pa.Table]:
         """Prompts of these requests, one block per method."""
         for method in self.methods:
             requests = [
@@ -138,6 +142,9 @@ class BuildPrompts:
                     info = method.part(part.group)
                     if info is not None:
                         part.contribute(info, drafts)
+                for request, notes in zip(requests, drafts.notes, strict=True):
+                    if items is not None and method.part("none") is None and items.hides_all(request):
+                        notes.append("history_without_time")
                 yield self._table(bucket, drafts)
 
     def _table(self, bucket: int, drafts: Drafts) -> pa.Table:

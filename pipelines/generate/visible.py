@@ -81,6 +81,16 @@ class VisibleItems:
         rows = self.rows(request)
         return bool(len(rows)) and bool((self.texts.times[rows] == NO_TIME).any())
 
+    def hides_all(self, request: Mapping[str, Any]) -> bool:
+        """Returns whether the request has a time and the user's items have none, so that it may see none of them."""
+        if request["as_of"] is None or request["as_of_position"] is not None:
+            return False
+        user = self.texts.user(request["user_id"])
+        if user is None:
+            return False
+        own = self.texts.times[int(self.texts.starts[user]) : int(self.texts.starts[user + 1])]
+        return bool((own == NO_TIME).any())
+
     def lacks_vectors(self, request: Mapping[str, Any]) -> bool:
         """Returns whether an item that the request may see has no vector yet."""
         rows = self.rows(request)

@@ -1,6 +1,7 @@
 """Derived requests: each user's newest items become requests with a known answer, so that histories are enough."""
 
 import hashlib
+from collections.abc import Container
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipelines.codes import encode, flat
 from pipelines.ingest.labels import LabelRule
-from pipelines.ingest.resolve import WORK
+from pipelines.ingest.resolve import OLD, WORK
 from pipelines.ingest.source_rows import REQUEST
 from pplug.tasks import TaskSpec, fill
 
@@ -16,7 +17,12 @@ _AFTER_ALL_FILES = 2**31 - 1
 
 
 def derive_requests(
-    live: pa.Table, users: pa.Array, newest: int, task: TaskSpec, labels: LabelRule
+    live: pa.Table,
+    users: pa.Array,
+    newest: int,
+    task: TaskSpec,
+    labels: LabelRule,
+    held: Container[str] = (),
 ) -> tuple[pa.Table, pa.Table]:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
@@ -25,6 +31,7 @@ def derive_requests(
         users: user_key of the users to derive requests for.
         newest: number of requests per user; items with an empty answer are skipped.
         labels: rule of the answers.
+        held: ids of requests that the table holds: those of items that came again are made anew, with their new answer.
 
     Returns:
         Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). And
@@ -42,7 +49,11 @@ def derive_requests(
     order = np.lexsort((live["position"].to_numpy(), time, user))  # history.order, for all users at once
     order = order[answered.to_numpy(zero_copy_only=False)[order]]
     ends = np.searchsorted(user[order], user[order], side="right")
-    chosen = order[ends - np.arange(len(order)) <= newest]
+    again = np.zeros(len(live), dtype=bool)
+    came = np.flatnonzero(live["file"].to_numpy() != OLD)
+    names = live.select(["user_id", "id"]).take(came).to_pylist()
+    again[came] = [derived_id(name["user_id"], name["id"]) in held for name in names]
+    chosen = order[(ends - np.arange(len(order)) <= newest) | again[order]]
     rows = [_ask(row, bool(timed[at]), task) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
     for seq, row in enumerate(rows):
         row["file"], row["seq"] = _AFTER_ALL_FILES, seq

@@ -75,7 +75,7 @@ def look_at(config: IngestConfig, rows: int = 1000) -> dict[Kind, SourceLook]:
 def options_of(config: IngestConfig) -> Options:
     """Returns the keys that formats need."""
     return Options(
-        config.columns, config.split, config.history_scope, config.questions == "keep",
+        config.columns, config.split, config.history_scope, config.questions == "keep", bool(config.derive_requests),
         rules=RowRules(
             config.time, config.labels, config.show_text,
             vectors=config.vectors_id is not None and config.vectors is None,

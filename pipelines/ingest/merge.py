@@ -94,10 +94,12 @@ class MergeBucket:
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
             if self.derive_requests and len(items):
+                users = pc.unique(items["user_key"])
+                of_them = self._held("requests", bucket, users.to_pylist())
+                held = frozenset(name for table in of_them for name in table["id"].to_pylist())
                 derived, outside = derive_requests(
-                    merged.live, pc.unique(items["user_key"]), self.derive_requests, self.task,
-                    LabelRule(self.task, self.labels),
-                )  # fmt: skip
+                    merged.live, users, self.derive_requests, self.task, LabelRule(self.task, self.labels), held
+                )
                 counts["planned"] += len(derived) + len(outside)
                 counts["derived"] += len(derived)
                 figures.add(Figures(targets=answers(derived["target"], self.task)))

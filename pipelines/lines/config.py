@@ -103,6 +103,11 @@ class LampConfig(Settings):
     def _the_model_is_there(self) -> Self:
         if self.use not in self.models:
             raise ValueError(f"use={self.use} is none of the models {', '.join(self.models)}")
+        if self.derive_requests and self.source is None and self.separation == "time":
+            raise ValueError(
+                "derive_requests needs the key source: train and dev of the benchmark's time separation are the same "
+                "people, so that answers of dev would stand in the histories that train learns from"
+            )
         return self
 
 

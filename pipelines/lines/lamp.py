@@ -47,7 +47,8 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     if llm["model"] == BASE_LM:
         llm["model"] = str(root / BASE_LM)
         # dev, which is evaluated, has tables of its own: all items of train may be learned
-        line.add(BASE_LM, "base-lm", "train", lm=model["lm"], output=llm["model"], cut="none")
+        line.add(BASE_LM, "base-lm", "train", lm=model["lm"], output=llm["model"], cut="none",
+                 suffix=llm["layout"]["suffix"])  # fmt: skip
     line.add("refresh-train", "refresh", "train", encoder=encoder, **line.gpus)
     line.train("train")
     line.ingest("dev", 1)

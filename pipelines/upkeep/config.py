@@ -95,7 +95,8 @@ class DropRequestsConfig(JobConfig):
     """Job `drop-requests`: takes requests that nobody needs any more out of `requests`, and all replies to them.
 
     They go by their age or because runs have answered them. Replies of every run to a dropped request go with it, since
-    they could be neither evaluated nor judged without it. Older versions of both tables keep the rows until a vacuum. A
+    they could be neither evaluated nor judged without it. A request with a history of its own (one per question)
+    stays, because it alone tells whose that history is. Older versions of both tables keep the rows until a vacuum. A
     source that still holds a dropped request brings it back when it is ingested again. If the job is interrupted, the
     same command ends its work. Unit of work: a request.
     """
@@ -126,7 +127,8 @@ class EraseConfig(JobConfig):
     users: str | None = None
     """File with one user id per line. It is left as it is, also in one of the folders: remove it afterwards."""
     folders: tuple[str, ...] = ("runs",)
-    """Run folders and exports. All files below them are rewritten without the users, and searched."""
+    """Run folders and exports. All files below them are rewritten without the users, and searched. Other tables below
+    them stay as they are: if they hold the users, the job names them and ends with exit code 1."""
     confirm_absent: bool = False
     """Confirms ids that are in no table, for example of people who never had a row. Without it, such an id ends the job
     with exit code 1 after all others are erased, because it may be misspelled and its user still here."""

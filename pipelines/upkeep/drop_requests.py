@@ -25,6 +25,8 @@ from pipelines.waves import each_bucket, files_of, listed, next_group
 TRIES = 3
 _NAMED = 10
 _KEY = ["user_key", "request_id"]
+_HISTORY_OF_ITS_OWN = pc.field("owner_id") != pc.field("user_id")
+"""Tells requests of a person whose histories are kept one per question."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Going:
 
     told_by: Snapshot
     """Version of `requests` where they go by age, else of `generations`."""
+    requests: Snapshot
+    """A request with a history of its own stays, because it alone tells whose that history is."""
     limit: datetime | None
     runs: tuple[str, ...]
 
@@ -43,7 +47,9 @@ class Going:
             which = pc.field("as_of") < pa.scalar(self.limit, column.type)
         else:
             which = pc.field("run_id").isin(self.runs) & pc.field("error").is_null()
-        return pc.unique(_keys(self.told_by.read(_KEY, buckets=[bucket], filter=which)))
+        going = pc.unique(_keys(self.told_by.read(_KEY, buckets=[bucket], filter=which)))
+        of_a_person = self.requests.read(_KEY, buckets=[bucket], filter=_HISTORY_OF_ITS_OWN)
+        return going.filter(pc.invert(pc.is_in(going, value_set=_keys(of_a_person))))
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,16 @@ class Without:
 
 
 @dataclass(frozen=True)
-class CountUndated:
-    """in: bucket int. out: undated (requests of the bucket without a time)."""
+class CountStaying:
+    """in: bucket int. out: undated, of_a_person: the bucket's requests without a time; with a history of their own."""
 
     requests: Snapshot
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
-            yield pa.table({"undated": [self.requests.read(["as_of"], buckets=[bucket])["as_of"].null_count]})
+            rows = self.requests.read(["as_of", "owner_id", "user_id"], buckets=[bucket])
+            own = rows.filter(_HISTORY_OF_ITS_OWN)
+            yield pa.table({"undated": [rows["as_of"].null_count], "of_a_person": [own.num_rows]})
 
 
 def run(config: Config) -> int:
@@ -104,11 +112,17 @@ def run(config: Config) -> int:
 
 
 def _going(config: Config, report: RunReport) -> Going:
-    """Tells the requests that go.
+    """Tells the requests that go, and names those that stay whatever is asked.
 
     Raises:
         InputError: a run that is named has no reply.
     """
+    requests = tables.open_table(config.tables, "requests").snapshot()
+    counts = list(each_bucket(list(requests.by_bucket()), CountStaying(requests)))
+    if own := sum(row["of_a_person"] for row in counts):
+        report.extra["requests_with_a_history_of_their_own"] = own
+        print(f"drop-requests: {own} requests have a history of their own and alone tell whose it is: they stay "
+              "(`erase` takes them out with their person)", flush=True)  # fmt: skip
     if config.answered_by is not None:
         told_by = tables.open_table(config.tables, "generations").snapshot()
         there = {row["run_id"] for row in each_bucket(list(told_by.by_bucket()), CountRuns(told_by))}
@@ -118,15 +132,13 @@ def _going(config: Config, report: RunReport) -> Going:
             raise InputError(
                 f"{told_by.table}: no reply of run {', '.join(unknown)}; it holds those of {some or 'no run'}"
             )
-        return Going(told_by, None, config.answered_by)
+        return Going(told_by, requests, None, config.answered_by)
     assert config.older_than_days is not None, "the config has seen to it"
-    told_by = tables.open_table(config.tables, "requests").snapshot()
-    undated = sum(row["undated"] for row in each_bucket(list(told_by.by_bucket()), CountUndated(told_by)))
-    if undated:
+    if undated := sum(row["undated"] for row in counts):
         report.extra["requests_without_time"] = undated
         print(f"drop-requests: {undated} requests have no time (as_of), so that their age is unknown: they stay",
               flush=True)  # fmt: skip
-    return Going(told_by, datetime.now(UTC) - timedelta(days=config.older_than_days), ())
+    return Going(requests, requests, datetime.now(UTC) - timedelta(days=config.older_than_days), ())
 
 
 def _drop(table: Table, going: Going, report: RunReport) -> int:

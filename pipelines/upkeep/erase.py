@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -115,7 +117,9 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     with report.stage("folders") as stage:
         begun = Storage(config.tables).join(runs.FOLDER)  # sources of runs: a file may be called after a user
         places = [*folders, begun]
-        files = [(place.uri, name) for place in places for name in place.list() if not _is_own(place, name, config)]
+        files = [
+            (place.uri, name) for place in places for name in _outside_tables(place) if not _is_own(place, name, config)
+        ]
         what = [row["what"] for row in _over(files, Scrub(needles, requests))]
         record["files_outside_the_tables"] = {kind: what.count(kind) for kind in ("rewritten", "deleted")}
         stage.rows = len(files)
@@ -133,12 +137,25 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
     if survivors:
         print(
             f"erase: {len(survivors)} files still hold values of the users, the first is {survivors[0]}; such files "
-            "are not rewritten: remove them, then run this again",
+            "are not rewritten: erase the users from other tables, remove other files, then run this again",
             flush=True,
         )
     else:
         run_dir.delete(PENDING)
     return absent
+
+
+def _outside_tables(folder: "Storage") -> list[str]:
+    """Lists the files that belong to no Delta table: a table changes by its log alone, in an erase of its own."""
+    names = folder.list()
+    of_tables = _in_tables(names)
+    return [name for name in names if name not in of_tables]
+
+
+def _in_tables(names: list[str]) -> set[str]:
+    """Returns those of the names in a folder that belong to a Delta table there."""
+    roots = {f"/{name}".rpartition("/_delta_log/")[0] for name in names if "/_delta_log/" in f"/{name}"}
+    return {name for name in names if any(f"/{name}"[: at.start()] in roots for at in re.finditer("/", f"/{name}"))}
 
 
 def _is_own(folder: "Storage", name: str, config: Config | None) -> bool:
@@ -286,17 +303,30 @@ def prove(
 ) -> tuple[list[str], list[str], int]:
     """Opens and decodes every file of the tables and folders, orphans and logs included, and searches it.
 
+    In other tables below the folders it looks for the users' ids and keys alone: what others wrote there is theirs.
+
     Returns:
         Files in which a value is left, files that could be searched only as bytes, and the number of all files.
     """
     roots = {folder.uri: folder for folder in [Storage(place), *folders]}
-    files = [(r, name) for r, folder in roots.items() for name in folder.list() if not _is_own(folder, name, config)]
+    files: list[tuple[str, str]] = []
+    of_others: list[tuple[str, str]] = []
+    for root, folder in roots.items():
+        names = folder.list()
+        tables_below = _in_tables(names) if root != Storage(place).uri else set()
+        for name in names:
+            if name in tables_below:
+                of_others.append((root, name))
+            elif not _is_own(folder, name, config):
+                files.append((root, name))
     survivors, opaque = [], []
-    for row in _over(files, SearchFiles(needles)):
+    owners = Needles(frozenset(map(user_key, needles.ids)), needles.ids)
+    rows = itertools.chain(_over(files, SearchFiles(needles)), _over(of_others, SearchFiles(owners)))
+    for row in rows:
         named = needles.inside(row["name"])  # then the name must not be shown
         place_of = f"{row['root']}/" + (f"(a name with digest {digest(row['name'])})" if named else row["name"])
         if row["hits"]:
             survivors.append(place_of)
         elif not row["decoded"]:
             opaque.append(place_of)
-    return sorted(survivors), sorted(opaque), len(files)
+    return sorted(survivors), sorted(opaque), len(files) + len(of_others)

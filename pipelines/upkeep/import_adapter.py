@@ -24,6 +24,7 @@ from pplug.adapter import IMPORTED, content_id, to_bytes
 from pplug.identity import model_folder
 from pplug.llm import llm_id
 from pplug.peft_folder import read_lora
+from pplug.stand_in import SAMPLE, llm_sample
 
 
 def run(config: Config) -> int:
@@ -65,7 +66,7 @@ def _run(config: Config, report: RunReport) -> int:
     }
     report.planned = report.written = 1
     report.extra |= {"adapter_id": row["adapter_id"], "llm_id": made_for}
-    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for))
+    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for, llm_sample(config.llm)))
     code = report.finish()
     print(f"adapter {row['adapter_id']}: taken from {config.folder}", flush=True)
     return code
@@ -84,12 +85,13 @@ def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
     return row | {"last_item_at": newest.occurred_at, "last_item_position": newest.position}
 
 
-def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, made_for: str) -> int:
+def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, made_for: str, sample: str) -> int:
     """Commits the bucket with the row in the place of the user's former one; returns the version."""
     bucket = row["bucket"]
     others = before.read(buckets=[bucket], filter=pc.field("user_key") != row["user_key"])
     data = pa.concat_tables([others, pa.Table.from_pylist([row], schema=table.spec.schema)])
-    metadata = {key: value for key, value in before.metadata.items() if key in ("fit_id", "histories_version")}
+    kept = ("fit_id", "histories_version", SAMPLE)
+    metadata = {SAMPLE: sample} | {key: value for key, value in before.metadata.items() if key in kept}
     commit = commit_first(
         table,
         table.write(data, run_id),

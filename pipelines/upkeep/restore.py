@@ -46,7 +46,13 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
     targets: list[tuple[Table, Snapshot, list[str]]] = []
     for name in names:
         table = tables.open_table(config.tables, name)
-        version = config.version if config.before is None else upkeep.version_before(table, config.before)
+        try:
+            version = config.version if config.before is None else upkeep.version_before(table, config.before)
+        except InputError:
+            if config.names is not None or name != "rejects":
+                raise
+            print("restore: table rejects began with that run, or its log ends there: it stays as it is", flush=True)
+            continue
         if version is None:
             if config.names is not None:
                 raise InputError(f"{table.uri}: run {config.before} has written nothing to table {name}")

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import upkeep
-from infra.search import ID_COLUMNS, Needles, has_text, leaves, parsed, search
+from infra.search import ID_COLUMNS, Needles, has_text, leaves, lines_of, parsed, search
 from infra.snapshot import DataFile, read_file
 from infra.storage import Storage
 from infra.table import Table
@@ -165,6 +165,9 @@ class Scrub:
                     return ""
                 storage.delete(name)
                 return "deleted"
+            if last.startswith("examples-") and _holds_tokens(storage, name):  # nobody knows whose they are
+                storage.delete(name)
+                return "deleted"
             if not search(storage, name, self.needles).hits and not self._predictions(storage, name):
                 return ""
             if last.startswith("samples-") and last.endswith(".parquet"):  # a rerun of the training makes them anew
@@ -175,7 +178,7 @@ class Scrub:
             if name.endswith(".parquet"):
                 return self._parquet(storage, name)
             if name.endswith((".jsonl", ".ndjson", ".log", ".txt")):
-                lines = storage.read_bytes(name).decode("utf-8").splitlines(keepends=True)
+                lines = lines_of(storage.read_bytes(name).decode("utf-8"))
                 return _put(storage, name, "".join(line for line in lines if not self._in_line(name, line)).encode())
             if name.endswith(".json"):
                 rest = self._without(json.loads(storage.read_bytes(name)))
@@ -234,6 +237,14 @@ class Scrub:
         if isinstance(value, list | tuple):
             return any(self._has(part) for part in value)
         return isinstance(value, str) and (self.needles.is_one(value) or bool(self.needles.inside(value)))
+
+
+def _holds_tokens(storage: Storage, name: str) -> bool:
+    """Says whether a file holds words as token ids, as the training of a base leaves them while it has not ended."""
+    if not name.endswith(".parquet"):
+        return False
+    with storage.open_input(name) as source:
+        return pq.read_schema(source).names == ["prompt", "answer"]
 
 
 def _sibling(name: str, kind: str) -> str:

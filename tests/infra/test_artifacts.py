@@ -61,6 +61,17 @@ def test_what_was_published_is_fetched_once_and_is_the_same(s3_server, s3, tmp_p
     assert artifacts.publish(tmp_path / "plug", s3) == (0, 3)  # all there
 
 
+def test_a_copy_of_what_was_published_elsewhere_is_published_anew(s3_server, s3, tmp_path):
+    artifacts.publish(folder(tmp_path / "plug"), f"{s3}/one")
+    (tmp_path / "copy").mkdir()
+    for name, data in {**FILES, artifacts.MANIFEST: Storage(f"{s3}/one").read_bytes(artifacts.MANIFEST)}.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(data)
+    (tmp_path / "copy" / "config.json").write_bytes(b"changed")
+    assert artifacts.publish(tmp_path / "copy", f"{s3}/two") == (3, 0)
+    assert content(artifacts.fetch(f"{s3}/two")) == FILES | {"config.json": b"changed"}
+
+
 def test_processes_of_one_node_that_come_at_once_fetch_once(s3_server, s3, tmp_path):
     artifacts.publish(folder(tmp_path / "plug"), s3)
     gets = asked(s3_server, "GET")

@@ -48,7 +48,10 @@ def workers_of(cluster: dict) -> dict[str, dict]:
 def test_the_cluster_grows_from_nothing_and_takes_spot_and_cheap_gpus_first(cluster):
     head, workers = cluster["available_node_types"][cluster["head_node_type"]], workers_of(cluster)
     assert head["resources"]["CPU"] == 0 and cluster["idle_timeout_minutes"] > 0  # drivers only
-    assert all(node["min_workers"] == 0 < node["max_workers"] <= cluster["max_workers"] for node in workers.values())
+    for node in workers.values():
+        assert node["min_workers"] == 0 and node["max_workers"] <= cluster["max_workers"]
+        # five tasks of a GPU each would fill a node of eight best, which Ray's autoscaler asks before any priority
+        assert (node["max_workers"] == 0) == (node["resources"].get("GPU", 0) > 1)
     assert any("GPU" not in node["resources"] for node in workers.values())
     gpus = {name: node for name, node in workers.items() if node["resources"].get("GPU")}
     assert {node["labels"]["ray.io/accelerator-type"] for node in gpus.values()} == {"L4", "A10G", "L40S", "H100"}

@@ -135,6 +135,26 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
     assert secrets == {"pplug-hub"}, "the bucket's rights come by the service account"
 
 
+def test_only_a_head_has_a_token_for_kubernetes(manifests):
+    """KubeRay puts the autoscaler into the head's pod and mounts nothing; Ray reads the token without asking."""
+    accounts = {one["metadata"]["name"]: one for one in of_kind(manifests, "ServiceAccount")}
+    assert accounts["pplug"]["automountServiceAccountToken"] is False
+    for job in of_kind(manifests, "RayJob"):
+        cluster = job["spec"]["rayClusterSpec"]
+        assert cluster["enableInTreeAutoscaling"] is True
+        assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
+        for group in cluster["workerGroupSpecs"]:
+            assert "automountServiceAccountToken" not in group["template"]["spec"]
+
+
+def test_what_a_run_leaves_outlives_its_pods(manifests):
+    """A pod's own folder goes with it: with that of an erase went what a rerun needs to end it."""
+    for configs in of_kind(manifests, "ConfigMap"):
+        for name, text in configs.get("data", {}).items():
+            if name.endswith(".yaml"):
+                assert yaml.safe_load(text)["run_dir"].startswith("s3://BUCKET/runs/"), name
+
+
 def test_nights_do_not_overlap_and_end_together(manifests):
     templates = {job["metadata"]["name"]: job["spec"] for job in of_kind(manifests, "RayJob")}
     crons = of_kind(manifests, "CronJob")

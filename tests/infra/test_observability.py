@@ -134,7 +134,7 @@ class Observed:
         nights_ended: time at which the last night ended that changed something.
         unchanged: output of a night after it that had nothing to do.
         stages: its stages.
-        refused: output of a night that was given a place without tables.
+        refused: output of a night that was given a place without tables; after it a vacuum was mistyped.
     """
 
     server: Prometheus
@@ -156,6 +156,7 @@ def observed(ray_head, tmp_path_factory) -> Iterator[Observed]:
         refresh = ("python", "-m", "pipelines", "refresh", "--config", str(folder / "bad_nights" / "again.yaml"))
         unchanged = ray_head.submit(*refresh, "--run-dir", str(folder / "unchanged"))
         refused = ray_head.submit(*refresh, "--run-dir", str(folder / "refused"), "--tables", str(folder / "nowhere"))
+        ray_head.submit("python", "-m", "pipelines", "vacuum", "--tables", str(folder / "tables"), "--no-such-key", "1")
         stages = json.loads((folder / "unchanged" / "report.json").read_text())["stages"]
         yield Observed(server, folder, ended, unchanged.stdout, stages, refused.stdout)
 
@@ -205,6 +206,8 @@ class TestLive:
             'last_over_time(ray_pplug_job_end_time_seconds{job="refresh", exit_code="2"}[1h])'
         )
         assert len(failed) == 1
+        mistyped = observed.server.query('last_over_time(ray_pplug_job_end_time_seconds{job="vacuum"}[1h])')
+        assert [labels["exit_code"] for labels, _ in mistyped] == ["2"]
 
     def test_what_is_exported_is_what_was_counted(self, observed):
         def total(expression: str) -> float:

@@ -1,8 +1,11 @@
 """S3 as it is set up in the field: what botocore follows, delta's client and s3fs follow; else one line says why."""
 
+import dataclasses
 import json
 import os
+import socket
 import sys
+import threading
 
 import pyarrow as pa
 import pytest
@@ -11,6 +14,7 @@ from infra import s3
 from infra.errors import ConcurrentRunError, InputError
 from infra.storage import Storage
 from infra.table import Table
+from tests.s3_server import S3Server
 
 SECRET = "a-secret-of-the-profile"
 
@@ -122,6 +126,35 @@ def test_what_cannot_be_used_is_one_line_that_says_what_to_set(way, message, bar
     with pytest.raises(InputError, match=message) as error:
         s3.check(["s3://tables/x"])
     assert "\n" not in str(error.value)
+
+
+def test_a_role_that_is_refused_is_told_so(bare, s3_server, monkeypatch):
+    """As on Kubernetes, where the role's policy does not name the service account."""
+    (bare / "token").write_text("a.b.c")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pplug-nodes")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(bare / "token"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    s3_server.fault = lambda environ: "403" if environ["PATH_INFO"] == "/" else None
+    with pytest.raises(InputError, match=r"AssumeRoleWithWebIdentity .*\(ClientError\); mend it, or set"):
+        s3.check(["s3://tables/x"])
+
+
+def test_amazons_own_address_is_asked_again_while_nothing_answers(bare, monkeypatch):
+    """A server that starts late stands for a network that was away; it is asked as if it were Amazon's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    amazon = dataclasses.replace(s3.connection(), endpoint=None)
+    monkeypatch.setattr(s3, "connection", lambda: amazon)
+    with monkeypatch.context() as hurried, pytest.raises(InputError, match="Amazon, region .* does not answer"):
+        hurried.setattr(s3, "AWAY_S", 0)
+        s3.check(["s3://tables/x"])
+    late = threading.Timer(1.5, lambda: S3Server(port))
+    late.start()
+    s3.check(["s3://tables/x"])
+    late.join()
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,7 @@ def test_the_base_learns_from_everybody_but_the_target_users(tmp_path):
     assert report["planned"] == report["written"] == report["examples"] == len(learned)
     assert report["made_from"]["users_left_out"] == 1
     run_dir = Path(made.root / "runs" / "base")
+    assert not list(run_dir.rglob("examples-*"))  # the words of users, as token ids
     (run_dir / "report.json").rename(run_dir / "report")  # as when it was killed
     assert [one["job"] for one in erase._trained(made.tables, [Storage(str(run_dir))])] == ["adapt"]
     merged = LLMConfig(model=str(tmp_path / "merged"))

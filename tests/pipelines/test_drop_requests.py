@@ -142,6 +142,19 @@ def test_without_replies_the_requests_go_alone(tmp_path, ray_session):
         kept.drop("answered", answered_by=("monday",))
 
 
+@pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("monday", "friday")}])
+def test_requests_that_alone_tell_whose_a_history_is_stay_with_their_replies(kept, capsys, how):
+    """`erase` finds a person's histories of one question each by them, and `train` keeps a person on one side."""
+    of_ann = [("ann-q1", "old"), ("ann-q2", "old")]
+    kept.put("requests", "lamp", of_ann, as_of=[datetime(2020, 1, 1, tzinfo=UTC)] * 2, owner_id=["ann", "ann"])
+    kept.reply("friday", of_ann)
+    assert kept.drop(**how) == 0
+    left = of("recent", "undated") if "older_than_days" in how else of("undated")
+    assert kept.requests == sorted(left + of_ann) and set(by("friday", of_ann)) <= set(kept.replies)
+    assert kept.report["requests_with_a_history_of_their_own"] == 2
+    assert "2 requests have a history of their own and alone tell whose it is: they stay" in capsys.readouterr().out
+
+
 def test_a_choice_is_asked_for(capsys):
     for given in ([], ["--answered-by", "monday", "--older-than-days", "3"]):
         assert main(["drop-requests", *given, "--tables", "t"]) == 2

@@ -79,17 +79,25 @@ def test_thoughts_are_cut_and_counted(tmp_path, tokenizer):
         ("dog", [*asked, *ids(tokenizer, "<think> </think>")], (None, ())),
         ("<|channel|> the <|message|> cat", asked, ("", ("thinking_unfinished",))),
     ]:
-        assert own.answer(ids(tokenizer, reply), prompt) == answer, reply
+        assert own.answer(ids(tokenizer, reply), prompt, ended=False) == answer, reply
+
+
+def test_what_a_plug_has_learned_to_answer_is_no_thought(tmp_path, tokenizer):
+    """Its targets stand right behind a prompt that opens a thought, and end as a reply does."""
+    own, opened = ending(tmp_path, tokenizer), ids(tokenizer, "<turn> the <think>")
+    assert own.answer(ids(tokenizer, "dog"), opened, ended=True) == (None, ())
+    assert own.answer(ids(tokenizer, "dog"), opened, ended=False) == ("", ("thinking_unfinished",))
+    assert own.answer(ids(tokenizer, "<think> dog"), opened, ended=True) == ("", ("thinking_unfinished",))
 
 
 def test_the_last_channel_of_a_reply_is_its_answer(tmp_path, tokenizer):
     tokenizer.add_tokens(["final", "analysis"])
     own = ending(tmp_path, tokenizer)
     reply = "<|channel|> analysis <|message|> the cat <end> <|channel|> final <|message|> dog ran"
-    assert own.answer(ids(tokenizer, reply), []) == ("dog ran", ("thinking_cut",))
+    assert own.answer(ids(tokenizer, reply), [], ended=True) == ("dog ran", ("thinking_cut",))
 
 
 def test_words_that_only_look_like_thoughts_stay(tmp_path):
     plain = word_tokenizer(tmp_path)
     own = Ending(tmp_path, builder(plain), Decoding())
-    assert own.answer(plain("<think> cat")["input_ids"], []) == (None, ())
+    assert own.answer(plain("<think> cat")["input_ids"], [], ended=True) == (None, ())

@@ -117,7 +117,7 @@ class People:
     def erase(self, run_id: str = "erase", **values) -> int:
         run_dir = self.folder / "runs" / run_id
         config = {"tables": self.tables, "folders": self.folders, "run_id": run_id, "run_dir": str(run_dir)}
-        code = erase.run(erase.Config(**config, **values))
+        code = erase.run(erase.Config(**config | values))
         self.report = json.loads((run_dir / "report.json").read_text())
         return code
 

@@ -109,6 +109,32 @@ def test_a_reference_may_learn_from_the_users_of_other_tables_too(asked, tmp_pat
     assert found[0]["references"]["user-label"] == found[1]["references"]["user-label"]
 
 
+def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path, capsys):
+    """Co-authors share a paper: a title that dev asks for may be an item of a train author."""
+    task = {"name": "titles", "item": "{title}", "item_without_label": "{text}", "input": "Title? {text}",
+            "target": "title", "metric": "text", "max_output_tokens": 8}  # fmt: skip
+    made = {}
+    for name, titles in {
+        "train": ["A  paper\nof OURS", "another one"],
+        "dev": ["a Paper of ours", "a third one"],
+    }.items():
+        made[name] = population = Population(tmp_path / name)
+        population.folder.mkdir()
+        rows = [{"user_id": f"{name}-{n}", "item_id": "1", "text": "x", "title": t} for n, t in enumerate(titles)]
+        (population.folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = {"source": str(population.folder / "items.jsonl"), "derive_requests": 1}
+        assert population.ingest(task=population.task(task), **source) == 0
+    write_generations(made["dev"], "some", {"none": dict.fromkeys(made["dev"].requests(), "a paper")})
+    for places in ((), (made["dev"].tables, made["train"].tables)):
+        _, report, printed = run(made["dev"], capsys, run=("some",), references_from=places)
+        said = [warning for warning in report["warnings"] if "word for word" in warning]
+        if places:  # the tables themselves hold all: each request is made of an item
+            assert [warning.partition(" requests")[0] for warning in said] == ["2 of 2", "1 of 2"]
+            assert made["train"].tables in said[1] and said[1] in printed
+        else:
+            assert not said
+
+
 def test_replies_that_are_no_label_are_counted_shown_and_said(asked, capsys):
     chat = {i: f"{SECRET} {i}" for i in asked.requests()}
     few = right(asked, 0.5, 4, wrong=("good", "bad", "neither"))

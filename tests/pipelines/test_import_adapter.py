@@ -17,6 +17,7 @@ from pipelines.upkeep import import_adapter
 from pipelines.upkeep.export_adapter import export_adapter
 from pplug.llm import LLMConfig, llm_id
 from pplug.splice import PromptLayout
+from pplug.stand_in import llm_sample
 from tests.pipelines.population import NOTES
 from tests.pplug.models import tiny_llama
 from tests.pplug.test_peft_folder import logits, saved
@@ -70,6 +71,9 @@ def test_an_adapter_of_peft_becomes_a_users_row_and_leaves_as_it_came(filled, ba
 
     model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "out").eval()
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+
+    # what `--llm.serves` compares a copy of the LLM with
+    assert snapshot.metadata["llm_sample"] == llm_sample(LLMConfig(model=str(base))) != ""
 
     saved(base, tmp_path / "new", r=7)
     assert take(filled, base, tmp_path / "new", "bob", "again")[0] == 0

@@ -77,6 +77,19 @@ def test_a_folder_of_ones_own_with_its_own_tiny_llm(path, tmp_path):
     assert made["evaluate"].run == (made["generate"].run_id, made["generate-soft"].run_id)
 
 
+def test_what_a_tiny_llm_learns_ends_as_its_prompts_do(tmp_path):
+    base_lm = "models={own: {llm: {model: base-lm, layout: {suffix: ' Answer: '}}}}"
+    config = load(TINY[0], "--source", "somewhere", "--set", base_lm, "use=own", "methods=[none]")
+    made = jobs(config, tmp_path)
+    assert made["base-lm"].suffix == made["generate"].llm.layout.suffix == " Answer: "
+
+
+def test_requests_are_not_made_of_a_split_whose_train_and_dev_are_the_same_people():
+    with pytest.raises(InputError, match=r"derive_requests needs the key source: .* answers of dev would stand in"):
+        load(REAL[0])
+    assert load(REAL[0], "--separation", "user").derive_requests
+
+
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_a_real_llm_beside_all_its_peers(path, tmp_path):
     config = load(path, "--source", "somewhere", "--limit", "40,20")

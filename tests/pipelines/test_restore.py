@@ -111,6 +111,21 @@ def test_all_tables_go_back_to_before_a_run(on_disk):
         on_disk.restore(before="first")
 
 
+def test_all_tables_go_back_to_before_the_run_that_made_the_first_rejects(on_disk, capsys):
+    """Ingest makes the table when it starts, and commits to it with the first row that it refuses."""
+    rejects = tables.open_or_create(on_disk.tables, "rejects", 1)
+    row = {"job": "ingest", "run_id": "bad", "key": "a.csv:7", "reason": "missing_field", "detail": "text"}
+    data = pa.Table.from_pylist([row], schema=rejects.spec.schema)
+    files = rejects.write(data, "bad")
+    rejects.commit(files, run_id="bad", group=0, mode="append", planned_on=rejects.version, complete=True)
+    assert on_disk.restore(before="bad") == 0
+    assert on_disk.rows("histories") == GOOD and on_disk.rows("requests") == [(user, "q") for user in sorted(USERS)]
+    assert "table rejects began with that run" in capsys.readouterr().out
+    assert rejects.snapshot().read()["key"].to_pylist() == ["a.csv:7"]
+    with pytest.raises(InputError, match="no complete version from before run bad"):
+        on_disk.restore("named", before="bad", names=("rejects",))
+
+
 def test_a_run_that_was_taken_back_needs_another_run_id(on_disk):
     """Its commits stand in the log: it would take its own rows for written."""
     assert on_disk.restore(before="bad") == 0

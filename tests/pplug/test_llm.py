@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
 
 from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer
+from pplug.plain_text import control_tokens
 from tests.pplug.families import make
 from tests.pplug.models import tiny_bart, tiny_llama, word_tokenizer
+from tests.pplug.token_kinds import byte_bpe
 
 TEXTS = ["the cat on the mat", "", "  two  spaces\n", "naïve <s> text </s> 123"]
 
@@ -26,6 +28,41 @@ def test_a_tokenizer_is_the_one_that_transformers_chooses(tmp_path, named):
     assert type(ours) is type(theirs)
     assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
     assert (ours.bos_token_id, ours.eos_token_id, len(ours)) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer"])
+def test_a_byte_level_tokenizer_under_the_name_of_llamas_keeps_its_spaces(tmp_path, named):
+    """As in DeepSeek-R1-Distill-Llama, which transformers knows by its address alone and not by a folder."""
+    want = byte_bpe(tmp_path)
+    folder = Path(shutil.copytree(tiny_llama(tmp_path / "made"), tmp_path / "llm"))
+    want.save_pretrained(folder)
+    renamed(folder, named)
+    text = "the cat  sat on\nthe mat"
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != want(text)["input_ids"], (
+        "it chooses right by now"
+    )
+    found = load_tokenizer(folder)
+    assert found(text)["input_ids"] == want(text)["input_ids"] and found.decode(found(text)["input_ids"]) == text
+    assert found.chat_template == want.chat_template
+
+
+def test_of_a_mistral_with_the_publishers_own_file_the_tokenizer_is_still_that_of_transformers(tmp_path):
+    """As in Mistral-Nemo, where AutoTokenizer takes the backend of mistral_common, if that is installed."""
+    pytest.importorskip("mistral_common")
+    folder = Path(shutil.copytree(tiny_llama(tmp_path / "made"), tmp_path / "llm"))
+    want = load_tokenizer(folder)
+    renamed(folder, "PreTrainedTokenizerFast")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (folder / "tekken.json").write_text("{}")
+    found = load_tokenizer(folder)
+    assert found(TEXTS)["input_ids"] == want(TEXTS)["input_ids"]
+    assert control_tokens(found) == control_tokens(want)  # by its added tokens, which the other backend has not
+
+
+def renamed(folder, kind):
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"tokenizer_class": kind}))
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pplug.adapter import WEIGHTS_FILE
 from pplug.identity import model_folder
-from pplug.merge import can_merge, merge_files
+from pplug.merge import can_merge, copy_processors, merge_files
 from pplug.peft_folder import read_lora
 from tests.pplug.models import tiny_llama
 
@@ -84,9 +84,10 @@ def test_what_is_no_lora_of_this_base_is_refused(base, tmp_path):
     edited(tmp_path / "a", peft_type="IA3")
     with pytest.raises(ValueError, match="peft_type is IA3; only LORA is taken"):
         read_lora(tmp_path / "a", base)
-    edited(tmp_path / "a", peft_type="LORA", init_lora_weights="pissa_niter_4")
-    with pytest.raises(ValueError, match="a base that it has changed"):
-        read_lora(tmp_path / "a", base)
+    for kind in ("pissa_niter_4", "lora_ga"):
+        edited(tmp_path / "a", peft_type="LORA", init_lora_weights=kind)
+        with pytest.raises(ValueError, match="a base that it has changed"):
+            read_lora(tmp_path / "a", base)
     edited(tmp_path / "a", init_lora_weights=True)
     other = tiny_llama(tmp_path / "other", width=128)
     with pytest.raises(ValueError, match=r"has A \(4, 64\) and B .*, expected"):
@@ -119,8 +120,14 @@ def test_a_merge_by_files_gives_the_bits_of_pefts_merge(base, tmp_path, dtype):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     want = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
     (tmp_path / "out").mkdir()
+    # the publisher's own form of the weights, which vLLM would prefer to the merged ones
+    save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, folder / "consolidated.safetensors")
+    (folder / "preprocessor_config.json").write_text("{}")
     assert can_merge(folder, tmp_path / "adapter")
     merge_files(folder, tmp_path / "adapter", tmp_path / "out")
+    copy_processors(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("consolidated*"))
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert got.keys() == want.keys()
     for name in want:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pplug.llm import LLMConfig, former_llm_id, llm_id
+from pplug.llm import LLMConfig, embedding_rows, former_llm_id, llm_id, load_tokenizer
 from pplug.splice import PromptLayout
 from pplug.stand_in import llm_sample, stands_for
 from tests.pplug.models import tiny_llama
@@ -94,6 +94,19 @@ def test_the_identity_of_before_is_taken_with_a_warning(original):
     assert former_llm_id(pinned) is None
     with pytest.raises(ValueError, match="this layout is"):
         stands_for(pinned, llm_id(pinned), former, None)
+
+
+def test_a_tokenizer_may_know_more_tokens_than_there_are_embeddings(original, tmp_path):
+    """As that of Gemma 3 1B, which names a token for pictures that the model has no row for."""
+    shutil.copytree(original.model, tmp_path / "more")
+    tokenizer = load_tokenizer(tmp_path / "more")
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<picture>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    longer = original.model_copy(update={"model": str(tmp_path / "more")})
+    assert max(json.loads(llm_sample(longer))["ids"]) == rows - 1
+    with pytest.raises(IndexError, match=f"has {rows} rows, none of number {rows}"):
+        embedding_rows(tmp_path / "more", [rows])
 
 
 def test_a_sample_is_small(original):

@@ -85,6 +85,8 @@ class Options:
     split: str
     history_scope: str
     keep_questions: bool
+    derives: bool = False
+    """True if requests are made of items."""
     rules: RowRules = field(default_factory=RowRules)
     requests_columns: Mapping[str, str] = field(default_factory=dict)
     explode: str | None = None

@@ -147,7 +147,7 @@ def form_of(piece: Piece, options: Options) -> Form:
         cut = len(sample) == _SAMPLE_BYTES
     encoding = given.encoding or _encoding(sample, cut)
     text = sample.decode(encoding, "replace").removeprefix("\ufeff")
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline=""))  # str.splitlines ends a line at U+2028, too
     lines = lines[:-1] if cut and len(lines) > 1 else lines
     delimiters = [_unescaped(given.delimiter)] if given.delimiter else list(DELIMITERS)
     if not given.delimiter and unpacked_name(piece.name).endswith(".tsv"):

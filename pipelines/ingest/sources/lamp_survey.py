@@ -4,6 +4,7 @@ A question's history is exactly its profile. Where one user asks several questio
 dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,13 @@ _SAMPLE = 50
 _NO_TIME = np.iinfo(np.int64).min
 
 
-def survey(files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule) -> tuple[str | None, Survey]:
+def survey(
+    files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule, derives: bool = False
+) -> tuple[str | None, Survey]:
     """Checks ids, golds and task, and decides which user's history each question has.
+
+    Args:
+        derives: requests are made of items, of which nothing but the history tells whose they are.
 
     Returns:
         An error in the source, or None; and the survey.
@@ -29,6 +35,7 @@ def survey(files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule) -> tup
     ids: list[str] = []
     damaged: set[str] = set()
     owners: dict[str, list[tuple[str, np.ndarray]]] = {}
+    asked_by: Counter[str] = Counter()
     without_marker = sample = 0
     for question in questions(files):
         ids.append(question.id)
@@ -39,6 +46,8 @@ def survey(files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule) -> tup
             sample += 1
             without_marker += entry.marker not in str(question.value.get("input", ""))
         owner = question.value.get("user_id")
+        if owner is not None:
+            asked_by[str(owner)] += 1
         if owner is not None and scope != "question":
             owners.setdefault(str(owner), []).append((question.id, _digest(question.value["profile"], time)))
     problem = _id_problem(files, ids, damaged, answers) or _task_problem(
@@ -46,7 +55,15 @@ def survey(files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule) -> tup
     )
     if problem:
         return problem, Survey()
-    return _share_histories(owners, set(ids), scope)
+    problem, found = _share_histories(owners, set(ids), scope)
+    apart = {user for user, count in asked_by.items() if count > 1} - set(found.user_of.values())
+    if problem is None and derives and apart:
+        return (
+            f"derive_requests: {len(apart)} users have several questions with a history each, which no dates prove to "
+            "be one, so that requests made of these histories would not be known as one user's; keep the published "
+            "questions (derive_requests=0)"
+        ), Survey()
+    return problem, found
 
 
 def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, str]) -> str | None:

@@ -1,0 +1,59 @@
+"""What erase does to files below its folders: tables stay to their own log, tokens go, lines go as a whole."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra import shards
+from pipelines import tables
+from pipelines.upkeep import compact
+from pipelines.upkeep.config import CompactConfig
+from tests.pipelines.test_erase import People, others, own, people  # noqa: F401 (a fixture)
+
+
+def test_tables_below_a_folder_change_by_their_own_log_alone(tmp_path, ray_session, capsys):
+    """The folders of `erase` are `runs` where nothing is given, and `quickstart` and `lamp` put tables there."""
+    mine, sibling = People(tmp_path / "runs" / "mine").fill(), People(tmp_path / "runs" / "sibling").fill()
+    before, of_sibling = mine.everything(), sibling.everything()
+    both = {"tables": mine.tables, "folders": (str(tmp_path / "runs"),), "user_id": "user-1"}
+    assert mine.erase(**both) == 1  # the other population still holds the user
+    said = capsys.readouterr().out
+    assert "erase the users from other tables" in said
+    survivors = mine.report["erasure"]["survivors"]
+    assert survivors and all("/sibling/tables/" in one for one in survivors)
+    assert mine.everything() == others(before, ["user-1", "q9"]) and sibling.everything() == of_sibling
+    dropped = mine.report["erasure"]["rows_dropped"]
+    assert dropped == {name: len(before[name]) - len(rows) for name, rows in mine.everything().items()}
+
+    assert sibling.erase(user_id="user-1", folders=(str(tmp_path / "runs" / "sibling" / "runs"),)) == 0
+    assert mine.erase("again", **both, confirm_absent=True) == 0  # words that others wrote in other tables are theirs
+    for population in (mine, sibling):
+        config = CompactConfig(tables=population.tables, run_id="compact", run_dir=str(tmp_path / "compact"))
+        assert compact.run(config) == 0  # it compares the rows of each file with the log
+        assert population.everything() == others(before, ["user-1", "q9"])
+        for name in tables.names(population.tables):
+            keys = tables.open_table(population.tables, name).snapshot().read().to_pydict().get("user_key", [])
+            assert shards.user_key("user-1") not in keys
+
+
+def test_words_as_token_ids_go_and_a_file_of_that_name_with_other_columns_stays(people):  # noqa: F811
+    folder = people.folder / "runs" / "base" / "examples" / "killed"
+    folder.mkdir(parents=True)
+    tokens = pa.array([[1, 2, 3]], pa.list_(pa.int32()))
+    pq.write_table(pa.table({"prompt": tokens, "answer": tokens}), folder / "examples-0.parquet")
+    pq.write_table(pa.table({"prompt": ["a dog"], "n": [1]}), folder / "examples-1.parquet")
+    assert people.erase(user_id="user-1") == 0
+    assert [path.name for path in folder.iterdir()] == ["examples-1.parquet"]
+
+
+def test_a_line_with_a_line_separator_in_a_text_goes_as_a_whole(people):  # noqa: F811
+    path = people.folder / "export" / "lines.jsonl"
+    lines = [
+        {"user_id": user, "text": f'He said "go"\u2028then {what}\u0085'}
+        for user, what in (("7", "left"), ("8", "stayed"))
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines), newline="")
+    assert people.erase(user_id="7") == 0
+    assert path.read_bytes().decode() == json.dumps(lines[1], ensure_ascii=False) + "\r\n"
+    assert own("7", 0) not in path.read_text()
