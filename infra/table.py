@@ -208,14 +208,20 @@ class Table:
 
     # -- worker side: files
 
-    def write(self, data: pa.Table, run_id: str) -> list[DataFile]:
+    def write(self, data: pa.Table, run_id: str, stored: pa.Table | None = None) -> list[DataFile]:
         """Writes rows as one Parquet file per bucket. They are in the table once a commit names the files.
+
+        Args:
+            stored: rows that were read from this table and are written beside the others: nothing is checked or
+                rounded again.
 
         Raises:
             ValueError: a column is missing, unknown or of another type, a bucket is out of range, or a vector is not
                 finite in 16 bits. The message names the column, never a value of a user.
         """
         data = conform(data, self.spec)
+        if stored is not None:
+            data = pa.concat_tables([stored.select(self.spec.schema.names).cast(self.spec.schema), data])
         order = [*(["bucket"] if self.spec.bucketed else []), *self.spec.sort]
         data = in_order(data, order) if order else data
         if not len(data):

@@ -64,7 +64,7 @@ def _asked(buckets: Sequence[int], requests: Snapshot, users: Mapping[int, list[
 
 
 def _there(buckets: Sequence[int], histories: Snapshot, task: TaskSpec, known: np.ndarray) -> np.ndarray:
-    """Those of some digests whose answer an item of these buckets has."""
+    """Returns those of some digests whose answer an item of these buckets has."""
     found = [np.zeros(0, np.uint64)]
     for bucket in buckets:
         items = histories.read(["fields"], buckets=[bucket])["fields"].to_pylist()

@@ -94,12 +94,12 @@ class BuildPersonas:
             gone = old.num_rows - kept.num_rows - int((known & ~same).sum())
             files: list[DataFile] = []
             if len(changed) or gone:
+                stored = None
                 if kept.num_rows and self.before is not None:  # rows as they are: nothing is computed for them
                     stored = self.before.read(buckets=[bucket])
                     stays = pc.is_in(stored["user_key"], value_set=kept["user_key"]).to_numpy()
                     stored = rows_at(stored, np.flatnonzero(stays))
-                    rows = pa.concat_tables([stored, rows.cast(stored.schema)])
-                files = self.personas.write(rows, self.run_id) if rows.num_rows else []
+                files = self.personas.write(rows, self.run_id, stored)
             facts = {
                 "for_bucket": bucket,
                 "users": kept.num_rows + len(changed),
