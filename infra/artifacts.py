@@ -113,13 +113,14 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
             or there[name].size != facts[name]["size"]
             or name in doubtful
         ]
-        if any(name in before for name in todo):
-            storage.write_bytes(REPLACING, json.dumps(sorted(doubtful | set(todo))).encode())
+        gone = (before.keys() | doubtful) - facts.keys()
+        if gone or any(name in before for name in todo):
+            storage.write_bytes(REPLACING, json.dumps(sorted(doubtful | set(todo) | gone)).encode())
         for _ in pool.map(lambda name: retrying(partial(_upload, storage, name, files[name]), f"write {name}"), todo):
             pass
     content = json.dumps({"format": 1, "files": facts}, indent=1, sort_keys=True)
     storage.write_bytes(MANIFEST, content.encode())
-    for name in before.keys() - facts.keys():
+    for name in gone:
         storage.delete(name)
     if storage.is_file(REPLACING):
         storage.delete(REPLACING)
@@ -140,11 +141,12 @@ def check_publishable(uri: str, known: Sequence[str]) -> None:
     if not storage.is_s3:
         raise InputError(f"{uri}: not an address to publish at; expected s3://bucket/prefix")
     manifest = _files(storage.read_bytes(MANIFEST)) if storage.is_file(MANIFEST) else {}
+    replaced = json.loads(storage.read_bytes(REPLACING)) if storage.is_file(REPLACING) else []
     patterns = (*known, *(f"{one}/*" for one in known))
     strange = [
         name
         for name in storage.list()
-        if name not in {MANIFEST, REPLACING, *manifest} and not any(fnmatch(name, one) for one in patterns)
+        if name not in {MANIFEST, REPLACING, *manifest, *replaced} and not any(fnmatch(name, one) for one in patterns)
     ]
     if strange:
         raise ValueError(

@@ -5,6 +5,7 @@ file that cannot be decoded is searched as bytes and named. No value that was fo
 """
 
 import gzip
+import html
 import io
 import json
 import re
@@ -107,6 +108,8 @@ def search(storage: Storage, name: str, needles: Needles) -> Searched:
             with storage.open_input(name) as source:
                 header = source.read(int.from_bytes(source.read(8), "little"))
             return Searched(named + _in_text(header.decode("utf-8"), needles), True)
+        if plain.endswith(".html"):
+            return Searched(named + _in_page(storage.read_bytes(name).decode("utf-8"), needles), True)
         if plain.endswith(_TEXT) or "/_" in f"/{plain}":  # _SUCCESS, _last_checkpoint
             raw = storage.read_bytes(name)
             text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8")
@@ -183,6 +186,12 @@ def _in_text(text: str, needles: Needles, of_log: bool = False) -> int:
     after = zip(all_strings, all_strings[1:], strict=False)  # a key comes right before its value
     ids = sum(1 for name, value in after if name in ID_COLUMNS and value in needles.ids)
     return whole + ids + needles.inside("\n".join([text, *all_strings]))
+
+
+def _in_page(page: str, needles: Needles) -> int:
+    """Counts hits in a page, whose texts have their quotes and signs as entities, and whose replies name their user."""
+    users = {html.unescape(user) for user in re.findall(r'data-user="([^"]*)"', page)}
+    return _in_text(html.unescape(page), needles) + len(users & needles.ids)
 
 
 def _documents(text: str) -> Iterator[Any]:

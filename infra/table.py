@@ -356,9 +356,10 @@ class Table:
                     break
         return found
 
-    def committed(self, run_id: str) -> range:
-        """Returns the groups that this run has committed, 0 to the last. A rerun starts at their number."""
-        delta = self._load()
+    def committed(self, run_id: str, version: int | None = None) -> range:
+        """Returns the groups that this run has committed by a version, 0 to the last; None: by the newest. A rerun
+        starts at their number."""
+        delta = self._load(version)
         last = self._asked(lambda: delta.transaction_version(run_id))
         return range(0 if last is None else last + 1)
 
@@ -460,7 +461,14 @@ class Table:
             )
         self._check_files(new, None)
         info = log.rewritten(below.metadata, run_id, group, more or {})
-        return self._commit(new, lambda delta: old, info, run_id, group, below.version, set(), not same_rows)
+        commit = self._commit(new, lambda delta: old, info, run_id, group, below.version, set(), not same_rows)
+        return self._ours(commit, below.version)
+
+    def _ours(self, commit: Commit, planned_on: int) -> Commit:
+        """Refuses a commit that a second driver of the run has made: it has removed other files than ours."""
+        if commit.already:
+            raise CommitConflict(self.spec.name, commit.version, planned_on)
+        return commit
 
     def drop_own(
         self,
@@ -483,7 +491,8 @@ class Table:
         new, old = list(new), list(old)
         self._check_files(new, None)
         info = log.metadata_for(metadata, run_id, group, complete=False) | {log.OWN_ROWS: "true"}
-        return self._commit(new, lambda delta: old, info, run_id, group, planned_on, {"append"}, data_change=True)
+        commit = self._commit(new, lambda delta: old, info, run_id, group, planned_on, {"append"}, data_change=True)
+        return self._ours(commit, planned_on)
 
     def replace_schema(self, files: Iterable[DataFile], *, before: Snapshot, run_id: str, group: int) -> int:
         """Puts these files, this spec's columns and its schema version in the place of an older version's.

@@ -61,18 +61,19 @@ def worker_device() -> torch.device:
 
 
 def left_without_record(storage: Storage, run_id: str) -> list[str]:
-    """Checkpoint folders, newest first, of a run whose record of them a kill has cut; the cut record goes.
+    """Checkpoint folders, newest first, of a run whose record of them a kill has cut or prevented; a cut record goes.
 
     Ray Train writes its record in place, so that a kill in that instant leaves an empty one, and refuses it ever after.
     """
     name = f"{run_id}/checkpoint_manager_snapshot.json"
-    if storage.is_s3 or not storage.exists(name):  # S3 shows an object when it is whole
+    if storage.is_s3:  # it shows an object when it is whole
         return []
-    try:
-        json.loads(storage.read_bytes(name))
-        return []
-    except ValueError:
-        storage.delete(name)
+    if storage.exists(name):
+        try:
+            json.loads(storage.read_bytes(name))
+            return []
+        except ValueError:
+            storage.delete(name)
     return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
 
 

@@ -190,7 +190,10 @@ class Committer:
     _flushed: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._group = next_group(self.table, self.report.run_id)
+        # A plan that another driver of this run has overtaken asks for a group that is there, and stops. Plans that
+        # other runs' appends do not undo would not notice otherwise.
+        seen = None if self.strict else self.planned_on
+        self._group = len(self.table.committed(self.report.run_id, seen))
         self._reject_group = next_group(self.rejects, self.report.run_id) if self.rejects else 0
 
     def add(self, file: DataFile) -> int:

@@ -123,10 +123,8 @@ def weight_digests(folder: Path, model: str) -> list[str]:
             "model folder"
         )
     known = hub.weight_digests(model, folder.name)
-    for end in (".safetensors", ".bin"):
-        names = sorted(name for name in known if name.endswith(end) and not name.startswith("consolidated"))
-        if names:
-            return [known[name] for name in names]
+    if names := _weight_names(folder, set(known)):
+        return [known[name] for name in names]
     raise FileNotFoundError(f"model {model!r}: the hub has no weights of it as safetensors or .bin")
 
 

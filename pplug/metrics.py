@@ -224,9 +224,15 @@ def _label_indices(
         strange = [ids[at] for at in np.flatnonzero(gold < 0)]
         raise ValueError(
             f"task {entry.name}: {len(strange)} golds are outside its {len(entry.labels)} labels "
-            f"({', '.join(entry.labels[:4])}, ...), such as that of id {strange[0]!r}; are they golds of another task?"
+            f"({', '.join(entry.labels[:4])}, ...), such as that of {_told(strange[0])}; are they golds of "
+            "another task?"
         )
     return gold, predicted
+
+
+def _told(one: Any) -> str:
+    """The id of a request as messages name it; that of a user beside it is left out."""
+    return f"id {one!r}" if isinstance(one, str) else "one request"
 
 
 def _macro_f1(pairs: Pairs) -> float:
@@ -261,7 +267,7 @@ def _ratings(
     for i, gold_text, text in zip(ids, golds, predictions, strict=True):
         gold, value = _number(gold_text), _number(text)
         if gold is None or not low <= gold <= high:
-            raise ValueError(f"task {entry.name}: the gold of id {i!r} is no number from {low:g} to {high:g}")
+            raise ValueError(f"task {entry.name}: the gold of {_told(i)} is no number from {low:g} to {high:g}")
         furthest = low if abs(low - gold) > abs(high - gold) else high
         gold_values.append(gold)
         values.append(furthest if value is None else value)

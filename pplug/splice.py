@@ -65,6 +65,8 @@ class Prompt:
 
     before: list[int]
     after: list[int]
+    cut: bool = False
+    """True if the end of the input's text is not in it, for want of room."""
 
     def __len__(self) -> int:
         return len(self.before) + len(self.after)
@@ -137,29 +139,31 @@ class PromptBuilder:
         """
         split = ("before", "after", "last").index(self.layout.rows) + 1
         out = []
-        for pieces in self._pieces(inputs, prefixes or [""] * len(inputs)):
+        for *pieces, cut in self._pieces(inputs, prefixes or [""] * len(inputs)):
             before, after = ([token for part in some for token in part] for some in (pieces[:split], pieces[split:]))
-            out.append(Prompt(before, after))
+            out.append(Prompt(before, after, cut))
         return out
 
     def opening(self) -> list[int]:
         """Token ids of a prompt up to the place where the user's words would begin, wherever the persona rows stand."""
-        ((head, _, _),) = self._pieces([""], [""])
+        ((head, *_),) = self._pieces([""], [""])
         return head
 
     def _pieces(
         self, inputs: Sequence[str], prefixes: Sequence[str]
-    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """Token ids of each prompt: up to the end of the prefix, of the input, and of all behind it."""
+    ) -> Iterator[tuple[list[int], list[int], list[int], bool]]:
+        """Token ids of each prompt, up to the end of the prefix, of the input, and of all behind it; and whether the
+        input was cut."""
         limit = self.layout.max_input_tokens
         texts = [self._turn.trimmed(prefix, text) for prefix, text in zip(prefixes, inputs, strict=True)]
         for parts, (prefix, text) in zip(
             self.words.within(self._turn.head, texts, self._turn.tail), texts, strict=True
         ):
             head, first, rest, tail = parts or (self._head, *self.words.ids([prefix, text]), self._tail)
-            if len(first) + len(rest) > limit:
-                first, rest, tail = first[:limit], rest[: max(0, limit - len(first))], self._tail
-            yield self._first + head + first, rest, tail + self._last
+            room, cut = max(0, limit - len(first)), len(first) + len(rest) > limit
+            if cut:
+                first, rest, tail = first[:limit], rest[:room], self._tail
+            yield self._first + head + first, rest, tail + self._last, cut
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids of replies, cut at max_tokens, with the token that ends a reply."""

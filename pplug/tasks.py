@@ -38,8 +38,9 @@ Metric = Literal["classification", "rating", "text", "rubric"]
 _OPENING, _CLOSING = "([{\"'\u201c\u2018\u00ab", ")]}\"'\u201d\u2019\u00bb"
 _AFTER = re.compile(rf"\s*[^\w\s{re.escape(_OPENING)}]*\s*")
 _BEFORE = re.compile(rf"\s*[^\w\s{re.escape(_CLOSING)}]*\s*$")
-_LISTED_LABELS = 50
-"""Number of labels up to which the default question lists them all."""
+_LISTED_LABELS, _LISTED_CHARS = 50, 200
+"""Number of labels, and of characters of them all, up to which the default question lists them: a prompt needs room for
+the text."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,7 +295,9 @@ def _question(target: str, labels: list[str], metric: object) -> str:
     """The default question of a request, up to where the text begins."""
     if metric == "text":
         return f"Write the {target} of this text and nothing else. {_MARKER}"
-    listed = f"one of [{', '.join(labels)}]" if 0 < len(labels) <= _LISTED_LABELS else f"the {target}"
+    all_labels = ", ".join(labels)
+    is_short = 0 < len(labels) <= _LISTED_LABELS and len(all_labels) <= _LISTED_CHARS
+    listed = f"one of [{all_labels}]" if is_short else f"the {target}"
     return f"Which {target} does this text have? Answer with {listed} and nothing else. {_MARKER}"
 
 

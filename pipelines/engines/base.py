@@ -3,6 +3,7 @@
 Shapes: L prompt positions, R persona rows, H LLM width.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
@@ -98,7 +99,11 @@ class Decoding(Settings):
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         if self.constrain == "none":
             unset.add("constrain")  # without labels auto is none, and was the only way before
-        return short_id(self.decisive(exclude=unset))
+        parts = self.decisive(exclude=unset)
+        schema = parts.get("json_schema")
+        if schema is not None and (ordered := json.dumps(schema)) != json.dumps(schema, sort_keys=True):
+            parts["json_schema"] = ordered  # a reply has its keys in the order of the schema's
+        return short_id(parts)
 
 
 _FIRST = list(Decoding.model_fields).index("constrain")

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.shards import of_bucket
+from infra.shards import of_bucket, user_key
 from infra.snapshot import Snapshot
 from pipelines.methods import known_parts
 
@@ -30,8 +30,8 @@ def key(row: Mapping[str, Any]) -> Key:
 
 
 def shown(one: Key) -> str:
-    """A request as messages name it."""
-    return f"{one[1]!r} of user {one[0]!r}"
+    """A request as messages name it: they reach logs, where neither the user's id nor the request's may stand."""
+    return f"one of the user with user_key {user_key(one[0])}"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ NOTES = {
     "items_without_time": "the plug weighs items by their age, and the user's have no times: their order alone counted",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
     "history_without_time": "the request has a time and the user's items have none: it may see none of them",
+    "input_cut": "the end of the prompt's text was cut off at llm.layout.max_input_tokens",
     "thinking_cut": "the model thought aloud; its thoughts were cut from the reply",
     "thinking_unfinished": "the model thought until decoding.max_tokens, so the reply is empty",
 }
@@ -154,6 +155,8 @@ class BuildPrompts:
             inputs = [prefix + text for prefix, text in zip(prefixes, inputs, strict=True)]
             prefixes = [""] * n
         prompts = self.prompt_builder.prompts(inputs, prefixes)
+        for prompt, notes in zip(prompts, drafts.notes, strict=True):
+            notes += ["input_cut"] * prompt.cut
         columns = {
             "bucket": [bucket] * n,
             "user_key": [request["user_key"] for request in drafts.requests],

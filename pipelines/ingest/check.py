@@ -5,6 +5,7 @@ ingest reads them -> labels and figures -> text for the screen, and with `write_
 It takes seconds, needs no Ray session and writes no table. The text holds users' texts: it goes to the screen alone.
 """
 
+import json
 import shlex
 import time
 from collections import Counter
@@ -23,9 +24,10 @@ from infra.errors import InputError
 from pipelines.codes import flat
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
+from pipelines.ingest.labels import is_number
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.parse import ParsePieces
-from pipelines.ingest.proposal import Column, Proposal, columns_of, propose
+from pipelines.ingest.proposal import RATING_WORDS, Column, Proposal, columns_of, propose
 from pipelines.ingest.source_rows import COUNT, ITEM, ROWS, by_kind
 from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.sources.discover import addresses
@@ -40,6 +42,10 @@ SHOWN = 3
 """Number of items that are shown as they would read."""
 _MOST_DERIVED = 5
 _LONGEST = 300
+_NUMBERS = 0.95
+"""Smallest share of numbers among answers with which the others are left out."""
+_SHOWN_AGAIN = ("columns", "task", "format", "explode", "query", "csv", "time")
+"""Keys that the commands which are shown at the end take over, those of quickstart the same."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,10 @@ def check(config: IngestConfig) -> Iterator[str]:
         raise InputError(f"{given}: no row can be read at its beginning; name the format with --format, or check it")
     yield from _columns_in_words(columns, len(found.rows))
     proposal = propose(columns, config.columns, options_of(config).rules.time.microseconds, given)
-    config = config.model_copy(update={"columns": dict(config.columns) | proposal.columns})
     yield from _roles_in_words(proposal)
-    sample, short = _read(config, found, proposal)
+    asked = _given(config)
+    config = config.model_copy(update={"columns": dict(config.columns) | proposal.columns})
+    sample, short = _read(config, found, proposal, columns)
     task = tasks.find(config.task) if config.task else TaskSpec.model_validate(short)
     yield from _task_in_words(task, short if config.task is None else {})
     yield from _sample_in_words(sample, task)
@@ -98,14 +105,26 @@ def check(config: IngestConfig) -> Iterator[str]:
     else:
         first, *more = map(shlex.quote, addresses(config.source))
         yield "\ngo on with one of"
-        yield f"  python -m pipelines ingest --check {' --check '.join([first, *more])} --write-config NAME"
-        yield f"  python -m pipelines quickstart {' --source '.join([first, *more])}"
+        yield f"  python -m pipelines ingest --check {' --check '.join([first, *more])} --write-config NAME{asked}"
+        yield f"  python -m pipelines quickstart {' --source '.join([first, *more])}{asked}"
+
+
+def _given(config: IngestConfig) -> str:
+    """The keys of this check as words of a command, so that what it shows next holds for the same mapping."""
+    values = config.model_dump(mode="json", include=set(_SHOWN_AGAIN) & config.model_fields_set, exclude_unset=True)
+    words = []
+    for name in _SHOWN_AGAIN:
+        if value := values.get(name):
+            words += [f"--{name}", value] if isinstance(value, str) else ["--set", f"{name}={json.dumps(value)}"]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 # --- the rows and the task ------------------------------------------------------------------------------------------
 
 
-def _read(config: IngestConfig, found: SourceLook, proposal: Proposal) -> tuple[Sample, dict[str, Any]]:
+def _read(
+    config: IngestConfig, found: SourceLook, proposal: Proposal, columns: list[Column]
+) -> tuple[Sample, dict[str, Any]]:
     """Reads the first rows by the mapping proposed, and completes the short task entry by the labels in them."""
     if config.task is not None:
         return _sample(config, found, tasks.find(config.task)), {}
@@ -125,13 +144,24 @@ def _read(config: IngestConfig, found: SourceLook, proposal: Proposal) -> tuple[
     sample = _sample(config, found, TaskSpec.model_validate(short | {"metric": "text"}))
     if not proposal.labelled:
         return sample, short | {"metric": "text"}
-    labels = _labels(pc.map_lookup(flat(sample.items["fields"]), short["target"], "first").drop_null().to_pylist())
+    answers = pc.map_lookup(flat(sample.items["fields"]), short["target"], "first").drop_null().to_pylist()
+    labels = _labels(_numbers_alone(answers))
+    if not len(sample.items):
+        reasons = Counter(sample.rows["reason"].drop_null().to_pylist()).most_common(3)
+        told = ", ".join(f"{reason} ({n})" for reason, n in reasons)
+        raise InputError(
+            f"{', '.join(addresses(config.source))}: none of the first rows can be used: {told or 'there is none'}; "
+            "see docs/files.md for what each reason means, and correct the mapping or the file"
+        )
     if len(labels) < 2:
         raise InputError(
             f"{', '.join(addresses(config.source))}: the usable rows have {len(labels)} answers in "
             f"{proposal.target}, and labels are two at the least; name another column with --columns, or give --task"
         )
-    return sample, short | {"labels": _scale(labels)}
+    words = set(next(column for column in columns if column.name == proposal.target).words)
+    if words & RATING_WORDS or not all(map(is_number, labels)):
+        return sample, short | {"labels": _scale(labels)}
+    return sample, short | {"metric": "classification", "labels": sorted(labels, key=float)}
 
 
 def _sample(config: IngestConfig, found: SourceLook, task: TaskSpec) -> Sample:
@@ -144,6 +174,12 @@ def _sample(config: IngestConfig, found: SourceLook, task: TaskSpec) -> Sample:
             tables.append(table)
             read += pc.sum(table.filter(pc.equal(table["kind"], COUNT))["seq"]).as_py() or 0
     return Sample(pa.concat_tables(tables), whole=True)
+
+
+def _numbers_alone(answers: list[str]) -> list[str]:
+    """The answers without the few that are no numbers among numbers, such as N/A: their rows become rejects."""
+    numbers = [answer for answer in answers if is_number(answer.strip())]
+    return numbers if len(numbers) >= _NUMBERS * len(answers) else answers
 
 
 def _labels(answers: list[str]) -> list[str]:

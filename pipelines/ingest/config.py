@@ -86,8 +86,9 @@ class IngestConfig(BaseModel):
     time: TimeRule = TimeRule()
     """Meaning of the values in time columns."""
     undated: Literal["neighbour", "reject", "untimed"] = "neighbour"
-    """Treatment of an item without a time whose user has items with one. With neighbour it takes the time of the item
-    before it in the order given, or of the next one. With untimed, all of its user's items count by position alone."""
+    """Treatment of an item without a time whose user has items with one. With neighbour it takes the later
+    time of the items before and after it in the order given. With untimed, all of its user's items count by position
+    alone."""
     labels: Matching = "normalise"
     """Matching of answers with the task's labels: normalise stores the label where case, spaces or the form of a number
     differ, exact takes its spelling alone, and infer makes labels of the answers that are none yet."""

@@ -1,7 +1,9 @@
 """Ids of items from a source that has none: made of each row's content, so that the same row has the same id again.
 
 A position in the file would be another one as soon as rows are put before it, and the rows of tomorrow's file would
-replace those of today's. Of equal rows of a user, the second has the id of the first with -2, and so on.
+replace those of today's. Equal rows of a user with the same time are one item, given twice: a request that is made of
+the second would find its answer in the first. Without a time somebody may have said the same twice, and the second has
+the id of the first with -2, and so on.
 """
 
 from hashlib import blake2b
@@ -12,6 +14,9 @@ import pyarrow.compute as pc
 
 from pipelines.codes import encode, large
 from pipelines.ingest.source_rows import ROWS
+
+TWIN = r"^auto-[0-9a-f]{20}-\d+$"
+"""Ids of rows that equal another row of their user."""
 
 
 def with_ids(items: pa.Table) -> pa.Table:
@@ -35,6 +40,7 @@ def with_ids(items: pa.Table) -> pa.Table:
     starts = np.flatnonzero(np.r_[True, same[order][1:] != same[order][:-1]])
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)])) + 1
+    number[pc.is_valid(without["at"]).to_numpy(zero_copy_only=False)] = 1
     named = [f"auto-{one}" if n == 1 else f"auto-{one}-{n}" for one, n in zip(ids, number.tolist(), strict=True)]
     made = np.array(items["id"].to_pylist(), dtype=object)
     made[missing] = named

@@ -318,7 +318,15 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
         report.extra["left_out"] = left_out
         said = " and ".join(f"{n} by {key}" for key, n in sorted(left_out.items()))
         print(f"ingest: rows of other users left out: {said}", flush=True)
-    parts = ("histories_written", "requests_written", "derived", "repeated", "undated_filled", "undated_users")
+    parts = (
+        "histories_written",
+        "requests_written",
+        "derived",
+        "repeated",
+        "untimed_twins",
+        "undated_filled",
+        "undated_users",
+    )
     report.extra |= {name: counts[name] for name in parts}
     report.extra |= {name: counts[name] for name in ("vectors_written", "items_removed") if counts[name]}
 
@@ -358,6 +366,11 @@ def _commit(
         except CommitConflict as error:
             raise ConcurrentRunError(f"{error}. Nothing of this run is in {name}: run ingest again") from error
         report.table_written(name, commit.version)
+        if commit.already and commit.version > before.version and name != "rejects":
+            raise ConcurrentRunError(
+                f"another driver of run {report.run_id} has committed to {name} meanwhile: this one stops; run ingest "
+                "again when the other has ended"
+            )
         if commit.already and name != "rejects":  # an earlier try of this run had come so far
             lost = _refuse_lost(config, before, name, report)
             report.written -= lost
@@ -398,7 +411,7 @@ def _refuse_lost(config: IngestConfig, before: "Snapshot", name: str, report: "R
     vectors = name not in ("histories", "requests")
     lost = report.extra.get("vectors_written" if vectors else f"{name}_written", 0)
     newest = before.metadata.get("run_id")
-    if lost and (config.mode == "upsert" or newest != report.run_id):
+    if lost and (vectors or config.mode == "upsert" or newest != report.run_id):  # vectors are compared in any mode
         raise InputError(
             f"run {report.run_id} has committed to {name} before, and since then others have, run {newest} last: "
             f"{lost} rows of the sources are not in the table as they were given; ingest them under another run_id"

@@ -76,6 +76,11 @@ def with_labels(task: TaskSpec, found: Iterable[str]) -> TaskSpec:
             f"task {task.name}: its answers have {len(labels)} different values, and a task with labels has from 2 to "
             f"{MOST_LABELS}; map another column to {task.target!r}, or give the task metric: text"
         )
+    if task.metric == "rating" and (odd := sum(not is_number(label) for label in labels)):
+        raise InputError(
+            f"task {task.name}: {odd} of its {len(labels)} answers are no numbers, which a rating needs; give the task "
+            "metric: classification, or map another column"
+        )
     numbers = [_number(label) for label in labels]
     key = (lambda label: (_number(label), label)) if None not in numbers else (lambda label: label)
     new = sorted(labels - set(task.labels), key=key)
@@ -87,6 +92,11 @@ def _form(text: str) -> str:
     """Returns what two spellings of one label share: case, spaces and the form of a number do not count."""
     number = _number(text)
     return " ".join(text.casefold().split()) if number is None else str(number)
+
+
+def is_number(text: str) -> bool:
+    """Says whether an answer may be a rating."""
+    return _number(text) is not None
 
 
 def _number(text: str) -> Decimal | None:

@@ -25,7 +25,7 @@ from infra.table import DataFile, Table
 from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests, derived_id
 from pipelines.ingest.figures import Figures, answers
-from pipelines.ingest.item_ids import with_ids
+from pipelines.ingest.item_ids import TWIN, with_ids
 from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.own_vectors import OwnVectors
 from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
@@ -80,6 +80,7 @@ class MergeBucket:
         for row in counted.filter(pc.is_valid(counted["reason"])).to_pylist():  # rows of users who are not kept
             counts[f"{LEFT_OUT}{row['reason']}"] -= row["seq"]
         items, asked = with_ids(_as_new(kinds[ITEM])), _as_new(kinds[REQUEST])
+        counts["untimed_twins"] += pc.sum(pc.match_substring_regex(items["id"], TWIN)).as_py() or 0
         bad = [_as_new(kinds[REJECT])]
         live, vectors, gone = WORK.empty_table(), WORK.empty_table(), _as_new(kinds[GONE])
         if self.own is not None:

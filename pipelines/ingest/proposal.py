@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.errors import InputError
+from pipelines.ingest.sources.columns import told
 from pipelines.ingest.sources.records import FIELDS
 from pipelines.ingest.values import RowError
 
@@ -27,9 +28,11 @@ _NAMES = {
     "title": "title subject headline heading summary name",
     "text": "text body content review message comment description abstract overview caption tweet question note dish",
     "target": "rating score stars overall label category class tag genre sentiment mood topic grade vote taste emotion "
-    "subreddit board channel section language lang",
+    "subreddit board channel section language lang target answer",
 }
 """Words in the names of columns, the more telling ones first."""
+RATING_WORDS = frozenset({"rating", "score", "stars", "star", "overall", "grade", "vote", "points", "rate"})
+"""Words in the name of a column whose numbers are a rating; other numbers, such as codes, are labels."""
 _ID_WORDS = frozenset({"id", "key", "uuid", "guid", "hash", "sha", "asin", "isbn", "no", "number"})
 _MOST_LABELS, _MOST_POINTS = 50, 11
 """Number of values up to which texts count as labels, and numbers as a rating."""
@@ -193,7 +196,7 @@ def propose(
     by_name = {column.name: column for column in columns}
     for name, column in given.items():
         if column not in by_name:
-            raise InputError(f"{source}: no column {column!r} for {name}; it has {', '.join(by_name)}")
+            raise InputError(f"{source}: no column {column!r} for {name}; it has {told(list(by_name))}")
     free = [column for column in columns if column.name not in given.values() and column.filled and column.single]
     roles: list[Role] = []
     core: dict[str, str] = {}
@@ -217,10 +220,10 @@ def propose(
     if user is None:
         raise InputError(
             f"{source}: no column looks like a user: one that names a user, or has short values that repeat. It has "
-            f"{', '.join(by_name)}; name it with --columns user_id=COLUMN"
+            f"{told(list(by_name))}; name it with --columns user_id=COLUMN"
         )
     take("item_id", _item(free, user), "no column is unique within a user: ids are made of each row's content")
-    take("occurred_at", _time(free, time_of), "no column can be read as times: the order of the rows counts")
+    take("occurred_at", _time(free, time_of), _no_time(free))
     return _fields([column for column in free if _varies(column, user)], given, by_name, roles, core)
 
 
@@ -280,6 +283,12 @@ def _time(free: Sequence[Column], time_of: Callable[[Any], int | None]) -> tuple
     return best, f"{good} of {len(best.values)} rows have a time there"
 
 
+def _no_time(free: Sequence[Column]) -> str:
+    unread = [column.name for column in free if column.named("occurred_at") and not column.numbers]
+    hint = f"; {unread[0]} is named like one: say how it is written, as in --set time.format=%d.%m.%Y" if unread else ""
+    return f"no column can be read as times: the order of the rows counts{hint}"
+
+
 def _is_time(value: Any, time_of: Callable[[Any], int | None]) -> bool:
     try:
         return time_of(value) is not None
@@ -293,11 +302,17 @@ def _fields(
     """The answer and the texts, among the columns that are nothing else."""
     own = {column: name for name, column in given.items() if name not in core}
     texts = [column for column in free if _is_text(column)]
-    fields = [by_name[column] for column in own]
-    answer = _answer([column for column in (fields or free) if column not in texts])
+    asked = by_name.get(given.get("target", "target"))
+    fields = [by_name[column] for column in own if asked is None or column != asked.name]
+    texts = [column for column in texts if column is not asked]
+    answer: tuple[Column, str] | None
+    if asked is not None and asked.filled:
+        answer, labelled = (asked, "as given" if "target" in given else "the name is ours"), _has_labels(asked)
+    else:
+        answer = _answer([column for column in (fields or free) if column not in texts])
+        labelled = answer is not None
     told = [column for column in (fields or texts) if answer is None or column is not answer[0]]
     titles = [column for column in told if column.named("title")]
-    labelled = answer is not None
     if answer is None and titles and len(told) > 1:
         answer = titles[0], "no column has few values: a text is asked for, the title of the other ones"
         told.remove(titles[0])
@@ -316,6 +331,11 @@ def _fields(
         name = own.get(column.name, inside if _is_plain(inside) else column.plain)
         names[column.name] = name if name not in names.values() else f"{name}_{len(names)}"
     return Proposal(tuple(roles), core, tuple(column.name for column in told), target, labelled, names)
+
+
+def _has_labels(column: Column) -> bool:
+    """True if the answers that the user has named are few enough for labels; else they are texts."""
+    return 2 <= len(column.counts) <= _MOST_LABELS and len(column.filled) > len(column.counts)
 
 
 def _is_plain(name: str) -> bool:

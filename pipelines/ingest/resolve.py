@@ -65,7 +65,10 @@ def take(rows: pa.Table, at: np.ndarray) -> pa.Table:
 
 
 def fill_times(live: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    """Gives each item without a time that of its user's item before it by position, or else of the one after it.
+    """Gives each item without a time the later one of its user's items before and after it by position.
+
+    A request between these two then does not see it: which side of the request it belongs to nobody knows, and rows may
+    stand newest first.
 
     Returns:
         The rows, and True where a row was filled, (K,) bool. Rows of users without any time stay as they are.
@@ -94,7 +97,8 @@ def _with_times(rows: pa.Table, times: np.ndarray) -> pa.Table:
 
 
 def _filled(times: np.ndarray, order: np.ndarray, group: np.ndarray, backward: bool) -> np.ndarray:
-    """Returns the times with gaps filled by the time before them in `order` and in their group, then by that after."""
+    """Returns the times with gaps filled by the time before them in `order` and in their group; with `backward` by the
+    later of that and the one after them."""
     if not len(times):
         return times
     sorted_times, sorted_group, number = times[order], group[order], np.arange(len(times))
@@ -103,8 +107,8 @@ def _filled(times: np.ndarray, order: np.ndarray, group: np.ndarray, backward: b
     after = np.minimum.accumulate(np.where(there, number, len(times) - 1)[::-1])[::-1]
     known = sorted_times.copy()
     for source in (before, after) if backward else (before,):
-        fits = (known == _NULL) & (sorted_group[source] == sorted_group)
-        known[fits] = sorted_times[source][fits]
+        fits = ~there & (sorted_group[source] == sorted_group)
+        known[fits] = np.maximum(known[fits], sorted_times[source][fits])
     filled = np.empty_like(times)
     filled[order] = known
     return filled

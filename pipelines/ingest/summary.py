@@ -9,7 +9,7 @@ from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.labels import with_labels
+from pipelines.ingest.labels import is_number, with_labels
 from pipelines.ingest.sources.base import Piece
 from pplug.tasks import TaskSpec
 
@@ -65,6 +65,8 @@ def task_found(task: TaskSpec, config: IngestConfig, figures: Figures, before: S
     known = TaskSpec.from_json(stored) if stored and config.mode == "upsert" else None
     labels = known.labels if known is not None and known.name == task.name else ()
     found = {label.strip() for label in (*figures.labels, *figures.targets, *labels)} - {""}
+    if task.metric == "rating":  # what is no number is no label, and its row is a reject
+        found = {label for label in found if is_number(label)}
     return with_labels(task, found)
 
 
@@ -78,6 +80,11 @@ def tell(config: IngestConfig, pieces: Sequence[Piece], task: TaskSpec, figures:
     lines = [f"files {files}, {first}" if at == 0 else first for at, first in enumerate(figures.told())]
     for name, text in (
         ("repeated", "rows given twice, word for word, of which one is kept"),
+        (
+            "untimed_twins",
+            "rows without a time equal another row of their user; each is an item of its own, so that a request made "
+            "of one may find its answer in the other",
+        ),
         (
             "undated_filled",
             "items without a time took that of a neighbour in their user's history (undated=neighbour)",

@@ -134,6 +134,16 @@ class QuickstartConfig(Settings):
     """Column of the source for each of our names, where the proposal is wrong, such as user_id=author,text=body."""
     task: str | None = None
     """YAML file with a task; default: the one that the columns suggest."""
+    format: str | None = None
+    """Format of the source, as in `ingest`; default: by the names of its files."""
+    explode: str | None = None
+    """Column with a list, each element of which becomes an item, as in `ingest`."""
+    query: str | None = None
+    """SQL that makes the items, as in `ingest`."""
+    csv: dict[str, Any] = {}
+    """Form of CSV files, as in `ingest`, such as {header: false}."""
+    time: dict[str, Any] = {}
+    """Meaning of the values in time columns, as in `ingest`, such as {format: "%d.%m.%Y"}."""
     limit: int | None = Field(None, gt=1)
     """Number of users to take, for a first try with a large source."""
     llm: LLMConfig = LLMConfig(model=BASE_LM)

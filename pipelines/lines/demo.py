@@ -136,7 +136,11 @@ def _fresh(root: Path) -> Path:
     if root.exists() and any(root.iterdir()):
         if not (root / MARK).exists():
             raise InputError(f"run_dir {root}: exists and was not made by a demo; give another --run-dir or remove it")
-        shutil.rmtree(root)
+        for path in root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARK:  # last, so that a demo that is killed here is known for one
+                path.unlink()
     root.mkdir(parents=True, exist_ok=True)
     (root / MARK).write_text("Made by `python -m pipelines demo`, which may remove it.\n")
     return root

@@ -3,9 +3,11 @@
 `config.py` says what it does, and holds its keys.
 """
 
+import json
+import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ SHOWN = 3
 def run(config: Config) -> int:
     """Runs the jobs; returns the exit code of the first that fails, else 0."""
     sources = [config.source] if isinstance(config.source, str) else list(config.source)
-    stem = Path(sources[0].rstrip("/")).name.split(".")[0] or OWN
-    name = check_run_id(config.run_id or f"quickstart-{stem}")
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(sources[0].rstrip("/")).name.split(".")[0]).strip("-") or OWN
+    name = check_run_id(config.run_id or f"quickstart-{stem[:40]}")
     root = local_root(config.run_dir or f"runs/{name}")
     root.mkdir(parents=True, exist_ok=True)
     if JobLog.current is not None:
@@ -48,7 +50,9 @@ def run(config: Config) -> int:
         print(f"step 1: check\nthe mapping is that of {own}; remove it for another proposal", flush=True)
     elif code := _check(config, sources, own):
         return code
-    planned = steps(config, root, name, _read(own, sources))
+    values = _read(own, sources)
+    _refuse_another_mapping(config, own, values)
+    planned = steps(config, root, name, values)
     if forget_former(root, list(planned)):
         print(f"{own} or {OWN}-task.yaml has changed: what was made with them is removed and made anew", flush=True)
     if code := run_steps(planned, root, done=1):
@@ -63,19 +67,33 @@ def forget_former(root: Path, planned: Sequence[str]) -> bool:
     """Removes what the steps made from another mapping or task; returns whether there was such a thing."""
     files, mark = (root / f"{OWN}.yaml", root / f"{OWN}-task.yaml"), root / f"{OWN}.made-from"
     made_from = short_id({file.name: file.read_text(encoding="utf-8") for file in files if file.exists()})
-    another = mark.exists() and mark.read_text(encoding="utf-8") != made_from
+    before = mark.read_text(encoding="utf-8") if mark.exists() else ""  # empty: a kill or a full disk cut it
+    another = bool(before) and before != made_from
     for name in (*planned, "tables", "plug", "plug-soft") if another else ():
         shutil.rmtree(root / name, ignore_errors=True)
-    mark.write_text(made_from, encoding="utf-8")
+    if before != made_from:
+        mark.write_text(made_from, encoding="utf-8")
     return another
+
+
+def _refuse_another_mapping(config: Config, own: Path, known: Mapping[str, Any]) -> None:
+    """Refuses a mapping or a task that the file of an earlier start does not have: nothing would heed it."""
+    columns = known.get("columns") or {}
+    other = [name for name, column in config.columns.items() if columns.get(name, name) != column]
+    if config.task is not None and known.get("task") != config.task:
+        other.append("task")
+    if other:
+        raise InputError(
+            f"{', '.join(other)}: {own} says otherwise, from an earlier start, and is what counts; change it there, or "
+            f"remove it and {own.with_name(f'{OWN}-task.yaml')} for a new proposal, or give another --run-id"
+        )
 
 
 def _check(config: Config, sources: list[str], own: Path) -> int:
     words = ["ingest", *(word for source in sources for word in ("--check", source)), "--write-config", str(own)]
-    if config.columns:
-        words += ["--columns", ",".join(f"{name}={column}" for name, column in config.columns.items())]
-    if config.task is not None:
-        words += ["--task", config.task]
+    for key in ("columns", "task", "format", "explode", "query", "csv", "time"):
+        if value := getattr(config, key):
+            words += [f"--{key}", value] if isinstance(value, str) else ["--set", f"{key}={json.dumps(value)}"]
     print(f"step 1: check\n$ python -m pipelines {shlex.join(words)}", flush=True)
     return main(words)
 

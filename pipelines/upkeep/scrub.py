@@ -7,6 +7,7 @@ Rows of a user are known by user_key in the tables, by their key in rejects, and
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +136,14 @@ class DropRows:
     def _theirs(self, rows: pa.Table) -> pa.Array:
         if self._by == "user_key":
             return self.someone.rows(rows)
-        keys = rows["key"].to_pylist()
-        return pa.array([key in self.someone.ids or self.needles.is_one(key) for key in keys], pa.bool_())
+        return pa.array([self._names_them(key) for key in rows["key"].to_pylist()], pa.bool_())
+
+    def _names_them(self, key: str) -> bool:
+        """Says whether a key of a reject is theirs: an id, a hash, or a place in a file that is called after a user."""
+        parts = [part for part in re.split(r"[/ ]", unquote(key)) if part]
+        names = {name for part in parts for name in (part, part.rpartition("=")[2], part.partition(".")[0])}
+        whole = key in self.someone.ids or self.needles.is_one(key) or bool(self.needles.inside(unquote(key)))
+        return whole or len(parts) > 1 and not self.someone.ids.isdisjoint(names)
 
 
 # --- files outside the tables
@@ -180,6 +187,9 @@ class Scrub:
             if name.endswith((".jsonl", ".ndjson", ".log", ".txt")):
                 lines = lines_of(storage.read_bytes(name).decode("utf-8"))
                 return _put(storage, name, "".join(line for line in lines if not self._in_line(name, line)).encode())
+            if name.endswith(".html"):  # `evaluate` makes it anew
+                storage.delete(name)
+                return "deleted"
             if name.endswith(".json"):
                 rest = self._without(json.loads(storage.read_bytes(name)))
                 return _put(storage, name, json.dumps(rest, indent=2, ensure_ascii=False).encode())

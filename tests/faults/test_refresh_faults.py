@@ -247,12 +247,13 @@ def test_the_same_on_s3_that_refuses_is_slow_and_cuts_answers(population, undist
     seen_only_complete(reader, population, undisturbed)
 
 
-def committer(table, run_id, owed, strict):
+def committer(table, run_id, owed, strict, planned_on=None):
     from infra.report import RunReport
     from pipelines.waves import Committer
 
     report = RunReport("refresh", run_id, {}, "never-written")
-    return Committer(table, None, report, owed, wave_rows=1, metadata={}, planned_on=table.version, strict=strict)
+    return Committer(table, None, report, owed, wave_rows=1, metadata={}, strict=strict,
+                     planned_on=table.version if planned_on is None else planned_on)  # fmt: skip
 
 
 def files_of(table, bucket, run_id):
@@ -279,6 +280,17 @@ def test_of_two_drivers_of_one_run_the_second_to_commit_is_stopped(tmp_path, str
         again.add(*files_of(table, bucket, "night"))
     again.finish()
     assert buckets_in(table) == [0, 1, 2, 3]
+
+
+def test_a_plan_that_another_driver_of_the_run_has_overtaken_commits_nothing(tmp_path):
+    """The first driver's last wave comes while the second plans: it would make the same replies again."""
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", 4)
+    first, planned_on = committer(table, "night", {0: 1}, strict=False), table.version
+    first.add(*files_of(table, 0, "night"))
+    again = committer(table, "night", {0: 1}, strict=False, planned_on=planned_on)
+    with pytest.raises(ConcurrentRunError, match="run it again with run_id=night"):
+        again.add(*files_of(table, 0, "night"))
+    assert buckets_in(table) == [0]
 
 
 def test_runs_with_rows_of_their_own_commit_beside_each_other(tmp_path):

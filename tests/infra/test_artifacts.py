@@ -164,6 +164,23 @@ def test_folders_of_this_machine_stay_as_they_are(tmp_path):
     assert artifacts.fetch(str(tmp_path)) == artifacts.fetch(f"file://{tmp_path}") == tmp_path
 
 
+def test_a_publish_that_dies_before_its_last_deletes_can_be_run_again(s3_server, s3, tmp_path, monkeypatch):
+    """A folder with fewer files than the one before: four shards have become two."""
+    artifacts.publish(folder(tmp_path / "one", **{"shard-4": b"old"}), s3)
+    delete = Storage.delete
+
+    def dies(storage, name):
+        raise ConnectionAbortedError("the publisher dies here")
+
+    monkeypatch.setattr(Storage, "delete", dies)
+    with pytest.raises(ConnectionAbortedError):
+        artifacts.publish(folder(tmp_path / "two"), s3)
+    monkeypatch.setattr(Storage, "delete", delete)
+    assert content(artifacts.fetch(s3)) == FILES and Storage(s3).is_file("shard-4")
+    artifacts.check_publishable(s3, tuple(FILES))  # the file that is left is no stranger's
+    assert artifacts.publish(tmp_path / "two", s3)[1] == 3 and not Storage(s3).is_file("shard-4")
+
+
 def test_the_former_model_can_be_put_back_after_a_publish_that_was_killed(s3_server, s3, tmp_path, monkeypatch):
     """The second model's weights are as large as the first's, and its publish dies before the manifest."""
     monkeypatch.setattr(artifacts, "REPLACED_WAIT_S", 0.0)

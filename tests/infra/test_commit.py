@@ -56,6 +56,27 @@ def test_a_replacement_is_refused_when_the_version_moved(table, rows):
     assert sorted(table.snapshot().read()["n"].to_pylist()) == [0, 0, 1, 1]
 
 
+def test_what_another_driver_of_the_run_has_rewritten_is_planned_again(table, rows):
+    """Two drivers of one compaction: the second's files would stand beside those that the first has put there."""
+    append(table, table.write(rows(bucket=1), "one"), run="one", complete=True)
+    before = table.snapshot()
+    for driver in ("first", "second"):
+        how = {"below": before, "run_id": "compact", "group": 0, "same_rows": True}
+        files = table.write(before.read(), "compact")
+        if driver == "first":
+            assert table.rewrite(files, before.files, **how).version == 2
+        else:
+            with pytest.raises(CommitConflict, match="is at version 2, but the plan was made on version 1"):
+                table.rewrite(files, before.files, **how)
+    assert table.snapshot().rows == before.rows
+
+
+def test_groups_are_counted_by_a_version_too(table, rows):
+    for group in range(2):
+        append(table, table.write(rows(bucket=1), "run"), group=group, planned_on=group)
+    assert [len(table.committed("run", version)) for version in (0, 1, 2, None)] == [0, 1, 2, 2]
+
+
 def test_a_replacement_may_let_other_buckets_grow_in_the_same_commit(table, rows):
     append(table, [*table.write(rows(bucket=1), "one"), *table.write(rows(bucket=2), "one")], run="one")
     new, more = table.write(rows(bucket=1, n=1), "two"), table.write(rows(bucket=2, n=1), "two")

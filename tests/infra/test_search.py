@@ -1,6 +1,7 @@
 """What is in a file is found however it lies there, and what only looks like it is not."""
 
 import gzip
+import html
 import io
 import json
 
@@ -13,7 +14,8 @@ from infra.search import Needles, search
 from infra.storage import Storage
 
 ID, TEXT = "a/b=c 😀", "a text that only she has written"
-NEEDLES = Needles(values=frozenset({ID, TEXT, "user-1", "8812"}), ids=frozenset({"7", ID}))
+QUOTED = 'she said "go" & it\'s <gone>'
+NEEDLES = Needles(values=frozenset({ID, TEXT, QUOTED, "user-1", "8812"}), ids=frozenset({"7", ID}))
 
 
 def packed(table: pa.Table, **how) -> bytes:
@@ -64,6 +66,8 @@ def test_a_text_in_compressed_parquet_is_found_whatever_it_lies_in(tmp_path, kin
         ("inside.json", json.dumps({"prompt": f"before. {TEXT}. After"})),
         ("job.log", f"12:00 wrote reply for user-1: {TEXT}"),
         ("page.html", f"<p>{TEXT}</p>"),
+        ("quoted.html", f"<p>{html.escape(QUOTED)}</p>"),
+        ("reply.html", '<span data-user="7">its first words</span>'),
         ("_delta_log/0.json", json.dumps({"add": {"stats": json.dumps({"minValues": {"user_id": "user-1"}})}})),
         ("_delta_log/1.json", json.dumps({"commitInfo": {"predicate": "user_id = 'user-1'"}})),
         ("_delta_log/2.json", json.dumps({"add": {"stats": json.dumps({"minValues": {"user_id": "7"}})}})),

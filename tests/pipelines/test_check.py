@@ -170,8 +170,8 @@ def test_rows_without_item_ids_are_the_same_in_every_ingest(here, capsys, ray_se
     given |= {"source": str(here / "r.csv"), "task": str(here / "r-task.yaml")}
     assert population.ingest(**given) == 0
     first = texts(population)
-    assert Counter(first.values()) == Counter(row["text"] for row in twice) and len(first) == len(twice)
-    assert population.report["planned"] == len(twice) + 8 * 2
+    assert Counter(first.values()) == Counter(row["text"] for row in rows) and len(first) == len(rows)
+    assert population.report["planned"] == len(twice) + 8 * 2 and population.report["repeated"] == 3
     assert population.ingest(**given) == 0 and population.report["written"] == 0
     write_csv(here / "r.csv", [rows[0] | {"text": "another one, the newest", "timestamp": 1_760_000_000}, *twice])
     assert population.ingest(**given | {"derive_requests": 0}) == 0

@@ -35,6 +35,9 @@ class Site:
                 start, wanted = 0, self.headers.get("Range")
                 if wanted and self.headers.get("If-Range") == tag:
                     start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                if start >= len(data):
+                    self.send_error(416)
+                    return
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(data) - start))
                 self.send_header("ETag", tag)
@@ -104,6 +107,17 @@ def test_a_broken_connection_goes_on_where_it_broke_in_one_run_or_the_next(site,
     folder, _ = fetch("LaMP_4", "user", site.address, str(tmp_path), budget_s=0)
     assert site.asked[1][1] == "bytes=50000-"
     assert (tmp_path / folder / "train_questions.json").read_bytes() == QUESTIONS
+
+
+def test_a_file_that_was_whole_when_a_kill_came_is_fetched_anew(site, tmp_path):
+    site.put("LaMP_3", "train")
+    folder, _ = fetch("LaMP_3", "user", site.address, str(tmp_path), budget_s=0)
+    done = tmp_path / folder / "train_questions.json"
+    part, tag = (done.with_name(f"{done.name}{end}") for end in (".part", ".part.etag"))
+    done.rename(part)  # as right before it gets its name
+    tag.write_text(f'"{hashlib.md5(QUESTIONS).hexdigest()}"')
+    fetch("LaMP_3", "user", site.address, str(tmp_path), budget_s=30)
+    assert done.read_bytes() == QUESTIONS and not part.exists() and not tag.exists()
 
 
 def test_the_rest_of_another_file_is_not_put_behind_an_old_beginning(site, tmp_path):

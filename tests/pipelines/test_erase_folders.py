@@ -57,3 +57,24 @@ def test_a_line_with_a_line_separator_in_a_text_goes_as_a_whole(people):  # noqa
     assert people.erase(user_id="7") == 0
     assert path.read_bytes().decode() == json.dumps(lines[1], ensure_ascii=False) + "\r\n"
     assert own("7", 0) not in path.read_text()
+
+
+def test_a_page_goes_as_a_whole_and_another_stays(people):  # noqa: F811
+    """The page of an evaluation has texts with entities, and replies that nobody understood with their user's id."""
+    folder = people.folder / "runs" / "night"
+    quoted = own("user-1", 0).replace("a", "&#97;", 1)
+    (folder / "report.html").write_text(f"<p>{quoted}</p>")
+    (folder / "short.html").write_text('<span data-user="7">its first words</span>')
+    (folder / "other.html").write_text('<span data-user="77">its first words</span>')
+    (people.folder / "gone.txt").write_text("user-1\n7\n")
+    assert people.erase(users=str(people.folder / "gone.txt")) == 0
+    assert [path.name for path in folder.glob("*.html")] == ["other.html"]
+
+
+def test_rejects_in_files_that_are_called_after_a_user_go(people):  # noqa: F811
+    places = ["in/user_id=7/part-0.parquet row 3", "in/7.jsonl line 9", "in/user_id=77/part-0.parquet row 7"]
+    row = {"job": "ingest", "run_id": "later", "reason": "empty_text", "detail": "text"}
+    people.put("rejects", "later", [row | {"key": place} for place in places])
+    assert people.erase(user_id="7") == 0
+    left = [row["key"] for row in people.everything()["rejects"] if row["job"] == "ingest"]
+    assert left == places[2:]

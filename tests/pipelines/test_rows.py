@@ -393,13 +393,13 @@ def by_hand(times: list[int | None]) -> list[int | None]:
     for at, time in enumerate(times):
         before = [t for t in times[:at] if t is not None]
         after = [t for t in times[at:] if t is not None]
-        out.append(time if time is not None else before[-1] if before else after[0] if after else None)
+        out.append(time if time is not None else max([*before[-1:], *after[:1]], default=None))
     return out
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.one_of(st.none(), st.integers(1, 9)))), st.randoms())
-def test_an_item_without_a_time_takes_that_of_its_neighbour_and_no_other_time_changes(given, random):
+def test_an_item_without_a_time_takes_the_later_one_of_its_neighbours_and_no_other_time_changes(given, random):
     rows = [{"user_key": user, "at": at, "position": n} for n, (user, at) in enumerate(given)]
     shuffled = random.sample(rows, len(rows))
     table = pa.Table.from_pylist(shuffled, schema=WORK)

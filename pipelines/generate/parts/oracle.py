@@ -47,5 +47,5 @@ def read_oracle(path: str) -> dict[str, str]:
             row = json.loads(line)
             words[row["user_id"]] = row["text"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"oracle={path}: expected JSON lines of {{user_id, text}} ({error!r})") from error
+        raise InputError(f"oracle={path}: expected JSON lines of {{user_id, text}} ({type(error).__name__})") from error
     return words

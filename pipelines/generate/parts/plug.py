@@ -97,7 +97,9 @@ class Plug(Part):
     def look(self, view: BucketView) -> None:
         self._view = view
         config = self.maker.plug.config
-        self._stored = None if view.items is None else StoredPersonas(self.personas, view, view.items, config)
+        self._stored = (
+            None if view.items is None else StoredPersonas(self.personas, view, view.items, config, self.plug_id)
+        )
 
     def contribute(self, part: PartInfo, drafts: Drafts) -> None:
         assert self._view is not None and self._view.items is not None and self._stored is not None, "it reads items"
@@ -135,12 +137,14 @@ class Plug(Part):
 class StoredPersonas:
     """A bucket's personas as `refresh` stored them, each usable where it was made from just what a request may see."""
 
-    def __init__(self, personas: Snapshot | None, view: BucketView, items: VisibleItems, config: PlugConfig) -> None:
+    def __init__(
+        self, personas: Snapshot | None, view: BucketView, items: VisibleItems, config: PlugConfig, plug_id: str
+    ) -> None:
         self._items, self._config = items, config
         self._personas: dict[str, np.ndarray] = {}
         self._made_from: dict[str, str] = {}
         if personas is not None:
-            made = pc.field("persona").is_valid()
+            made = pc.field("persona").is_valid() & (pc.field("plug_id") == plug_id)
             columns = ["user_id", "persona", "history_hash"]
             rows = personas.read(columns, buckets=[view.bucket], filter=made, user_keys=view.user_keys)
             ids = rows["user_id"].to_pylist()

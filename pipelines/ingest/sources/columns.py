@@ -1,5 +1,6 @@
 """Columns of any source, Arrow's or lists of Python values: paths into nested ones, and lists taken apart."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,23 @@ ELEMENTS = 2**24
 """Elements that a list to explode may have before their order numbers touch the next row's."""
 
 
+_NAME = re.compile(r"[\w.-]{1,40}( [\w.-]{1,40}){0,2}")
+
+
+def told(names: Sequence[str]) -> str:
+    """Returns names of columns for a message. What does not look like a name may be a user's first row in a file
+    without a header, and is counted."""
+    shown = [name for name in names if _NAME.fullmatch(name)]
+    rest = len(names) - len(shown)
+    more = f" and {rest} that {'look' if rest > 1 else 'looks'} like no name (a file without a header?)" if rest else ""
+    return ", ".join(shown[:20]) + more
+
+
 def refuse_duplicates(names: Sequence[str]) -> None:
     """Raises NotThisFormat: two columns of a file have one name, and nobody can say which is meant."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise NotThisFormat(f"several columns have the name {', '.join(twice[:5])}")
+        raise NotThisFormat(f"several columns have the name {told(twice[:5])}")
 
 
 def top_columns(names: Sequence[str], only: Sequence[str]) -> list[str]:

@@ -25,7 +25,15 @@ from pipelines.ingest.source_rows import CORE
 from pipelines.ingest.sources.base import DAMAGED, CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.columns import refuse_duplicates
 from pipelines.ingest.sources.discover import File, unpacked_name
-from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, FIELDS, Batch, RecordFormat, refuse_content
+from pipelines.ingest.sources.records import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    FIELDS,
+    INDEX_NAME,
+    Batch,
+    RecordFormat,
+    refuse_content,
+)
 from pipelines.ingest.values import RowError
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -158,6 +166,7 @@ def form_of(piece: Piece, options: Options) -> Form:
         best = _best(lines, delimiters, None, encoding)
     first = next((values for *_, values, error in _rows(_plain_lines(lines), best) if error is None), [])
     names = [name.strip() for name in first]
+    names = [name or f"Unnamed: {at}" for at, name in enumerate(names)] if any(names) else names
     header = _is_header(names, piece.kind, options) if given.header is None else given.header
     return replace(
         best, header=header, names=tuple(names if header else [f"column{at}" for at in range(len(names))]),
@@ -212,8 +221,11 @@ def _is_header(first: Sequence[str], kind: Kind, options: Options) -> bool:
     wanted = {*mapping.values(), *(name for name in (*CORE[kind], FIELDS) if name not in mapping)}
     if wanted & set(first):
         return True
+    if INDEX_NAME.fullmatch(first[0] if first else ""):  # pandas writes its row numbers under no name
+        first = first[1:]
     numbers = any(name.replace(".", "", 1).replace("-", "", 1).isdigit() for name in first)
-    return not numbers and all(first) and len(set(first)) == len(first)
+    unnamed = any(INDEX_NAME.fullmatch(name) for name in first)
+    return not numbers and bool(first) and not unnamed and len(set(first)) == len(first)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -93,7 +93,15 @@ def _go_on(url: str, part: Path, tag: Path) -> None:
     headers = {}
     if have and tag.exists():  # without a tag nobody can tell whether the rest belongs to this beginning
         headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as answer:
+    try:
+        answering = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not headers:
+            raise
+        part.unlink()  # it is whole, or longer than the file: a kill came before it got its name
+        tag.unlink()
+        raise ConnectionError("the site has no such rest of the file; it is fetched anew") from error
+    with answering as answer:
         goes_on = answer.status == http.client.PARTIAL_CONTENT
         length = answer.headers.get("Content-Length")
         total = int(length) + (have if goes_on else 0) if length else None

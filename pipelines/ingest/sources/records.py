@@ -16,7 +16,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
 from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
-from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, paths, plain, schema_of
+from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, paths, plain, schema_of, told
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
 from pipelines.ingest.values import Column, RowError, as_array, values
@@ -32,7 +32,7 @@ FIELDS = "fields"
 PIECE_BYTES = 32 * 2**20
 BATCH_ROWS, BATCH_BYTES = 8192, 4 * 2**20
 """Rows and bytes that a format hands over at once, roughly."""
-_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")
+INDEX_NAME = re.compile(r"__index_level_\d+__|Unnamed: \d+")
 """Columns that pandas adds to number the rows; they are no field unless they are mapped to one."""
 _KEPT_NAMES = 200
 _LOOKED_AT = 100
@@ -139,7 +139,7 @@ class RecordFormat(Format):
             if len(columns) and options.explode not in paths(columns):
                 raise InputError(
                     f"{piece.folder}/{piece.name}: no column {options.explode!r} to explode; it has "
-                    f"{', '.join(sorted(columns.names)[:20])}"
+                    f"{told(sorted(columns.names))}"
                 )
         head = self.head(piece, options, _LOOKED_AT)
         if head.form is not None:
@@ -157,7 +157,7 @@ class RecordFormat(Format):
             key = "requests-columns" if piece.kind == "requests" and options.requests_columns else "columns"
             raise InputError(
                 f"{piece.folder}/{piece.name}: no column {missing[0]!r} for {name}; it has "
-                f"{', '.join(sorted(head.columns.names)[:20])}; name the right one with --{key} {name}=COLUMN"
+                f"{told(sorted(head.columns.names))}; name the right one with --{key} {name}=COLUMN"
             )
 
     def has_ids(self, piece: Piece, options: Options) -> bool:
@@ -259,7 +259,7 @@ def put(batch: Batch, kind: Kind, mapping: Mapping[str, str], writer: RowWriter,
         mapped = mapping.get(FIELDS, FIELDS)
         named = {name: there[name] for name in mapping if name in there and name not in core and name != FIELDS}
         taken = {*core.values(), mapped}
-        free = [name for name in batch.columns if name not in taken and not _INDEX.fullmatch(name)]
+        free = [name for name in batch.columns if name not in taken and not INDEX_NAME.fullmatch(name)]
         rest = {name: batch.columns[name] for name in free}
         # A name of requests, such as input, is a field only where the items have its column: one mapping serves both.
         meant = {name for name in mapping if name in named or name not in CORE["requests"]} - {*core, FIELDS}
