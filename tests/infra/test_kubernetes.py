@@ -14,6 +14,7 @@ import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import jsonschema
 import pytest
@@ -173,7 +174,7 @@ def test_nights_do_not_overlap_and_end_together(manifests):
         started = pod["containers"][0]["args"]
         assert set(started) <= templates.keys() and job["activeDeadlineSeconds"] <= 24 * 3600
         role = one(manifests, "Role", pod["serviceAccountName"])
-        assert [set(rule["verbs"]) for rule in role["rules"]] == [{"get", "create", "delete"}]
+        assert [set(rule["verbs"]) for rule in role["rules"]] == [{"get", "list", "create", "delete"}]
 
 
 # --- the pod that starts a night --------------------------------------------------------------------------------------
@@ -195,7 +196,14 @@ class Api(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.headers["Authorization"] == "Bearer the-token"
-        name = self.path.rpartition("/")[2]
+        place, _, asked = self.path.partition("?labelSelector=")
+        name = place.rpartition("/")[2]
+        if asked:
+            label, _, run = unquote(asked).partition("=")
+            same = [one for one in self.made if one["metadata"]["labels"].get(label) == run]
+            for one in same:
+                one["status"] = self.plan[one["metadata"]["generateName"].rstrip("-")]
+            return self.answer(200, {"items": same})
         if name in self.plan:
             spec = {
                 "entrypoint": f"python -m pipelines {name.removeprefix('pplug-')}",
@@ -278,6 +286,22 @@ def test_what_follows_a_failed_job_does_not_start(start):
     night = start({"pplug-ingest": failed(3), "pplug-refresh": DONE}, "pplug-ingest", "pplug-refresh")
     night.communicate(timeout=60)
     assert night.returncode == 3 and len(Api.made) == 1
+
+
+def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(start):
+    """A node is lost without SIGTERM: its pod is started anew on another, and the RayJob has gone on."""
+    plan = {"pplug-refresh": {"jobDeploymentStatus": "Running"}}
+    lost = start(plan, "pplug-refresh")
+    until = time.monotonic() + 30
+    while not Api.made and time.monotonic() < until:
+        time.sleep(0.05)
+    lost.kill()
+    lost.communicate(timeout=60)
+    again = start(plan, "pplug-refresh")
+    assert again.stdout is not None and "which an earlier pod has started" in again.stdout.readline()
+    Api.plan["pplug-refresh"] = DONE
+    again.communicate(timeout=60)
+    assert again.returncode == 0 and len(Api.made) == 1
 
 
 def test_a_night_that_is_told_to_end_takes_its_cluster_with_it(start):

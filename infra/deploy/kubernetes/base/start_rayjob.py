@@ -15,6 +15,7 @@ import ssl
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -66,11 +67,25 @@ def exit_code(status: dict) -> int | None:
     return int(found[1]) if found else 1
 
 
+def underway(place: str, template: str, job: str) -> str | None:
+    """Name of a copy of this run that has not ended: the pod that started it was lost. A second driver beside it would
+    only be in its way."""
+    same = urllib.parse.quote(f"pplug/run={job[:63]}")
+    for one in ask("GET", f"{place}?labelSelector={same}")["items"]:
+        if one["metadata"].get("generateName") == f"{template}-" and exit_code(one.get("status", {})) is None:
+            return str(one["metadata"]["name"])
+    return None
+
+
 def run(place: str, template: str, job: str) -> int:
     """Runs one copy to its end and returns its exit code."""
-    made = ask("POST", place, copy_of(ask("GET", f"{place}/{template}"), job))
-    name = made["metadata"]["name"]
-    print(f"{template}: started {name}", flush=True)
+    name = underway(place, template, job)
+    if name is None:
+        made = ask("POST", place, copy_of(ask("GET", f"{place}/{template}"), job))
+        name = made["metadata"]["name"]
+        print(f"{template}: started {name}", flush=True)
+    else:
+        print(f"{template}: waits for {name}, which an earlier pod has started", flush=True)
     seen = time.monotonic()
     try:
         while True:
