@@ -16,6 +16,14 @@ TASK = "task_entry"
 """Key of the entry of the task that is learned, which records of earlier releases lack."""
 
 
+def versions(run_dir: str, run_id: str) -> dict[str, int]:
+    """Versions of the tables that a run of this name began with, whatever it was; empty where there is none."""
+    storage, name = Storage(run_dir), f"{run_id}.begun.json"
+    known = json.loads(storage.read_bytes(name)) if storage.exists(name) else {}
+    found: dict[str, int] = known.get("tables", {})
+    return found
+
+
 def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> dict[str, int]:
     """Versions of the tables that this run began with; empty when it begins now.
 

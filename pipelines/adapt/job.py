@@ -46,7 +46,8 @@ def run(config: Config) -> int:
     report = begin("adapt", config)
     run_id, run_dir = report.run_id, report.run_dir
     table = tables.open_table(config.tables, "histories")
-    histories = table.snapshot(complete=True)
+    began = begun.versions(run_dir, run_id) if config.stage == "base" else {}
+    histories = table.snapshot(began.get("histories"), complete=not began)
     report.table_read("histories", histories.version)
     task = tables.task_entry(config.task, histories)
     if task.target is None and (config.stage == "users" or config.examples == "items"):

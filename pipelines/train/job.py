@@ -65,7 +65,9 @@ def _run(config: Config, run_id: str) -> int:
     refuse_missing(config.track)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
-    histories = tables.snapshot(config.tables, "histories", config.as_of_version)
+    # of a run that began before: the task that `ingest` stores may have got another label since
+    began = {name.partition("-")[0]: version for name, version in begun.versions(run_dir, run_id).items()}
+    histories = tables.snapshot(config.tables, "histories", {**config.as_of_version, **began})
     task = _task(config, histories)
     encoder, llm = _models(config, task)
     answers = known_answers(config, task)
