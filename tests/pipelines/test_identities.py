@@ -3,6 +3,7 @@
 The literals and the fixture were made by the code before keys were renamed (`pplug/settings.py`).
 """
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from infra.errors import InputError
+from infra.storage import Storage
 from pipelines import begun
 from pipelines.adapt import job as adapt
 from pipelines.adapt.config import Config as AdaptConfig
@@ -22,6 +24,7 @@ from pipelines.lines.config import BaseLMConfig
 from pipelines.train import job as train
 from pipelines.train.config import Config as TrainConfig
 from pipelines.train.config import PlugShape
+from pipelines.training import left_without_record
 from pplug import tasks
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig
 from pplug.encoder import EncoderConfig, encoder_id
@@ -125,6 +128,23 @@ def test_a_training_that_began_with_another_task_or_with_a_key_that_is_left_out_
     other = TASK.model_copy(update={"query_end": "other"}).model_dump(mode="json")
     with pytest.raises(InputError, match="began with another task_entry"):
         begun.read(str(tmp_path), "train", "t", training() | {begun.TASK: other})
+    assert begun.versions(str(tmp_path), "nothing") == {}  # by them a run that goes on finds the task of its begin
+    record = tmp_path / "t.begun.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"tables": {"histories": 3}}))
+    assert begun.versions(str(tmp_path), "t") == {"histories": 3}
+
+
+def test_checkpoints_are_found_where_rays_record_of_them_is_cut_or_was_never_written(tmp_path):
+    folder, storage = tmp_path / "run", Storage(str(tmp_path))
+    assert left_without_record(storage, "run") == []  # a new run
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (folder / name).mkdir(parents=True)
+    newest_first = [str(folder / "checkpoint_2"), str(folder / "checkpoint_1")]
+    assert left_without_record(storage, "run") == newest_first
+    (folder / "checkpoint_manager_snapshot.json").write_text("")
+    assert left_without_record(storage, "run") == newest_first
+    (folder / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert left_without_record(storage, "run") == []  # Ray goes on from it
     begun.write(str(tmp_path), "adapt", "a", base_training(max_history_items=50), {})
     with pytest.raises(InputError, match="began with another max_history_items: 50, now null"):
         begun.read(str(tmp_path), "adapt", "a", base_training())
