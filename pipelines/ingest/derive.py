@@ -1,7 +1,8 @@
 """Derived requests: each user's newest items become requests with a known answer, so that histories are enough."""
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ def derive_requests(
     newest: int,
     task: TaskSpec,
     labels: LabelRule,
-    held: Container[str] = (),
+    held: Mapping[str, tuple[str | None, str | None]] = MappingProxyType({}),
 ) -> tuple[pa.Table, pa.Table]:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
@@ -31,7 +32,8 @@ def derive_requests(
         users: user_key of the users to derive requests for.
         newest: number of requests per user; items with an empty answer are skipped.
         labels: rule of the answers.
-        held: ids of requests that the table holds: those of items that came again are made anew, with their new answer.
+        held: input and target of each request that the table holds, by id: one whose item came again with another
+            answer or text is made anew.
 
     Returns:
         Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). And
@@ -53,14 +55,19 @@ def derive_requests(
     came = np.flatnonzero(live["file"].to_numpy() != OLD)
     names = live.select(["user_id", "id"]).take(came).to_pylist()
     again[came] = [derived_id(name["user_id"], name["id"]) in held for name in names]
-    chosen = order[(ends - np.arange(len(order)) <= newest) | again[order]]
+    is_newest = np.zeros(len(live), dtype=bool)
+    is_newest[order[ends - np.arange(len(order)) <= newest]] = True
+    chosen = order[(is_newest | again)[order]]
     rows = [_ask(row, bool(timed[at]), task) for at, row in zip(chosen, live.take(chosen).to_pylist(), strict=True)]
     for seq, row in enumerate(rows):
         row["file"], row["seq"] = _AFTER_ALL_FILES, seq
     asked = pa.Table.from_pylist(rows, schema=WORK)
     target, outside = labels.column(flat(asked["target"]))
     asked = asked.set_column(asked.schema.get_field_index("target"), WORK.field("target"), target)
-    return asked.filter(pa.array(~outside)), asked.filter(pa.array(outside))
+    said = zip(*(asked[name].to_pylist() for name in ("id", "input", "target")), strict=True)
+    other = np.array([held.get(name) != (input, answer) for name, input, answer in said], dtype=bool)
+    wanted = is_newest[chosen] | other
+    return asked.filter(pa.array(wanted & ~outside)), asked.filter(pa.array(wanted & outside))
 
 
 def derived_id(user_id: str, item_id: str) -> str:

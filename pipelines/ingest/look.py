@@ -75,13 +75,14 @@ def look_at(config: IngestConfig, rows: int = 1000) -> dict[Kind, SourceLook]:
 def options_of(config: IngestConfig) -> Options:
     """Returns the keys that formats need."""
     return Options(
-        config.columns, config.split, config.history_scope, config.questions == "keep", bool(config.derive_requests),
+        config.columns, config.split, config.history_scope, config.questions == "keep",
         rules=RowRules(
             config.time, config.labels, config.show_text,
             vectors=config.vectors_id is not None and config.vectors is None,
         ),
         requests_columns=config.requests_columns,
         explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
+        derives=bool(config.derive_requests),
     )  # fmt: skip
 
 

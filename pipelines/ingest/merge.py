@@ -96,11 +96,10 @@ class MergeBucket:
             anew += ["histories"] * merged.anew
             if self.derive_requests and len(items):
                 users = pc.unique(items["user_key"])
-                of_them = self._held("requests", bucket, users.to_pylist())
-                held = frozenset(name for table in of_them for name in table["id"].to_pylist())
                 derived, outside = derive_requests(
-                    merged.live, users, self.derive_requests, self.task, LabelRule(self.task, self.labels), held
-                )
+                    merged.live, users, self.derive_requests, self.task, LabelRule(self.task, self.labels),
+                    self._asked(bucket, users.to_pylist()),
+                )  # fmt: skip
                 counts["planned"] += len(derived) + len(outside)
                 counts["derived"] += len(derived)
                 figures.add(Figures(targets=answers(derived["target"], self.task)))
@@ -181,6 +180,11 @@ class MergeBucket:
             return merged
         live = merged.live.filter(pc.invert(pc.is_in(_keys(merged.live), value_set=keys)))
         return Merged(live, whole.filter(pc.invert(hit)), merged.rejects, anew=True)
+
+    def _asked(self, bucket: int, users: list[str]) -> dict[str, tuple[str | None, str | None]]:
+        """Input and target of the requests that the table holds of these users, by id."""
+        rows = (row for table in self._held("requests", bucket, users) for row in table.to_pylist())
+        return {row["id"]: (row["input"], row["target"]) for row in rows}
 
     def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
         """Reads the bucket's rows of these users (all when None) as working rows."""

@@ -140,10 +140,10 @@ class QuickstartConfig(Settings):
     """Column with a list, each element of which becomes an item, as in `ingest`."""
     query: str | None = None
     """SQL that makes the items, as in `ingest`."""
-    csv: dict[str, Any] = {}
-    """Form of CSV files, as in `ingest`, such as {header: false}."""
-    time: dict[str, Any] = {}
-    """Meaning of the values in time columns, as in `ingest`, such as {format: "%d.%m.%Y"}."""
+    csv: dict[str, str] = {}
+    """Form of CSV files, as in `ingest`, such as csv.header=false."""
+    time: dict[str, str] = {}
+    """Meaning of the values in time columns, as in `ingest`, such as time.format=%d.%m.%Y."""
     limit: int | None = Field(None, gt=1)
     """Number of users to take, for a first try with a large source."""
     llm: LLMConfig = LLMConfig(model=BASE_LM)

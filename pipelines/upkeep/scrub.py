@@ -7,7 +7,6 @@ Rows of a user are known by user_key in the tables, by their key in rejects, and
 
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +139,7 @@ class DropRows:
 
     def _names_them(self, key: str) -> bool:
         """Says whether a key of a reject is theirs: an id, a hash, or a place in a file that is called after a user."""
-        parts = [part for part in re.split(r"[/ ]", unquote(key)) if part]
+        parts = [part for part in unquote(key).split("/") if part]
         names = {name for part in parts for name in (part, part.rpartition("=")[2], part.partition(".")[0])}
         whole = key in self.someone.ids or self.needles.is_one(key) or bool(self.needles.inside(unquote(key)))
         return whole or len(parts) > 1 and not self.someone.ids.isdisjoint(names)

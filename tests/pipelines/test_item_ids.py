@@ -23,8 +23,10 @@ def table(rows: list[tuple], ids: list | None = None) -> pa.Table:
 def test_equal_rows_of_a_user_are_counted_and_others_have_ids_of_their_own():
     rows = [("a", "x", 1), ("b", "x", 1), ("a", "x", 1), ("a", "x", 2), ("a", "y", 1), ("a", "x", None), ("a", "x", 1)]
     ids = with_ids(table(rows))["id"].to_pylist()
-    assert ids[0] == ids[1] and ids[2] == f"{ids[0]}-2" and ids[6] == f"{ids[0]}-3"
-    assert len({(row[0], one) for row, one in zip(rows, ids, strict=True)}) == len(rows)
+    assert ids[0] == ids[1] == ids[2] == ids[6]  # with the same time it is one item, given again
+    assert len({(row[0], one) for row, one in zip(rows, ids, strict=True)}) == len(rows) - 2
+    without = with_ids(table([("a", "x", None)] * 3))["id"].to_pylist()
+    assert without == [ids[5], f"{ids[5]}-2", f"{ids[5]}-3"]
 
 
 def test_the_order_of_the_source_changes_no_id():

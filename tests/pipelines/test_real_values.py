@@ -47,7 +47,7 @@ def test_an_item_without_a_date_leaves_its_user_timed_and_the_same_file_again_is
     rows += [note("v", "1"), note("w", "1", at=2024)]
     source, task = write(population, rows), population.task(NOTES)
     assert population.ingest(source=source, task=task, derive_requests=1) == 0
-    assert times(population, "u") == ["02", "02", "02", "04"] and times(population, "v") == [None]
+    assert times(population, "u") == ["02", "02", "04", "04"] and times(population, "v") == [None]
     assert population.report["undated_filled"] == 2
     found = population.report["source"]
     assert (found["items_timed"], found["items_untimed"], found["users"]) == (3, 3, 3)

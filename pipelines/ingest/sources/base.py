@@ -85,14 +85,14 @@ class Options:
     split: str
     history_scope: str
     keep_questions: bool
-    derives: bool = False
-    """True if requests are made of items."""
     rules: RowRules = field(default_factory=RowRules)
     requests_columns: Mapping[str, str] = field(default_factory=dict)
     explode: str | None = None
     csv: CsvForm = CsvForm()
     query: str | None = None
     requests_query: str | None = None
+    derives: bool = False
+    """True if requests are made of items."""
 
     def mapping(self, kind: Kind) -> Mapping[str, str]:
         """Returns the column for each of our names: that of the requests, where it is given, or that of all."""
