@@ -1,4 +1,4 @@
-"""What a person reads of real jobs, each a process without a terminal: own lines, errors, and no noise."""
+"""The output of real jobs as a person reads it, each a process without a terminal: own lines, errors, and no noise."""
 
 import json
 import os

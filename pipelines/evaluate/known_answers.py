@@ -14,12 +14,10 @@ import ray
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
+from pipelines.evaluate.references import SHARES
 from pipelines.histories import decode_fields
 from pplug import references
 from pplug.tasks import TaskSpec
-
-SHARES = 16
-"""Tasks that the buckets of a table are shared out to."""
 
 
 def warnings(

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.errors import InputError
-from pipelines.ingest.sources.columns import told
+from pipelines.ingest.sources.columns import names_in_words
 from pipelines.ingest.sources.records import FIELDS
 from pipelines.ingest.values import RowError
 
@@ -196,7 +196,7 @@ def propose(
     by_name = {column.name: column for column in columns}
     for name, column in given.items():
         if column not in by_name:
-            raise InputError(f"{source}: no column {column!r} for {name}; it has {told(list(by_name))}")
+            raise InputError(f"{source}: no column {column!r} for {name}; it has {names_in_words(list(by_name))}")
     free = [column for column in columns if column.name not in given.values() and column.filled and column.single]
     roles: list[Role] = []
     core: dict[str, str] = {}
@@ -220,7 +220,7 @@ def propose(
     if user is None:
         raise InputError(
             f"{source}: no column looks like a user: one that names a user, or has short values that repeat. It has "
-            f"{told(list(by_name))}; name it with --columns user_id=COLUMN"
+            f"{names_in_words(list(by_name))}; name it with --columns user_id=COLUMN"
         )
     take("item_id", _item(free, user), "no column is unique within a user: ids are made of each row's content")
     take("occurred_at", _time(free, time_of), _no_time(free))

@@ -3,14 +3,13 @@
 Both are the job as it is, timed as in generate.py. The limit of an input is high enough for four whole items.
 """
 
+from infra import session
 from tests.benchmarks.generate import RETRIEVAL_INPUTS, Job, begin, config_of, prompts_of, setting_of
 from tests.benchmarks.measure import Found, Given, Line, in_turn
 from tests.benchmarks.prepare import Population
 
 
 def run(given: Given) -> Found:
-    from infra import session
-
     begin(given)
     setting, population = setting_of(given, RETRIEVAL_INPUTS, 8)
     setting["users"] = every_other(given, population, 2)  # long prompts take their time

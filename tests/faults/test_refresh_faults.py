@@ -12,9 +12,11 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import ConcurrentRunError
+from infra.report import RunReport
 from infra.storage import Storage
 from pipelines import tables
 from pipelines.refresh import job as refresh
+from pipelines.waves import Committer
 from tests.faults.jobs import Job
 from tests.pipelines import small
 
@@ -194,7 +196,7 @@ def disturb(job, rng, committed, waves):
 
 
 def seen_only_complete(reader, population, undisturbed):
-    """What readers saw is the evening's state or the morning's, never anything between."""
+    """Readers saw the evening's state or the morning's, and never anything between."""
     for table, seen in reader.seen.items():
         assert set(seen.values()) <= {len(small.rows(place, table)) for place in (population.tables, undisturbed)}
 
@@ -248,9 +250,6 @@ def test_the_same_on_s3_that_refuses_is_slow_and_cuts_answers(population, undist
 
 
 def committer(table, run_id, owed, strict, planned_on=None):
-    from infra.report import RunReport
-    from pipelines.waves import Committer
-
     report = RunReport("refresh", run_id, {}, "never-written")
     return Committer(table, None, report, owed, wave_rows=1, metadata={}, strict=strict,
                      planned_on=table.version if planned_on is None else planned_on)  # fmt: skip

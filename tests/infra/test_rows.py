@@ -1,4 +1,4 @@
-"""What a worker may write: columns and types by the schema, vectors in 16 bits, the Parquet form that was measured."""
+"""Rows that a worker may write: columns and types by the schema, 16-bit vectors, the Parquet form that was measured."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is in a file is found however it lies there, and what only looks like it is not."""
+"""A search finds a value however it lies in a file, and nothing that only looks like it."""
 
 import gzip
 import html
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.search import Needles, search
+from infra.search import Needles, digest, search
 from infra.storage import Storage
 
 ID, TEXT = "a/b=c 😀", "a text that only she has written"
@@ -115,8 +115,6 @@ def test_a_short_id_is_found_in_a_column_of_ids(tmp_path):
 
 
 def test_values_known_by_their_digest_only_are_found_whole(tmp_path):
-    from infra.search import digest
-
     needles = Needles(values=frozenset(), digests=frozenset({digest(TEXT)}))
     Storage(str(tmp_path)).write_bytes("x.parquet", packed(pa.table({"text": ["x", TEXT]})))
     Storage(str(tmp_path)).write_bytes("x.json", json.dumps({"text": TEXT}).encode())

@@ -1,4 +1,4 @@
-"""What erase does to files below its folders: tables stay to their own log, tokens go, lines go as a whole."""
+"""Erase leaves tables below its folders to their own log; token ids, pages and whole lines of its users go."""
 
 import json
 

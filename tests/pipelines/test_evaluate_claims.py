@@ -1,4 +1,4 @@
-"""What evaluate claims on whole tables: the verdict, references that need no LLM, replies that nobody understood."""
+"""Claims of evaluate on whole tables: the verdict, references that need no LLM, replies that nobody understood."""
 
 import json
 import random

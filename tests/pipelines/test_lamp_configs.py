@@ -9,7 +9,7 @@ import yaml
 import pipelines
 from infra.errors import InputError
 from pipelines import options
-from pipelines.__main__ import JOBS
+from pipelines.__main__ import JOBS, main
 from pipelines.lines import lamp
 from pipelines.methods import parse_all
 from pplug import tasks
@@ -132,7 +132,5 @@ def test_a_plug_beside_an_adapter_whose_llm_has_learned_the_task_is_refused_befo
 
 
 def test_a_model_that_is_not_there_is_named(capsys):
-    from pipelines.__main__ import main
-
     assert main(["lamp", "--config", str(FILES[0]), "--use", "gpt"]) == 2
     assert "use=gpt is none of the models flan-t5-xxl, llama-2-7b-chat" in capsys.readouterr().err

@@ -248,7 +248,7 @@ def test_the_table_may_stand_right_after_the_job():
 
 
 def state(night: Night) -> dict[str, list]:
-    """What readers see: all personas, and a vector for each item that there is."""
+    """Returns what readers see: all personas, and a vector for each item that there is."""
     personas = sorted(night.rows("personas"), key=lambda row: row["user_id"])
     items = {(row["user_id"], row["text_hash"]) for row in night.rows("histories")}
     [name] = [name for name in tables.names(night.tables) if name.startswith("embeddings-")]

@@ -11,6 +11,7 @@ from infra import shards
 from infra.errors import InputError
 from infra.search import Needles
 from pipelines import tables
+from pipelines.evaluate.predictions import names
 from pipelines.upkeep.scrub import Scrub
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
@@ -101,8 +102,6 @@ def test_predictions_name_a_shared_id_by_its_user_and_an_own_one_plainly(alike, 
 
 
 def test_names_in_predictions_differ_even_where_ids_hold_slashes(tmp_path):
-    from pipelines.evaluate.predictions import names
-
     keys = [("a/b", "c"), ("a", "b/c"), ("x", "c"), ("y", "b/c"), ("z", "x/c"), ("z", "own"), ("50%", "c"), ("q", "7")]
     found = names([keys[:3], [], keys[3:]])(keys)
     assert len(set(found)) == len(keys)

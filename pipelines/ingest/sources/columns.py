@@ -18,7 +18,7 @@ ELEMENTS = 2**24
 _NAME = re.compile(r"[\w.-]{1,40}( [\w.-]{1,40}){0,2}")
 
 
-def told(names: Sequence[str]) -> str:
+def names_in_words(names: Sequence[str]) -> str:
     """Returns names of columns for a message. What does not look like a name may be a user's first row in a file
     without a header, and is counted."""
     shown = [name for name in names if _NAME.fullmatch(name)]
@@ -31,7 +31,7 @@ def refuse_duplicates(names: Sequence[str]) -> None:
     """Raises NotThisFormat: two columns of a file have one name, and nobody can say which is meant."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise NotThisFormat(f"several columns have the name {told(twice[:5])}")
+        raise NotThisFormat(f"several columns have the name {names_in_words(twice[:5])}")
 
 
 def top_columns(names: Sequence[str], only: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
 from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
-from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, paths, plain, schema_of, told
+from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, names_in_words, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
 from pipelines.ingest.values import Column, RowError, as_array, values
@@ -139,7 +139,7 @@ class RecordFormat(Format):
             if len(columns) and options.explode not in paths(columns):
                 raise InputError(
                     f"{piece.folder}/{piece.name}: no column {options.explode!r} to explode; it has "
-                    f"{told(sorted(columns.names))}"
+                    f"{names_in_words(sorted(columns.names))}"
                 )
         head = self.head(piece, options, _LOOKED_AT)
         if head.form is not None:
@@ -157,7 +157,7 @@ class RecordFormat(Format):
             key = "requests-columns" if piece.kind == "requests" and options.requests_columns else "columns"
             raise InputError(
                 f"{piece.folder}/{piece.name}: no column {missing[0]!r} for {name}; it has "
-                f"{told(sorted(head.columns.names))}; name the right one with --{key} {name}=COLUMN"
+                f"{names_in_words(sorted(head.columns.names))}; name the right one with --{key} {name}=COLUMN"
             )
 
     def has_ids(self, piece: Piece, options: Options) -> bool:
