@@ -10,14 +10,16 @@ from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, Scalin
 from ray.train.torch import TorchTrainer
 
 from infra import nodes, stopping
+from infra.errors import InputError
 from infra.storage import Storage
 
 
 class Ending:
-    """Actor of the driver: holds the word that a training is to end."""
+    """Actor of the driver: holds the word that a training is to end, and why it cannot go on."""
 
     def __init__(self) -> None:
         self._said = asyncio.Event()
+        self._why: str | None = None
 
     async def say(self) -> None:
         self._said.set()
@@ -25,6 +27,14 @@ class Ending:
     async def said(self) -> None:
         """Returns as soon as the training has been told to end."""
         await self._said.wait()
+
+    async def give_up(self, why: str) -> None:
+        """A worker says that trying again would end alike."""
+        self._why = why
+
+    async def given_up(self) -> str | None:
+        """What a worker has said so."""
+        return self._why
 
 
 class Asked:
@@ -64,6 +74,7 @@ def run_training(
         checkpoints_kept: number of newest checkpoints that stay.
 
     Raises:
+        InputError: a worker has given up, with its reason.
         Exception: the error that ended the training.
         Terminated: SIGTERM ended it; the workers have been asked to save a checkpoint.
     """
@@ -86,4 +97,7 @@ def run_training(
         result = trainer.fit()
     if result.error is not None:
         raise result.error
+    why = ray.get(ending.given_up.remote())
+    if why is not None:
+        raise InputError(f"run_id={run_id}: {why}")
     return result

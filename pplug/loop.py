@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pplug import memory
 from pplug.identity import stable_int
+from pplug.kernels import leave_out_cudnn_attention
 from pplug.parallel import Mesh
 from pplug.schedule import rate
 
@@ -63,6 +64,10 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
     return out
 
 
+class DivergedError(ValueError):
+    """A training has diverged before any of its epochs has ended well: trying again would end alike."""
+
+
 class Order(IntEnum):
     """An order to a training between two steps, beside its plan; of several workers' orders the greatest counts."""
 
@@ -93,6 +98,7 @@ class Loop:
             mesh: this worker's place.
             seeded: whether a step sets torch's generator, for a model that draws dropout from it.
         """
+        leave_out_cudnn_attention()
         self.config, self.lengths, self.target_tokens, self.loss_of = config, lengths, target_tokens, loss_of
         self.rank, self.world, self.copies, self.seeded = mesh.rank, mesh.world, mesh.copies, seeded
         self.shards = mesh.shards
@@ -248,7 +254,11 @@ def run_epochs(
         ask: called after each step.
 
     Returns:
-        False where it was asked to end before the end.
+        False where it was asked to end before the end. True too where the loss is no number any more, with an earlier
+        epoch that ended well: each further step would be like it.
+
+    Raises:
+        DivergedError: the loss is no number, and no earlier epoch has ended with one that is.
     """
     config = loop.config
     for epoch in range(config.epochs):
@@ -264,6 +274,10 @@ def run_epochs(
                 continue
             losses.append(loop.step(batch, epoch))
             on_step(step, loop.steps, losses[-1])
+            if not math.isfinite(losses[-1]):
+                if math.isfinite(best):
+                    return True
+                raise DivergedError(_diverged(f"loss is {losses[-1]} at step {step}"))
             at_end, order = place + 1 == len(batches), loop.agreed(ask())
             if not at_end and not (checkpoint_steps and step % checkpoint_steps == 0) and order is Order.GO_ON:
                 continue
@@ -271,10 +285,7 @@ def run_epochs(
             if at_end:
                 metrics |= loop.validate()
                 if not math.isfinite(metrics.get("val_loss", 0.0)) and not math.isfinite(best):
-                    raise ValueError(
-                        f"the validation loss is {metrics['val_loss']} after step {step}, and no earlier epoch has "
-                        "another: the training has diverged; lower its learning rate"
-                    )
+                    raise DivergedError(_diverged(f"validation loss is {metrics['val_loss']} after step {step}"))
             is_best = at_end and metrics.get("val_loss", -math.inf) < best
             worse = 0 if is_best else worse + at_end
             best = min(best, metrics.get("val_loss", best))
@@ -282,3 +293,7 @@ def run_epochs(
             if order is Order.END and step < loop.steps:
                 return False
     return True
+
+
+def _diverged(what: str) -> str:
+    return f"the {what}, and no earlier epoch has another: the training has diverged; lower its learning rate"

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from pplug import memory
 from pplug.adapter import LoraConfig, StackConfig, target_modules
+from pplug.kernels import leave_out_cudnn_attention
 from pplug.last_layer import shorten
 from pplug.logits import IGNORED, LOGITS, losses_in_pieces, taken_apart, vocabulary
 from pplug.lora_pass import ATTENTION, Pass, use_quick_attention
@@ -76,6 +77,7 @@ class StackedTrainer:
 
     def __init__(self, model: Any, config: LoraConfig, stack: StackConfig | None = None) -> None:
         """Raises ValueError: the base lacks a target module, computes attention in a way of its own, or mixes users."""
+        leave_out_cudnn_attention()
         self.model, self.config, self.stack = model.requires_grad_(False).eval(), config, stack or StackConfig()
         self.modules = target_modules(model, config.shape.targets)
         self.device = next(model.parameters()).device

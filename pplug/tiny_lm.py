@@ -152,6 +152,7 @@ def train_lm(
     """
     import torch
 
+    from pplug.kernels import leave_out_cudnn_attention
     from pplug.norms import use_fast_rmsnorm
 
     order = list(range(len(texts)))
@@ -163,6 +164,7 @@ def train_lm(
     tokenizer = train_tokenizer((texts[i] for i in rest), config, suffix)
     rows = encode(texts, tokenizer, config.max_tokens, suffix)
     torch.manual_seed(config.seed)
+    leave_out_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = new_model(tokenizer, config, device).train()
     use_fast_rmsnorm(model)

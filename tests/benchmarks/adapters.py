@@ -76,7 +76,7 @@ def real(given: Given) -> tuple[list[Line], dict[str, Any]]:
     users, data = real_people(given, AutoTokenizer.from_pretrained(folder))
     kind = best_dtype("auto", assigned())
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=kind, attn_implementation="eager")
-    trainer, peer = StackedTrainer(load(), config, StackConfig()), load()
+    trainer, peer = StackedTrainer(load().to(assigned()), config, StackConfig()), load().to(assigned())
     found = in_turn({
         "stack": lambda: len(users) / seconds(lambda: list(trainer.fit(users))),
         "lean": partial(_rate, partial(lean, peer), config, users),
@@ -97,7 +97,7 @@ def base(dtype: Any) -> Any:
         max_position_embeddings=512, tie_word_embeddings=True,
         attn_implementation="eager",  # quicker than the fused one in the backward of short rows
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config).to(assigned(), dtype)
 
 
 def with_adapter(model: Any, config: LoraConfig) -> Any:
@@ -158,7 +158,9 @@ def lean(model: Any, config: LoraConfig, users: list[UserExamples]) -> None:
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         rows, batches = _rows(user), plan_steps(len(user.examples), config, user_seed(0, user.user_id))
         for step, batch in enumerate(batches):
-            wrapped(**_padded([rows[i] for i in batch], multiple=1), use_cache=False).loss.backward()
+            padded = _padded([rows[i] for i in batch], multiple=1)
+            given = {name: ids.to(model.device) for name, ids in padded.items()}
+            wrapped(**given, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.param_groups[0]["lr"] = config.learning_rate * rate(step, len(batches), config.warmup_fraction)
             optimizer.step()

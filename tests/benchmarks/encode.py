@@ -18,7 +18,7 @@ from pipelines.refresh import embed
 from pplug.encoder import EncoderConfig, TextEncoder, default_batch_tokens
 from tests.benchmarks import prepare
 from tests.benchmarks.encoder import flops
-from tests.benchmarks.measure import Found, Given, Line, best_rate, in_turn, matmul_rate
+from tests.benchmarks.measure import Found, Given, Line, best_rate, gpus, in_turn, matmul_rate
 
 READY = "PPLUG_BENCH_READY"
 LEAST, AIM = 2.0, 2.5
@@ -46,8 +46,10 @@ class Refresh:
         place = self.folder / "encode-tables"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(f"{self.population.tables}/histories", place / "histories")
+        run_dir = str(self.folder / "encode-run")
+        config = refresh.Config(tables=str(place), run_dir=run_dir, gpus_per_worker=gpus())
         start = time.time()
-        assert refresh.run(refresh.Config(tables=str(place), run_dir=str(self.folder / "encode-run"))) == 0
+        assert refresh.run(config) == 0
         self.whole.append(self.items / (time.time() - start))
         commits = list(place.glob("embeddings-*/_delta_log/*.json"))
         published = max(path.stat().st_mtime for path in commits)

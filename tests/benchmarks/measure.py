@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,17 @@ def in_turn(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
 def seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a kernel that is only submitted has done nothing yet
     return time.perf_counter() - start
+
+
+def gpus() -> int:
+    """GPUs of a job's worker: one where torch sees one, so that both sides of a row work on the same device."""
+    import torch
+
+    return int(torch.cuda.is_available())
 
 
 def best_rate(rates: Mapping[Any, Callable[[], float]]) -> Any:

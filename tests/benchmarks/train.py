@@ -63,6 +63,7 @@ def made(given: Given, name: str, sizes: dict[str, int]) -> tuple[Setting, prepa
     config = train.Config(tables=population.tables, llm=llm_config, fit=FitConfig(batch_size=given.size(16, 4)))
     identities = {"encoder_id": population.encoder_id, "llm_id": llm_id(llm_config)}
     plug, llm, tokenizer = train.make_models(config, identities)
+    plug.to(llm.embedding.weight.device)
     with tempfile.TemporaryDirectory() as local:
         trained, validation = train.make_samples(config, (samples, shards), local, plug, llm, tokenizer)
     fitter = Fitter(plug, llm, config.fit, trained, validation, pad_id=tokenizer.pad_token_id or 0)
@@ -117,12 +118,12 @@ class Loop:
             mask = torch.zeros(len(part), slots, dtype=torch.bool)
             for i, own in enumerate(kept):
                 items[i, : len(own)], mask[i, : len(own)] = own, True
-            items_BND = torch.from_numpy(items)
+            items_BND, mask = torch.from_numpy(items).to(fitter.device), mask.to(fitter.device)
             scores = (items_BND @ query.float().unsqueeze(-1)).squeeze(-1)
             weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), 1).unsqueeze(-1)
             first, gelu, last = plug.align_mlp
             if self.ragged:  # real items only, as ours
-                hidden = torch.zeros(*mask.shape, first.out_features).index_put(
+                hidden = torch.zeros(*mask.shape, first.out_features, device=fitter.device).index_put(
                     tuple(mask.nonzero().T), gelu(first(items_BND[mask])).float()
                 )
             else:
@@ -152,7 +153,7 @@ class Loop:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = llm.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
                            **keep).logits[:, :-1].float()  # fmt: skip
-        wanted = labels[:, -logits.shape[1] :]
+        wanted = labels[:, -logits.shape[1] :].to(logits.device)
         return cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

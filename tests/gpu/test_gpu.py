@@ -18,7 +18,9 @@ from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
 from pplug.adapter import base_shapes, to_bytes
 from pplug.encoder import EncoderConfig, TextEncoder
-from pplug.llm import LLMConfig
+from pplug.llm import FrozenLLM, LLMConfig
+from pplug.objective import target_loss
+from pplug.splice import Prompt
 from tests.pipelines.test_adapters import snapshot_of
 from tests.pplug import mesh
 from tests.pplug.models import tiny_bert, tiny_llama
@@ -65,6 +67,20 @@ def test_a_plug_that_is_trained_on_a_gpu_has_the_gradient_of_a_cpu(tmp_path):
         gradients.append(torch.cat([parameter.grad.flatten().cpu() for parameter in fitter.parameters]))
         assert llm.embedding.weight.device.type == next(plug.parameters()).device.type == kind
     assert (gradients[1] - gradients[0]).norm() <= 1e-3 * gradients[0].norm() > 0
+
+
+@pytest.mark.parametrize("width", [64, 100, 128, 192])
+def test_the_gradient_of_padded_prompts_is_a_number_at_every_width(tmp_path, width):
+    """By its default, torch's attention gives none at widths of 64 more than a multiple of 128."""
+    config = LLMConfig(model=str(tiny_llama(tmp_path, width=128)), dtype="bfloat16")
+    plug, _, _ = mesh.fitter(config.model, torch.device("cuda"))  # what a training turns off
+    llm = FrozenLLM.load(config, device=torch.device("cuda"))
+    assert llm.model.config._attn_implementation == "sdpa" and next(plug.parameters()).is_cuda
+    prompts = [Prompt([], [5] * (width - 5)), Prompt([], [6] * (width // 2))]
+    rows = torch.randn(2, 2, llm.dim, device="cuda").requires_grad_()
+    loss, _ = target_loss(llm, prompts, rows, [2, 2], [[7, 8, 9], [7]])
+    loss.backward()
+    assert rows.grad.isfinite().all() and rows.grad.norm() > 0
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +145,7 @@ def test_replies_by_adapters_with_rows_stay_the_same_where_requests_are_preempte
         args = {"num_gpu_blocks_override": 24, "disable_log_stats": False} if few else {}
         config = EngineConfig(
             dtype="float32", gpu_memory_utilization=0.3, max_loras=2, max_cpu_loras=2, max_num_batched_tokens=128,
-            enable_prefix_caching=False, args=args,
+            max_num_seqs=64, enable_prefix_caching=False, args=args,
         )  # fmt: skip
         engine = VLLMEngine(llm, config, Decoding(max_tokens=64), 1, adapters, PromptSizes(3, 40))
         try:

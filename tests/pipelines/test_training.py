@@ -115,6 +115,21 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
     assert (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plug", "base"])
+def test_a_training_that_diverges_is_not_tried_again(made, kind):
+    name = f"diverged-{kind}"
+    if kind == "plug":
+        values = {**made.common, "llm": made.llm, "fit": FIT.model_copy(update={"learning_rate": 1e30}), "threads": 1}
+    else:
+        lora = LoraConfig(learning_rate=1e30)
+        values = {"tables": made.tables, "llm": made.llm, "stage": "base", "lora": lora, "epochs": 4, "threads": 1}
+    with pytest.raises(InputError, match=r"run_id=.*: the (validation )?loss is (nan|inf) .*lower its learning rate"):
+        made.run(train if kind == "plug" else adapt, name, **values)
+    assert len(list((made.root / "runs" / name / "tensorboard").glob("events.out.tfevents.*"))) == 1  # one per try
+    assert not (made.root / "runs" / name / kind).exists()
+
+
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
     spread = {"model": "any", "parallel": {"tensor": 2}}
     config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))

@@ -1,6 +1,7 @@
 """Fitting: the plan of an epoch, the held-out users, what a seed fixes, and that a plug learns."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pplug import PersonaPlug, PlugConfig
 from pplug.fit import FitConfig, Fitter, Samples, kept_items
 from pplug.fit_config import held_out
 from pplug.llm import FrozenLLM, LLMConfig
-from pplug.loop import Order, micro_batches, plan_epoch, run_epochs
+from pplug.loop import DivergedError, Order, micro_batches, plan_epoch, run_epochs
 from tests.pplug.models import tiny_llama
 
 D = 12
@@ -112,9 +113,22 @@ def test_a_training_that_diverges_ends_at_its_first_epoch_and_says_so(llm):
     with pytest.raises(ValueError, match="validation loss is nan after step 2, .* lower its learning rate"):
         run_epochs(run, 0, np.inf, lambda step, *a: steps.append(step), lambda *a: None, 0)
     assert steps == [1, 2]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # whose gradients were no numbers on an H200 (`kernels.py`)
     kept = []  # with a better epoch before it, that one is the result
     run_epochs(run, 2, 0.5, lambda *a: None, lambda step, metrics, best: kept.append(best), 0)
     assert kept and not any(kept)
+
+
+def test_a_training_whose_loss_is_no_number_takes_no_further_step(llm):
+    run = fitter(llm, CONFIG, samples(llm, 32), samples(llm, 16, seed=1))
+    with torch.no_grad():
+        run.parameters[0][0] = float("nan")
+    steps, kept = [], []
+    took = partial(run_epochs, run, 0, on_step=lambda step, *a: steps.append(step), checkpoint_steps=0)
+    with pytest.raises(DivergedError, match="the loss is nan at step 1, .* lower its learning rate"):
+        took(np.inf, on_checkpoint=lambda *a: kept.append(a))
+    assert took(0.5, on_checkpoint=lambda *a: kept.append(a))  # the best of an earlier epoch stays
+    assert steps == [1, 1] and not kept
 
 
 def test_history_dropout_teaches_the_instruction_to_serve_who_has_no_history(llm):
