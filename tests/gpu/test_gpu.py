@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+# An engine in a Ray actor starts its process so; here the look for a GPU above would stand in the way of a fork.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 TARGETS = ("q_proj", "v_proj")
 TEXTS = ["the cat sat on the mat", "dog", "a big red tree ran on the mat : film", "music nature", "one two three"]
 
