@@ -2,8 +2,8 @@
 
 cuDNN's attention is what torch 2.11 to 2.13 take by default on an H100 or H200 where a mask is given. Its backward pass
 gives a gradient that is no number where the padded length of a pass is 64 more than a multiple of 128 and a row sees
-next to nothing, as padding does [1]. On an H200 four of four trainings of a plug beside SmolLM2-135M ended so, each at its
-first pass of such a length (docs/cluster.md). torch's other kernels are clean.
+next to nothing, as padding does [1]. On an H200 four of four trainings of a plug beside SmolLM2-135M ended so, each at
+its first pass of such a length (docs/cluster.md). torch's other kernels are clean.
 
 [1] https://github.com/pytorch/pytorch/issues/196678
 """
