@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -29,11 +30,11 @@ class Ending:
         await self._said.wait()
 
     async def give_up(self, why: str) -> None:
-        """A worker says that trying again would end alike."""
+        """A worker says why another try would end alike."""
         self._why = why
 
     async def given_up(self) -> str | None:
-        """What a worker has said so."""
+        """The reason of a worker that has given up; None where none has."""
         return self._why
 
 
@@ -53,6 +54,15 @@ class Asked:
         return self._said is not None
 
 
+def _giving_up(loop: Callable[[dict[str, Any]], None], given: dict[str, Any]) -> None:
+    """Runs a worker's loop. One that diverges ends the training, and Ray does not try again: all workers come to this
+    together, since they hold the same weights and sum their losses."""
+    try:
+        loop(given)
+    except FloatingPointError as error:
+        ray.get(given["ending"].give_up.remote(str(error)))
+
+
 def run_training(
     loop: Callable[[dict[str, Any]], None],
     given: dict[str, Any],
@@ -68,13 +78,13 @@ def run_training(
 
     Args:
         loop: what each worker runs, on `given` and the keys `started_in`, the driver's folder, and `ending`, for
-            `Asked`.
+            `Asked`. A FloatingPointError says that the training has diverged.
         run_dir: holds the checkpoints, in `train/<run_id>`.
         max_failures: number of times that a training whose worker has died goes on from its newest checkpoint.
         checkpoints_kept: number of newest checkpoints that stay.
 
     Raises:
-        InputError: a worker has given up, with its reason.
+        InputError: the training has diverged.
         Exception: the error that ended the training.
         Terminated: SIGTERM ended it; the workers have been asked to save a checkpoint.
     """
@@ -82,7 +92,7 @@ def run_training(
     storage = Storage(run_dir).join("train")
     resources = {"CPU": 1.0} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
-        loop,
+        partial(_giving_up, loop),
         train_loop_config=given | {"started_in": os.getcwd(), "ending": ending},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources),
         run_config=RunConfig(

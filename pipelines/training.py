@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
@@ -29,25 +28,30 @@ from infra.storage import Storage
 from infra.trainer import Asked
 from pipelines.tracking import Tracked
 from pplug.llm import ParallelConfig
-from pplug.loop import DivergedError, Loop, Order, run_epochs
+from pplug.loop import Loop, Order, run_epochs
 
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
-def refuse_uneven(workers: int, parallel: ParallelConfig, name: str = "workers") -> None:
-    """Refuses a number of workers that cannot hold LLMs in groups.
+def refuse_workers(workers: int, parallel: ParallelConfig, gpus_per_worker: float = 0.0, name: str = "workers") -> None:
+    """Refuses a number of workers that cannot hold LLMs in groups, or would train on one GPU together.
 
     Args:
         name: the config's key with the number.
 
     Raises:
-        InputError: the number is no multiple of a group.
+        InputError: the number is no multiple of a group, or several workers have a part of a GPU each.
     """
     group = parallel.tensor * parallel.shard
     if workers % group:
         raise InputError(
             f"{name}={workers}: llm.parallel.tensor={parallel.tensor} and llm.parallel.shard={parallel.shard} have "
             f"{group} workers hold one LLM together; give a multiple of {group}"
+        )
+    if workers > 1 and 0 < gpus_per_worker < 1:
+        raise InputError(
+            f"gpus_per_worker={gpus_per_worker:g}: {workers} workers of a training cannot share a GPU, as each takes "
+            "the memory that it finds free; give 1, or workers=1"
         )
 
 
@@ -173,16 +177,11 @@ class Orders:
             ending: for `Asked`; when it is said, the training saves after the step that it is at, and ends.
             minutes: age of the newest checkpoint at which another is due; 0: none ever is for that.
         """
-        self._ending, self._asked = ending, Asked(ending)
-        self._seconds, self._saved_at = minutes * 60, time.monotonic()
+        self._asked, self._seconds, self._saved_at = Asked(ending), minutes * 60, time.monotonic()
 
     def saved(self) -> None:
         """Notes that a checkpoint is made now."""
         self._saved_at = time.monotonic()
-
-    def give_up(self, why: str) -> None:
-        """Ends the training for a reason that another try would meet again."""
-        ray.get(self._ending.give_up.remote(why))
 
     def __call__(self) -> Order:
         if self._asked():
@@ -235,28 +234,23 @@ def train(
         checkpoints.save(metrics, is_best)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
-    try:
-        with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
-            whole = run_epochs(
-                loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
-                patience=patience, worse=checkpoints.worse, ask=orders,
-            )  # fmt: skip
-    except DivergedError as error:  # on all workers alike: they have the same weights and sum their losses
-        orders.give_up(str(error))
-        return
-    finally:
-        if curves is not None:
-            curves.close()
+    with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
+        whole = run_epochs(
+            loop, begun, checkpoints.best, on_step, on_checkpoint, checkpoint_steps,
+            patience=patience, worse=checkpoints.worse, ask=orders,
+        )  # fmt: skip
+    if curves is not None:
+        curves.close()
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
         ray.train.report(more({"step": begun, "best_val_loss": checkpoints.best}), checkpoint=checkpoint)
     elif first and not whole:
         print(f"{job}: asked to end, ends at step {taken} of {loop.steps}; the checkpoint is saved", flush=True)
-    elif first and not math.isfinite(checkpoints.losses[-1][1]):
-        print(f"{job}: ends at step {taken}, where the loss is no number any more; the best so far stays", flush=True)
     elif first and taken < loop.steps:
-        print(f"{job}: ends at step {taken}: no lower validation loss in {patience} epochs", flush=True)
+        better = f"no lower validation loss in {patience} epochs"
+        why = better if math.isfinite(checkpoints.losses[-1][1]) else "the loss is no number any more"
+        print(f"{job}: ends at step {taken}: {why}", flush=True)
 
 
 def keep_curve(checkpoint: str, run_dir: str) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from pplug.encoder import EncoderConfig, pool, prompt_tokens, query_limit, read_folder
 from pplug.encoder_folder import EncoderFolder, HeadConfig, ModuleConfig
+from pplug.kernels import leave_out_cudnn_attention
 from pplug.plain_text import TextTokenizer
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -98,6 +99,7 @@ def load_transformer(folder: EncoderFolder, dtype: torch.dtype, **arguments: Any
         dtype: of the weights.
         arguments: for transformers' `from_pretrained`, such as `attn_implementation`.
     """
+    leave_out_cudnn_attention()
     if folder.plain:  # the library of the other branch takes seconds to import
         from transformers import AutoModel, AutoTokenizer
 
@@ -119,6 +121,7 @@ def bare_transformer(folder: Path) -> nn.Module:
     """A transformer of a folder's config.json, with weights of chance, for weights that stand elsewhere."""
     import transformers
 
+    leave_out_cudnn_attention()
     config = transformers.AutoConfig.from_pretrained(folder)
     made_as = str((config.architectures or [""])[0])
     if made_as.endswith("EncoderModel"):  # the encoder of an encoder-decoder, which AutoModel would make as a whole

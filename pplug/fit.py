@@ -253,7 +253,9 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
     device = llm.embedding.weight.device
     target = [0] * 8
     words = [0] * (tokens - len(target) - 2)
-    prompt = Prompt([0], words) if llm.prompt_builder.layout.rows == "before" else Prompt([0, *words], [])
+    again = memory.wanted(checkpointing, device)  # with it, nothing is read ahead
+    before = again or llm.prompt_builder.layout.rows == "before"
+    prompt = Prompt([0], words) if before else Prompt([0, *words], [])
 
     def kept() -> float:
         rows = torch.zeros(1, 1, llm.dim, device=device, requires_grad=True)
@@ -261,7 +263,7 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
         return memory.kept_bytes(run, list(llm.model.parameters())) / tokens
 
     every = kept()
-    if not memory.wanted(checkpointing, device):
+    if not again:
         return every
     layers = memory.checkpoint_layers(llm.model)
     return kept() + every / layers if layers else every

@@ -153,8 +153,10 @@ class FrozenLLM:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+        from pplug.kernels import leave_out_cudnn_attention
         from pplug.norms import use_fast_rmsnorm
 
+        leave_out_cudnn_attention()
         folder = model_folder(config.model, config.revision)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None

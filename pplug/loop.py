@@ -64,7 +64,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
     return out
 
 
-class DivergedError(ValueError):
+class DivergedError(FloatingPointError):
     """A training has diverged before any of its epochs has ended well: trying again would end alike."""
 
 
@@ -254,16 +254,13 @@ def run_epochs(
         ask: called after each step.
 
     Returns:
-        False where it was asked to end before the end. True too where the loss is no number any more, with an earlier
-        epoch that ended well: each further step would be like it.
+        False where it was asked to end before the end; where the loss is no number any more, it ends with True.
 
     Raises:
         DivergedError: the loss is no number, and no earlier epoch has ended with one that is.
     """
     config = loop.config
-    for epoch in range(config.epochs):
-        if (epoch + 1) * loop.per_epoch <= done:
-            continue
+    for epoch in range(done // loop.per_epoch, config.epochs):
         if patience is not None and worse >= patience:
             return True
         batches = plan_epoch(loop.lengths, config.batch_size, config.seed, epoch)
@@ -275,17 +272,16 @@ def run_epochs(
             losses.append(loop.step(batch, epoch))
             on_step(step, loop.steps, losses[-1])
             if not math.isfinite(losses[-1]):
-                if math.isfinite(best):
-                    return True
-                raise DivergedError(_diverged(f"loss is {losses[-1]} at step {step}"))
+                _refuse_without(best, f"loss is {losses[-1]} at step {step}")
+                return True
             at_end, order = place + 1 == len(batches), loop.agreed(ask())
             if not at_end and not (checkpoint_steps and step % checkpoint_steps == 0) and order is Order.GO_ON:
                 continue
             metrics = {"step": step, "epoch": epoch, "train_loss": float(np.mean(losses))}
             if at_end:
                 metrics |= loop.validate()
-                if not math.isfinite(metrics.get("val_loss", 0.0)) and not math.isfinite(best):
-                    raise DivergedError(_diverged(f"validation loss is {metrics['val_loss']} after step {step}"))
+                if not math.isfinite(metrics.get("val_loss", 0.0)):
+                    _refuse_without(best, f"validation loss is {metrics['val_loss']} after step {step}")
             is_best = at_end and metrics.get("val_loss", -math.inf) < best
             worse = 0 if is_best else worse + at_end
             best = min(best, metrics.get("val_loss", best))
@@ -295,5 +291,8 @@ def run_epochs(
     return True
 
 
-def _diverged(what: str) -> str:
-    return f"the {what}, and no earlier epoch has another: the training has diverged; lower its learning rate"
+def _refuse_without(best: float, what: str) -> None:
+    if not math.isfinite(best):
+        raise DivergedError(
+            f"the {what}, and no earlier epoch has another: the training has diverged; lower its learning rate"
+        )

@@ -7,6 +7,7 @@ Shapes: M tokens of all users, T of one, R its rows, L its longest row, H heads,
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,13 @@ class _Rows:
         self.into, self.out_of = torch.from_numpy(into.ravel()).to(device), torch.from_numpy(out_of).to(device)
         self.read = torch.from_numpy(read).to(device)
         """1 where a place of the padded rows is a token that attention is read at: each token once."""
-        later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=device).triu(1)
-        self.causal = torch.zeros(later.shape, device=device).masked_fill_(later, -1e30)
         self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def causal(self) -> Tensor:
+        """-1e30 where a place comes later than the one that reads, (longest, longest); a GPU needs none."""
+        later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.into.device).triu(1)
+        return torch.zeros(later.shape, device=later.device).masked_fill_(later, -1e30)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention within each row at these rows' own tokens, (., H, d)."""

@@ -17,6 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator of a CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",  # a handle that is made at the first product of a thread
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+)
 FREE_SHARE = 0.8
 """Fraction of the free memory that a pass may take: the rest is for what the count does not see."""
 
@@ -126,8 +132,8 @@ def _number(path: Path, after: str = "") -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if an allocation has failed. A CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """True if an allocation has failed. Those beside torch's allocator of a GPU have no class of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def set_free() -> None:

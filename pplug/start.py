@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from pplug.encoder import best_dtype, pad
 from pplug.fit import Samples, personas_of
 from pplug.fit_config import FitConfig
-from pplug.kernels import leave_out_cudnn_attention
 from pplug.llm import FrozenLLM
 from pplug.plug_parts import SHARPNESS, mean_embeddings
 
@@ -44,7 +43,6 @@ class Start:
 
     def __init__(self, plug: Any, llm: FrozenLLM, config: FitConfig, pad_id: int = 0) -> None:
         """`pad_id`: the id that queries of a batch are padded with."""
-        leave_out_cudnn_attention()
         self.plug, self.llm, self.config, self.pad_id = plug, llm, config, pad_id
         self.device = next(plug.parameters()).device
         self.dtype = best_dtype(config.precision, self.device)

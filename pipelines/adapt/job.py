@@ -30,7 +30,7 @@ from pipelines.model_folders import below, check_output
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
 from pipelines.tracking import refuse_missing
-from pipelines.training import keep_curve, left_without_record, refuse_uneven
+from pipelines.training import keep_curve, left_without_record, refuse_workers
 from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
@@ -88,7 +88,7 @@ def _refuse_a_spread(config: Config) -> None:
     if config.stage == "base" and parallel.tensor > 1:
         raise InputError("llm.parallel.tensor: stage base spreads the layers' weights alone; give llm.parallel.shard")
     for name in ("workers", "min_workers"):
-        refuse_uneven(getattr(config, name) or config.workers, parallel, name)
+        refuse_workers(getattr(config, name) or config.workers, parallel, config.gpus_per_worker, name)
     if config.stage == "users" and parallel.tensor > 1 and config.gpus_per_worker not in (0, 1):
         raise InputError(
             f"gpus_per_worker={config.gpus_per_worker:g}: with llm.parallel.tensor={parallel.tensor} each worker has a "

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ PROBED = 20
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Greatest difference of a log-probability that rounding makes between ids and rows of one prompt."""
 
+HELD = ("Free memory on device", "Error in memory profiling")
+"""Words of vLLM on a GPU whose memory another process holds, or sets free at this moment."""
+WAITS = (5, 15, 30)
+"""Seconds until it is tried again: a killed engine's own process may outlive it by some."""
+
+ADVICE = {
+    False: "Choose another model or dtype, or engine.kind=transformers",
+    True: "Lower engine.gpu_memory_utilization, or end what else holds memory of this GPU",
+}
+
 
 class VLLMEngine:
     """vLLM behind a loop thread: `replies` may be called by many threads at once."""
@@ -71,7 +82,8 @@ class VLLMEngine:
         self.use(decoding)
         embeddings = sizes.rows != 0
         longest = longest_of(self._prompt_builder, sizes, decoding.max_tokens)
-        args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest)
+        penalised = decoding.repetition_penalty != 1
+        args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest, penalised=penalised)
         args |= lora_args(config, adapters)
         self._engine: Any = None
         self._adapters: LoadedAdapters | None = None
@@ -79,19 +91,11 @@ class VLLMEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
-        with LastWords() as words:
-            try:
-                self._begin(folder, args, adapters, embeddings)
-            except InputError:
-                self.shutdown()
-                raise
-            except Exception as error:  # vLLM has many kinds of its own, and the cause is in another process
-                cause = words.error() or f"{type(error).__name__}: {error}"
-                self.shutdown()
-                raise InputError(
-                    f"llm {folder}: vLLM does not start with this model and these engine settings ({cause}); the lines "
-                    "above say more. Choose another model or dtype, or engine.kind=transformers"
-                ) from error
+        try:
+            self._begin_with_room(folder, args, adapters, embeddings)
+        except InputError:
+            self.shutdown()
+            raise
         self._ready = True
 
     def use(self, decoding: Decoding) -> None:
@@ -102,6 +106,29 @@ class VLLMEngine:
         labels = decoding.labels if isinstance(decoding, ResolvedDecoding) else ()
         self.label_ids = written(labels, self._prompt_builder.words)
         self._structured = structured(decoding, self.label_ids)
+
+    def _begin_with_room(self, folder: Path, args: dict[str, Any], adapters: Adapters | None, embeddings: bool) -> None:
+        """Starts the engine, again where another process was just about to set memory of the GPU free.
+
+        Raises:
+            InputError: it does not start.
+        """
+        with LastWords() as words:
+            for wait in (*WAITS, 0):
+                try:
+                    return self._begin(folder, args, adapters, embeddings)
+                except InputError:
+                    raise
+                except Exception as error:  # vLLM has many kinds of its own, and the cause is in another process
+                    cause = words.error() or f"{type(error).__name__}: {error}"
+                    held = any(words_of_vllm in cause for words_of_vllm in HELD)
+                    if not (held and wait):
+                        raise InputError(
+                            f"llm {folder}: vLLM does not start with this model and these engine settings ({cause}); "
+                            f"the lines above say more. {ADVICE[held]}"
+                        ) from error
+                log.warning("engine: too little of the GPU's memory is free yet; tries again in %d s", wait)
+                time.sleep(wait)
 
     def _begin(self, folder: Path, args: dict[str, Any], adapters: Adapters | None, embeddings: bool) -> None:
         """Starts the engine and asks it for a first token, so that one that cannot answer is known before a request."""

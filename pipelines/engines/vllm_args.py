@@ -27,13 +27,20 @@ LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
 
 
 def engine_args(
-    folder: str, config: EngineConfig, threads: int, *, embeddings: bool = True, longest: int | None = None
+    folder: str,
+    config: EngineConfig,
+    threads: int,
+    *,
+    embeddings: bool = True,
+    longest: int | None = None,
+    penalised: bool = False,
 ) -> dict[str, Any]:
     """Arguments of vLLM's engine, and the environment variables that it reads, for the machine that this runs on.
 
     Args:
         embeddings: whether prompts hold persona rows.
         longest: tokens that a prompt and its reply take together at most; None where it is not known.
+        penalised: whether tokens of the prompt are made less likely in the reply.
 
     Raises:
         InputError: Ray has assigned a GPU that cannot be used.
@@ -43,7 +50,9 @@ def engine_args(
     parallel = config.pipeline_parallel_size
     tensor = config.tensor_parallel_size or max(1, device.assigned_gpus() // parallel)
     executor = "mp" if tensor * parallel > 1 else None
-    if not gpu:
+    if gpu:
+        _prepare_gpu(dtype, rows_count=embeddings and penalised)
+    else:
         _prepare_cpu(config, threads, dtype, tensor * parallel)
         executor = executor or "uni"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -80,6 +89,16 @@ def resolved_dtype(config: EngineConfig, gpu: bool) -> str:
     if config.dtype != "auto" or gpu:
         return config.dtype
     return "bfloat16" if bf16_is_quicker() else "float32"
+
+
+def _prepare_gpu(dtype: str, rows_count: bool) -> None:
+    # Looking for a GPU, as has been done by now, makes a forked process unable to use it, and vLLM looks for no more
+    # than whether it has been used. In a Ray actor it takes spawn by itself.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if dtype == "float32":  # which attention and adapters compute in Triton, whose own choice are products in TF32
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    if rows_count:  # Model Runner V2 would count a persona row as the token 0; the older one takes what is given beside
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 def _prepare_cpu(config: EngineConfig, threads: int, dtype: str, processes: int) -> None:

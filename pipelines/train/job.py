@@ -33,7 +33,7 @@ from pipelines.tracking import refuse_missing, tracker
 from pipelines.train.answers import MAX_TOKENS, known_answers
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
-from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_uneven, worker_device
+from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_workers, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
@@ -61,7 +61,7 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, run_id: str) -> int:
-    refuse_uneven(config.workers, config.llm.parallel)
+    refuse_workers(config.workers, config.llm.parallel, config.gpus_per_worker)
     refuse_missing(config.track)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir

@@ -29,8 +29,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-# An engine in a Ray actor starts its process so; here the look for a GPU above would stand in the way of a fork.
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 TARGETS = ("q_proj", "v_proj")
 TEXTS = ["the cat sat on the mat", "dog", "a big red tree ran on the mat : film", "music nature", "one two three"]
 
@@ -91,18 +89,15 @@ def llm(tmp_path_factory):
 
 
 def prompts(engine, count, names=()):
-    """Prompts with 0 to 3 persona rows; every other one by an adapter where there are any."""
-    rng = np.random.default_rng(0)
-    return [
-        EnginePrompt(
-            str(i),
-            [1, *engine.tokenizer(TEXTS[i % 5], add_special_tokens=False)["input_ids"]],
-            rng.normal(size=(i % 4, engine.dim)).astype(np.float32),
-            [5, 6 + i % 9],
-            names[i % len(names)] if names and i % 2 else None,
-        )
-        for i in range(count)
-    ]
+    """Prompts longer than a block of the cache, with 0 to 3 persona rows; every other one by the adapters in turn."""
+    rng, out = np.random.default_rng(0), []
+    for i in range(count):
+        words = " ".join(TEXTS[(i + k) % 5] for k in range(6))
+        before = [1, *engine.tokenizer(words, add_special_tokens=False)["input_ids"]]
+        rows = rng.normal(size=(i % 4, engine.dim)).astype(np.float32)
+        name = names[i // 2 % len(names)] if names and i % 2 else None
+        out.append(EnginePrompt(str(i), before, rows, [5, 6 + i % 9], name))
+    return out
 
 
 def texts_of(replies):
@@ -122,6 +117,20 @@ def test_model_runner_v2_replies_to_rows_as_transformers_does(llm):
         engine.shutdown()
     other = TransformersEngine(llm, EngineConfig(kind="transformers", dtype="float32"), decoding, 1)
     assert got == texts_of(other.replies(asked))
+
+
+def test_the_engine_answers_rows_in_bfloat16(llm):
+    """Another attention than that of float32. Its first words are transformers', but for what rounding turns."""
+    decoding, config = Decoding(max_tokens=1), EngineConfig(dtype="bfloat16", gpu_memory_utilization=0.3)
+    engine = VLLMEngine(llm, config, decoding, 1, sizes=PromptSizes(3, 40))  # its probe compares rows with ids
+    try:
+        assert engine.about == "vllm, bfloat16"
+        got = texts_of(engine.replies(prompts(engine, 40)))
+    finally:
+        engine.shutdown()
+    other = TransformersEngine(llm, EngineConfig(kind="transformers", dtype="bfloat16"), decoding, 1)
+    want = texts_of(other.replies(prompts(other, 40)))
+    assert sum(one == two for one, two in zip(got, want, strict=True)) >= 30
 
 
 def test_replies_by_adapters_with_rows_stay_the_same_where_requests_are_preempted(llm, tmp_path):

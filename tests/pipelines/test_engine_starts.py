@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from infra.errors import InputError
 from infra.shards import user_key
 from pipelines.__main__ import main
+from pipelines.engines import vllm
 from pipelines.engines.adapters import AdapterName, Adapters
 from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, NextTokens, PromptSizes, ResolvedDecoding
 from pipelines.engines.vllm import VLLMEngine
@@ -44,6 +46,28 @@ def test_an_engine_is_made_ready_for_the_longest_prompt_of_its_job(tmp_path):
     made = engine_args(str(folder), given, 1, embeddings=False, longest=longest)
     assert (made["max_model_len"], made["seed"], made["max_num_seqs"], made["quantization"]) == (99, 3, 2, "fp8")
     assert not made["enable_prompt_embeds"]
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_an_engine_waits_for_memory_that_another_process_sets_free(tmp_path, monkeypatch, times):
+    """The words are those of vLLM 0.32, which no CPU can be brought to say."""
+    monkeypatch.setattr(vllm, "WAITS", (0.01, 0.02))
+    tried = []
+
+    class OnFullGPU(VLLMEngine):
+        def _begin(self, *given):
+            tried.append(given)
+            if len(tried) <= times:
+                raise ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")
+
+    made = partial(OnFullGPU, LLMConfig(model=str(tiny_llama(tmp_path))), EngineConfig(), Decoding(max_tokens=2), 1)
+    if times == 1:
+        made().shutdown()
+        assert len(tried) == 2
+    else:
+        with pytest.raises(InputError, match="Free memory on device .* Lower engine.gpu_memory_utilization"):
+            made()
+        assert len(tried) == 3
 
 
 def test_processes_of_one_engine_share_the_cores():

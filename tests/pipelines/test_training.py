@@ -137,6 +137,13 @@ def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
         train.run(config)
 
 
+def test_workers_that_would_share_a_gpu_are_refused_at_the_start(tmp_path):
+    given = {"tables": str(tmp_path), "llm": {"model": "any"}, "gpus_per_worker": 0.5, "run_dir": str(tmp_path / "run")}
+    for job, more in ((train, {}), (adapt, {"stage": "base"}), (adapt, {"stage": "users"})):
+        with pytest.raises(InputError, match="gpus_per_worker=0.5: 2 workers of a training cannot share a GPU"):
+            job.run(job.Config(**given, **more, workers=2))
+
+
 def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
     from pipelines.train.config import Config
 

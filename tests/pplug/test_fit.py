@@ -110,7 +110,7 @@ def test_a_plug_learns_what_only_the_history_tells(llm):
 def test_a_training_that_diverges_ends_at_its_first_epoch_and_says_so(llm):
     run, steps = fitter(llm, CONFIG, samples(llm, 32), samples(llm, 16, seed=1)), []
     run.validate = lambda: {"val_loss": float("nan"), "val_exact": 0.0}
-    with pytest.raises(ValueError, match="validation loss is nan after step 2, .* lower its learning rate"):
+    with pytest.raises(DivergedError, match="validation loss is nan after step 2, .* lower its learning rate"):
         run_epochs(run, 0, np.inf, lambda step, *a: steps.append(step), lambda *a: None, 0)
     assert steps == [1, 2]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # whose gradients were no numbers on an H200 (`kernels.py`)

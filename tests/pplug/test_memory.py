@@ -100,6 +100,22 @@ def test_a_token_takes_what_one_of_a_prompt_in_this_layout_keeps(llama, rows):
     assert tokens > 50 and make_room(llm, "off") == pytest.approx(kept / tokens, rel=0.2)
 
 
+def test_layers_that_are_computed_again_take_the_same_room_in_each_layout(llama):
+    """Nothing is read ahead with them, whatever the layout."""
+    layouts = [PromptLayout(rows=rows) for rows in ("before", "after", "last")]
+    before, *others = (make_room(FrozenLLM.load(LLMConfig(model=str(llama), layout=own)), "on") for own in layouts)
+    assert others == [before, before]
+
+
+@pytest.mark.parametrize(
+    "said, runs_out",
+    [("CUDA error: out of memory", True), ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+     ("DefaultCPUAllocator: can't allocate memory", True), ("CUDA error: device-side assert triggered", False)],
+)  # fmt: skip
+def test_an_allocation_that_fails_beside_torchs_own_is_known(said, runs_out):
+    assert memory.is_out_of_memory(RuntimeError(said)) is runs_out
+
+
 # --- what does not fit ---------------------------------------------------------------------------------------------
 
 
