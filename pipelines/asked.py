@@ -4,8 +4,10 @@
 from an item that a request which is still to be answered may not see.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,7 @@ from pipelines import tables
 from pipelines.job_config import RequestChoice
 from pipelines.methods import Group, known_parts
 from pplug import rubric
+from pplug.history import input_hash
 
 
 def narrowed(requests: pa.Table, only: RequestChoice, since: datetime | None) -> pa.Table:
@@ -38,6 +41,24 @@ def is_reply() -> pc.Expression:
     return ~pc.coalesce(judged, pc.scalar(False))  # a row may have no text
 
 
+def answers_now(requests: pa.Table) -> Callable[[Mapping[str, Any]], bool]:
+    """Says of a reply (user_id, request_id, input_hash) whether it answers the input that its request has now.
+
+    One without a hash is older than that column and counts as such, and so does one whose request is not here.
+
+    Args:
+        requests: with the columns user_id, request_id and input.
+    """
+    ids = zip(requests["user_id"].to_pylist(), requests["request_id"].to_pylist(), strict=True)
+    inputs = dict(zip(ids, requests["input"], strict=True))
+
+    def answers(row: Mapping[str, Any]) -> bool:
+        asked, known = inputs.get((row["user_id"], row["request_id"])), row["input_hash"]
+        return known is None or asked is None or known == input_hash(asked.as_py())
+
+    return answers
+
+
 @dataclass(frozen=True)
 class Answered:
     """Replies of any run by a method with a part of this group, such as `adapter`.
@@ -48,14 +69,14 @@ class Answered:
     generations: Snapshot
     group: Group
 
-    def keys(self, bucket: int, user_keys: list[str] | None) -> set[tuple[str, str]]:
-        """The requests of a bucket that have such a reply: user_id and request_id."""
-        columns = ["user_id", "request_id", "method"]
+    def keys(self, bucket: int, user_keys: list[str] | None, requests: pa.Table) -> set[tuple[str, str]]:
+        """The requests of a bucket that have such a reply to the input that they have now: user_id and request_id."""
+        columns, answers = ["user_id", "request_id", "method", "input_hash"], answers_now(requests)
         counts = pc.field("error").is_null() & is_reply()
         rows = self.generations.read(columns, buckets=[bucket], filter=counts, user_keys=user_keys)
         methods = [name for name in pc.unique(rows["method"]).to_pylist() if self._counts(name)]
         rows = rows.filter(pc.is_in(rows["method"], value_set=pa.array(methods, pa.string())))
-        return set(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+        return {(row["user_id"], row["request_id"]) for row in rows.to_pylist() if answers(row)}
 
     def _counts(self, method: str) -> bool:
         return any(part.group == self.group and part.instead is None for part in known_parts(method))
@@ -83,10 +104,11 @@ class Chosen:
 
     def among(self, requests: Snapshot, bucket: int, user_keys: list[str] | None, columns: list[str]) -> pa.Table:
         """These columns of the chosen requests of a bucket."""
-        names = list(dict.fromkeys([*columns, "user_id", "request_id", "target", "as_of"]))
+        more = ["user_id", "request_id", "target", "as_of"] + ["input"] * (self.answered is not None)
+        names = list(dict.fromkeys([*columns, *more]))
         rows = narrowed(requests.read(names, buckets=[bucket], user_keys=user_keys), self.only, self.since)
         if self.answered is not None:
-            done = self.answered.keys(bucket, user_keys)
+            done = self.answered.keys(bucket, user_keys, rows)
             keys = zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True)
             rows = rows.filter(pa.array([key not in done for key in keys], pa.bool_()))
         return rows.select(columns)

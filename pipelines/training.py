@@ -204,14 +204,12 @@ def train(
 
     Args:
         rank: of this worker among all; the first one saves and speaks.
-        orders: asked after each step.
-        checkpoint_steps, patience: as in `run_epochs`.
+        orders, checkpoint_steps, patience: as in `run_epochs`, which asks for orders after each step.
         more: metrics -> metrics that are reported, with further ones.
         run_dir: folder in which TensorBoard finds the curves, where it is on a disk.
         tracked: opens the run of a tracker that is shown the curves too.
     """
-    loop, job = checkpoints.loop, checkpoints.job
-    first, begun = rank == 0, checkpoints.step
+    loop, job, first, begun = checkpoints.loop, checkpoints.job, rank == 0, checkpoints.step
     curves = Curves(run_dir, begun, tracked) if first else None
 
     def on_step(step: int, total: int, loss: float) -> None:

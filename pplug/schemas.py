@@ -109,6 +109,7 @@ GENERATIONS = _schema(
     ("error", pa.string()),  # null: a reply
     *_CONFIDENCE,
     ("sample", pa.int32()),  # place among the replies to one request by one method; null: the only one
+    ("input_hash", pa.string()),  # history.input_hash of the request's input; null: the row is older than this column
 )
 
 REJECTS = _schema(
@@ -123,6 +124,6 @@ REJECTS = _schema(
 ADDED = {
     "adapters": LAST_ITEM,
     "profiles": LAST_ITEM,
-    "generations": (*(name for name, _ in _CONFIDENCE), "sample"),
+    "generations": (*(name for name, _ in _CONFIDENCE), "sample", "input_hash"),
 }
 """Columns that came to a table after the first release of its schema version."""

@@ -182,7 +182,7 @@ def test_help_loads_nothing_heavy(words):
 TABLE_WORK = [
     "pipelines.ingest.parse", "pipelines.ingest.merge", "pipelines.ingest.users", "pipelines.refresh.embed",
     "pipelines.train.samples", "pipelines.pending_users", "pipelines.adapt.unchanged", "pipelines.generate.pending",
-    "pipelines.engines.adapters", "pipelines.generate.drop_errors", "pipelines.evaluate.scoring",
+    "pipelines.engines.adapters", "pipelines.generate.remade", "pipelines.evaluate.scoring",
     "pipelines.evaluate.references", "pipelines.evaluate.drift", "pipelines.upkeep.compact_buckets",
     "pipelines.upkeep.export_table", "pipelines.upkeep.rebucket", "pipelines.upkeep.drop_run",
     "pipelines.upkeep.drop_requests", "pipelines.upkeep.scrub", "pipelines.waves",

@@ -32,12 +32,12 @@ from pipelines.generate.checks import (
     warn,
 )
 from pipelines.generate.config import Config
-from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.parts import GenerateRun, Part, open_parts
 from pipelines.generate.parts.adapter import Adapter
 from pipelines.generate.pending import MadeAlike, PendingReplies
 from pipelines.generate.prompts import NOTES, BuildPrompts
+from pipelines.generate.remade import drop_remade
 from pipelines.generate.replies import ENGINE, Reply
 from pipelines.generate.write_profiles import AskForProfiles, WriteProfiles, profiles_made_as
 from pipelines.methods import parse_all
@@ -125,10 +125,13 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
     config, report, methods = using.config, using.report, using.methods
     before = generations.snapshot()
     pending, plan, identities = _plan(using, opened, parts, generations, before)
-    failed = [bucket for bucket, row in plan.items() if row["failed"]]
-    if failed:
-        report.extra["errors_tried_again"] = sum(plan[bucket]["failed"] for bucket in failed)
-        before = drop_errors(generations, before, pending, failed, report, identities)
+    again = {bucket: row for bucket, row in plan.items() if row["again"]}
+    if again:
+        changed = sum(row["changed"] for row in again.values())
+        errors = sum(row["again"] for row in again.values()) - changed
+        counts = {"errors_tried_again": errors, "changed_requests": changed}
+        report.extra |= {name: count for name, count in counts.items() if count}
+        before = drop_remade(generations, before, pending, list(again), report, identities)
         pending = dataclasses.replace(pending, done=before)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)

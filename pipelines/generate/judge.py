@@ -23,12 +23,12 @@ from pipelines import tables, waves
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
-from pipelines.generate.drop_errors import drop_errors
 from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
+from pipelines.generate.remade import drop_remade
 from pipelines.generate.replies import ENGINE, REPLIES, Reply
 from pipelines.pending_users import with_nulls
 from pipelines.run import CpuShare, begin
@@ -134,7 +134,7 @@ def _judge(
         raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
     failed = [bucket for bucket, row in plan.items() if row["failed"]]
     if failed:
-        before = drop_errors(generations, pending.generations, pending, failed, report, identities)
+        before = drop_remade(generations, pending.generations, pending, failed, report, identities)
         pending = replace(pending, generations=before)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     counted = CountedReplies(report)

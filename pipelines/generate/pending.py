@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
-from pipelines.asked import is_reply, narrowed
+from pipelines.asked import answers_now, is_reply, narrowed
 from pipelines.cut import is_one_of_several
 from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
@@ -76,9 +76,10 @@ class PendingReplies:
         requests = narrowed(of_kind, "all", self.since)
         undated = 0 if self.since is None else of_kind["as_of"].null_count
         answered: dict[tuple[str, str], set[tuple[str, int]]] = {}
-        errors: set[ReplyKey] = set()
+        errors, changed = set[ReplyKey](), set[ReplyKey]()
         if self.done is not None:
-            columns = ["user_id", "request_id", "method", "sample", "error", "run_id"]
+            answers = answers_now(requests)
+            columns = ["user_id", "request_id", "method", "sample", "error", "run_id", "input_hash"]
             counts = pc.field("run_id") == self.run_id
             if self.alike is not None:
                 columns += ["llm_id", "decoding_id", "plug_id", "adapter_id"]
@@ -87,26 +88,28 @@ class PendingReplies:
                 mine = row["run_id"] == self.run_id
                 if row["error"] is not None:
                     errors |= {reply_key(row)} if mine else set()
+                elif not answers(row):
+                    changed |= {reply_key(row)} if mine else set()
                 elif mine or (self.alike is not None and self.alike.holds(row)):
                     answered.setdefault(request_key(row), set()).add((row["method"], row["sample"] or 0))
         requests = requests.sort_by([("user_key", "ascending"), ("request_id", "ascending")])
         asked = BucketRequests(requests, answered, frozenset(), self.samples, undated, len(of_kind) - undated)
         rows = {request_key(row): row for row in requests.select(["user_id", "request_id"]).to_pylist()}
         again = {
-            key for key in errors if key[:2] in rows and key[2] in self.methods
+            key for key in errors | changed if key[:2] in rows and key[2] in self.methods
             and key[3] in asked.missing(rows[key[:2]], key[2])
         }  # fmt: skip
-        return replace(asked, failed=frozenset(again))
+        return replace(asked, again=frozenset(again), changed=len(again & (changed - errors)))
 
     def owed(self, bucket: int) -> frozenset[ReplyKey]:
-        """Replies of this run that are errors and are made anew."""
-        return self.read(bucket).failed
+        """Replies of this run that are made anew: errors, and those to a request whose input has changed since."""
+        return self.read(bucket).again
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Stage of the plan. in: bucket. out: one row per bucket.
 
-        pending, existing: replies, `samples` per request and method. failed: replies of this run that are errors and
-        are made anew.
+        pending, existing: replies, `samples` per request and method. again: replies of this run that are made anew,
+        since they are errors or, so many as `changed`, the input of their request has changed since.
         undated, timed: requests that `since` leaves out because they have no time, and those that have one, too early
         or not. with_target, dated: requests to answer with a known answer, and those of them that may not see all
         items of their person. Per table in `made_from_items`, of the requests that a method with such a part has to
@@ -122,7 +125,8 @@ class PendingReplies:
             existing = sum(len(asked.answered.get(request_key(row), set()) & wanted) for row in rows)
             counts = {"pending": len(rows) * len(wanted) - existing, "existing": existing}
             labelled = _labelled(asked.unanswered(rows, set(self.methods)))
-            counts |= {"failed": len(asked.failed), "undated": asked.undated, "timed": asked.timed}
+            counts |= {"again": len(asked.again), "changed": asked.changed}
+            counts |= {"undated": asked.undated, "timed": asked.timed}
             counts["with_target"] = len(labelled)
             counts["dated"] = sum(
                 row["as_of"] is not None or row["as_of_position"] is not None or is_one_of_several(row)
@@ -155,15 +159,17 @@ class BucketRequests:
     requests: pa.Table
     """Sorted by user_key and request_id."""
     answered: dict[tuple[str, str], set[tuple[str, int]]]
-    """Methods and samples with a reply, by `request_key`. A reply with an error does not count: it is asked for
-    again."""
-    failed: frozenset[ReplyKey]
-    """Replies of this run that are errors and are asked for again; others stay as they are."""
+    """Methods and samples with a reply, by `request_key`. A reply with an error, or to another input than the request
+    has now, does not count: it is asked for again."""
+    again: frozenset[ReplyKey]
+    """Replies of this run that are asked for again; others stay as they are."""
     samples: int = 1
     undated: int = 0
     """Requests that `since` left out because they have no time."""
     timed: int = 0
     """Requests that have a time, where `since` is given those that it left out among them."""
+    changed: int = 0
+    """Replies among `again` that are no errors: the input of their request has changed since."""
 
     def unanswered(self, rows: Sequence[Mapping[str, Any]], methods: set[str]) -> list[Mapping[str, Any]]:
         """The rows that some of these methods have not answered yet."""

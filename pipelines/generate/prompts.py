@@ -22,6 +22,7 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Method
 from pipelines.owners import Owners
 from pipelines.run import CpuShare
+from pplug.history import input_hash
 from pplug.llm import LLMConfig, tokenizer_of
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
@@ -33,6 +34,7 @@ PROMPTS = pa.schema(
         "request_id": pa.string(),
         "method": pa.string(),
         "user_id": pa.string(),
+        "input_hash": pa.string(),
         "before": pa.list_(pa.int32()),
         "after": pa.list_(pa.int32()),
         "rows": pa.list_(pa.float32()),  # R*H values between before and after; empty without a plug
@@ -163,6 +165,7 @@ class BuildPrompts:
             "request_id": [request["request_id"] for request in drafts.requests],
             "method": [drafts.method.name] * n,
             "user_id": [request["user_id"] for request in drafts.requests],
+            "input_hash": [input_hash(request["input"]) for request in drafts.requests],
             "before": [prompt.before for prompt in prompts],
             "after": [prompt.after for prompt in prompts],
             "rows": ragged_f32(drafts.soft_prompts),

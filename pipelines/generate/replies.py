@@ -39,7 +39,8 @@ from pplug.schemas import GENERATIONS
 ENGINE = "engine"
 REPLIES = pa.schema([*GENERATIONS, pa.field("notes", pa.list_(pa.string())), pa.field(ENGINE, pa.string())])
 """Notes and the engine's number format are counted in the report, not stored."""
-_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id")
+_CARRIED = ("bucket", "user_key", "request_id", "method", "user_id", "persona", "plug_id", "adapter_id", "encoder_id",
+            "input_hash")  # fmt: skip
 
 
 class Reply:

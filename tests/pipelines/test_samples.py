@@ -1,5 +1,6 @@
 """Several replies to one request: rows of their own, taken up again one by one, and scored as a mean."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -14,9 +15,9 @@ from pipelines import shown, tables
 from pipelines.asked import Answered
 from pipelines.engines.base import Decoding
 from pipelines.evaluate import job as evaluate
-from pipelines.generate.drop_errors import WithoutErrors
 from pipelines.generate.judge import ASKED, Judge, Unjudged
 from pipelines.generate.pending import MadeAlike, PendingReplies
+from pipelines.generate.remade import WithoutRemade
 from pipelines.upkeep import drop_run
 from pipelines.waves import files_of
 from pplug.schemas import GENERATIONS
@@ -123,7 +124,7 @@ def test_a_sample_that_is_missing_or_an_error_is_still_owed(made):
     assert [row["request_id"] for row in asked.unanswered(list(by_name.values()), {"none"})] == names[:2]
     (counts,) = pending.count(pa.table({"bucket": [0]}))
     (row,) = counts.to_pylist()
-    assert (row["pending"], row["existing"], row["failed"]) == (len(names) * 3 + 2, len(names) * 3 - 2, 1)
+    assert (row["pending"], row["existing"], row["again"]) == (len(names) * 3 + 2, len(names) * 3 - 2, 1)
     unjudged = Unjudged(requests, done, "gaps", "judge", None)
     assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0)[0]) == sorted(r[:3:2] for r in rows)
 
@@ -141,8 +142,8 @@ def test_a_narrower_rerun_leaves_the_errors_that_it_does_not_make_anew(made):
     again = {(name, "none") for name, method, _, _, error in rows if error and method == "none" and name in theirs}
     assert {(name, method) for _, name, method, _ in pending.owed(0)} == again != set()
     (row,) = pa.concat_tables(pending.count(pa.table({"bucket": [0]}))).to_pylist()
-    assert row["failed"] == len(again)
-    stage = WithoutErrors(table, before, "narrow", pending)
+    assert (row["again"], row["changed"]) == (len(again), 0)
+    stage = WithoutRemade(table, before, "narrow", pending)
     written = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
     kept = [row for part in written for file in files_of(part["new"]) for row in read_file(file.uri).to_pylist()]
     left = {(row["request_id"], row["method"]) for row in kept if row["run_id"] == "narrow"}
@@ -163,6 +164,7 @@ def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_bee
     assert [row["finish_reason"] == "error" for row in judged] == [row[4] == "oom" for row in rows]
     put_rows(made, "the-judge", judged)
     requests = tables.open_table(made.tables, "requests").snapshot()
+    asked_for = requests.read(["user_id", "request_id", "input"])
     alike = MadeAlike(plug_id="", **by_models)
     dropped = drop_run.Config(tables=made.tables, runs=("to-judge",), run_id="drop", run_dir=str(made.folder / "drop"))
     for there in (names[:2] + names[3:], []):
@@ -174,9 +176,34 @@ def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_bee
         assert sorted(of_nobody) == [name for name in names if name not in there]
         mine = done.read(filter=pc.field("run_id").isin(["to-judge", "the-judge"]))
         only = SimpleNamespace(read=lambda columns, filter, mine=mine, **_: mine.filter(filter).select(columns))
-        assert {name for _, name in Answered(only, "retrieval").keys(0, None)} == set(there)
+        assert {name for _, name in Answered(only, "retrieval").keys(0, None, asked_for)} == set(there)
         if there:
             assert drop_run.run(dropped) == 0
+
+
+def test_a_reply_to_an_earlier_input_of_its_request_is_made_anew(tmp_path, ray_session):
+    population = Population(tmp_path)
+    items = [item(user, day) for user in PEOPLE for day in range(3)]
+    requests = {user: {"request_id": "mood", "user_id": user, "input": f"How is {user} ? a film"} for user in PEOPLE}
+    put(population, items, requests.values())
+    asked = {"llm": talkative(tmp_path / "llm"), "methods": ("none", "recency")}
+    assert run(population, "night", **asked) == 0 and population.report["written"] == 8
+    before = {(row["user_id"], row["method"]): row for row in population.rows("generations")}
+    stored = {row["user_id"]: row["input_hash"] for row in population.rows("generations")}
+    words = {user: requests[user]["input"].encode() for user in PEOPLE}
+    assert stored == {user: hashlib.blake2b(words[user], digest_size=8).hexdigest() for user in PEOPLE}
+    requests["ann"] |= {"input": "How is the music ? a red tree"}
+    put(population, requests=requests.values())
+    assert run(population, "next", requests="new", **asked) == 0 and population.report["written"] == 2
+    assert {row["user_id"] for row in population.rows("generations") if row["run_id"] == "next"} == {"ann"}
+    assert run(population, "night", **asked) == 0
+    assert (population.report["written"], population.report["changed_requests"]) == (2, 2)
+    assert population.report["already_there"] == 6 and "errors_tried_again" not in population.report
+    rows = [row for row in population.rows("generations") if row["run_id"] == "night"]
+    after = {(row["user_id"], row["method"]): row for row in rows}
+    assert len(rows) == len(after) == 8
+    assert {key for key in after if after[key] != before[key]} == {("ann", "none"), ("ann", "recency")}
+    assert run(population, "night", **asked) == 0 and population.report["written"] == 0
 
 
 def scores(population, *runs):

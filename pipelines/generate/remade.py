@@ -1,4 +1,4 @@
-"""Takes a run's replies with an error out of `generations`, those that the rerun puts replies in the place of.
+"""Takes replies of a run out of `generations`: those that the rerun puts others in the place of.
 
 Only the files that hold such rows are written anew; rows of other runs in them stay as they are.
 """
@@ -21,13 +21,13 @@ TRIES = 5
 
 
 class Owing(Protocol):
-    """Says which errors of a run are made anew."""
+    """Says which replies of a run are made anew."""
 
     def owed(self, bucket: int) -> frozenset[ReplyKey]: ...
 
 
 @dataclass(frozen=True)
-class WithoutErrors:
+class WithoutRemade:
     """in: bucket int. out: old and new files (JSON lists of DataFile.to_row()), one row per file written anew."""
 
     table: Table
@@ -39,29 +39,23 @@ class WithoutErrors:
         for bucket in batch["bucket"].to_pylist():
             owed = self.pending.owed(bucket)
             for file in self.snapshot.by_bucket()[bucket]:
-                if read_file(file.uri, ["run_id", "error"], self._errors()).num_rows:
+                if owed and read_file(file.uri, ["run_id"], pc.field("run_id") == self.run_id).num_rows:
                     rows = read_files([file], spec=self.table.spec)
                     keys = zip(*(rows[name].to_pylist() for name in ("user_id", "request_id", "method")), strict=True)
                     samples = (sample or 0 for sample in rows["sample"].to_pylist())
                     again = pa.array([(*key, sample) in owed for key, sample in zip(keys, samples, strict=True)])
-                    gone = pc.and_(pc.fill_null(self._mask(rows), False), again)
+                    gone = pc.and_(pc.equal(rows["run_id"], self.run_id), again)
                     if not pc.any(gone).as_py():
                         continue
                     kept = rows.filter(pc.invert(gone))
                     new = self.table.write(kept, self.run_id) if kept.num_rows else []
                     yield pa.table({"old": [listed([file])], "new": [listed(new)]})
 
-    def _errors(self) -> pc.Expression:
-        return (pc.field("run_id") == self.run_id) & pc.field("error").is_valid()
 
-    def _mask(self, rows: pa.Table) -> pa.ChunkedArray:
-        return pc.and_(pc.equal(rows["run_id"], self.run_id), pc.is_valid(rows["error"]))
-
-
-def drop_errors(
+def drop_remade(
     table: Table, before: Snapshot, pending: Owing, buckets: list[int], report: RunReport, metadata: Mapping[str, str]
 ) -> Snapshot:
-    """Commits the table without those errors of this run in these buckets that are made anew; returns that version.
+    """Commits the table without those replies of this run in these buckets that are made anew; returns that version.
 
     Until the run has ended, readers keep the newest complete version, which still holds them.
 
@@ -69,7 +63,7 @@ def drop_errors(
         ConcurrentRunError: others put the table's rows into other files again and again.
     """
     for _ in range(TRIES):
-        stage = WithoutErrors(table, before, report.run_id, pending)
+        stage = WithoutRemade(table, before, report.run_id, pending)
         old: list[DataFile] = []
         new: list[DataFile] = []
         for row in each_bucket(buckets, stage):
@@ -89,6 +83,6 @@ def drop_errors(
             continue
         return table.snapshot()
     raise ConcurrentRunError(
-        f"table {table.spec.name}: others wrote its files anew during each of {TRIES} tries to replace this run's "
-        f"errors; when they have ended, run it again with run_id={report.run_id}"
+        f"table {table.spec.name}: others wrote its files anew during each of {TRIES} tries to replace some of "
+        f"this run's replies; when they have ended, run it again with run_id={report.run_id}"
     )
