@@ -96,6 +96,7 @@ def batch(prompts, errors=None, samples=None):
         "request_id": [p.key for p in prompts],
         "method": ["plug"] * n,
         "user_id": ["u"] * n,
+        "input_hash": ["h"] * n,
         "before": [p.before for p in prompts],
         "after": [p.after for p in prompts],
         "rows": ragged_f32([p.soft_prompt.ravel() for p in prompts]),
@@ -202,6 +203,7 @@ def test_rows_carry_their_identities_and_lengths(reply, llm, llama):
     prompt = prompts(llm, [4, 1, 2, 0, 3])[0]
     row = reply(batch([prompt])).to_pylist()[0]
     assert row["llm_id"] == llm_id(llama) and row["run_id"] == "run-x" and row["plug_id"] == "p"
+    assert row["input_hash"] == "h"
     assert row["prompt_tokens"] == len(prompt.before) + 4 + len(prompt.after)
     assert 0 < row["output_tokens"] <= 12
     assert row["decoding_id"] == Decoding(max_tokens=12).decoding_id != Decoding(max_tokens=13).decoding_id
