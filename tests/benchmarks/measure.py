@@ -1,4 +1,4 @@
-"""What every benchmark shares: sides measured in turn, a ratio with its spread and verdict, the machine, the tables.
+"""The common parts of all benchmarks: sides in turn, a ratio with its spread and verdict, the machine, the tables.
 
 A speed is a ratio of two sides of one run: both warm, one after the other (ABAB), so that what else the machine does
 falls on both alike. The figure is the ratio of the medians; its spread are the least and the greatest ratio of a round.
@@ -26,7 +26,7 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 
 @dataclass(frozen=True)
 class Given:
-    """What the command line gives a benchmark."""
+    """The settings that a benchmark gets from the command line."""
 
     folder: Path
     """For tables and models; what is made once is found again."""
@@ -92,7 +92,7 @@ class Line:
 
 @dataclass
 class Found:
-    """What a benchmark brings back."""
+    """The lines of a benchmark, and the facts behind them."""
 
     lines: list[Line] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +158,7 @@ def matmul_rate(dtype: Any, repeats: int = 8) -> float:
 
 
 def hardware() -> dict[str, Any]:
-    """What a figure was got on."""
+    """The machine that a figure was got on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*:\s*(.+)", info)
     flags = set((re.search(r"flags\s*:\s*(.+)", info) or [""])[0].split())
@@ -208,7 +208,7 @@ def save(what: str, content: dict[str, Any], machine: Mapping[str, Any], folder:
 
 
 def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Of each benchmark on each machine the newest result."""
+    """The newest result of each benchmark on each machine."""
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem.rpartition("_")[2]):
         found = json.loads(path.read_text())
