@@ -102,6 +102,11 @@ def _warnings(task: TaskSpec, runs: tuple[str, str], sides: Sequence[Scored]) ->
             for run, side in both
             if side.n_unknown
         ),
+        *(
+            f"{side.n_outdated} requests that {run} answered have another input now, and are left out"
+            for run, side in both
+            if side.n_outdated
+        ),
     ]
 
 

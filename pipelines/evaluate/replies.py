@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from infra.shards import of_bucket, user_key
 from infra.snapshot import Snapshot
+from pipelines.asked import answers_now
 from pipelines.methods import known_parts
 
 Key: TypeAlias = tuple[str, str]
@@ -63,6 +64,8 @@ class Replies(Answers):
     """Requests with a target, answered or not."""
     unknown: list[Key]
     """Keys of replies to requests that the table requests does not have."""
+    outdated: list[Key]
+    """Keys of replies to an input that their request no longer has. They are not among the texts."""
     made_by: frozenset[tuple[str, str, str]]
     """Method, column of IDENTITIES and identity of all replies there are."""
     samples: dict[tuple[str, str], int]
@@ -97,12 +100,15 @@ def join_bucket(
     """
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
     keys = of_bucket(users, bucket)
-    everything = requests.read(columns, buckets=[bucket], user_keys=keys)
-    asked = everything.filter(pc.is_valid(everything["target"]))
     wanted = pc.field("run_id").isin(list(runs))
     names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
-             "persona", "adapter_id", "sample", "run_id"]  # fmt: skip
+             "persona", "adapter_id", "sample", "run_id", "input_hash"]  # fmt: skip
     rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
+    tells_input = rows["input_hash"].null_count < len(rows)
+    read = [*columns, "input"] if tells_input and not with_input else columns
+    everything = requests.read(read, buckets=[bucket], user_keys=keys)
+    rows, outdated = _to_inputs_of_now(rows, everything) if tells_input else (rows, [])
+    asked = everything.select(columns).filter(pc.is_valid(everything["target"]))
     existing = set(_keys(everything))
     if len(existing) < len(everything):
         twice = next(one for one, times in Counter(_keys(everything)).items() if times > 1)
@@ -123,6 +129,7 @@ def join_bucket(
         rows=kept,
         labelled=len(asked),
         unknown=sorted(set(_keys(rows)) - existing, key=lambda one: one[::-1]),
+        outdated=outdated,
         made_by=frozenset(
             (row["method"], name, row[name])
             for row in rows.group_by(["method", *IDENTITIES]).aggregate([]).to_pylist()
@@ -134,6 +141,15 @@ def join_bucket(
             for row in rows.group_by(["run_id", "method"]).aggregate([("sample", "max")]).to_pylist()
         },
     )
+
+
+def _to_inputs_of_now(rows: pa.Table, requests: pa.Table) -> tuple[pa.Table, list[Key]]:
+    """The replies to the inputs that the requests have now, and the keys of the others."""
+    answers = answers_now(requests)
+    told = rows.select(["user_id", "request_id", "input_hash"]).to_pylist()
+    counts = [answers(row) for row in told]
+    outdated = {key(row) for row, good in zip(told, counts, strict=True) if not good}
+    return rows.filter(pa.array(counts, pa.bool_())), sorted(outdated, key=lambda one: one[::-1])
 
 
 def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> Answers:

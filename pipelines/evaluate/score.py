@@ -124,6 +124,10 @@ class Scored:
     """Names, for messages, of some requests that were answered and are not in the table requests."""
     n_unknown: int = 0
     """Number of such requests."""
+    outdated: tuple[str, ...] = ()
+    """Names, for messages, of some requests whose input has changed since they were answered."""
+    n_outdated: int = 0
+    """Number of such requests."""
     made_by: frozenset[tuple[str, str, str]] = frozenset()
     """Method, kind of identity and identity, as in `Replies`."""
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -202,6 +206,8 @@ class ScoreBuckets:
             fingerprint=sum(int.from_bytes(intervals.digest("\0".join(one), self.seed), "big") for one in golds),
             unknown=tuple(map(shown, replies.unknown[:3])),
             n_unknown=len(replies.unknown),
+            outdated=tuple(map(shown, replies.outdated[:3])),
+            n_outdated=len(replies.outdated),
             made_by=replies.made_by,
             samples=replies.samples,
         )
@@ -367,6 +373,8 @@ def merged(one: Scored, other: Scored) -> Scored:
         fingerprint=one.fingerprint + other.fingerprint,
         unknown=(one.unknown + other.unknown)[:3],
         n_unknown=one.n_unknown + other.n_unknown,
+        outdated=(one.outdated + other.outdated)[:3],
+        n_outdated=one.n_outdated + other.n_outdated,
         made_by=one.made_by | other.made_by,
         samples={
             made: max(one.samples.get(made, 0), other.samples.get(made, 0)) for made in one.samples | other.samples

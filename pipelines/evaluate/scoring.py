@@ -148,7 +148,7 @@ def score_runs(
     for repeat in [(run,) for run in runs] if config.pool else [runs]:
         own = None if parts else references
         parts[repeat] = score(config, task, snapshots, repeat, facts, cuts, users=users, references=own)
-        refuse_unknown_requests(parts[repeat], repeat, config)
+        refuse_other_requests(parts[repeat], repeat, config)
     seen = frozenset[str]().union(*(part.seen for part in parts.values()))
     for repeat, part in parts.items():  # a method that was asked for may be of other runs
         part.methods = {name: tally for name, tally in part.methods.items() if name in part.seen or name not in seen}
@@ -203,13 +203,20 @@ def scores(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, 
     }
 
 
-def refuse_unknown_requests(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
-    """Refuses replies to requests that are not in the table: by the official rule, predictions and golds have the same
-    ids.
+def refuse_other_requests(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
+    """Refuses replies to requests that are not in the table, or have another input there: by the official rule,
+    predictions and golds have the same ids.
 
     Raises:
         InputError: there are such replies; the message names some.
     """
+    if scored.n_outdated:
+        raise InputError(
+            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_outdated} requests whose input has "
+            f"changed since, such as {', '.join(scored.outdated)}; run generate again with the run_id of the replies, "
+            "which answers these anew (and then judge, where a judge scores), or name the version of requests that was "
+            "answered with --as-of-version requests=N"
+        )
     if scored.n_unknown:
         raise InputError(
             f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_unknown} requests that the table "

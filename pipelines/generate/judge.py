@@ -20,6 +20,7 @@ from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.table import Table
 from pipelines import tables, waves
+from pipelines.asked import answers_now
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
@@ -59,30 +60,56 @@ class Unjudged:
     judged_run: str
     task: TaskSpec
 
-    def read(self, bucket: int) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, frozenset[ReplyKey]]:
-        """Pairs of a reply to judge and its request, how many are judged already, and which with an error."""
+    def read(self, bucket: int) -> "BucketReplies":
+        """The replies of a bucket, and which of them are judged."""
         requests = self.requests.read(buckets=[bucket], filter=pc.field("target").is_valid())
         known = {request_key(row): row for row in requests.to_pylist()}
         wanted = pc.field("run_id").isin([self.run, self.judged_run])
         rows = self.generations.read(buckets=[bucket], filter=wanted).to_pylist()
-        judged = {reply_key(row): row["error"] for row in rows if row["run_id"] == self.judged_run}
+        judged = {reply_key(row): row for row in rows if row["run_id"] == self.judged_run}
         replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
-        pending = [
-            (row, known[request_key(row)]) for row in replies if judged.get(reply_key(row), "not yet") is not None
-        ]
-        failed = {reply_key(row) for row, _ in pending} & judged.keys()
-        return pending, len(replies) - len(pending), frozenset(failed)
+        answers = answers_now(requests)
+        pending = [(row, known[request_key(row)]) for row in replies if not _holds(judged.get(reply_key(row)), row)]
+        return BucketReplies(
+            pending,
+            judged=len(replies) - len(pending),
+            again=frozenset({reply_key(row) for row, _ in pending} & judged.keys()),
+            outdated=sum(not answers(row) for row in replies),
+        )
 
     def owed(self, bucket: int) -> frozenset[ReplyKey]:
-        """Judgements that are errors and are made anew."""
-        return self.read(bucket)[2]
+        """Judgements that are made anew."""
+        return self.read(bucket).again
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: one row per bucket: bucket, pending, existing, failed."""
+        """Stage of the plan. in: bucket. out: one row per bucket: bucket, pending, existing, again, outdated."""
         for bucket in batch["bucket"].to_pylist():
-            pending, existing, failed = self.read(bucket)
-            counts = {"pending": len(pending), "existing": existing, "failed": len(failed)}
+            found = self.read(bucket)
+            counts = {"pending": len(found.pending), "existing": found.judged}
+            counts |= {"again": len(found.again), "outdated": found.outdated}
             yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+
+
+@dataclass(frozen=True)
+class BucketReplies:
+    """The replies of one bucket that have a request with a target."""
+
+    pending: list[tuple[dict[str, Any], dict[str, Any]]]
+    """Replies to judge, each with its request."""
+    judged: int
+    """Replies that are judged already."""
+    again: frozenset[ReplyKey]
+    """Judgements that are made anew: errors, and those of a reply that was itself made anew since its request's input
+    changed."""
+    outdated: int
+    """Replies to an input that their request no longer has."""
+
+
+def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any]) -> bool:
+    """True if there is a judgement, it is no error, and it is of the reply to this input."""
+    return (
+        judgement is not None and judgement["error"] is None and judgement["input_hash"] in (None, reply["input_hash"])
+    )
 
 
 def run(config: JudgeConfig) -> int:
@@ -132,9 +159,15 @@ def _judge(
     plan = waves.plan(pending.requests.filled(None), pending.count, report)
     if not report.planned:
         raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
-    failed = [bucket for bucket, row in plan.items() if row["failed"]]
-    if failed:
-        before = drop_remade(generations, pending.generations, pending, failed, report, identities)
+    if outdated := sum(row["outdated"] for row in plan.values()):
+        raise InputError(
+            f"run {config.run} in {config.tables}: {outdated} replies are to an input that their request no longer "
+            f"has; run generate again with run_id={config.run}, which answers these requests anew, or name the version "
+            "of requests that was answered with --as-of-version requests=N"
+        )
+    again = [bucket for bucket, row in plan.items() if row["again"]]
+    if again:
+        before = drop_remade(generations, pending.generations, pending, again, report, identities)
         pending = replace(pending, generations=before)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     counted = CountedReplies(report)
@@ -210,7 +243,7 @@ class AskJudge:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             rows = []
-            for reply, request in self.pending.read(bucket)[0]:
+            for reply, request in self.pending.read(bucket).pending:
                 row: dict[str, Any] = reply | {"before": [], "after": []}
                 if reply["error"] is None:
                     question = query(request["input"], self.pending.task)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,17 @@ def replies(population: Population, right: float, seed: int, skip=()) -> dict[st
     return found
 
 
-def write_generations(population, run_id: str, by_method: dict[str, dict[str, str]], errors=(), complete=True) -> None:
+def write_generations(
+    population, run_id: str, by_method: dict[str, dict[str, str]], errors=(), complete=True, inputs=None
+) -> None:
     asked = population.requests()
     table = tables.open_or_create(population.tables, "generations", 4)
     rows = [
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"] if i in asked else "gone",
          "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
          "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none",
-         "adapter_id": "fit-hash" if "adapter" in method else None}
+         "adapter_id": "fit-hash" if "adapter" in method else None,
+         "input_hash": blake2b(inputs[i].encode(), digest_size=8).hexdigest() if inputs else None}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip
     users = pa.array([row["user_id"] for row in rows], pa.string())
@@ -324,6 +328,20 @@ def test_replies_to_requests_that_are_not_there_are_refused_by_name(generated, t
     _, compared, printed = run(generated, capsys, compare=("strangers", "night-1"))
     assert "2 requests that strangers answered are in the table requests no more" in printed
     assert compared["compare"]["n_requests"] == USERS * EACH
+
+
+def test_replies_to_an_earlier_input_are_refused_by_name_and_left_out_of_a_comparison(generated, capsys):
+    texts = replies(generated, 0.2, 1)
+    asked = {i: row["input"] for i, row in generated.requests().items()}
+    before = asked | {i: asked[i] + " as it was" for i in ("r7-0", "r8-0")}
+    write_generations(generated, "as-it-is", {"none": texts}, inputs=asked)
+    assert run(generated, run=("as-it-is",))[1]["methods"]["none"]["n"] == USERS * EACH
+    write_generations(generated, "as-it-was", {"none": texts}, inputs=before)
+    with pytest.raises(InputError, match="replies to 2 requests whose input has changed since.*user_key [0-9a-f]{32}"):
+        run(generated, run=("as-it-was",))
+    _, compared, printed = run(generated, capsys, compare=("as-it-was", "as-it-is"))
+    assert "2 requests that as-it-was answered have another input now, and are left out" in printed
+    assert compared["compare"]["n_requests"] == USERS * EACH - 2
 
 
 def test_ratings_that_are_no_number_follow_the_rule_and_ten_users_are_said_to_be_few(tmp_path, capsys):

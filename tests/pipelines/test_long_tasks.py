@@ -21,7 +21,7 @@ from pipelines.evaluate import job as evaluate
 from pipelines.generate import job as generate
 from pipelines.generate import judge
 from pipelines.generate.judge_config import JudgeConfig
-from pplug import rubric, tasks
+from pplug import history, rubric, tasks
 from pplug.llm import LLMConfig
 from pplug.retrieval import compose
 from tests.pipelines.population import Population
@@ -63,9 +63,14 @@ def config_of(name: str) -> dict:
     return yaml.safe_load((CONFIGS / f"ingest_{name}.yaml").read_text())
 
 
-def ingest(population: Population, name: str) -> None:
-    """Ingests a benchmark's file by its config."""
-    file, rows = PUBLISHED[name]
+def ingest(population: Population, name: str, first: dict | None = None) -> None:
+    """Ingests a benchmark's file by its config.
+
+    Args:
+        first: fields that the first of its rows has otherwise.
+    """
+    file, (head, *rest) = PUBLISHED[name]
+    rows = [head | (first or {}), *rest]
     path = population.folder / file
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -191,5 +196,23 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     ):
         with pytest.raises(InputError, match=refused):
             judge.run(config.model_copy(update=changed))
+    ingest(population, "lamp_qa", first={"question": "Why do owls call at night?"})
+    for refusing, message in (
+        (lambda: judge.run(config), "run a in .*: 2 replies are to an input that their request no longer has"),
+        (
+            lambda: evaluate.run(asked.model_copy(update={"run": ("b",)})),
+            "replies to 1 requests whose input has changed",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            refusing()
+    assert generate.run(answers) == 0
+    assert judge.run(config) == 0
+    report = json.loads((folder / "b" / "report.json").read_text())
+    assert (report["written"], report["already_there"]) == (2, 2)
+    judged = [row for row in population.rows("generations") if row["run_id"] == "b"]
+    now = {name: history.input_hash(row["input"]) for name, row in population.requests().items()}
+    assert len(judged) == 4 and all(row["input_hash"] == now[row["request_id"]] for row in judged)
+    assert evaluate.run(asked.model_copy(update={"run": ("b",)})) == 0
     with pytest.raises(InputError, match="run_id=b: this run has judgements; give replies another run_id"):
         generate.run(answers.model_copy(update={"run_id": "b"}))

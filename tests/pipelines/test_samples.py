@@ -126,7 +126,9 @@ def test_a_sample_that_is_missing_or_an_error_is_still_owed(made):
     (row,) = counts.to_pylist()
     assert (row["pending"], row["existing"], row["again"]) == (len(names) * 3 + 2, len(names) * 3 - 2, 1)
     unjudged = Unjudged(requests, done, "gaps", "judge", None)
-    assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0)[0]) == sorted(r[:3:2] for r in rows)
+    assert sorted((row["request_id"], row["sample"]) for row, _ in unjudged.read(0).pending) == sorted(
+        r[:3:2] for r in rows
+    )
 
 
 def test_a_narrower_rerun_leaves_the_errors_that_it_does_not_make_anew(made):
