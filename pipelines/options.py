@@ -189,7 +189,7 @@ def _value(text: str, annotation: Any, place: str) -> Any:
         pairs = (pair.partition("=") for pair in text.split(","))
         return {key.strip(): below.strip() for key, _, below in pairs}
     try:
-        return yaml_text.load(text, decimal=bool(others))
+        return yaml_text.load(text)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or error
         raise InputError(f"{place}: {text!r} is not a value YAML reads ({why})") from None

@@ -37,6 +37,13 @@ def test_a_library_that_takes_dates_out_of_the_shared_loader_changes_nothing_her
     ]
 
 
+def test_digits_behind_a_zero_are_a_decimal_number_and_other_numbers_are_as_in_yaml():
+    texts = {"010": 10, "-010": -10, "+017": 17, "0": 0, "0x10": 16, "0b11": 3, "1_000": 1000, "'010'": "010",
+             "007a": "007a", "01.5": 1.5}  # fmt: skip
+    read = yaml_text.load("\n".join(f"- {text}" for text in texts))
+    assert read == list(texts.values()) and [type(value) for value in read] == [type(v) for v in texts.values()]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_is_no_date_stays_a_text(text):
     assert yaml_text.load(text) == text == yaml.load(text, Loader=yaml.BaseLoader)
