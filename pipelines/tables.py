@@ -248,15 +248,21 @@ def embeddings_name(encoder_id: str) -> str:
 def task_entry(task: str | None, histories: Snapshot) -> TaskSpec:
     """Returns the task in force: the one asked for, or the one that `ingest` stored with the histories.
 
+    A task that is asked for and leaves its labels to `ingest` has those that `ingest` found.
+
     Raises:
         InputError: there is neither, or the name or file asked for is not a task entry.
     """
+    text = histories.metadata.get("task_entry")
+    stored = None if text is None else TaskSpec.model_validate(json.loads(text))
+    if task is None:
+        if stored is None:
+            raise InputError("the histories name no task; give one with --task (a LaMP name or a YAML file)")
+        return stored
     try:
-        if task is not None:
-            return tasks.find(task)
+        found = tasks.find(task)
     except ValueError as error:
         raise InputError(f"task: {error}") from error
-    stored = histories.metadata.get("task_entry")
-    if stored is None:
-        raise InputError("the histories name no task; give one with --task (a LaMP name or a YAML file)")
-    return TaskSpec.model_validate(json.loads(stored))
+    if stored is not None and found.labelled and not found.labels and stored.name == found.name:
+        return found.model_copy(update={"labels": stored.labels})
+    return found

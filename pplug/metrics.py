@@ -5,12 +5,9 @@
   average over the whole label list;
 - rating: `float(prediction)`; one that is no finite number becomes the end of the scale that is further from the gold
   (the upper end on a tie). The official code would let "nan" through, and one row would make the whole score nan;
-- text: rouge_score's rouge1 and rougeL F-measures without stemming, averaged; where a task names it, METEOR too [2];
+- text: rouge_score's rouge1 and rougeL F-measures without stemming, averaged; where a task names it, METEOR too [2],
+  of which `meteor.py` says how far it is the published one;
 - rubric: the judged share of a request's aspects that its reply covers [3].
-
-METEOR is that of nltk with its published weights, over words of equal form or of equal stem. The published one also
-matches WordNet's synonyms and splits sentences by a trained model, for which nltk needs data that it downloads: figures
-from here are lower than published ones, and compare methods with each other.
 
 `score` is the figure itself. `item_sums` splits it into per-item columns that may be added over any set of items, and
 `from_sums` turns such sums back into scores: that is how an interval resamples thousands of times without scoring anew.
@@ -23,22 +20,28 @@ To add a metric, add its record to `METRICS`. A kind of task has its record in `
 """
 
 import math
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
-from pplug import rubric, tasks
+from pplug import meteor, rubric, tasks
 from pplug.tasks import TaskSpec
 
 Id = TypeVar("Id", bound=Hashable)
 """The name of a request: a plain id, or a pair of user and id."""
+
+
+class GoldError(ValueError):
+    """A gold that its task does not allow. The message names the request by a plain id, and never by a user's."""
+
+    def __init__(self, message: str, request: Any) -> None:
+        super().__init__(message)
+        self.request = request
+        """The id, as it was given."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Metric:
     official: Callable[[Pairs], float]
     """The score, as the benchmark computes it."""
     items: Callable[[Pairs], np.ndarray]
-    """Columns (N, k) that may be added up over items. The first metric of a kind has one, which is its value."""
+    """Columns (N, k) that may be added up over items. A metric that a task may name first has one, its value."""
     total: Callable[[np.ndarray, np.ndarray], np.ndarray]
     """Turns R counts of items (R,) and R sums of those columns (R, k) into R scores (R,)."""
     width: Callable[[TaskSpec], int] = lambda entry: 1
@@ -97,7 +100,12 @@ def names(entry: TaskSpec) -> tuple[str, ...]:
 
 
 def of_task(entry: TaskSpec) -> tuple[Metric, ...]:
-    """The metrics of a task. Raises ValueError: the task names one that its kind of answer does not have."""
+    """The metrics of a task.
+
+    Raises:
+        ValueError: the task names one that its kind of answer does not have, or begins with one that a single answer
+            does not have: users and thirds are compared by the mean of the first.
+    """
     known = {metric.name: metric for metric in METRICS.values() if metric.kind == entry.metric}
     unknown = [name for name in entry.scores if name not in known]
     if unknown:
@@ -105,6 +113,12 @@ def of_task(entry: TaskSpec) -> tuple[Metric, ...]:
             f"task {entry.name}: scores: no metric {unknown[0]!r} of {entry.metric}; it has {', '.join(known)}"
         )
     if entry.scores:
+        if known[entry.scores[0]].value != entry.scores[0]:
+            first = [name for name, metric in known.items() if metric.value == name]
+            raise ValueError(
+                f"task {entry.name}: scores: {entry.scores[0]!r} is no mean over answers, and the first metric must be "
+                f"one; begin with {' or '.join(first)}"
+            )
         return tuple(known[name] for name in entry.scores)
     return tuple(metric for metric in known.values() if metric.by_default)
 
@@ -222,10 +236,11 @@ def _label_indices(
     gold, predicted = (np.array([index.get(text, -1) for text in side], np.int64) for side in (golds, predictions))
     if (gold < 0).any():
         strange = [ids[at] for at in np.flatnonzero(gold < 0)]
-        raise ValueError(
+        raise GoldError(
             f"task {entry.name}: {len(strange)} golds are outside its {len(entry.labels)} labels "
             f"({', '.join(entry.labels[:4])}, ...), such as that of {_told(strange[0])}; are they golds of "
-            "another task?"
+            "another task?",
+            strange[0],
         )
     return gold, predicted
 
@@ -267,7 +282,7 @@ def _ratings(
     for i, gold_text, text in zip(ids, golds, predictions, strict=True):
         gold, value = _number(gold_text), _number(text)
         if gold is None or not low <= gold <= high:
-            raise ValueError(f"task {entry.name}: the gold of {_told(i)} is no number from {low:g} to {high:g}")
+            raise GoldError(f"task {entry.name}: the gold of {_told(i)} is no number from {low:g} to {high:g}", i)
         furthest = low if abs(low - gold) > abs(high - gold) else high
         gold_values.append(gold)
         values.append(furthest if value is None else value)
@@ -300,28 +315,9 @@ def _mean(items: Callable[[Pairs], np.ndarray]) -> Callable[[Pairs], float]:
     return lambda pairs: sum(items(pairs)[:, 0].tolist()) / len(pairs.gold)
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-
-
-def _words(text: str) -> list[str]:
-    """The words and marks of a text, a sentence at a time."""
-    return [word for sentence in _SENTENCE_END.split(text) for word in _TOKENIZER.tokenize(sentence)]
-
-
-class _NoSynonyms:
-    """A WordNet without words."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
-
-
-_TOKENIZER, _NOTHING = NLTKWordTokenizer(), _NoSynonyms()
-
-
 def _meteor(pairs: Pairs) -> np.ndarray:
     """(N, 1): METEOR of exact and stem matches."""
-    rows = zip(pairs.gold, pairs.predicted, strict=True)
-    return np.array([[single_meteor_score(_words(gold), _words(text), wordnet=_NOTHING)] for gold, text in rows])
+    return np.array([[meteor.score(gold, text)] for gold, text in zip(pairs.gold, pairs.predicted, strict=True)])
 
 
 # --- rubric -----------------------------------------------------------------------------------------------------------
@@ -334,7 +330,13 @@ def _judged(
     found = [rubric.read_judgement(text) for text in predictions]
     if all(one is None for one in found) and any(predictions):
         raise ValueError(f"task {entry.name}: these replies have not been judged; run `judge` and score its run")
-    return [len(rubric.read(gold).aspects) for gold in golds], [[score or 0 for score in one or ()] for one in found]
+    counts = []
+    for one, gold in zip(ids, golds, strict=True):
+        try:
+            counts.append(len(rubric.read(gold).aspects))
+        except ValueError as error:
+            raise GoldError(f"task {entry.name}: the gold of {_told(one)} is no rubric: {error}", one) from error
+    return counts, [[score or 0 for score in one or ()] for one in found]
 
 
 def _coverage(pairs: Pairs) -> np.ndarray:

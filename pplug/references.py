@@ -105,7 +105,8 @@ def times_user(probabilities: np.ndarray, counts: np.ndarray, shares: np.ndarray
 
 
 def most_similar(query_text: str, items: Sequence[Mapping[str, str]], task: TaskSpec) -> str:
-    """The answer of the item whose text (without its label) is most similar to the query; "" without any item.
+    """The answer of the item whose text, as BM25 reads it (`retrieval.words`), is most similar to the query; "" without
+    any item.
 
     Args:
         items: fields of the items that the request may see, oldest first; of equally similar ones the newest counts.

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-
 _DIGITS = re.compile(r"[+-]?\d{1,99}")
 
 

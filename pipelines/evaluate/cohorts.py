@@ -98,7 +98,7 @@ class FactReader:
         distance = np.full(len(requests), np.nan)
         if self.personas is not None and self.average is not None:
             names, vectors = self.vectors(bucket, requests)
-            far = dict(zip(names, history.cosine_distance(vectors, self.average), strict=True))
+            far = dict(zip(names, history.cosine_distance(vectors, self.average), strict=True)) if names else {}
             distance = np.array([far.get(request["user_id"], np.nan) for request in requests])
         facts = {"length": length, "age": age, "distance": distance}
         return {kind: bins(kind, values) for kind, values in facts.items()}

@@ -43,7 +43,7 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     names = ("histories", "requests", "generations")
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     scoring.refuse_unended(config, snapshots["generations"], runs)
-    task = tables.task_entry(config.task, snapshots["histories"])
+    task = scoring.task_of(config, snapshots["histories"])
     for name in names[1:]:
         report.table_read(name, snapshots[name].version)
     buckets = tables.open_table(config.tables, "requests").buckets
@@ -58,6 +58,10 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     if earlier.methods.keys().isdisjoint(later.methods):
         has = [f"{run} has {', '.join(sorted(side.seen)) or 'no reply'}" for run, side in zip(runs, sides, strict=True)]
         raise InputError(f"compare={list(runs)}: the runs share no method ({'; '.join(has)})")
+    if all(side.left_out and not side.answered for side in sides):
+        raise InputError(
+            f"compare={list(runs)}: the runs share no request with a target; compare runs that answered the same ones"
+        )
     for run, side in zip(runs, sides, strict=True):
         scoring.refuse_gaps(side, (run,), config)
     report.planned = report.written = stage.rows

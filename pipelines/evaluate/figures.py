@@ -62,7 +62,10 @@ class Share(Figures):
 
 
 class UserShares(Figures):
-    """Users who do better, worse and as well as with the method `none`, over all their requests."""
+    """Users who do better, worse and as well as with the method `none`, over all their requests.
+
+    A person with one history per question counts once per question.
+    """
 
     n: int
     """Users that are compared, once per repeat of the method; 0 where `none` was not scored."""

@@ -43,7 +43,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     buckets = tables.open_table(config.tables, "requests").buckets
     users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)
-    task = tables.task_entry(config.task, snapshots["histories"])
+    task = scoring.task_of(config, snapshots["histories"])
     runs = config.run or (snapshots["generations"].metadata.get("run_id", ""),)
     scoring.refuse_unended(config, snapshots["generations"], runs)
     session.start(writes={"tables": config.tables})
@@ -141,13 +141,15 @@ def seconds_per_reply(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str
         folder, _, name = path.rpartition("/")
         try:
             run_report = json.loads(Storage(folder or ".").read_bytes(name))
+            if not paths and run_report.get("job") != "generate":  # such as the report of a judge
+                continue
             run_id, methods = run_report["run_id"], run_report["config"]["methods"]
             stage = run_report["stages"].get("generate")
         except FileNotFoundError:
             if not paths:
                 continue
             raise InputError(f"generate_reports: there is no {path}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"generate_reports: {path} is no report of generate ({error!r})") from error
         if paths and run_id not in runs:
             raise InputError(f"generate_reports: {path} is of run {run_id}, but scored is {', '.join(runs)}")

@@ -38,8 +38,8 @@ def warnings(
         n = int(np.isin(asked, _joined(_there, sorted(histories.by_bucket()), histories, task, known)).sum())
         if n:
             found.append(
-                f"{n} of {len(asked)} requests have an answer that stands word for word in a history of {place}: what "
-                "was trained there may have seen it. Their share of each score is not known"
+                f"{n} of {len(asked)} requests with a target have an answer that stands word for word in a history of "
+                f"{place}: what was trained there may have seen it. Their share of each score is not known"
             )
     return found
 

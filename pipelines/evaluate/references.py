@@ -144,6 +144,8 @@ def fit(
         classifier = Classifier([row[1] for row in drawn], [row[2] for row in drawn], len(task.labels))
     elif task.metric == "classification":  # nothing to learn from
         about = {name: text for name, text in about.items() if not name.startswith("classifier")}
+    if not learned.counts.any():  # no item is visible to all requests of its user: nothing is known of everybody
+        about = {name: text for name, text in about.items() if not name.startswith("overall")}
     return References(task, histories, tuple(about), about, learned.counts, classifier, len(drawn))
 
 

@@ -175,7 +175,9 @@ class ScoreBuckets:
         for bucket in batch["buckets"].to_pylist()[0]:
             try:
                 total = merged(total, self.score(bucket))
-            except ValueError as error:  # the metrics and the join name ids and what to do
+            except metrics.GoldError as error:  # the metrics do not know how logs may name a user
+                total.problem = f"{error} (the request is {shown(error.request)})"
+            except ValueError as error:  # the join names requests and what to do
                 total.problem = str(error)
         return pa.table({"scored": pa.array([pickle.dumps(total)], pa.large_binary())})
 
@@ -234,8 +236,14 @@ class ScoreBuckets:
     ) -> Tally:
         """The tally of a method, with counts of replies that are errors, cut or not understood."""
         samples = [replies, *(other for other in replies.others if method in other.texts)]
+        own = self._first_metric(golds, [one.texts.get(method, {}) for one in samples])
+        gains = {one: value - base[one] for one, value in own.items() if one in base}
         return functools.reduce(
-            added, (self._sample(method, one, replies.rows, golds, base, thirds) for one in samples)
+            added,
+            (  # a user counts once, by the mean of the samples
+                self._sample(method, one, replies.rows, golds, gains if one is replies else {}, thirds)
+                for one in samples
+            ),
         )
 
     def _sample(
@@ -244,12 +252,12 @@ class ScoreBuckets:
         replies: Answers,
         rows: list[dict[str, Any]],
         golds: Mapping[Key, str],
-        base: Mapping[Key, float],
+        gains: Mapping[Key, float],
         thirds: Mapping[str, np.ndarray],
     ) -> Tally:
         """As `_method`, over one reply per request."""
         texts, errors = replies.texts.get(method, {}), replies.errors.get(method, set())
-        tally = self._tally(rows, texts, replies.costs.get(method, {}), base, thirds)
+        tally = self._tally(rows, texts, replies.costs.get(method, {}), gains, thirds)
         tally.missing = [shown(one) for one in golds if one not in texts][:3]
         tally.errors = len(errors & golds.keys())
         tally.cut = len(replies.cut.get(method, set()) & golds.keys())
@@ -262,13 +270,13 @@ class ScoreBuckets:
         rows: list[dict[str, Any]],
         texts: Mapping[Key, str],
         costs: Mapping[Key, tuple[int, ...]],
-        base: Mapping[Key, float],
+        gains: Mapping[Key, float],
         thirds: Mapping[str, np.ndarray],
     ) -> Tally:
         """Sums over the requests that have a text.
 
         Args:
-            base: the baseline's first metric by request.
+            gains: the first metric less the baseline's, by request; users with a request without one are not compared.
             thirds: by kind of fact, the third of each of the rows (N,).
         """
         answered = {key(row): row["target"] for row in rows if key(row) in texts}
@@ -282,7 +290,7 @@ class ScoreBuckets:
             for kind in cohorts.KINDS
             for third in range(3)
         ]
-        users = self._users([user for user, _ in ids], sums[:, 1], [base.get(one) for one in ids])
+        users = self._users([user for user, _ in ids], [gains.get(one) for one in ids])
         spent = np.array([costs.get(one, (0,) * len(COSTS)) for one in ids], dtype=np.float64)
         wide = np.hstack([sums, *by_third, users, spent])
         owners = [rows[row]["owner_id"] for row in at]
@@ -330,12 +338,12 @@ class ScoreBuckets:
                     found.setdefault(one, []).append(value)
         return {one: float(np.mean(values)) for one, values in found.items()}
 
-    def _users(self, user_ids: list[str], values: np.ndarray, base: list[float | None]) -> np.ndarray:
+    def _users(self, user_ids: list[str], gains: list[float | None]) -> np.ndarray:
         """Columns (N, 4): on each user's first row a 1, and a 1 for better, worse or as well over all rows."""
         turn = metrics.sign(metrics.names(self.task)[0])
         gain: dict[str, float] = {}
-        for user, value, without in zip(user_ids, values.tolist(), base, strict=True):
-            gain[user] = gain.get(user, 0.0) + turn * (np.nan if without is None else value - without)
+        for user, own in zip(user_ids, gains, strict=True):
+            gain[user] = gain.get(user, 0.0) + turn * (np.nan if own is None else own)
         columns, seen = np.zeros((len(user_ids), 4)), set()
         for row, user in enumerate(user_ids):
             if user not in seen and np.isfinite(gain[user]):

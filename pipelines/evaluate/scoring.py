@@ -29,6 +29,21 @@ SHARES = 64
 """Tasks that the buckets are shared out to; each result is a few megabytes, whatever the number of users."""
 
 
+def task_of(config: EvaluateConfig, histories: Snapshot) -> TaskSpec:
+    """Returns the task to score by.
+
+    Raises:
+        InputError: there is none, or nobody knows its labels.
+    """
+    task = tables.task_entry(config.task, histories)
+    if task.labelled and not task.labels:
+        raise InputError(
+            f"task {task.name}: it has no labels, and {config.tables} does not tell them; write them into the file, or "
+            "leave --task out for the task that `ingest` stored"
+        )
+    return task
+
+
 def shares_of(
     snapshots: dict[str, Snapshot], config: EvaluateConfig, users: dict[int, list[str]] | None
 ) -> list[list[int]]:

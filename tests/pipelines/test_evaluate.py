@@ -330,6 +330,28 @@ def test_replies_to_requests_that_are_not_there_are_refused_by_name(generated, t
     assert compared["compare"]["n_requests"] == USERS * EACH
 
 
+def test_runs_of_different_requests_are_not_compared_and_errors_are_told(generated, capsys):
+    texts = replies(generated, 0.2, 1)
+    for name, odd in (("odd", 1), ("even", 0)):
+        write_generations(generated, name, {"none": {i: text for i, text in texts.items() if int(i[-1]) % 2 == odd}})
+    with pytest.raises(InputError, match="the runs share no request with a target"):
+        run(generated, compare=("odd", "even"))
+    write_generations(generated, "broken", {"none": texts}, errors=("r7-0", "r8-0"))
+    printed = run(generated, capsys, compare=("night-1", "broken"))[2]
+    assert "run broken: none: 2 replies were errors" in printed
+
+
+def test_a_task_leaves_its_labels_to_ingest_and_a_wrong_gold_is_told(generated, tmp_path):
+    own = {name: value for name, value in NOTES.items() if name != "labels"}
+    want = run(generated, run=("night-1",))[1]["methods"]["plug"]["scores"]
+    assert run(generated, run=("night-1",), task=generated.task(own))[1]["methods"]["plug"]["scores"] == want
+    with pytest.raises(InputError, match="task another: it has no labels.*leave --task out"):
+        run(generated, run=("night-1",), task=generated.task(own | {"name": "another"}))
+    other = generated.task(own | {"labels": ["good", "fair"]})
+    with pytest.raises(InputError, match="golds are outside its 2 labels.*of the user with user_key [0-9a-f]{32}"):
+        run(generated, run=("night-1",), task=other)
+
+
 def test_replies_to_an_earlier_input_are_refused_by_name_and_left_out_of_a_comparison(generated, capsys):
     texts = replies(generated, 0.2, 1)
     asked = {i: row["input"] for i, row in generated.requests().items()}

@@ -13,6 +13,7 @@ from infra import shards
 from infra.errors import InputError
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
+from pipelines.evaluate.job import seconds_per_reply
 from tests.pipelines.population import NOTES, Population
 from tests.pipelines.test_evaluate import run, write_generations
 
@@ -194,6 +195,29 @@ def test_costs_are_per_request_and_per_user(known, tmp_path):
         run(known, run=("night",), generate_reports=(str(reports[0]),))
     with pytest.raises(InputError, match="there is no .*gone.json"):
         run(known, run=("night",), generate_reports=(str(tmp_path / "gone.json"),))
+
+
+def test_a_bucket_of_people_without_a_persona_has_no_distances(known, tmp_path):
+    away = shards.bucket_of("stranger", 4)
+    some = [name for name in known.vector if shards.bucket_of(name, 4) != away][:6]
+    (tmp_path / "users.txt").write_text("\n".join(["stranger", *some]))
+    _, report, _ = run(known, run=("night",), users=str(tmp_path / "users.txt"))
+    assert report["groups"]["distance"]["unknown"] == 1
+    assert sum(third["n"] for third in report["groups"]["distance"]["thirds"]) == 2 * len(some)
+
+
+def test_the_report_of_another_job_below_runs_tells_no_seconds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run_id, job in (("judged", "judge"), ("night", "generate")):
+        path = tmp_path / "runs" / run_id / "report.json"
+        path.parent.mkdir(parents=True)
+        stages = {"generate": {"rows": 10, "seconds": 5.0}}
+        given = {"config": {"methods": ["none"]}} if job == "generate" else {"config": {"run": "night"}}
+        path.write_text(json.dumps({"job": job, "run_id": run_id, "stages": stages} | given))
+    assert seconds_per_reply((), ("judged",)) == {}
+    assert seconds_per_reply((), ("night",)) == {"none": 0.5}
+    with pytest.raises(InputError, match="judged/report.json is no report of generate"):
+        seconds_per_reply(("runs/judged/report.json",), ("judged",))
 
 
 # --- two runs, two nights -------------------------------------------------------------------------------------------

@@ -114,6 +114,12 @@ def test_later_items_change_nothing(tmp_path):
     assert predicted(now, fitted(now))["anna-r"]["user-label"] == "good"
 
 
+def test_nothing_is_said_of_everybody_where_no_item_may_be_learned(tmp_path):
+    population = made(tmp_path, [item("anna", at, "sun", "good") for at in (5, 6)], [ask("anna", 3, "sun", "bad")])
+    found = fitted(population)
+    assert found.names == ("user-label",) and list(predicted(population, found)["anna-r"]) == ["user-label"]
+
+
 def test_a_persons_other_histories_teach_nothing(tmp_path):
     """Where one history is kept per question, another history of the person may hold the answer."""
     asked = [ask("q1", 9, "zebra") | {"owner_id": "anna"}, ask("q2", 20, "sun") | {"owner_id": "anna"}]

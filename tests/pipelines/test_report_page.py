@@ -74,6 +74,12 @@ def test_the_same_figures_give_the_same_files(drawn):
     ]
 
 
+def test_a_gain_is_clearly_good_or_bad_only_by_an_interval_that_is_known():
+    ends = {(0.1, 0.2): "good", (-0.2, -0.1): "bad", (-0.1, 0.1): "even", (0.0, 0.1): "even"}
+    assert {pair: charts.role_of(*pair) for pair in ends} == ends
+    assert charts.role_of(float("nan"), float("nan")) == "even"
+
+
 def test_tables_beside_the_charts_hold_the_figures(drawn):
     forest, length, *_, users, cost = drawn
     assert ["plug", "+47.5", "+44.4 to +50.6"] in forest.rows and len(forest.rows) == len(METHODS) - 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,10 +232,29 @@ def test_a_score_is_the_mean_over_the_samples(made):
         assert report["methods"][method]["cost"]["prompt_tokens"] == 5
     gain = hits["recency"].mean() - hits["none"].mean()
     assert report["methods"]["recency"]["vs_none"]["accuracy"]["difference"] == pytest.approx(gain)
+    person, gains = {row["request_id"]: row["user_id"] for row in made.rows("requests")}, Counter()
+    for i, name in enumerate(names):
+        gains[person[name]] += sum(map(int, hits["recency"][i])) - sum(map(int, hits["none"][i]))
+    users = report["methods"]["recency"]["users_vs_none"]
+    assert users["n"] == len(gains) == len(PEOPLE)
+    better, worse = (sum(turn * gain > 0 for gain in gains.values()) / len(gains) for turn in (1, -1))
+    assert (users["better"]["share"], users["worse"]["share"]) == (better, worse)
     # the first sample is the one that has room in LaMP's shape
     with open(report["predictions"]["none"]) as file:
         found = {row["id"]: row["output"] for row in json.load(file)["golds"]}
     assert found == {name: ("bad", "good")[int(hits["none"][i, 0])] for i, name in enumerate(names)}
+
+
+def test_two_methods_that_are_right_as_often_leave_everybody_as_well_off(made):
+    names = sorted(row["request_id"] for row in made.rows("requests"))
+    right = {"none": (0, 1), "recency": (2, 3)}
+    rows = [
+        (name, method, sample, "good" if sample in right[method] else "bad", None)
+        for method in right for name in names for sample in range(4)
+    ]  # fmt: skip
+    write(made, "as-well", rows)
+    users = scores(made, "as-well")["methods"]["recency"]["users_vs_none"]
+    assert [users[name]["share"] for name in ("better", "worse", "equal")] == [0, 0, 1]
 
 
 def test_a_method_that_lacks_a_sample_is_refused(made):

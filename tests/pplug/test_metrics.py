@@ -1,5 +1,6 @@
 """Scores against values worked out another way: counted by hand, scikit-learn's report, rouge_score's aggregator."""
 
+import json
 import math
 import random
 
@@ -8,7 +9,7 @@ import pytest
 from rouge_score import rouge_scorer, scoring
 from sklearn.metrics import classification_report, mean_absolute_error, root_mean_squared_error
 
-from pplug import metrics, tasks
+from pplug import metrics, rubric, tasks
 
 WORDS = "the a cat dog sat on mat Running, runs! board driver x86 é 漢字 2024".split()
 
@@ -184,6 +185,22 @@ def test_meteor_matches_forms_and_stems_and_no_synonyms():
     assert metrics.names(tasks.get("LaMP_5")) == ("rouge1", "rougeL")
     with pytest.raises(ValueError, match="no metric 'bleu' of text; it has rouge1, rougeL, meteor"):
         metrics.names(entry.model_copy(update={"scores": ("bleu",)}))
+
+
+@pytest.mark.parametrize(("task", "first", "then"), [("LaMP_2", "f1", "accuracy"), ("LaMP_3", "rmse", "mae")])
+def test_the_first_metric_is_a_mean_over_answers(task, first, then):
+    entry = tasks.get(task)
+    assert metrics.names(entry.model_copy(update={"scores": (then, first)})) == (then, first)
+    with pytest.raises(ValueError, match=f"{first!r} is no mean over answers, .* begin with {then}"):
+        metrics.names(entry.model_copy(update={"scores": (first, then)}))
+
+
+def test_a_rubric_that_is_none_is_told_with_its_request():
+    entry, judged = tasks.get("LaMP_QA"), rubric.judgement([1])
+    golds = {"q1": json.dumps({"aspects": [{"aspect": "a", "reason": "", "evidence": ""}]}), "q2": '{"aspects": []}'}
+    with pytest.raises(metrics.GoldError, match="the gold of id 'q2' is no rubric") as told:
+        metrics.score(entry, golds, dict.fromkeys(golds, judged))
+    assert told.value.request == "q2"
 
 
 def test_the_key_scores_changes_no_stored_entry_and_no_identity_of_tasks_without_it():

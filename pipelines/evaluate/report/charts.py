@@ -87,6 +87,11 @@ def _forest(evaluation: Evaluation) -> Chart:
     )  # fmt: skip
 
 
+def role_of(low: float, high: float) -> str:
+    """Tells whether an interval of gains is clearly good or bad; one that is not known is neither."""
+    return "good" if low > 0 else "bad" if high < 0 else "even"
+
+
 def _paint_forest(
     figure: Any,
     metric: str,
@@ -98,7 +103,7 @@ def _paint_forest(
     axes, scale = _axes(figure, grid="x"), 100 if percent(metric) else 1
     for at, name in enumerate(names):
         middle, (low, high) = rows[name]
-        role = "even" if not paired or low <= 0 <= high else ("good" if low > 0 else "bad")
+        role = role_of(low, high) if paired else "even"
         full = LIGHT[role] if role != "even" else LIGHT["paper"]
         axes.plot([low * scale, high * scale], [at, at], color=LIGHT[role], linewidth=2, solid_capstyle="round")
         shape = {"good": "o", "bad": "D", "even": "o"}[role]
