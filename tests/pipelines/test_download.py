@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -107,6 +108,16 @@ def test_a_broken_connection_goes_on_where_it_broke_in_one_run_or_the_next(site,
     folder, _ = fetch("LaMP_4", "user", site.address, str(tmp_path), budget_s=0)
     assert site.asked[1][1] == "bytes=50000-"
     assert (tmp_path / folder / "train_questions.json").read_bytes() == QUESTIONS
+
+
+def test_two_that_fetch_at_once_fetch_each_file_once(site, tmp_path):
+    site.put("LaMP_3", "train")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch("LaMP_3", "user", site.address, str(tmp_path), budget_s=0), range(4)))
+    assert len(set(found)) == 1 and len(site.asked) == 2
+    folder = tmp_path / found[0][0]
+    assert (folder / "train_questions.json").read_bytes() == QUESTIONS
+    assert {path.name for path in folder.iterdir()} == {"train_questions.json", "train_outputs.json", "SHA256SUMS"}
 
 
 def test_a_file_that_was_whole_when_a_kill_came_is_fetched_anew(site, tmp_path):

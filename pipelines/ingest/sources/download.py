@@ -5,11 +5,14 @@ right. Its SHA-256 is kept in SHA256SUMS beside it (as `sha256sum -c` reads it):
 fetches, and other machines, are compared with the first fetch.
 """
 
+import fcntl
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import InputError
@@ -44,13 +47,25 @@ def fetch(task: str, split: str, address: str, folder: str, budget_s: float | No
     below = ("time/" if separation == "time" else "") + _FOLDERS.get(task, task)
     place = Path(folder) / separation / task
     place.mkdir(parents=True, exist_ok=True)
-    for kind in ("questions", "outputs") if part != "test" else ("questions",):
-        name = f"{part}_{kind}.json"
-        url = f"{address.rstrip('/')}/{below}/{part}/{name}"
-        if not (place / name).exists():
-            _download(url, place / name, budget_s)
-        _check(place, name, url)
+    with _held(place):
+        for kind in ("questions", "outputs") if part != "test" else ("questions",):
+            name = f"{part}_{kind}.json"
+            url = f"{address.rstrip('/')}/{below}/{part}/{name}"
+            if not (place / name).exists():
+                _download(url, place / name, budget_s)
+            _check(place, name, url)
     return str(place), part
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds a folder: others that fetch into it wait, so that no two write one file."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _taken_apart(task: str, split: str) -> tuple[str, str]:
