@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,12 +23,13 @@ class Site:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.breaks, self.asked = 0, []
+        self.breaks, self.asked, self.pause = 0, [], 0.0
         site = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 site.asked.append((self.path, self.headers.get("Range")))
+                time.sleep(site.pause)
                 data = site.files.get(self.path)
                 if data is None:
                     self.send_error(404)
@@ -112,6 +114,7 @@ def test_a_broken_connection_goes_on_where_it_broke_in_one_run_or_the_next(site,
 
 def test_two_that_fetch_at_once_fetch_each_file_once(site, tmp_path):
     site.put("LaMP_3", "train")
+    site.pause = 0.3  # the others begin before the first has a file
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: fetch("LaMP_3", "user", site.address, str(tmp_path), budget_s=0), range(4)))
     assert len(set(found)) == 1 and len(site.asked) == 2
