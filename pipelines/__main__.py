@@ -53,7 +53,7 @@ JOBS = {
     "ingest": Job(
         "pipelines.ingest.job",
         "pipelines.ingest.config:IngestConfig",
-        "a LaMP folder, JSONL or Parquet -> histories, requests",
+        "files of any common format, or a LaMP folder -> histories, requests",
     ),
     "refresh": Job(
         "pipelines.refresh.job", "pipelines.refresh.config:Config", "histories (and a plug) -> embeddings, personas"

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import JobConfig
@@ -155,8 +155,8 @@ class QuickstartConfig(Settings):
     engine: EngineConfig = EngineConfig()
     methods: tuple[str, ...] = ("none", "bm25", "plug", "plug:other-user")
     """Methods that are compared, as in `generate`."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs of the one worker; 1 on a machine with a GPU."""
+    gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
+    """GPUs of the one worker. auto: 1 where torch finds a GPU on this machine, else 0."""
     run_id: str | None = None
     """Name of the run; default: quickstart and the source's name."""
     run_dir: str | None = None

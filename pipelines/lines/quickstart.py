@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from infra import device
 from infra.errors import InputError
 from infra.job_log import LINE_LOG, JobLog
 from infra.report import check_run_id
@@ -151,7 +152,7 @@ def steps(config: Config, root: Path, name: str, own: dict[str, Any]) -> Steps:
         fit=FitConfig(epochs=3, learning_rate=3e-3, query_learning_rate=0, item_dropout=0.3) if tiny else FitConfig(),
         methods=config.methods,
         source="-",
-        gpus_per_worker=config.gpus_per_worker,
+        gpus_per_worker=_gpus(config),
     )
     planned = dict(lamp.steps(line, root, name))
     limit = {} if config.limit is None else {"limit": config.limit}
@@ -163,3 +164,10 @@ def steps(config: Config, root: Path, name: str, own: dict[str, Any]) -> Steps:
     if "generate" in planned:
         planned["generate"][1]["show"] = SHOWN
     return planned
+
+
+def _gpus(config: Config) -> float:
+    """GPUs of each job's worker."""
+    if config.gpus_per_worker != "auto":
+        return config.gpus_per_worker
+    return 1.0 if device.assigned().type == "cuda" else 0.0
