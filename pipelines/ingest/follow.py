@@ -28,7 +28,7 @@ from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind
 from pipelines.ingest.sources.columns import paths
-from pipelines.ingest.sources.delta import rows_of
+from pipelines.ingest.sources.delta import files_of, in_order, rows_of
 from pipelines.ingest.sources.discover import File, Source
 from pipelines.ingest.values import id_column, text_of
 
@@ -152,14 +152,14 @@ def find_changes(
         return changes((), f"the table is still at version {version}: nothing is read")
     try:
         old = _opened(address, since)
-        before_files, now_files = _files(old), _files(table)
+        before_files, now_files = files_of(old), files_of(table)
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
     root = Storage(address)
     now_rows = rows_of(table, root)
     plain = isinstance(now_rows, pads.Dataset)
-    added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
+    added = [_file(address, now_files[path]) for path in in_order(now_files) if path not in before_files]
     only_added = plain and before_files.keys() <= now_files.keys()
     what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
     if only_added and not late:
@@ -247,11 +247,6 @@ def _opened(address: str, version: int | None = None) -> "DeltaTable":
             f"{address}: {of}the table cannot be read as a Delta table ({type(error).__name__}); --follow takes the "
             "folder of one Delta table"
         ) from error
-
-
-def _files(table: "DeltaTable") -> dict[str, dict[str, Any]]:
-    """Add actions by path."""
-    return {action["path"]: action for action in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
 
 
 def _file(address: str, action: Mapping[str, Any]) -> File:

@@ -71,6 +71,15 @@ def test_the_first_run_reads_all_and_the_next_only_what_was_added(place, tmp_pat
     assert json.loads(found.followed({FOLLOWED: '{"other": 7}'})[FOLLOWED]) == {"other": 7, table_id: 2}
 
 
+def test_added_files_are_read_in_the_order_of_their_commits(place, tmp_path):
+    write_deltalake(place, rows(*FIRST))
+    texts = [f"state {number}" for number in range(6)]
+    for text in texts:  # by their random names they would stand in this order once in 720 times
+        write_deltalake(place, rows(("a", 1, text)), mode="append")
+    files = changes(place, tmp_path, 0).files
+    assert [pq.read_table(Storage(file.folder).full(file.name))["text"][0].as_py() for file in files] == texts
+
+
 @pytest.mark.parametrize("feed", [True, False])
 def test_deletes_and_updates_are_read_from_the_feed_or_by_reading_all(place, tmp_path, feed):
     write_deltalake(place, rows(*FIRST), configuration=FEED if feed else None)
