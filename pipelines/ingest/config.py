@@ -99,7 +99,8 @@ class IngestConfig(BaseModel):
     questions: Literal["keep", "skip"] = "keep"
     """Treatment of the questions of a LaMP folder: they become requests, or only their profiles are read."""
     derive_requests: int = Field(0, ge=0)
-    """Number of newest items per user that also become requests, with a known answer."""
+    """Number of newest items per user that also become requests, with a known answer. A later ingest with this key
+    brings an item's correction to its request, too; one without it leaves derived requests as they are."""
     parts: dict[str, float] = {}
     """Shares of the users by name, such as train=.8,dev=.2. A hash of the id says which part a user is in: parts are
     disjoint, and the same in every ingest with the same shares."""

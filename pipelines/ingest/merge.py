@@ -13,6 +13,7 @@ import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 import numpy as np
@@ -181,10 +182,10 @@ class MergeBucket:
         live = merged.live.filter(pc.invert(pc.is_in(_keys(merged.live), value_set=keys)))
         return Merged(live, whole.filter(pc.invert(hit)), merged.rejects, anew=True)
 
-    def _asked(self, bucket: int, users: list[str]) -> dict[str, tuple[str | None, str | None]]:
-        """Input and target of the requests that the table holds of these users, by id."""
+    def _asked(self, bucket: int, users: list[str]) -> dict[str, tuple[str | None, str | None, datetime | None]]:
+        """Input, target and time of the requests that the table holds of these users, by id."""
         rows = (row for table in self._held("requests", bucket, users) for row in table.to_pylist())
-        return {row["id"]: (row["input"], row["target"]) for row in rows}
+        return {row["id"]: (row["input"], row["target"], row["at"]) for row in rows}
 
     def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
         """Reads the bucket's rows of these users (all when None) as working rows."""

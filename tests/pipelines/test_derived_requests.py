@@ -57,6 +57,17 @@ def test_an_answer_that_changes_later_is_that_of_its_request_too(population):
     }
 
 
+def test_a_time_that_changes_later_is_that_of_its_request_too(population):
+    def at(item, day):
+        return note("a", item) | {"occurred_at": f"2024-01-{day}"}
+
+    assert ingest(population, items=[at("x", "10")], derive_requests=1) == 0
+    assert ingest(population, items=[at("x", "05"), at("y", "08")], derive_requests=1) == 0
+    days = {row["input"]: (row["as_of"].day, row["as_of_position"]) for row in population.rows("requests")}
+    # with the 10th as its time, the request about x would see x, whose time is the 5th, and y
+    assert days == {"How do I feel? text x of a": (5, 0), "How do I feel? text y of a": (8, 1)}
+
+
 def test_a_request_with_a_time_over_items_without_any_is_said(population, tmp_path):
     asked = [
         ask("a", "dated") | {"as_of": "2026-01-01"},
