@@ -230,9 +230,10 @@ class RowWriter:
         }  # fmt: skip
 
     def _targets(self, column: Column, errors: dict[int, RowError]) -> pa.Array:
-        """Answers of requests. A list or a truth value is a reject: without a target a request would pass as one that
-        has no known answer."""
+        """Answers of requests. An empty text is none, as a CSV has no other word for it. A list or a truth value is a
+        reject: without a target a request would pass as one that has no known answer."""
         target, wrong = text_column(column)
+        target = pc.if_else(pa.array(blank(target)), pa.scalar(None, target.type), target)
         if not isinstance(column, pa.Array | pa.ChunkedArray):
             odd = [row for row, value in enumerate(column) if isinstance(value, bool | list | tuple | dict)]
         elif pa.types.is_boolean(column.type) or pa.types.is_nested(column.type):
