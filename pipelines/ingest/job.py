@@ -153,10 +153,10 @@ def run(config: IngestConfig) -> int:
 def _changes(config: IngestConfig, run_dir: str) -> Changes:
     """Looks at what has changed in the table that is followed, and tells what has gone from it."""
     (source,) = addresses(config.source)
-    newest = (tables.newest(config.tables, name) for name in ("histories", "requests"))
+    newest = [tables.newest(config.tables, name) for name in ("histories", "requests")]
     histories, requests = (table.metadata if table is not None else {} for table in newest)
     changes = find_changes(source, histories, config.columns, run_dir, requests, config.apply_deletes)
-    write_gone(changes, run_dir, config.tables, config.apply_deletes)
+    write_gone(changes, run_dir, config.tables, config.apply_deletes, newest[0])
     return changes
 
 
