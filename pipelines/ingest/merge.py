@@ -233,7 +233,8 @@ def _as_rejects(rows: pa.Table, reason: str, detail: str) -> pa.Table:
         at = WORK.get_field_index(column)
         rows = rows.set_column(at, WORK.field(at), pa.repeat(value, len(rows)))
     at = WORK.get_field_index("place")
-    rows = rows.set_column(at, WORK.field(at), pc.coalesce(rows["place"], rows["id"]))
+    # a row of the table has no place; an id made of its user and item could be made again after an erase, and confirmed
+    rows = rows.set_column(at, WORK.field(at), pc.coalesce(rows["place"], rows["user_key"]))
     at = WORK.get_field_index("input")  # a reject has none
     return rows.set_column(at, WORK.field(at), pa.nulls(len(rows), WORK.field(at).type))
 
