@@ -115,7 +115,8 @@ class IngestConfig(BaseModel):
     buckets: int | None = Field(None, gt=0, le=65_536)
     """Number of partitions of new tables; it follows from the source's size when not given."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    """Greatest share of rows that may be rejected; more of them end the run with exit code 3."""
+    """Greatest share of rows that may be rejected, those of users left out by part or limit included; more of them end
+    the run with exit code 3."""
     run_id: str | None = None
     """Name of this run; give it again, with the same sources and config, to go on where the run stopped."""
     run_dir: str | None = None

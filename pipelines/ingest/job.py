@@ -315,6 +315,7 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.failed = report.rejected[UNREADABLE]
     left_out = {name.removeprefix(LEFT_OUT): n for name, n in counts.items() if name.startswith(LEFT_OUT)}
     if left_out:
+        report.left_out = sum(left_out.values())
         report.extra["left_out"] = left_out
         said = " and ".join(f"{n} by {key}" for key, n in sorted(left_out.items()))
         print(f"ingest: rows of other users left out: {said}", flush=True)
