@@ -304,6 +304,14 @@ class RowWriter:
                "target": target, "seq": seq, "place": place}  # fmt: skip
         self._wait("requests", row, len(input) if isinstance(input, str) else 0)
 
+    def unusable(self, request: Mapping[str, object]) -> RowError | None:
+        """Returns why a request with these columns will be set aside, None if it will not. Nothing is counted."""
+        errors: dict[int, RowError] = {}
+        notes, self.notes = self.notes, Notes()
+        self._asked({name: [value] for name, value in request.items()}, 1, errors)
+        self.notes = notes
+        return errors.get(0)
+
     def _wait(self, kind: str, row: dict[str, Any], size: int) -> None:
         self._waiting[kind].append(row)
         self._rows += 1

@@ -159,6 +159,25 @@ def test_one_history_a_question_where_profiles_of_a_user_differ(population, tmp_
         "1": ["a"], "2": ["b"], "3": ["a"]}  # fmt: skip
 
 
+def test_no_history_is_stored_of_which_nobody_knows_whose_it_is(population, tmp_path):
+    """The request of a question is what tells whose its history is."""
+    asked = [question(str(n), [news(str(n))], user_id="u") for n in range(1, 5)]
+    asked[1]["input"] = " "
+    asked[3] |= {"user_id": 7, "input": ""}  # the only question of 7, so that the history is that of 7
+    asked += [question("5", [news("5")]) | {"input": ""}]
+    source = write_lamp(tmp_path / "lamp", asked, {"1": "good", "2": "good", "3": "odd", "4": "good", "5": "bad"})
+    task = {"name": "t", "item": "{text}", "item_without_label": "{text}", "marker": "article: "}
+    task = population.task(task | {"metric": "classification", "labels": ["good", "bad"]})
+    given = {"source": source, "split": "dev", "task": task, "max_reject_fraction": 1}
+    for scope in ("auto", "question"):
+        with pytest.raises(InputError, match=r"questions=skip: the questions of \d users have a history each"):
+            population.ingest(**given, questions="skip", history_scope=scope)
+    assert population.ingest(**given) == 0
+    assert {row["user_id"]: row["owner_id"] for row in population.rows("requests")} == {"1": "u"}
+    assert set(population.items()) == {"1", "7", "5"}
+    assert population.rejects() == Counter(empty_text=3, target_outside_labels=1)
+
+
 def test_one_history_a_user_where_dates_prove_it(population, tmp_path):
     days = [news(str(day), date=f"2024-01-0{day}") for day in range(1, 6)]
     asked = [
