@@ -110,8 +110,9 @@ class IngestConfig(BaseModel):
     """Number of users that this ingest keeps, for a first try. A greater limit keeps the same users and more."""
     mode: Literal["upsert", "replace"] = "upsert"
     """Treatment of the rows that the tables hold: upsert keeps them and adds the sources' rows; replace removes all
-    that are not in the sources, except in tables that no source feeds. A run with more rejects than
-    max_reject_fraction, or with an unreadable file, replaces nothing, while an upsert still adds its good rows."""
+    that are not in the sources, except in tables that no source feeds; where histories stay, so do requests that alone
+    tell whose a history is (owner_id other than user_id). A run with more rejects than max_reject_fraction, or with an
+    unreadable file, replaces nothing, while an upsert still adds its good rows."""
     buckets: int | None = Field(None, gt=0, le=65_536)
     """Number of partitions of new tables; it follows from the source's size when not given."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
