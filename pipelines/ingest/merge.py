@@ -117,11 +117,11 @@ class MergeBucket:
             if not self.own.in_items:  # a row of a file of its own is counted by itself
                 counts["written"] += taken.written
                 counts["already_there"] += taken.already_there
-        merged = self._merged_requests(bucket, asked, gone, counts)
-        if merged is not None:
-            bad.append(merged.rejects)
-            files += self.requests.write(_request_rows(merged.rows, self.task.name), self.run_id)
-            anew += ["requests"] * merged.anew
+        joined = self._merged_requests(bucket, asked, gone, counts)
+        if joined is not None:
+            bad.append(joined.rejects)
+            files += self.requests.write(_request_rows(joined.rows, self.task.name), self.run_id)
+            anew += ["requests"] * joined.anew
         for more in bad[1:]:
             figures.add_rejects(more)
         files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)

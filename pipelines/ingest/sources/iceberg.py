@@ -20,6 +20,7 @@ from pipelines.ingest.sources.records import Batch, RecordFormat
 
 if TYPE_CHECKING:
     from pyiceberg.table import StaticTable
+    from pyiceberg.table.snapshots import Snapshot
 
 _NUMBER = re.compile(r"v?(\d+)[^/]*\.metadata\.json")
 
@@ -96,7 +97,7 @@ def rows_of(piece: Piece, only: Sequence[str] | None) -> Iterator[pa.RecordBatch
     columns = ("*",) if only is None else tuple(top_columns(names, only))
     try:
         scan = table.scan(selected_fields=columns, snapshot_id=piece.version)
-        commits = _commits(table, piece.version)
+        commits = _commits(table, scan.snapshot())
         tasks = sorted(scan.plan_files(), key=lambda task: commits[task.file.file_path])  # it lists the newest first
         schema = schema_to_pyarrow(scan.projection())
         found = ArrowScan(table.metadata, table.io, scan.projection(), scan.row_filter).to_record_batches(tasks)
@@ -105,13 +106,13 @@ def rows_of(piece: Piece, only: Sequence[str] | None) -> Iterator[pa.RecordBatch
         raise OSError(f"pyiceberg cannot read the table ({type(error).__name__})") from error
 
 
-def _commits(table: "StaticTable", version: int) -> dict[str, tuple[int, int]]:
+def _commits(table: "StaticTable", snapshot: "Snapshot | None") -> dict[str, tuple[int, int]]:
     """Returns what orders the commits of a snapshot's data files, by path: sequence number, and time where a table of
     format version 1 has no such numbers. A commit whose snapshot has expired comes before the others then."""
-    snapshot, times = table.snapshot_by_id(version), {one.snapshot_id: one.timestamp_ms for one in table.snapshots()}
+    times = {one.snapshot_id: one.timestamp_ms for one in table.snapshots()}
     assert snapshot is not None, "the piece has its id from the table"
     return {
-        entry.data_file.file_path: (entry.sequence_number or 0, times.get(entry.snapshot_id, 0))
+        entry.data_file.file_path: (entry.sequence_number or 0, times.get(entry.snapshot_id or 0, 0))
         for manifest in snapshot.manifests(table.io)
         for entry in manifest.fetch_manifest_entry(table.io)
     }
