@@ -185,7 +185,7 @@ class Survey:
     user_of: dict[str, str] = field(default_factory=dict)
     """User id by question id, for users that are not named by the question's own id."""
     as_of: dict[str, int] = field(default_factory=dict)
-    """Cut-off by question id, for questions that share a history."""
+    """Cut-off by question id, for questions whose user's history has dates."""
 
 
 def read(files: LampFiles, survey: Survey, writer: RowWriter, keep_questions: bool) -> Iterator[None]:

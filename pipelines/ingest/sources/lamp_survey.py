@@ -2,6 +2,7 @@
 
 A question's history is exactly its profile. Where one user asks several questions, one history serves them all only if
 dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
+A user's only question gets such a time, too, where its profile has dates: another split may bring later items.
 """
 
 from collections import Counter
@@ -139,7 +140,10 @@ def _share_histories(
 ) -> tuple[str | None, Survey]:
     survey, unproven = Survey(), 0
     for owner, asked in owners.items():
-        cuts = [None] if len(asked) == 1 else _cuts([digest for _, digest in asked])
+        alone = len(asked) == 1
+        cuts = None if alone and not len(asked[0][1]) else _cuts([digest for _, digest in asked])
+        if cuts is None and alone:
+            cuts = [None]
         if cuts is None:
             unproven += 1
             continue
