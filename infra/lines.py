@@ -31,6 +31,11 @@ def numbered_lines(path: str) -> list[tuple[int, str]]:
         return [(number, text) for number, line in enumerate(file, start=1) if (text := line.strip(_AROUND))]
 
 
+def is_line(text: str) -> bool:
+    """Says whether a line with this text gives it back as it is; an id with a space at its end does not stand so."""
+    return text == text.strip(_AROUND) != "" and not {"\r", "\n"} & set(text)
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[IO[str]]:
     if not path.startswith("s3://"):

@@ -83,6 +83,9 @@ class RunReport:
     """Units written as errors or given up; any of them makes the run partly done."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Units set aside, by reason."""
+    left_out: int = 0
+    """Units that were looked at and are not this run's to do, such as rows of users whom an ingest does not keep. They
+    are not planned, and `max_reject_fraction` is a share of them and the planned ones."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Facts that this job alone reports."""
 
@@ -126,7 +129,7 @@ class RunReport:
         for kind in ("planned", "written", "already_there", "failed"):
             metrics.UNITS.record(getattr(self, kind), job=job, kind=kind)
         metrics.UNITS.record(self.rejected.total(), job=job, kind="rejected")
-        metrics.REJECTED_ALLOWED.record(self.max_reject_fraction * self.planned, job=job)
+        metrics.REJECTED_ALLOWED.record(self.max_reject_fraction * self._looked_at, job=job)
         for reason, n in self.rejected.items():
             metrics.REJECTED.record(n, job=job, reason=reason)
         for name, stage in self._stages.items():
@@ -169,7 +172,11 @@ class RunReport:
     @property
     def too_many_rejects(self) -> bool:
         """True if more units were set aside than the run may lose: then it ends with 3, whatever comes after."""
-        return self.rejected.total() > self.max_reject_fraction * self.planned
+        return self.rejected.total() > self.max_reject_fraction * self._looked_at
+
+    @property
+    def _looked_at(self) -> int:
+        return self.planned + self.left_out
 
     def problem(self) -> str | None:
         """The reason why this run is not a full success, in one sentence; None when it is."""
@@ -187,7 +194,7 @@ class RunReport:
         if self.too_many_rejects:
             reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(5))
             return (
-                f"{rejects} of {self.planned} rejected, more than max_reject_fraction={self.max_reject_fraction:g} "
+                f"{rejects} of {self._looked_at} rejected, more than max_reject_fraction={self.max_reject_fraction:g} "
                 f"allows: {reasons}"
             )
         return None

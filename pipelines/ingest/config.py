@@ -99,7 +99,8 @@ class IngestConfig(BaseModel):
     questions: Literal["keep", "skip"] = "keep"
     """Treatment of the questions of a LaMP folder: they become requests, or only their profiles are read."""
     derive_requests: int = Field(0, ge=0)
-    """Number of newest items per user that also become requests, with a known answer."""
+    """Number of newest items per user that also become requests, with a known answer. A later ingest with this key
+    brings an item's correction to its request, too; one without it leaves derived requests as they are."""
     parts: dict[str, float] = {}
     """Shares of the users by name, such as train=.8,dev=.2. A hash of the id says which part a user is in: parts are
     disjoint, and the same in every ingest with the same shares."""
@@ -109,12 +110,14 @@ class IngestConfig(BaseModel):
     """Number of users that this ingest keeps, for a first try. A greater limit keeps the same users and more."""
     mode: Literal["upsert", "replace"] = "upsert"
     """Treatment of the rows that the tables hold: upsert keeps them and adds the sources' rows; replace removes all
-    that are not in the sources, except in tables that no source feeds. A run with more rejects than
-    max_reject_fraction, or with an unreadable file, replaces nothing, while an upsert still adds its good rows."""
+    that are not in the sources, except in tables that no source feeds; where histories stay, so do requests that alone
+    tell whose a history is (owner_id other than user_id). A run with more rejects than max_reject_fraction, or with an
+    unreadable file, replaces nothing, while an upsert still adds its good rows."""
     buckets: int | None = Field(None, gt=0, le=65_536)
     """Number of partitions of new tables; it follows from the source's size when not given."""
     max_reject_fraction: float = Field(0.1, ge=0, le=1)
-    """Greatest share of rows that may be rejected; more of them end the run with exit code 3."""
+    """Greatest share of rows that may be rejected, those of users left out by part or limit included; more of them end
+    the run with exit code 3."""
     run_id: str | None = None
     """Name of this run; give it again, with the same sources and config, to go on where the run stopped."""
     run_dir: str | None = None

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from datetime import datetime
 from types import MappingProxyType
 
 import numpy as np
@@ -23,7 +24,7 @@ def derive_requests(
     newest: int,
     task: TaskSpec,
     labels: LabelRule,
-    held: Mapping[str, tuple[str | None, str | None]] = MappingProxyType({}),
+    held: Mapping[str, tuple[str | None, str | None, datetime | None]] = MappingProxyType({}),
 ) -> tuple[pa.Table, pa.Table]:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
@@ -32,8 +33,8 @@ def derive_requests(
         users: user_key of the users to derive requests for.
         newest: number of requests per user; items with an empty answer are skipped.
         labels: rule of the answers.
-        held: input and target of each request that the table holds, by id: one whose item came again with another
-            answer or text is made anew.
+        held: input, target and time of each request that the table holds, by id: one whose item came again with
+            another answer, text or time is made anew. With its old time it would see its own item.
 
     Returns:
         Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). And
@@ -64,8 +65,8 @@ def derive_requests(
     asked = pa.Table.from_pylist(rows, schema=WORK)
     target, outside = labels.column(flat(asked["target"]))
     asked = asked.set_column(asked.schema.get_field_index("target"), WORK.field("target"), target)
-    said = zip(*(asked[name].to_pylist() for name in ("id", "input", "target")), strict=True)
-    other = np.array([held.get(name) != (input, answer) for name, input, answer in said], dtype=bool)
+    said = zip(*(asked[name].to_pylist() for name in ("id", "input", "target", "at")), strict=True)
+    other = np.array([held.get(name) != tuple(row) for name, *row in said], dtype=bool)
     wanted = is_newest[chosen] | other
     return asked.filter(pa.array(wanted & ~outside)), asked.filter(pa.array(wanted & outside))
 

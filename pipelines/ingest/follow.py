@@ -25,10 +25,13 @@ import pyarrow.parquet as pq
 
 from infra import addresses
 from infra.errors import InputError
+from infra.lines import is_line
+from infra.shards import user_key
+from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.ingest.sources.base import Kind
 from pipelines.ingest.sources.columns import paths
-from pipelines.ingest.sources.delta import rows_of
+from pipelines.ingest.sources.delta import files_of, in_order, rows_of
 from pipelines.ingest.sources.discover import File, Source
 from pipelines.ingest.values import id_column, text_of
 
@@ -44,7 +47,8 @@ FOLLOWED_GONE = "followed_gone"
 `apply_deletes`. Where requests are committed after histories, the list counts that stands in the requests' commit."""
 CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
-"""Files in the run folder with the keys of items that have gone, and with the users none of whose items is left."""
+"""Files in the run folder with the keys of items that have gone, and with the users who have no item left, neither in
+the followed table nor from elsewhere in the histories."""
 KEYS = ("user_id", "item_id")
 
 
@@ -152,14 +156,14 @@ def find_changes(
         return changes((), f"the table is still at version {version}: nothing is read")
     try:
         old = _opened(address, since)
-        before_files, now_files = _files(old), _files(table)
+        before_files, now_files = files_of(old), files_of(table)
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
     root = Storage(address)
     now_rows = rows_of(table, root)
     plain = isinstance(now_rows, pads.Dataset)
-    added = [_file(address, now_files[path]) for path in sorted(now_files.keys() - before_files.keys())]
+    added = [_file(address, now_files[path]) for path in in_order(now_files) if path not in before_files]
     only_added = plain and before_files.keys() <= now_files.keys()
     what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
     if only_added and not late:
@@ -205,25 +209,51 @@ def _span(since: int, version: int) -> str:
     return f"versions {since + 1} to {version}" if version > since + 1 else f"version {version}"
 
 
-def write_gone(changes: Changes, run_dir: str, tables: str, apply_deletes: bool) -> None:
+def write_gone(
+    changes: Changes, run_dir: str, tables: str, apply_deletes: bool, histories: Snapshot | None = None
+) -> None:
     """Writes what has gone into the run folder, keys as JSON lines and users as `erase --users` takes them, and says
-    so with counts alone."""
+    so with counts alone. Users who have other items in `histories` are not listed: `erase` would take these too."""
     storage = Storage(run_dir)
     print(f"ingest: {changes.words}", flush=True)
     if not len(changes.gone):
         return
-    items, users = len(changes.gone), len(changes.gone_users)
+    items, place = len(changes.gone), storage.full(GONE_ITEMS)
     done = "they are removed" if apply_deletes else "--apply-deletes removes them"
-    print(f"ingest: {items} items have gone from the table ({storage.full(GONE_ITEMS)}): {done}", flush=True)
-    if users:
+    print(f"ingest: {items} items have gone from the table ({place}): {done}", flush=True)
+    others = _with_other_items(changes, histories)
+    alone = [user for user in changes.gone_users if user not in others]
+    listed = [user for user in alone if is_line(user)]
+    if listed:
         print(
-            f"ingest: {users} users have no item there any more: erase them from all tables with `erase --tables "
-            f"{tables} --users {storage.full(GONE_USERS)}`",
+            f"ingest: {len(listed)} users have no item there any more, and no other in the histories: erase them from "
+            f"all tables with `erase --tables {tables} --users {storage.full(GONE_USERS)}`",
+            flush=True,
+        )
+    if others:
+        print(
+            f"ingest: {len(others)} users have no item there any more, but others in the histories, from other sources "
+            "or gone in earlier nights and not removed: they are not listed, because `erase` would take all of it",
+            flush=True,
+        )
+    if odd := len(alone) - len(listed):
+        print(
+            f"ingest: {odd} users without any item have ids that no line of a list can hold (white space around them, "
+            f"a line break): erase each with `erase --user-id`, by the ids in {place}",
             flush=True,
         )
     lines = [json.dumps(row, ensure_ascii=False) for row in changes.gone.to_pylist()]
     storage.write_bytes(GONE_ITEMS, "".join(f"{line}\n" for line in lines).encode())
-    storage.write_bytes(GONE_USERS, "".join(f"{user}\n" for user in changes.gone_users).encode())
+    storage.write_bytes(GONE_USERS, "".join(f"{user}\n" for user in listed).encode())
+
+
+def _with_other_items(changes: Changes, histories: Snapshot | None) -> set[str]:
+    """Users of whom the table has no item any more, and of whom the histories hold items that have not gone from it."""
+    if histories is None or not changes.gone_users:
+        return set()
+    held = histories.read(list(KEYS), user_keys=[user_key(user) for user in changes.gone_users])
+    others = held.join(changes.gone, list(KEYS), join_type="left anti")
+    return set(others["user_id"].to_pylist())
 
 
 def forget_rows(run_dir: str) -> None:
@@ -247,11 +277,6 @@ def _opened(address: str, version: int | None = None) -> "DeltaTable":
             f"{address}: {of}the table cannot be read as a Delta table ({type(error).__name__}); --follow takes the "
             "folder of one Delta table"
         ) from error
-
-
-def _files(table: "DeltaTable") -> dict[str, dict[str, Any]]:
-    """Add actions by path."""
-    return {action["path"]: action for action in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
 
 
 def _file(address: str, action: Mapping[str, Any]) -> File:

@@ -153,10 +153,10 @@ def run(config: IngestConfig) -> int:
 def _changes(config: IngestConfig, run_dir: str) -> Changes:
     """Looks at what has changed in the table that is followed, and tells what has gone from it."""
     (source,) = addresses(config.source)
-    newest = (tables.newest(config.tables, name) for name in ("histories", "requests"))
+    newest = [tables.newest(config.tables, name) for name in ("histories", "requests")]
     histories, requests = (table.metadata if table is not None else {} for table in newest)
     changes = find_changes(source, histories, config.columns, run_dir, requests, config.apply_deletes)
-    write_gone(changes, run_dir, config.tables, config.apply_deletes)
+    write_gone(changes, run_dir, config.tables, config.apply_deletes, newest[0])
     return changes
 
 
@@ -250,16 +250,17 @@ def _files(
     buckets = plan.histories.buckets
     derived_anew = "histories" in plan.whole and "requests" not in plan.whole
     held = {name: plan.before[name] for name in plan.fed - plan.whole}
+    owning = plan.before["requests"] if "requests" in plan.fed and "histories" not in plan.whole else None
     parse = ParsePieces(plan.task, buckets, plan.pieces, plan.options, survey)
     merge = MergeBucket(
         plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held,
-        config.undated, config.labels, plan.own, derived_anew,
+        config.undated, config.labels, plan.own, derived_anew, owning,
     )  # fmt: skip
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
     )
     rows = _of_chosen_users(pieces, parse, UserChoice.of(config.parts, config.part, config.limit))
-    if derived_anew:  # these buckets are merged too where the source has no row of theirs
+    if derived_anew or owning is not None and "requests" in plan.whole:  # merged too without a row of the source
         rows = rows.union(ray.data.from_arrow(nothing_in(list(plan.before["requests"].by_bucket()))))
     # Ray's own sizes, 128 MiB and 1 GiB, leave one task at work on files of ordinary size.
     rows.context.target_max_block_size = BLOCK_BYTES
@@ -315,9 +316,14 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
     report.failed = report.rejected[UNREADABLE]
     left_out = {name.removeprefix(LEFT_OUT): n for name, n in counts.items() if name.startswith(LEFT_OUT)}
     if left_out:
+        report.left_out = sum(left_out.values())
         report.extra["left_out"] = left_out
         said = " and ".join(f"{n} by {key}" for key, n in sorted(left_out.items()))
         print(f"ingest: rows of other users left out: {said}", flush=True)
+    if owning := counts["requests_owning"]:
+        report.extra["requests_with_a_history_of_their_own"] = owning
+        print(f"ingest: {owning} requests that are not in the source have a history of their own and alone tell whose "
+              "it is: they stay (`erase` takes them out with their person)", flush=True)  # fmt: skip
     parts = (
         "histories_written",
         "requests_written",

@@ -12,7 +12,8 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Literal
 
 import numpy as np
@@ -67,6 +68,8 @@ class MergeBucket:
     """The vectors that come with the items; None where an encoder makes them."""
     derived_anew: bool = False
     """True if existing derived requests are removed, because their histories are replaced."""
+    owning: Snapshot | None = None
+    """The table of requests, where histories stay: it alone tells whose a history of one question is."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
@@ -114,12 +117,11 @@ class MergeBucket:
             if not self.own.in_items:  # a row of a file of its own is counted by itself
                 counts["written"] += taken.written
                 counts["already_there"] += taken.already_there
-        if len(asked) or self.derived_anew or len(gone):
-            merged = self._merged("requests", bucket, asked, counts)
-            merged = self._without("requests", merged, _derived_from(gone), bucket, counts)
-            bad.append(merged.rejects)
-            files += self.requests.write(_request_rows(merged.rows, self.task.name), self.run_id)
-            anew += ["requests"] * merged.anew
+        joined = self._merged_requests(bucket, asked, gone, counts)
+        if joined is not None:
+            bad.append(joined.rejects)
+            files += self.requests.write(_request_rows(joined.rows, self.task.name), self.run_id)
+            anew += ["requests"] * joined.anew
         for more in bad[1:]:
             figures.add_rejects(more)
         files += self.rejects.write(self._reject_rows(pa.concat_tables(bad), counts), self.run_id)
@@ -128,6 +130,31 @@ class MergeBucket:
         row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts),
                "figures": pickle.dumps(figures)}  # fmt: skip
         return pa.Table.from_pylist([row], schema=RESULT)
+
+    def _merged_requests(self, bucket: int, asked: pa.Table, gone: pa.Table, counts: Counter[str]) -> "Merged | None":
+        """Joins requests to the bucket; None if there is nothing to do. Where they replace the table, requests that
+        alone tell whose a history is stay; new requests with such a history become its owner's."""
+        replaced = self.owning is not None and "requests" not in self.held
+        owned = self._owned(bucket, None if replaced else pc.unique(asked["user_key"]).to_pylist())
+        if not (len(asked) or self.derived_anew or len(gone) or replaced and len(owned)):
+            return None
+        merged = self._merged("requests", bucket, _with_owners(asked, owned), counts)
+        merged = self._without("requests", merged, _derived_from(gone), bucket, counts)
+        if not replaced:
+            return merged
+        stay = owned.filter(pc.invert(pc.is_in(_keys(owned), value_set=_keys(asked))))
+        counts["requests_owning"] += len(stay)
+        return replace(merged, rows=pa.concat_tables([merged.rows, stay]))
+
+    def _owned(self, bucket: int, users: list[str] | None) -> pa.Table:
+        """Working rows of the table's requests whose history is kept under another id than their person's: whole rows
+        of all users when None, else the ids of these users' rows."""
+        parts = []
+        if self.owning is not None and (users is None or users):
+            columns = self.owning.spec.schema.names if users is None else ["user_key", "user_id", "owner_id"]
+            for part in self.owning.of_users(columns, bucket, users):
+                parts.append(_as_work(part.filter(pc.not_equal(part["owner_id"], part["user_id"])), "requests"))
+        return pa.concat_tables([WORK.empty_table(), *parts])
 
     def _merged(self, name: str, bucket: int, new: pa.Table, counts: Counter[str]) -> "Merged":
         """Joins the new rows to the table's rows of the same users, and counts them."""
@@ -181,10 +208,10 @@ class MergeBucket:
         live = merged.live.filter(pc.invert(pc.is_in(_keys(merged.live), value_set=keys)))
         return Merged(live, whole.filter(pc.invert(hit)), merged.rejects, anew=True)
 
-    def _asked(self, bucket: int, users: list[str]) -> dict[str, tuple[str | None, str | None]]:
-        """Input and target of the requests that the table holds of these users, by id."""
+    def _asked(self, bucket: int, users: list[str]) -> dict[str, tuple[str | None, str | None, datetime | None]]:
+        """Input, target and time of the requests that the table holds of these users, by id."""
         rows = (row for table in self._held("requests", bucket, users) for row in table.to_pylist())
-        return {row["id"]: (row["input"], row["target"]) for row in rows}
+        return {row["id"]: (row["input"], row["target"], row["at"]) for row in rows}
 
     def _held(self, name: str, bucket: int, users: list[str] | None) -> list[pa.Table]:
         """Reads the bucket's rows of these users (all when None) as working rows."""
@@ -219,6 +246,16 @@ def _keys(rows: pa.Table) -> pa.Array:
     return flat(pc.binary_join_element_wise(rows["user_key"], rows["id"], ""))
 
 
+def _with_owners(asked: pa.Table, owned: pa.Table) -> pa.Table:
+    """Gives requests that name no person the one whom the table names for their history."""
+    if not len(owned):
+        return asked
+    found = pc.index_in(asked["user_key"], value_set=flat(owned["user_key"]))
+    known = pc.coalesce(owned["owner_id"].take(found), asked["owner_id"])
+    owner = pc.if_else(pc.equal(asked["owner_id"], asked["user_id"]), known, asked["owner_id"])
+    return asked.set_column(asked.schema.get_field_index("owner_id"), WORK.field("owner_id"), owner)
+
+
 def _derived_from(gone: pa.Table) -> pa.Table:
     """Keys of the requests that are derived from these items."""
     users, items = gone["user_id"].to_pylist(), gone["id"].to_pylist()
@@ -232,7 +269,8 @@ def _as_rejects(rows: pa.Table, reason: str, detail: str) -> pa.Table:
         at = WORK.get_field_index(column)
         rows = rows.set_column(at, WORK.field(at), pa.repeat(value, len(rows)))
     at = WORK.get_field_index("place")
-    rows = rows.set_column(at, WORK.field(at), pc.coalesce(rows["place"], rows["id"]))
+    # a row of the table has no place; an id made of its user and item could be made again after an erase, and confirmed
+    rows = rows.set_column(at, WORK.field(at), pc.coalesce(rows["place"], rows["user_key"]))
     at = WORK.get_field_index("input")  # a reject has none
     return rows.set_column(at, WORK.field(at), pa.nulls(len(rows), WORK.field(at).type))
 

@@ -230,9 +230,10 @@ class RowWriter:
         }  # fmt: skip
 
     def _targets(self, column: Column, errors: dict[int, RowError]) -> pa.Array:
-        """Answers of requests. A list or a truth value is a reject: without a target a request would pass as one that
-        has no known answer."""
+        """Answers of requests. An empty text is none, as a CSV has no other word for it. A list or a truth value is a
+        reject: without a target a request would pass as one that has no known answer."""
         target, wrong = text_column(column)
+        target = pc.if_else(pa.array(blank(target)), pa.scalar(None, target.type), target)
         if not isinstance(column, pa.Array | pa.ChunkedArray):
             odd = [row for row, value in enumerate(column) if isinstance(value, bool | list | tuple | dict)]
         elif pa.types.is_boolean(column.type) or pa.types.is_nested(column.type):
@@ -302,6 +303,14 @@ class RowWriter:
         row = {"request_id": request_id, "user_id": user_id, "input": input, "owner_id": owner_id, "as_of": as_of,
                "target": target, "seq": seq, "place": place}  # fmt: skip
         self._wait("requests", row, len(input) if isinstance(input, str) else 0)
+
+    def unusable(self, request: Mapping[str, object]) -> RowError | None:
+        """Returns why a request with these columns will be set aside, None if it will not. Nothing is counted."""
+        errors: dict[int, RowError] = {}
+        notes, self.notes = self.notes, Notes()
+        self._asked({name: [value] for name, value in request.items()}, 1, errors)
+        self.notes = notes
+        return errors.get(0)
 
     def _wait(self, kind: str, row: dict[str, Any], size: int) -> None:
         self._waiting[kind].append(row)

@@ -4,7 +4,7 @@ Route: blocks of checked rows -> without the users outside the part, and without
 (`UserChoice`, in each task) -> the last hash that is (driver) -> without the others (`FirstUsers`) -> by bucket.
 A task may leave out a user whom `limit` users of its own precede: the user is not among the first of all tasks then.
 So a source is read once, and the rows of few users are held. Rows left out are no planned rows, and are counted apart.
-A rejected row has no user, and stays.
+A rejected row has no user, and stays: rejects are a share of all rows of the source, those left out included.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -17,6 +17,7 @@ from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file
 from infra.table import CommitConflict, Table
 from pipelines import tables
+from pipelines.asked import answers_now
 from pipelines.run import begin
 from pipelines.upkeep.config import DropRequestsConfig as Config
 from pipelines.upkeep.drop_run import CountRuns
@@ -31,7 +32,8 @@ _HISTORY_OF_ITS_OWN = pc.field("owner_id") != pc.field("user_id")
 
 @dataclass(frozen=True)
 class Going:
-    """The requests that go: those with a time before `limit`, or those that one of the runs has answered."""
+    """The requests that go: those with a time before `limit`, or those that one of the runs has answered with the input
+    that they have now. One that has gone counts as answered, so that a killed job can be ended."""
 
     told_by: Snapshot
     """Version of `requests` where they go by age, else of `generations`."""
@@ -45,11 +47,19 @@ class Going:
         if self.limit is not None:
             column = self.told_by.spec.schema.field("as_of")
             which = pc.field("as_of") < pa.scalar(self.limit, column.type)
+            told = self.told_by.read(_KEY, buckets=[bucket], filter=which)
         else:
-            which = pc.field("run_id").isin(self.runs) & pc.field("error").is_null()
-        going = pc.unique(_keys(self.told_by.read(_KEY, buckets=[bucket], filter=which)))
+            told = self._answered(bucket)
+        going = pc.unique(_keys(told))
         of_a_person = self.requests.read(_KEY, buckets=[bucket], filter=_HISTORY_OF_ITS_OWN)
         return going.filter(pc.invert(pc.is_in(going, value_set=_keys(of_a_person))))
+
+    def _answered(self, bucket: int) -> pa.Table:
+        """The replies of the runs to the inputs that the requests have now."""
+        which = pc.field("run_id").isin(self.runs) & pc.field("error").is_null()
+        replies = self.told_by.read([*_KEY, "user_id", "input_hash"], buckets=[bucket], filter=which)
+        answers = answers_now(self.requests.read(["user_id", "request_id", "input"], buckets=[bucket]))
+        return replies.filter(pa.array([answers(row) for row in replies.to_pylist()], pa.bool_()))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def report(tmp_path, **counts) -> RunReport:
         ({"planned": 10, "written": 11}, 1, "planned 10, found 11"),
         ({"planned": 10, "written": 10, "failed": 2}, 1, "2 of 10 failed"),
         ({"planned": 10, "written": 8, "rejected": {"a": 1, "b": 1}}, 3, "2 of 10 rejected, more than max_reject"),
+        ({"planned": 10, "written": 7, "rejected": {"a": 3}, "left_out": 20}, 0, None),
+        ({"planned": 10, "written": 7, "rejected": {"a": 3}, "left_out": 19}, 3, "3 of 29 rejected, more than max_rej"),
         ({"planned": 10, "written": 7, "rejected": {"a": 2}}, 1, "do not add up"),
         ({"planned": 10, "written": 8, "rejected": {"a": 2}, "failed": 1}, 1, "1 of 10 failed"),
     ],

@@ -4,8 +4,10 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
+from infra.shards import user_key
 from pipelines import tables
 from pipelines.generate.prompts import NOTES as KNOWN_NOTES
+from pipelines.upkeep import erase
 from pplug.llm import LLMConfig
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES
@@ -55,6 +57,27 @@ def test_an_answer_that_changes_later_is_that_of_its_request_too(population):
         "How do I feel? text 3 of a": "good",
         "How do I feel? text 0 of b": "good",
     }
+
+
+def test_a_time_that_changes_later_is_that_of_its_request_too(population):
+    def at(item, day):
+        return note("a", item) | {"occurred_at": f"2024-01-{day}"}
+
+    assert ingest(population, items=[at("x", "10")], derive_requests=1) == 0
+    assert ingest(population, items=[at("x", "05"), at("y", "08")], derive_requests=1) == 0
+    days = {row["input"]: (row["as_of"].day, row["as_of_position"]) for row in population.rows("requests")}
+    # with the 10th as its time, the request about x would see x, whose time is the 5th, and y
+    assert days == {"How do I feel? text x of a": (5, 0), "How do I feel? text y of a": (8, 1)}
+
+
+def test_a_reject_of_an_earlier_nights_item_goes_with_its_user(population):
+    strange = note("a", "0") | {"mood": "none of the labels"}
+    assert ingest(population, items=[strange]) == 0
+    assert ingest(population, items=[note("a", "1")], derive_requests=2, max_reject_fraction=1) == 0
+    (reject,) = population.rows("rejects")
+    assert (reject["reason"], reject["key"]) == ("target_outside_labels", user_key("a"))
+    config = erase.Config(tables=population.tables, user_id="a", run_dir=str(population.folder / "erase"), folders=())
+    assert erase.run(config) == 0 and population.rows("rejects") == []
 
 
 def test_a_request_with_a_time_over_items_without_any_is_said(population, tmp_path):

@@ -12,6 +12,7 @@ from pipelines import tables
 from pipelines.__main__ import main
 from pipelines.upkeep import drop_requests
 from pipelines.upkeep.config import DropRequestsConfig
+from pplug.history import input_hash
 
 BUCKETS = 2
 USERS = [f"user-{i}" for i in range(5)]
@@ -104,6 +105,17 @@ def test_requests_go_by_the_runs_that_have_answered_them(kept):
     assert {row[1:] for row in kept.replies}.isdisjoint(gone) and len(kept.replies) == 10 + 10 + 3 - 2 - 1 - 1
     with pytest.raises(InputError, match="no reply of run sunday; it holds those of failed, monday, tuesday"):
         kept.drop("unknown", answered_by=("sunday", "monday"))
+
+
+def test_a_reply_to_an_earlier_input_drops_no_request(kept):
+    keys = [(user, "again") for user in USERS[:3]]
+    kept.put("requests", "more", keys, as_of=[datetime.now(UTC)] * 3, input=["How?"] * 3)
+    hashes = [input_hash(words) for words in ("How?", "How?", "Earlier?", "Earlier?")]
+    kept.reply("night", [*keys, (USERS[3], "gone")], input_hash=hashes)
+    before = set(kept.requests)
+    assert kept.drop(answered_by=("night",)) == 0
+    assert before - set(kept.requests) == set(keys[:2])
+    assert [row[1:] for row in kept.replies if row[0] == "night"] == [keys[2]]  # a request that has gone is answered
 
 
 @pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("monday",)}])

@@ -14,11 +14,21 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from infra.errors import InputError
+from infra.shards import shard_columns
 from infra.storage import Storage
 from infra.table import Table
+from pipelines import tables
 from pipelines.ingest import job as ingest
 from pipelines.ingest.derive import derived_id
-from pipelines.ingest.follow import CHANGED_ROWS, FOLLOWED, FOLLOWED_GONE, GONE_ITEMS, GONE_USERS, find_changes
+from pipelines.ingest.follow import (
+    CHANGED_ROWS,
+    FOLLOWED,
+    FOLLOWED_GONE,
+    GONE_ITEMS,
+    GONE_USERS,
+    find_changes,
+    write_gone,
+)
 from pipelines.ingest.values import text_column
 from pipelines.upkeep import erase
 from tests.pipelines.population import NOTES
@@ -69,6 +79,15 @@ def test_the_first_run_reads_all_and_the_next_only_what_was_added(place, tmp_pat
     assert read(changes(place, tmp_path, 1)) == [(1, "seven")]
     table_id = DeltaTable(place).metadata().id
     assert json.loads(found.followed({FOLLOWED: '{"other": 7}'})[FOLLOWED]) == {"other": 7, table_id: 2}
+
+
+def test_added_files_are_read_in_the_order_of_their_commits(place, tmp_path):
+    write_deltalake(place, rows(*FIRST))
+    texts = [f"state {number}" for number in range(6)]
+    for text in texts:  # by their random names they would stand in this order once in 720 times
+        write_deltalake(place, rows(("a", 1, text)), mode="append")
+    files = changes(place, tmp_path, 0).files
+    assert [pq.read_table(Storage(file.folder).full(file.name))["text"][0].as_py() for file in files] == texts
 
 
 @pytest.mark.parametrize("feed", [True, False])
@@ -238,6 +257,32 @@ def test_what_has_gone_is_removed_when_asked_for(population, place, ray_session,
     listed = {"users": str(run_dir / GONE_USERS), "run_dir": str(population.folder / "erase"), "confirm_absent": True}
     monkeypatch.chdir(population.folder)  # `erase` looks into the run folders of the current one
     assert erase.run(erase.Config(tables=population.tables, **listed)) == 0
+
+
+def test_the_list_to_erase_names_no_user_who_lives_on(place, tmp_path, capsys):
+    """`erase` strips lines, takes each as an id, and removes what another source has brought."""
+    odd = [(user, 1, "x") for user in ("ann ", "two\nlines", "\u00a0bob")]
+    write_deltalake(place, rows(*FIRST, *odd))
+    DeltaTable(place).delete("author <> 'a'")
+    found = changes(place, tmp_path, 0)
+    assert len(found.gone_users) == 5
+    table = tables.open_or_create(str(tmp_path / "tables"), "histories", 4)
+    held = [("b", "1"), ("b", "of another source"), ("b c", "1"), ("ann ", "1")]
+    ids = pa.array([user for user, _ in held])
+    bucket, key = shard_columns(ids, 4)
+    given = {"bucket": bucket, "user_key": key, "user_id": ids, "item_id": pa.array([item for _, item in held])}
+    schema = table.spec.schema
+    made = [given.get(field.name, pa.nulls(len(held), field.type)) for field in schema]
+    files = table.write(pa.table(made, names=schema.names).cast(schema), "run")
+    table.commit(files, run_id="run", group=0, mode="append", planned_on=table.version)
+    capsys.readouterr()
+    write_gone(found, str(tmp_path / "run"), "tables", False, table.snapshot())
+    assert (tmp_path / "run" / GONE_USERS).read_text() == "b c\n"
+    said = capsys.readouterr().out
+    assert "1 users have no item there any more, and no other" in said
+    assert "1 users have no item there any more, but others in the histories" in said
+    assert "3 users without any item have ids that no line of a list can hold" in said
+    assert len((tmp_path / "run" / GONE_ITEMS).read_text().splitlines()) == len(found.gone) == 5
 
 
 def test_a_night_of_deletes_alone_removes_those_of_earlier_nights_too(population, place, ray_session):

@@ -42,7 +42,11 @@ def assert_all_found_again(population: Population, questions: list[dict], golds:
         row = asked[question["id"]]
         assert (row["input"], row["target"]) == (question["input"], golds.get(question["id"]))
         assert row["user_id"] == (question["id"] if user_of is None else user_of(question))
-        assert (row["as_of"], row["as_of_position"]) == (None, None)  # the history is exactly the profile
+        days = [item["date"] for item in question["profile"] if "date" in item]
+        end = None  # the history is exactly the profile, now and where a user may get more items
+        if user_of is not None and days and len(days) == len(question["profile"]):
+            end = datetime.fromisoformat(f"{max(days)}T00:00:00.000001+00:00")
+        assert (row["as_of"], row["as_of_position"]) == (end, None)
         got = items[row["user_id"]]
         assert [row["item_id"] for row in got] == [item["id"] for item in question["profile"]]
         for row, item in zip(got, question["profile"], strict=True):
@@ -159,6 +163,25 @@ def test_one_history_a_question_where_profiles_of_a_user_differ(population, tmp_
         "1": ["a"], "2": ["b"], "3": ["a"]}  # fmt: skip
 
 
+def test_no_history_is_stored_of_which_nobody_knows_whose_it_is(population, tmp_path):
+    """The request of a question is what tells whose its history is."""
+    asked = [question(str(n), [news(str(n))], user_id="u") for n in range(1, 5)]
+    asked[1]["input"] = " "
+    asked[3] |= {"user_id": 7, "input": ""}  # the only question of 7, so that the history is that of 7
+    asked += [question("5", [news("5")]) | {"input": ""}]
+    source = write_lamp(tmp_path / "lamp", asked, {"1": "good", "2": "good", "3": "odd", "4": "good", "5": "bad"})
+    task = {"name": "t", "item": "{text}", "item_without_label": "{text}", "marker": "article: "}
+    task = population.task(task | {"metric": "classification", "labels": ["good", "bad"]})
+    given = {"source": source, "split": "dev", "task": task, "max_reject_fraction": 1}
+    for scope in ("auto", "question"):
+        with pytest.raises(InputError, match=r"questions=skip: the questions of \d users have a history each"):
+            population.ingest(**given, questions="skip", history_scope=scope)
+    assert population.ingest(**given) == 0
+    assert {row["user_id"]: row["owner_id"] for row in population.rows("requests")} == {"1": "u"}
+    assert set(population.items()) == {"1", "7", "5"}
+    assert population.rejects() == Counter(empty_text=3, target_outside_labels=1)
+
+
 def test_one_history_a_user_where_dates_prove_it(population, tmp_path):
     days = [news(str(day), date=f"2024-01-0{day}") for day in range(1, 6)]
     asked = [
@@ -175,6 +198,19 @@ def test_one_history_a_user_where_dates_prove_it(population, tmp_path):
         assert row["user_id"] == row["owner_id"] == "u"
         seen = [item["item_id"] for item in items if item["occurred_at"] < row["as_of"]]
         assert seen == [item["id"] for item in next(q for q in asked if q["id"] == row["request_id"])["profile"]]
+
+
+def test_a_users_only_question_sees_nothing_that_a_later_split_brings(population, tmp_path):
+    """The later question's profile holds the item that the earlier one asks about."""
+    days = [news(str(day), date=f"2024-01-0{day}") for day in range(1, 5)]
+    folder = tmp_path / "lamp"
+    for split, profile in (("train", days[:2]), ("dev", days)):
+        source = write_lamp(folder, [question(f"of {split}", profile, user_id="u")], split=split)
+        assert population.ingest(source=source, split=split, task="LaMP_4") == 0
+    items, asked = population.items()["u"], population.requests()
+    assert [row["item_id"] for row in items] == ["1", "2", "3", "4"]
+    seen = {name: [row["item_id"] for row in items if row["occurred_at"] < asked[name]["as_of"]] for name in asked}
+    assert seen == {"of train": ["1", "2"], "of dev": ["1", "2", "3", "4"]}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,26 @@ def test_requests_that_are_replaced_leave_the_histories_alone(population):
     assert list(population.report["tables_written"]) == ["requests"]
 
 
+def test_requests_that_are_replaced_still_tell_whose_a_history_of_one_question_is(population, capsys):
+    def owners():
+        return {(row["user_id"], row["request_id"]): row["owner_id"] for row in population.rows("requests")}
+
+    own = [ask(question, "r") | {"owner_id": "u"} for question in ("q1", "q2", "q3")]
+    plain = [ask(user, f"r-{user}") for user in USERS[:3]]
+    assert ingest(population, items=[note(f"q{n}", "1") for n in (1, 2, 3)], asked=[*own, *plain]) == 0
+    assert ingest(population, asked=[ask("user-9", "new"), ask("q2", "r")], mode="replace", task=None) == 0
+    assert owners() == {("q1", "r"): "u", ("q2", "r"): "u", ("q3", "r"): "u", ("user-9", "new"): "user-9"}
+    assert population.report["requests_with_a_history_of_their_own"] == 2 and population.report["written"] == 2
+    assert "2 requests that are not in the source have a history of their own" in capsys.readouterr().out
+    again = [ask("q1", "r") | {"input": "How now?"}, ask("q2", "s"), ask("w", "r")]
+    assert ingest(population, asked=again, task=None) == 0
+    owned = {("q1", "r"): "u", ("q2", "r"): "u", ("q2", "s"): "u", ("q3", "r"): "u", ("w", "r"): "w"}
+    assert owners() == owned | {("user-9", "new"): "user-9"} and population.report["requests_written"] == 3
+    config = erase.Config(tables=population.tables, user_id="u", run_dir=str(population.folder / "erase"), folders=())
+    assert erase.run(config) == 0
+    assert item_ids(population) == set() and set(owners().values()) == {"w", "user-9"}
+
+
 def test_histories_that_are_replaced_leave_the_requests_that_were_given_alone(population):
     """Those derived from the old items go: their place in the history would be another item's."""
     items = [note(user, str(i)) for user in USERS for i in range(2)]

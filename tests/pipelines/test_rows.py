@@ -116,6 +116,22 @@ def test_a_list_or_bool_target_is_a_reject_and_not_no_target(tmp_path):
         assert [row["id"] for row in found.requests] == ["2"] and list(found.rejects.values()) == ["wrong_type"]
 
 
+def test_an_empty_target_is_no_answer(tmp_path):
+    path = tmp_path / "asked.csv"
+    path.write_text("request_id,user_id,input,target\nr1,ann,How?,good\nr2,ann,And now?,\nr3,ann,And then?, \n")
+    lines = [{"request_id": f"r{n}", "user_id": "ann", "input": "?", "target": target}
+             for n, target in enumerate(["good", "", " "], start=1)]  # fmt: skip
+    for task in (TASK, FREE):
+        for source in (path, jsonl(tmp_path / "asked.jsonl", lines)):
+            found = Read(source, kind="requests", task=task)
+            assert not found.rejects
+            assert [(row["id"], row["target"]) for row in found.requests] == [
+                ("r1", "good"),
+                ("r2", None),
+                ("r3", None),
+            ]
+
+
 def test_nested_columns_are_left_out_and_counted_and_needed_ones_are_rejects(tmp_path):
     found = Read(jsonl(tmp_path / "a.jsonl", [note(more={"a": 1}), note(item="2", more=[["x"]]), note(text={"a": 1})]))
     assert found.figures.left_out == {"more": 2} and list(found.rejects.values()) == ["wrong_type"]

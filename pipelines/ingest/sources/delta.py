@@ -1,11 +1,15 @@
 """Delta tables, read through their log by deltalake: rows that a delete or an overwrite has removed are not there.
 
-Rows come in the order of the files in the log. A table with deletion vectors or mapped columns is read by deltalake's
-own engine, which promises no order: items without a time are then ordered by chance.
+Rows come in the order of the commits, so that a correction by append is the last row of its key. It is the order of the
+files' times: a file that a delete, an update or a compaction has written again counts as written then. A table with
+deletion vectors or mapped columns is read by deltalake's own engine, which promises no order: items without a time are
+then ordered by chance.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 
+_NUMBER = re.compile(r"part-(\d+)")
+
+
 class Delta(RecordFormat):
     """Folders with a `_delta_log`: the rows of the newest version at the time of the look."""
 
@@ -34,7 +41,7 @@ class Delta(RecordFormat):
         pieces = []
         for number, file in enumerate(files, start=first_file):
             table = open_table(file.address)
-            size = sum(pa.table(table.get_add_actions(flatten=True))["size_bytes"].to_pylist())
+            size = sum(action["size_bytes"] for action in files_of(table).values())
             identity = f"Delta table {table.metadata().id}, version {table.version()}"
             pieces.append(
                 Piece(self.name, kind, file.folder, (file.name,), number, version=table.version(), size=size,
@@ -83,7 +90,8 @@ def _rows(piece: Piece, only: Sequence[str] | None) -> tuple[Any, pa.Schema]:
 
 
 def rows_of(table: "DeltaTable", root: Storage) -> pads.Dataset | pa.RecordBatchReader:
-    """Returns the rows of a table's version: as a dataset, or as a stream where Arrow cannot read such a table.
+    """Returns the rows of a table's version: as a dataset with its files in the order of their commits, or as a stream
+    without an order where Arrow cannot read such a table.
 
     Raises:
         OSError: deltalake cannot read it either.
@@ -93,8 +101,30 @@ def rows_of(table: "DeltaTable", root: Storage) -> pads.Dataset | pa.RecordBatch
     try:
         try:
             # Without a file system, Arrow's threads would call deltalake's through Python, also while Python ends.
-            return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(root.path, root.filesystem))
+            rows = table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(root.path, root.filesystem))
         except DeltaProtocolError:
             return pa.RecordBatchReader.from_stream(table.scan())
     except DeltaError as error:
         raise OSError(f"deltalake cannot read the table ({type(error).__name__})") from error
+    place = {unquote(path): number for number, path in enumerate(in_order(files_of(table)))}
+    parts = sorted(rows.get_fragments(), key=lambda part: place[part.path])
+    return pads.FileSystemDataset(parts, rows.schema, rows.format, rows.filesystem)
+
+
+def files_of(table: "DeltaTable") -> dict[str, dict[str, Any]]:
+    """Returns the add actions of a table's version by path, as the log gives them."""
+    return {action["path"]: action for action in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
+
+
+def in_order(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the paths of add actions in the order of their commits.
+
+    Files of one millisecond are those of one commit, numbered by their writer, or commits that followed each other at
+    once: the log gives these newest first.
+    """
+
+    def key(at: int, path: str) -> tuple[int, int, int]:
+        number = _NUMBER.match(path.rpartition("/")[2])
+        return files[path]["modification_time"], int(number[1]) if number else 0, -at
+
+    return [path for _, path in sorted(enumerate(files), key=lambda one: key(*one))]

@@ -1,7 +1,8 @@
 """Iceberg tables, read through their metadata by pyiceberg (extra `iceberg`): deleted rows are not there.
 
 A table is a folder with metadata/*.metadata.json; no catalog is asked, so that the newest of these files decides. Rows
-come in the order in which the manifests list their files.
+come in the order of the commits, so that a correction by append is the last row of its key; a file that a delete or a
+compaction has written again counts as written then.
 """
 
 import re
@@ -19,6 +20,7 @@ from pipelines.ingest.sources.records import Batch, RecordFormat
 
 if TYPE_CHECKING:
     from pyiceberg.table import StaticTable
+    from pyiceberg.table.snapshots import Snapshot
 
 _NUMBER = re.compile(r"v?(\d+)[^/]*\.metadata\.json")
 
@@ -81,20 +83,39 @@ def open_table(address: str) -> "StaticTable":
 
 
 def rows_of(piece: Piece, only: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a table's snapshot.
+    """Yields the rows of a table's snapshot, those of earlier commits first.
 
     Raises:
         OSError: a file of the table cannot be read, or pyiceberg does not know how its deletes are written.
     """
+    from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
+
     table = _opened(piece)
     if piece.version == -1:
         return
     names = table.schema().as_arrow().names
     columns = ("*",) if only is None else tuple(top_columns(names, only))
     try:
-        yield from table.scan(selected_fields=columns, snapshot_id=piece.version).to_arrow_batch_reader()
+        scan = table.scan(selected_fields=columns, snapshot_id=piece.version)
+        commits = _commits(table, scan.snapshot())
+        tasks = sorted(scan.plan_files(), key=lambda task: commits[task.file.file_path])  # it lists the newest first
+        schema = schema_to_pyarrow(scan.projection())
+        found = ArrowScan(table.metadata, table.io, scan.projection(), scan.row_filter).to_record_batches(tasks)
+        yield from pa.RecordBatchReader.from_batches(schema, found).cast(schema)
     except (ValueError, NotImplementedError) as error:  # not with its words, which may quote a value
         raise OSError(f"pyiceberg cannot read the table ({type(error).__name__})") from error
+
+
+def _commits(table: "StaticTable", snapshot: "Snapshot | None") -> dict[str, tuple[int, int]]:
+    """Returns what orders the commits of a snapshot's data files, by path: sequence number, and time where a table of
+    format version 1 has no such numbers. A commit whose snapshot has expired comes before the others then."""
+    times = {one.snapshot_id: one.timestamp_ms for one in table.snapshots()}
+    assert snapshot is not None, "the piece has its id from the table"
+    return {
+        entry.data_file.file_path: (entry.sequence_number or 0, times.get(entry.snapshot_id or 0, 0))
+        for manifest in snapshot.manifests(table.io)
+        for entry in manifest.fetch_manifest_entry(table.io)
+    }
 
 
 def _opened(piece: Piece) -> "StaticTable":

@@ -185,7 +185,7 @@ class Survey:
     user_of: dict[str, str] = field(default_factory=dict)
     """User id by question id, for users that are not named by the question's own id."""
     as_of: dict[str, int] = field(default_factory=dict)
-    """Cut-off by question id, for questions that share a history."""
+    """Cut-off by question id, for questions whose user's history has dates."""
 
 
 def read(files: LampFiles, survey: Survey, writer: RowWriter, keep_questions: bool) -> Iterator[None]:
@@ -199,6 +199,13 @@ def read(files: LampFiles, survey: Survey, writer: RowWriter, keep_questions: bo
             writer.reject(seq, place, question.error)
             continue
         user = survey.user_of.get(question.id, question.id)
+        if keep_questions and question.value.get("user_id") is not None and str(question.value["user_id"]) != user:
+            # The request alone will tell whose this history is: without it, nobody could erase the history.
+            error = writer.unusable(_request(question, user, answers.get(question.id)))
+            if error is not None:
+                writer.planned()
+                writer.reject(seq, place, error)
+                continue
         profile = question.value["profile"]
         for at, item in enumerate(profile, start=1):
             writer.planned()
@@ -222,11 +229,15 @@ def _read_request(
     writer.planned()
     cut = survey.as_of.get(question.id)
     as_of = None if cut is None else _EPOCH + timedelta(microseconds=cut)
-    owner = question.value.get("user_id")
     try:
-        writer.request(
-            seq, place, question.id, user, question.value.get("input"), target=target,
-            owner_id=user if owner is None else owner, as_of=as_of,
-        )  # fmt: skip
+        writer.request(seq, place, **_request(question, user, target), as_of=as_of)
     except RowError as error:
         writer.reject(seq, place, error)
+
+
+def _request(question: Question, user: str, target: str | None) -> dict[str, Any]:
+    owner = question.value.get("user_id")
+    return {
+        "request_id": question.id, "user_id": user, "input": question.value.get("input"), "target": target,
+        "owner_id": user if owner is None else owner,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 A question's history is exactly its profile. Where one user asks several questions, one history serves them all only if
 dates prove it: each profile must be what the union of them held at some time. Otherwise each question is its own user.
+A user's only question gets such a time, too, where its profile has dates: another split may bring later items.
 """
 
 from collections import Counter
@@ -21,12 +22,13 @@ _NO_TIME = np.iinfo(np.int64).min
 
 
 def survey(
-    files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule, derives: bool = False
+    files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule, derives: bool = False, keep_questions: bool = True
 ) -> tuple[str | None, Survey]:
     """Checks ids, golds and task, and decides which user's history each question has.
 
     Args:
         derives: requests are made of items, of which nothing but the history tells whose they are.
+        keep_questions: questions become requests, which alone tell whose the history of one question is.
 
     Returns:
         An error in the source, or None; and the survey.
@@ -62,6 +64,13 @@ def survey(
             f"derive_requests: {len(apart)} users have several questions with a history each, which no dates prove to "
             "be one, so that requests made of these histories would not be known as one user's; keep the published "
             "questions (derive_requests=0)"
+        ), Survey()
+    unknown = set(asked_by) - set(found.user_of.values())
+    if problem is None and not keep_questions and unknown:
+        return (
+            f"questions=skip: the questions of {len(unknown)} users have a history each, and without the questions "
+            "nothing would say whose these are, so that `erase` could not find them; keep the published questions "
+            "(questions=keep)"
         ), Survey()
     return problem, found
 
@@ -131,7 +140,10 @@ def _share_histories(
 ) -> tuple[str | None, Survey]:
     survey, unproven = Survey(), 0
     for owner, asked in owners.items():
-        cuts = [None] if len(asked) == 1 else _cuts([digest for _, digest in asked])
+        alone = len(asked) == 1
+        cuts = None if alone and not len(asked[0][1]) else _cuts([digest for _, digest in asked])
+        if cuts is None and alone:
+            cuts = [None]
         if cuts is None:
             unproven += 1
             continue
