@@ -240,13 +240,12 @@ def read_tokenizer(folder: Path) -> Any:
     (DeepSeek-R1-Distill-Llama; transformers knows these by their address alone), and of a Mistral with tekken.json it
     takes the publisher's own backend, which has neither a chat template nor added tokens.
     """
-    said, words, own = folder / "tokenizer_config.json", folder / "tokenizer.json", dict[str, bool]()
+    said, own = folder / "tokenizer_config.json", dict[str, bool]()
     if (folder / "tekken.json").is_file():
         own = {"fix_mistral_regex": True}  # an early tokenizer.json of these splits texts otherwise than tekken.json
-    if said.is_file() and words.is_file():
+    if said.is_file() and (folder / "tokenizer.json").is_file():
         config = json.loads(said.read_text(encoding="utf-8"))
-        kind = config.get("tokenizer_class") or ""
-        if "auto_map" not in config and (kind == "TokenizersBackend" or kind.startswith("Llama") and _by_bytes(words)):
+        if "auto_map" not in config and (config.get("tokenizer_class") == "TokenizersBackend" or _by_bytes(folder)):
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder, **own)
@@ -255,8 +254,19 @@ def read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, **own, **({"mistral_format": False} if own else {}))
 
 
-def _by_bytes(words: Path) -> bool:
-    """True if a tokenizer.json splits texts into bytes, as GPT-2's does, and not at its own sign for a space."""
+def misleads(folder: Path) -> bool:
+    """True if AutoTokenizer, which other programs take, would not choose the tokenizer of `read_tokenizer`."""
+    return (folder / "tekken.json").is_file() or _by_bytes(folder)
+
+
+def _by_bytes(folder: Path) -> bool:
+    """True if a tokenizer has the name of Llama's class, which splits at a sign of its own for a space, and a
+    tokenizer.json that splits texts into bytes, as GPT-2's does."""
+    said, words = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (said.is_file() and words.is_file()):
+        return False
+    if not (json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") or "").startswith("Llama"):
+        return False
     parts = [json.loads(words.read_text(encoding="utf-8")).get(name) or {} for name in ("pre_tokenizer", "decoder")]
     return any(
         step.get("type") == "ByteLevel"

@@ -144,8 +144,9 @@ class EngineConfig(Settings):
     kind: Literal["vllm", "transformers"] = "vllm"
     """Engine. transformers serves encoder-decoder models such as FLAN-T5, which vLLM does not have, and beams."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format. auto takes bfloat16 on a GPU and on a CPU with AMX or AVX512-BF16, float32 elsewhere. Replies
-    depend on it: given by name it is part of `decoding_id`, and the report says what auto has taken."""
+    """Number format. auto leaves it to vLLM on a GPU, which takes that of the checkpoint (bfloat16 for float32). On a
+    CPU it takes bfloat16 where its products are quicker, else float32; the transformers engine takes `llm.dtype`.
+    Replies depend on it: given by name it is part of `decoding_id`, and the report says what auto has taken."""
     max_model_len: int | None = renamed("context", None, gt=0)
     """Number of tokens of prompt and reply together. Default: those that the longest prompt of the job and
     decoding.max_tokens can take, within the model's own limit."""

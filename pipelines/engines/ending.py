@@ -44,6 +44,7 @@ class Ending:
         self.stop_ids = tuple(dict.fromkeys([*self.end_ids, *decoding.stop_token_ids, *by_id]))
         """All ids that end a reply."""
         self.stop_texts = [stop for stop, token in named.items() if token not in special]
+        self._least = decoding.min_tokens
         self._open, self._close, self._channel, self._message = (
             _own_id(tokenizer, name) for name in ("<think>", "</think>", "<|channel|>", "<|message|>")
         )
@@ -53,7 +54,7 @@ class Ending:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), None)
         if self.stop_texts:
             for n in range(1, (end or len(ids)) + 1):
-                if self.cut(self.text(ids[:n])) is not None:
+                if self.cut(ids[:n]) is not None:
                     return n, True
         return (len(ids), False) if end is None else (end, True)
 
@@ -62,34 +63,43 @@ class Ending:
         plain = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.tokenizer.decode(list(plain), skip_special_tokens=True)
 
-    def cut(self, text: str) -> str | None:
-        """The text before the first stop text; None where there is none."""
-        places = [place for stop in self.stop_texts if (place := text.find(stop)) >= 0]
+    def cut(self, ids: Sequence[int], start: int = 0) -> str | None:
+        """The text before the first stop text; None where there is none.
+
+        As in vLLM, a stop text that ends within the first `min_tokens` tokens of a reply is none.
+
+        Args:
+            ids: of the reply.
+            start: number of its first tokens that are left out.
+        """
+        text, least = self.text(ids[start:]), len(self.text(ids[start : self._least]))
+        found = (text.find(stop, max(0, least - len(stop) + 1)) for stop in self.stop_texts)
+        places = [place for place in found if place >= 0]
         return text[: min(places)] if places else None
 
-    def answer(self, ids: Sequence[int], prompt: Sequence[int], ended: bool) -> tuple[str | None, tuple[str, ...]]:
+    def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> tuple[str | None, tuple[str, ...]]:
         """The text after a model's thoughts, and notes about them; None where it has not thought aloud.
 
         Args:
             ids: of the reply.
             prompt: ids of its last piece (behind the persona rows, if any), which may end within a thought.
-            ended: it ended by itself, and not at the greatest length.
         """
-        start = self._after_thoughts(ids, prompt, ended)
+        start = self._after_thoughts(ids, prompt)
         if start is None:
             return None, ()
         if start < 0:
             return "", ("thinking_unfinished",)
-        text = self.text(ids[start:])
-        cut = self.cut(text)
-        return (text if cut is None else cut).strip(), ("thinking_cut",)
+        cut = self.cut(ids, start)
+        return (self.text(ids[start:]) if cut is None else cut).strip(), ("thinking_cut",)
 
-    def _after_thoughts(self, ids: Sequence[int], prompt: Sequence[int], ended: bool) -> int | None:
+    def _after_thoughts(self, ids: Sequence[int], prompt: Sequence[int]) -> int | None:
         """The place where the answer begins; -1 where the thoughts have no end, None where there are none.
 
-        A reply that ends without leaving the thought that its prompt has opened is an answer: so a plug or an adapter
-        has learned it, whose targets stand right behind the prompt.
+        A reply that ends with an end token without leaving the thought that its prompt has opened is an answer: so a
+        plug or an adapter has learned it, whose targets stand right behind the prompt. A stop text may stand in any
+        thought.
         """
+        ended = bool(ids) and ids[-1] in self.stop_ids
         if self._close is not None:
             if self._close in ids:
                 return _last(ids, self._close) + 1

@@ -147,17 +147,16 @@ class TransformersEngine:
 
     def _stops(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Stopping criterion: says of each reply whether it holds a stop text."""
-        texts = [self.ending.text(ids) for ids in input_ids[:, self._start :].tolist()]
-        return torch.tensor([self.ending.cut(text) is not None for text in texts], device=input_ids.device)
+        replies = input_ids[:, self._start :].tolist()
+        return torch.tensor([self.ending.cut(ids) is not None for ids in replies], device=input_ids.device)
 
     def _reply(self, ids: list[int], prompt: EnginePrompt, logprobs: list[float] | None) -> EngineReply:
         length, stopped = self.ending.length(ids)
         ids = ids[:length]
-        whole = self.ending.text(ids)
-        cut = self.ending.cut(whole)
-        text, notes = whole if cut is None else cut, tuple[str, ...]()
+        cut = self.ending.cut(ids)
+        text, notes = self.ending.text(ids) if cut is None else cut, tuple[str, ...]()
         if not self._masks:
-            answer, notes = self.ending.answer(ids, prompt.after or prompt.before, stopped)
+            answer, notes = self.ending.answer(ids, prompt.after or prompt.before)
             text = text if answer is None else answer
         logprobs = None if logprobs is None else logprobs[:length]
         return EngineReply(text, "stop" if stopped else "length", length, None, logprobs, notes)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from pipelines.engines.constrain import structured, written
 from pipelines.engines.ending import Ending
 from pipelines.engines.last_words import LastWords
 from pipelines.engines.lora_cache import LoadedAdapters
-from pipelines.engines.vllm_args import engine_args, longest_of, lora_args
+from pipelines.engines.vllm_args import engine_args, longest_of, lora_args, tokenizer_args
 from pipelines.engines.vllm_stats import EngineStats
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, embedding_rows, load_tokenizer
@@ -85,6 +86,8 @@ class VLLMEngine:
         penalised = decoding.repetition_penalty != 1
         args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest, penalised=penalised)
         args |= lora_args(config, adapters)
+        self._words = TemporaryDirectory(prefix="pplug-tokenizer-")
+        args |= tokenizer_args(folder, self.tokenizer, Path(self._words.name))
         self._engine: Any = None
         self._adapters: LoadedAdapters | None = None
         self._none: Any = None
@@ -144,8 +147,23 @@ class VLLMEngine:
                 self._none = self._wait(self._adapters.none())
         if embeddings:
             self.probe(folder)
-        else:
-            self._wait(self._generate(self._probe_prompt(), self._first_tokens()))
+        self._try_decoding()
+
+    def _try_decoding(self) -> None:
+        """Asks for a first token by the decoding, which vLLM would otherwise refuse for each request by itself.
+
+        Raises:
+            InputError: it refuses the decoding; the message has its words.
+        """
+        from vllm.exceptions import VLLMClientError
+
+        prompt = self._probe_prompt()
+        try:
+            sampling = self._sampling(prompt)
+            sampling.max_tokens, sampling.min_tokens = 1, 0
+            self._wait(self._generate(prompt, sampling))
+        except (ValueError, VLLMClientError) as error:
+            raise InputError(f"decoding: vLLM does not take it ({error}); correct the key") from error
 
     async def _start(self, args: dict[str, Any]) -> Any:
         from vllm import AsyncEngineArgs
@@ -238,7 +256,7 @@ class VLLMEngine:
             return EngineReply("", "error", 0, f"the engine gave the prompt up ({reply.finish_reason})")
         text, notes = reply.text, tuple[str, ...]()
         if self._structured is None:
-            answer, notes = self.ending.answer(ids, prompt.after or prompt.before, reply.finish_reason == "stop")
+            answer, notes = self.ending.answer(ids, prompt.after or prompt.before)
             text = text if answer is None else answer
         logprobs = None
         if self.decoding.logprobs:
@@ -330,6 +348,7 @@ class VLLMEngine:
         if self._adapters is not None:
             self._adapters.shelf.close()
         self._engine = self._adapters = None
+        self._words.cleanup()
         gc.collect()  # left to the interpreter's end, the engine's own __del__ fails and prints a traceback
 
 

@@ -14,6 +14,7 @@ from infra.errors import InputError
 from pipelines.engines.adapters import Adapters
 from pipelines.engines.base import EngineConfig, PromptSizes
 from pplug.bert import bf16_is_quicker
+from pplug.llm import misleads
 from pplug.splice import PromptBuilder
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,20 @@ def engine_args(
         "disable_log_stats": True,
         "generation_config": "vllm",  # takes the end tokens of the folder's file, and nothing else
     } | config.args
+
+
+def tokenizer_args(folder: Path, tokenizer: Any, place: Path) -> dict[str, Any]:
+    """Makes vLLM take this tokenizer where it would choose another one by the model's folder: it decodes replies and
+    looks for stop texts by its own.
+
+    Args:
+        tokenizer: that of `load_tokenizer(folder)`.
+        place: folder for a copy of it, which the engine reads when it starts.
+    """
+    if not misleads(folder):
+        return {}
+    tokenizer.save_pretrained(place)
+    return {"tokenizer": str(place)}
 
 
 def resolved_dtype(config: EngineConfig, gpu: bool) -> str:

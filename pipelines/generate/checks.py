@@ -17,7 +17,7 @@ from pipelines.generate.parts import Part
 from pipelines.methods import Method
 from pplug.identity import model_folder, short_id
 from pplug.llm import is_encoder_decoder as is_encoder_decoder_folder
-from pplug.llm import load_tokenizer
+from pplug.llm import tokenizer_of
 from pplug.plain_text import TextTokenizer
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
@@ -62,8 +62,7 @@ def resolved(config: Config, task: TaskSpec, encoder_decoder: bool, report: RunR
         decoding = decoding.model_copy(update={"constrain": "none"})
 
     def words() -> TextTokenizer:
-        tokenizer = load_tokenizer(model_folder(config.llm.model, config.llm.revision))
-        return PromptBuilder(tokenizer, config.llm.layout, encoder_decoder).words
+        return PromptBuilder(tokenizer_of(config.llm), config.llm.layout, encoder_decoder).words
 
     out, warning = resolve(decoding, config.engine, task, words)
     if warning is not None:

@@ -1,14 +1,20 @@
 """The end of a reply: end tokens of all files, stop texts and special tokens, and thoughts."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from pipelines.engines.base import Decoding
 from pipelines.engines.ending import Ending, end_ids
+from pipelines.engines.vllm_args import tokenizer_args
+from pplug.llm import load_tokenizer
 from pplug.splice import PromptBuilder, PromptLayout
-from tests.pplug.models import word_tokenizer
+from tests.pplug.models import tiny_llama, word_tokenizer
+from tests.pplug.token_kinds import byte_bpe
 
 TEMPLATE = (
     "{% for message in messages %}<turn> {{ message['content'] }} <end>\n{% endfor %}"
@@ -58,7 +64,21 @@ def test_a_reply_ends_with_the_token_that_completes_a_stop_text(tmp_path, tokeni
     own = ending(tmp_path, tokenizer, stop=("cat sat",))
     reply = [*ids(tokenizer, "the cat sat on the mat"), 2]
     assert own.length(reply) == (3, True)
-    assert own.cut(own.text(reply[:3])) == "the "
+    assert own.cut(reply[:3]) == "the "
+
+
+def test_a_stop_text_within_the_least_number_of_tokens_is_none(tmp_path, tokenizer):
+    """vLLM looks for one behind them; it may begin before their end."""
+    reply = ids(tokenizer, "the cat sat on the cat sat")
+    for least, length, text in (
+        (2, 3, "the "),
+        (3, 7, "the cat sat on the "),
+        (6, 7, "the cat sat on the "),
+        (7, 7, None),
+    ):
+        own = ending(tmp_path, tokenizer, stop=("cat sat",), min_tokens=least)
+        assert own.length(reply) == (length, text is not None), least
+        assert own.cut(reply[:length]) == text, least
 
 
 def test_padding_is_no_output(tmp_path, tokenizer):
@@ -79,25 +99,47 @@ def test_thoughts_are_cut_and_counted(tmp_path, tokenizer):
         ("dog", [*asked, *ids(tokenizer, "<think> </think>")], (None, ())),
         ("<|channel|> the <|message|> cat", asked, ("", ("thinking_unfinished",))),
     ]:
-        assert own.answer(ids(tokenizer, reply), prompt, ended=False) == answer, reply
+        assert own.answer(ids(tokenizer, reply), prompt) == answer, reply
 
 
 def test_what_a_plug_has_learned_to_answer_is_no_thought(tmp_path, tokenizer):
     """Its targets stand right behind a prompt that opens a thought, and end as a reply does."""
     own, opened = ending(tmp_path, tokenizer), ids(tokenizer, "<turn> the <think>")
-    assert own.answer(ids(tokenizer, "dog"), opened, ended=True) == (None, ())
-    assert own.answer(ids(tokenizer, "dog"), opened, ended=False) == ("", ("thinking_unfinished",))
-    assert own.answer(ids(tokenizer, "<think> dog"), opened, ended=True) == ("", ("thinking_unfinished",))
+    end = [tokenizer.eos_token_id]
+    assert own.answer(ids(tokenizer, "dog") + end, opened) == (None, ())
+    assert own.answer(ids(tokenizer, "dog"), opened) == ("", ("thinking_unfinished",))
+    assert own.answer(ids(tokenizer, "<think> dog") + end, opened) == ("", ("thinking_unfinished",))
+
+
+def test_a_stop_text_ends_a_thought_and_makes_it_no_answer(tmp_path, tokenizer):
+    own, opened = ending(tmp_path, tokenizer, stop=("cat sat",)), ids(tokenizer, "<turn> the <think>")
+    reply = ids(tokenizer, "the cat sat")
+    assert own.length(reply) == (3, True) and own.answer(reply, opened) == ("", ("thinking_unfinished",))
 
 
 def test_the_last_channel_of_a_reply_is_its_answer(tmp_path, tokenizer):
     tokenizer.add_tokens(["final", "analysis"])
     own = ending(tmp_path, tokenizer)
     reply = "<|channel|> analysis <|message|> the cat <end> <|channel|> final <|message|> dog ran"
-    assert own.answer(ids(tokenizer, reply), [], ended=True) == ("dog ran", ("thinking_cut",))
+    assert own.answer(ids(tokenizer, reply), []) == ("dog ran", ("thinking_cut",))
+
+
+def test_vllm_takes_our_tokenizer_where_it_would_choose_another(tmp_path):
+    """A byte-level tokenizer under the name of Llama's class: vLLM decodes replies by what AutoTokenizer loads."""
+    text, want = "the cat  sat on\nthe mat", byte_bpe(tmp_path)
+    plain = Path(tiny_llama(tmp_path / "made"))
+    assert tokenizer_args(plain, load_tokenizer(plain), tmp_path / "none") == {}
+    folder = Path(shutil.copytree(plain, tmp_path / "llm"))
+    want.save_pretrained(folder)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"tokenizer_class": "LlamaTokenizerFast"}))
+    ids = want(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(folder).decode(ids) != text, "it chooses right by now"
+    place = tokenizer_args(folder, load_tokenizer(folder), tmp_path / "copy")["tokenizer"]
+    assert AutoTokenizer.from_pretrained(place).decode(ids) == text
 
 
 def test_words_that_only_look_like_thoughts_stay(tmp_path):
     plain = word_tokenizer(tmp_path)
     own = Ending(tmp_path, builder(plain), Decoding())
-    assert own.answer(plain("<think> cat")["input_ids"], [], ended=True) == (None, ())
+    assert own.answer(plain("<think> cat")["input_ids"], []) == (None, ())

@@ -397,6 +397,16 @@ def test_stop_texts_end_replies_alike(reply, second, llm):
     found = alike(reply, second, llm, Decoding(max_tokens=12, stop=(stop,)))
     assert any(answer.finish_reason == "stop" and answer.output_tokens == 3 for answer in found)
     assert all(stop not in answer.text for answer in found)
+    least = alike(reply, second, llm, Decoding(max_tokens=12, stop=(stop,), min_tokens=5))
+    assert any(stop in answer.text and answer.output_tokens > 5 for answer in least)
+
+
+@pytest.mark.parametrize("wrong", [{"regex": "("}, {"temperature": 3.0}, {"stop_token_ids": (10**6,)}])
+def test_a_decoding_that_the_engine_refuses_is_refused_once_and_at_the_start(reply, wrong):
+    with using(reply.engine, Decoding(max_tokens=4, **wrong)) as engine:
+        with pytest.raises(InputError, match="decoding: vLLM does not take it"):
+            engine._try_decoding()
+    reply.engine._try_decoding()
 
 
 def test_penalties_count_alike_and_leave_the_engine_alive(reply, second, llm):

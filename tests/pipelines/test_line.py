@@ -363,6 +363,13 @@ def test_a_plug_for_another_llm_is_refused(line, tmp_path):
         generate.run(generate.Config(tables=line.test, **asked(line, llm=other)))
 
 
+def test_a_plug_that_cannot_read_requests_is_refused_where_it_has_to(line, tmp_path):
+    PersonaPlug(PersonaPlug.from_pretrained(line.plug).config, None).save_pretrained(tmp_path / "plug")
+    config = generate.Config(tables=line.test, **asked(line) | {"plug": str(tmp_path / "plug"), "methods": ("plug",)})
+    with pytest.raises(InputError, match="it has no query encoder, so that it cannot read requests.*plug:mean"):
+        generate.run(config)
+
+
 def test_another_encoder_than_the_plugs_is_refused(line, tmp_path):
     wide = EncoderConfig(model=str(tiny_bert(tmp_path, dim=32)), max_tokens=64)
     with pytest.raises(InputError, match="was trained on vectors of encoder .* refresh with the plug's encoder"):

@@ -14,6 +14,7 @@ from pipelines.histories import to_us
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
 from pplug.plug import PersonaPlug
+from pplug.retrieval import RetrievalConfig
 from tests.pipelines import small
 from tests.prompt_stage import prompt_stage
 
@@ -24,7 +25,9 @@ def made(tmp_path_factory, ray_session):
     made = small.make(tmp_path_factory.mktemp("stored"), train_users=1, test_users=4, test_requests=1, items=(4, 6))
     users = sorted({json.loads(line)["user_id"] for line in made.files["test/histories"].read_text().splitlines()})
     asked = made.root / "asked.jsonl"
-    lines = [{"request_id": "r", "user_id": user, "input": "Tag this for me. description: a film"} for user in users]
+    words = "Tag this for me. description: a film"
+    lines = [{"request_id": "r", "user_id": user, "input": words} for user in users]
+    lines += [line | {"request_id": "later", "as_of": "2026-11-01T00:00:00Z"} for line in lines]
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made.ingest("test", buckets=1, requests_source=str(asked))
     plug = made.untrained_plug()
@@ -32,21 +35,26 @@ def made(tmp_path_factory, ray_session):
     return made, plug, users
 
 
-def built(made, plug: str, cap: int) -> dict[str, dict]:
-    """Each user's row of the prompt stage."""
+def built(made, plug: str | None, cap: int, request: str = "r", methods=("plug:mean",), **more) -> dict[str, dict]:
+    """Each user's row of the prompt stage, for one of the requests."""
     histories, requests, personas = (
         tables.open_table(made.tables, name).snapshot(complete=True) for name in ("histories", "requests", "personas")
     )
     vectors = tables.open_table(made.tables, small.names(made.tables, "embeddings")).snapshot(complete=True)
-    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=("plug:mean",), plug=plug,
-                         personas=personas, llm=made.llm, task=tables.task_entry(None, histories),
+    build = prompt_stage(requests=requests, histories=histories, embeddings=vectors, methods=methods, plug=plug,
+                         personas=personas, llm=made.llm, **more, task=tables.task_entry(None, histories),
                          max_items=cap)  # fmt: skip
-    return {row["user_id"]: row for row in pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()}
+    rows = pa.concat_tables(build(pa.table({"bucket": [0]}))).to_pylist()
+    return {row["user_id"]: row for row in rows if row["request_id"] == request}
 
 
 @torch.no_grad()
-def by_hand(made, folder: str, newest: int) -> dict[str, np.ndarray]:
-    """Instruction and persona of each user from the published equations, over the newest items that have a vector."""
+def by_hand(made, folder: str, newest: int, left_out: int = 0) -> dict[str, np.ndarray]:
+    """Instruction and persona of each user from the published equations, over the newest items that have a vector.
+
+    Args:
+        left_out: number of newest items that do not count.
+    """
     plug = PersonaPlug.from_pretrained(folder)
     vectors = {
         row["text_hash"]: row["vector"] for row in small.rows(made.tables, small.names(made.tables, "embeddings"))
@@ -56,7 +64,8 @@ def by_hand(made, folder: str, newest: int) -> dict[str, np.ndarray]:
         items.setdefault(row["user_id"], []).append(vectors.get(row["text_hash"]))
     found = {}
     for user, own in items.items():
-        known = torch.tensor([vector for vector in own[-newest:] if vector is not None])
+        seen = own[: len(own) - left_out][-newest:]
+        known = torch.tensor([vector for vector in seen if vector is not None])
         persona = plug.config.persona_scale * plug.align_mlp(known).mean(0, keepdim=True)
         found[user] = torch.cat([plug.instruction(), persona]).flatten().numpy()
     return found
@@ -97,6 +106,26 @@ def test_another_number_of_newest_items_is_another_persona(made):
     assert_made_from(made, plug, 2, ["persona_made_anew"])
 
 
+def test_a_request_with_a_time_takes_the_stored_persona_where_it_sees_all_items(made, tmp_path):
+    made, plug, users = made
+    asked, lines = tmp_path / "early.jsonl", []
+    for user in users:
+        newest = max(row["occurred_at"] for row in small.rows(made.tables, "histories") if row["user_id"] == user)
+        line = {"request_id": "early", "user_id": user, "input": "Tag this for me. description: a film"}
+        lines.append(json.dumps(line | {"as_of": newest.isoformat()}))
+    asked.write_text("\n".join(lines))
+    assert made.run(ingest, "early", tables=made.tables, requests_source=str(asked), task=str(made.files["task"])) == 0
+    stored = {row["user_id"]: row["persona"] for row in small.rows(made.tables, "personas")}
+    for request, is_stored, left_out in (("later", True, 0), ("early", False, 1)):
+        rows, want = built(made, plug, 512, request), by_hand(made, plug, 512, left_out)
+        assert rows.keys() == stored.keys()
+        for user, row in rows.items():
+            assert row["notes"] == [], (request, user)
+            np.testing.assert_allclose(row["rows"], want[user], rtol=2e-3, atol=2e-3)
+            own = np.asarray(row["rows"], np.float32)[-len(stored[user]) :]
+            assert np.array_equal(own, np.asarray(stored[user], np.float32)) == is_stored, (request, user)
+
+
 def test_a_history_that_has_changed_since_is_not_answered_with_the_old_persona(made, tmp_path):
     made, plug, users = made
     # the first user's newest item takes the place of an older one: the same texts in another order are another history
@@ -115,6 +144,20 @@ def test_a_history_that_has_changed_since_is_not_answered_with_the_old_persona(m
     again.write_text(json.dumps(late) + "\n")
     assert made.run(ingest, "later", tables=made.tables, source=str(again), task=str(made.files["task"])) == 0
     assert sorted(built(made, plug, 512)[users[0]]["notes"]) == ["items_without_vector", "persona_made_anew"]
+
+
+def test_dense_says_where_items_have_no_vector_yet(made, tmp_path):
+    made, _, users = made
+    new = {"user_id": users[1], "item_id": "new", "occurred_at": "2026-10-01T00:00:00Z"}
+    fields = {name: f"never seen {name}" for name, _ in small.rows(made.tables, "histories")[0]["fields"]}
+    (tmp_path / "new.jsonl").write_text(json.dumps(new | {"fields": fields}) + "\n")
+    config = {"tables": made.tables, "source": str(tmp_path / "new.jsonl"), "task": str(made.files["task"])}
+    assert made.run(ingest, "new", **config) == 0
+    rows = built(made, None, 512, methods=("dense",), retrieval=RetrievalConfig(encoder=made.encoder))
+    told = {user: row["notes"] for user, row in rows.items()}
+    assert told == {
+        user: ["items_without_vector"] if user in users[:2] else [] for user in users
+    }  # the first by a test before
 
 
 def test_times_are_exact_to_the_microsecond():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
 
-from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer
+from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer, misleads
 from pplug.plain_text import control_tokens
 from tests.pplug.families import make
 from tests.pplug.models import tiny_bart, tiny_llama, word_tokenizer
@@ -44,6 +44,7 @@ def test_a_byte_level_tokenizer_under_the_name_of_llamas_keeps_its_spaces(tmp_pa
     found = load_tokenizer(folder)
     assert found(text)["input_ids"] == want(text)["input_ids"] and found.decode(found(text)["input_ids"]) == text
     assert found.chat_template == want.chat_template
+    assert misleads(folder) and not misleads(Path(tiny_llama(tmp_path / "plain")))
 
 
 def test_of_a_mistral_with_the_publishers_own_file_the_tokenizer_is_still_that_of_transformers(tmp_path):

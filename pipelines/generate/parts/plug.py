@@ -61,6 +61,12 @@ class Plug(Part):
                 f"plug:attention: plug {config.plug} was trained with aggregation=mean, so that it does not weigh "
                 "items by requests; ask for plug or plug:mean"
             )
+        weighed = made_for.aggregation == "attention" and not kinds.isdisjoint(WEIGHED_BY_REQUEST)
+        if (weighed or made_for.request_value) and not (folder / "query_encoder" / "config.json").is_file():
+            raise InputError(
+                f"plug {config.plug}: it has no query encoder, so that it cannot read requests; load the "
+                "checkpoint with its query encoder (PersonaPlug.from_official), or ask for plug:mean"
+            )
         identity, personas = plug_id(folder), None
         if made_for.trained_without_history:
             return cls(config.plug, identity, kinds, None)._of(made_for)
@@ -150,18 +156,23 @@ class StoredPersonas:
             ids = rows["user_id"].to_pylist()
             self._personas = dict(zip(ids, matrix(rows["persona"]), strict=True))
             self._made_from = dict(zip(ids, rows["history_hash"].to_pylist(), strict=True))
-        self._current: dict[str, bool] = {}
+        self._is_of: dict[tuple[str, int, int], bool] = {}
+        """Whether a user's persona is of the items from one row to another."""
 
     def persona(self, request: Mapping[str, Any]) -> np.ndarray | None:
         """The stored persona, (P*H,); None where there is none, or where it was made from other items."""
-        if not _is_undated(request):
-            return None
-        user_id = request["user_id"]
-        if user_id in self._personas and user_id not in self._current:
+        own = self._personas.get(request["user_id"])
+        return own if own is not None and self._is_current(request) else None
+
+    def _is_current(self, request: Mapping[str, Any]) -> bool:
+        """Says whether the user's stored persona was made from just the items that the request may see."""
+        user_id, rows = request["user_id"], self._items.rows(request)
+        key = (user_id, int(rows[0]), int(rows[-1])) if len(rows) else (user_id, 0, -1)
+        if key not in self._is_of:
             times = self._items.times(request) if self._config.uses_times else None
             digest = history.history_hash(self._items.hashes(request), times)
-            self._current[user_id] = digest == self._made_from[user_id]
-        return self._personas[user_id] if self._current.get(user_id) else None
+            self._is_of[key] = digest == self._made_from[user_id]
+        return self._is_of[key]
 
     def notes(self, request: Mapping[str, Any], wanted: bool) -> list[str]:
         """Events about a persona that the report has to count. `wanted`: a stored one would have done."""
@@ -169,7 +180,7 @@ class StoredPersonas:
         if wanted and self.persona(request) is not None:
             return notes
         notes += ["items_without_vector"] if self._items.lacks_vectors(request) else []
-        if wanted and self._current.get(request["user_id"]) is False and _is_undated(request):
+        if wanted and request["user_id"] in self._personas and _is_undated(request):
             notes.append("persona_made_anew")
         return notes
 

@@ -89,6 +89,9 @@ class Retrieval(Part):
             drafts.inputs[i] = text.suffix
         if part.name == "dense":
             drafts.encoder_id = self._view.encoder_id
+            for request, notes in zip(drafts.requests, drafts.notes, strict=True):
+                if "items_without_vector" not in notes and self._view.items.lacks_vectors(request):
+                    notes.append("items_without_vector")
 
     def _reserved(self, text: str) -> int:
         """Counts the tokens that a text before retrieval's takes of retrieval's own budget, which may be below the
