@@ -65,7 +65,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
 
 
 class DivergedError(FloatingPointError):
-    """A training has diverged before any of its epochs has ended well: trying again would end alike."""
+    """A training has diverged and no earlier epoch has a validation loss to go back to: trying again would end alike."""
 
 
 class Order(IntEnum):
@@ -212,7 +212,11 @@ class Loop:
             parameter.grad = piece.view_as(parameter)
 
     def validate(self) -> dict[str, float]:
-        """Metrics at an epoch's end, val_loss among them; without any, each epoch's end is the best so far."""
+        """Metrics at an epoch's end, val_loss among them.
+
+        Without any, each epoch's end is the best so far. A loss that is no number then leaves none to go back to: the
+        newest checkpoint may be one of the steps that diverged.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def run_epochs(
         False where it was asked to end before the end; where the loss is no number any more, it ends with True.
 
     Raises:
-        DivergedError: the loss is no number, and no earlier epoch has ended with one that is.
+        DivergedError: the loss is no number, and no earlier epoch has a validation loss to go back to.
     """
     config = loop.config
     for epoch in range(done // loop.per_epoch, config.epochs):
@@ -294,5 +298,6 @@ def run_epochs(
 def _refuse_without(best: float, what: str) -> None:
     if not math.isfinite(best):
         raise DivergedError(
-            f"the {what}, and no earlier epoch has another: the training has diverged; lower its learning rate"
+            f"the {what}, and no earlier epoch has a validation loss to go back to: the training has diverged; lower "
+            "its learning rate"
         )

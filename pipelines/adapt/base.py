@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from infra import session
+from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import made_from
@@ -41,7 +42,7 @@ from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
 from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, tokenizer_of
 from pplug.loop import Loop
-from pplug.merge import can_merge, copy_processors, merge_files
+from pplug.merge import can_merge, copy_processors, merge_files, refuse_not_finite
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.splice import Prompt, PromptBuilder
@@ -254,15 +255,27 @@ def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
 
     Args:
         record: content of made_from.json.
+
+    Raises:
+        InputError: the merged weights are not finite; no folder is written, and a former model stays.
     """
     folder = model_folder(llm.model, llm.revision)
-    by_file = can_merge(folder, Path(adapter))
     with whole_output(output, MODEL_FILES) as draft:
-        if by_file:
-            merge_files(folder, Path(adapter), draft)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
+        try:
+            _merge_weights(folder, Path(adapter), draft)
+        except FloatingPointError as error:
+            raise InputError(f"{error}: the training has diverged; lower lora.learning_rate") from error
         copy_processors(folder, draft)
         read_tokenizer(folder).save_pretrained(draft)
         (draft / made_from.FILE).write_text(record, encoding="utf-8")
+
+
+def _merge_weights(folder: Path, adapter: Path, draft: Path) -> None:
+    if can_merge(folder, adapter):
+        merge_files(folder, adapter, draft)
+        return
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        refuse_not_finite(name.removesuffix(".weight"), parameter)
+    merged.save_pretrained(draft)

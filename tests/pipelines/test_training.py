@@ -3,19 +3,24 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
+import peft
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
+from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
 from pipelines.adapt import job as adapt
+from pipelines.adapt.base import merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
-from pplug.llm import ParallelConfig
+from pplug.llm import LLMConfig, ParallelConfig
 from tests.pipelines import small
+from tests.pplug.models import tiny_llama
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
 
@@ -128,6 +133,35 @@ def test_a_training_that_diverges_is_not_tried_again(made, kind):
         made.run(train if kind == "plug" else adapt, name, **values)
     assert len(list((made.root / "runs" / name / "tensorboard").glob("events.out.tfevents.*"))) == 1  # one per try
     assert not (made.root / "runs" / name / kind).exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "known_names"),
+    [(torch.float32, 1e30, True), (torch.float32, 1e30, False), (torch.float16, 1e3, True)],
+    ids=["by file", "loaded", "beyond the files' numbers"],
+)
+def test_what_the_last_step_made_of_a_base_is_looked_at_before_it_takes_a_place(tmp_path, dtype, value, known_names):
+    """1e30 * 1e30 is no float32, and 8 * 1e3 * 1e3 is a float32 and no float16."""
+    llm, adapter, output = (str(tmp_path / name) for name in ("llm", "adapter", "base"))
+    model = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "llm"), dtype=dtype)
+    model.save_pretrained(llm)
+    if not known_names:  # as if saved from within the model: these are loaded as a whole
+        file = Path(llm, "model.safetensors")
+        save_file({name.removeprefix("model."): x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=["v_proj"]))
+    merge_into = (LLMConfig(model=llm), adapter, output, "{}")
+    for last_step in (0.01, value):
+        with torch.no_grad():
+            for name, parameter in lora.named_parameters():
+                if "lora_" in name:
+                    parameter.fill_(last_step)
+        lora.save_pretrained(adapter)
+        if last_step == 0.01:
+            merge(*merge_into)
+            before = Path(output, "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"v_proj holds values .* not finite: .* diverged; lower lora.learning_rate"):
+        merge(*merge_into)
+    assert Path(output, "model.safetensors").read_bytes() == before  # the former base stays
 
 
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
