@@ -2,7 +2,8 @@
 
 Route: plan_epoch -> micro-batches that fit the memory -> summed loss and gradients -> clipped step -> on_checkpoint.
 The order of the samples depends on the seed alone, never on the number of workers: two workers take the same steps as
-one, each on its share of the same batch. A step that does not fit the memory is taken again in smaller passes.
+one, each on its share of the same batch. Only dropout, which a base has, draws other values for another number of
+workers, as for another seed. A step that does not fit the memory is taken again in smaller passes.
 """
 
 import math
@@ -65,7 +66,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
 
 
 class DivergedError(FloatingPointError):
-    """A training has diverged and no earlier epoch has a validation loss to go back to: trying again would end alike."""
+    """A training has diverged and no earlier epoch has a validation loss to go back to: another try would end alike."""
 
 
 class Order(IntEnum):

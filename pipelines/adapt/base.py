@@ -151,7 +151,7 @@ def fit_base(given: dict[str, Any]) -> None:
     mesh = Mesh.of(rank, world, 1, device.type, llm_config.parallel.shard)
     llm = FrozenLLM.load(llm_config, mesh, device)
     torch.manual_seed(config.seed)
-    llm.model = model = _with_lora(llm.model, config)
+    llm.model = model = _with_lora(llm, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prompts, answers = _all_prompted(*load_examples(given["examples"], given["shards"]))
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
@@ -196,11 +196,12 @@ def _write(model: Any, folder: str, is_best: bool) -> None:
     model.save_pretrained(f"{folder}/adapter", state_dict=own)
 
 
-def _with_lora(model: Any, config: LoraConfig) -> Any:
-    """Puts one new LoRA on the base."""
-    shape = config.shape
+def _with_lora(llm: FrozenLLM, config: LoraConfig) -> Any:
+    """Puts one new LoRA on the base, which is taken apart before: to try that takes passes, and with an adapter in
+    training they would draw dropout from the generator of the step that asks first."""
+    shape, _ = config.shape, llm.parts
     return peft.get_peft_model(
-        model,
+        llm.model,
         peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=shape.rank,

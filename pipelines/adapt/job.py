@@ -274,7 +274,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     return code
 
 
-# What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
+# What may change from one start of a base's run to the next: it decides where and how fast. What comes out depends on
+# it as on a seed at most: dropout draws other values for another number of workers, or where a step is cut otherwise.
 _FREE = {"run_id", "run_dir", "output", "workers", "min_workers", "gpus_per_worker", "threads", "max_failures",
          "max_reject_fraction", "checkpoint_minutes", "stack", "changed_only", "batch_users", "wave_users",
          "max_history_items", "lora", "epochs", "track"}  # fmt: skip

@@ -13,12 +13,13 @@ from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
 from pipelines.adapt import job as adapt
-from pipelines.adapt.base import merge
+from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pplug import objective
 from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
-from pplug.llm import LLMConfig, ParallelConfig
+from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
 from tests.pipelines import small
 from tests.pplug.models import tiny_llama
 
@@ -162,6 +163,23 @@ def test_what_the_last_step_made_of_a_base_is_looked_at_before_it_takes_a_place(
     with pytest.raises(InputError, match=r"v_proj holds values .* not finite: .* diverged; lower lora.learning_rate"):
         merge(*merge_into)
     assert Path(output, "model.safetensors").read_bytes() == before  # the former base stays
+
+
+def test_the_first_step_of_a_resumed_base_draws_the_dropout_that_it_would_have_drawn_later(tmp_path, monkeypatch):
+    """With logits in pieces, the model is taken apart once: that draws nothing from a seeded step's generator."""
+    monkeypatch.setattr(objective, "LOGITS", 0)
+    llm = FrozenLLM.load(LLMConfig(model=str(tiny_llama(tmp_path))))
+    llm.model = _with_lora(llm, LoraConfig(dropout=0.5))
+    for name, module in llm.model.named_modules():
+        module.train("lora_dropout" in name)
+        if "lora_B" in name and hasattr(module, "weight"):  # as a checkpoint brings it
+            torch.nn.init.normal_(module.weight)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(float(_answers_loss(llm, [[5, 6, 7, 8]], [[9, 2]]).detach()))
+    assert losses[0] == losses[1] != losses[2]
+    assert llm.parts is not None
 
 
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
