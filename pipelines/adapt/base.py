@@ -40,7 +40,7 @@ from pplug.adapter import LoraConfig
 from pplug.fit import make_room
 from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
-from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, tokenizer_of
+from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, refuse_another, tokenizer_of
 from pplug.loop import Loop
 from pplug.merge import can_merge, copy_processors, merge_files, refuse_not_finite
 from pplug.objective import target_loss
@@ -138,9 +138,13 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports each epoch.
 
     Args:
-        given: llm, lora (LoraConfig), checkpointing, examples (folder), shards (the files written there), cpu
-            (CpuShare), left (checkpoints without a record), run_dir, checkpoint_minutes, track (arguments of
-            `tracker`), started_in (the driver's folder), ending (for `infra.trainer.Asked`).
+        given: llm, llm_id (its identity where the job was started), lora (LoraConfig), checkpointing, examples
+            (folder), shards (the files written there), cpu (CpuShare), left (checkpoints without a record), run_dir,
+            checkpoint_minutes, track (arguments of `tracker`), started_in (the driver's folder), ending (for
+            `infra.trainer.Asked`).
+
+    Raises:
+        ValueError: the model on this machine is not `llm_id`.
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
@@ -150,6 +154,7 @@ def fit_base(given: dict[str, Any]) -> None:
     llm_config, device = LLMConfig.model_validate(given["llm"]), worker_device()
     mesh = Mesh.of(rank, world, 1, device.type, llm_config.parallel.shard)
     llm = FrozenLLM.load(llm_config, mesh, device)
+    refuse_another(llm_config, given["llm_id"])
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

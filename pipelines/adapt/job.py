@@ -243,6 +243,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             fit_base,
             {
                 "llm": config.llm.model_dump(),
+                "llm_id": base,
                 "lora": config.trained.model_dump(),
                 "checkpointing": config.stack.checkpointing,
                 "examples": examples,
