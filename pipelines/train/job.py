@@ -78,6 +78,8 @@ def _run(config: Config, run_id: str) -> int:
     target = config.plug or below(run_dir, "plug")
     check_output("plug", target, PLUG_FILES, run_dir)
     settings = decisive(config, identities) | {begun.TASK: task.model_dump(mode="json")}
+    if blind and config.shape.request_value:
+        settings[begun.QUERY_ENCODER] = encoder
     begun.read(run_dir, "train", run_id, settings)
     snapshots = {}
     for name in filter(None, ("histories", embeddings_name, "requests")):

@@ -16,12 +16,13 @@ from pipelines.adapt import job as adapt
 from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train.config import PlugShape
 from pplug import objective
 from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
 from tests.pipelines import small
-from tests.pplug.models import tiny_llama
+from tests.pplug.models import tiny_bert, tiny_llama
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
 
@@ -194,6 +195,33 @@ def test_workers_that_would_share_a_gpu_are_refused_at_the_start(tmp_path):
     for job, more in ((train, {}), (adapt, {"stage": "base"}), (adapt, {"stage": "users"})):
         with pytest.raises(InputError, match="gpus_per_worker=0.5: 2 workers of a training cannot share a GPU"):
             job.run(job.Config(**given, **more, workers=2))
+
+
+def test_a_soft_prompt_that_reads_queries_goes_on_with_the_encoder_that_it_began_with(tmp_path, ray_session):
+    """The run ends behind its record, for want of processors."""
+    made = small.make(tmp_path, train_users=2, test_users=2, train_requests=1, test_requests=1)
+    made.ingest("train", buckets=2)
+
+    def begin(name, request_value=True):
+        shape = PlugShape(without_history=True, request_value=request_value)
+        with pytest.raises(InputError) as refused:
+            made.run(train, name, **made.common, llm=made.llm, shape=shape, workers=10_000)
+        return str(refused.value)
+
+    def record(name):
+        (path,) = (tmp_path / "runs" / name).glob("*.begun.json")
+        return path, json.loads(path.read_text())
+
+    for name, request_value in (("reads", True), ("before", True), ("blind", False)):
+        assert "needs 10002 CPU" in begin(name, request_value)
+    path, known = record("before")
+    assert known["config"].pop("query_encoder_id") == record("reads")[1]["config"]["query_encoder_id"]
+    path.write_text(json.dumps(known))  # as an earlier release wrote it
+    tiny_bert(Path(made.encoder.model), dim=16, seed=1)
+    assert "began with another query_encoder_id" in begin("reads")
+    for name, request_value in (("before", True), ("blind", False)):
+        assert "needs 10002 CPU" in begin(name, request_value)
+    assert record("reads")[1]["config"]["encoder_id"] is None
 
 
 def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
