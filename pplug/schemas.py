@@ -68,7 +68,10 @@ PERSONAS = _schema(
 
 ADAPTERS = _schema(
     ("user_id", pa.string()),
-    ("adapter_id", pa.string()),  # <fit_id>-<hash of the weights>: changes with either
+    (
+        "adapter_id",
+        pa.string(),
+    ),  # <fit_id>-<hash of the weights>: changes with either; imported-<hash of weights and alpha>
     ("llm_id", pa.string()),
     ("rank", pa.int32()),
     ("alpha", pa.float32()),
