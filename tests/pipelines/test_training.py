@@ -5,8 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
+import ray.train
 import torch
 from safetensors.torch import load, load_file, save_file
 from transformers import LlamaForCausalLM
@@ -17,10 +19,14 @@ from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
+from pipelines.training import Checkpoints
+from pipelines.training import train as run_worker
 from pplug import objective
 from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
+from pplug.loop import Loop, Order
+from pplug.parallel import Mesh
 from tests.pipelines import small
 from tests.pplug.models import tiny_bert, tiny_llama
 
@@ -195,6 +201,58 @@ def test_workers_that_would_share_a_gpu_are_refused_at_the_start(tmp_path):
     for job, more in ((train, {}), (adapt, {"stage": "base"}), (adapt, {"stage": "users"})):
         with pytest.raises(InputError, match="gpus_per_worker=0.5: 2 workers of a training cannot share a GPU"):
             job.run(job.Config(**given, **more, workers=2))
+
+
+class EndAt:
+    """Orders that end a training at a step; 0: at none."""
+
+    def __init__(self, step):
+        self.step, self.taken = step, 0
+
+    def saved(self):
+        """As `Orders` has it."""
+
+    def __call__(self):
+        self.taken += 1
+        return Order.END if self.taken == self.step else Order.GO_ON
+
+
+def test_the_loss_of_an_epoch_is_that_of_all_its_steps_wherever_the_run_was_interrupted(tmp_path, monkeypatch):
+    """Two epochs of four steps: unbroken, ended behind the sixth step and continued, and started again at its end."""
+    reports, numbers = [], torch.arange(1.0, 9.0)
+    monkeypatch.setattr(ray.train, "report", lambda metrics, checkpoint=None: reports.append(metrics))
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+
+    def start(name, end=0, left=()):
+        weight = torch.nn.Parameter(torch.ones(()))
+        config, two = LoraConfig(batch_size=2, epochs=2, learning_rate=0.1), np.full(8, 2)
+        loop = Loop(
+            [{"params": [weight]}], config, two, two, lambda part, _: (weight * numbers[part]).sum(), Mesh(0, 1)
+        )
+
+        def read(folder):
+            state = torch.load(f"{folder}/weight")
+            return lambda: weight.data.copy_(state)
+
+        def write(folder, is_best):
+            torch.save(weight.data, f"{folder}/weight")
+
+        (tmp_path / name).mkdir()
+        checkpoints = Checkpoints("adapt", str(tmp_path / name), loop, read, write)
+        checkpoints.load(list(left))
+        run_worker(checkpoints, rank=0, orders=EndAt(end), more=lambda found: found | {"loss": found["train_loss"]})
+        return checkpoints
+
+    whole = start("whole")
+    losses = [loss for _, loss in whole.losses]
+    assert len(losses) == 8
+    first = start("first", end=6)
+    assert reports[-1]["loss"] == pytest.approx((losses[4] + losses[5]) / 2)
+    second = start("second", left=[first.folder])
+    mean = (losses[4] + losses[5] + losses[6] + losses[7]) / 4
+    assert reports[-1]["loss"] == pytest.approx(mean) and reports[-1]["step"] == 8
+    start("again", left=[second.folder])
+    assert reports[-1]["loss"] == pytest.approx(mean) and len(reports) == 2 + 2 + 1 + 1
 
 
 def test_a_soft_prompt_that_reads_queries_goes_on_with_the_encoder_that_it_began_with(tmp_path, ray_session):
