@@ -67,7 +67,7 @@ def _run(config: Config, run_id: str) -> int:
     run_dir = report.run_dir
     # of a run that began before: the task that `ingest` stores may have got another label since
     began = {name.partition("-")[0]: version for name, version in begun.versions(run_dir, run_id).items()}
-    versions = {**config.as_of_version, **began}
+    versions: dict[Any, int] = {**config.as_of_version, **began}
     histories = tables.snapshot(config.tables, "histories", versions)
     task = _task(config, histories)
     encoder, llm = _models(config, task)
