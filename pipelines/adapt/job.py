@@ -222,8 +222,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     check_output("output", output, MODEL_FILES, run_dir)
     left_out = tables.read_users(config.users) or frozenset()
     decisive = _decisive(config, task, left_out, base)
-    known = begun.read(run_dir, "adapt", run_id, decisive)
-    snapshots = _base_snapshots(config, report, known)
+    snapshots = _base_snapshots(config, report, begun.read(run_dir, "adapt", run_id, decisive))
     begun.write(run_dir, "adapt", run_id, decisive, snapshots)
     examples = Storage(run_dir).join("examples", run_id).uri  # another run's examples may lie in the same run_dir
     shards, counts = _examples(config, report, snapshots, task, left_out, examples)
