@@ -14,6 +14,8 @@ from infra.storage import Storage
 
 TASK = "task_entry"
 """Key of the entry of the task that is learned, which records of earlier releases lack."""
+QUERY_ENCODER = "query_encoder_id"
+"""Key of the encoder that a plug without vectors learns queries from, which records of earlier releases lack."""
 
 
 def versions(run_dir: str, run_id: str) -> dict[str, int]:
@@ -41,7 +43,7 @@ def read(run_dir: str, job: str, run_id: str, decisive: Mapping[str, Any]) -> di
     if known.get("job") != job:
         raise InputError(f"run {run_id} in {run_dir} began as job {known.get('job')}, not {job}; give another --run-id")
     before, now = known["config"], json.loads(json.dumps(dict(decisive)))
-    unknown = {TASK} - before.keys()
+    unknown = {TASK, QUERY_ENCODER} - before.keys()
     changed = [key for key in {**now, **before} if key not in unknown and before.get(key) != now.get(key)]
     if changed or "tables" not in known:
         key = (changed or ["version"])[0]

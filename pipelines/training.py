@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray.train
@@ -133,6 +134,11 @@ class Checkpoints:
         self.loop.load_state(state)
         print(f"{self.job}: goes on at step {self.step}", flush=True)
 
+    def epoch_loss(self, epoch: int) -> float:
+        """Mean loss of the steps of an epoch so far, with those that an earlier start of the run has taken."""
+        first = epoch * self.loop.per_epoch
+        return fmean(loss for step, loss in self.losses if step > first)
+
     def save(self, metrics: dict[str, float], is_best: bool) -> None:
         """Writes the folder anew."""
         self.write(self.folder, is_best)
@@ -220,7 +226,7 @@ def train(
             curves.add(step, "train", loss)
 
     def on_checkpoint(step: int, metrics: dict[str, float], is_best: bool) -> None:
-        metrics = more(metrics)
+        metrics = more(metrics | {"train_loss": checkpoints.epoch_loss(int(metrics["epoch"]))})
         orders.saved()
         if not first:
             ray.train.report(metrics)
@@ -242,7 +248,7 @@ def train(
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
-        ray.train.report(more({"step": begun, "best_val_loss": checkpoints.best}), checkpoint=checkpoint)
+        ray.train.report(more(checkpoints.history[-1]), checkpoint=checkpoint)
     elif first and not whole:
         print(f"{job}: asked to end, ends at step {taken} of {loop.steps}; the checkpoint is saved", flush=True)
     elif first and taken < loop.steps:

@@ -86,7 +86,7 @@ class LoraConfig(Settings):
     """A step with more tokens than this is computed in parts."""
     storage_dtype: Literal["bfloat16", "float32"] = renamed("stored", "bfloat16")
     """Number format of the weights in the table; they are trained in float32."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the first weights, the order of the examples and the dropout."""
 
 

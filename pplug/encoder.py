@@ -427,3 +427,17 @@ def encoder_id(config: EncoderConfig, item_rule: str) -> str:
         "item_rule": item_rule,
     }
     return short_id(parts if config.long_text == "cut" else parts | {"long_text": config.long_text})
+
+
+def refuse_another_encoder(config: EncoderConfig, item_rule: str, expected: str) -> None:
+    """Compares the encoder on this machine with the identity that the job was started with.
+
+    Raises:
+        ValueError: it is another encoder.
+    """
+    found = encoder_id(config, item_rule)
+    if found != expected:
+        raise ValueError(
+            f"{config.model} is encoder {found} on this machine, and {expected} where the job was started; put the "
+            "same model there on all machines"
+        )

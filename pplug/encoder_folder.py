@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pplug.identity import file_digest, weights_id
+from pplug.identity import built_tokenizer_digests, file_digest, weights_id
 from pplug.settings import Settings
 
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -212,9 +212,12 @@ class EncoderFolder:
         """Everything in the folder that decides a vector beside its prompts.
 
         Encoders that were known before modules were (one transformer, pooling cls or mean) have just these two keys, so
-        that tables of their vectors are still found.
+        that tables of their vectors are still found; but for a tokenizer that is built from a vocabulary, which had no
+        part in them.
         """
         parts: dict[str, Any] = {"weights": weights_id(self.transformer), "pooling": self.head.pooling}
+        if tokenizer := built_tokenizer_digests(self.transformer):
+            parts["tokenizer"] = tokenizer
         if self.head.simple is None:
             parts["head"] = self.head.decisive(exclude={"prompt_tokens"})
         if self.dense:

@@ -54,7 +54,7 @@ class FitConfig(Settings):
     """Number of epochs without a lower validation loss after which the training ends early; default: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the first weights, the order of the samples, the items left out and the users held out."""
 
     def decisive(self, **choice: Any) -> dict[str, Any]:

@@ -50,6 +50,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+_WHOLE_TOKENIZERS = ("tokenizer.json", "spiece.model")
+"""Files that are a whole tokenizer; without them, transformers builds one from a vocabulary and its settings."""
+_VOCABULARIES = ("vocab.*", "merges.txt", "*.model", "*.tiktoken")
+
+
 def weights_id(folder: Path) -> str:
     """Identity of what a model folder computes: its weights and its config, not its name or place.
 
@@ -61,7 +66,7 @@ def weights_id(folder: Path) -> str:
         raise FileNotFoundError(f"{folder}: no weights ({' or '.join(WEIGHTS)}); expected a transformers model folder")
     config = json.loads((folder / "config.json").read_text())
     config = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
-    tokenizer = [file_digest(path) for path in (folder / "tokenizer.json", folder / "spiece.model") if path.exists()]
+    tokenizer = [file_digest(folder / name) for name in _WHOLE_TOKENIZERS if (folder / name).exists()]
     return short_id({"weights": [digests.blake2b(path) for path in files], "config": config, "tokenizer": tokenizer})
 
 
@@ -148,6 +153,16 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
         elif path.is_file():
             out[name] = file_digest(path)
     return out
+
+
+def built_tokenizer_digests(folder: Path) -> dict[str, str]:
+    """Digest of each file that decides a tokenizer which `weights_id` leaves out: one that is built from a vocabulary.
+
+    Empty for a folder that has a whole tokenizer, or none.
+    """
+    is_whole = any((folder / name).exists() for name in _WHOLE_TOKENIZERS)
+    built = not is_whole and any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
+    return tokenizer_digests(folder) if built else {}
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 Route: plan_epoch -> micro-batches that fit the memory -> summed loss and gradients -> clipped step -> on_checkpoint.
 The order of the samples depends on the seed alone, never on the number of workers: two workers take the same steps as
-one, each on its share of the same batch. A step that does not fit the memory is taken again in smaller passes.
+one, each on its share of the same batch. Only dropout, which a base has, draws other values for another number of
+workers, as for another seed. A step that does not fit the memory is taken again in smaller passes.
 """
 
 import math
@@ -65,7 +66,7 @@ def micro_batches(indices: np.ndarray, lengths: np.ndarray, budget: int) -> list
 
 
 class DivergedError(FloatingPointError):
-    """A training has diverged before any of its epochs has ended well: trying again would end alike."""
+    """A training has diverged and no earlier epoch has a validation loss to go back to: another try would end alike."""
 
 
 class Order(IntEnum):
@@ -212,7 +213,11 @@ class Loop:
             parameter.grad = piece.view_as(parameter)
 
     def validate(self) -> dict[str, float]:
-        """Metrics at an epoch's end, val_loss among them; without any, each epoch's end is the best so far."""
+        """Metrics at an epoch's end, val_loss among them.
+
+        Without any, each epoch's end is the best so far. A loss that is no number then leaves none to go back to: the
+        newest checkpoint may be one of the steps that diverged.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -257,7 +262,7 @@ def run_epochs(
         False where it was asked to end before the end; where the loss is no number any more, it ends with True.
 
     Raises:
-        DivergedError: the loss is no number, and no earlier epoch has ended with one that is.
+        DivergedError: the loss is no number, and no earlier epoch has a validation loss to go back to.
     """
     config = loop.config
     for epoch in range(done // loop.per_epoch, config.epochs):
@@ -294,5 +299,6 @@ def run_epochs(
 def _refuse_without(best: float, what: str) -> None:
     if not math.isfinite(best):
         raise DivergedError(
-            f"the {what}, and no earlier epoch has another: the training has diverged; lower its learning rate"
+            f"the {what}, and no earlier epoch has a validation loss to go back to: the training has diverged; lower "
+            "its learning rate"
         )

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,9 @@ def merge_files(base: Path, adapter: Path, output: Path) -> None:
 
     Args:
         adapter: folder as PEFT saves it, of a plain LoRA.
+
+    Raises:
+        FloatingPointError: as `refuse_not_finite`.
     """
     config = json.loads((adapter / CONFIG_FILE).read_text())
     scale = config["lora_alpha"] / config["r"]
@@ -41,10 +45,22 @@ def merge_files(base: Path, adapter: Path, output: Path) -> None:
             if b is not None:
                 delta = b.float() @ tensors[f"{_PREFIX}{module}.lora_A.weight"].float() * scale
                 held[name] = (held[name] + delta).to(held[name].dtype)
+                refuse_not_finite(module, held[name])
         save_file(held, output / file.name, metadata=metadata)
     for name in _COPIED:
         if (base / name).exists():
             shutil.copy(base / name, output / name)
+
+
+def refuse_not_finite(module: str, weight: torch.Tensor) -> None:
+    """Refuses a merged weight that no model could compute with: a step's loss is taken before the step, so that no loss
+    tells what the last one made.
+
+    Raises:
+        FloatingPointError: the weight holds a value that is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise FloatingPointError(f"with the adapter added, the weight of {module} holds values that are not finite")
 
 
 def copy_processors(base: Path, output: Path) -> None:

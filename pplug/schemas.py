@@ -68,7 +68,8 @@ PERSONAS = _schema(
 
 ADAPTERS = _schema(
     ("user_id", pa.string()),
-    ("adapter_id", pa.string()),  # <fit_id>-<hash of the weights>: changes with either
+    # <fit_id>-<hash of the weights>, or imported-<hash of weights and alpha>: changes with each of them
+    ("adapter_id", pa.string()),
     ("llm_id", pa.string()),
     ("rank", pa.int32()),
     ("alpha", pa.float32()),

@@ -53,7 +53,8 @@ def prompt_stage(
     if kinds["profile"] and profiles is not None:
         parts.append(Profile(profiles, profile or ProfileConfig(), retrieval.input_share))
     if kinds["retrieval"]:
-        parts.append(Retrieval(retrieval, kinds["retrieval"]))
+        identity = embeddings.metadata.get("encoder_id", "") if embeddings is not None else ""
+        parts.append(Retrieval(retrieval, kinds["retrieval"], identity))
     if kinds["plug"] and plug is not None:
         parts.append(Plug(plug, plug_id(plug), kinds["plug"], personas))
     if kinds["adapter"] and adapters is not None:

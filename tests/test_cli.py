@@ -16,7 +16,7 @@ from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
 from infra.storage import Storage
 from pipelines import __main__ as cli
-from pipelines import failures
+from pipelines import failures, options
 
 
 class Encoder(BaseModel):
@@ -130,6 +130,21 @@ def wrong(capsys, *words: str) -> str:
     out, err = capsys.readouterr()
     assert not out and "Traceback" not in err
     return err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64)])
+@pytest.mark.parametrize(
+    ("job", "words", "key"),
+    [
+        ("train", ["--tables", "t", "--set", "llm.model=m"], "fit.seed"),
+        ("adapt", ["--tables", "t", "--set", "llm.model=m", "stage=base"], "lora.seed"),
+        ("demo", ["--set"], "seed"),
+    ],
+)
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_starts(job, words, key, seed):
+    config = cli.JOBS[job].config
+    with pytest.raises(InputError, match=rf"(^|\s){key}: .*{seed}"):
+        options.check(config, options.read([*words, f"{key}={seed}"], config))
 
 
 def test_unknown_job_names_the_nearest_and_all_others(capsys):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from infra import session
+from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines import made_from
@@ -39,9 +40,9 @@ from pplug.adapter import LoraConfig
 from pplug.fit import make_room
 from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
-from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, tokenizer_of
+from pplug.llm import FrozenLLM, LLMConfig, read_tokenizer, refuse_another, tokenizer_of
 from pplug.loop import Loop
-from pplug.merge import can_merge, copy_processors, merge_files
+from pplug.merge import can_merge, copy_processors, merge_files, refuse_not_finite
 from pplug.objective import target_loss
 from pplug.parallel import Mesh
 from pplug.splice import Prompt, PromptBuilder
@@ -137,9 +138,13 @@ def fit_base(given: dict[str, Any]) -> None:
     """One Ray Train worker: loads the model, goes on from a checkpoint if there is one, trains, reports each epoch.
 
     Args:
-        given: llm, lora (LoraConfig), checkpointing, examples (folder), shards (the files written there), cpu
-            (CpuShare), left (checkpoints without a record), run_dir, checkpoint_minutes, track (arguments of
-            `tracker`), started_in (the driver's folder), ending (for `infra.trainer.Asked`).
+        given: llm, llm_id (its identity where the job was started), lora (LoraConfig), checkpointing, examples
+            (folder), shards (the files written there), cpu (CpuShare), left (checkpoints without a record), run_dir,
+            checkpoint_minutes, track (arguments of `tracker`), started_in (the driver's folder), ending (for
+            `infra.trainer.Asked`).
+
+    Raises:
+        ValueError: the model on this machine is not `llm_id`.
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
@@ -149,8 +154,9 @@ def fit_base(given: dict[str, Any]) -> None:
     llm_config, device = LLMConfig.model_validate(given["llm"]), worker_device()
     mesh = Mesh.of(rank, world, 1, device.type, llm_config.parallel.shard)
     llm = FrozenLLM.load(llm_config, mesh, device)
+    refuse_another(llm_config, given["llm_id"])
     torch.manual_seed(config.seed)
-    llm.model = model = _with_lora(llm.model, config)
+    llm.model = model = _with_lora(llm, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prompts, answers = _all_prompted(*load_examples(given["examples"], given["shards"]))
     lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int64)
@@ -195,11 +201,12 @@ def _write(model: Any, folder: str, is_best: bool) -> None:
     model.save_pretrained(f"{folder}/adapter", state_dict=own)
 
 
-def _with_lora(model: Any, config: LoraConfig) -> Any:
-    """Puts one new LoRA on the base."""
-    shape = config.shape
+def _with_lora(llm: FrozenLLM, config: LoraConfig) -> Any:
+    """Puts one new LoRA on the base, which is taken apart before: to try that takes passes, and with an adapter in
+    training they would draw dropout from the generator of the step that asks first."""
+    shape, _ = config.shape, llm.parts
     return peft.get_peft_model(
-        model,
+        llm.model,
         peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=shape.rank,
@@ -254,15 +261,27 @@ def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
 
     Args:
         record: content of made_from.json.
+
+    Raises:
+        InputError: the merged weights are not finite; no folder is written, and a former model stays.
     """
     folder = model_folder(llm.model, llm.revision)
-    by_file = can_merge(folder, Path(adapter))
     with whole_output(output, MODEL_FILES) as draft:
-        if by_file:
-            merge_files(folder, Path(adapter), draft)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
+        try:
+            _merge_weights(folder, Path(adapter), draft)
+        except FloatingPointError as error:
+            raise InputError(f"{error}: the training has diverged; lower lora.learning_rate") from error
         copy_processors(folder, draft)
         read_tokenizer(folder).save_pretrained(draft)
         (draft / made_from.FILE).write_text(record, encoding="utf-8")
+
+
+def _merge_weights(folder: Path, adapter: Path, draft: Path) -> None:
+    if can_merge(folder, adapter):
+        merge_files(folder, adapter, draft)
+        return
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        refuse_not_finite(name.removesuffix(".weight"), parameter)
+    merged.save_pretrained(draft)

@@ -71,7 +71,8 @@ class Config(ResumableConfig):
     task: str | None = None
     """Task name or YAML file; default: the one that `ingest` stored."""
     workers: int = Field(1, gt=0)
-    """Number of training actors: one per GPU, or one per core of a CPU node."""
+    """Number of training actors: one per GPU, or one per core of a CPU node. A base's run may go on with another
+    number; with lora.dropout above 0, the steps from there on draw other masks, as with another seed."""
     min_workers: int | None = Field(None, gt=0)
     """Least number of training actors of stage users. The job starts with it; Ray Data adds others up to `workers`
     while there is work for them and room in the cluster, and takes them away again. Default: workers."""

@@ -222,8 +222,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     check_output("output", output, MODEL_FILES, run_dir)
     left_out = tables.read_users(config.users) or frozenset()
     decisive = _decisive(config, task, left_out, base)
-    known = begun.read(run_dir, "adapt", run_id, decisive)
-    snapshots = _base_snapshots(config, report, known)
+    snapshots = _base_snapshots(config, report, begun.read(run_dir, "adapt", run_id, decisive))
     begun.write(run_dir, "adapt", run_id, decisive, snapshots)
     examples = Storage(run_dir).join("examples", run_id).uri  # another run's examples may lie in the same run_dir
     shards, counts = _examples(config, report, snapshots, task, left_out, examples)
@@ -243,6 +242,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             fit_base,
             {
                 "llm": config.llm.model_dump(),
+                "llm_id": base,
                 "lora": config.trained.model_dump(),
                 "checkpointing": config.stack.checkpointing,
                 "examples": examples,
@@ -274,7 +274,8 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     return code
 
 
-# What may change from one start of a base's run to the next: it decides where and how fast, not what comes out.
+# What may change from one start of a base's run to the next: it decides where and how fast. What comes out depends on
+# it as on a seed at most: dropout draws other values for another number of workers, or where a step is cut otherwise.
 _FREE = {"run_id", "run_dir", "output", "workers", "min_workers", "gpus_per_worker", "threads", "max_failures",
          "max_reject_fraction", "checkpoint_minutes", "stack", "changed_only", "batch_users", "wave_users",
          "max_history_items", "lora", "epochs", "track"}  # fmt: skip

@@ -43,7 +43,10 @@ RETRIEVAL_ITEMS = 512
 
 def fit_id(lora: LoraConfig, llm_id: str, task: TaskSpec, rule: ExampleRule, cap: int) -> str:
     """Identity of all that decides an adapter beside the user's own items."""
-    form = task.model_dump(mode="json", include={"input", "target", "marker", "query_end", "retrieval"})
+    fields = {"input", "target", "marker", "query_end", "retrieval"}
+    if rule.retrieve != "none":  # it says what is searched, and what of an item is cut
+        fields.add("item_without_label")
+    form = task.model_dump(mode="json", include=fields)
     rules = {"task": form, "rule": rule.decisive(), "cap": cap}
     # how a step is cut to fit the memory decides which values dropout draws, as a seed does, and no more; it stands
     # there as it did when it was part of the identity

@@ -173,7 +173,7 @@ def _plan(
     config, report = using.config, using.report
     users = keys_by_bucket(tables.read_users(config.users, opened.requests), generations.buckets)
     identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "fit_id": ""}
-    identities |= {"profile_id": "", "decoding_id": opened.decoding.decoding_id}
+    identities |= {"profile_id": "", "encoder_id": "", "decoding_id": opened.decoding.decoding_id}
     identities |= {"settings_id": settings_id(config, opened.task)}
     for part in parts:
         identities |= part.identities()

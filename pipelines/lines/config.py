@@ -213,7 +213,7 @@ class DemoConfig(Settings):
     """Everything is written below; a demo that stood there before is removed."""
     run_id: str = "demo"
     """Name of the evaluation's run."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the world and of every training."""
     quick: bool = False
     """True takes fewer people wherever no number is given: the same table with wider intervals, in less time."""

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra import device
+from infra.errors import InputError
 from infra.snapshot import Snapshot
 from pipelines.histories import decode_fields, list_f32, pair_keys
 from pipelines.refresh.increment import Since
 from pipelines.run import CpuShare
 from pipelines.waves import DETAIL, REASON
-from pplug.encoder import EncoderConfig, TextEncoder
+from pplug.encoder import EncoderConfig, TextEncoder, refuse_another_encoder
 from pplug.history import item_text
 from pplug.tasks import TaskSpec
 
@@ -168,11 +169,20 @@ class EmbedTexts:
          and a reason for a text whose vector is not finite
     """
 
-    def __init__(self, config: EncoderConfig, encoder_id: str, cpu: CpuShare) -> None:
+    def __init__(self, config: EncoderConfig, item_rule: str, encoder_id: str, cpu: CpuShare) -> None:
+        """`item_rule`: the template of the texts.
+
+        Raises:
+            InputError: the encoder on this machine is not `encoder_id`.
+        """
         import torch
 
         torch.set_num_threads(cpu.torch_threads())
         self.encoder = TextEncoder(config, device.assigned())
+        try:
+            refuse_another_encoder(config, item_rule, encoder_id)
+        except ValueError as error:
+            raise InputError(f"encoder: {error}") from error
         self.encoder_id = encoder_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:

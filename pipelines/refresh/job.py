@@ -289,7 +289,8 @@ def _embed(night: Night, embeddings: "Table", rejects: "Table", since: Since) ->
         steps=[
             waves.tasks(read),
             waves.actors(
-                EmbedTexts, config.encoder, night.encoder_id, night.cpu(config.gpus_per_worker),
+                EmbedTexts, config.encoder, night.task.item_template(config.encoder.with_label), night.encoder_id,
+                night.cpu(config.gpus_per_worker),
                 least=config.least("workers"), size=config.workers, rows=BLOCK_TEXTS, gpus=config.gpus_per_worker,
             ),
         ],

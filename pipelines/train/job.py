@@ -36,7 +36,7 @@ from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors
 from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_workers, worker_device
 from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
-from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder
+from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder, refuse_another_encoder
 from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, drawn, encode_queries
 from pplug.fit_config import held_out
@@ -67,7 +67,8 @@ def _run(config: Config, run_id: str) -> int:
     run_dir = report.run_dir
     # of a run that began before: the task that `ingest` stores may have got another label since
     began = {name.partition("-")[0]: version for name, version in begun.versions(run_dir, run_id).items()}
-    histories = tables.snapshot(config.tables, "histories", {**config.as_of_version, **began})
+    versions: dict[Any, int] = {**config.as_of_version, **began}
+    histories = tables.snapshot(config.tables, "histories", versions)
     task = _task(config, histories)
     encoder, llm = _models(config, task)
     answers = known_answers(config, task)
@@ -77,9 +78,9 @@ def _run(config: Config, run_id: str) -> int:
     target = config.plug or below(run_dir, "plug")
     check_output("plug", target, PLUG_FILES, run_dir)
     settings = decisive(config, identities) | {begun.TASK: task.model_dump(mode="json")}
-    versions: dict[Any, int] = {**config.as_of_version}
-    known = begun.read(run_dir, "train", run_id, settings)
-    versions |= {name.partition("-")[0]: version for name, version in known.items()}
+    if blind and config.shape.request_value:
+        settings[begun.QUERY_ENCODER] = encoder
+    begun.read(run_dir, "train", run_id, settings)
     snapshots = {}
     for name in filter(None, ("histories", embeddings_name, "requests")):
         snapshots[name] = tables.snapshot(config.tables, name, versions)
@@ -88,8 +89,7 @@ def _run(config: Config, run_id: str) -> int:
     histories, requests, embeddings = snapshots["histories"], snapshots["requests"], snapshots.get(embeddings_name)
     width = None
     if config.encoder.own is not None:  # of a soft prompt, too
-        own = embeddings or tables.snapshot(config.tables, tables.embeddings_name(encoder), {})
-        width = width_of(own)
+        width = width_of(embeddings or tables.snapshot(config.tables, tables.embeddings_name(encoder), {}))
 
     session.start(
         need={"CPU": config.workers + 2.0, "GPU": config.workers * config.gpus_per_worker},
@@ -112,7 +112,8 @@ def _run(config: Config, run_id: str) -> int:
     _check_times(config, counts)
     _check_answers(config, answers, tokens)
     with report.stage("fit") as stage:
-        facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, (answers, tokens))
+        made_for = (task.item_template(config.encoder.with_label), encoder)
+        facts = _fit(config, run_id, run_dir, (samples, shards), identities, made_for, target, width, (answers, tokens))
         stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
     report.written = counts["samples"]
     report.extra |= facts
@@ -213,6 +214,7 @@ def _fit(
     run_dir: str,
     samples: "tuple[str, list[Shard]]",
     identities: dict[str, str | None],
+    made_for: tuple[str, str],
     target: str,
     width: int | None,
     answers: tuple[LabelSet | AnswerTokens | None, list[int]],
@@ -223,6 +225,7 @@ def _fit(
         "config": config.model_dump(),
         "samples": samples,
         "identities": identities,
+        "made_for": made_for,
         "width": width,
         "answers": answers,
         "cpu": CpuShare(config.workers, config.threads),
@@ -276,6 +279,7 @@ def fit_worker(given: dict[str, Any]) -> None:
     answers, tokens = given["answers"]
     plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], answers, tokens, mesh, device)
     refuse_another(config.llm, given["identities"]["llm_id"])
+    refuse_another_encoder(config.encoder, *given["made_for"])
     plug.to(device)
     with tempfile.TemporaryDirectory() as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)

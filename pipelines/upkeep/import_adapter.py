@@ -21,7 +21,7 @@ from pipelines.run import begin
 from pipelines.upkeep.config import ImportAdapterConfig as Config
 from pipelines.waves import commit_first, next_group
 from pplug.adapter import IMPORTED, content_id, to_bytes
-from pplug.identity import model_folder
+from pplug.identity import model_folder, short_id
 from pplug.llm import llm_id
 from pplug.peft_folder import read_lora
 from pplug.stand_in import SAMPLE, llm_sample
@@ -54,8 +54,9 @@ def _run(config: Config, report: RunReport) -> int:
             f"the adapters in {config.tables} stand on LLM {known} (weights and prompt layout), but {config.llm.model} "
             f"with this layout is {made_for}: a table has adapters of one base"
         )
+    content = short_id({"weights": content_id(data), "alpha": shape.alpha})  # no settings say by how much they count
     row = _made_from(config.user_id, histories) | {
-        "adapter_id": f"{IMPORTED}-{content_id(data)}",
+        "adapter_id": f"{IMPORTED}-{content}",
         "llm_id": made_for,
         "rank": shape.rank,
         "alpha": shape.alpha,

@@ -101,7 +101,8 @@ def encode(given: Given) -> list[dict[str, Any]]:
     shutil.rmtree(place, ignore_errors=True)
     made = tables.open_or_create(place, tables.embeddings_name(population.encoder_id), 8)
     timer = Timer()
-    stage = EmbedTexts(EncoderConfig(), population.encoder_id, CpuShare(1, given.threads))
+    rule = population.entry.item_template(EncoderConfig().with_label)
+    stage = EmbedTexts(EncoderConfig(), rule, population.encoder_id, CpuShare(1, given.threads))
     stage.encoder.encode(population.texts()[:100])
     stage.encoder.tokenize = timer.timed("tokenising", stage.encoder.tokenize)  # type: ignore[method-assign]
     reading = ReadPending(histories, made.snapshot(), Since(), frozenset(), population.entry, True)

@@ -56,7 +56,7 @@ class HashTexts:
     Turned by a fixed random matrix, so that the values are as dense, and compress as badly, as an encoder's.
     """
 
-    def __init__(self, config: object, encoder_id: str, threads: int) -> None:
+    def __init__(self, config: object, item_rule: str, encoder_id: str, threads: int) -> None:
         self.encoder_id = encoder_id
         self.turn = np.random.default_rng(0).standard_normal((DIM, DIM)).astype(np.float32)
 

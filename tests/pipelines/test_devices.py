@@ -23,6 +23,7 @@ from pipelines.train.config import Config as TrainConfig
 from pipelines.train.job import make_models
 from pipelines.training import worker_device
 from pplug.adapter import LoraConfig, StackConfig
+from pplug.encoder import encoder_id
 from pplug.llm import llm_id, tokenizer_of
 from pplug.plug import plug_id
 from pplug.retrieval import RetrievalConfig
@@ -41,7 +42,7 @@ def world(tmp_path_factory):
 
 
 def embed_texts(world):
-    return EmbedTexts(world.encoder, "e", CPU).encoder.device
+    return EmbedTexts(world.encoder, "{text}", encoder_id(world.encoder, "{text}"), CPU).encoder.device
 
 
 def build_personas(world):
@@ -55,9 +56,11 @@ def persona_maker(world):
 
 
 def dense(world):
-    part = Retrieval(RetrievalConfig(encoder=world.encoder), frozenset({"dense"}))
+    task = load(str(world.files["task"]))
+    identity = encoder_id(world.encoder, task.item)
+    part = Retrieval(RetrievalConfig(encoder=world.encoder), frozenset({"dense"}), identity)
     builder = PromptBuilder(tokenizer_of(world.llm), world.llm.layout, False)
-    part.load(Worker(world.llm, load(str(world.files["task"])), builder, CPU))
+    part.load(Worker(world.llm, task, builder, CPU))
     return part.encoder.device
 
 

@@ -85,10 +85,18 @@ def test_a_reply_keeps_the_identities_of_its_decoding_and_settings():
 def test_an_adapter_and_a_profile_keep_their_identities():
     assert fit_id(LoraConfig(), "llm", TASK, ExampleRule(), 10_000) == "dd55ca96ba3d0e7c"
     # what bounds memory had a part in it once: with the default of then, the id is that of then
-    assert fit_id(LORA, "llm", TASK, ExampleRule(retrieve="bm25"), 50) == "7e9d2518f35c0eac"
+    assert fit_id(LORA, "llm", TASK, ExampleRule(retrieve="bm25"), 50) == "353e90ed0b366b87"
     same = LORA.model_copy(update={"max_tokens_per_microbatch": 16_384})
-    assert fit_id(same, "llm", TASK, ExampleRule(retrieve="bm25"), 50) == "7e9d2518f35c0eac"
+    assert fit_id(same, "llm", TASK, ExampleRule(retrieve="bm25"), 50) == "353e90ed0b366b87"
     assert profile_id(ProfileConfig(items=9), "llm", "decoding", TASK) == "25c9039e5aa66db2"
+
+
+def test_an_adapter_knows_the_words_that_retrieval_searched():
+    """bm25 reads `item_without_label`, and retrieval chooses by it what of an item is cut."""
+    other = TASK.model_copy(update={"item_without_label": "a review: {text}"})
+    for retrieve in ("bm25", "recency", "none"):
+        one, two = (fit_id(LORA, "llm", task, ExampleRule(retrieve=retrieve), 50) for task in (TASK, other))
+        assert (one == two) == (retrieve == "none"), retrieve
 
 
 def test_a_base_model_and_an_encoder_keep_their_identities(tmp_path):

@@ -82,6 +82,19 @@ def test_an_adapter_of_peft_becomes_a_users_row_and_leaves_as_it_came(filled, ba
     assert all(after[user] == rows[user] for user in PEOPLE if user != "bob")
 
 
+def test_the_same_weights_at_another_strength_are_another_adapter(filled, base, tmp_path):
+    found = []
+    for number, changed in enumerate(({"lora_alpha": 16}, {"lora_alpha": 32}, {"lora_alpha": 16})):
+        saved(base, tmp_path / "a", r=4, **changed)
+        assert take(filled, base, tmp_path / "a", "ann", f"take-{number}")[0] == 0
+        (row,) = filled.rows("adapters")
+        found.append((row["adapter_id"], row["alpha"], row["weights"]))
+    assert [alpha for _, alpha, _ in found] == [16, 32, 16]
+    assert found[0][2] == found[1][2]
+    assert found[0] == found[2] and found[0][0] != found[1][0]
+    assert all(name.startswith("imported-") for name, _, _ in found)
+
+
 def test_it_answers_only_requests_that_may_see_all_of_the_users_items(filled, base, tmp_path):
     saved(base, tmp_path / "a")
     assert take(filled, base, tmp_path / "a", "ann", "take")[0] == 0

@@ -182,6 +182,23 @@ def test_one_run_id_stands_for_one_way_of_answering(made, tmp_path):
     assert run(made.unique, "one", llm=made.llm, methods=("none", "bm25")) == 0  # another method is only more to do
 
 
+def test_one_run_id_stands_for_one_encoder(made, tmp_path):
+    """The encoder is trained anew in the same folder, and its vectors are made."""
+    config = EncoderConfig(model=str(tiny_bert(tmp_path / "encoder")), dtype="float32", max_tokens=64)
+    asked_for = {"llm": made.llm, "methods": ("dense",), "retrieval": RetrievalConfig(encoder=config)}
+    assert run(made.unique, "without", **asked_for | {"methods": ("none",)}) == 0
+    assert run(made.unique, "encoded", **asked_for) == 0
+    rule = TaskSpec.model_validate(TASK).item
+    before = encoder_id(config, rule)
+    tiny_bert(tmp_path / "encoder", seed=1)
+    now = encoder_id(config, rule)
+    values = {"tables": made.unique.tables, "encoder": config, "run_dir": str(tmp_path / "refresh")}
+    assert refresh.run(refresh.Config(**values)) == 0
+    with pytest.raises(InputError, match=f"other models or settings .encoder_id {before}, now {now}"):
+        run(made.unique, "encoded", **asked_for)
+    assert run(made.unique, "without", **asked_for) == 0  # whose replies, as those of an earlier release, name none
+
+
 def profiled(population, methods=("profile",), **how):
     return run(population, how.pop("name"), llm=how.pop("llm"), methods=methods, **how)
 

@@ -6,12 +6,28 @@ from collections import Counter
 
 import pyarrow as pa
 import pytest
-import ray
+import ray.train
 from ray.data import DataContext
 
 from infra import session
 from infra.errors import InputError
 from pipelines import failures, waves
+from pipelines.adapt.base import fit_base
+from pipelines.generate.parts.base import Worker
+from pipelines.generate.parts.retrieval import Retrieval
+from pipelines.refresh.embed import EmbedTexts
+from pipelines.run import CpuShare
+from pipelines.train.config import Config as TrainConfig
+from pipelines.train.job import fit_worker
+from pplug.adapter import LoraConfig
+from pplug.encoder import EncoderConfig, encoder_id
+from pplug.llm import LLMConfig, llm_id, tokenizer_of
+from pplug.retrieval import RetrievalConfig
+from pplug.splice import PromptBuilder
+from pplug.tasks import TaskSpec
+from tests.pplug.models import tiny_bert, tiny_llama
+
+CPU, RULE = CpuShare(1, 1), "{text}"
 
 
 class Noted:
@@ -100,3 +116,56 @@ def test_a_task_takes_several_buckets_where_there_are_many(count, most):
     rows = list(waves.each_bucket(list(range(count * cpus)), by_task))
     assert sorted(row["bucket"] for row in rows) == list(range(count * cpus))
     assert max(Counter(row["task"] for row in rows).values()) == most
+
+
+def embedding(encoder, llm, known):
+    EmbedTexts(encoder, RULE, known["encoder"], CPU)
+
+
+def dense(encoder, llm, known):
+    part = Retrieval(RetrievalConfig(encoder=encoder), frozenset({"dense"}), known["encoder"])
+    task = TaskSpec(name="t", item=RULE, item_without_label=RULE, metric="text")
+    part.load(Worker(llm, task, PromptBuilder(tokenizer_of(llm), llm.layout, False), CPU))
+
+
+def plug_training(encoder, llm, known):
+    config = TrainConfig(tables="t", encoder=encoder, llm=llm)
+    identities = {"encoder_id": known["encoder"], "llm_id": known["llm"]}
+    given = {"config": config.model_dump(), "identities": identities, "made_for": (RULE, known["encoder"])}
+    fit_worker(given | {"width": None, "answers": (None, []), "cpu": CPU, "started_in": os.getcwd()})
+
+
+def base_training(encoder, llm, known):
+    given = {"llm": llm.model_dump(), "llm_id": known["llm"], "lora": LoraConfig().model_dump()}
+    fit_base(given | {"cpu": CPU, "started_in": os.getcwd()})
+
+
+class OneWorker:
+    """Stands for Ray Train's context."""
+
+    def get_world_rank(self):
+        return 0
+
+    def get_world_size(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [(embedding, "encoder"), (dense, "encoder"), (plug_training, "encoder"), (base_training, "llm")],
+)
+def test_a_worker_that_has_another_model_under_the_same_name_refuses(stage, kind, tmp_path, monkeypatch):
+    """Two machines with models of one shape, so that names and sizes of the files are alike."""
+    monkeypatch.setattr(ray.train, "get_context", OneWorker)
+    here, there = tmp_path / "here", tmp_path / "there"
+    folders = [tiny_bert(place / "b", seed=n) for n, place in enumerate((here, there))]
+    encoders = [EncoderConfig(model=str(folder), max_tokens=64) for folder in folders]
+    llms = [LLMConfig(model=str(tiny_llama(place / "l", seed=n))) for n, place in enumerate((here, there))]
+    sizes = [sorted((p.name, p.stat().st_size) for p in place.rglob("*") if p.is_file()) for place in (here, there)]
+    assert sizes[0] == sizes[1]
+    own, known = ({"encoder": encoder_id(encoders[n], RULE), "llm": llm_id(llms[n])} for n in (0, 1))
+    known = own | {kind: known[kind]}
+    name = {"encoder": "encoder", "llm": "LLM"}[kind]
+    said = f"is {name} {own[kind]} on this machine, and {known[kind]} where the job was started"
+    with pytest.raises((InputError, ValueError), match=said):
+        stage(encoders[0], llms[0], known)

@@ -3,19 +3,32 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
+import peft
 import pytest
+import ray.train
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
+from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
 from pipelines.adapt import job as adapt
+from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train.config import PlugShape
+from pipelines.training import Checkpoints
+from pipelines.training import train as run_worker
+from pplug import objective
 from pplug.adapter import LoraConfig
 from pplug.fit_config import FitConfig
-from pplug.llm import ParallelConfig
+from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
+from pplug.loop import Loop, Order
+from pplug.parallel import Mesh
 from tests.pipelines import small
+from tests.pplug.models import tiny_bert, tiny_llama
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
 
@@ -130,6 +143,52 @@ def test_a_training_that_diverges_is_not_tried_again(made, kind):
     assert not (made.root / "runs" / name / kind).exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "known_names"),
+    [(torch.float32, 1e30, True), (torch.float32, 1e30, False), (torch.float16, 1e3, True)],
+    ids=["by file", "loaded", "beyond the files' numbers"],
+)
+def test_what_the_last_step_made_of_a_base_is_looked_at_before_it_takes_a_place(tmp_path, dtype, value, known_names):
+    """1e30 * 1e30 is no float32, and 8 * 1e3 * 1e3 is a float32 and no float16."""
+    llm, adapter, output = (str(tmp_path / name) for name in ("llm", "adapter", "base"))
+    model = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "llm"), dtype=dtype)
+    model.save_pretrained(llm)
+    if not known_names:  # as if saved from within the model: these are loaded as a whole
+        file = Path(llm, "model.safetensors")
+        save_file({name.removeprefix("model."): x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=["v_proj"]))
+    merge_into = (LLMConfig(model=llm), adapter, output, "{}")
+    for last_step in (0.01, value):
+        with torch.no_grad():
+            for name, parameter in lora.named_parameters():
+                if "lora_" in name:
+                    parameter.fill_(last_step)
+        lora.save_pretrained(adapter)
+        if last_step == 0.01:
+            merge(*merge_into)
+            before = Path(output, "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"v_proj holds values .* not finite: .* diverged; lower lora.learning_rate"):
+        merge(*merge_into)
+    assert Path(output, "model.safetensors").read_bytes() == before  # the former base stays
+
+
+def test_the_first_step_of_a_resumed_base_draws_the_dropout_that_it_would_have_drawn_later(tmp_path, monkeypatch):
+    """With logits in pieces, the model is taken apart once: that draws nothing from a seeded step's generator."""
+    monkeypatch.setattr(objective, "LOGITS", 0)
+    llm = FrozenLLM.load(LLMConfig(model=str(tiny_llama(tmp_path))))
+    llm.model = _with_lora(llm, LoraConfig(dropout=0.5))
+    for name, module in llm.model.named_modules():
+        module.train("lora_dropout" in name)
+        if "lora_B" in name and hasattr(module, "weight"):  # as a checkpoint brings it
+            torch.nn.init.normal_(module.weight)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(float(_answers_loss(llm, [[5, 6, 7, 8]], [[9, 2]]).detach()))
+    assert losses[0] == losses[1] != losses[2]
+    assert llm.parts is not None
+
+
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
     spread = {"model": "any", "parallel": {"tensor": 2}}
     config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))
@@ -142,6 +201,85 @@ def test_workers_that_would_share_a_gpu_are_refused_at_the_start(tmp_path):
     for job, more in ((train, {}), (adapt, {"stage": "base"}), (adapt, {"stage": "users"})):
         with pytest.raises(InputError, match="gpus_per_worker=0.5: 2 workers of a training cannot share a GPU"):
             job.run(job.Config(**given, **more, workers=2))
+
+
+class EndAt:
+    """Orders that end a training at a step; 0: at none."""
+
+    def __init__(self, step):
+        self.step, self.taken = step, 0
+
+    def saved(self):
+        """As `Orders` has it."""
+
+    def __call__(self):
+        self.taken += 1
+        return Order.END if self.taken == self.step else Order.GO_ON
+
+
+def test_the_loss_of_an_epoch_is_that_of_all_its_steps_wherever_the_run_was_interrupted(tmp_path, monkeypatch):
+    """Two epochs of four steps: unbroken, ended behind the sixth step and continued, and started again at its end."""
+    reports, numbers = [], torch.arange(1.0, 9.0)
+    monkeypatch.setattr(ray.train, "report", lambda metrics, checkpoint=None: reports.append(metrics))
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+
+    def start(name, end=0, left=()):
+        weight = torch.nn.Parameter(torch.ones(()))
+        config, two = LoraConfig(batch_size=2, epochs=2, learning_rate=0.1), np.full(8, 2)
+        loop = Loop(
+            [{"params": [weight]}], config, two, two, lambda part, _: (weight * numbers[part]).sum(), Mesh(0, 1)
+        )
+
+        def read(folder):
+            state = torch.load(f"{folder}/weight")
+            return lambda: weight.data.copy_(state)
+
+        def write(folder, is_best):
+            torch.save(weight.data, f"{folder}/weight")
+
+        (tmp_path / name).mkdir()
+        checkpoints = Checkpoints("adapt", str(tmp_path / name), loop, read, write)
+        checkpoints.load(list(left))
+        run_worker(checkpoints, rank=0, orders=EndAt(end), more=lambda found: found | {"loss": found["train_loss"]})
+        return checkpoints
+
+    whole = start("whole")
+    losses = [loss for _, loss in whole.losses]
+    assert len(losses) == 8
+    first = start("first", end=6)
+    assert reports[-1]["loss"] == pytest.approx((losses[4] + losses[5]) / 2)
+    second = start("second", left=[first.folder])
+    mean = (losses[4] + losses[5] + losses[6] + losses[7]) / 4
+    assert reports[-1]["loss"] == pytest.approx(mean) and reports[-1]["step"] == 8
+    start("again", left=[second.folder])
+    assert reports[-1]["loss"] == pytest.approx(mean) and len(reports) == 2 + 2 + 1 + 1
+
+
+def test_a_soft_prompt_that_reads_queries_goes_on_with_the_encoder_that_it_began_with(tmp_path, ray_session):
+    """The run ends behind its record, for want of processors."""
+    made = small.make(tmp_path, train_users=2, test_users=2, train_requests=1, test_requests=1)
+    made.ingest("train", buckets=2)
+
+    def begin(name, request_value=True):
+        shape = PlugShape(without_history=True, request_value=request_value)
+        with pytest.raises(InputError) as refused:
+            made.run(train, name, **made.common, llm=made.llm, shape=shape, workers=10_000)
+        return str(refused.value)
+
+    def record(name):
+        (path,) = (tmp_path / "runs" / name).glob("*.begun.json")
+        return path, json.loads(path.read_text())
+
+    for name, request_value in (("reads", True), ("before", True), ("blind", False)):
+        assert "needs 10002 CPU" in begin(name, request_value)
+    path, known = record("before")
+    assert known["config"].pop("query_encoder_id") == record("reads")[1]["config"]["query_encoder_id"]
+    path.write_text(json.dumps(known))  # as an earlier release wrote it
+    tiny_bert(Path(made.encoder.model), dim=16, seed=1)
+    assert "began with another query_encoder_id" in begin("reads")
+    for name, request_value in (("before", True), ("blind", False)):
+        assert "needs 10002 CPU" in begin(name, request_value)
+    assert record("reads")[1]["config"]["encoder_id"] is None
 
 
 def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():

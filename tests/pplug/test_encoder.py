@@ -99,6 +99,26 @@ def test_nothing_to_encode_gives_an_empty_matrix(tmp_path):
     assert TextEncoder(config).encode([]).shape == (0, 16)
 
 
+@pytest.mark.parametrize(
+    "files", [("vocab.txt",), ("vocab.json", "merges.txt"), ("sentencepiece.bpe.model",)], ids="/".join
+)
+def test_identity_holds_the_vocabulary_that_a_tokenizer_is_built_from(files, tmp_path):
+    """BERT's, RoBERTa's and XLM-R's folders, as they are without a tokenizer.json."""
+    config = EncoderConfig(model=str(tiny_bert(tmp_path)), max_tokens=64)
+    whole = encoder_id(config, "{text}")
+    for name in files:
+        (tmp_path / name).write_text("the\ncat\n")
+    assert encoder_id(config, "{text}") == whole  # the tokenizer.json counts
+    (tmp_path / "tokenizer.json").unlink()
+    found = [encoder_id(config, "{text}")]
+    for name in files:
+        (tmp_path / name).write_text("cat\nthe\n")
+        found.append(encoder_id(config, "{text}"))
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    found.append(encoder_id(config, "{text}"))
+    assert len({whole, *found}) == 1 + len(found) == 3 + len(files)
+
+
 def test_identity_holds_what_decides_a_vector_and_nothing_else(tmp_path):
     a, b = tiny_bert(tmp_path / "a"), tiny_bert(tmp_path / "b", seed=1)
     base = EncoderConfig(model=str(a), max_tokens=64)

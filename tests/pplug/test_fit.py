@@ -131,6 +131,21 @@ def test_a_training_whose_loss_is_no_number_takes_no_further_step(llm):
     assert steps == [1, 1] and not kept
 
 
+def test_a_training_without_validation_has_no_epoch_to_go_back_to(llm):
+    """As that of a base: its newest checkpoint may be one of the steps that diverged."""
+    run, kept = fitter(llm, CONFIG, samples(llm, 32), samples(llm, 16, seed=1)), []
+    run.validate = dict
+
+    def keep(step, *_):
+        kept.append(step)
+        with torch.no_grad():
+            run.parameters[0][0] = float("nan")
+
+    with pytest.raises(DivergedError, match="loss is nan at step 3, and no earlier epoch has a validation loss to go"):
+        run_epochs(run, 0, np.inf, lambda *a: None, keep, 0)
+    assert kept == [2]
+
+
 def test_history_dropout_teaches_the_instruction_to_serve_who_has_no_history(llm):
     train, nobody = samples(llm, 160), samples(llm, 80, seed=1)
     nobody = replace(nobody, spans=np.zeros((80, 3), np.int64))

@@ -18,7 +18,7 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.histories import Histories, decode_fields
 from pipelines.methods import PartInfo
 from pplug import retrieval
-from pplug.encoder import TextEncoder, encoder_id
+from pplug.encoder import TextEncoder, encoder_id, refuse_another_encoder
 from pplug.retrieval import Composed, RetrievalConfig, WordIndex, count_tokens
 from pplug.tasks import query
 
@@ -26,8 +26,9 @@ from pplug.tasks import query
 class Retrieval(Part):
     group = "retrieval"
 
-    def __init__(self, config: RetrievalConfig, kinds: frozenset[str]) -> None:
-        self.config, self.kinds = config, kinds
+    def __init__(self, config: RetrievalConfig, kinds: frozenset[str], encoder_id: str = "") -> None:
+        """`encoder_id`: identity of the encoder that `dense` compares with; empty where no method does."""
+        self.config, self.kinds, self.encoder_id = config, kinds, encoder_id
         self.encoder: TextEncoder | None = None
         self._view: BucketView | None = None
         self._found: dict[tuple[str, str, str], np.ndarray] = {}
@@ -49,6 +50,7 @@ class Retrieval(Part):
                 f"retrieval.budget_tokens={budget} is above llm.layout.max_input_tokens={limit}, where a prompt is "
                 "cut: lower the one or raise the other"
             )
+        identity = ""
         if "dense" in run.kinds("retrieval"):
             if config.retrieval.encoder.own is not None:
                 raise InputError(
@@ -57,11 +59,15 @@ class Retrieval(Part):
                 )
             try:
                 rule = task.item_template(config.retrieval.encoder.with_label)
-                name = tables.embeddings_name(encoder_id(config.retrieval.encoder, rule))
+                identity = encoder_id(config.retrieval.encoder, rule)
             except (FileNotFoundError, ValueError) as error:
                 raise InputError(f"retrieval.encoder: {error}") from error
+            name = tables.embeddings_name(identity)
             run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
-        return cls(config.retrieval, run.kinds("retrieval"))
+        return cls(config.retrieval, run.kinds("retrieval"), identity)
+
+    def identities(self) -> dict[str, str]:
+        return {"encoder_id": self.encoder_id} if self.encoder_id else {}
 
     def needs(self) -> Needs:
         return Needs(items=True, fields=True)
@@ -74,7 +80,12 @@ class Retrieval(Part):
             import torch
 
             torch.set_num_threads(worker.cpu.torch_threads())
-            self.encoder = TextEncoder(self.config.encoder, device.assigned())
+            own = self.config.encoder
+            self.encoder = TextEncoder(own, device.assigned())
+            try:
+                refuse_another_encoder(own, self.task.item_template(own.with_label), self.encoder_id)
+            except ValueError as error:
+                raise InputError(f"retrieval.encoder: {error}") from error
 
     def look(self, view: BucketView) -> None:
         self._view, self._found, self._words = view, {}, None
