@@ -47,6 +47,9 @@ _READINGS = 20
 """Number of times that a folder is read anew which others change meanwhile."""
 _SLASH_LOST = re.compile(r"(s3|gs|gcs|az|abfss?|https?):/(?!/)")
 """An address that went through a path, which makes one slash of two: it would be a folder called `s3:`."""
+_UPLOAD_GONE = "(NoSuchUpload)"
+"""Code of an upload that S3 has completed when the answer was lost: the repetition finds none. s3fs tells of it as of
+a missing file, with botocore's error as the cause. To write the file again is safe."""
 _FINAL = (InputError, pa.ArrowInvalid, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
 
 
@@ -54,6 +57,8 @@ def is_transient(error: BaseException | None) -> bool:
     """Says whether trying again may help. It looks through the causes, because libraries wrap the decisive error."""
     depth = 0
     while error is not None and depth < 8:
+        if _UPLOAD_GONE in str(error.__cause__):
+            return True
         if isinstance(error, _FINAL) or not isinstance(error, Exception):
             return False
         if isinstance(error, ConnectionError) or type(error).__name__ in _TRANSIENT_TYPES:
@@ -274,11 +279,19 @@ class Storage:
             out.write(data)
 
     def delete(self, name: str) -> None:
-        """Removes a file; a missing file is no error, since the aim is reached."""
+        """Removes a file; a missing file is no error, since the aim is reached.
+
+        Raises:
+            PermissionError: the storage does not let these credentials delete it.
+        """
 
         def remove() -> None:
             try:
-                self.filesystem.delete_file(self._at(name))
+                if self.is_s3:
+                    # Arrow would have s3fs delete all keys that match, and pass over what the server refuses.
+                    self.filesystem.handler.fs.rm_file(self._at(name))
+                else:
+                    self.filesystem.delete_file(self._at(name))
             except FileNotFoundError:
                 pass
 

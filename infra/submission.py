@@ -31,6 +31,11 @@ def is_copy() -> bool:
     return COPY in Path.cwd().parts
 
 
+def lies_in_copy(place: str) -> bool:
+    """Says whether a place is a folder of Ray's copy, and not one that outlives the job."""
+    return is_copy() and "://" not in place and Path(place).expanduser().absolute().is_relative_to(Path.cwd())
+
+
 def refuse_lost(places: Mapping[str, str | None]) -> None:
     """Refuses places below the copy, where a job's results would vanish with it.
 
@@ -48,7 +53,7 @@ def refuse_lost(places: Mapping[str, str | None]) -> None:
                 f"{key} is not given, and a submitted job's own folder is a copy that Ray deletes: its report would be "
                 f"lost; {advice}"
             )
-        if "://" not in place and Path(place).expanduser().absolute().is_relative_to(Path.cwd()):
+        if lies_in_copy(place):
             raise InputError(
                 f"{key}={place}: counts from the current folder, and that of a submitted job is a copy that Ray "
                 f"deletes; {advice}"

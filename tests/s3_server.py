@@ -12,7 +12,7 @@ import pytest
 class S3Server:
     """moto behind a door: `fault(environ)` may spoil an answer or not (None).
 
-    Kinds: "503", "403", "expired", "slow", "cut", "lost answer".
+    Kinds: "503", "403", "keys refused", "no such upload", "expired", "slow", "cut", "lost answer".
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -41,6 +41,18 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        if kind == "keys refused":  # DeleteObjects succeeds as a request, and says key by key what it has not done
+            self.failed += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("200 OK", [("Content-Type", "application/xml")])
+            said = b"<Error><Key>x</Key><Code>AccessDenied</Code></Error>"
+            return [b"<?xml version='1.0'?><DeleteResult>" + said + b"</DeleteResult>"]
+        if kind == "no such upload":  # as S3 may say of an upload that is complete; moto completes it once more
+            self.failed += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("404 Not Found", [("Content-Type", "application/xml")])
+            said = b"The specified upload does not exist. The upload ID may be invalid, or it may have been completed."
+            return [b"<?xml version='1.0'?><Error><Code>NoSuchUpload</Code><Message>" + said + b"</Message></Error>"]
         if kind == "expired":
             self.failed += 1
             start_response("400 Bad Request", [("Content-Type", "application/xml")])

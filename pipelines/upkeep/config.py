@@ -128,7 +128,8 @@ class EraseConfig(JobConfig):
     users: str | None = None
     """File with one user id per line. It is left as it is, also in one of the folders: remove it afterwards."""
     folders: tuple[str, ...] = ("runs",)
-    """Run folders and exports. All files below them are rewritten without the users, and searched. Other tables below
+    """Run folders and exports. All files below them are rewritten without the users, and searched. A folder that is
+    named here and is not there ends the job before anything is erased; `--folders ''` names none. Other tables below
     them stay as they are: if they hold the users, the job names them and ends with exit code 1."""
     confirm_absent: bool = False
     """Confirms ids that are in no table, for example of people who never had a row. Without it, such an id ends the job

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 import ray.data
 
-from infra import lease, log, runs, session, upkeep
+from infra import lease, log, runs, session, submission, upkeep
 from infra.errors import InputError
 from infra.lines import numbered_lines
 from infra.report import RunReport
@@ -47,12 +47,16 @@ DUTIES = (
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     places = _ids(config)
+    folders, missing = _folders(config)  # before the run makes its own folder, often below the first of these
     shown = config.model_dump() | {"user_id": None if config.user_id is None else "(one user)"}
     report = begin("erase", config, shown=shown)
-    folders = [Storage(folder) for folder in config.folders if Storage(folder).exists()]
     session.start(writes={"tables": config.tables})
     with lease.alone(config.tables, report.run_id):
         absent = _erase(config, report, frozenset(places), folders)
+    searched, record = [folder.uri for folder in folders], report.extra["erasure"]
+    record |= {"folders_searched": searched, "folders_not_there": missing}
+    where = ", ".join([Storage(config.tables).uri, *searched])
+    print(f"erase: {record['files_searched']} files searched in {where}", flush=True)
     if absent and not config.confirm_absent:
         _ask_about(absent, places, config, report)
     return report.finish()
@@ -72,6 +76,35 @@ def _ids(config: Config) -> dict[str, int]:
     if not places:
         raise InputError(f"users={config.users}: no user in it; expected one user id per line")
     return places
+
+
+def _folders(config: Config) -> tuple[list[Storage], list[str]]:
+    """Returns the folders to search, and the addresses of those that are not there.
+
+    Raises:
+        InputError: a folder that was named is not there, or one counts from the folder of a submitted job. Nobody would
+            have looked into it, and the proof would hold for the rest alone.
+    """
+    for folder in filter(submission.lies_in_copy, config.folders):
+        raise InputError(
+            f"folders={folder}: counts from the current folder, and that of a submitted job is a copy, in which no run "
+            "folder or export lies; give --folders the folders themselves, such as s3://bucket/runs, or --folders '' "
+            "where there are none"
+        )
+    folders = [Storage(folder) for folder in config.folders]
+    missing = [folder.uri for folder in folders if not folder.is_folder()]
+    if missing and "folders" in config.model_fields_set:
+        raise InputError(
+            f"folders: there is no folder {', '.join(missing)}, and nothing has been erased yet; correct the name, or "
+            "leave it out of --folders (--folders '' where there is none)"
+        )
+    if missing:
+        print(
+            f"erase: there is no folder {', '.join(missing)}, so that the tables alone are searched; where runs or "
+            "exports lie elsewhere, name their folders with --folders",
+            flush=True,
+        )
+    return [folder for folder in folders if folder.uri not in missing], missing
 
 
 def _ask_about(absent: frozenset[str], places: dict[str, int], config: Config, report: RunReport) -> None:

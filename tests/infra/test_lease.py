@@ -106,6 +106,17 @@ def test_who_makes_files_of_what_he_reads_keeps_away_who_must_be_alone_and_nobod
                 pytest.fail("both are at work")
 
 
+def test_who_may_not_delete_ends_as_its_work_did(s3_server, s3, capsys):
+    s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] == "DELETE" else None
+    with lease.writing(s3, "night"):
+        pass
+    said = capsys.readouterr().out
+    assert "could not be given back (PermissionError): it runs out within 120 s" in said and "s3:DeleteObject" in said
+    with pytest.raises(ConcurrentRunError, match=r"run night is at work here \(writing"):
+        with lease.alone(s3, "erase"):
+            pytest.fail("the lease is still there")
+
+
 def test_a_reader_lays_nothing_down_where_there_is_nothing_to_read(tmp_path):
     with lease.reading(str(tmp_path / "mistyped"), "train"):
         assert not (tmp_path / "mistyped").exists()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infra import storage as storage_module
+from infra import upkeep
 from infra.errors import InputError
 from infra.storage import Storage, is_transient, retrying
 from infra.table import Table
@@ -32,6 +33,17 @@ def test_the_same_calls_work_on_a_local_disk_and_on_s3(place):
     assert store.list("a") == ["a/c.txt"]
     with pytest.raises(FileNotFoundError):
         store.read_bytes("a/b.txt")
+
+
+def test_a_name_with_signs_of_patterns_is_deleted_as_it_stands(place):
+    store = Storage(f"{place}/a[1]")
+    names = ["a[b].bin", "ab.bin", "a*.bin", "a?.bin"]
+    for name in names:
+        store.write_bytes(name, b"x")
+    for name in ("a[b].bin", "a*.bin", "a?.bin"):
+        store.delete(name)
+        names.remove(name)
+        assert store.list() == sorted(names)
 
 
 def test_an_upload_larger_than_a_part_arrives_whole(s3):
@@ -150,6 +162,45 @@ def test_a_commit_whose_answer_was_lost_stands_once(s3_server, s3, spec, rows):
     done = table.commit(files, run_id="run", group=0, mode="append", planned_on=0)
     assert s3_server.failed == 1 and (done.version, done.already) == (1, False)
     assert (table.version, table.snapshot().rows) == (1, 2)
+
+
+def refused_by_key(environ):
+    """Answers a DeleteObjects as S3 does where the role may not delete, and lets all else pass but a DeleteObject."""
+    if environ["REQUEST_METHOD"] == "DELETE":
+        return "403"
+    return "keys refused" if "delete" in environ["QUERY_STRING"].split("&") else None
+
+
+def test_a_delete_that_is_refused_is_an_error(s3_server, s3, spec, rows):
+    table = Table.create(f"{s3}/things", spec, 4)
+    store = table.storage
+    table.write(rows(["a"]), "killed")
+    before = store.list()
+    s3_server.fault = refused_by_key
+    with pytest.raises(PermissionError):
+        store.delete(before[-1])
+    with pytest.raises(PermissionError):
+        upkeep.vacuum(table, 0, alone=True)
+    assert store.list() == before
+    turns = iter(["503"])
+    s3_server.fault = lambda environ: next(turns, None) if environ["REQUEST_METHOD"] == "DELETE" else None
+    assert upkeep.vacuum(table, 0, alone=True).deleted == 1  # one that may pass is tried again
+    assert len(store.list()) == len(before) - 1
+
+
+def test_an_upload_whose_last_answer_was_lost_is_written_again(s3_server, s3):
+    """It is complete, so that the library's own repetition finds no such upload."""
+    data = bytes(range(256)) * (20 * 2**20 // 256)  # two parts
+    answers = iter(["lost answer", "no such upload"])
+    s3_server.fault = lambda environ: next(answers, None) if completes(environ) else None
+    Storage(s3).write_bytes("large.bin", data)
+    assert s3_server.failed == 2 and Storage(s3).read_bytes("large.bin") == data
+    with pytest.raises(FileNotFoundError):  # which a missing file still is at once
+        Storage(s3).read_bytes("no.bin")
+
+
+def completes(environ):
+    return environ["REQUEST_METHOD"] == "POST" and environ["QUERY_STRING"].startswith("uploadId=")
 
 
 def test_a_storage_that_stays_down_is_given_up_within_the_budget(s3_server, s3, monkeypatch):

@@ -4,10 +4,13 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from infra import shards
+from infra.errors import InputError
 from pipelines import tables
-from pipelines.upkeep import compact
+from pipelines.__main__ import main
+from pipelines.upkeep import compact, erase
 from pipelines.upkeep.config import CompactConfig
 from tests.pipelines.test_erase import People, others, own, people  # noqa: F401 (a fixture)
 
@@ -78,3 +81,61 @@ def test_rejects_in_files_that_are_called_after_a_user_go(people):  # noqa: F811
     assert people.erase(user_id="7") == 0
     left = [row["key"] for row in people.everything()["rejects"] if row["job"] == "ingest"]
     assert left == places[2:]
+
+
+def everything_below(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("named", ["flag", "config"])
+def test_a_folder_that_is_named_and_not_there_ends_it_before_anything_is_erased(people, capsys, named):  # noqa: F811
+    root = people.folder
+    before = everything_below(root)
+    words = ["erase", "--tables", people.tables, "--user-id", "user-1", "--run-dir", str(root / "runs" / "erase")]
+    if named == "flag":
+        words += ["--folders", f"{root}/runs,{root}/exports"]  # it is called export
+    else:
+        (root.parent / f"{root.name}.yaml").write_text(f"folders: [{root}/runs, {root}/exports]\n")
+        words += ["--config", str(root.parent / f"{root.name}.yaml")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"there is no folder {root}/exports, and nothing has been erased yet" in said and "--folders ''" in said
+    assert everything_below(root) == before
+
+
+def test_the_default_folder_that_is_not_there_is_told_and_recorded(people, capsys, monkeypatch):  # noqa: F811
+    """Whoever has tables alone has no run folder here, and erases without naming any."""
+    (people.folder / "elsewhere").mkdir()
+    monkeypatch.chdir(people.folder / "elsewhere")
+    words = ["--tables", people.tables, "--user-id", "user-1", "--run-id", "first"]  # its own log makes `runs`
+    assert main(["erase", *words]) == 0
+    said, missing = capsys.readouterr().out, str(people.folder / "elsewhere" / "runs")
+    assert f"erase: there is no folder {missing}, so that the tables alone are searched" in said
+    report = json.loads((people.folder / "elsewhere" / "runs" / "first" / "report.json").read_text())
+    assert report["erasure"]["folders_not_there"] == [missing] and report["erasure"]["folders_searched"] == []
+    assert f"erase: {report['erasure']['files_searched']} files searched in {people.tables}\n" in said
+
+    assert people.erase("second", user_id="other") == 0
+    record, given = people.report["erasure"], [str(people.folder / "runs"), str(people.folder / "export")]
+    assert (record["folders_searched"], record["folders_not_there"]) == (given, [])
+    assert f" files searched in {people.tables}, {given[0]}, {given[1]}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folders", [None, "runs,s3://b/exports", "./runs"])
+def test_a_submitted_job_refuses_folders_of_rays_copy(tmp_path, monkeypatch, folders):
+    copied = tmp_path / "working_dir_files" / "_ray_pkg_0a1b"
+    (copied / "runs").mkdir(parents=True)  # submitted along, and not the folder that jobs write to
+    monkeypatch.chdir(copied)
+    config = {} if folders is None else {"folders": tuple(folders.split(","))}
+    with pytest.raises(InputError, match="runs: counts from the current folder, .* such as s3://bucket/runs"):
+        erase.run(erase.Config(tables="/nowhere", user_id="user-1", run_dir="/nowhere/erase", **config))
+
+
+def test_no_folder_may_be_named_in_a_submitted_job(people, monkeypatch):  # noqa: F811
+    copied = people.folder / "working_dir_files" / "_ray_pkg_0a1b"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    words = ["--tables", people.tables, "--user-id", "user-1", "--run-dir", str(people.folder / "runs" / "erase")]
+    assert main(["erase", *words, "--folders", ""]) == 0
+    report = json.loads((people.folder / "runs" / "erase" / "report.json").read_text())
+    assert (report["erasure"]["folders_searched"], report["erasure"]["folders_not_there"]) == ([], [])

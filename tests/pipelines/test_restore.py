@@ -197,7 +197,7 @@ def test_erased_users_never_come_back(on_disk, ray_session, tmp_path):
     for name in ("histories", "requests"):
         assert on_disk.put(name, "again", USERS, "z").version
     config = {"tables": on_disk.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
-    assert erase.run(erase.Config(user_id="user-1", folders=(str(tmp_path / "runs"),), **config)) == 0
+    assert erase.run(erase.Config(user_id="user-1", folders=(), **config)) == 0
     newest = tables.open_table(on_disk.tables, "histories").version
     for version in range(newest):
         with pytest.raises(InputError, match="cannot be read|has erased users"):
@@ -216,7 +216,7 @@ def test_an_erase_that_broke_off_bars_the_way_too(on_disk, ray_session, tmp_path
     monkeypatch.setattr(upkeep, "forget", dies)
     config = {"tables": on_disk.tables, "run_id": "erase", "run_dir": str(tmp_path / "runs" / "erase")}
     with pytest.raises(ConnectionAbortedError):
-        erase.run(erase.Config(user_id="user-1", folders=(str(tmp_path / "runs"),), **config))
+        erase.run(erase.Config(user_id="user-1", folders=(), **config))
     table = tables.open_table(on_disk.tables, "histories")
     assert table.version == 4  # the rows have gone, the files not yet
     with pytest.raises(InputError, match="run erase has erased users from table histories after version 2"):
