@@ -6,6 +6,7 @@ can fail.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,9 @@ from pipelines import tables
 from pipelines.__main__ import JOBS
 from pipelines.evaluate import verdict
 from pipelines.ingest import job as ingest
+from pipelines.ingest import own_vectors
+from pipelines.ingest.merge import UNDATED
+from pipelines.ingest.sources.base import UNREADABLE
 from pipelines.methods import PARTS
 from pplug import references
 from pplug.encoder import EncoderConfig, encoder_id
@@ -74,6 +78,11 @@ def test_lists_are_those_of_the_code():
     assert evaluation.table("reference") == [name for kind in references.ABOUT.values() for name in kind]
     words = {verdict.USER, *verdict.NOT_THE_USER.values(), verdict.UNKNOWN, verdict.NO_DIFFERENCE, verdict.HARMS}
     assert sorted(evaluation.table("headline")) == sorted(words)
+    sources = "".join(path.read_text() for path in (ROOT / "pipelines" / "ingest").rglob("*.py"))
+    reasons = {*re.findall(r'RowError\(\s*"(\w+)"', sources), *own_vectors.DETAIL, UNDATED, UNREADABLE, ingest.WITHHELD}
+    table = (DOCS / "files.md").read_text().partition("| reason |")[2].partition("\n\n")[0]
+    told = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert sorted(told) == sorted(reasons | {"duplicate_item_id", "duplicate_request_id"})
     configs = (DOCS / "configs.md").read_text()
     assert all(f"[{path.name}]" in configs for path in (ROOT / "pipelines" / "configs").glob("*.yaml"))
 

@@ -29,13 +29,14 @@ from pplug.tasks import TaskSpec
 SAME_FROM = 0.999
 """Cosine from which two vectors count as one: an encoder gives a text a slightly different vector in another batch, and
 bfloat16 alone costs up to .0005."""
-_DETAIL = {
+DETAIL = {
     "no_vector": "the item has no vector",
     "bad_vector": "the vector has a value that is missing or not finite, or it is all zeros",
     "vector_width": "the vector has another number of values than those of this name",
     "other_vector": "the same text of this user has a different vector under this name",
     "no_item": "the user has no item with this item_id",
 }
+"""Reasons of rejects, each with its words."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _split(rows: pa.Table, **wrong: np.ndarray) -> tuple[pa.Table, pa.Table]:
         reason[mask] = name
     bad = reason != ""
     rejects = rows.filter(pa.array(bad))
-    for name, values in {"reason": list(reason[bad]), "detail": [_DETAIL[one] for one in reason[bad]]}.items():
+    for name, values in {"reason": list(reason[bad]), "detail": [DETAIL[one] for one in reason[bad]]}.items():
         at = ROWS.get_field_index(name)
         rejects = rejects.set_column(at, ROWS.field(at), pa.array(values, pa.string()))
     at = ROWS.get_field_index("vector")

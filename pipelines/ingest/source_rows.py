@@ -20,6 +20,7 @@ from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.times import TimeRule
 from pipelines.ingest.values import Column, RowError, blank, id_column, text_column
 from pipelines.ingest.vector_values import vector_column
+from pplug import rubric
 from pplug.history import text_hashes
 from pplug.tasks import TaskSpec, slots
 
@@ -247,6 +248,12 @@ class RowWriter:
         for row in np.flatnonzero(outside):
             detail = f"not one of the {len(self.task.labels)} labels of the task"
             errors.setdefault(int(row), RowError("target_outside_labels", detail))
+        if self.task.metric == "rubric":
+            for row in np.flatnonzero(target.is_valid().to_numpy(zero_copy_only=False)):
+                try:
+                    rubric.read(target[int(row)].as_py())
+                except ValueError as error:  # tells nothing of the target
+                    errors.setdefault(int(row), RowError("bad_rubric", str(error)))
         return target
 
     def _texts(self, name: str, column: Column, errors: dict[int, RowError]) -> pa.Array:

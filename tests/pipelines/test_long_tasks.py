@@ -142,6 +142,22 @@ def strict_judge(folder: Path) -> LLMConfig:
     return LLMConfig(model=str(folder))
 
 
+def test_a_request_whose_answer_is_no_rubric_is_set_aside_by_its_reason(population, ray_session):
+    right = {"aspects": [{"aspect": "sleep", "reason": "", "evidence": ""}], "narrative": ""}
+    targets = {"whole": right, "none": None, "empty": {"aspects": []}, "nameless": {"aspects": [{"reason": "x"}]}}
+    rows = [
+        {"request_id": name, "user_id": "u", "input": "Why?", "target": None if given is None else json.dumps(given)}
+        for name, given in targets.items()
+    ] + [{"request_id": "words", "user_id": "u", "input": "Why?", "target": "no JSON"}]
+    path = population.folder / "asked.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert population.ingest(requests_source=str(path), task="LaMP_QA", max_reject_fraction=1) == 0
+    assert population.requests().keys() == {"whole", "none"}
+    assert population.report["rejected"] == {"bad_rubric": 3}
+    details = {row["detail"] for row in population.rows("rejects")}
+    assert all("wrong here: " in detail and "no JSON" not in detail for detail in details)
+
+
 def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session, capsys):
     ingest(population, "lamp_qa")
     folder, common = population.folder, {"tables": population.tables, "engine": ENGINE}
