@@ -185,7 +185,7 @@ TABLE_WORK = [
     "pipelines.engines.adapters", "pipelines.generate.remade", "pipelines.evaluate.scoring",
     "pipelines.evaluate.references", "pipelines.evaluate.drift", "pipelines.upkeep.compact_buckets",
     "pipelines.upkeep.export_table", "pipelines.upkeep.rebucket", "pipelines.upkeep.drop_run",
-    "pipelines.upkeep.drop_requests", "pipelines.upkeep.scrub", "pipelines.waves",
+    "pipelines.upkeep.count_runs", "pipelines.upkeep.drop_requests", "pipelines.upkeep.scrub", "pipelines.waves",
 ]  # fmt: skip
 """Modules of the stages that Ray runs as tasks on tables alone. Each of their processes would wait for torch and
 transformers for six seconds of a core."""

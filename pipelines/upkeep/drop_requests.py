@@ -19,7 +19,7 @@ from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.run import begin
 from pipelines.upkeep.config import DropRequestsConfig as Config
-from pipelines.upkeep.drop_run import CountRuns
+from pipelines.upkeep.count_runs import count_runs
 from pipelines.waves import each_bucket, files_of, listed, next_group
 
 TRIES = 3
@@ -125,7 +125,7 @@ def _going(config: Config, report: RunReport) -> Going:
               "(`erase` takes them out with their person)", flush=True)  # fmt: skip
     if config.answered_by is not None:
         told_by = tables.open_table(config.tables, "generations").snapshot()
-        there = {row["run_id"] for row in each_bucket(list(told_by.by_bucket()), CountRuns(told_by))}
+        there = count_runs(told_by).keys()
         unknown = sorted(set(config.answered_by) - there)
         if unknown:
             some = ", ".join(sorted(there)[:_NAMED]) + (" and others" if len(there) > _NAMED else "")

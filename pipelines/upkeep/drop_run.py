@@ -20,23 +20,12 @@ from infra.table import CommitConflict, Table
 from pipelines import tables
 from pipelines.run import begin
 from pipelines.upkeep.config import DropRunConfig as Config
+from pipelines.upkeep.count_runs import count_runs
 from pipelines.waves import each_bucket, files_of, listed, next_group
 
 TRIES = 3
 DAY_S = 24 * 3600.0
 _NAMED = 10
-
-
-@dataclass(frozen=True)
-class CountRuns:
-    """in: bucket int. out: run_id, rows (of that run in the bucket)."""
-
-    snapshot: Snapshot
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for bucket in batch["bucket"].to_pylist():
-            found = self.snapshot.read(["run_id"], buckets=[bucket])["run_id"].value_counts()
-            yield pa.table({"run_id": found.field("values"), "rows": found.field("counts")})
 
 
 @dataclass(frozen=True)
@@ -83,9 +72,7 @@ def _drop(config: Config, report: RunReport, table: Table) -> int:
                 f"{table.uri}: run {before.metadata.get('run_id')} has not ended on it; run it again to its end, then "
                 "this"
             )
-        there: Counter[str] = Counter()
-        for row in each_bucket(list(before.by_bucket()), CountRuns(before)):
-            there[row["run_id"]] += row["rows"]
+        there = count_runs(before)
         runs = _chosen(config, report, table, there)
         report.extra["runs"] = {}
         if not runs:

@@ -11,9 +11,11 @@ from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.storage import Storage
+from infra.table import Table
 from pipelines import tables
 from pipelines.run import begin
 from pipelines.upkeep.config import ExportConfig as Config
+from pipelines.upkeep.count_runs import count_runs
 from pipelines.upkeep.export_adapter import export_adapter
 from pipelines.upkeep.export_table import ExportBucket, vector_widths
 from pipelines.waves import each_bucket
@@ -68,12 +70,28 @@ def _table(config: Config, report: RunReport) -> int:
             "replaces all files in its folder: give it a folder of its own"
         )
     session.start(writes={"tables": config.tables, "output": config.output})
+    if name == "generations" and config.as_of_version is None:
+        _refuse_unended(table, snapshot)
     report.table_read(name, snapshot.version)
     report.planned = snapshot.rows
     with report.stage("export") as stage:
         stage.rows = report.written = _export(snapshot, output)
     report.extra["output"] = output.uri
     return report.finish()
+
+
+def _refuse_unended(table: Table, snapshot: Snapshot) -> None:
+    """Refuses first rows of a run, which another run's end has made a part of a complete version.
+
+    Raises:
+        InputError: names the runs.
+    """
+    if half := table.unended(sorted(count_runs(snapshot)), snapshot.version):
+        raise InputError(
+            f"{table.uri}: run {', '.join(half)} has not ended, so that version {snapshot.version} holds a part of its "
+            f"replies; run that job again with run_id={half[0]} until it ends, or take its replies away "
+            f"(`drop-run {half[0]}`), then this; --as-of-version {snapshot.version} exports them as they are"
+        )
 
 
 def _export(snapshot: "Snapshot", output: "Storage") -> int:

@@ -10,7 +10,8 @@ import pytest
 from infra import shards
 from infra.errors import InputError
 from pipelines import options, tables
-from pipelines.upkeep import export
+from pipelines.upkeep import drop_run, export
+from pipelines.upkeep.config import DropRunConfig
 
 USERS = [f"user-{i}" for i in range(30)] + ["a/b=c 😀"]
 BUCKETS = 4
@@ -150,3 +151,32 @@ def test_halves_of_a_value_are_exact(place, tmp_path):
     stored = tables.open_table(place, "personas").snapshot(complete=True).read(["user_id", "persona"]).to_pylist()
     found = {row["user_id"]: row["persona"] for row in pq.read_table(tmp_path / "out").to_pylist()}
     assert all(np.array_equal(found[row["user_id"]], row["persona"]) for row in stored)
+
+
+def test_replies_of_a_run_that_has_not_ended_are_no_complete_export(tmp_path, ray_session):
+    """Run `half` is at work or broke off when run `whole` ends; run `gone` broke off and was dropped."""
+    place = str(tmp_path / "tables")
+    table = tables.open_or_create(place, "generations", BUCKETS)
+
+    def commit(run_id, group, users, complete=False):
+        rows = [{"bucket": shards.bucket_of(user, BUCKETS), "user_key": shards.user_key(user), "user_id": user,
+                 "request_id": f"{run_id} {group}", "method": "none", "run_id": run_id} for user in users]  # fmt: skip
+        files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), run_id)
+        table.commit(files, run_id=run_id, group=group, mode="append", planned_on=table.version, complete=complete)
+
+    def exported(name):
+        return sorted(pq.read_table(tmp_path / name)["request_id"].to_pylist())
+
+    commit("half", 0, USERS[:2])
+    commit("gone", 0, USERS[:3])
+    commit("whole", 0, USERS[:1], complete=True)
+    config = DropRunConfig(tables=place, runs=("gone",), run_id="drop", run_dir=str(tmp_path / "drop"))
+    assert drop_run.run(config) == 0
+    with pytest.raises(InputError, match=r"run half has not ended, .*run_id=half.*`drop-run half`.*--as-of-version 4"):
+        run(place, tmp_path / "out", table="generations")
+    assert not (tmp_path / "out").exists()
+    assert run(place, tmp_path / "old", table="generations", as_of_version=4) == 0
+    assert exported("old") == ["half 0", "half 0", "whole 0"]
+    commit("half", 1, USERS[2:3], complete=True)
+    assert run(place, tmp_path / "out", table="generations") == 0
+    assert exported("out") == ["half 0", "half 0", "half 1", "whole 0"]
