@@ -152,7 +152,7 @@ class JobLog:
                 before = storage.read_bytes(NAME) if storage.exists(NAME) else b""
                 with open(self.path, "rb") as file:
                     storage.write_bytes(NAME, before + file.read())
-            except OSError as error:
+            except Exception as error:  # botocore's errors, such as that nothing answers, are no OSErrors
                 print(f"{self.job}: {self.path} could not be copied to {storage.full(NAME)} ({type(error).__name__})",
                       file=sys.stderr)  # fmt: skip
                 return

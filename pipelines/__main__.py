@@ -242,8 +242,10 @@ def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
             return _unreported(name, code, False)
         try:  # the job had begun to count: how far it came is worth keeping
             unfinished.abandon(error, code)
-        except OSError as unwritten:
-            print(f"{name}: no report could be written ({unwritten})", file=sys.stderr)
+        except Exception as unwritten:  # botocore's errors, such as that nothing answers, are no OSErrors
+            log.error(unwritten)
+            why = f"{failures.kind(unwritten)}: {failures.advice(unwritten)}"
+            print(f"{name}: no report could be written ({why})", file=sys.stderr)
         return code
 
 

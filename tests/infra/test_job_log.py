@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
+from infra.errors import ConcurrentRunError
 from infra.job_log import NAME, JobLog
 from infra.report import RunReport
 from infra.storage import Storage
+from pipelines import __main__ as cli
+from pipelines.job_config import JobConfig
 
 NOISE = "(Worker pid=7) INFO 11-26 00:05:00 [core.py:7] nothing"
 
@@ -132,6 +137,25 @@ def test_a_run_folder_on_s3_gets_the_log_at_the_end(s3):
             assert log.place == Storage(folder).full(NAME)
     said = Storage(folder).read_bytes(NAME).decode()
     assert said.count("--- fold,") == 2 and not os.path.exists(log.path)
+
+
+def test_a_storage_that_is_away_at_the_end_changes_neither_words_nor_code_and_the_log_stays(s3, capsys, monkeypatch):
+    def run(config) -> int:
+        RunReport("fold", "r", {}, f"{s3}/runs/r")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setenv("PPLUG_STORAGE_BUDGET_S", "0")
+        raise ConcurrentRunError("run other is at work here")
+
+    fold = SimpleNamespace(Config=JobConfig, run=run)
+    monkeypatch.setitem(sys.modules, "fold_job", fold)
+    monkeypatch.setitem(cli.JOBS, "fold", cli.Job("fold_job", "fold_job:Config", "puts things together"))
+    assert cli.main(["fold", "--tables", f"{s3}/tables"]) == 1
+    began, why, unwritten, kept = capsys.readouterr().err.splitlines()
+    assert why.endswith("fold: run other is at work here")
+    assert unwritten.startswith("fold: no report could be written (EndpointConnectionError: storage or cluster did not")
+    told = re.fullmatch(r"fold: (\S+) could not be copied to s3://\S+/runs/r/job.log \(EndpointConnectionError\)", kept)
+    assert "run other is at work here" in Path(told[1]).read_text()
+    os.unlink(told[1])
 
 
 _PAST_PYTHON = """
