@@ -7,10 +7,10 @@ this, and gets what botocore has found each time a table is opened.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import botocore.session
@@ -19,10 +19,13 @@ from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTT
 
 from infra.errors import InputError
 
+T = TypeVar("T")
+
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15
 """Time-outs of the one look at a bucket before work starts."""
 AWAY_S = 60
-"""Seconds for which that look is repeated while Amazon's own address does not answer."""
+"""Seconds for which that look is repeated while Amazon's own address does not answer, and for which a service of
+credentials (STS) is asked again that does not answer."""
 VARIABLES = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN, where they have one) or AWS_PROFILE, and "
     "AWS_REGION; for another endpoint than Amazon's also AWS_ENDPOINT_URL"
@@ -49,9 +52,12 @@ class Connection:
 
         Raises:
             InputError: the credentials have ended and cannot be renewed.
+            ConnectionError, HTTPClientError: botocore's; the service that gives the credentials does not answer.
         """
         try:
-            keys = self.credentials.get_frozen_credentials()
+            keys = _while_away(self.credentials.get_frozen_credentials, AWAY_S)
+        except (HTTPClientError, ConnectionError):
+            raise  # nobody has refused them: a later start may find the service there
         except (BotoCoreError, ClientError) as error:
             raise _not_had(error) from error
         options = {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
@@ -69,7 +75,8 @@ def connection() -> Connection:
     """Returns what this process's environment and ~/.aws say of S3.
 
     Raises:
-        InputError: there are no credentials, they cannot be had, or a profile or config file is wrong.
+        InputError: there are no credentials, they are refused, or a profile or config file is wrong.
+        ConnectionError, HTTPClientError: botocore's; the service that gives the credentials does not answer.
     """
     return _connection(surroundings(), os.getpid())
 
@@ -88,13 +95,15 @@ def _connection(around: tuple[tuple[str, str], ...], pid: int) -> Connection:
         credentials = session.get_credentials()
         if credentials is None:
             raise InputError(f"S3: there are no credentials on this machine; {VARIABLES}")
-        credentials.get_frozen_credentials()
+        _while_away(credentials.get_frozen_credentials, AWAY_S)
         once = Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
             retries={"max_attempts": 2, "mode": "standard"},
         )
         client = session.create_client("s3", region_name=region, config=once)
+    except (HTTPClientError, ConnectionError):
+        raise  # nobody has refused anything: a later start may find the service there
     except (BotoCoreError, ClientError, ValueError) as error:  # a role that STS refuses; an endpoint that is no address
         raise _not_had(error) from error
     endpoint = client.meta.endpoint_url
@@ -143,11 +152,16 @@ def check(uris: Iterable[str]) -> None:
 def _look(found: Connection, bucket: str, prefix: str) -> None:
     """Lists one object. A network that is away for some seconds ends no night: Amazon's own address is right, and is
     asked again; another one may be misspelled, and is asked once."""
-    end = time.monotonic() + (AWAY_S if found.endpoint is None else 0)
+    look = partial(found.client.list_objects_v2, Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    _while_away(look, AWAY_S if found.endpoint is None else 0)
+
+
+def _while_away(ask: Callable[[], T], seconds: float) -> T:
+    """Asks a server, and again for some seconds while it does not answer."""
+    end = time.monotonic() + seconds
     while True:
         try:
-            found.client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-            return
+            return ask()
         except (HTTPClientError, ConnectionError):
             if time.monotonic() > end:
                 raise

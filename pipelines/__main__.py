@@ -210,10 +210,6 @@ def _run(name: str, words: list[str], debug: bool, as_json: bool, is_process: bo
         return _unreported(name, code, is_process)
     from infra.job_log import JobLog
 
-    try:
-        _refuse_places(name, config)
-    except InputError as error:
-        return _unreported(name, _wrong(f"{name}: {error}", config), is_process)
     with JobLog(name, debug, as_json) as log:
         try:
             return _logged(name, config, log)
@@ -233,6 +229,7 @@ def _logged(name: str, config: BaseModel, log: "JobLog") -> int:
     RunReport.unfinished = None
     try:
         stopping.install()
+        _refuse_places(name, config)
         return int(importlib.import_module(JOBS[name].module).run(config))
     except (Exception, KeyboardInterrupt) as error:
         log.error(error)

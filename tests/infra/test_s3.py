@@ -9,11 +9,13 @@ import threading
 
 import pyarrow as pa
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from infra import s3
 from infra.errors import ConcurrentRunError, InputError
-from infra.storage import Storage
+from infra.storage import Storage, is_transient
 from infra.table import Table
+from pipelines.__main__ import main
 from tests.s3_server import S3Server
 
 SECRET = "a-secret-of-the-profile"
@@ -128,22 +130,60 @@ def test_what_cannot_be_used_is_one_line_that_says_what_to_set(way, message, bar
     assert "\n" not in str(error.value)
 
 
-def test_a_role_that_is_refused_is_told_so(bare, s3_server, monkeypatch):
-    """As on Kubernetes, where the role's policy does not name the service account."""
-    (bare / "token").write_text("a.b.c")
+def of_a_service_account(folder, url, monkeypatch):
+    """Credentials as pods of Kubernetes have them: STS gives them for a token."""
+    (folder / "token").write_text("a.b.c")
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pplug-nodes")
-    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(bare / "token"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "token"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_role_that_is_refused_is_told_so(bare, s3_server, monkeypatch):
+    """As where the role's policy does not name the service account."""
+    of_a_service_account(bare, s3_server.url, monkeypatch)
     s3_server.fault = lambda environ: "403" if environ["PATH_INFO"] == "/" else None
     with pytest.raises(InputError, match=r"AssumeRoleWithWebIdentity .*\(ClientError\); mend it, or set"):
         s3.check(["s3://tables/x"])
 
 
+def test_a_credential_service_that_is_away_is_asked_again_and_ends_no_night_for_good(bare, monkeypatch, capsys):
+    """Exit code 2 would: Kubernetes starts no job again that says its input is wrong."""
+    port = free_port()
+    of_a_service_account(bare, f"http://127.0.0.1:{port}", monkeypatch)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(s3, "AWAY_S", 0)
+        with pytest.raises(EndpointConnectionError) as error:
+            s3.connection()
+        assert is_transient(error.value)
+        words = ["--plug", "p", "--tables", "s3://tables/x", "--run-dir", "s3://tables/run"]
+        assert main(["refresh", *words]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("refresh: failed: EndpointConnectionError at infra/s3.py:") and said.count("\n") == 1
+        os.unlink(said.split()[-1])  # the log
+    late = threading.Timer(1.5, lambda: S3Server(port))
+    late.start()
+    found = s3.connection()
+    late.join()
+    assert found.delta_options()["AWS_SESSION_TOKEN"]
+
+    def away():
+        raise EndpointConnectionError(endpoint_url="https://sts.amazonaws.com")
+
+    monkeypatch.setattr(s3, "AWAY_S", 0)
+    monkeypatch.setattr(found.credentials, "get_frozen_credentials", away)  # when they are to be renewed
+    with pytest.raises(EndpointConnectionError):
+        found.delta_options()
+
+
 def test_amazons_own_address_is_asked_again_while_nothing_answers(bare, monkeypatch):
     """A server that starts late stands for a network that was away; it is asked as if it were Amazon's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     keys(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     amazon = dataclasses.replace(s3.connection(), endpoint=None)
