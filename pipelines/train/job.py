@@ -24,7 +24,7 @@ from infra.report import new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
 from infra.trainer import run_training
-from pipelines import begun, tables
+from pipelines import begun, tables, training
 from pipelines.histories import width_of
 from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
@@ -113,7 +113,8 @@ def _run(config: Config, run_id: str) -> int:
     _check_answers(config, answers, tokens)
     with report.stage("fit") as stage:
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, target, width, (answers, tokens))
-        stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
+        seen = min(counts["samples"], config.fit.max_samples or counts["samples"])
+        stage.rows = round(seen * training.epochs_taken(facts["history"]))
     report.written = counts["samples"]
     report.extra |= facts
     code = report.finish()
