@@ -163,22 +163,29 @@ def _drafts(table: Table) -> dict[str, float]:
 # --- restore
 
 
+class BeganWithRun(InputError):
+    """A table's log is whole, and a run's first commit stands before every complete version."""
+
+
 def version_before(table: Table, run_id: str) -> int | None:
     """Finds the newest complete version from before a run's first commit; None if the run has committed nothing here.
 
     Raises:
-        InputError: the log no longer reaches back so far, or no version was complete by then.
+        BeganWithRun: no version was complete by then.
+        InputError: the log no longer reaches back so far.
     """
     if not table.committed(run_id):
         return None
-    begun = False
-    for info in log.back_from(table.storage, table.version):
+    begun, version = False, table.version
+    for info in log.back_from(table.storage, version):
+        version = info["version"]
         if begun and info.get("complete") == "true":
             return int(info["version"])
         begun = begun or log.is_group(info, run_id, 0)
-    raise InputError(
+    kind = BeganWithRun if version == 0 else InputError
+    raise kind(
         f"{table.uri}: table {table.spec.name} has no complete version from before run {run_id} in its log; "
-        "it cannot be taken back to before that run"
+        "it cannot be taken back to before that run: name the tables to take back, as in `restore histories,requests`"
     )
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -255,6 +255,16 @@ def train(
         better = f"no lower validation loss in {patience} epochs"
         why = better if math.isfinite(checkpoints.losses[-1][1]) else "the loss is no number any more"
         print(f"{job}: ends at step {taken}: {why}", flush=True)
+
+
+def epochs_taken(history: Sequence[Mapping[str, float]]) -> float:
+    """Counts the epochs up to the last checkpoint; they are fewer than planned where a training ended early.
+
+    Args:
+        history: metrics of each checkpoint; at an epoch's end they have a val_loss.
+    """
+    whole = next(entry for entry in history if "val_loss" in entry)
+    return history[-1]["step"] / whole["step"] * (whole["epoch"] + 1)
 
 
 def keep_curve(checkpoint: str, run_dir: str) -> None:

@@ -24,7 +24,7 @@ from infra.report import new_run_id
 from infra.shards import keys_by_bucket
 from infra.storage import Storage
 from infra.trainer import run_training
-from pipelines import begun, tables
+from pipelines import begun, tables, training
 from pipelines.histories import width_of
 from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
@@ -34,7 +34,6 @@ from pipelines.train.answers import MAX_TOKENS, known_answers
 from pipelines.train.config import Config
 from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
 from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_workers, worker_device
-from pipelines.training import train as run_training_loop
 from pipelines.waves import each_bucket
 from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder, refuse_another_encoder
 from pplug.encoder_head import query_encoder
@@ -114,7 +113,8 @@ def _run(config: Config, run_id: str) -> int:
     with report.stage("fit") as stage:
         made_for = (task.item_template(config.encoder.with_label), encoder)
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, made_for, target, width, (answers, tokens))
-        stage.rows = min(counts["samples"], config.fit.max_samples or counts["samples"]) * config.fit.epochs
+        seen = min(counts["samples"], config.fit.max_samples or counts["samples"])
+        stage.rows = round(seen * training.epochs_taken(facts["history"]))
     report.written = counts["samples"]
     report.extra |= facts
     code = report.finish()
@@ -305,7 +305,7 @@ def fit_worker(given: dict[str, Any]) -> None:
         checkpoints = Checkpoints("train", local, fitter, read, write)
         checkpoints.load(given["left"])
         fitter.encode_queries()  # by the encoder that the start has trained, which a checkpoint brings with it
-        run_training_loop(
+        training.train(
             checkpoints,
             rank=rank,
             orders=Orders(given["ending"], config.checkpoint_minutes),

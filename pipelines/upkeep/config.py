@@ -42,11 +42,11 @@ class RestoreConfig(JobConfig):
     """Job `restore`: takes tables of a population back to an earlier complete version, as a new version on top.
 
     `restore histories --version 12` takes back one table. `restore --before RUN` takes back every table that the run
-    wrote, to the state before the run began. The rows of later runs in these tables are taken back, too: those runs are
-    named, and need a new run_id to write them again. The retention of `vacuum` limits how far back a table can go, and
-    so do the last `erase`, `migrate` and `rebucket`. Tables that are made from the restored ones follow with their next
-    run: after histories come back, run `refresh`. No other job may write meanwhile; readers keep the files that they
-    have opened. Unit of work: a table.
+    wrote, to the state before the run began; one that began with that run stays as it is, and is named. The rows of
+    later runs in these tables are taken back, too: those runs are named, and need a new run_id to write them again.
+    The retention of `vacuum` limits how far back a table can go, and so do the last `erase`, `migrate` and
+    `rebucket`. Tables that are made from the restored ones follow with their next run: after histories come back, run
+    `refresh`. No other job may write meanwhile; readers keep the files that they have opened. Unit of work: a table.
     """
 
     positional: ClassVar[str] = "names"

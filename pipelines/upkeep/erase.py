@@ -35,6 +35,7 @@ FOUND = "erase-found.json"
 """File with digests of the ids that this erase has found in a table: once their rows are gone, a rerun needs it."""
 DUTIES = (
     "older versions of S3 objects, where the bucket keeps them",
+    "parts of uploads to S3 that a killed worker left unfinished: a lifecycle rule takes them away (see SECURITY.md)",
     "files that Ray has spilled and logged on the nodes (its temp folder), and adapters in memory-backed folders "
     "(/dev/shm)",
     "the sources that ingest has read: another ingest would bring the users back",

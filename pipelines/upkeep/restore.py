@@ -44,14 +44,17 @@ def _rank(name: str) -> int:
 def _restore(config: Config, report: RunReport, names: list[str]) -> None:
     """Checks all tables before the first commit: if one cannot go back, the others stay as they are."""
     targets: list[tuple[Table, Snapshot, list[str]]] = []
+    left: list[InputError] = []
     for name in names:
         table = tables.open_table(config.tables, name)
         try:
             version = config.version if config.before is None else upkeep.version_before(table, config.before)
-        except InputError:
-            if config.names is not None or name != "rejects":
+        except InputError as error:
+            may_stay = name == "rejects" or isinstance(error, upkeep.BeganWithRun)
+            if config.names is not None or not may_stay:
                 raise
-            print("restore: table rejects began with that run, or its log ends there: it stays as it is", flush=True)
+            print(f"restore: table {name} began with that run, or its log ends there: it stays as it is", flush=True)
+            left.append(error)
             continue
         if version is None:
             if config.names is not None:
@@ -61,6 +64,8 @@ def _restore(config: Config, report: RunReport, names: list[str]) -> None:
         runs = upkeep.undone(table, target, table.version)
         upkeep.check_restorable(table, target)
         targets.append((table, target, runs))
+    if not targets and left:
+        raise left[0]
     if not targets:
         raise InputError(f"{config.tables}: run {config.before} has written to none of {', '.join(names)}")
     report.planned = len(targets)

@@ -169,17 +169,17 @@ class Scrub:
             if last.startswith("facts-") and last.endswith(".npy"):  # without its samples, nobody knows whose they are
                 if storage.exists(f"{folder}/{_sibling(last, 'samples')}"):
                     return ""
-                storage.delete(name)
+                _delete(storage, name)
                 return "deleted"
             if last.startswith("examples-") and _holds_tokens(storage, name):  # nobody knows whose they are
-                storage.delete(name)
+                _delete(storage, name)
                 return "deleted"
             if not search(storage, name, self.needles).hits and not self._predictions(storage, name):
                 return ""
             if last.startswith("samples-") and last.endswith(".parquet"):  # a rerun of the training makes them anew
                 vectors, facts = (f"{folder}/{_sibling(last, kind)}" for kind in ("vectors", "facts"))
                 for gone in (vectors, facts, name):  # the samples last: a rerun knows the others by them
-                    storage.delete(gone)
+                    _delete(storage, gone)
                 return "deleted"
             if name.endswith(".parquet"):
                 return self._parquet(storage, name)
@@ -187,7 +187,7 @@ class Scrub:
                 lines = lines_of(storage.read_bytes(name).decode("utf-8"))
                 return _put(storage, name, "".join(line for line in lines if not self._in_line(name, line)).encode())
             if name.endswith(".html"):  # `evaluate` makes it anew
-                storage.delete(name)
+                _delete(storage, name)
                 return "deleted"
             if name.endswith(".json"):
                 rest = self._without(json.loads(storage.read_bytes(name)))
@@ -254,6 +254,18 @@ def _holds_tokens(storage: Storage, name: str) -> bool:
         return False
     with storage.open_input(name) as source:
         return pq.read_schema(source).names == ["prompt", "answer"]
+
+
+def _delete(storage: Storage, name: str) -> None:
+    """Deletes a file that may hold words of the users as numbers alone, so that the proof would not find it."""
+    try:
+        storage.delete(name)
+    except OSError as error:
+        # another kind than those that leave a file to the proof, and without the name, which may be a user's
+        raise RuntimeError(
+            f"{storage.uri}: a file could not be deleted ({type(error).__name__}); let these credentials delete here, "
+            "then run this again"
+        ) from error
 
 
 def _sibling(name: str, kind: str) -> str:

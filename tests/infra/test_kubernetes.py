@@ -108,6 +108,21 @@ def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_
         assert wanted <= per_node * groups["gpu"]["maxReplicas"], f"{words[3]} asks for more GPUs than may come"
 
 
+def test_a_job_started_by_hand_has_a_run_folder_of_its_own(manifests, tmp_path):
+    """A folder of all runs would keep the record of the last erasure alone."""
+    configs = one(manifests, "ConfigMap", "pplug-config")["data"]
+    added = re.search(r"\.spec\.entrypoint \+= (.*)' \\\n", (PLACE.parent / "README.md").read_text())[1]
+    words = [json.loads(part) if part != "$run" else "erase-7" for part in added.split(" + ")]
+    for job in of_kind(manifests, "RayJob"):
+        _, _, _, name, *given = shlex.split(job["spec"]["entrypoint"] + "".join(words))
+        at = Path(given[given.index("--config") + 1])
+        (tmp_path / at.name).write_text(configs[at.name])
+        given[given.index("--config") + 1] = str(tmp_path / at.name)
+        keys = JOBS[name].config
+        config = options.check(keys, options.read(given, keys))
+        assert (config.run_id, config.run_dir) == ("erase-7", "s3://BUCKET/runs/erase-7")
+
+
 def test_every_pod_is_confined_and_has_its_volumes(manifests):
     claims = {document["metadata"]["name"] for document in of_kind(manifests, "PersistentVolumeClaim")}
     maps = {document["metadata"]["name"] for document in of_kind(manifests, "ConfigMap")}

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 import threading
+from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pytest
 from botocore.exceptions import EndpointConnectionError
@@ -227,6 +230,19 @@ def test_an_address_that_lost_a_slash_is_no_folder(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="'s3:/bucket/plug': an address begins with two slashes"):
         Storage("s3:/bucket/plug")
     assert Storage("s3:b").uri == str(tmp_path / "s3:b")  # a name, if an odd one
+
+
+def test_the_lifecycle_rule_of_security_md_ends_unfinished_uploads(s3_server):
+    """The document's JSON is what the server takes."""
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    (given,) = [
+        found for found in map(json.loads, re.findall(r"```json\n(.*?)```", text, re.DOTALL)) if "Rules" in found
+    ]
+    client = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
+    client.create_bucket(Bucket="with-a-rule")
+    client.put_bucket_lifecycle_configuration(Bucket="with-a-rule", LifecycleConfiguration=given)
+    (rule,) = client.get_bucket_lifecycle_configuration(Bucket="with-a-rule")["Rules"]
+    assert (rule["Status"], rule["AbortIncompleteMultipartUpload"]) == ("Enabled", {"DaysAfterInitiation": 1})
 
 
 # --- files that a vacuum took

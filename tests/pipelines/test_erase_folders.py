@@ -8,9 +8,11 @@ import pytest
 
 from infra import shards
 from infra.errors import InputError
+from infra.search import Needles
+from infra.storage import Storage
 from pipelines import tables
 from pipelines.__main__ import main
-from pipelines.upkeep import compact, erase
+from pipelines.upkeep import compact, erase, scrub
 from pipelines.upkeep.config import CompactConfig
 from tests.pipelines.test_erase import People, others, own, people  # noqa: F401 (a fixture)
 
@@ -48,6 +50,17 @@ def test_words_as_token_ids_go_and_a_file_of_that_name_with_other_columns_stays(
     pq.write_table(pa.table({"prompt": ["a dog"], "n": [1]}), folder / "examples-1.parquet")
     assert people.erase(user_id="user-1") == 0
     assert [path.name for path in folder.iterdir()] == ["examples-1.parquet"]
+
+
+def test_words_as_token_ids_that_may_not_be_deleted_end_the_erase(s3_server, s3):
+    """The proof reads texts, and would find nothing in such a file."""
+    with Storage(s3).open_output("examples/examples-0.parquet") as out:
+        tokens = pa.array([[1, 2]], pa.list_(pa.int32()))
+        pq.write_table(pa.table({"prompt": tokens, "answer": tokens}), out)
+    s3_server.fault = lambda environ: "403" if environ["REQUEST_METHOD"] == "DELETE" else None
+    stage = scrub.Scrub(Needles(frozenset()), frozenset())
+    with pytest.raises(RuntimeError, match=r"a file could not be deleted \(PermissionError\); let these credentials"):
+        stage(pa.table({"root": [s3], "name": ["examples/examples-0.parquet"]}))
 
 
 def test_a_line_with_a_line_separator_in_a_text_goes_as_a_whole(people):  # noqa: F811

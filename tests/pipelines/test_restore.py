@@ -126,6 +126,29 @@ def test_all_tables_go_back_to_before_the_run_that_made_the_first_rejects(on_dis
         on_disk.restore("named", before="bad", names=("rejects",))
 
 
+def test_tables_that_a_run_has_made_stay_and_the_others_go_back(on_disk, capsys):
+    """As when an ingest is the first to bring vectors, and questions with a table of their own."""
+    on_disk.put("embeddings-mine", "bad", USERS[:2], "oops")
+    assert on_disk.restore(before="bad") == 0
+    assert on_disk.rows("histories") == GOOD and on_disk.rows("requests") == [(user, "q") for user in sorted(USERS)]
+    said = capsys.readouterr().out
+    assert "restore: table embeddings-mine began with that run, or its log ends there: it stays as it is" in said
+    assert "embeddings-mine were made from the later histories: run refresh before the next generate" in said
+    assert tables.open_table(on_disk.tables, "embeddings-mine").snapshot().rows == 2
+    with pytest.raises(InputError, match="embeddings-mine has no complete version .*name the tables to take back"):
+        on_disk.restore("named", before="bad", names=("histories", "embeddings-mine"))
+
+
+def test_a_table_whose_log_no_longer_reaches_back_keeps_all_from_going_back(on_disk):
+    """A run wrote to it that others had written to before: half of the tables would be of another state."""
+    requests = tables.open_table(on_disk.tables, "requests")
+    upkeep.forget(requests, "erase", 0)
+    before = on_disk.rows("histories")
+    with pytest.raises(InputError, match="table requests has no complete version from before run bad in its log"):
+        on_disk.restore(before="bad")
+    assert on_disk.rows("histories") == before
+
+
 def test_a_run_that_was_taken_back_needs_another_run_id(on_disk):
     """Its commits stand in the log: it would take its own rows for written."""
     assert on_disk.restore(before="bad") == 0

@@ -14,6 +14,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
+from pipelines import training
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
@@ -123,9 +124,18 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
     losses = [entry["val_loss"] for entry in report["history"]]
     assert len(losses) < 6 and losses[-1] > min(losses)
     assert len(losses) - 1 - losses.index(min(losses)) == 1
+    assert report["stages"]["fit"]["rows"] == len(losses) * report["samples"]["samples"]  # an epoch, a loss
     before = (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes()
     assert fit(made, "early", wild)["history"] == report["history"]  # the same run again has nothing to do
     assert (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes() == before
+
+
+def test_epochs_are_counted_by_the_steps_that_were_taken():
+    """Of ten epochs planned, each of 40 steps, or of fewer where the loss is no number any more."""
+    ends = [{"step": 40.0 * (epoch + 1), "epoch": epoch, "val_loss": 1.0} for epoch in range(10)]
+    assert training.epochs_taken(ends[:3]) == 3 and training.epochs_taken(ends) == 10
+    half = {"step": 100.0, "epoch": 2, "train_loss": 1.0}
+    assert training.epochs_taken([{"step": 20.0, "epoch": 0, "train_loss": 1.0}, *ends[:2], half]) == 2.5
 
 
 @pytest.mark.slow
