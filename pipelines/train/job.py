@@ -54,14 +54,14 @@ from pplug.tasks import TaskSpec
 
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
+    refuse_workers(config.workers, config.llm.parallel, config.gpus_per_worker)
+    refuse_missing(config.track)
     run_id = config.run_id or new_run_id("train")
     with lease.reading(config.tables, run_id):
         return _run(config, run_id)
 
 
 def _run(config: Config, run_id: str) -> int:
-    refuse_workers(config.workers, config.llm.parallel, config.gpus_per_worker)
-    refuse_missing(config.track)
     report = begin("train", config, run_id=run_id)
     run_dir = report.run_dir
     # of a run that began before: the task that `ingest` stores may have got another label since
@@ -113,8 +113,8 @@ def _run(config: Config, run_id: str) -> int:
     with report.stage("fit") as stage:
         made_for = (task.item_template(config.encoder.with_label), encoder)
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, made_for, target, width, (answers, tokens))
-        seen = min(counts["samples"], config.fit.max_samples or counts["samples"])
-        stage.rows = round(seen * training.epochs_taken(facts["history"]))
+        per_epoch = min(counts["samples"], config.fit.max_samples or counts["samples"])
+        stage.rows = round(per_epoch * training.epochs_taken(facts["history"]))
     report.written = counts["samples"]
     report.extra |= facts
     code = report.finish()

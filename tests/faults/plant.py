@@ -76,8 +76,8 @@ FAULTS = {
     ),
     "persona-of-an-older-history": Fault(
         "pipelines/generate/parts/plug.py",
-        "self._current[user_id] = digest == self._made_from[user_id]",
-        "self._current[user_id] = bool(digest)",
+        "self._is_of[key] = digest == self._made_from[user_id]",
+        "self._is_of[key] = bool(digest)",
         "tests/pipelines/test_stored_personas.py::test_another_number_of_newest_items_is_another_persona",
     ),
     "byte-order-mark-in-an-id": Fault(

@@ -157,7 +157,7 @@ class StoredPersonas:
             self._personas = dict(zip(ids, matrix(rows["persona"]), strict=True))
             self._made_from = dict(zip(ids, rows["history_hash"].to_pylist(), strict=True))
         self._is_of: dict[tuple[str, int, int], bool] = {}
-        """Whether a user's persona is of the items from one row to another."""
+        """True if a user's persona was made from just the items from one row to another."""
 
     def persona(self, request: Mapping[str, Any]) -> np.ndarray | None:
         """The stored persona, (P*H,); None where there is none, or where it was made from other items."""
