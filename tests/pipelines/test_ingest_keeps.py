@@ -1,4 +1,4 @@
-"""What an ingest leaves alone: tables that no source feeds, rows that a damaged export lacks, runs of other rows."""
+"""An ingest leaves alone: tables that no source feeds, rows that a damaged export lacks, runs of other rows."""
 
 import json
 from collections import Counter

@@ -212,23 +212,28 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     ):
         with pytest.raises(InputError, match=refused):
             judge.run(config.model_copy(update=changed))
+    assert_a_judgement_goes_with_its_reply(population, answers, config)
+    with pytest.raises(InputError, match="run_id=b: this run has judgements; give replies another run_id"):
+        generate.run(answers.model_copy(update={"run_id": "b"}))
+
+
+def assert_a_judgement_goes_with_its_reply(
+    population: Population, answers: generate.Config, config: JudgeConfig
+) -> None:
+    """A question changes: nothing is judged or scored by its earlier words, and reply and judgement are made anew."""
+    scored = evaluate.Config(tables=population.tables, run=("b",), run_dir=str(population.folder / "e1"))
     ingest(population, "lamp_qa", first={"question": "Why do owls call at night?"})
     for refusing, message in (
         (lambda: judge.run(config), "run a in .*: 2 replies are to an input that their request no longer has"),
-        (
-            lambda: evaluate.run(asked.model_copy(update={"run": ("b",)})),
-            "replies to 1 requests whose input has changed",
-        ),
+        (lambda: evaluate.run(scored), "replies to 1 requests whose input has changed"),
     ):
         with pytest.raises(InputError, match=message):
             refusing()
     assert generate.run(answers) == 0
     assert judge.run(config) == 0
-    report = json.loads((folder / "b" / "report.json").read_text())
+    report = json.loads(Path(f"{config.run_dir}/report.json").read_text())
     assert (report["written"], report["already_there"]) == (2, 2)
     judged = [row for row in population.rows("generations") if row["run_id"] == "b"]
     now = {name: history.input_hash(row["input"]) for name, row in population.requests().items()}
     assert len(judged) == 4 and all(row["input_hash"] == now[row["request_id"]] for row in judged)
-    assert evaluate.run(asked.model_copy(update={"run": ("b",)})) == 0
-    with pytest.raises(InputError, match="run_id=b: this run has judgements; give replies another run_id"):
-        generate.run(answers.model_copy(update={"run_id": "b"}))
+    assert evaluate.run(scored) == 0

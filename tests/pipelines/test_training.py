@@ -131,7 +131,7 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
 
 
 def test_epochs_are_counted_by_the_steps_that_were_taken():
-    """Of ten epochs planned, each of 40 steps, or of fewer where the loss is no number any more."""
+    """Ten epochs of 40 steps are planned; fewer are taken where the loss is no number any more."""
     ends = [{"step": 40.0 * (epoch + 1), "epoch": epoch, "val_loss": 1.0} for epoch in range(10)]
     assert training.epochs_taken(ends[:3]) == 3 and training.epochs_taken(ends) == 10
     half = {"step": 100.0, "epoch": 2, "train_loss": 1.0}
