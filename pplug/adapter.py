@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from pplug.retrieval import RetrievalConfig
+from pplug.retrieval import InTraining, RetrievalConfig
 from pplug.settings import Settings, renamed
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class ExampleRule(Settings):
 
     max_target_tokens: int = Field(128, gt=1)
     """Number of tokens that an answer may have, EOS included; a longer one is cut."""
-    retrieve: Literal["none", "bm25", "recency"] = "none"
+    retrieve: InTraining = "none"
     """Retrieval that puts earlier items before an item's input. Ask `generate` for adapter+bm25 or adapter+recency
     then."""
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -12,7 +12,7 @@ changes neither which items are found nor in what order.
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -21,7 +21,7 @@ from pplug.encoder import EncoderConfig
 from pplug.identity import stable_int
 from pplug.plain_text import TextTokenizer
 from pplug.settings import Settings
-from pplug.tasks import TaskSpec, fill, slots
+from pplug.tasks import TaskSpec, fill, query, slots
 
 KINDS = {
     "random": "items drawn at random, the same in every run",
@@ -31,7 +31,11 @@ KINDS = {
 }
 
 
-class RetrievalConfig(Settings):
+InTraining = Literal["none", "bm25", "recency"]
+"""Kinds of retrieval for prompts that are trained on; they read the items' words alone, and no vectors."""
+
+
+class ShownItems(Settings):
     """Sets how many items a prompt shows, and how much room they have."""
 
     k: int = Field(4, gt=0)
@@ -41,6 +45,24 @@ class RetrievalConfig(Settings):
     paper)."""
     input_share: float = Field(0.6, gt=0, lt=1)
     """Fraction of the budget that a long request may take; the items share the rest."""
+
+    def room(self, max_input_tokens: int) -> int:
+        """The tokens that items and request may take together.
+
+        Raises:
+            ValueError: they would be more than a prompt may have.
+        """
+        if self.budget_tokens is not None and self.budget_tokens > max_input_tokens:
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} is above llm.layout.max_input_tokens={max_input_tokens}, where a "
+                "prompt is cut: lower the one or raise the other"
+            )
+        return self.budget_tokens or max_input_tokens
+
+
+class RetrievalConfig(ShownItems):
+    """Sets how many items a prompt shows, how much room they have, and what `dense` compares them by."""
+
     encoder: EncoderConfig = EncoderConfig()
     """Encoder of the refresh, whose vectors `dense` searches."""
     query_prefix: str | None = ""
@@ -95,6 +117,35 @@ def words(fields: Mapping[str, str], task: TaskSpec) -> str:
     """The text of an item that BM25 reads. Raises ValueError: a field is missing."""
     own = task.retrieval.words if task.retrieval else None
     return fill(own or task.item_without_label, fields, task.name)
+
+
+def before(
+    kind: InTraining,
+    items: Sequence[Mapping[str, str]],
+    input: str,
+    task: TaskSpec,
+    tokenizer: TextTokenizer,
+    max_input_tokens: int,
+    shown: ShownItems,
+) -> "Composed":
+    """Puts what retrieval finds before a request that is trained on, as `generate` would answer it.
+
+    Args:
+        items: fields of those that the request may see, oldest first.
+        tokenizer: of the LLM, a fast one.
+        max_input_tokens: of the LLM's layout.
+
+    Raises:
+        ValueError: an item lacks a field; the task has no retrieval form; the budget is above `max_input_tokens`.
+    """
+    if kind == "none" or not items:
+        return Composed("", input)
+    if kind == "bm25":
+        best = WordIndex([words(fields, task) for fields in items]).rank(query(input, task))
+    else:
+        best = recency(len(items))
+    chosen = [items[i] for i in best[: shown.k]]
+    return compose(chosen, input, task, tokenizer, shown.room(max_input_tokens), shown.input_share)
 
 
 # --- in what words ----------------------------------------------------------------------------------------------------

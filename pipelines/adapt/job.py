@@ -57,6 +57,11 @@ def run(config: Config) -> int:
         raise InputError(
             f"rule.retrieve={config.rule.retrieve}: {why}; leave it out or give the task entry `retrieval`"
         )
+    if config.rule.retrieve != "none":
+        try:
+            config.rule.retrieval.room(config.llm.layout.max_input_tokens)
+        except ValueError as error:
+            raise InputError(f"rule.retrieval.{error}") from error
     try:
         base = llm_id(config.llm)
         base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.trained.shape.targets)

@@ -30,7 +30,7 @@ from pplug.llm import FrozenLLM, LLMConfig, refuse_another, tokenizer_of
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.lora_user import Fitted
 from pplug.splice import PromptBuilder
-from pplug.tasks import TaskSpec, fill, query
+from pplug.tasks import TaskSpec, fill
 
 _TOKENS = pa.list_(pa.list_(pa.int32()))
 EXAMPLES = pa.schema([*ADAPTER_ROWS, pa.field("prompts", _TOKENS), pa.field("answers", _TOKENS)])
@@ -60,7 +60,7 @@ class ReadExamples:
     def __init__(self, pending: PendingUsers, task: TaskSpec, llm: LLMConfig, rule: ExampleRule) -> None:
         self.pending, self.task, self.rule = pending, task, rule
         self.prompt_builder = PromptBuilder(tokenizer_of(llm), llm.layout, False)
-        self.budget = rule.retrieval.budget_tokens or llm.layout.max_input_tokens
+        self.limit = llm.layout.max_input_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -88,17 +88,9 @@ class ReadExamples:
 
     def _with_items(self, words: str, before: Sequence[Mapping[str, str]]) -> str:
         """The input with what retrieval finds among the items before it, oldest first."""
-        if self.rule.retrieve == "none" or not before:
-            return words
-        if self.rule.retrieve == "bm25":
-            index = retrieval.WordIndex([retrieval.words(fields, self.task) for fields in before])
-            best = index.rank(query(words, self.task))
-        else:
-            best = retrieval.recency(len(before))
-        chosen = [before[i] for i in best[: self.rule.retrieval.k]]
-        share = self.rule.retrieval.input_share
-        composed = retrieval.compose(chosen, words, self.task, self.prompt_builder.words, self.budget, share)
-        return composed.prefix + composed.suffix
+        rule, tokenizer = self.rule, self.prompt_builder.words
+        found = retrieval.before(rule.retrieve, before, words, self.task, tokenizer, self.limit, rule.retrieval)
+        return found.prefix + found.suffix
 
 
 def item_example(fields: Any, task: TaskSpec) -> tuple[str | None, str] | None:

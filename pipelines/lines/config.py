@@ -10,7 +10,7 @@ from pplug.adapter import LoraConfig
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import LLMConfig
-from pplug.retrieval import RetrievalConfig
+from pplug.retrieval import InTraining, RetrievalConfig
 from pplug.settings import Settings
 from pplug.tiny_lm import TinyLMConfig
 
@@ -77,6 +77,8 @@ class LampConfig(Settings):
     """Methods that are compared, as in `generate`; plug:soft-prompt trains a second plug, without histories."""
     retrieval: RetrievalConfig = RetrievalConfig()
     """Settings of retrieval as in `generate`; its encoder is the one above."""
+    retrieve: InTraining = "none"
+    """Retrieval that stands in the prompts that the plugs are trained with, as in `train`, with `retrieval.k` items."""
     source: str | None = None
     """Folder in LaMP's layout with the splits train and dev; default: the benchmark's files are downloaded."""
     derive_requests: tuple[int, int] | None = None

@@ -14,6 +14,7 @@ from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
 from pipelines.lines.steps import local_root, run_steps
 from pipelines.methods import Method, parse_all
+from pplug.retrieval import ShownItems
 
 TASK_BASE = "task-base"
 """Step that adapts the LLM to the task, and folder of the model that it makes."""
@@ -112,9 +113,13 @@ class _Line:
 
     def train(self, step: str, **shape: Any) -> None:
         model, given = self.model, self.given
+        found: dict[str, Any] = {}
+        if given["retrieve"] != "none":
+            shown = {name: given["retrieval"][name] for name in ShownItems.model_fields}
+            found = {"retrieve": given["retrieve"], "retrieval": shown}
         self.add(step, "train", "train", llm=model["llm"], encoder=given["encoder"], fit=given["fit"],
                  shape=model["shape"] | shape, plug=str(self.root / step.replace("train", "plug")),
-                 **self.gpus)  # fmt: skip
+                 **found, **self.gpus)  # fmt: skip
 
     def adapt(self, llm: dict[str, Any]) -> None:
         items = {"max_history_items": self.model["max_adapter_items"]}

@@ -9,6 +9,7 @@ from pipelines.tracking import Tracker
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import LLMConfig
+from pplug.retrieval import InTraining, ShownItems
 from pplug.settings import Settings, added, renamed
 
 
@@ -93,6 +94,12 @@ class Config(ResumableConfig):
     """Form of the plug."""
     fit: FitConfig = FitConfig()
     """Settings of the training."""
+    retrieve: InTraining = added("none")
+    """Retrieval that puts items of the user's history into the prompts that are trained on, as `generate` does. Ask
+    `generate` for plug+bm25 or plug+recency then, with the same number of items. fit.history_dropout leaves them there.
+    """
+    retrieval: ShownItems = ShownItems()
+    """Number of retrieved items and the room for them, as in `generate`; nothing without `retrieve`."""
     users: str | None = None
     """File with one user id per line: only their requests are learned from."""
     as_of_version: dict[Literal["histories", "requests", "embeddings"], NonNegativeInt] = {}

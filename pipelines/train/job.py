@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 from infra import lease, session
 from infra.errors import InputError
 from infra.report import new_run_id
-from infra.shards import keys_by_bucket
 from infra.storage import Storage
 from infra.trainer import run_training
 from pipelines import begun, tables, training
@@ -30,18 +28,19 @@ from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.tracking import refuse_missing, tracker
-from pipelines.train.answers import MAX_TOKENS, known_answers
+from pipelines.train.answers import known_answers
 from pipelines.train.config import Config
-from pipelines.train.samples import PrepareSamples, Shard, load_samples, vectors_by_user
+from pipelines.train.examples import examples
+from pipelines.train.prepare import check, prepare
+from pipelines.train.samples import Shard, load_samples, vectors_by_user
 from pipelines.training import Checkpoints, Orders, keep_curve, left_without_record, refuse_workers, worker_device
-from pipelines.waves import each_bucket
 from pplug.encoder import best_dtype, encoder_id, query_limit, read_folder, refuse_another_encoder
 from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, drawn, encode_queries
 from pplug.fit_config import held_out
 from pplug.history import NO_TIME
 from pplug.identity import short_id
-from pplug.items import AnswerTokens, KnownAnswers, LabelSet
+from pplug.items import AnswerTokens, LabelSet
 from pplug.llm import FrozenLLM, llm_id, refuse_another
 from pplug.parallel import Mesh
 from pplug.plain_text import TextTokenizer
@@ -69,6 +68,7 @@ def _run(config: Config, run_id: str) -> int:
     versions: dict[Any, int] = {**config.as_of_version, **began}
     histories = tables.snapshot(config.tables, "histories", versions)
     task = _task(config, histories)
+    shown = examples(config, task)
     encoder, llm = _models(config, task)
     answers = known_answers(config, task)
     blind = config.shape.without_history
@@ -97,19 +97,11 @@ def _run(config: Config, run_id: str) -> int:
     )
     samples = Storage(run_dir).join("samples", run_id).uri  # another run's samples may lie in the same run_dir
     with report.stage("prepare") as stage:
-        counts, shards, tokens = _prepare(config, histories, embeddings, requests, task, samples, answers)
+        counts, shards, tokens = prepare(config, histories, embeddings, requests, task, samples, answers, shown)
         stage.rows = counts["samples"]
     report.planned = counts["samples"]
     report.extra["samples"] = counts
-    if not counts["samples"]:
-        raise InputError(
-            f"{config.tables}: no request with a target whose user is there; ingest requests with targets, or use "
-            "--derive-requests to make them from the histories"
-        )
-    if counts["without_vector"]:
-        print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
-    _check_times(config, counts)
-    _check_answers(config, answers, tokens)
+    check(config, counts, answers, tokens)
     with report.stage("fit") as stage:
         made_for = (task.item_template(config.encoder.with_label), encoder)
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, made_for, target, width, (answers, tokens))
@@ -151,61 +143,12 @@ def decisive(config: Config, identities: dict[str, str | None]) -> dict[str, Any
     """All that decides what comes out of a run, beside the tables' versions and the task's entry."""
     settings = config.decisive(exclude=_FREE)
     settings["fit"] = config.fit.decisive()
+    if config.retrieve == "none":
+        del settings["retrieval"]
     del settings["encoder"]["batch_tokens"], settings["llm"]["parallel"]
     if config.users is not None:  # the ids in the file count, not its name
         settings["users"] = short_id({"users": sorted(read_users(config.users) or ())})
     return settings | identities
-
-
-def _check_answers(config: Config, answers: KnownAnswers | None, tokens: Sequence[int]) -> None:
-    """Refuses a plug that spells answers where no item has any."""
-    if isinstance(answers, AnswerTokens) and not tokens:
-        raise InputError(
-            f"{config.tables}: shape.answer_values=true spells what items answer, but no item has a text in its field "
-            f"{answers.field!r}; leave it out, or name another `target` in the task's entry"
-        )
-
-
-def _check_times(config: Config, counts: dict[str, int]) -> None:
-    """Refuses a plug that weighs by times where no item has any, and counts the users who have none."""
-    if config.shape.recency != "time" or not counts["without_times"]:
-        return
-    if counts["without_times"] == counts["samples"] - counts["without_history"]:
-        raise InputError(
-            f"{config.tables}: shape.recency=time weighs items by their age in days, but no user's items all have a "
-            "time; ingest them with occurred_at, or set shape.recency=position, which takes their order alone"
-        )
-    print(
-        f"train: {counts['without_times']} samples are of users with an item without a time: the order of their items "
-        "alone counts",
-        flush=True,
-    )
-
-
-def _prepare(
-    config: Config,
-    histories: Any,
-    embeddings: Any,
-    requests: Any,
-    task: Any,
-    folder: str,
-    known: KnownAnswers | None,
-) -> tuple[dict[str, int], "list[Shard]", list[int]]:
-    """Counts over all buckets, the files that hold samples, and the tokens that answers are spelt with."""
-    asked = tables.read_users(config.users, requests)
-    users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
-    fit, cap = config.fit, config.max_history_items
-    stage = PrepareSamples(histories, embeddings, requests, task, cap, folder, users, known, fit.val_fraction, fit.seed)
-    counts = {"samples": 0, "without_history": 0, "without_vector": 0, "without_times": 0}
-    shards, often = [], Counter[int]()
-    for row in each_bucket(requests.filled(users), stage):
-        often.update(dict(zip(row["tokens"], row["tokens_items"], strict=True)))
-        for name in counts:
-            counts[name] += row[name]
-        if row["samples"]:
-            shards.append(Shard(row["bucket"], row["samples"], row["vectors"]))
-    most = sorted(often, key=lambda token: (-often[token], token))[:MAX_TOKENS]
-    return counts, sorted(shards), sorted(most)
 
 
 def _fit(
@@ -436,7 +379,7 @@ def make_samples(
     def tokenised(rows: "pa.Table") -> "Samples":
         queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
         return Samples(
-            prompts=llm.prompt_builder.prompts(rows["input"].to_pylist()),
+            prompts=llm.prompt_builder.prompts(rows["input"].to_pylist(), rows["prefix"].to_pylist()),
             targets=llm.prompt_builder.targets(rows["target"].to_pylist(), fit.max_target_tokens),
             queries=words.framed(queries, plug.config.query_max_tokens) if words else [[] for _ in queries],
             owners=rows["owner_id"].to_pylist(),

@@ -1,8 +1,8 @@
 """Stage of training: a bucket's requests with targets, and the vectors of the items each may see, as files.
 
-Per bucket: samples-<bucket>.parquet (owner_id, input, query, target, as_of, start, stop), vectors-<bucket>.npy, (T, D)
-in 16 bits, and facts-<bucket>.npy, (T, 2) or (T, P + 1): the row of each item's label among the plug's, or the tokens
-of its answer, and its time in microseconds.
+Per bucket: samples-<bucket>.parquet (owner_id, prefix, input, query, target, as_of, start, stop; prefix and input are
+the text before and behind the persona rows), vectors-<bucket>.npy, (T, D) in 16 bits, and facts-<bucket>.npy, (T, 2) or
+(T, P + 1): the row of each item's label among the plug's, or the tokens of its answer, and its time in microseconds.
 Train workers memory-map the arrays. A request's items are a range of its user's, oldest first.
 """
 
@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines.histories import read_bucket, to_us
+from pipelines.histories import Histories, decode_fields, read_bucket, to_us
+from pipelines.train.examples import Examples
 from pipelines.written import read_written, refuse_another_count
 from pplug.fit_config import held_out
 from pplug.history import NO_TIME
 from pplug.items import NO_LABEL, KnownAnswers
+from pplug.retrieval import Composed
 from pplug.tasks import TaskSpec, query
 
 if TYPE_CHECKING:  # torch: the tasks that prepare would wait for it
@@ -59,8 +61,9 @@ class PrepareSamples:
 
     in:  bucket int
     out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
-         (samples with items, of which one or more have no time), tokens and tokens_items (with answers that a plug
-         spells: the ids of the tokens that learned samples show, and how often each stands there)
+         (samples with items, of which one or more have no time), without_examples (samples whose items lack a field
+         that retrieval needs), tokens and tokens_items (with answers that a plug spells: the ids of the tokens that
+         learned samples show, and how often each stands there)
     """
 
     histories: Snapshot
@@ -77,6 +80,8 @@ class PrepareSamples:
     val_fraction: float = 0.0
     """Share of people who are held out, whose tokens do not count."""
     seed: int = 0
+    examples: Examples | None = None
+    """Retrieval that puts items into the prompts; None puts none there."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
@@ -88,29 +93,33 @@ class PrepareSamples:
         known, keys = pc.field("target").is_valid(), of_bucket(self.users, bucket)
         requests = self.requests.read(buckets=[bucket], filter=known, user_keys=keys).sort_by("request_id")
         theirs = pc.unique(requests["user_key"]).to_pylist()  # who asks nothing with a target is not read
-        users = read_bucket(self.histories, self.embeddings, bucket, user_keys=theirs)
+        with_fields = self.examples is not None
+        users = read_bucket(self.histories, self.embeddings, bucket, with_fields=with_fields, user_keys=theirs)
         if self.labels is not None:
             users = users.with_labels(self.histories, bucket, self.labels, np.arange(len(users.text_hash)))
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
         learned = np.zeros(int(has.sum()), bool)  # items that a sample shows which is learned from
-        rows, lonely, missing, untimed = [], 0, 0, 0
+        rows, lonely, missing, untimed, unshown = [], 0, 0, 0, 0
         for request in requests.to_pylist():
-            user = users.user(request["user_id"]) if self.embeddings is not None else None
+            user = users.user(request["user_id"])
+            seen = np.zeros(0, np.int64) if user is None else users.visible_to(request, user, self.cap)
             start = stop = 0
-            if user is not None:
-                seen = users.visible_to(request, user, self.cap)
-                if len(seen):
-                    start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
-                    missing += len(seen) - (stop - start)
-                    untimed += stop > start and users.occurred_at[user] is None
+            if user is not None and len(seen) and self.embeddings is not None:
+                start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
+                missing += len(seen) - (stop - start)
+                untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
             learned[start:stop] |= not held_out(request["owner_id"], self.val_fraction, self.seed)
+            text = self._text(users, seen, request["input"])
+            unshown += text is None
+            prefix, input = text or ("", request["input"])
             rows.append(
                 {
                     "request_id": request["request_id"],
                     "owner_id": request["owner_id"],
-                    "input": request["input"],
+                    "prefix": prefix,
+                    "input": input,
                     "query": query(request["input"], self.task),
                     "target": request["target"],
                     "as_of": NO_TIME if request["as_of"] is None else to_us(request["as_of"]),
@@ -136,8 +145,20 @@ class PrepareSamples:
             storage.write_bytes(shard.samples_file, table.getvalue())
         return shard._asdict() | {
             "without_history": lonely, "without_vector": missing, "without_times": untimed,
-            "tokens": tokens.tolist(), "tokens_items": often.tolist(),
+            "without_examples": unshown, "tokens": tokens.tolist(), "tokens_items": often.tolist(),
         }  # fmt: skip
+
+    def _text(self, users: Histories, seen: np.ndarray, input: str) -> Composed | None:
+        """A prompt's text with the items that it shows; None where an item lacks a field, so that `generate` would have
+        an error for such a request."""
+        if self.examples is None:
+            return Composed("", input)
+        assert users.fields is not None, "examples read the items' fields"
+        items = [decode_fields(value) for value in users.fields.take(pa.array(seen)).to_pylist()]
+        try:
+            return self.examples.before(items, input)
+        except ValueError:
+            return None
 
 
 class Loaded(NamedTuple):

@@ -110,6 +110,16 @@ def test_a_real_llm_beside_all_its_peers(path, tmp_path):
     assert made["evaluate"].run == tuple(made[step].run_id for step in made if step.startswith("generate"))
 
 
+def test_the_plugs_learn_with_the_retrieval_that_the_line_names(tmp_path):
+    words = ("--source", "somewhere", "--retrieve", "bm25", "--retrieval.k", "1", "--retrieval.budget-tokens", "500")
+    made = jobs(load(REAL[0], *words), tmp_path)
+    for step in ("train", "train-soft"):
+        assert made[step].retrieve == "bm25"
+        assert (made[step].retrieval.k, made[step].retrieval.budget_tokens) == (1, 500)
+    plain = lamp.steps(load(REAL[0], "--source", "somewhere"), tmp_path, "night")["train"][1]
+    assert plain.keys().isdisjoint({"retrieve", "retrieval"})
+
+
 def test_adapters_are_trained_where_a_method_has_them(tmp_path):
     made = jobs(load(TINY[0], "--source", "somewhere", "--methods", "[none, adapter+bm25]"), tmp_path)
     steps = list(made)

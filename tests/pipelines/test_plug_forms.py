@@ -21,6 +21,7 @@ from pipelines.ingest import job as ingest
 from pipelines.methods import parse_all
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train import prepare
 from pipelines.train.config import PlugShape
 from pipelines.train.samples import PrepareSamples, vectors_by_user
 from pplug.controls import drawn_for
@@ -379,9 +380,9 @@ def test_training_says_what_a_part_lacks(made, tmp_path):
         train.run(config(made.world, **only).model_copy(update={"task": str(task), "run_dir": str(tmp_path)}))
     counts = {"samples": 5, "without_history": 1, "without_times": 4}
     with pytest.raises(InputError, match="shape.recency=time weighs items by their age .* set shape.recency=position"):
-        train._check_times(config(made.world), counts)
-    train._check_times(config(made.world, recency="position"), counts)
-    train._check_times(config(made.world), counts | {"without_times": 3})
+        prepare._check_times(config(made.world), counts)
+    prepare._check_times(config(made.world, recency="position"), counts)
+    prepare._check_times(config(made.world), counts | {"without_times": 3})
 
 
 @pytest.mark.slow

@@ -44,12 +44,10 @@ class Retrieval(Part):
                 f"methods {methods}: task {task.name} does not say how items stand in a prompt; give a task entry with "
                 "`retrieval` (--task FILE)"
             )
-        budget, limit = config.retrieval.budget_tokens, config.llm.layout.max_input_tokens
-        if budget is not None and budget > limit:
-            raise InputError(
-                f"retrieval.budget_tokens={budget} is above llm.layout.max_input_tokens={limit}, where a prompt is "
-                "cut: lower the one or raise the other"
-            )
+        try:
+            config.retrieval.room(config.llm.layout.max_input_tokens)
+        except ValueError as error:
+            raise InputError(f"retrieval.{error}") from error
         identity = ""
         if "dense" in run.kinds("retrieval"):
             if config.retrieval.encoder.own is not None:
@@ -75,7 +73,7 @@ class Retrieval(Part):
     def load(self, worker: Worker) -> None:
         self.task, self.tokenizer = worker.task, worker.prompt_builder.words
         self.limit = worker.llm.layout.max_input_tokens
-        self.budget = self.config.budget_tokens or self.limit
+        self.budget = self.config.room(self.limit)
         if "dense" in self.kinds:
             import torch
 

@@ -1,0 +1,144 @@
+"""Retrieved items in the prompts of a plug's training: what `generate` would show, in the same words and place."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import InputError
+from pipelines import tables
+from pipelines.adapt import job as adapt
+from pipelines.train import job as train
+from pipelines.train.config import PlugShape
+from pipelines.train.examples import examples
+from pipelines.train.samples import PrepareSamples
+from pplug.fit import FitConfig
+from pplug.llm import FrozenLLM, LLMConfig
+from pplug.retrieval import RetrievalConfig, ShownItems
+from tests.pipelines.population import NOTES, Population
+from tests.pplug.models import tiny_bert, tiny_llama
+from tests.prompt_stage import prompt_stage
+
+TASK = NOTES | {"retrieval": {"pattern": '"{text}" is {mood} '}}
+WORDS = ["cat sat", "dog ran", "red tree", "dog film", "big cat"]
+DAYS = [f"2026-01-0{i + 1}T00:00:00Z" for i in range(len(WORDS))]
+PEOPLE = ("ann", "bob", "cid", "dan")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_session):
+    """Four people with five items each; each asks twice with a known answer, at item 2 and at item 4."""
+    population = Population(tmp_path_factory.mktemp("examples"))
+    rows = [
+        {
+            "user_id": user,
+            "item_id": str(i),
+            "fields": {"mood": ("good", "bad")[i % 2], "text": text},
+            "occurred_at": DAYS[i],
+        }
+        for user in PEOPLE
+        for i, text in enumerate(WORDS)
+    ]
+    requests = [
+        {"request_id": f"{user}/{at}", "user_id": user, "input": f"How do I feel? {WORDS[at]}", "target": "good",
+         "as_of": DAYS[at]}
+        for user in PEOPLE for at in (2, 4)
+    ]  # fmt: skip
+    for name, found in (("items", rows), ("requests", requests)):
+        (population.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    sources = {name: str(population.folder / f"{name}.jsonl") for name in ("items", "requests")}
+    assert population.ingest(source=sources["items"], requests_source=sources["requests"],
+                             task=population.task(TASK), buckets=1) == 0  # fmt: skip
+    llm = LLMConfig(model=str(tiny_llama(population.folder / "llm")))
+    encoder = {"model": str(tiny_bert(population.folder / "encoder", dim=16)), "dtype": "float32", "max_tokens": 32}
+    fit = FitConfig(epochs=1, batch_size=4, precision="float32", val_fraction=0.5)
+    shape = PlugShape(without_history=True)
+    common = {"tables": population.tables, "llm": llm, "encoder": encoder, "fit": fit, "shape": shape}
+    return SimpleNamespace(population=population, common=common, llm=llm)
+
+
+def prepared(made, **config):
+    """What the preparation of a training writes and counts, and the samples as a train worker reads them."""
+    settings = train.Config(**made.common, **config)
+    histories, requests = (tables.open_table(made.population.tables, name).snapshot(complete=True)
+                           for name in ("histories", "requests"))  # fmt: skip
+    task, folder = tables.task_entry(settings.task, histories), str(made.population.folder / "samples")
+    share, seed = settings.fit.val_fraction, settings.fit.seed
+    shown = examples(settings, task)
+    stage = PrepareSamples(histories, None, requests, task, 512, folder, None, None, share, seed, shown)
+    (counts,) = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
+    rows = {row["request_id"]: row for row in pq.read_table(f"{folder}/samples-0.parquet").to_pylist()}
+    models = train.make_models(settings, {"encoder_id": None, "llm_id": "l"})
+    files = [(0, counts["samples"], counts["vectors"])]
+    parts = train.make_samples(settings, (folder, files), "", *models)
+    return SimpleNamespace(rows=rows, counts=counts, prompts=[prompt for part in parts for prompt in part.prompts])
+
+
+@pytest.mark.parametrize(
+    ("retrieve", "shown"),
+    [
+        ("recency", {2: (1, 0), 4: (3, 2)}),
+        ("bm25", {2: (1, 0), 4: (0, 3)}),  # "big cat" shares a word with item 0; of the others the newest
+        ("none", {2: (), 4: ()}),
+    ],
+)
+def test_a_sample_shows_what_generate_would_show_and_asks_for_the_same(made, retrieve, shown):
+    found = prepared(made, retrieve=retrieve, retrieval={"k": 2})
+    assert found.rows.keys() == {f"{user}/{at}" for user in PEOPLE for at in shown}
+    for user in PEOPLE:
+        for at, items in shown.items():
+            row = found.rows[f"{user}/{at}"]
+            texts = [f'"{WORDS[i]}" is {("good", "bad")[i % 2]} ' for i in items]
+            assert row["prefix"] == (", and ".join(texts) + ". " if items else "")
+            assert row["input"] == row["query"] == f"How do I feel? {WORDS[at]}"
+    histories, requests = (tables.open_table(made.population.tables, name).snapshot(complete=True)
+                           for name in ("histories", "requests"))  # fmt: skip
+    stage = prompt_stage(
+        requests=requests, methods=(retrieve,), llm=made.llm, task=tables.task_entry(None, histories),
+        histories=histories, retrieval=RetrievalConfig(k=2),
+    )  # fmt: skip
+    asked = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
+    assert sorted(row["before"] + row["after"] for row in asked) == sorted(p.before + p.after for p in found.prompts)
+    # the rows stand between the items and the request, as a hybrid's do
+    words = FrozenLLM.load(made.llm).tokenizer
+    behind = {tuple(words(f"How do I feel? {WORDS[at]}\n", add_special_tokens=False)["input_ids"]) for at in shown}
+    assert {tuple(prompt.after) for prompt in found.prompts} == behind
+
+
+def test_a_sample_whose_items_lack_a_field_shows_none_and_is_counted(made):
+    task = made.population.folder / "titled.yaml"
+    task.write_text(json.dumps(TASK | {"retrieval": {"pattern": '"{title}" is {mood} '}}))
+    found = prepared(made, retrieve="recency", task=str(task))
+    assert found.counts["without_examples"] == found.counts["samples"] == len(found.rows) == 8
+    assert {row["prefix"] for row in found.rows.values()} == {""}
+    assert prepared(made, retrieve="recency").counts["without_examples"] == 0
+
+
+def test_a_plug_is_trained_with_items_in_its_prompts(made):
+    def losses(**config):
+        name = config.get("retrieve", "plain")
+        run_dir = made.population.folder / f"train-{name}"
+        assert train.run(train.Config(**made.common, run_id=name, run_dir=str(run_dir), **config)) == 0
+        report = json.loads((run_dir / "report.json").read_text())
+        return report["samples"].get("without_examples"), report["best_val_loss"]
+
+    (missing, plain), (counted, shown) = losses(), losses(retrieve="recency")
+    assert missing is None and counted == 0 and abs(plain - shown) > 1e-4
+
+
+def test_retrieval_that_no_prompt_could_show_is_refused_at_the_start(made, tmp_path):
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(json.dumps(NOTES))
+    asked = made.common | {"run_dir": str(tmp_path)}
+    with pytest.raises(InputError, match="retrieve=bm25: task notes does not say how items stand in a prompt"):
+        train.run(train.Config(**asked, retrieve="bm25", task=str(bare)))
+    room = {"budget_tokens": 300}
+    said = "retrieval.budget_tokens=300 is above llm.layout.max_input_tokens=256"
+    with pytest.raises(InputError, match=f"^{said}"):
+        train.run(train.Config(**asked, retrieve="bm25", retrieval=room))
+    common = {"tables": made.population.tables, "llm": made.llm, "run_dir": str(tmp_path)}
+    with pytest.raises(InputError, match=f"^rule.{said}"):
+        adapt.run(adapt.Config(**common, rule={"retrieve": "bm25", "retrieval": room}))
+    assert ShownItems(budget_tokens=256).room(256) == 256 and ShownItems().room(80) == 80
