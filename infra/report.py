@@ -122,6 +122,11 @@ class RunReport:
             stage.seconds += time.monotonic() - start
             self.export()
 
+    def warn(self, warning: str) -> None:
+        """Says a warning on the screen and notes it in the report."""
+        print(f"{self.job}: {warning}", flush=True)
+        self.extra.setdefault("warnings", []).append(warning)
+
     def export(self) -> None:
         """Sets the run's metrics to what it has counted so far."""
         job = self.job

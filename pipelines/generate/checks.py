@@ -66,15 +66,9 @@ def resolved(config: Config, task: TaskSpec, encoder_decoder: bool, report: RunR
 
     out, warning = resolve(decoding, config.engine, task, words)
     if warning is not None:
-        warn(warning, report)
+        report.warn(warning)
     report.extra["constrain"] = "labels" if out.labels else "none"
     return out
-
-
-def warn(warning: str, report: RunReport) -> None:
-    """Prints a warning and notes it in the report."""
-    print(f"generate: {warning}", flush=True)
-    report.extra.setdefault("warnings", []).append(warning)
 
 
 def gpus_of(config: Config | JudgeConfig) -> float:
@@ -161,4 +155,4 @@ def check_base(config: Config, requests: Snapshot, plan: Plan, report: RunReport
     base = model_folder(config.llm.model, config.llm.revision, weights=False)
     users = tables.read_users(config.users)
     for warning in made_from.check(base, config.tables, requests, users, *counts):
-        warn(warning, report)
+        report.warn(warning)

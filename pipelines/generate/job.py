@@ -29,7 +29,6 @@ from pipelines.generate.checks import (
     refuse_another_run,
     resolved,
     settings_id,
-    warn,
 )
 from pipelines.generate.config import Config
 from pipelines.generate.judge_config import JudgeConfig
@@ -272,7 +271,7 @@ class CountedReplies:
         engines = self.report.extra.setdefault("engines", {})
         engines[about] = engines.get(about, 0) + n
         if len(engines) == 2 and about in engines and engines[about] == n:
-            warn(f"replies come from engines of several kinds ({', '.join(engines)}); give engine.dtype", self.report)
+            self.report.warn(f"replies come from engines of several kinds ({', '.join(engines)}); give engine.dtype")
 
     def note_tokens(self) -> None:
         self.report.extra |= self.tokens

@@ -8,15 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import InputError
+from infra.report import RunReport
 from pipelines import tables
 from pipelines.adapt import job as adapt
+from pipelines.generate import job as generate
+from pipelines.generate.parts.base import GenerateRun
+from pipelines.generate.parts.plug import Plug
+from pipelines.methods import parse_all
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
 from pipelines.train.examples import examples
 from pipelines.train.samples import PrepareSamples
 from pplug.fit import FitConfig
-from pplug.llm import FrozenLLM, LLMConfig
+from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.retrieval import RetrievalConfig, ShownItems
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
 from tests.pplug.models import tiny_bert, tiny_llama
 from tests.prompt_stage import prompt_stage
@@ -126,6 +132,31 @@ def test_a_plug_is_trained_with_items_in_its_prompts(made):
 
     (missing, plain), (counted, shown) = losses(), losses(retrieve="recency")
     assert missing is None and counted == 0 and abs(plain - shown) > 1e-4
+
+
+def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_something_else(made):
+    folder, common = made.population.folder / "for-bm25", made.common
+    settings = train.Config(**common, retrieve="bm25", retrieval={"k": 2})
+    plug, _, _ = train.make_models(settings, {"encoder_id": None, "llm_id": llm_id(made.llm)})
+    assert plug.config.retrieve == "bm25@2"
+    plain, _, _ = train.make_models(train.Config(**common), {"encoder_id": None, "llm_id": "l"})
+    assert plain.config.retrieve is None and "retrieve" not in plain.config.model_dump()
+    plug.save_pretrained(folder)
+
+    def warnings(*methods, k=4):
+        config = generate.Config(
+            tables=made.population.tables, llm=made.llm, plug=str(folder), methods=methods, retrieval={"k": k}
+        )
+        report = RunReport("generate", "r", {}, str(made.population.folder))
+        run = GenerateRun(config, parse_all(methods), llm_id(made.llm), TaskSpec.model_validate(TASK), report, 1)
+        Plug.open(run)
+        return run.report.extra.get("warnings", [])
+
+    soft = "plug:soft-prompt"
+    assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
+    (said,) = warnings(soft, f"{soft}+bm25@2", f"{soft}+bm25", f"{soft}+recency@2", "none")
+    others = [soft, f"{soft}+bm25", f"{soft}+recency@2"]
+    assert said == f"plug {folder} was trained with bm25@2 in its prompts, which methods {others} do not show"
 
 
 def test_retrieval_that_no_prompt_could_show_is_refused_at_the_start(made, tmp_path):

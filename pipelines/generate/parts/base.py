@@ -61,9 +61,7 @@ class GenerateRun:
         except ValueError as error:
             raise InputError(f"{what} LLM {made_for}, but {error}; {remedy}") from error
         if note is not None:
-            warning = f"{what} LLM {made_for}, {note}"
-            print(f"generate: {warning}", flush=True)
-            self.report.extra.setdefault("warnings", []).append(warning)
+            self.report.warn(f"{what} LLM {made_for}, {note}")
 
     def methods_with(self, group: Group) -> list[str]:
         """Names of the methods with a part of this group."""

@@ -18,7 +18,7 @@ from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Needs
 from pipelines.generate.personas import PersonaMaker
 from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
-from pipelines.methods import PartInfo
+from pipelines.methods import PartInfo, parse
 from pipelines.model_folders import fetch_plug
 from pplug import history
 from pplug.items import UserItems
@@ -56,6 +56,7 @@ class Plug(Part):
         remedy = "give the LLM and llm.layout it was trained with, or train a new plug"
         run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(folder), remedy)
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
+        _note_other_prompts(run, config.plug, made_for.retrieve)
         if "plug:attention" in kinds and made_for.aggregation == "mean" and not made_for.trained_without_history:
             raise InputError(
                 f"plug:attention: plug {config.plug} was trained with aggregation=mean, so that it does not weigh "
@@ -187,6 +188,17 @@ class StoredPersonas:
 
 def _is_undated(request: Mapping[str, Any]) -> bool:
     return request["as_of"] is None and request["as_of_position"] is None
+
+
+def _note_other_prompts(run: GenerateRun, plug: str, retrieve: str | None) -> None:
+    """Notes which methods show other items in a prompt than those that a plug has learned to read beside it."""
+    found = []
+    for name in run.methods_with("plug") if retrieve is not None else ():
+        shown = parse(name).part("retrieval")
+        if shown is None or f"{shown.name}@{shown.items or run.config.retrieval.k}" != retrieve:
+            found.append(name)
+    if found:
+        run.report.warn(f"plug {plug} was trained with {retrieve} in its prompts, which methods {found} do not show")
 
 
 def _refuse_a_mixture(run: GenerateRun, plug: str, without_history: bool) -> None:
