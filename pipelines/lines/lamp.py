@@ -17,7 +17,7 @@ from pipelines.methods import Method, parse_all
 from pplug.retrieval import ShownItems
 
 TASK_BASE = "task-base"
-"""Step that adapts the LLM to the task, and folder of the model that it makes."""
+"""Step that adapts the LLM to the task; the model lies in `base` of its run folder."""
 
 
 def run(config: Config) -> int:
@@ -62,7 +62,7 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
         line.train("train-soft", without_history=True)
         line.generate("generate-soft", "plug-soft", soft, llm)
     if task_base:
-        adapted = llm | {"model": str(root / TASK_BASE)}
+        adapted = llm | {"model": str(root / TASK_BASE / "base")}
         line.add(TASK_BASE, "adapt", "train", stage="base", cut="none", llm=llm, output=adapted["model"],
                  **task_base, **line.gpus)  # fmt: skip
         line.adapt(adapted)

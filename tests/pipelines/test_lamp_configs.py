@@ -12,7 +12,10 @@ from pipelines import options
 from pipelines.__main__ import JOBS, main
 from pipelines.lines import lamp
 from pipelines.methods import parse_all
+from pipelines.model_folders import check_output
 from pplug import tasks
+from pplug.folder import MODEL_FILES
+from pplug.plug import PLUG_FILES
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
 FILES, TINY, REAL = (sorted(CONFIGS.glob(name)) for name in ("lamp_*.yaml", "tiny_*.yaml", "real_*.yaml"))
@@ -27,13 +30,16 @@ def test_there_is_one_for_each_public_task():
 
 
 def jobs(config: lamp.Config, folder: Path) -> dict[str, Any]:
-    """Step -> its job's config, read as the job would read it."""
+    """Step -> its job's config, read as the job would read it; what a step makes has a place that its job takes."""
     made = {}
     for step, (job, values) in lamp.steps(config, folder, "night").items():
         keys = JOBS[job].config
         file = folder / f"{step}.yaml"
         file.write_text(yaml.safe_dump(values))
         made[step] = options.check(keys, options.read(["--config", str(file)], keys))
+        key = {"train": "plug", "adapt": "output"}.get(job)
+        if key is not None and values.get(key) is not None:
+            check_output(key, values[key], PLUG_FILES if job == "train" else MODEL_FILES, values["run_dir"])
     return made
 
 

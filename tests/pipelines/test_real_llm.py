@@ -54,16 +54,16 @@ def test_its_weights_are_those_that_gguf_reads_itself():
 @pytest.mark.timeout(1800)
 def test_the_line_runs_with_it_on_twenty_users(tmp_path, shared_data):
     config = ROOT / "pipelines" / "configs" / "real_subsystem.yaml"
-    few = {"limit": "30,20", "methods": "none,bm25@2,plug", "run-dir": str(tmp_path / "run")}
+    methods = ("none", "bm25@2", "plug", "plug:soft-prompt", "adapter")  # every step that the file can ask for
+    few = {"limit": "30,20", "methods": ",".join(methods), "run-dir": str(tmp_path / "run")}
     words = [word for key, value in few.items() for word in (f"--{key}", value)]
     words += ["--source", str(shared_data / "uboot_subsystem_LaMP_2"), "--set", "fit.epochs=1"]
     command = [sys.executable, "-m", "pipelines", "lamp", "--config", str(config), *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "evaluate" / "report.json").read_text())
-    assert set(report["methods"]) == {"none", "bm25@2", "plug"} and report["n_requests"] == 60
-    methods = report["methods"]
-    tokens = {name: row["cost"]["prompt_tokens"] for name, row in methods.items()}
-    assert tokens["none"] < tokens["plug"] < tokens["bm25@2"]
-    assert all(row["errors"] == 0 for row in methods.values())
+    assert set(report["methods"]) == set(methods) and report["n_requests"] == 60
+    tokens = {name: row["cost"]["prompt_tokens"] for name, row in report["methods"].items()}
+    assert tokens["none"] == tokens["adapter"] < tokens["plug:soft-prompt"] < tokens["plug"] < tokens["bm25@2"]
+    assert all(row["errors"] == 0 for row in report["methods"].values())
     assert "classifier+user" in report["references"]
