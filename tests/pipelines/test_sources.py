@@ -28,6 +28,7 @@ from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
 from pipelines.ingest.sources import records
 from pipelines.ingest.sources.base import FORMATS, find
+from pipelines.ingest.sources.query import Query
 from pplug.tasks import TaskSpec
 
 TASK = TaskSpec(name="t", item="{text}", item_without_label="{text}", metric="text")
@@ -389,6 +390,24 @@ def test_a_damaged_file_or_one_of_another_kind_is_one_reject_with_its_name(tmp_p
         if path.name in ("middle.jsonl.gz", "end.jsonl.gz", "cut.json"):  # what stands before the damage comes through
             assert len(rows) > 100 and plain(rows)[:100] == many[:100]
     assert damaged == 12
+
+
+@pytest.mark.parametrize("query", [None, "select * from source"])
+def test_a_connection_that_is_lost_in_a_file_ends_the_run_and_is_no_damage(tmp_path, monkeypatch, query):
+    class Lost(io.BytesIO):
+        def readline(self, size=-1):
+            line = super().readline(size)
+            if not line:
+                raise ConnectionResetError
+            return line
+
+    path = jsonl(tmp_path / "a.jsonl")
+    monkeypatch.setattr("pipelines.ingest.sources.jsonl.opened", lambda folder, name: Lost(path.read_bytes()))
+    piece, options = look(path).pieces[0], options_of(IngestConfig(tables="unused", source=str(path), query=query))
+    if query:
+        piece = Query().over([piece], "items")
+    with pytest.raises(ConnectionResetError):
+        list(FORMATS[piece.format].read(piece, options, None, RowWriter(TASK, 4, 0, options.rules)))
 
 
 def test_a_damaged_page_of_a_parquet_file_is_found_by_its_checksum(tmp_path):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece, is_access_error
 from pipelines.ingest.sources.columns import plain, refuse_duplicates
 from pipelines.ingest.sources.delta import open_table, rows_of
 from pipelines.ingest.sources.discover import File
@@ -159,6 +159,8 @@ def _opened(
                 if view is not None:
                     views.append(f"select *{_more(connection, part, view)} from {view}")
             except DAMAGED as error:
+                if is_access_error(error):
+                    raise
                 bad.append(_placed(damage(error), part.name))
         if lines and (view := _lines(connection, lines, plain, folder, rows, bad)) is not None:
             views.append(f"select * from {view}")
@@ -271,6 +273,8 @@ def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | No
             if rows is not None and rows <= 0:
                 return
     except DAMAGED as error:
+        if is_access_error(error):
+            raise
         bad.append(_placed(damage(error), part.name))
 
 

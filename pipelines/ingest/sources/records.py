@@ -15,7 +15,17 @@ import pyarrow as pa
 from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
-from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.base import (
+    DAMAGED,
+    UNREADABLE,
+    Format,
+    Head,
+    Kind,
+    NotThisFormat,
+    Options,
+    Piece,
+    is_access_error,
+)
 from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, names_in_words, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
@@ -127,8 +137,9 @@ class RecordFormat(Format):
                     columns = pa.schema([*columns, *(one for one in more if one.name not in columns.names)])
                 if len(first) >= rows:
                     break
-        except DAMAGED:  # the task that reads the file sets it aside
-            pass
+        except DAMAGED as error:  # the task that reads the file sets it aside
+            if is_access_error(error):
+                raise
         return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
@@ -165,7 +176,11 @@ class RecordFormat(Format):
         return "item_id" in options.mapping(piece.kind) or "item_id" in columns.names or not len(columns)
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
-        """Hands every record of the piece to the writer; yields when the writer is full."""
+        """Hands every record of the piece to the writer; yields when the writer is full.
+
+        Raises:
+            OSError: the file cannot be reached, see `is_access_error`; a damaged file is a reject instead.
+        """
         mapping = options.mapping(piece.kind)
         several = ELEMENTS if options.explode and piece.kind == "items" else 1
         try:
@@ -182,6 +197,8 @@ class RecordFormat(Format):
             writer.planned()
             writer.reject(piece.start, piece.name, error)
         except DAMAGED as error:
+            if is_access_error(error):
+                raise
             writer.planned()
             writer.reject(piece.start, piece.name, damage(error))
 
