@@ -112,6 +112,14 @@ def test_numbers_with_and_without_fractions_stay_numbers_for_a_query(tmp_path):
     assert row["text"] == "4.25"
 
 
+def test_a_refused_query_shows_no_text_of_a_file_without_a_header(tmp_path):
+    (tmp_path / "a.csv").write_text("user_ib,I was diagnosed with diabetes,sad\nann,I am well,glad\n")
+    for query in ("select user_id from source", "select nothing from source", "select * from nothing"):
+        with pytest.raises(InputError, match="(?s)query: .*has the columns") as caught:
+            read(tmp_path / "a.csv", query=query)
+        assert "diabetes" not in str(caught.value) and caught.value.__cause__ is None
+
+
 def test_a_type_that_duckdb_lacks_is_refused_with_a_word_of_ours(tmp_path):
     half = pa.array([1.5], pa.float16())
     pq.write_table(pa.table({"user_id": ["u"], "item_id": ["1"], "text": ["x"], "half": half}), tmp_path / "a.parquet")

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece, is_access_error
-from pipelines.ingest.sources.columns import plain, refuse_duplicates
+from pipelines.ingest.sources.columns import names_in_words, plain, refuse_duplicates
 from pipelines.ingest.sources.delta import open_table, rows_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.jsonl import Jsonl
@@ -43,6 +43,8 @@ _EXACT = 2**53
 _OF_TEXTS = "UUID|JSON|DATE|TIME|TIMESTAMP(?: WITH TIME ZONE)?"
 """Types that DuckDB guesses for texts of JSON. It would write them anew: a UUID in lower case, 02-03-2020 as a date
 whose month is a guess, and texts beside numbers with quotation marks."""
+_CANDIDATES = re.compile(r"\n*Candidate (?:bindings|entries):", re.IGNORECASE)
+"""Beginning of DuckDB's list of names, which may be a user's first row in a file without a header."""
 Bad = tuple[RowError, int | None, str | None]
 """Error, line and text of a row that could not be read; its place stands in the error's detail."""
 
@@ -69,7 +71,7 @@ class Query(RecordFormat):
         """Runs the query over the beginnings of the files.
 
         Raises:
-            InputError: DuckDB refuses the query; the message holds its words.
+            InputError: DuckDB refuses the query; the message holds its words without the list of like names.
         """
         import duckdb
 
@@ -86,8 +88,9 @@ class Query(RecordFormat):
                         connection.sql(f"select * from ({_sql(piece, options)}) limit {rows}").to_arrow_table()
                     )
                 except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
-                    columns = ", ".join(name for name, *_ in connection.sql("describe source").fetchall())
-                    raise InputError(f"{_key(piece)}: {error}; `source` has the columns {columns}") from error
+                    columns = names_in_words([name for name, *_ in connection.sql("describe source").fetchall()])
+                    said = _CANDIDATES.split(str(error))[0].rstrip()
+                    raise InputError(f"{_key(piece)}: {said}; `source` has the columns {columns}") from None
                 except duckdb.Error as error:
                     raise InputError(f"{_key(piece)}: the query fails with {type(error).__name__}{_HINT}") from error
         first = [
