@@ -23,7 +23,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines import options as command_line
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.look import SourceLook, look_at, options_of
+from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
 from pipelines.ingest.sources import records
@@ -149,6 +149,20 @@ def test_a_missing_package_and_an_unknown_kind_of_address_are_named():
         reading("nope://bucket/x")
     with pytest.raises(InputError, match="only read"):
         reading("memory://x").write_bytes("a", b"")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_an_empty_first_file_decides_nothing(tmp_path, form):
+    (tmp_path / f"part-00000.{form}").write_text("")
+    path = jsonl(tmp_path / f"part-00001.{form}", [{"user_id": "u", "text": "x"}])
+    if form == "csv":
+        path.write_text("user_id,text\nu,x\n")
+    config = IngestConfig(tables="unused", source=str(tmp_path))
+    pieces = look_at(config, 1)["items"].pieces
+    assert len(pieces) == 2 and settled(options_of(config), pieces).rules.automatic_ids
+    path.write_text(path.read_text().replace("user_id", "who"))
+    with pytest.raises(InputError, match="part-00001.*no column 'user_id'"):
+        FORMATS[form].check(pieces, options_of(config))
 
 
 @pytest.fixture

@@ -79,7 +79,8 @@ class Form:
         tab = {"\t": "tab"}.get(self.delimiter, self.delimiter)
         quote = f"quote {self.quote}" if self.quote else "no quotes"
         escape = f" (inside values \\{self.quote})" if self.escape else ""
-        header = "names in the first line" if self.header else f"no header: {self.names[0]} to {self.names[-1]}"
+        header = f"no header: {self.names[0]} to {self.names[-1]}" if self.names else "no row"
+        header = "names in the first line" if self.header else header
         return f"delimiter {tab}, {quote}{escape}, {header}, encoding {self.encoding}"
 
 

@@ -17,6 +17,7 @@ from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
 from pipelines.ingest.sources.base import (
     DAMAGED,
+    FORMATS,
     UNREADABLE,
     Format,
     Head,
@@ -143,8 +144,12 @@ class RecordFormat(Format):
         return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
-        """Looks for the needed columns in the first file. Raises InputError: one is missing; it lists those there."""
-        piece = pieces[0]
+        """Looks for the needed columns in the first file that has any.
+
+        Raises:
+            InputError: one is missing; the message lists those there.
+        """
+        piece = first_with_columns(pieces, replace(options, explode=None)) or pieces[0]
         if options.explode and piece.kind == "items":
             columns = self.head(piece, replace(options, explode=None), _LOOKED_AT).columns
             if len(columns) and options.explode not in paths(columns):
@@ -201,6 +206,15 @@ class RecordFormat(Format):
                 raise
             writer.planned()
             writer.reject(piece.start, piece.name, damage(error))
+
+
+def first_with_columns(pieces: Sequence[Piece], options: Options) -> Piece | None:
+    """Returns the first piece whose file has columns: Spark's first file is often empty, and damaged ones have none."""
+    by_file: dict[tuple[str, str], Piece] = {}
+    for piece in pieces:
+        by_file.setdefault((piece.folder, piece.name), piece)
+    found = (piece for piece in by_file.values() if len(FORMATS[piece.format].head(piece, options, _LOOKED_AT).columns))
+    return next(found, None)
 
 
 def damage(error: Exception) -> RowError:
