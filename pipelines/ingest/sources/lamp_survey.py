@@ -75,7 +75,7 @@ def survey(
     return problem, found
 
 
-def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, str]) -> str | None:
+def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, Any]) -> str | None:
     known = set(ids)
     if len(known) < len(ids):
         seen: set[str] = set()
@@ -98,15 +98,16 @@ def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: di
     return None
 
 
-def _task_problem(files: LampFiles, entry: TaskSpec, answers: dict[str, str], no_marker: bool) -> str | None:
-    outside = sum(answer.strip() not in entry.labels for answer in answers.values())
+def _task_problem(files: LampFiles, entry: TaskSpec, golds: dict[str, Any], no_marker: bool) -> str | None:
+    answers = [str(answer).strip() for answer in golds.values() if answer is not None]
+    outside = sum(answer not in entry.labels for answer in answers)
     wrong_labels = entry.metric == "classification" and 2 * outside > len(answers)
     if not no_marker and not wrong_labels:
         return None
     fitting = [
         other.name
         for other in tasks.lamp_entries()
-        if other.metric == "classification" and answers and {a.strip() for a in answers.values()} <= set(other.labels)
+        if other.metric == "classification" and answers and set(answers) <= set(other.labels)
     ]
     why = (
         f"no question holds its marker {entry.marker!r}"
