@@ -439,6 +439,20 @@ def test_a_connection_that_is_lost_in_a_file_ends_the_run_and_is_no_damage(tmp_p
         list(FORMATS[piece.format].read(piece, options, None, RowWriter(TASK, 4, 0, options.rules)))
 
 
+def test_a_zstd_file_with_a_large_window_is_refused_with_the_remedy(tmp_path):
+    line = b'{"user_id": "u", "item_id": "1", "text": "x"}\n'
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line  # the last block, as it stands
+    said = {}
+    for log in (27, 31):
+        path = tmp_path / f"{log}.jsonl.zst"
+        path.write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(log - 10) << 3]) + block)
+        piece, options = look(path).pieces[0], options_of(IngestConfig(tables="unused", source=str(path)))
+        writer = RowWriter(TASK, 4, 0, options.rules)
+        list(FORMATS[piece.format].read(piece, options, None, writer))
+        said[log] = [row["detail"] for row in writer.take().to_pylist() if row["kind"] == REJECT]
+    assert said[27] == [] and "zstd -d --long=31" in said[31][0]
+
+
 def test_a_damaged_page_of_a_parquet_file_is_found_by_its_checksum(tmp_path):
     rows = [{"user_id": "u", "item_id": str(n), "text": f"text {n}"} for n in range(300)]
     path = tmp_path / "a.parquet"

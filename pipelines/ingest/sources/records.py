@@ -220,6 +220,8 @@ def first_with_columns(pieces: Sequence[Piece], options: Options) -> Piece | Non
 def damage(error: Exception) -> RowError:
     """Returns the error of the one reject that stands for a file which cannot be read to its end."""
     said = str(error) if isinstance(error, NotThisFormat) else f"{type(error).__name__}: damaged or cut off"
+    if "requires too much memory" in str(error):  # Arrow's word for such a frame, as Reddit's dumps have it
+        said = "zstd with a window above 128 MiB: unpack the file with `zstd -d --long=31` and ingest the result"
     return RowError(UNREADABLE, said)
 
 
