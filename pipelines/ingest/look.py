@@ -82,7 +82,7 @@ def options_of(config: IngestConfig) -> Options:
         ),
         requests_columns=config.requests_columns,
         explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
-        derives=bool(config.derive_requests),
+        derives=bool(config.derive_requests), parted=config.part is not None,
     )  # fmt: skip
 
 

@@ -104,6 +104,8 @@ class Options:
     requests_query: str | None = None
     derives: bool = False
     """True if requests are made of items."""
+    parted: bool = False
+    """True if only one part of the users is kept."""
 
     def mapping(self, kind: Kind) -> Mapping[str, str]:
         """Returns the column for each of our names: that of the requests, where it is given, or that of all."""
