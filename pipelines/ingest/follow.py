@@ -28,8 +28,8 @@ from infra.errors import InputError
 from infra.lines import is_line
 from infra.shards import user_key
 from infra.snapshot import Snapshot
-from infra.storage import Storage
-from pipelines.ingest.sources.base import Kind
+from infra.storage import Storage, retrying
+from pipelines.ingest.sources.base import Kind, is_access_error
 from pipelines.ingest.sources.columns import paths
 from pipelines.ingest.sources.delta import files_of, in_order, rows_of
 from pipelines.ingest.sources.discover import File, Source
@@ -137,6 +137,7 @@ def find_changes(
 
     Raises:
         InputError: the address has no Delta table, or the table has no such columns.
+        OSError: the files cannot be reached; only files that are no longer there count as vacuumed.
     """
     table = _opened(address)
     table_id, version = str(table.metadata().id), table.version()
@@ -160,19 +161,19 @@ def find_changes(
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
-    root = Storage(address)
-    now_rows = rows_of(table, root)
-    plain = isinstance(now_rows, pads.Dataset)
+    plain = isinstance(rows_of(table, Storage(address)), pads.Dataset)
     added = [_file(address, now_files[path]) for path in in_order(now_files) if path not in before_files]
     only_added = plain and before_files.keys() <= now_files.keys()
     what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
     if only_added and not late:
         return changes(added, what_is_new)
     try:
-        now = _keys(now_rows, names, address)
+        now = _keys_of_table(table, names, address)
         earlier, lost = _keys_of_versions(address, late, names)
-        gone, left = _gone(pa.concat_tables([_keys(rows_of(old, root), names, address), *earlier]), now)
-    except OSError:  # a vacuum has removed the old files
+        gone, left = _gone(pa.concat_tables([_keys_of_table(old, names, address), *earlier]), now)
+    except OSError as error:  # a vacuum has removed the old files
+        if is_access_error(error):
+            raise
         return changes(None, f"version {version} is read as a whole: the files of version {since} are no longer there, "
                              "so that rows that have gone cannot be told")  # fmt: skip
     if since == version:
@@ -270,8 +271,13 @@ def _opened(address: str, version: int | None = None) -> "DeltaTable":
     storage = Storage(address)
     addresses.refuse_misread(storage.uri)
     try:
-        return DeltaTable(storage.uri, version=version, storage_options=storage.delta_options())
+        return retrying(
+            lambda: DeltaTable(storage.uri, version=version, storage_options=storage.delta_options()),
+            f"opening the Delta table {address}",
+        )
     except (DeltaError, OSError) as error:
+        if version is not None and is_access_error(error):  # the version may well be there
+            raise
         of = "" if version is None else f"version {version} of "
         raise InputError(
             f"{address}: {of}the table cannot be read as a Delta table ({type(error).__name__}); --follow takes the "
@@ -307,8 +313,13 @@ def _keys(rows: pads.Dataset | pa.RecordBatchReader, names: Sequence[str], addre
     try:
         keys = found.to_table()
     except pa.ArrowInvalid as error:  # a stream's word for a file that is not there
-        raise OSError("a file of the table cannot be read") from error
+        raise OSError(f"a file of the table cannot be read: {error}") from error
     return _keys_of(keys.group_by(list(KEYS)).aggregate([]), KEYS).drop_null()
+
+
+def _keys_of_table(table: "DeltaTable", names: Sequence[str], address: str) -> pa.Table:
+    """Keys of an opened version; see `_keys`. Each try opens its rows anew, because a stream is read only once."""
+    return retrying(lambda: _keys(rows_of(table, Storage(address)), names, address), f"reading the keys of {address}")
 
 
 def _keys_of_versions(address: str, versions: Sequence[int], names: Sequence[str]) -> tuple[list[pa.Table], str]:
@@ -316,8 +327,10 @@ def _keys_of_versions(address: str, versions: Sequence[int], names: Sequence[str
     found, lost = list[pa.Table](), list[str]()
     for version in versions:
         try:
-            found.append(_keys(rows_of(_opened(address, version), Storage(address)), names, address))
-        except (InputError, OSError):
+            found.append(_keys_of_table(_opened(address, version), names, address))
+        except (InputError, OSError) as error:
+            if is_access_error(error):
+                raise
             lost.append(str(version))
     if not lost:
         return found, ""

@@ -14,7 +14,7 @@ from pipelines.ingest.source_rows import RowRules
 from pipelines.ingest.sources.base import FORMATS, Kind, Options, Piece, find
 from pipelines.ingest.sources.discover import Source, addresses
 from pipelines.ingest.sources.query import Query
-from pipelines.ingest.sources.records import RecordFormat
+from pipelines.ingest.sources.records import RecordFormat, first_with_columns
 from pplug import tasks
 from pplug.tasks import TaskSpec
 
@@ -82,7 +82,7 @@ def options_of(config: IngestConfig) -> Options:
         ),
         requests_columns=config.requests_columns,
         explode=config.explode, csv=config.csv, query=config.query, requests_query=config.requests_query,
-        derives=bool(config.derive_requests),
+        derives=bool(config.derive_requests), parted=config.part is not None,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def sources_of(config: IngestConfig) -> dict[Kind, Source]:
 
 def settled(options: Options, pieces: Sequence[Piece]) -> Options:
     """Returns the options with what the sources decide: without a column of item ids, ids are made of the rows."""
-    first = next((piece for piece in pieces if piece.kind == "items"), None)
+    first = first_with_columns([piece for piece in pieces if piece.kind == "items"], options)
     if first is None or FORMATS[first.format].has_ids(first, options):
         return options
     return replace(options, rules=replace(options.rules, automatic_ids=True))

@@ -192,6 +192,24 @@ def test_a_version_that_is_gone_means_a_full_read_that_says_so(place, tmp_path):
     assert found.files is None and "version 99, the last that was read, is no longer in the table's log" in found.words
 
 
+@pytest.mark.parametrize("where", ["pipelines.ingest.follow._keys", "deltalake.DeltaTable"])
+@pytest.mark.parametrize("error", [OSError("SlowDown: Please reduce your request rate"), PermissionError("no right")])
+def test_an_error_of_the_storage_is_not_taken_for_a_vacuum(place, tmp_path, monkeypatch, where, error):
+    write_deltalake(place, rows(*FIRST))
+    DeltaTable(place).delete("item_id = 2")
+    known = {FOLLOWED: json.dumps({DeltaTable(place).metadata().id: 0})}
+
+    def fails(*given, version=0, **more):
+        if version is None:
+            return DeltaTable(*given, **more)  # the newest version can be opened
+        raise error
+
+    monkeypatch.setenv("PPLUG_STORAGE_BUDGET_S", "0")
+    monkeypatch.setattr(where, fails)
+    with pytest.raises(type(error), match=str(error)):
+        find_changes(place, known, COLUMNS, str(tmp_path / "run"))
+
+
 def test_what_cannot_be_followed_is_refused(place, tmp_path):
     with pytest.raises(InputError, match="--follow takes the folder of one Delta table"):
         find_changes(str(tmp_path / "nothing"), {}, {}, str(tmp_path))

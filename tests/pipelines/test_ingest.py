@@ -260,6 +260,24 @@ def test_damaged_questions_and_items_are_set_aside_and_all_others_come_through(p
     assert not any("text" in row["detail"].split() for row in population.rows("rejects") if "2a" in row["detail"])
 
 
+def test_a_gold_of_null_is_no_answer_and_a_list_is_a_reject(population, tmp_path):
+    golds = {"1": "gold", "2": None, "3": ["a", "b"], "4": 7}
+    source = write_lamp(tmp_path / "lamp", [question(i, [news("a")]) for i in golds], golds)
+    assert population.ingest(source=source, split="dev", max_reject_fraction=0.5) == 0
+    assert {i: row["target"] for i, row in population.requests().items()} == {"1": "gold", "2": None, "4": "7"}
+    assert population.rejects() == Counter(wrong_type=1)
+
+
+def test_items_that_begin_as_questions_do_are_items(population, tmp_path):
+    asked = [question("1", [news("a")]), question("2", [{"id": "7", "input": "an old question", "text": "t"}])]
+    source = write_lamp(tmp_path / "lamp", asked, {"1": "x", "2": "y"})
+    task = population.task({"name": "t", "item": "{text}", "item_without_label": "{text}", "marker": "article: "})
+    assert population.ingest(source=source, split="dev", task=task) == 0
+    assert not population.report["rejected"] and set(population.requests()) == {"1", "2"}
+    found = {user: [(row["item_id"], row["fields"]) for row in rows] for user, rows in population.items().items()}
+    assert found["2"] == [("7", {"input": "an old question", "text": "t"})] and len(found) == 2
+
+
 def test_more_rejects_than_allowed_end_with_code_3(population, tmp_path):
     source = write_lamp(tmp_path / "lamp", [question("1", [news("a"), news("b", text="")])])
     assert population.ingest(source=source, split="dev", task="LaMP_4") == 3

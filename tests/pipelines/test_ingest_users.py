@@ -11,9 +11,13 @@ import yaml
 from infra.errors import InputError
 from infra.shards import shard_columns
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.look import look_at, options_of
 from pipelines.ingest.source_rows import COUNT, ITEM, NO_BUCKET, REJECT, ROWS
+from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
+from tests.pipelines.test_ingest import news, question, write_lamp
 
 USERS = [f"u{n}" for n in range(2000)]
 
@@ -95,6 +99,23 @@ def test_more_users_than_there_are_and_blocks_without_users():
 def test_wrong_parts_are_refused(keys, says):
     with pytest.raises(ValueError, match=says):
         IngestConfig(tables="t", source="s", **keys)
+
+
+@pytest.mark.parametrize("scope", ["auto", "question"])
+def test_a_part_of_histories_of_one_question_each_is_refused(tmp_path, scope):
+    asked = [question(str(n), [news(str(n))], user_id="ann") for n in range(8)]  # no dates prove one history
+    given = {"tables": "t", "source": write_lamp(tmp_path / "lamp", asked), "split": "dev", "history_scope": scope}
+    task = TaskSpec(name="t", item="{text}", item_without_label="{text}", marker="article: ", metric="text")
+
+    def problem(**more) -> str | None:
+        config = IngestConfig(**given, **more)
+        (piece,) = look_at(config, 1)["items"].pieces
+        return FORMATS["lamp"].survey(piece, task, options_of(config))[0]
+
+    assert problem() is None
+    assert "parts: the questions of 1 users" in problem(parts={"train": 0.5, "dev": 0.5}, part="dev")
+    write_lamp(tmp_path / "lamp", [question("1", [news("1")])])  # the question itself is the user
+    assert problem(parts={"train": 0.5, "dev": 0.5}, part="dev") is None
 
 
 def test_an_ingest_keeps_a_part_of_the_users_and_the_first_of_them(tmp_path, ray_session):

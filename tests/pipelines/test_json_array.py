@@ -11,6 +11,18 @@ from pipelines.ingest.sources import json_array
 from pipelines.ingest.sources.json_array import first_array, values
 from pipelines.ingest.values import RowError
 
+
+class Counted(io.BytesIO):
+    """A stream that counts what is read of it."""
+
+    reads = taken = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.reads, self.taken = self.reads + 1, self.taken + len(data)
+        return data
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
 names = st.text(max_size=5)
 trees = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(names, inner), max_leaves=20)
@@ -24,10 +36,19 @@ def test_an_array_is_what_json_reads_whatever_the_size_of_a_chunk(found, ascii, 
     try:
         given = {"note": {"data": [1]}, "data": found, "more": 1} if wrapped else found
         text = json.dumps(given, ensure_ascii=ascii, separators=between)
-        stream = io.BytesIO(text.encode("utf-8", "surrogatepass"))
+        stream = Counted(text.encode("utf-8", "surrogatepass"))
         assert list(values(stream, "data" if wrapped else None)) == found
+        assert stream.reads > 1
     finally:
         json_array._CHUNK = before
+
+
+@pytest.mark.parametrize("number", ["0.5", "12e3", "1.5E-7", "-0.25e+2"])
+def test_a_number_across_the_border_of_a_chunk_is_one(number):
+    for inside in range(1, len(number)):
+        before = " " * (2**16 - 1 - inside)
+        found, ended = read(f"[{before}{number}, 1]".encode())
+        assert (found, ended) == ([float(number), 1], True), inside
 
 
 def read(text: bytes) -> tuple[list, bool]:
@@ -64,14 +85,6 @@ def test_a_byte_that_is_no_utf_8_costs_its_record_alone():
 
 
 def test_damage_in_the_middle_does_not_read_the_rest():
-    class Counted(io.BytesIO):
-        taken = 0
-
-        def read(self, size=-1):
-            data = super().read(size)
-            self.taken += len(data)
-            return data
-
     stream = Counted(b'[{"a": 1}, {"a" 2}, ' + b'{"a": 3}, ' * 500_000 + b"{}]")
     found = values(stream)
     assert next(found) == {"a": 1}

@@ -85,8 +85,39 @@ def test_a_column_of_the_files_stands_before_one_of_their_folders_and_folders_gi
 def test_a_query_leaves_uuids_as_they_stand(tmp_path):
     user = "550E8400-E29B-41D4-A716-446655440000"
     path = jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"user_id": user, "more": {"UUID": user}, "day": "2024-01-02"}])
-    (row,), _ = read(path, query="select user_id, item_id, more.UUID as text, year(day) as year from source")
+    (row,), _ = read(path, query="select user_id, item_id, more.UUID as text, year(day::date) as year from source")
     assert (row["user_id"], row["text"], row["year"]) == (user, user, "2024")
+
+
+def test_a_query_over_json_gives_texts_and_numbers_as_they_stand(tmp_path):
+    days = ["02-03-2020", "14-03-2020"]
+    rows = [
+        {"user_id": 7, "item_id": "10-11-12", "text": "9:5:1", "day": days[0], "n": 12345678901234567, "m": {"t": "1"}},
+        {"user_id": "8", "item_id": "11-11-12", "text": "x", "day": days[1], "n": 1.5, "m": {"t": 2, "DATE": days[0]}},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    given = {"columns": {"occurred_at": "day", "text": "text", "n": "n", "t": "m.t", "d": "m.DATE"},
+             "time": {"format": "%d-%m-%Y"}}  # fmt: skip
+    found, rejects = read(path, query="select * from source", **given)
+    assert found and rejects == {}
+    told = [(row["user_id"], row["item_id"], row["at"].strftime("%Y-%m-%d"), row["text"], row["n"]) for row in found]
+    assert told == [("7", "10-11-12", "2020-03-02", "9:5:1", "12345678901234567"),
+                    ("8", "11-11-12", "2020-03-14", "x", "1.5")]  # fmt: skip
+    assert [row["t"] for row in found] == ["1", "2"] and found[1]["d"] == days[0]
+
+
+def test_numbers_with_and_without_fractions_stay_numbers_for_a_query(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"rating": rating} for rating in (4, 4.5)])
+    (row,), _ = read(path, query="select 'u' as user_id, 1 as item_id, avg(rating) as text from source")
+    assert row["text"] == "4.25"
+
+
+def test_a_refused_query_shows_no_text_of_a_file_without_a_header(tmp_path):
+    (tmp_path / "a.csv").write_text("user_ib,I was diagnosed with diabetes,sad\nann,I am well,glad\n")
+    for query in ("select user_id from source", "select nothing from source", "select * from nothing"):
+        with pytest.raises(InputError, match="(?s)query: .*has the columns") as caught:
+            read(tmp_path / "a.csv", query=query)
+        assert "diabetes" not in str(caught.value) and caught.value.__cause__ is None
 
 
 def test_a_type_that_duckdb_lacks_is_refused_with_a_word_of_ours(tmp_path):

@@ -23,7 +23,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines import options as command_line
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.look import SourceLook, look_at, options_of
+from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
 from pipelines.ingest.sources import records
@@ -150,6 +150,20 @@ def test_a_missing_package_and_an_unknown_kind_of_address_are_named():
         reading("memory://x").write_bytes("a", b"")
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_an_empty_first_file_decides_nothing(tmp_path, form):
+    (tmp_path / f"part-00000.{form}").write_text("")
+    path = jsonl(tmp_path / f"part-00001.{form}", [{"user_id": "u", "text": "x"}])
+    if form == "csv":
+        path.write_text("user_id,text\nu,x\n")
+    config = IngestConfig(tables="unused", source=str(tmp_path))
+    pieces = look_at(config, 1)["items"].pieces
+    assert len(pieces) == 2 and settled(options_of(config), pieces).rules.automatic_ids
+    path.write_text(path.read_text().replace("user_id", "who"))
+    with pytest.raises(InputError, match="part-00001.*no column 'user_id'"):
+        FORMATS[form].check(pieces, options_of(config))
+
+
 @pytest.fixture
 def web(tmp_path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
@@ -265,35 +279,6 @@ def test_delimiter_header_and_encoding_of_a_csv_are_found_and_shown(tmp_path):
     for wrong in ({"encoding": "nosuch"}, {"encoding": "base64"}, {"quote": "ab"}):
         with pytest.raises(ValueError, match=f"csv.{next(iter(wrong))}='"):
             look(tmp_path / "ru.csv", csv=wrong)
-
-
-def test_a_large_csv_is_divided_only_where_no_quoted_line_break_can_lie(tmp_path, monkeypatch):
-    rows = [{"user_id": f"u{n % 7}", "item_id": str(n), "text": ["x" * n, 'a\n"b",\n' * (n % 5 + 1), "ü\n"][n % 3]}
-            for n in range(1, 200)]  # fmt: skip
-    path = tmp_path / "a.csv"
-    path.write_bytes(as_csv(rows).encode())
-    tried = set()
-    for size in (100, 997, 4096, 10**9):
-        monkeypatch.setattr(records, "PIECE_BYTES", size)
-        pieces = look(path, 1).pieces
-        tried.add(len(pieces))
-        found, rejects = read(path)
-        assert (plain(found), rejects) == (rows, {})
-    assert 1 in tried and max(tried) > 20
-
-
-@pytest.mark.parametrize(
-    ("encoding", "end", "given"),
-    [("utf-16", "\r\n", None), ("utf-16-le", "\n", "UTF_16_LE"), ("utf-32", "\n", "utf-32"), ("utf-8", "\r", None)],
-)
-def test_a_large_csv_without_line_ends_of_one_byte_is_not_divided(tmp_path, monkeypatch, encoding, end, given):
-    rows = [{"user_id": f"u{n}", "item_id": str(n), "text": f"text of number {n}" * 9} for n in range(2000)]
-    content = as_csv(rows, lineterminator=end) + "u,2000,one\nu,2001,two\n"
-    path = tmp_path / "a.csv"
-    path.write_bytes(content.encode(encoding))
-    monkeypatch.setattr(records, "PIECE_BYTES", len(content.encode(encoding)) * 2 // 3)
-    found, rejects = read(path, csv={"encoding": given})
-    assert [row["user_id"] for row in found] == [*(row["user_id"] for row in rows), "u", "u"] and rejects == {}
 
 
 # --- Parquet and nested columns --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ else asks for a format by name or by the suffix of a file.
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -19,6 +20,7 @@ from pydantic import field_validator
 
 from infra.errors import InputError
 from infra.remote import reading
+from infra.storage import is_transient
 from pipelines.ingest.source_rows import RowRules, RowWriter
 from pipelines.ingest.sources.discover import PACKINGS, File, Kinds, Source, addresses, discover
 from pplug.settings import Settings
@@ -33,6 +35,15 @@ DAMAGED = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 class NotThisFormat(OSError):
     """A file that is not what its name says, or cannot be used. Its message holds nothing of the file's text."""
+
+
+def is_access_error(error: Exception) -> bool:
+    """Says whether an error tells of the way to a file and nothing of what the file holds: a lost connection, a missing
+    right, a disk that fails. A run that took it for damage would count half a file as the whole."""
+    if isinstance(error, NotThisFormat):  # its cause may quote a value of the file, such as "timed out"
+        return False
+    failing = isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE)
+    return failing or isinstance(error, PermissionError) or is_transient(error)
 
 
 _PACKED_BY, COLUMNS_PACKED_BY = 4, 3
@@ -93,6 +104,8 @@ class Options:
     requests_query: str | None = None
     derives: bool = False
     """True if requests are made of items."""
+    parted: bool = False
+    """True if only one part of the users is kept."""
 
     def mapping(self, kind: Kind) -> Mapping[str, str]:
         """Returns the column for each of our names: that of the requests, where it is given, or that of all."""

@@ -3,8 +3,9 @@
 Values are texts, byte for byte: "007" stays so. Each row that cannot be taken apart is a reject with its line, and the
 next row is read. Python's csv module parses, strictly: Arrow's reader takes `"a "b" c"` for a value with other
 characters, and DuckDB's tells no line of a good row.
-A large file is divided only where a line break cannot lie inside quotes: an even number of quotes stands before it. The
-task before checks that its last row ends there. A file in UTF-16 or UTF-32, or with lone returns, is not divided.
+A large file is divided only where a line break cannot lie inside quotes: an even number of quotes stands before it, and
+each opens or closes a value. The task before checks that its last row ends there. A file in UTF-16 or UTF-32, with lone
+returns or with quotes behind backslashes is not divided.
 """
 
 import codecs
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pipelines.ingest.sources.records as records
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE
-from pipelines.ingest.sources.base import DAMAGED, CsvForm, Kind, NotThisFormat, Options, Piece, begins_packed, opened
+from pipelines.ingest.sources.base import DAMAGED, Kind, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.columns import refuse_duplicates
 from pipelines.ingest.sources.discover import File, unpacked_name
 from pipelines.ingest.sources.records import (
@@ -78,7 +79,8 @@ class Form:
         tab = {"\t": "tab"}.get(self.delimiter, self.delimiter)
         quote = f"quote {self.quote}" if self.quote else "no quotes"
         escape = f" (inside values \\{self.quote})" if self.escape else ""
-        header = "names in the first line" if self.header else f"no header: {self.names[0]} to {self.names[-1]}"
+        header = f"no header: {self.names[0]} to {self.names[-1]}" if self.names else "no row"
+        header = "names in the first line" if self.header else header
         return f"delimiter {tab}, {quote}{escape}, {header}, encoding {self.encoding}"
 
 
@@ -95,7 +97,8 @@ class Delimited(RecordFormat):
             size = files[whole.file - first_file].size
             local = "://" not in whole.folder and not begins_packed(whole.folder, whole.name)
             large = size > records.PIECE_BYTES and local
-            found += _divided(whole, options.csv) if large and _may_be_divided(whole, options) else [whole]
+            form = _form_to_divide(whole, options) if large else None
+            found += [whole] if form is None else _divided(whole, form)
         return found
 
     def schema(self, piece: Piece, options: Options) -> pa.Schema:
@@ -315,29 +318,56 @@ def _rows(lines: Iterator[_Line], form: Form, piece: Piece | None = None) -> Ite
             yield offset, line, size, values, error
 
 
-def _may_be_divided(whole: Piece, options: Options) -> bool:
+def _form_to_divide(whole: Piece, options: Options) -> Form | None:
+    """Returns the form of a file whose bytes tell where its values end; None for any other."""
     try:
-        return form_of(whole, options).ends_in_newlines
+        form = form_of(whole, options)
     except DAMAGED:  # the task that reads the file sets it aside
-        return False
+        return None
+    one_byte = form.delimiter.isascii() and (form.quote or "").isascii()
+    return form if form.ends_in_newlines and form.escape is None and one_byte else None
 
 
-def _divided(whole: Piece, given: CsvForm) -> list[Piece]:
-    """Divides a file at line ends before which an even number of quotes stands; the file is read once for it."""
-    quote = ('"' if given.quote is None else given.quote).encode()
-    pieces, quotes, start, at = list[Piece](), 0, 0, 0
+def _divided(whole: Piece, form: Form) -> list[Piece]:
+    """Divides a file at line ends outside quotes, up to the first quote that belongs to no pair; the file is read once
+    for it."""
+    pieces, start, at, inside = list[Piece](), 0, 0, False
+    has_quotes = form.quote is not None and len(form.delimiter) == 1  # as in `_rows`
     with reading(whole.folder).open_input(whole.name) as stream:
         while block := bytes(stream.read(records.PIECE_BYTES)):
             rest = b"" if block.endswith(b"\n") else bytes(_to_line_end(stream))
             block += rest
+            found = _ends_inside(block if at else block.removeprefix(codecs.BOM_UTF8), form, inside)
             at += len(block)
-            quotes += block.count(quote) if quote else 0
-            if quotes % 2 == 0:
+            if has_quotes and found is None:
+                break
+            inside = has_quotes and bool(found)
+            if not inside:
                 pieces.append(replace(whole, start=start, end=at))
                 start = at
     if start < at or not pieces:
         pieces.append(replace(whole, start=start, end=None))
     return [*pieces[:-1], replace(pieces[-1], end=None)]
+
+
+def _ends_inside(block: bytes, form: Form, inside: bool) -> bool | None:
+    """Says whether a block of lines ends inside quotes. None: a quote opens or closes within a value, such as the inch
+    in `5" disk`, so that the number of quotes tells nothing from there on.
+
+    Args:
+        inside: the block begins inside quotes.
+    """
+    text = np.frombuffer(b"\n" + block + b"\n", np.uint8)
+    quotes = np.flatnonzero(text == ord(form.quote or '"'))
+    begins = np.diff(quotes, prepend=-1) > 1  # quotes side by side are one run, of which only an odd number counts
+    first, count = quotes[begins], np.diff(np.flatnonzero(begins), append=len(quotes))
+    delimiter = ord(form.delimiter[0])
+    opens = np.isin(text[first - 1], [delimiter, ord("\n")])
+    closes = np.isin(text[first + count], [delimiter, ord("\n"), ord("\r")])
+    odd = count % 2 == 1
+    within = (np.cumsum(odd) - odd + inside) % 2 == 1
+    sound = np.where(within, ~odd | closes, np.where(odd, opens, ~opens | closes))
+    return bool((odd.sum() + inside) % 2) if sound.all() else None
 
 
 def _to_line_end(stream: pa.NativeFile) -> bytes:

@@ -97,11 +97,11 @@ class _Text:
             self._twice = error
             return {}
 
-    def _more(self, size: int = _CHUNK) -> bool:
+    def _more(self, size: int | None = None) -> bool:
         """Reads on; says whether there was more."""
         if self._stream is None:
             return False
-        data = self._stream.read(size)
+        data = self._stream.read(size or _CHUNK)
         self._text = self._text[self.at :] + self._bytes.decode(data, final=not data)
         self.at = 0
         if not data:
@@ -137,7 +137,9 @@ class _Text:
                 if not cut_off or not self._more(size):
                     raise
             else:
-                if end < len(self._text) or not self._more(size):  # a number at the end may go on
+                rest = self._text[end : end + _UNDECIDED]
+                goes_on = len(rest) < _UNDECIDED and rest[:1] in ("", ".", "e", "E")  # a number at the end may
+                if not goes_on or not self._more(size):
                     self.at = end
                     return value if self._twice is None else self._twice
             size *= 2  # a large value is not read anew for each of its chunks

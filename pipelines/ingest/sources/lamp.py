@@ -39,9 +39,7 @@ class Lamp(Format):
         return golds(_files(pieces[0]))[0]
 
     def survey(self, piece: Piece, entry: TaskSpec, options: Options) -> tuple[str | None, Survey]:
-        return survey(
-            _files(piece), entry, options.history_scope, options.rules.time, options.derives, options.keep_questions
-        )
+        return survey(_files(piece), entry, options)
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
         return read(_files(piece), survey, writer, options.keep_questions)

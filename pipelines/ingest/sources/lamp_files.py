@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import IO, Any
 
 from infra.errors import InputError
@@ -27,6 +28,8 @@ _BEGINNING = re.compile(
 )
 _CHUNK = 4 * 2**20
 _LONGEST_BEGINNING = 65_536
+_LOOKED_AT = 20
+"""Number of first questions that tell whether items begin as questions do."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ITEMS = 2**24  # items a question may have before their order numbers touch the next question's
 
@@ -64,8 +67,12 @@ def find(source: str, split: str) -> LampFiles:
     return LampFiles(source, questions, named(f"{split}_outputs"))
 
 
-def golds(files: LampFiles) -> tuple[str | None, dict[str, str]]:
-    """Reads task name and answers by question id; none without an outputs file. Raises InputError: another shape."""
+def golds(files: LampFiles) -> tuple[str | None, dict[str, Any]]:
+    """Reads task name and answers by question id, as they stand; none without an outputs file.
+
+    Raises:
+        InputError: another shape.
+    """
     if files.outputs is None:
         return None, {}
     where = f"{files.folder}/{files.outputs}"
@@ -73,7 +80,7 @@ def golds(files: LampFiles) -> tuple[str | None, dict[str, str]]:
         with opened(files.folder, files.outputs) as stream:
             content = json.load(stream)
         listed = content["golds"]
-        answers = {str(gold["id"]): str(gold["output"]) for gold in listed}
+        answers = {str(gold["id"]): gold["output"] for gold in listed}
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{where}: cannot be read as JSON ({error}). {LAYOUT}") from error
     except (KeyError, TypeError) as error:
@@ -104,6 +111,9 @@ def questions(files: LampFiles) -> Iterator[Question]:
     where = f"{files.folder}/{files.questions}"
     number, last = 0, None
     try:
+        if _items_look_like_questions(files):
+            yield from _in_another_key_order(files, where)
+            return
         with opened(files.folder, files.questions) as stream:
             for piece in _pieces(stream):
                 if last is not None:
@@ -119,6 +129,16 @@ def questions(files: LampFiles) -> Iterator[Question]:
     if not last.rstrip().endswith(b"]"):
         raise InputError(f"{where}: breaks off in question {number} (no closing bracket); fetch the file again")
     yield _question(number - 1, last.rstrip().removesuffix(b"]"))
+
+
+def _items_look_like_questions(files: LampFiles) -> bool:
+    """Says whether the first questions hold something that begins as a question does, such as an item with `input`."""
+    try:
+        with opened(files.folder, files.questions) as stream:
+            first = [value for value in islice(values(stream), _LOOKED_AT) if isinstance(value, dict)]
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):  # damaged: the reader of each question says so
+        return False
+    return any(_BEGINNING.search(json.dumps(value).encode(), 1) for value in first)
 
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
@@ -224,7 +244,7 @@ def read(files: LampFiles, survey: Survey, writer: RowWriter, keep_questions: bo
 
 
 def _read_request(
-    question: Question, user: str, survey: Survey, target: str | None, writer: RowWriter, seq: int, place: str
+    question: Question, user: str, survey: Survey, target: object, writer: RowWriter, seq: int, place: str
 ) -> None:
     writer.planned()
     cut = survey.as_of.get(question.id)
@@ -235,7 +255,7 @@ def _read_request(
         writer.reject(seq, place, error)
 
 
-def _request(question: Question, user: str, target: str | None) -> dict[str, Any]:
+def _request(question: Question, user: str, target: object) -> dict[str, Any]:
     owner = question.value.get("user_id")
     return {
         "request_id": question.id, "user_id": user, "input": question.value.get("input"), "target": target,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.ingest.sources.base import Options
 from pipelines.ingest.sources.lamp_files import LampFiles, Survey, golds, questions
 from pipelines.ingest.times import TimeRule
 from pipelines.ingest.values import RowError
@@ -21,18 +22,13 @@ _SAMPLE = 50
 _NO_TIME = np.iinfo(np.int64).min
 
 
-def survey(
-    files: LampFiles, entry: TaskSpec, scope: str, time: TimeRule, derives: bool = False, keep_questions: bool = True
-) -> tuple[str | None, Survey]:
+def survey(files: LampFiles, entry: TaskSpec, options: Options) -> tuple[str | None, Survey]:
     """Checks ids, golds and task, and decides which user's history each question has.
-
-    Args:
-        derives: requests are made of items, of which nothing but the history tells whose they are.
-        keep_questions: questions become requests, which alone tell whose the history of one question is.
 
     Returns:
         An error in the source, or None; and the survey.
     """
+    scope, time = options.history_scope, options.rules.time
     answers = golds(files)[1]
     ids: list[str] = []
     damaged: set[str] = set()
@@ -58,24 +54,41 @@ def survey(
     if problem:
         return problem, Survey()
     problem, found = _share_histories(owners, set(ids), scope)
-    apart = {user for user, count in asked_by.items() if count > 1} - set(found.user_of.values())
-    if problem is None and derives and apart:
+    problem = problem or _owner_problem(asked_by, set(found.user_of.values()), options)
+    return (problem, Survey()) if problem else (None, found)
+
+
+def _owner_problem(asked_by: Counter[str], known: set[str], options: Options) -> str | None:
+    """Returns why histories of one question each cannot be used.
+
+    Args:
+        asked_by: number of questions by user.
+        known: users with a history of their own.
+    """
+    unknown = set(asked_by) - known
+    apart = {user for user in unknown if asked_by[user] > 1}
+    if options.derives and apart:
         return (
             f"derive_requests: {len(apart)} users have several questions with a history each, which no dates prove to "
             "be one, so that requests made of these histories would not be known as one user's; keep the published "
             "questions (derive_requests=0)"
-        ), Survey()
-    unknown = set(asked_by) - set(found.user_of.values())
-    if problem is None and not keep_questions and unknown:
+        )
+    if options.parted and unknown:
+        return (
+            f"parts: the questions of {len(unknown)} users have a history each, and each would be in a part "
+            "by itself, so that one user's questions would be in several parts; leave parts and part out, and take the "
+            "published splits"
+        )
+    if not options.keep_questions and unknown:
         return (
             f"questions=skip: the questions of {len(unknown)} users have a history each, and without the questions "
             "nothing would say whose these are, so that `erase` could not find them; keep the published questions "
             "(questions=keep)"
-        ), Survey()
-    return problem, found
+        )
+    return None
 
 
-def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, str]) -> str | None:
+def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: dict[str, Any]) -> str | None:
     known = set(ids)
     if len(known) < len(ids):
         seen: set[str] = set()
@@ -98,15 +111,16 @@ def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: di
     return None
 
 
-def _task_problem(files: LampFiles, entry: TaskSpec, answers: dict[str, str], no_marker: bool) -> str | None:
-    outside = sum(answer.strip() not in entry.labels for answer in answers.values())
+def _task_problem(files: LampFiles, entry: TaskSpec, golds: dict[str, Any], no_marker: bool) -> str | None:
+    answers = [str(answer).strip() for answer in golds.values() if answer is not None]
+    outside = sum(answer not in entry.labels for answer in answers)
     wrong_labels = entry.metric == "classification" and 2 * outside > len(answers)
     if not no_marker and not wrong_labels:
         return None
     fitting = [
         other.name
         for other in tasks.lamp_entries()
-        if other.metric == "classification" and answers and {a.strip() for a in answers.values()} <= set(other.labels)
+        if other.metric == "classification" and answers and set(answers) <= set(other.labels)
     ]
     why = (
         f"no question holds its marker {entry.marker!r}"

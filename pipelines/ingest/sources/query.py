@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece
-from pipelines.ingest.sources.columns import plain, refuse_duplicates
+from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece, is_access_error
+from pipelines.ingest.sources.columns import names_in_words, plain, refuse_duplicates
 from pipelines.ingest.sources.delta import open_table, rows_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.sources.jsonl import Jsonl
@@ -38,8 +38,13 @@ _MEMORY = "2GB"
 _LEAST, _LONG = 2**24, 2**26
 """Bytes: the least size of a JSON object that DuckDB is told of, and the length of a line above which it takes one
 thread, since each thread has buffers of that size."""
-_UUID = re.compile(r'(?<![\w"])UUID(?=$|[,)\[])')
-"""The type, in DuckDB's name of a column's type; a field of that name is followed by its own type."""
+_EXACT = 2**53
+"""Size of whole numbers up to which a DOUBLE holds each of them."""
+_OF_TEXTS = "UUID|JSON|DATE|TIME|TIMESTAMP(?: WITH TIME ZONE)?"
+"""Types that DuckDB guesses for texts of JSON. It would write them anew: a UUID in lower case, 02-03-2020 as a date
+whose month is a guess, and texts beside numbers with quotation marks."""
+_CANDIDATES = re.compile(r"\n*Candidate (?:bindings|entries):", re.IGNORECASE)
+"""Beginning of DuckDB's list of names, which may be a user's first row in a file without a header."""
 Bad = tuple[RowError, int | None, str | None]
 """Error, line and text of a row that could not be read; its place stands in the error's detail."""
 
@@ -66,7 +71,7 @@ class Query(RecordFormat):
         """Runs the query over the beginnings of the files.
 
         Raises:
-            InputError: DuckDB refuses the query; the message holds its words.
+            InputError: DuckDB refuses the query; the message holds its words without the list of like names.
         """
         import duckdb
 
@@ -83,8 +88,9 @@ class Query(RecordFormat):
                         connection.sql(f"select * from ({_sql(piece, options)}) limit {rows}").to_arrow_table()
                     )
                 except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
-                    columns = ", ".join(name for name, *_ in connection.sql("describe source").fetchall())
-                    raise InputError(f"{_key(piece)}: {error}; `source` has the columns {columns}") from error
+                    columns = names_in_words([name for name, *_ in connection.sql("describe source").fetchall()])
+                    said = _CANDIDATES.split(str(error))[0].rstrip()
+                    raise InputError(f"{_key(piece)}: {said}; `source` has the columns {columns}") from None
                 except duckdb.Error as error:
                     raise InputError(f"{_key(piece)}: the query fails with {type(error).__name__}{_HINT}") from error
         first = [
@@ -156,6 +162,8 @@ def _opened(
                 if view is not None:
                     views.append(f"select *{_more(connection, part, view)} from {view}")
             except DAMAGED as error:
+                if is_access_error(error):
+                    raise
                 bad.append(_placed(damage(error), part.name))
         if lines and (view := _lines(connection, lines, plain, folder, rows, bad)) is not None:
             views.append(f"select * from {view}")
@@ -204,7 +212,7 @@ def _lines(
     bad: list[Bad],
 ) -> str | None:  # fmt: skip
     """Writes the records of all files of JSON into one file of lines; returns what stands for them, None for none."""
-    path, longest, seen, of_folders = folder / "lines.jsonl", 0, set[str](), set[str]()
+    path, longest, seen, of_folders, large = folder / "lines.jsonl", 0, set[str](), set[str](), set[str]()
     with open(path, "wb") as out:
         for part in parts:
             format = FORMATS[part.format]
@@ -214,6 +222,7 @@ def _lines(
                 folders = {name: value for name, value in part.partition if name.casefold() not in held}
                 of_folders |= folders.keys()
                 seen |= batch.columns.keys()
+                large |= {name for name, column in batch.columns.items() if _has_large(column)}
                 for row in zip(*map(plain, batch.columns.values()), strict=True):
                     record = folders | dict(zip(batch.columns, row, strict=True))
                     known = {name: value for name, value in record.items() if value is not None}
@@ -227,13 +236,29 @@ def _lines(
     form = f"read_json('{path}', format='newline_delimited', maximum_object_size={max(_LEAST, longest)}"
     found = connection.sql(f"describe select * from {form}, sample_size=-1)").fetchall()
     inferred = {name: kind for name, kind, *_ in found}
-    # an id stays as it stands, where DuckDB would write a UUID in lower case; folders give texts
-    kinds = {name: _UUID.sub("VARCHAR", kind) for name, kind in inferred.items()}
+    kinds = {name: _as_text(kind, _OF_TEXTS) for name, kind in inferred.items()}
+    # where fractions stand beside a whole number that no DOUBLE holds, the numbers stay as they are written
+    kinds |= {name: _as_text(kinds[name], "DOUBLE") for name in large & kinds.keys()}
     kinds |= dict.fromkeys(of_folders - seen, "VARCHAR")
     if kinds == inferred or not kinds.keys() <= seen | of_folders:  # a name that DuckDB has changed is none of the file
         return f"{form}, sample_size=-1)"
     columns = ", ".join(f"{_literal(name)}: {_literal(kind)}" for name, kind in kinds.items())
     return f"{form}, columns={{{columns}}})"
+
+
+def _as_text(kind: str, types: str) -> str:
+    """Returns DuckDB's name of a column's type with VARCHAR for these types; names of fields stay, quoted or not."""
+    found = rf'"(?:[^"]|"")*"|(?<!\w)(?:{types})(?=$|[,)\[])'
+    return re.sub(found, lambda match: match[0] if match[0].startswith('"') else "VARCHAR", kind)
+
+
+def _has_large(value: object) -> bool:
+    """Says whether a whole number is there, however deep, that a DOUBLE does not hold."""
+    if isinstance(value, int):
+        return abs(value) > _EXACT
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and any(map(_has_large, value))
 
 
 def _placed(error: RowError, place: str, line: int | None = None, text: str | None = None) -> Bad:
@@ -251,6 +276,8 @@ def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | No
             if rows is not None and rows <= 0:
                 return
     except DAMAGED as error:
+        if is_access_error(error):
+            raise
         bad.append(_placed(damage(error), part.name))
 
 

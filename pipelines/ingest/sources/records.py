@@ -15,7 +15,18 @@ import pyarrow as pa
 from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.source_rows import CORE, RowWriter
-from pipelines.ingest.sources.base import DAMAGED, UNREADABLE, Format, Head, Kind, NotThisFormat, Options, Piece
+from pipelines.ingest.sources.base import (
+    DAMAGED,
+    FORMATS,
+    UNREADABLE,
+    Format,
+    Head,
+    Kind,
+    NotThisFormat,
+    Options,
+    Piece,
+    is_access_error,
+)
 from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, names_in_words, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
@@ -127,13 +138,18 @@ class RecordFormat(Format):
                     columns = pa.schema([*columns, *(one for one in more if one.name not in columns.names)])
                 if len(first) >= rows:
                     break
-        except DAMAGED:  # the task that reads the file sets it aside
-            pass
+        except DAMAGED as error:  # the task that reads the file sets it aside
+            if is_access_error(error):
+                raise
         return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
-        """Looks for the needed columns in the first file. Raises InputError: one is missing; it lists those there."""
-        piece = pieces[0]
+        """Looks for the needed columns in the first file that has any.
+
+        Raises:
+            InputError: one is missing; the message lists those there.
+        """
+        piece = first_with_columns(pieces, replace(options, explode=None)) or pieces[0]
         if options.explode and piece.kind == "items":
             columns = self.head(piece, replace(options, explode=None), _LOOKED_AT).columns
             if len(columns) and options.explode not in paths(columns):
@@ -165,7 +181,11 @@ class RecordFormat(Format):
         return "item_id" in options.mapping(piece.kind) or "item_id" in columns.names or not len(columns)
 
     def read(self, piece: Piece, options: Options, survey: Any, writer: RowWriter) -> Iterator[None]:
-        """Hands every record of the piece to the writer; yields when the writer is full."""
+        """Hands every record of the piece to the writer; yields when the writer is full.
+
+        Raises:
+            OSError: the file cannot be reached, see `is_access_error`; a damaged file is a reject instead.
+        """
         mapping = options.mapping(piece.kind)
         several = ELEMENTS if options.explode and piece.kind == "items" else 1
         try:
@@ -182,13 +202,26 @@ class RecordFormat(Format):
             writer.planned()
             writer.reject(piece.start, piece.name, error)
         except DAMAGED as error:
+            if is_access_error(error):
+                raise
             writer.planned()
             writer.reject(piece.start, piece.name, damage(error))
+
+
+def first_with_columns(pieces: Sequence[Piece], options: Options) -> Piece | None:
+    """Returns the first piece whose file has columns: Spark's first file is often empty, and damaged ones have none."""
+    by_file: dict[tuple[str, str], Piece] = {}
+    for piece in pieces:
+        by_file.setdefault((piece.folder, piece.name), piece)
+    found = (piece for piece in by_file.values() if len(FORMATS[piece.format].head(piece, options, _LOOKED_AT).columns))
+    return next(found, None)
 
 
 def damage(error: Exception) -> RowError:
     """Returns the error of the one reject that stands for a file which cannot be read to its end."""
     said = str(error) if isinstance(error, NotThisFormat) else f"{type(error).__name__}: damaged or cut off"
+    if "requires too much memory" in str(error):  # Arrow's word for such a frame, as Reddit's dumps have it
+        said = "zstd with a window above 128 MiB: unpack the file with `zstd -d --long=31` and ingest the result"
     return RowError(UNREADABLE, said)
 
 
