@@ -102,7 +102,7 @@ class BucketReplies:
     """Judgements that are made anew: errors, and those of a reply that was itself made anew since its request's input
     changed."""
     outdated: int
-    """Replies to an input that their request no longer has."""
+    """Replies to an input, or with a cut-off, that their request no longer has."""
 
 
 def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any]) -> bool:
@@ -161,9 +161,9 @@ def _judge(
         raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
     if outdated := sum(row["outdated"] for row in plan.values()):
         raise InputError(
-            f"run {config.run} in {config.tables}: {outdated} replies are to an input that their request no longer "
-            f"has; run generate again with run_id={config.run}, which answers these requests anew, or name the version "
-            "of requests that was answered with --as-of-version requests=N"
+            f"run {config.run} in {config.tables}: {outdated} replies are to an input or a time that their request no "
+            f"longer has; run generate again with run_id={config.run}, which answers these requests anew, or name the "
+            "version of requests that was answered with --as-of-version requests=N"
         )
     again = [bucket for bucket, row in plan.items() if row["again"]]
     if again:

@@ -224,8 +224,11 @@ def assert_a_judgement_goes_with_its_reply(
     scored = evaluate.Config(tables=population.tables, run=("b",), run_dir=str(population.folder / "e1"))
     ingest(population, "lamp_qa", first={"question": "Why do owls call at night?"})
     for refusing, message in (
-        (lambda: judge.run(config), "run a in .*: 2 replies are to an input that their request no longer has"),
-        (lambda: evaluate.run(scored), "replies to 1 requests whose input has changed"),
+        (
+            lambda: judge.run(config),
+            "run a in .*: 2 replies are to an input or a time that their request no longer has",
+        ),
+        (lambda: evaluate.run(scored), "replies to 1 requests whose input or time has changed"),
     ):
         with pytest.raises(InputError, match=message):
             refusing()
