@@ -227,10 +227,10 @@ def refuse_other_requests(scored: Scored, runs: tuple[str, ...], config: Evaluat
     """
     if scored.n_outdated:
         raise InputError(
-            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_outdated} requests whose input or time has "
-            f"changed since, such as {', '.join(scored.outdated)}; run generate again with the run_id of the replies, "
-            "which answers these anew (and then judge, where a judge scores), or name the version of requests that was "
-            "answered with --as-of-version requests=N"
+            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_outdated} requests whose input or time "
+            f"has changed since, such as {', '.join(scored.outdated)}; run generate again with the run_id of the "
+            "replies, which answers these anew (and then judge, where a judge scores), or name the version of requests "
+            "that was answered with --as-of-version requests=N"
         )
     if scored.n_unknown:
         raise InputError(

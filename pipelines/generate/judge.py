@@ -42,8 +42,9 @@ from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec, query
 
 _TOKENS = pa.list_(pa.list_(pa.int32()))
-ASKED = pa.schema([*GENERATIONS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
-"""A reply to judge, with the token ids of one prompt per aspect. A reply that is an error has none."""
+_ASKED_BY = [pa.field("before", _TOKENS), pa.field("after", _TOKENS), pa.field("target", pa.string())]
+ASKED = pa.schema([*GENERATIONS, *_ASKED_BY])
+"""A reply to judge, with the token ids of one prompt per aspect and the rubric. A reply that is an error has no ids."""
 ASKING = tuple(f"judge_{name}" for name in TOKENS)
 """Tokens of a judgement's prompts and answers. The row keeps those of the reply, by which methods are compared."""
 JUDGED = pa.schema([*REPLIES, *(pa.field(name, pa.int64()) for name in ASKING)])
@@ -69,7 +70,10 @@ class Unjudged:
         judged = {reply_key(row): row for row in rows if row["run_id"] == self.judged_run}
         replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
         answers = answers_now(requests)
-        pending = [(row, known[request_key(row)]) for row in replies if not _holds(judged.get(reply_key(row)), row)]
+        asked = [(row, known[request_key(row)]) for row in replies]
+        pending = [
+            (row, request) for row, request in asked if not _holds(judged.get(reply_key(row)), row, request["target"])
+        ]
         return BucketReplies(
             pending,
             judged=len(replies) - len(pending),
@@ -99,17 +103,18 @@ class BucketReplies:
     judged: int
     """Replies that are judged already."""
     again: frozenset[ReplyKey]
-    """Judgements that are made anew: errors, and those of a reply that was itself made anew since its request's input
-    changed."""
+    """Judgements that are made anew: errors, those of a reply that was itself made anew, and those by a rubric that
+    has changed."""
     outdated: int
     """Replies to an input, or with a cut-off, that their request no longer has."""
 
 
-def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any]) -> bool:
-    """True if there is a judgement, it is no error, and it is of the reply to this input."""
-    return (
-        judgement is not None and judgement["error"] is None and judgement["input_hash"] in (None, reply["input_hash"])
-    )
+def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any], target: str) -> bool:
+    """True if there is a judgement, it is no error, and it is of this reply to this input by this rubric."""
+    if judgement is None or judgement["error"] is not None:
+        return False
+    same_input = judgement["input_hash"] in (None, reply["input_hash"])
+    return same_input and rubric.is_of(judgement["text"] or "", target, reply["text"] or "")
 
 
 def run(config: JudgeConfig) -> int:
@@ -244,7 +249,7 @@ class AskJudge:
         for bucket in batch["bucket"].to_pylist():
             rows = []
             for reply, request in self.pending.read(bucket).pending:
-                row: dict[str, Any] = reply | {"before": [], "after": []}
+                row: dict[str, Any] = reply | {"before": [], "after": [], "target": request["target"]}
                 if reply["error"] is None:
                     question = query(request["input"], self.pending.task)
                     asked = rubric.prompts(question, reply["text"] or "", rubric.read(request["target"]))
@@ -285,9 +290,10 @@ class Judge:
     def _judged(self, row: Mapping[str, Any], replies: list[dict[str, Any]]) -> dict[str, Any]:
         """The reply's row with its judgement for a text; a reply that is itself an error stays that error."""
         errors = [error for error in (row["error"], *(reply["error"] for reply in replies)) if error is not None]
+        scores = [rubric.score_of(reply["text"]) for reply in replies if not errors]
         made: dict[str, Any] = {
             "run_id": self.reply.run_id,
-            "text": "" if errors else rubric.judgement([rubric.score_of(reply["text"]) for reply in replies]),
+            "text": "" if errors else rubric.judgement(scores, row["target"], row["text"] or ""),
             "finish_reason": "error" if errors else row["finish_reason"],
             "error": errors[0] if errors else None,
             "notes": [],

@@ -197,7 +197,7 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     for (request, method, run), row in rows.items():
         if run == "b":
             reply = rows[request, method, "a"]
-            assert json.loads(row["text"]) == {"match_scores": [1] * (2 if request == "q1" else 1)}
+            assert json.loads(row["text"])["match_scores"] == [1] * (2 if request == "q1" else 1)
             assert (row["prompt_tokens"], row["llm_id"]) == (reply["prompt_tokens"], reply["llm_id"])
     assert evaluate.run(evaluate.Config(tables=population.tables, run=("b",), run_dir=str(folder / "e"))) == 0
     scored = json.loads((folder / "e" / "report.json").read_text())
@@ -239,4 +239,12 @@ def assert_a_judgement_goes_with_its_reply(
     judged = [row for row in population.rows("generations") if row["run_id"] == "b"]
     now = {name: history.input_hash(row["input"]) for name, row in population.requests().items()}
     assert len(judged) == 4 and all(row["input_hash"] == now[row["request_id"]] for row in judged)
+    assert evaluate.run(scored) == 0
+    aspect = {"aspect": "night", "reason": "", "evidence": ""}
+    ingest(population, "lamp_qa", first={"question": "Why do owls call at night?", "rubric_aspects": [aspect] * 2})
+    with pytest.raises(InputError, match="the reply was judged by another rubric; run `judge` again"):
+        evaluate.run(scored)
+    assert judge.run(config) == 0
+    report = json.loads(Path(f"{config.run_dir}/report.json").read_text())
+    assert (report["written"], report["already_there"]) == (2, 2)
     assert evaluate.run(scored) == 0
