@@ -23,7 +23,7 @@ from pipelines import tables, waves
 from pipelines.asked import answers_now
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
-from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
+from pipelines.generate.checks import JUDGE_OF, gpus_of, is_encoder_decoder, refuse_another_run
 from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
@@ -133,6 +133,7 @@ def run(config: JudgeConfig) -> int:
         judge = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
+    encoder_decoder = is_encoder_decoder(config)
     before = generations.snapshot()
     report.table_read("requests", requests.version)
     report.table_read("generations", before.version)
@@ -147,7 +148,7 @@ def run(config: JudgeConfig) -> int:
     with lease.writing(config.tables, report.run_id):
         tables.refuse_rebucketed(config.tables, "generations", generations.buckets)
         pending = Unjudged(requests, before, config.run, report.run_id, task)
-        _judge(config, report, generations, pending, decoding, identities)
+        _judge(config, report, generations, pending, decoding, identities, encoder_decoder)
     report.extra |= identities | {"judge_prompt": rubric.PROMPT}
     return report.finish()
 
@@ -159,6 +160,7 @@ def _judge(
     pending: Unjudged,
     decoding: ResolvedDecoding,
     identities: Mapping[str, str],
+    encoder_decoder: bool,
 ) -> None:
     """Plans which replies are still to be judged, has them judged in one stream, commits wave by wave."""
     plan = waves.plan(pending.requests.filled(None), pending.count, report)
@@ -184,7 +186,7 @@ def _judge(
         before=pending.generations,
         pending={bucket: row["pending"] for bucket, row in plan.items()},
         steps=[
-            waves.actors(AskJudge, pending, config.llm, size=1),
+            waves.actors(AskJudge, pending, config.llm, encoder_decoder, size=1),
             engine_step(
                 config, Judge, config.llm, config.engine, decoding, identities["judge_id"], report.run_id, cpu, None,
                 PromptSizes(rows=0),
@@ -216,7 +218,8 @@ def _refuse_other_runs(generations: Table, run: str, own: str, identities: Mappi
         raise InputError(f"run_id={own}: this run has replies, and judgements need a run_id of their own")
     if JUDGE_OF in generations.metadata_of_run(run):
         raise InputError(f"run={run}: this run has judgements and no replies; give the run that it judges")
-    refuse_another_run(judged, identities, own)
+    path = "judge"  # judge_id tells the model, wherever its folder lies
+    refuse_another_run(judged, {name: value for name, value in identities.items() if name != path}, own)
 
 
 def _no_words(task: TaskSpec) -> TextTokenizer:
@@ -238,12 +241,12 @@ def count_judgements(judged: pa.Table) -> dict[str, int]:
 class AskJudge:
     """Stage: a bucket's replies with their prompts to the judge. in: bucket int. out: ASKED."""
 
-    def __init__(self, pending: Unjudged, llm: LLMConfig) -> None:
+    def __init__(self, pending: Unjudged, llm: LLMConfig, encoder_decoder: bool) -> None:
         self.pending = pending
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         # a cut would take the instruction at the end; what is too long for the engine is an error that says so
         layout = llm.layout.model_copy(update={"max_input_tokens": _NO_LIMIT})
-        self.prompt_builder = PromptBuilder(tokenizer, layout, False)
+        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
