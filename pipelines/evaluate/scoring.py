@@ -15,7 +15,6 @@ import ray.data
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.snapshot import Snapshot
-from infra.table import Table
 from pipelines import tables
 from pipelines.evaluate import cohorts
 from pipelines.evaluate.config import EvaluateConfig
@@ -67,9 +66,7 @@ def take_census(
     Returns:
         Counts, a reader of the facts that knows the average, and by kind the last bins of the lower two thirds.
     """
-    personas = None
-    if Table.exists(tables.location(config.tables, "personas")):
-        personas = tables.snapshot(config.tables, "personas", config.as_of_version)
+    personas = tables.snapshot_if_any(config.tables, "personas", config.as_of_version)
     remote = ray.remote(cohorts.census)
 
     def look(facts: cohorts.FactReader) -> cohorts.Census:
