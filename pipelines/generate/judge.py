@@ -25,7 +25,7 @@ from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
 from pipelines.generate.checks import JUDGE_OF, gpus_of, is_encoder_decoder, refuse_another_run
 from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
-from pipelines.generate.judge_config import JudgeConfig
+from pipelines.generate.judge_config import JudgeConfig as Config
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
@@ -117,7 +117,7 @@ def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any], target
     return same_input and rubric.is_of(judgement["text"] or "", target, reply["text"] or "")
 
 
-def run(config: JudgeConfig) -> int:
+def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     report = begin("judge", config)
     generations = tables.open_table(config.tables, "generations")
@@ -154,7 +154,7 @@ def run(config: JudgeConfig) -> int:
 
 
 def _judge(
-    config: JudgeConfig,
+    config: Config,
     report: RunReport,
     generations: Table,
     pending: Unjudged,
@@ -202,7 +202,7 @@ def _judge(
     counted.note_tokens()
 
 
-def _decoding(config: JudgeConfig, task: TaskSpec) -> ResolvedDecoding:
+def _decoding(config: Config, task: TaskSpec) -> ResolvedDecoding:
     """The decoding of judgements, with the engine's numbers. Raises InputError: it has what a judgement cannot have."""
     if config.decoding.n > 1:
         raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
