@@ -9,6 +9,10 @@ class InputError(Exception):
     """
 
 
+class NoCompleteVersionError(InputError):
+    """A table whose first run has not ended: it has rows, and no version to read."""
+
+
 class ConcurrentRunError(Exception):
     """Another run, or another driver of the same run, committed first: this one stops, and nothing is doubled.
 

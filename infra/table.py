@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra import addresses, lease, log
-from infra.errors import ConcurrentRunError, InputError
+from infra.errors import ConcurrentRunError, InputError, NoCompleteVersionError
 from infra.rows import TableSpec, conform, in_order, write_parquet
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.storage import Storage, is_transient, retrying
@@ -326,7 +326,7 @@ class Table:
         for entry in log.back_from(self.storage, newest):
             if entry.get("complete") == "true":
                 return int(entry["version"])
-        raise InputError(
+        raise NoCompleteVersionError(
             f"{self.uri}: table {self.spec.name} has no complete version yet: the run that writes it has not ended; "
             "run it again with the same run_id until it ends with exit code 0"
         )

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
 from pipelines import tables
+from pipelines.histories import to_us
 from pipelines.job_config import RequestChoice
 from pipelines.methods import Group, known_parts
 from pplug import rubric
@@ -41,20 +42,34 @@ def is_reply() -> pc.Expression:
     return ~pc.coalesce(judged, pc.scalar(False))  # a row may have no text
 
 
-def answers_now(requests: pa.Table) -> Callable[[Mapping[str, Any]], bool]:
-    """Says of a reply (user_id, request_id, input_hash) whether it answers the input that its request has now.
+COMPARED = ("user_id", "request_id", "input", "as_of", "as_of_position")
+"""Columns of `requests` that `answers_now` compares a reply by."""
 
-    One without a hash is older than that column and counts as such, and so does one whose request is not here.
+
+def request_hash(request: Mapping[str, Any]) -> str:
+    """`input_hash` of a request (input, as_of, as_of_position)."""
+    return input_hash(request["input"], to_us(request["as_of"]), request["as_of_position"])
+
+
+def answers_now(requests: pa.Table) -> Callable[[Mapping[str, Any]], bool]:
+    """Says of a reply (user_id, request_id, input_hash) whether it answers the input that its request has now, and has
+    seen the history up to the cut-off that the request has now.
+
+    One without a hash is older than that column and counts as such, and so does one whose request is not here. One
+    whose hash is of the input alone does not tell the cut-off, and counts whatever that is.
 
     Args:
-        requests: with the columns user_id, request_id and input.
+        requests: with the columns COMPARED.
     """
     ids = zip(requests["user_id"].to_pylist(), requests["request_id"].to_pylist(), strict=True)
-    inputs = dict(zip(ids, requests["input"], strict=True))
+    asked = dict(zip(ids, zip(*(requests[name] for name in COMPARED[2:]), strict=True), strict=True))
 
     def answers(row: Mapping[str, Any]) -> bool:
-        asked, known = inputs.get((row["user_id"], row["request_id"])), row["input_hash"]
-        return known is None or asked is None or known == input_hash(asked.as_py())
+        request, known = asked.get((row["user_id"], row["request_id"])), row["input_hash"]
+        if known is None or request is None:
+            return True
+        now = {name: value.as_py() for name, value in zip(COMPARED[2:], request, strict=True)}
+        return known in (request_hash(now), input_hash(now["input"]))
 
     return answers
 
@@ -70,7 +85,7 @@ class Answered:
     group: Group
 
     def keys(self, bucket: int, user_keys: list[str] | None, requests: pa.Table) -> set[tuple[str, str]]:
-        """The requests of a bucket that have such a reply to the input that they have now: user_id and request_id."""
+        """The requests (COMPARED) of a bucket that have such a reply to what they ask now: user_id and request_id."""
         columns, answers = ["user_id", "request_id", "method", "input_hash"], answers_now(requests)
         counts = pc.field("error").is_null() & is_reply()
         rows = self.generations.read(columns, buckets=[bucket], filter=counts, user_keys=user_keys)
@@ -104,7 +119,7 @@ class Chosen:
 
     def among(self, requests: Snapshot, bucket: int, user_keys: list[str] | None, columns: list[str]) -> pa.Table:
         """These columns of the chosen requests of a bucket."""
-        more = ["user_id", "request_id", "target", "as_of"] + ["input"] * (self.answered is not None)
+        more = ["user_id", "request_id", "target", "as_of", *(COMPARED if self.answered is not None else ())]
         names = list(dict.fromkeys([*columns, *more]))
         rows = narrowed(requests.read(names, buckets=[bucket], user_keys=user_keys), self.only, self.since)
         if self.answered is not None:

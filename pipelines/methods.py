@@ -63,7 +63,7 @@ PARTS = {
         PartInfo(
             "plug:mean",
             "plug",
-            "persona whose items are weighed alike; a request without a cut-off uses the one that `refresh` stored",
+            "persona whose items are weighed alike: the one that `refresh` stored, if it is of what the request sees",
         ),
         PartInfo(
             "plug:no-history",

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from infra import rebucketing, upkeep
-from infra.errors import InputError
+from infra.errors import InputError, NoCompleteVersionError
 from infra.lines import numbered_lines
 from infra.shards import bucket_of_key, user_key
 from infra.snapshot import Snapshot
@@ -110,6 +110,21 @@ def snapshot(tables: str, name: str, versions: Mapping[Any, int]) -> Snapshot:
         InputError: there is no such table, or no such version (any more).
     """
     return open_table(tables, name).snapshot(versions.get(name.partition("-")[0]), complete=True)
+
+
+def snapshot_if_any(tables: str, name: str, versions: Mapping[Any, int]) -> Snapshot | None:
+    """As `snapshot`, for a table that a job can do without: None where there is none, and where none of its versions is
+    complete yet and none is asked for.
+
+    Raises:
+        InputError: there is no such version (any more).
+    """
+    if not Table.exists(location(tables, name)):
+        return None
+    try:
+        return snapshot(tables, name, versions)
+    except NoCompleteVersionError:
+        return None
 
 
 def newest(tables: str, name: str) -> Snapshot | None:

@@ -331,11 +331,11 @@ def _judged(
     if all(one is None for one in found) and any(predictions):
         raise ValueError(f"task {entry.name}: these replies have not been judged; run `judge` and score its run")
     counts = []
-    for one, gold in zip(ids, golds, strict=True):
+    for one, gold, text in zip(ids, golds, predictions, strict=True):
         try:
-            counts.append(len(rubric.read(gold).aspects))
+            counts.append(rubric.aspects_of(text, gold))
         except ValueError as error:
-            raise GoldError(f"task {entry.name}: the gold of {_told(one)} is no rubric: {error}", one) from error
+            raise GoldError(f"task {entry.name}: the gold of {_told(one)}: {error}", one) from error
     return counts, [[score or 0 for score in one or ()] for one in found]
 
 

@@ -6,6 +6,7 @@ BEST -> one text per reply of a method (JSON), which the metric `coverage` reads
 [1] "LaMP-QA: A Benchmark for Personalized Long-form Question Answering", arXiv:2506.00137: aspects, scale and score.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -97,9 +98,43 @@ def score_of(reply: str) -> int | None:
     return None
 
 
-def judgement(scores: Sequence[int | None]) -> str:
-    """The text that stands for a judged reply; None is an aspect on which the judge's reply could not be read."""
-    return f"{JUDGEMENT}{json.dumps(list(scores))}}}"
+def judgement(scores: Sequence[int | None], target: str, reply: str) -> str:
+    """The text that stands for a judged reply, with digests of the rubric and of the reply that were judged.
+
+    Args:
+        scores: one per aspect; None is an aspect on which the judge's reply could not be read.
+    """
+    judged = json.dumps({"rubric": _digest(target), "reply": _digest(reply)})
+    return f"{JUDGEMENT}{json.dumps(list(scores))}, {judged[1:]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def is_of(text: str, target: str, reply: str | None = None) -> bool:
+    """False for a judgement by another rubric, or of another reply where one is given.
+
+    A judgement from before there were digests does not tell, and counts as one of these.
+    """
+    try:
+        known: Any = json.loads(text)
+    except ValueError:
+        return True
+    now = {"rubric": _digest(target)} | ({} if reply is None else {"reply": _digest(reply)})
+    return not isinstance(known, dict) or all(known.get(name, own) == own for name, own in now.items())
+
+
+def aspects_of(text: str, target: str) -> int:
+    """Number of aspects of the rubric that a text, if it is a judgement, was judged by.
+
+    Raises:
+        ValueError: the target is no rubric, or not the one of the judgement.
+    """
+    aspects = read(target).aspects
+    if not is_of(text, target):
+        raise ValueError("the reply was judged by another rubric; run `judge` again with the run_id of the judgements")
+    return len(aspects)
 
 
 def read_judgement(text: str) -> list[int | None] | None:

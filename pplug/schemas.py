@@ -110,7 +110,7 @@ GENERATIONS = _schema(
     ("error", pa.string()),  # null: a reply
     *_CONFIDENCE,
     ("sample", pa.int32()),  # place among the replies to one request by one method; null: the only one
-    ("input_hash", pa.string()),  # history.input_hash of the request's input; null: the row is older than this column
+    ("input_hash", pa.string()),  # history.input_hash of the request; null: the row is older than this column
 )
 
 REJECTS = _schema(

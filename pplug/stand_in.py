@@ -1,7 +1,8 @@
 """An LLM that is used with what was trained on another: a quantised or longer-context copy, or the same one of before.
 
 Route: `llm_sample` is stored beside a plug or adapters when they are trained -> `stands_for` compares it with the LLM
-at hand. A copy must show the same token ids around the words and have the same token embeddings up to rounding.
+at hand. A copy must show the same token ids around the words and the persona rows in the same place, and have the same
+token embeddings up to rounding.
 Shapes: n sampled tokens, H LLM width.
 """
 
@@ -26,7 +27,8 @@ two models that were trained apart differ by more than 1."""
 
 
 def llm_sample(config: LLMConfig) -> str:
-    """A few token embeddings of an LLM and the token ids around a prompt's words, as JSON of about 3 kB.
+    """A few token embeddings of an LLM, the token ids around a prompt's words and the place of the persona rows, as
+    JSON of about 3 kB.
 
     Empty where the weights hold no token embeddings under a name that is known: no copy can then be compared.
     """
@@ -37,8 +39,8 @@ def llm_sample(config: LLMConfig) -> str:
         rows = _rows(config, ids).astype(np.float16)
     except ValueError:
         return ""
-    sample = {"ids": ids, "rows": base64.b64encode(rows.tobytes()).decode(), "frame": prompt_frame(config)}
-    return json.dumps(sample)
+    encoded = base64.b64encode(rows.tobytes()).decode()
+    return json.dumps({"ids": ids, "rows": encoded, "frame": prompt_frame(config), "place": config.layout.rows})
 
 
 def read_sample(plug: str | Path) -> str | None:
@@ -88,6 +90,11 @@ def _compared(config: LLMConfig, own_id: str, sample: str | None) -> str:
         raise ValueError(
             f"the prompts of {config.model} differ from that LLM's in their {', '.join(different)}: it needs the same "
             "tokenizer, chat template and layout to serve for it"
+        )
+    place = known.get("place", config.layout.rows)  # a sample of before does not tell it
+    if place != config.layout.rows:
+        raise ValueError(
+            f"llm.layout.rows={config.layout.rows}, and it was trained with {place}; give that to serve it"
         )
     ids = known["ids"]
     theirs = np.frombuffer(base64.b64decode(known["rows"]), np.float16).reshape(len(ids), -1).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import json
 import subprocess
 import sys
@@ -209,6 +210,7 @@ def test_every_key_of_every_job_says_what_it_is_for_and_hides_no_option(name):
     from pipelines import options
 
     config = JOBS[name].config
+    assert importlib.import_module(JOBS[name].module).Config is config  # docs/python.md promises it
     assert config.model_config.get("frozen") and config.model_config.get("extra") == "forbid"
     assert {"run_id", "run_dir"} <= set(config.model_fields) or name in ("show", "plan")  # they leave nothing: no run
     keys = list(options.fields_of(config))

@@ -107,7 +107,7 @@ def _warnings(task: TaskSpec, runs: tuple[str, str], sides: Sequence[Scored]) ->
             if side.n_unknown
         ),
         *(
-            f"{side.n_outdated} requests that {run} answered have another input now, and are left out"
+            f"{side.n_outdated} requests that {run} answered have another input or time now, and are left out"
             for run, side in both
             if side.n_outdated
         ),

@@ -65,7 +65,7 @@ class Replies(Answers):
     unknown: list[Key]
     """Keys of replies to requests that the table requests does not have."""
     outdated: list[Key]
-    """Keys of replies to an input that their request no longer has. They are not among the texts."""
+    """Keys of replies to an input or with a cut-off that their request no longer has. They are not among the texts."""
     made_by: frozenset[tuple[str, str, str]]
     """Method, column of IDENTITIES and identity of all replies there are."""
     samples: dict[tuple[str, str], int]
@@ -144,7 +144,7 @@ def join_bucket(
 
 
 def _to_inputs_of_now(rows: pa.Table, requests: pa.Table) -> tuple[pa.Table, list[Key]]:
-    """The replies to the inputs that the requests have now, and the keys of the others."""
+    """The replies to what the requests ask now, and the keys of the others."""
     answers = answers_now(requests)
     told = rows.select(["user_id", "request_id", "input_hash"]).to_pylist()
     counts = [answers(row) for row in told]

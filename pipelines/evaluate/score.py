@@ -125,7 +125,7 @@ class Scored:
     n_unknown: int = 0
     """Number of such requests."""
     outdated: tuple[str, ...] = ()
-    """Names, for messages, of some requests whose input has changed since they were answered."""
+    """Names, for messages, of some requests whose input or cut-off has changed since they were answered."""
     n_outdated: int = 0
     """Number of such requests."""
     made_by: frozenset[tuple[str, str, str]] = frozenset()

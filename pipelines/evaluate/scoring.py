@@ -15,7 +15,6 @@ import ray.data
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.snapshot import Snapshot
-from infra.table import Table
 from pipelines import tables
 from pipelines.evaluate import cohorts
 from pipelines.evaluate.config import EvaluateConfig
@@ -67,9 +66,7 @@ def take_census(
     Returns:
         Counts, a reader of the facts that knows the average, and by kind the last bins of the lower two thirds.
     """
-    personas = None
-    if Table.exists(tables.location(config.tables, "personas")):
-        personas = tables.snapshot(config.tables, "personas", config.as_of_version)
+    personas = tables.snapshot_if_any(config.tables, "personas", config.as_of_version)
     remote = ray.remote(cohorts.census)
 
     def look(facts: cohorts.FactReader) -> cohorts.Census:
@@ -227,10 +224,10 @@ def refuse_other_requests(scored: Scored, runs: tuple[str, ...], config: Evaluat
     """
     if scored.n_outdated:
         raise InputError(
-            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_outdated} requests whose input has "
-            f"changed since, such as {', '.join(scored.outdated)}; run generate again with the run_id of the replies, "
-            "which answers these anew (and then judge, where a judge scores), or name the version of requests that was "
-            "answered with --as-of-version requests=N"
+            f"run {', '.join(runs)} in {config.tables}: replies to {scored.n_outdated} requests whose input or time "
+            f"has changed since, such as {', '.join(scored.outdated)}; run generate again with the run_id of the "
+            "replies, which answers these anew (and then judge, where a judge scores), or name the version of requests "
+            "that was answered with --as-of-version requests=N"
         )
     if scored.n_unknown:
         raise InputError(

@@ -26,7 +26,7 @@ from pipelines.evaluate.figures import (
     MostUnclear,
     Verdict,
 )
-from pipelines.evaluate.wording import between, leaves_out_zero, percent, points, share, turned, value
+from pipelines.evaluate.wording import between, direction, leaves_out_zero, percent, points, share, turned, value
 from pipelines.methods import PARTS, known_part, known_parts
 from pplug import intervals, metrics
 
@@ -163,8 +163,7 @@ def _against_controls(
 
 def _clear(metric: str, difference: Difference, people: int) -> int:
     """+1 for a difference in favour that is no chance, -1 for one against, else 0."""
-    _, (low, high) = turned(metric, difference.difference, difference.ci95_corrected)
-    return 0 if people < intervals.FEWEST_OWNERS else int(low > 0) - int(high < 0)
+    return direction(turned(metric, difference.difference, difference.ci95_corrected)[1], people)
 
 
 def _words(

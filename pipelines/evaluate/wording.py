@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from pipelines.evaluate.figures import KnownScores, MethodFigures
-from pplug import metrics
+from pplug import intervals, metrics
 
 
 def percent(metric: str) -> bool:
@@ -23,6 +23,13 @@ def leaves_out_zero(interval: Sequence[float]) -> bool:
     """Tells whether a difference with this interval is no matter of chance."""
     low, high = interval
     return low > 0 or high < 0
+
+
+def direction(interval: Sequence[float], people: int) -> int:
+    """+1 for a difference above zero that is no matter of chance, -1 for one below, else 0: of fewer people than
+    FEWEST_OWNERS nothing is claimed, and neither is it of an interval that is not known."""
+    low, high = interval
+    return 0 if people < intervals.FEWEST_OWNERS else int(low > 0) - int(high < 0)
 
 
 def value(metric: str, number: float | None, signed: bool = False) -> str:
@@ -72,11 +79,15 @@ def size(number: float | None) -> str:
     return ""
 
 
-def cell(number: float, interval: Sequence[float], signed: bool = False) -> str:
-    """A figure with its interval as the screen writes it; * marks a difference whose interval leaves out zero."""
-    form = "{:+.3f}" if signed else "{:.3f}"
+def cell(number: float, interval: Sequence[float], people: int | None = None) -> str:
+    """A figure with its interval as the screen writes it; * marks a difference that is no matter of chance.
+
+    Args:
+        people: those behind a difference; None: the figure is none.
+    """
+    form = "{:.3f}" if people is None else "{:+.3f}"
     low, high = interval
-    star = "*" if signed and not math.isnan(low) and leaves_out_zero(interval) else ""
+    star = "*" if people is not None and direction(interval, people) else ""
     return f"{form.format(number)} [{form.format(low)}, {form.format(high)}]{star}"
 
 

@@ -26,7 +26,7 @@ Plan = Mapping[int, Mapping[str, Any]]
 """Counts per bucket, as `PendingReplies.count` gives them."""
 
 
-def is_encoder_decoder(config: Config) -> bool:
+def is_encoder_decoder(config: Config | JudgeConfig) -> bool:
     """Returns whether the LLM is an encoder-decoder.
 
     Raises:

@@ -23,9 +23,9 @@ from pipelines import tables, waves
 from pipelines.asked import answers_now
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
-from pipelines.generate.checks import JUDGE_OF, gpus_of, refuse_another_run
+from pipelines.generate.checks import JUDGE_OF, gpus_of, is_encoder_decoder, refuse_another_run
 from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
-from pipelines.generate.judge_config import JudgeConfig
+from pipelines.generate.judge_config import JudgeConfig as Config
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
 from pipelines.generate.personas import ragged_f32
 from pipelines.generate.prompts import PROMPTS
@@ -42,8 +42,9 @@ from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec, query
 
 _TOKENS = pa.list_(pa.list_(pa.int32()))
-ASKED = pa.schema([*GENERATIONS, pa.field("before", _TOKENS), pa.field("after", _TOKENS)])
-"""A reply to judge, with the token ids of one prompt per aspect. A reply that is an error has none."""
+_ASKED_BY = [pa.field("before", _TOKENS), pa.field("after", _TOKENS), pa.field("target", pa.string())]
+ASKED = pa.schema([*GENERATIONS, *_ASKED_BY])
+"""A reply to judge, with the token ids of one prompt per aspect and the rubric. A reply that is an error has no ids."""
 ASKING = tuple(f"judge_{name}" for name in TOKENS)
 """Tokens of a judgement's prompts and answers. The row keeps those of the reply, by which methods are compared."""
 JUDGED = pa.schema([*REPLIES, *(pa.field(name, pa.int64()) for name in ASKING)])
@@ -69,7 +70,10 @@ class Unjudged:
         judged = {reply_key(row): row for row in rows if row["run_id"] == self.judged_run}
         replies = [row for row in rows if row["run_id"] == self.run and request_key(row) in known]
         answers = answers_now(requests)
-        pending = [(row, known[request_key(row)]) for row in replies if not _holds(judged.get(reply_key(row)), row)]
+        asked = [(row, known[request_key(row)]) for row in replies]
+        pending = [
+            (row, request) for row, request in asked if not _holds(judged.get(reply_key(row)), row, request["target"])
+        ]
         return BucketReplies(
             pending,
             judged=len(replies) - len(pending),
@@ -99,20 +103,21 @@ class BucketReplies:
     judged: int
     """Replies that are judged already."""
     again: frozenset[ReplyKey]
-    """Judgements that are made anew: errors, and those of a reply that was itself made anew since its request's input
-    changed."""
+    """Judgements that are made anew: errors, those of a reply that was itself made anew, and those by a rubric that
+    has changed."""
     outdated: int
-    """Replies to an input that their request no longer has."""
+    """Replies to an input, or with a cut-off, that their request no longer has."""
 
 
-def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any]) -> bool:
-    """True if there is a judgement, it is no error, and it is of the reply to this input."""
-    return (
-        judgement is not None and judgement["error"] is None and judgement["input_hash"] in (None, reply["input_hash"])
-    )
+def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any], target: str) -> bool:
+    """True if there is a judgement, it is no error, and it is of this reply to this input by this rubric."""
+    if judgement is None or judgement["error"] is not None:
+        return False
+    same_input = judgement["input_hash"] in (None, reply["input_hash"])
+    return same_input and rubric.is_of(judgement["text"] or "", target, reply["text"] or "")
 
 
-def run(config: JudgeConfig) -> int:
+def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     report = begin("judge", config)
     generations = tables.open_table(config.tables, "generations")
@@ -128,6 +133,7 @@ def run(config: JudgeConfig) -> int:
         judge = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
+    encoder_decoder = is_encoder_decoder(config)
     before = generations.snapshot()
     report.table_read("requests", requests.version)
     report.table_read("generations", before.version)
@@ -142,18 +148,19 @@ def run(config: JudgeConfig) -> int:
     with lease.writing(config.tables, report.run_id):
         tables.refuse_rebucketed(config.tables, "generations", generations.buckets)
         pending = Unjudged(requests, before, config.run, report.run_id, task)
-        _judge(config, report, generations, pending, decoding, identities)
+        _judge(config, report, generations, pending, decoding, identities, encoder_decoder)
     report.extra |= identities | {"judge_prompt": rubric.PROMPT}
     return report.finish()
 
 
 def _judge(
-    config: JudgeConfig,
+    config: Config,
     report: RunReport,
     generations: Table,
     pending: Unjudged,
     decoding: ResolvedDecoding,
     identities: Mapping[str, str],
+    encoder_decoder: bool,
 ) -> None:
     """Plans which replies are still to be judged, has them judged in one stream, commits wave by wave."""
     plan = waves.plan(pending.requests.filled(None), pending.count, report)
@@ -161,9 +168,9 @@ def _judge(
         raise InputError(f"run {config.run} in {config.tables}: it has no reply to a request with a target")
     if outdated := sum(row["outdated"] for row in plan.values()):
         raise InputError(
-            f"run {config.run} in {config.tables}: {outdated} replies are to an input that their request no longer "
-            f"has; run generate again with run_id={config.run}, which answers these requests anew, or name the version "
-            "of requests that was answered with --as-of-version requests=N"
+            f"run {config.run} in {config.tables}: {outdated} replies are to an input or a time that their request no "
+            f"longer has; run generate again with run_id={config.run}, which answers these requests anew, or name the "
+            "version of requests that was answered with --as-of-version requests=N"
         )
     again = [bucket for bucket, row in plan.items() if row["again"]]
     if again:
@@ -179,7 +186,7 @@ def _judge(
         before=pending.generations,
         pending={bucket: row["pending"] for bucket, row in plan.items()},
         steps=[
-            waves.actors(AskJudge, pending, config.llm, size=1),
+            waves.actors(AskJudge, pending, config.llm, encoder_decoder, size=1),
             engine_step(
                 config, Judge, config.llm, config.engine, decoding, identities["judge_id"], report.run_id, cpu, None,
                 PromptSizes(rows=0),
@@ -195,7 +202,7 @@ def _judge(
     counted.note_tokens()
 
 
-def _decoding(config: JudgeConfig, task: TaskSpec) -> ResolvedDecoding:
+def _decoding(config: Config, task: TaskSpec) -> ResolvedDecoding:
     """The decoding of judgements, with the engine's numbers. Raises InputError: it has what a judgement cannot have."""
     if config.decoding.n > 1:
         raise InputError(f"decoding.n={config.decoding.n}: a reply is judged once; leave it out")
@@ -211,7 +218,8 @@ def _refuse_other_runs(generations: Table, run: str, own: str, identities: Mappi
         raise InputError(f"run_id={own}: this run has replies, and judgements need a run_id of their own")
     if JUDGE_OF in generations.metadata_of_run(run):
         raise InputError(f"run={run}: this run has judgements and no replies; give the run that it judges")
-    refuse_another_run(judged, identities, own)
+    path = "judge"  # judge_id tells the model, wherever its folder lies
+    refuse_another_run(judged, {name: value for name, value in identities.items() if name != path}, own)
 
 
 def _no_words(task: TaskSpec) -> TextTokenizer:
@@ -233,18 +241,18 @@ def count_judgements(judged: pa.Table) -> dict[str, int]:
 class AskJudge:
     """Stage: a bucket's replies with their prompts to the judge. in: bucket int. out: ASKED."""
 
-    def __init__(self, pending: Unjudged, llm: LLMConfig) -> None:
+    def __init__(self, pending: Unjudged, llm: LLMConfig, encoder_decoder: bool) -> None:
         self.pending = pending
         tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         # a cut would take the instruction at the end; what is too long for the engine is an error that says so
         layout = llm.layout.model_copy(update={"max_input_tokens": _NO_LIMIT})
-        self.prompt_builder = PromptBuilder(tokenizer, layout, False)
+        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             rows = []
             for reply, request in self.pending.read(bucket).pending:
-                row: dict[str, Any] = reply | {"before": [], "after": []}
+                row: dict[str, Any] = reply | {"before": [], "after": [], "target": request["target"]}
                 if reply["error"] is None:
                     question = query(request["input"], self.pending.task)
                     asked = rubric.prompts(question, reply["text"] or "", rubric.read(request["target"]))
@@ -285,9 +293,10 @@ class Judge:
     def _judged(self, row: Mapping[str, Any], replies: list[dict[str, Any]]) -> dict[str, Any]:
         """The reply's row with its judgement for a text; a reply that is itself an error stays that error."""
         errors = [error for error in (row["error"], *(reply["error"] for reply in replies)) if error is not None]
+        scores = [rubric.score_of(reply["text"]) for reply in replies if not errors]
         made: dict[str, Any] = {
             "run_id": self.reply.run_id,
-            "text": "" if errors else rubric.judgement([rubric.score_of(reply["text"]) for reply in replies]),
+            "text": "" if errors else rubric.judgement(scores, row["target"], row["text"] or ""),
             "finish_reason": "error" if errors else row["finish_reason"],
             "error": errors[0] if errors else None,
             "notes": [],

@@ -22,7 +22,7 @@ class JudgeConfig(ResumableConfig):
     run: str
     """run_id of the run of generate whose replies are judged."""
     llm: LLMConfig
-    """The judge: any causal LLM that the engine serves."""
+    """The judge: any LLM that the engine serves."""
     engine: EngineConfig = EngineConfig()
     decoding: Decoding = Decoding(max_tokens=64)
     """Decoding of the judge's answers; the benchmark's judge is greedy too."""

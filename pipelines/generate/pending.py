@@ -102,7 +102,8 @@ class PendingReplies:
         return replace(asked, again=frozenset(again), changed=len(again & (changed - errors)))
 
     def owed(self, bucket: int) -> frozenset[ReplyKey]:
-        """Replies of this run that are made anew: errors, and those to a request whose input has changed since."""
+        """Replies of this run that are made anew: errors, and those to a request that asks
+        something else since."""
         return self.read(bucket).again
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -159,8 +160,8 @@ class BucketRequests:
     requests: pa.Table
     """Sorted by user_key and request_id."""
     answered: dict[tuple[str, str], set[tuple[str, int]]]
-    """Methods and samples with a reply, by `request_key`. A reply with an error, or to another input than the request
-    has now, does not count: it is asked for again."""
+    """Methods and samples with a reply, by `request_key`. A reply with an error, or to another input or with another
+    cut-off than the request has now, does not count: it is asked for again."""
     again: frozenset[ReplyKey]
     """Replies of this run that are asked for again; others stay as they are."""
     samples: int = 1

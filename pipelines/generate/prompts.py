@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from infra import device
 from infra.snapshot import Snapshot
+from pipelines.asked import request_hash
 from pipelines.generate.parts import Part
 from pipelines.generate.parts.base import BucketView, Drafts, Worker
 from pipelines.generate.pending import BucketRequests, PendingReplies
@@ -22,7 +23,6 @@ from pipelines.generate.visible import VisibleItems
 from pipelines.methods import Method
 from pipelines.owners import Owners
 from pipelines.run import CpuShare
-from pplug.history import input_hash
 from pplug.llm import LLMConfig, tokenizer_of
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
@@ -165,7 +165,7 @@ class BuildPrompts:
             "request_id": [request["request_id"] for request in drafts.requests],
             "method": [drafts.method.name] * n,
             "user_id": [request["user_id"] for request in drafts.requests],
-            "input_hash": [input_hash(request["input"]) for request in drafts.requests],
+            "input_hash": [request_hash(request) for request in drafts.requests],
             "before": [prompt.before for prompt in prompts],
             "after": [prompt.after for prompt in prompts],
             "rows": ragged_f32(drafts.soft_prompts),

@@ -104,8 +104,8 @@ class DropRequestsConfig(JobConfig):
     older_than_days: float | None = Field(None, gt=0)
     """Drops the requests whose time (as_of) lies more than that many days back. Requests without a time stay."""
     answered_by: tuple[str, ...] | None = Field(None, min_length=1)
-    """Drops the requests to which one of these runs has a reply that is no error; a reply to an earlier input does not
-    count."""
+    """Drops the requests to which one of these runs has a reply that is no error; a reply to an earlier input or time
+    does not count."""
 
     @model_validator(mode="after")
     def _requests_are_named(self) -> Self:

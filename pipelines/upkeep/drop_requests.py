@@ -17,7 +17,7 @@ from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file
 from infra.table import CommitConflict, Table
 from pipelines import tables
-from pipelines.asked import answers_now
+from pipelines.asked import COMPARED, answers_now
 from pipelines.run import begin
 from pipelines.upkeep.config import DropRequestsConfig as Config
 from pipelines.upkeep.count_runs import count_runs
@@ -58,7 +58,7 @@ class Going:
         """The replies of the runs to the inputs that the requests have now."""
         which = pc.field("run_id").isin(self.runs) & pc.field("error").is_null()
         replies = self.told_by.read([*_KEY, "user_id", "input_hash"], buckets=[bucket], filter=which)
-        answers = answers_now(self.requests.read(["user_id", "request_id", "input"], buckets=[bucket]))
+        answers = answers_now(self.requests.read(list(COMPARED), buckets=[bucket]))
         return replies.filter(pa.array([answers(row) for row in replies.to_pylist()], pa.bool_()))
 
 

@@ -359,10 +359,10 @@ def test_replies_to_an_earlier_input_are_refused_by_name_and_left_out_of_a_compa
     write_generations(generated, "as-it-is", {"none": texts}, inputs=asked)
     assert run(generated, run=("as-it-is",))[1]["methods"]["none"]["n"] == USERS * EACH
     write_generations(generated, "as-it-was", {"none": texts}, inputs=before)
-    with pytest.raises(InputError, match="replies to 2 requests whose input has changed since.*user_key [0-9a-f]{32}"):
+    with pytest.raises(InputError, match="2 requests whose input or time has changed since.*user_key [0-9a-f]{32}"):
         run(generated, run=("as-it-was",))
     _, compared, printed = run(generated, capsys, compare=("as-it-was", "as-it-is"))
-    assert "2 requests that as-it-was answered have another input now, and are left out" in printed
+    assert "2 requests that as-it-was answered have another input or time now, and are left out" in printed
     assert compared["compare"]["n_requests"] == USERS * EACH - 2
 
 

@@ -46,6 +46,20 @@ def scored(place: str, *runs: str, **more) -> None:
     evaluate.run(evaluate.Config(tables=place, run=runs, **more))
 
 
+def test_personas_whose_first_refresh_has_not_ended_are_as_if_there_were_none(place):
+    assert tables.snapshot_if_any(place, "personas", {}) is None
+    tables.open_or_create(place, "personas", 1)
+    assert tables.snapshot_if_any(place, "personas", {}) is None
+    put(place, "personas", "refresh")
+    assert tables.snapshot_if_any(place, "personas", {}) is None
+    # whoever names a version gets it, complete or not, and hears where there is none
+    assert tables.snapshot_if_any(place, "personas", {"personas": 1}).version == 1
+    with pytest.raises(InputError, match="version 9 of table personas cannot be read"):
+        tables.snapshot_if_any(place, "personas", {"personas": 9})
+    put(place, "personas", "refresh", group=1, complete=True)
+    assert tables.snapshot_if_any(place, "personas", {}).version == 2
+
+
 def test_evaluate_refuses_a_run_that_has_not_ended_and_scores_others(place):
     for runs in (("half",), ("whole", "half")):
         with pytest.raises(InputError, match="run half has not ended.* with run_id=half until it ends, then this"):

@@ -4,6 +4,7 @@ All texts here are invented; names of files and fields are the published ones.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pipelines
 from infra.errors import InputError
@@ -26,6 +27,7 @@ from pplug.llm import LLMConfig
 from pplug.retrieval import compose
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import talkative
+from tests.pplug.models import tiny_t5
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
 REVIEWS = [
@@ -142,6 +144,14 @@ def strict_judge(folder: Path) -> LLMConfig:
     return LLMConfig(model=str(folder))
 
 
+def test_a_judge_that_is_an_encoder_decoder_reads_prompts_as_its_tokenizer_writes_them(tmp_path):
+    llm = LLMConfig(model=str(tiny_t5(tmp_path / "t5")))
+    reads = AutoTokenizer.from_pretrained(llm.model)("the film was good")["input_ids"]
+    assert reads[-1] == AutoTokenizer.from_pretrained(llm.model).eos_token_id
+    (prompt,) = judge.AskJudge(None, llm, True).prompt_builder.prompts(["the film was good"])
+    assert [*prompt.before, *prompt.after] == reads
+
+
 def test_a_request_whose_answer_is_no_rubric_is_set_aside_by_its_reason(population, ray_session):
     right = {"aspects": [{"aspect": "sleep", "reason": "", "evidence": ""}], "narrative": ""}
     targets = {"whole": right, "none": None, "empty": {"aspects": []}, "nameless": {"aspects": [{"reason": "x"}]}}
@@ -178,9 +188,10 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
                          decoding=Decoding(max_tokens=1))  # fmt: skip
     assert judge.run(config) == 0
     first = json.loads((folder / "b" / "report.json").read_text())
-    assert judge.run(config) == 0  # nothing is judged twice
+    moved = LLMConfig(model=str(shutil.copytree(config.llm.model, folder / "moved")))
+    assert judge.run(config.model_copy(update={"llm": moved})) == 0  # nothing is judged twice by the same model
     report = json.loads((folder / "b" / "report.json").read_text())
-    assert (report["already_there"], report["judge"], report["judge_prompt"]) == (4, config.llm.model, rubric.PROMPT)
+    assert (report["already_there"], report["judge"], report["judge_prompt"]) == (4, moved.model, rubric.PROMPT)
     rows = {(row["request_id"], row["method"], row["run_id"]): row for row in population.rows("generations")}
     assert len(rows) == 8
     # A word is a token to this judge, and its answer to an aspect is one.
@@ -197,7 +208,7 @@ def test_replies_are_judged_aspect_by_aspect_and_scored(population, ray_session,
     for (request, method, run), row in rows.items():
         if run == "b":
             reply = rows[request, method, "a"]
-            assert json.loads(row["text"]) == {"match_scores": [1] * (2 if request == "q1" else 1)}
+            assert json.loads(row["text"])["match_scores"] == [1] * (2 if request == "q1" else 1)
             assert (row["prompt_tokens"], row["llm_id"]) == (reply["prompt_tokens"], reply["llm_id"])
     assert evaluate.run(evaluate.Config(tables=population.tables, run=("b",), run_dir=str(folder / "e"))) == 0
     scored = json.loads((folder / "e" / "report.json").read_text())
@@ -224,8 +235,11 @@ def assert_a_judgement_goes_with_its_reply(
     scored = evaluate.Config(tables=population.tables, run=("b",), run_dir=str(population.folder / "e1"))
     ingest(population, "lamp_qa", first={"question": "Why do owls call at night?"})
     for refusing, message in (
-        (lambda: judge.run(config), "run a in .*: 2 replies are to an input that their request no longer has"),
-        (lambda: evaluate.run(scored), "replies to 1 requests whose input has changed"),
+        (
+            lambda: judge.run(config),
+            "run a in .*: 2 replies are to an input or a time that their request no longer has",
+        ),
+        (lambda: evaluate.run(scored), "replies to 1 requests whose input or time has changed"),
     ):
         with pytest.raises(InputError, match=message):
             refusing()
@@ -236,4 +250,12 @@ def assert_a_judgement_goes_with_its_reply(
     judged = [row for row in population.rows("generations") if row["run_id"] == "b"]
     now = {name: history.input_hash(row["input"]) for name, row in population.requests().items()}
     assert len(judged) == 4 and all(row["input_hash"] == now[row["request_id"]] for row in judged)
+    assert evaluate.run(scored) == 0
+    aspect = {"aspect": "night", "reason": "", "evidence": ""}
+    ingest(population, "lamp_qa", first={"question": "Why do owls call at night?", "rubric_aspects": [aspect] * 2})
+    with pytest.raises(InputError, match="the reply was judged by another rubric; run `judge` again"):
+        evaluate.run(scored)
+    assert judge.run(config) == 0
+    report = json.loads(Path(f"{config.run_dir}/report.json").read_text())
+    assert (report["written"], report["already_there"]) == (2, 2)
     assert evaluate.run(scored) == 0

@@ -1,12 +1,17 @@
 """Requests that no run has answered: a schedule asks them alone, with the models and decoding of the runs before."""
 
+import hashlib
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
+from pipelines.asked import answers_now
 from pipelines.engines.base import Decoding
 from pipelines.generate.parts.adapter import Adapter
 from pipelines.generate.pending import MadeAlike
+from pplug.schemas import REQUESTS
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
 
@@ -54,6 +59,31 @@ def test_a_night_answers_what_no_night_before_has_answered_in_the_same_way(made)
     assert answered(made, "longer") == {(request, "none") for request in firsts | laters}
     assert run(made, "all", methods=("none",), **given | {"requests": "all"}) == 0
     assert answered(made, "all") == {(request, "none") for request in firsts | laters}
+    # a reply of before its request was cut off earlier has seen too much
+    put(made, requests=[asked("ann", LATER) | {"as_of": item("ann", 1)["occurred_at"]}], buckets=1)
+    assert run(made, "earlier", methods=METHODS, **given) == 0
+    assert answered(made, "earlier") == {(f"ann/{LATER}", method) for method in METHODS}
+
+
+def test_a_reply_with_another_cut_off_than_its_request_has_now_does_not_count():
+    day = datetime(2026, 3, 1, tzinfo=UTC)
+    now = {"timed": (day, None), "placed": (None, 4), "both": (day, 4), "free": (None, None)}
+    rows = [
+        {"user_id": "u", "request_id": name, "input": "How?", "as_of": at, "as_of_position": place}
+        for name, (at, place) in now.items()
+    ]
+    answers = answers_now(pa.Table.from_pylist(rows, schema=REQUESTS))
+    digest = hashlib.blake2b
+    second = int(day.timestamp()) * 1_000_000
+    keys = {"timed": f"{second},None", "placed": "None,4", "both": f"{second},4", "free": ""}
+    for name, key in keys.items():
+        reply = {"user_id": "u", "request_id": name}
+        alone = digest(b"How?", digest_size=8).hexdigest()  # of before the hash covered the cut-off
+        assert answers(reply | {"input_hash": alone}) and answers(reply | {"input_hash": None})
+        for other in keys.values():
+            made = digest(b"How?", digest_size=8, key=other.encode()).hexdigest()
+            assert answers(reply | {"input_hash": made}) == (other in (key, ""))
+        assert not answers(reply | {"input_hash": digest(b"Why?", digest_size=8, key=key.encode()).hexdigest()})
 
 
 def test_a_reply_counts_if_models_and_decoding_are_alike_and_the_plug_where_there_is_one():

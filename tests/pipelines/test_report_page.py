@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from pipelines.evaluate import wording
 from pipelines.evaluate.report import charts, page
 from pipelines.evaluate.verdict import NO_DIFFERENCE, UNKNOWN, USER
 from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up, typed
@@ -76,8 +77,21 @@ def test_the_same_figures_give_the_same_files(drawn):
 
 def test_a_gain_is_clearly_good_or_bad_only_by_an_interval_that_is_known():
     ends = {(0.1, 0.2): "good", (-0.2, -0.1): "bad", (-0.1, 0.1): "even", (0.0, 0.1): "even"}
-    assert {pair: charts.role_of(*pair) for pair in ends} == ends
-    assert charts.role_of(float("nan"), float("nan")) == "even"
+    assert {pair: charts.role_of(*pair, 6) for pair in ends} == ends
+    assert charts.role_of(float("nan"), float("nan"), 6) == "even"
+
+
+@pytest.mark.parametrize(("people", "star", "helping"), [(6, "*", 7), (5, "", 0)])
+def test_a_gain_of_too_few_people_is_nowhere_called_clear(people, star, helping):
+    figures = typed(made_up() | {"n_users": people})
+    assert charts.draw_all(figures)[0].says.startswith(f"{helping} of 7 methods are clearly better")
+    html = page.render(figures, [])
+    assert bool(re.search('class="(good|bad)"', html)) == bool(star)
+    chance = "" if star else ", which may be chance"
+    assert f"(a soft prompt trained without any history) changes it by +2.1 points{chance}." in html
+    assert wording.cell(0.15, (0.1, 0.2), people) == f"+0.150 [+0.100, +0.200]{star}"
+    assert wording.cell(0.15, (0.1, 0.2)) == "0.150 [0.100, 0.200]"
+    assert (charts.role_of(-0.2, -0.1, people) == "bad") == bool(star)
 
 
 def test_tables_beside_the_charts_hold_the_figures(drawn):

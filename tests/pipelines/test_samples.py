@@ -161,13 +161,13 @@ def test_a_judged_reply_answers_nothing_whether_the_reply_is_an_error_or_has_bee
     replies = write(made, "to-judge", rows, **by_models)
     stage = object.__new__(Judge)
     stage.reply = SimpleNamespace(run_id="the-judge", engine=SimpleNamespace(about="float32"))
-    asked = pa.Table.from_pylist([row | {"before": [], "after": []} for row in replies], schema=ASKED)
+    asked = pa.Table.from_pylist([row | {"before": [], "after": [], "target": "{}"} for row in replies], schema=ASKED)
     judged = stage(asked).select(GENERATIONS.names).to_pylist()
     assert [(row["error"], row["text"] == "") for row in judged] == [(row[4], row[4] == "oom") for row in rows]
     assert [row["finish_reason"] == "error" for row in judged] == [row[4] == "oom" for row in rows]
     put_rows(made, "the-judge", judged)
     requests = tables.open_table(made.tables, "requests").snapshot()
-    asked_for = requests.read(["user_id", "request_id", "input"])
+    asked_for = requests.read(["user_id", "request_id", "input", "as_of", "as_of_position"])
     alike = MadeAlike(plug_id="", **by_models)
     dropped = drop_run.Config(tables=made.tables, runs=("to-judge",), run_id="drop", run_dir=str(made.folder / "drop"))
     for there in (names[:2] + names[3:], []):

@@ -9,7 +9,7 @@ import pytest
 from rouge_score import rouge_scorer, scoring
 from sklearn.metrics import classification_report, mean_absolute_error, root_mean_squared_error
 
-from pplug import metrics, rubric, tasks
+from pplug import metrics, tasks
 
 WORDS = "the a cat dog sat on mat Running, runs! board driver x86 é 漢字 2024".split()
 
@@ -196,9 +196,9 @@ def test_the_first_metric_is_a_mean_over_answers(task, first, then):
 
 
 def test_a_rubric_that_is_none_is_told_with_its_request():
-    entry, judged = tasks.get("LaMP_QA"), rubric.judgement([1])
+    entry, judged = tasks.get("LaMP_QA"), '{"match_scores": [1]}'
     golds = {"q1": json.dumps({"aspects": [{"aspect": "a", "reason": "", "evidence": ""}]}), "q2": '{"aspects": []}'}
-    with pytest.raises(metrics.GoldError, match="the gold of id 'q2' is no rubric") as told:
+    with pytest.raises(metrics.GoldError, match="the gold of id 'q2': a target of a rubric task is JSON") as told:
         metrics.score(entry, golds, dict.fromkeys(golds, judged))
     assert told.value.request == "q2"
 

@@ -1,6 +1,7 @@
 """Rubrics, the judge's replies and the share of aspects that they find covered."""
 
 import json
+from hashlib import blake2b
 
 import pytest
 
@@ -34,13 +35,29 @@ def test_a_reply_scores_what_its_aspects_got_of_what_they_could_get():
     task = tasks.get("LaMP_QA")
     golds = {"a": target("x", "y"), "b": target("x"), "c": target("x", "y", "z"), "d": target("x")}
     judged = {"a": [2, 1], "b": [0], "c": [2, None, 1], "d": [None]}
-    texts = {name: rubric.judgement(scores) for name, scores in judged.items()}
+    texts = {name: rubric.judgement(scores, golds[name], "An answer.") for name, scores in judged.items()}
     values = metrics.per_item(task, golds, texts)
     assert {name: row["coverage"] for name, row in values.items()} == {"a": 3 / 4, "b": 0, "c": 3 / 6, "d": 0}
     assert metrics.score(task, golds, texts) == {"coverage": pytest.approx((3 / 4 + 3 / 6) / 4)}
     assert [metrics.understood(task, text) for text in texts.values()] == [True, True, True, False]
     with pytest.raises(ValueError, match="have not been judged; run `judge`"):
         metrics.score(task, golds, dict.fromkeys(golds, "An answer."))
+
+
+def test_a_judgement_by_another_rubric_or_of_another_reply_is_told_and_one_of_before_counts():
+    task, first, other = tasks.get("LaMP_QA"), target("x", "y"), target("y", "x")
+    text = rubric.judgement([2, None], first, "An answer.")
+    assert json.loads(text) == {"match_scores": [2, None]} | {
+        name: blake2b(words.encode(), digest_size=8).hexdigest()
+        for name, words in (("rubric", first), ("reply", "An answer."))
+    }
+    assert text.startswith(rubric.JUDGEMENT) and rubric.is_of(text, first, "An answer.")
+    assert not rubric.is_of(text, other, "An answer.") and not rubric.is_of(text, first, "Another.")
+    assert metrics.score(task, {"a": first}, {"a": text}) == {"coverage": 0.5}
+    with pytest.raises(metrics.GoldError, match="the gold of id 'a': the reply was judged by another rubric"):
+        metrics.score(task, {"a": other}, {"a": text})
+    for before in ('{"match_scores": [2, null]}', "[1]", "no JSON"):
+        assert rubric.is_of(before, other, "Another.")
 
 
 def test_a_target_that_is_no_rubric_is_refused_without_its_text():

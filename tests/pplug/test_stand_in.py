@@ -73,6 +73,11 @@ def test_a_copy_with_other_prompts_does_not_serve(original, tmp_path):
         config = copy.model_copy(update={"layout": PromptLayout(**layout)})
         with pytest.raises(ValueError, match=f"the prompts of .* differ from that LLM's in their {what}"):
             stands_for(config, llm_id(config), llm_id(original), llm_sample(original))
+    last, sample = copy.model_copy(update={"layout": PromptLayout(rows="last")}), llm_sample(original)
+    with pytest.raises(ValueError, match="llm.layout.rows=last, and it was trained with before"):
+        stands_for(last, llm_id(last), llm_id(original), sample)
+    of_before = json.dumps({name: value for name, value in json.loads(sample).items() if name != "place"})
+    assert "its prompts are the same" in stands_for(last, llm_id(last), llm_id(original), of_before)
 
 
 def test_a_copy_is_not_taken_without_a_word_or_without_a_sample(original, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.evaluate.figures import BASELINE, Cohort, Evaluation, Interval, MethodFigures, UserShares
 from pipelines.evaluate.verdict import is_bound, is_control
-from pipelines.evaluate.wording import between, percent, seconds, shares_between, size, turned, value
+from pipelines.evaluate.wording import between, direction, percent, seconds, shares_between, size, turned, value
 from pplug import metrics
 
 LIGHT = {  # all different: a colour in a drawing tells its role
@@ -73,7 +73,8 @@ def _forest(evaluation: Evaluation) -> Chart:
         possible = evaluation.reference.best_with_history - methods[BASELINE].scores[metric]
         best_possible = metrics.sign(metric) * possible
     own = [name for name in names if not is_control(name) and not is_bound(name)] or names
-    clear = [name for name in own if paired and rows[name][1][0] > 0]
+    people = evaluation.n_users if paired else None
+    clear = [name for name in own if people is not None and direction(rows[name][1], people) > 0]
     aside = ", controls and the oracle left aside" if len(own) < len(names) else ""
     says = f"{len(clear)} of {len(own)} methods are clearly better than no personalisation{aside}."
     table = [
@@ -83,13 +84,14 @@ def _forest(evaluation: Evaluation) -> Chart:
     return _chart(
         "forest", "How much each method gains", says if paired else f"The {metric} of each method.",
         ["method", "gain" if paired else metric, "95% interval"], table, 0.9 + 0.36 * len(names),
-        lambda figure: _paint_forest(figure, metric, names, rows, bool(paired), best_possible),
+        lambda figure: _paint_forest(figure, metric, names, rows, people, best_possible),
     )  # fmt: skip
 
 
-def role_of(low: float, high: float) -> str:
-    """Tells whether an interval of gains is clearly good or bad; one that is not known is neither."""
-    return "good" if low > 0 else "bad" if high < 0 else "even"
+def role_of(low: float, high: float, people: int) -> str:
+    """Tells whether an interval of gains is clearly good or bad; one that is not known is neither, nor is one of too
+    few people."""
+    return ("even", "good", "bad")[direction((low, high), people)]
 
 
 def _paint_forest(
@@ -97,18 +99,18 @@ def _paint_forest(
     metric: str,
     names: Sequence[str],
     rows: Mapping[str, tuple[float, Interval]],
-    paired: bool,
+    people: int | None,
     best_possible: float | None,
 ) -> None:
     axes, scale = _axes(figure, grid="x"), 100 if percent(metric) else 1
     for at, name in enumerate(names):
         middle, (low, high) = rows[name]
-        role = role_of(low, high) if paired else "even"
+        role = "even" if people is None else role_of(low, high, people)
         full = LIGHT[role] if role != "even" else LIGHT["paper"]
         axes.plot([low * scale, high * scale], [at, at], color=LIGHT[role], linewidth=2, solid_capstyle="round")
         shape = {"good": "o", "bad": "D", "even": "o"}[role]
         axes.plot([middle * scale], [at], shape, color=LIGHT[role], markerfacecolor=full, markersize=7)
-    if paired:
+    if people is not None:
         axes.axvline(0, color=LIGHT["ink"], linewidth=1)
     if best_possible is not None:
         place = best_possible * scale
@@ -118,7 +120,7 @@ def _paint_forest(
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     unit = ", percentage points" if percent(metric) else ""
-    axes.set_xlabel(f"gain in {metric}{unit}" if paired else metric)
+    axes.set_xlabel(metric if people is None else f"gain in {metric}{unit}")
 
 
 _KINDS = {

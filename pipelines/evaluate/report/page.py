@@ -17,7 +17,7 @@ from pipelines.evaluate.wording import (
     best_possible,
     better_worse,
     between,
-    leaves_out_zero,
+    direction,
     points,
     share,
     shares_between,
@@ -119,16 +119,16 @@ def _lead(report: Report, best: str | None) -> list[str]:
         f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
     )
     controls = [
-        _control_sentence(metric, name, row.vs_none[metric])
+        _control_sentence(metric, name, row.vs_none[metric], report.n_users)
         for name, row in methods.items()
         if is_control(name) and row.vs_none is not None
     ]
     return [first, *because, *([" ".join(controls)] if controls else [])]
 
 
-def _control_sentence(metric: str, name: str, gain: Gain) -> str:
+def _control_sentence(metric: str, name: str, gain: Gain, people: int) -> str:
     middle, interval = turned(metric, gain.difference, gain.interval)
-    chance = "" if leaves_out_zero(interval) else ", which may be chance"
+    chance = "" if direction(interval, people) else ", which may be chance"
     about = " and ".join(part.instead.about for part in known_parts(name) if part.instead)
     return f"The control {name} ({about}) changes it by {points(metric, middle)}{chance}."
 
@@ -161,7 +161,7 @@ def _headline(report: Report, best: str | None) -> Table:
     for method, row in methods.items():
         cells = [Cell(value(name, row.scores[name]), between(name, row.ci95[name])) for name in names]
         if compared:
-            cells += [_gain_cell(name, row) for name in names]
+            cells += [_gain_cell(name, row, report.n_users) for name in names]
             cells.append(Cell(better_worse(row) or "-"))
         if unclear:
             many = row.not_understood is not None and row.not_understood.share > MANY
@@ -171,11 +171,11 @@ def _headline(report: Report, best: str | None) -> Table:
     return Table(columns, rows)
 
 
-def _gain_cell(metric: str, row: MethodFigures) -> Cell:
+def _gain_cell(metric: str, row: MethodFigures, people: int) -> Cell:
     if row.vs_none is None:
         return Cell("-")
     middle, interval = turned(metric, row.vs_none[metric].difference, row.vs_none[metric].interval)
-    tone = "good" if interval[0] > 0 else "bad" if interval[1] < 0 else ""
+    tone = ("", "good", "bad")[direction(interval, people)]
     return Cell(value(metric, middle, True), between(metric, interval, True), tone)
 
 

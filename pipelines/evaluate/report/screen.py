@@ -1,4 +1,4 @@
-"""The figures as lines for the terminal; * marks a difference whose interval leaves out zero."""
+"""The figures as lines for the terminal; * marks a difference that is no matter of chance."""
 
 from collections.abc import Mapping, Sequence
 
@@ -36,7 +36,7 @@ def _methods(evaluation: Evaluation) -> list[str]:
         cells += [cell(row.scores[name], row.ci95[name]) for name in names]
         if compared:
             gains = [row.vs_none[name] if row.vs_none else None for name in names]
-            cells += [cell(gain.difference, gain.interval, True) if gain else "" for gain in gains]
+            cells += [cell(gain.difference, gain.interval, evaluation.n_users) if gain else "" for gain in gains]
             cells.append(better_worse(row))
         lines.append(cells)
     return _aligned(lines)
@@ -66,7 +66,7 @@ def comparison_text(comparison: Comparison) -> str:
     ]
     for name, row in comparison.methods.items():
         for metric, change in row.items():
-            difference = cell(change.difference, change.ci95, signed=True)
+            difference = cell(change.difference, change.ci95, comparison.n_users)
             lines.append(f"{name}  {metric}  {change.earlier:.3f} -> {change.later:.3f}  {difference}")
     return "\n".join([*lines, *_notes(comparison.warnings)])
 

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 from infra import artifacts
 from infra.errors import InputError
 from infra.snapshot import Snapshot
-from infra.table import Table
 from pipelines import tables
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Needs, Part, Worker
 from pipelines.generate.personas import PersonaMaker
@@ -74,11 +73,10 @@ class Plug(Part):
         name = tables.embeddings_name(made_for.encoder_id or "")
         run.read_vectors(tables.snapshot(config.tables, name, config.as_of_version))
         wanted = "plug:mean" in kinds or made_for.aggregation == "mean"
-        if wanted and Table.exists(tables.location(config.tables, "personas")):
-            stored = tables.snapshot(config.tables, "personas", config.as_of_version)
-            if stored.metadata.get("plug_id") == identity:  # another plug's personas are made anew from the vectors
-                personas = stored
-                run.report.table_read("personas", stored.version)
+        stored = tables.snapshot_if_any(config.tables, "personas", config.as_of_version) if wanted else None
+        if stored is not None and stored.metadata.get("plug_id") == identity:
+            personas = stored  # another plug's personas are made anew from the vectors
+            run.report.table_read("personas", stored.version)
         return cls(config.plug, identity, kinds, personas)._of(made_for)
 
     def _of(self, config: PlugConfig) -> Self:
