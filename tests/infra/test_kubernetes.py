@@ -123,6 +123,13 @@ def test_a_job_started_by_hand_has_a_run_folder_of_its_own(manifests, tmp_path):
         assert (config.run_id, config.run_dir) == ("erase-7", "s3://BUCKET/runs/erase-7")
 
 
+def test_a_training_leaves_the_plug_that_the_nights_read_alone(manifests):
+    configs = one(manifests, "ConfigMap", "pplug-config")["data"]
+    given = {job: yaml.safe_load(configs[f"{job}.yaml"]) for job in ("train", "refresh", "generate")}
+    assert given["refresh"]["plug"] == given["generate"]["plug"] == "s3://BUCKET/runs/TRAIN_RUN/plug"
+    assert "plug" not in given["train"], "a key in the config would be one folder for all trainings"
+
+
 def test_every_pod_is_confined_and_has_its_volumes(manifests):
     claims = {document["metadata"]["name"] for document in of_kind(manifests, "PersistentVolumeClaim")}
     maps = {document["metadata"]["name"] for document in of_kind(manifests, "ConfigMap")}
