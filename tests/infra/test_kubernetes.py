@@ -326,6 +326,32 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
     assert again.returncode == 0 and len(Api.made) == 1
 
 
+def test_a_second_try_starts_no_job_that_has_ended_well(start):
+    """An ingest whose source has got a file since refuses to go on under the run id of the night, with exit code 2."""
+    templates = ("pplug-ingest", "pplug-refresh")
+    first = start({"pplug-ingest": DONE, "pplug-refresh": failed(1)}, *templates)
+    first.communicate(timeout=60)
+    again = start({"pplug-ingest": DONE, "pplug-refresh": failed(1)}, *templates)
+    said, _ = again.communicate(timeout=60)
+    assert (first.returncode, again.returncode) == (1, 1) and "pplug-ingest: an earlier try has ended it well" in said
+    assert [one["metadata"]["generateName"] for one in Api.made] == [
+        "pplug-ingest-",
+        "pplug-refresh-",
+        "pplug-refresh-",
+    ]
+
+
+def test_a_rayjob_that_kuberay_refuses_ends_the_night_at_once_with_its_words(start):
+    refused = {
+        "jobDeploymentStatus": "ValidationFailed",
+        "reason": "ValidationFailed",
+        "message": "The RayJob spec is invalid pplug/pplug-refresh-x0: unexpected shutdownAfterJobFinishes",
+    }
+    night = start({"pplug-refresh": refused}, "pplug-refresh")
+    said, _ = night.communicate(timeout=20)
+    assert night.returncode == 2 and "unexpected shutdownAfterJobFinishes" in said
+
+
 def test_a_night_that_is_told_to_end_takes_its_cluster_with_it(start):
     night = start({"pplug-refresh": {"jobDeploymentStatus": "Running"}}, "pplug-refresh")
     until = time.monotonic() + 30
