@@ -10,6 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from infra import metrics
 from infra.errors import ConcurrentRunError
 from infra.job_log import NAME, JobLog
 from infra.report import RunReport
@@ -156,6 +159,25 @@ def test_a_storage_that_is_away_at_the_end_changes_neither_words_nor_code_and_th
     told = re.fullmatch(r"fold: (\S+) could not be copied to s3://\S+/runs/r/job.log \(EndpointConnectionError\)", kept)
     assert "run other is at work here" in Path(told[1]).read_text()
     os.unlink(told[1])
+
+
+@pytest.mark.parametrize("work_fails", [False, True])
+def test_an_end_whose_report_cannot_be_written_is_told_to_alerts(tmp_path, monkeypatch, capsys, work_fails):
+    def run(config) -> int:
+        report = RunReport("fold", "r", {}, str(tmp_path / "run"))
+        (tmp_path / "run" / "report.json").mkdir()  # nothing can be put in its place
+        if work_fails:
+            raise ValueError("boom")
+        return report.finish()
+
+    ended = []
+    monkeypatch.setattr(metrics.JOB_END, "record", lambda value, **tags: ended.append(tags))
+    fold = SimpleNamespace(Config=JobConfig, run=run)
+    monkeypatch.setitem(sys.modules, "fold_job", fold)
+    monkeypatch.setitem(cli.JOBS, "fold", cli.Job("fold_job", "fold_job:Config", "puts things together"))
+    assert cli.main(["fold", "--tables", str(tmp_path / "tables")]) == 1
+    assert ended == [{"job": "fold", "exit_code": "1"}]
+    assert "fold: no report could be written" in capsys.readouterr().err
 
 
 _PAST_PYTHON = """
