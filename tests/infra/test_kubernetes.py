@@ -45,7 +45,8 @@ def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     spec = job["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    groups = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [*groups, job["spec"]["submitterPodTemplate"]["spec"]]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -136,19 +137,20 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
     accounts = {document["metadata"]["name"] for document in of_kind(manifests, "ServiceAccount")}
     every = [pod for job in of_kind(manifests, "RayJob") for pod in pods(job)]
     every += [cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] for cron in of_kind(manifests, "CronJob")]
-    assert len(every) >= 41
+    assert len(every) >= 54
     for pod in every:
         POD.validate({"spec": pod})
         assert pod["serviceAccountName"] in accounts
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
-        for volume in pod["volumes"]:
+        for volume in pod.get("volumes", []):
             assert volume.get("persistentVolumeClaim", {}).get("claimName") in {None, *claims}
             assert volume.get("configMap", {}).get("name") in {None, *maps}
         for container in pod["containers"]:
             assert re.fullmatch(rf"REGISTRY/pplug:{VERSION}-(cpu|gpu)", container["image"])
             assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys()
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
-            assert {m["name"] for m in container["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounts <= {volume["name"] for volume in pod.get("volumes", [])}
     secrets = {
         source["secretKeyRef"]["name"]
         for container in containers(manifests)
@@ -168,6 +170,7 @@ def test_only_a_head_has_a_token_for_kubernetes(manifests):
         assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
         for group in cluster["workerGroupSpecs"]:
             assert "automountServiceAccountToken" not in group["template"]["spec"]
+        assert job["spec"]["submitterPodTemplate"]["spec"]["automountServiceAccountToken"] is False
 
 
 def test_what_a_run_leaves_outlives_its_pods(manifests):
