@@ -109,6 +109,20 @@ def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_
         assert wanted <= per_node * groups["gpu"]["maxReplicas"], f"{words[3]} asks for more GPUs than may come"
 
 
+def test_on_the_large_cluster_no_job_asks_one_gpu_to_hold_the_llm():
+    """An LLM of 70B takes 140 GB in bfloat16, and a GPU there has 80: with room for the cache that makes four."""
+    configs = one(build(PLACE / "overlays" / "large"), "ConfigMap", "pplug-config")["data"]
+    gpus = {}
+    for name, text in configs.items():
+        given = yaml.safe_load(text)
+        if "llm" in given:
+            processes = given["llm"].get("parallel", {}).get("tensor", 1)
+            gpus[name] = given["gpus_per_worker"] * processes
+            assert gpus[name] == given.get("engine", {}).get("tensor_parallel_size", processes), name
+            assert given["workers"] % processes == 0, name
+    assert gpus == {"train.yaml": 8, "adapt.yaml": 8, "generate.yaml": 4, "judge.yaml": 4}
+
+
 def test_a_job_started_by_hand_has_a_run_folder_of_its_own(manifests, tmp_path):
     """A folder of all runs would keep the record of the last erasure alone."""
     configs = one(manifests, "ConfigMap", "pplug-config")["data"]
