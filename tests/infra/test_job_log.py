@@ -180,6 +180,26 @@ def test_an_end_whose_report_cannot_be_written_is_told_to_alerts(tmp_path, monke
     assert "fold: no report could be written" in capsys.readouterr().err
 
 
+def test_as_json_the_line_that_tells_of_a_log_which_was_not_copied_is_an_object(s3, monkeypatch, capsys):
+    with JobLog("fold", as_json=True) as log:
+        log.move_to(f"{s3}/runs/r")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setenv("PPLUG_STORAGE_BUDGET_S", "0")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{log.path} could not be copied to s3://" in json.loads(line)["message"]
+    os.unlink(log.path)
+
+
+@pytest.mark.parametrize("words", [["refresh", "--no-such-key", "1"], ["../refresh"]])
+def test_as_json_a_wrong_command_line_is_answered_in_objects(words, capsys):
+    assert cli.main([*words, "--log-json"]) == 2
+    out, err = capsys.readouterr()
+    said = [json.loads(line)["message"] for line in err.splitlines()]
+    assert out == "" and words[-1 if len(words) == 1 else 1] in "\n".join(said)
+    cli.main(words)
+    assert capsys.readouterr().err.splitlines() == said
+
+
 _PAST_PYTHON = """
 import os, sys
 from infra.job_log import JobLog
