@@ -153,8 +153,10 @@ class JobLog:
                 with open(self.path, "rb") as file:
                     storage.write_bytes(NAME, before + file.read())
             except Exception as error:  # botocore's errors, such as that nothing answers, are no OSErrors
-                print(f"{self.job}: {self.path} could not be copied to {storage.full(NAME)} ({type(error).__name__})",
-                      file=sys.stderr)  # fmt: skip
+                lost = f"{self.job}: {self.path} could not be copied to {storage.full(NAME)} ({type(error).__name__})"
+                # the stream of an outer job makes the object itself
+                plain_stream = self.as_json and not isinstance(sys.stderr, _Stream)
+                print(self.object_of(lost, "stderr") if plain_stream else lost, file=sys.stderr)
                 return
         elif self.keep:
             return

@@ -144,7 +144,7 @@ def reach(uri: str) -> str:
     """Says why this node cannot use an address on S3; empty where it can."""
     try:
         s3.check([uri])
-    except InputError as error:
+    except (InputError, TimeoutError) as error:  # the driver has reached it
         return str(error)
     return ""
 

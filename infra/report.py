@@ -238,21 +238,28 @@ class RunReport:
     def abandon(self, error: BaseException, exit_code: int) -> None:
         """Leaves a report of a run that an error ended: how far it came, and the error's kind (not its words)."""
         self._ended_by = (type(error).__name__, exit_code)
-        self._write()
+        RunReport.unfinished = None
+        try:
+            self._write()
+        finally:  # where the storage lets nothing be written, alerts are told of the end all the same
+            self._end()
 
     def _write(self) -> "Storage":
-        RunReport.unfinished = None
         folder = Storage(self.run_dir)
         folder.write_bytes("report.json", json.dumps(self.to_dict(), indent=2, default=str).encode())
+        return folder
+
+    def _end(self) -> None:
         self._export_end()
         kinds = ("planned", "written", "already_there", "failed")
         counts = {kind: getattr(self, kind) for kind in kinds} | {"rejected": self.rejected.total()}
         self._trace.end(self.exit_code, counts)
-        return folder
 
     def finish(self) -> int:
         """Writes report.json, prints the last line, returns the exit code."""
         folder = self._write()
+        RunReport.unfinished = None  # not before: a report that could not be written is abandoned
+        self._end()
         problem = self.problem()
         if problem:
             print(f"{self.job} {self.run_id}: {problem}", file=sys.stderr, flush=True)

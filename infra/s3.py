@@ -126,7 +126,8 @@ def check(uris: Iterable[str]) -> None:
 
     Raises:
         InputError: no credentials, credentials that S3 does not take, no such bucket, no right to list it, or nothing
-            answers. An answer that only asks for patience (503) is none of these.
+            answers at another address than Amazon's own. An answer that only asks for patience (503) is none of these.
+        TimeoutError: Amazon does not answer.
     """
     seen = set()
     for uri in uris:
@@ -141,6 +142,11 @@ def check(uris: Iterable[str]) -> None:
         except ClientError as error:
             _refuse(uri, bucket, server, error)
         except (HTTPClientError, ConnectionError) as error:
+            if found.endpoint is None:  # the address is right: a later start may find it there
+                raise TimeoutError(
+                    f"{uri}: {server} does not answer ({type(error).__name__}); check the network and AWS_REGION, and "
+                    "run it again"
+                ) from error
             raise InputError(
                 f"{uri}: {server} does not answer ({type(error).__name__}); check the network and AWS_ENDPOINT_URL, "
                 "http:// or https:// included"

@@ -118,7 +118,12 @@ def search(storage: Storage, name: str, needles: Needles) -> Searched:
         return Searched(0, True)
     except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, MemoryError):
         pass  # not what its name says
-    return Searched(named + _in_bytes(storage, name, needles), False)
+    if name.endswith("/"):  # an object on S3 that has bytes and no name of a file: no client of files opens it
+        return Searched(named, False)
+    try:
+        return Searched(named + _in_bytes(storage, name, needles), False)
+    except FileNotFoundError:
+        return Searched(0, True)
 
 
 def _parquet(storage: Storage, name: str) -> Iterator[tuple[str, pa.Array]]:

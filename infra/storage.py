@@ -204,10 +204,12 @@ class Storage:
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def list(self, name: str = "", recursive: bool = True) -> list[str]:
-        """Lists the names of all files below, sorted, relative to this folder; none when there is no such folder."""
+        """Lists the names of all files below, sorted, relative to this folder; none when there is no such folder. Empty
+        objects that stand for a folder on S3 are no files."""
         selector = pafs.FileSelector(self._at(name), recursive=recursive, allow_not_found=True)
         infos = retrying(lambda: self._found(selector), f"list {self.full(name)}")
-        return sorted(info.path.removeprefix(self.path + "/") for info in infos if info.type == pafs.FileType.File)
+        files = [info for info in infos if info.type == pafs.FileType.File]
+        return sorted(info.path.removeprefix(self.path + "/") for info in files if not _is_marker(info.path, info.size))
 
     def _found(self, selector: pafs.FileSelector) -> "Sequence[pafs.FileInfo]":
         """Reads folders anew where one of them went while they were read: Arrow tells of that as of an error."""
@@ -219,14 +221,16 @@ class Storage:
         return self.filesystem.get_file_info(selector)
 
     def facts(self, name: str = "") -> dict[str, "FileFacts"]:
-        """Returns size and time of every file below, by name relative to this folder."""
+        """Returns size and time of every file below, by name relative to this folder; see `list`."""
         at = self._at(name)
 
         def look() -> dict[str, FileFacts]:
             if self.is_s3:  # Arrow's wrapper of s3fs has no times
                 objects = self.filesystem.handler.fs.find(at, detail=True)
                 return {
-                    path: FileFacts(info["size"], info["LastModified"].timestamp()) for path, info in objects.items()
+                    path: FileFacts(info["size"], info["LastModified"].timestamp())
+                    for path, info in objects.items()
+                    if not _is_marker(path, info["size"])
                 }
             infos = self._found(pafs.FileSelector(at, recursive=True, allow_not_found=True))
             files = [info for info in infos if info.type == pafs.FileType.File]
@@ -306,6 +310,11 @@ class Storage:
         if not self.is_s3:
             Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
         return retrying(lambda: self.filesystem.open_output_stream(self._at(name)), f"open {self.full(name)}")
+
+
+def _is_marker(path: str, size: int) -> bool:
+    """Says whether an object on S3 stands for a folder, as the console leaves one; it cannot be opened as a file."""
+    return path.endswith("/") and size == 0
 
 
 def _inside(name: str) -> str:

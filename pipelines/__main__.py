@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
@@ -190,7 +191,8 @@ def main(words: list[str] | None = None) -> int:
     if name not in JOBS:
         close = difflib.get_close_matches(name.replace("_", "-"), JOBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
+        with _output("pplug", as_json):
+            return _wrong(f"there is no job {name!r}.{hint} Jobs: {', '.join(JOBS)}")
     return _run(name, rest, debug, as_json, is_process)
 
 
@@ -201,13 +203,14 @@ def _run(name: str, words: list[str], debug: bool, as_json: bool, is_process: bo
     if {"--help", "-h"} & set(words):
         print(_help(name, keys))
         return 0
-    try:
-        config = options.check(keys, options.read(words, keys))
-    except InputError as error:
-        message = str(error)
-        lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
-        code = _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
-        return _unreported(name, code, is_process)
+    with _output(name, as_json):
+        try:
+            config = options.check(keys, options.read(words, keys))
+        except InputError as error:
+            message = str(error)
+            lines = f"the config is wrong:\n{message}" if message.startswith("  ") else message
+            code = _wrong(f"{name}: {lines}\n(`{_program()} {name} --help` lists the keys)", words)
+            return _unreported(name, code, is_process)
     from infra.job_log import JobLog
 
     with JobLog(name, debug, as_json) as log:
@@ -215,6 +218,15 @@ def _run(name: str, words: list[str], debug: bool, as_json: bool, is_process: bo
             return _logged(name, config, log)
         finally:
             _let_go(is_process)  # at the end workers' last lines come, which the log has to take
+
+
+def _output(job: str, as_json: bool) -> AbstractContextManager[object]:
+    """Output from before a job begins: as it is, or each line as a JSON object."""
+    if not as_json:
+        return nullcontext()  # so that a wrong command line is answered at once
+    from infra.job_log import JobLog
+
+    return JobLog(job, as_json=True)
 
 
 def _logged(name: str, config: BaseModel, log: "JobLog") -> int:

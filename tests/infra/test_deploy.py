@@ -158,6 +158,8 @@ def test_images_name_the_pinned_versions_and_install_their_engine(engine, tag):
     assert f"install.sh - {engine}" in text
     assert f"torch {PINS['torch']}" in text and "0.32" in text and f"pplug:{VERSION}-{engine}" in text
     assert 'python -c "import vllm"' in text and text.rstrip().endswith("USER 1000")
+    *_, last = re.findall(r"^RUN .+$", text, re.MULTILINE)
+    assert last == "RUN sudo sed -i '/NOPASSWD/d' /etc/sudoers", "the base image's user may become root"
     for source in re.findall(r"^COPY (?:--chown=\S+ )?(.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / name).exists() for name in source.split()), f"COPY {source}: no such file"
 

@@ -10,6 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from infra import metrics
 from infra.errors import ConcurrentRunError
 from infra.job_log import NAME, JobLog
 from infra.report import RunReport
@@ -156,6 +159,45 @@ def test_a_storage_that_is_away_at_the_end_changes_neither_words_nor_code_and_th
     told = re.fullmatch(r"fold: (\S+) could not be copied to s3://\S+/runs/r/job.log \(EndpointConnectionError\)", kept)
     assert "run other is at work here" in Path(told[1]).read_text()
     os.unlink(told[1])
+
+
+@pytest.mark.parametrize("work_fails", [False, True])
+def test_an_end_whose_report_cannot_be_written_is_told_to_alerts(tmp_path, monkeypatch, capsys, work_fails):
+    def run(config) -> int:
+        report = RunReport("fold", "r", {}, str(tmp_path / "run"))
+        (tmp_path / "run" / "report.json").mkdir()  # nothing can be put in its place
+        if work_fails:
+            raise ValueError("boom")
+        return report.finish()
+
+    ended = []
+    monkeypatch.setattr(metrics.JOB_END, "record", lambda value, **tags: ended.append(tags))
+    fold = SimpleNamespace(Config=JobConfig, run=run)
+    monkeypatch.setitem(sys.modules, "fold_job", fold)
+    monkeypatch.setitem(cli.JOBS, "fold", cli.Job("fold_job", "fold_job:Config", "puts things together"))
+    assert cli.main(["fold", "--tables", str(tmp_path / "tables")]) == 1
+    assert ended == [{"job": "fold", "exit_code": "1"}]
+    assert "fold: no report could be written" in capsys.readouterr().err
+
+
+def test_as_json_the_line_that_tells_of_a_log_which_was_not_copied_is_an_object(s3, monkeypatch, capsys):
+    with JobLog("fold", as_json=True) as log:
+        log.move_to(f"{s3}/runs/r")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setenv("PPLUG_STORAGE_BUDGET_S", "0")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{log.path} could not be copied to s3://" in json.loads(line)["message"]
+    os.unlink(log.path)
+
+
+@pytest.mark.parametrize("words", [["refresh", "--no-such-key", "1"], ["../refresh"]])
+def test_as_json_a_wrong_command_line_is_answered_in_objects(words, capsys):
+    assert cli.main([*words, "--log-json"]) == 2
+    out, err = capsys.readouterr()
+    said = [json.loads(line)["message"] for line in err.splitlines()]
+    assert out == "" and words[-1 if len(words) == 1 else 1] in "\n".join(said)
+    cli.main(words)
+    assert capsys.readouterr().err.splitlines() == said
 
 
 _PAST_PYTHON = """

@@ -45,7 +45,8 @@ def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     spec = job["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    groups = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [*groups, job["spec"]["submitterPodTemplate"]["spec"]]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -108,6 +109,20 @@ def test_every_entrypoint_is_a_job_with_a_config_that_it_accepts(manifests, tmp_
         assert wanted <= per_node * groups["gpu"]["maxReplicas"], f"{words[3]} asks for more GPUs than may come"
 
 
+def test_on_the_large_cluster_no_job_asks_one_gpu_to_hold_the_llm():
+    """An LLM of 70B takes 140 GB in bfloat16, and a GPU there has 80: with room for the cache that makes four."""
+    configs = one(build(PLACE / "overlays" / "large"), "ConfigMap", "pplug-config")["data"]
+    gpus = {}
+    for name, text in configs.items():
+        given = yaml.safe_load(text)
+        if "llm" in given:
+            processes = given["llm"].get("parallel", {}).get("tensor", 1)
+            gpus[name] = given["gpus_per_worker"] * processes
+            assert gpus[name] == given.get("engine", {}).get("tensor_parallel_size", processes), name
+            assert given["workers"] % processes == 0, name
+    assert gpus == {"train.yaml": 8, "adapt.yaml": 8, "generate.yaml": 4, "judge.yaml": 4}
+
+
 def test_a_job_started_by_hand_has_a_run_folder_of_its_own(manifests, tmp_path):
     """A folder of all runs would keep the record of the last erasure alone."""
     configs = one(manifests, "ConfigMap", "pplug-config")["data"]
@@ -123,25 +138,33 @@ def test_a_job_started_by_hand_has_a_run_folder_of_its_own(manifests, tmp_path):
         assert (config.run_id, config.run_dir) == ("erase-7", "s3://BUCKET/runs/erase-7")
 
 
+def test_a_training_leaves_the_plug_that_the_nights_read_alone(manifests):
+    configs = one(manifests, "ConfigMap", "pplug-config")["data"]
+    given = {job: yaml.safe_load(configs[f"{job}.yaml"]) for job in ("train", "refresh", "generate")}
+    assert given["refresh"]["plug"] == given["generate"]["plug"] == "s3://BUCKET/runs/TRAIN_RUN/plug"
+    assert "plug" not in given["train"], "a key in the config would be one folder for all trainings"
+
+
 def test_every_pod_is_confined_and_has_its_volumes(manifests):
     claims = {document["metadata"]["name"] for document in of_kind(manifests, "PersistentVolumeClaim")}
     maps = {document["metadata"]["name"] for document in of_kind(manifests, "ConfigMap")}
     accounts = {document["metadata"]["name"] for document in of_kind(manifests, "ServiceAccount")}
     every = [pod for job in of_kind(manifests, "RayJob") for pod in pods(job)]
     every += [cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] for cron in of_kind(manifests, "CronJob")]
-    assert len(every) >= 41
+    assert len(every) >= 54
     for pod in every:
         POD.validate({"spec": pod})
         assert pod["serviceAccountName"] in accounts
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
-        for volume in pod["volumes"]:
+        for volume in pod.get("volumes", []):
             assert volume.get("persistentVolumeClaim", {}).get("claimName") in {None, *claims}
             assert volume.get("configMap", {}).get("name") in {None, *maps}
         for container in pod["containers"]:
             assert re.fullmatch(rf"REGISTRY/pplug:{VERSION}-(cpu|gpu)", container["image"])
             assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys()
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
-            assert {m["name"] for m in container["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounts <= {volume["name"] for volume in pod.get("volumes", [])}
     secrets = {
         source["secretKeyRef"]["name"]
         for container in containers(manifests)
@@ -161,6 +184,7 @@ def test_only_a_head_has_a_token_for_kubernetes(manifests):
         assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
         for group in cluster["workerGroupSpecs"]:
             assert "automountServiceAccountToken" not in group["template"]["spec"]
+        assert job["spec"]["submitterPodTemplate"]["spec"]["automountServiceAccountToken"] is False
 
 
 def test_what_a_run_leaves_outlives_its_pods(manifests):
@@ -317,6 +341,32 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
     Api.plan["pplug-refresh"] = DONE
     again.communicate(timeout=60)
     assert again.returncode == 0 and len(Api.made) == 1
+
+
+def test_a_second_try_starts_no_job_that_has_ended_well(start):
+    """An ingest whose source has got a file since refuses to go on under the run id of the night, with exit code 2."""
+    templates = ("pplug-ingest", "pplug-refresh")
+    first = start({"pplug-ingest": DONE, "pplug-refresh": failed(1)}, *templates)
+    first.communicate(timeout=60)
+    again = start({"pplug-ingest": DONE, "pplug-refresh": failed(1)}, *templates)
+    said, _ = again.communicate(timeout=60)
+    assert (first.returncode, again.returncode) == (1, 1) and "pplug-ingest: an earlier try has ended it well" in said
+    assert [one["metadata"]["generateName"] for one in Api.made] == [
+        "pplug-ingest-",
+        "pplug-refresh-",
+        "pplug-refresh-",
+    ]
+
+
+def test_a_rayjob_that_kuberay_refuses_ends_the_night_at_once_with_its_words(start):
+    refused = {
+        "jobDeploymentStatus": "ValidationFailed",
+        "reason": "ValidationFailed",
+        "message": "The RayJob spec is invalid pplug/pplug-refresh-x0: unexpected shutdownAfterJobFinishes",
+    }
+    night = start({"pplug-refresh": refused}, "pplug-refresh")
+    said, _ = night.communicate(timeout=20)
+    assert night.returncode == 2 and "unexpected shutdownAfterJobFinishes" in said
 
 
 def test_a_night_that_is_told_to_end_takes_its_cluster_with_it(start):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from infra import s3
+from infra import nodes, s3
 from infra.errors import ConcurrentRunError, InputError
 from infra.storage import Storage, is_transient
 from infra.table import Table
@@ -184,16 +184,23 @@ def test_a_credential_service_that_is_away_is_asked_again_and_ends_no_night_for_
         found.delta_options()
 
 
-def test_amazons_own_address_is_asked_again_while_nothing_answers(bare, monkeypatch):
-    """A server that starts late stands for a network that was away; it is asked as if it were Amazon's."""
+def test_amazons_own_address_is_asked_again_while_nothing_answers(bare, monkeypatch, capsys):
+    """A server that starts late stands for a network that was away; it is asked as if it were Amazon's. A job that it
+    ends has exit code 1, since Kubernetes starts none again that says its input is wrong."""
     port = free_port()
     keys(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     amazon = dataclasses.replace(s3.connection(), endpoint=None)
     monkeypatch.setattr(s3, "connection", lambda: amazon)
-    with monkeypatch.context() as hurried, pytest.raises(InputError, match="Amazon, region .* does not answer"):
+    with monkeypatch.context() as hurried:
         hurried.setattr(s3, "AWAY_S", 0)
-        s3.check(["s3://tables/x"])
+        with pytest.raises(TimeoutError, match="Amazon, region .* does not answer .*check the network and AWS_REGION"):
+            s3.check(["s3://tables/x"])
+        assert "does not answer" in nodes.reach("s3://tables/x")  # told with the node's name
+        assert main(["refresh", "--plug", "p", "--tables", "s3://tables/x", "--run-dir", "s3://tables/run"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("refresh: failed: s3://tables/x: Amazon, region ") and said.count("\n") == 1
+        os.unlink(said.split()[-1])  # the log
     late = threading.Timer(1.5, lambda: S3Server(port))
     late.start()
     s3.check(["s3://tables/x"])

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.search import Needles, digest, search
+from infra.search import Needles, Searched, digest, search
 from infra.storage import Storage
 
 ID, TEXT = "a/b=c 😀", "a text that only she has written"
@@ -119,3 +119,12 @@ def test_values_known_by_their_digest_only_are_found_whole(tmp_path):
     Storage(str(tmp_path)).write_bytes("x.parquet", packed(pa.table({"text": ["x", TEXT]})))
     Storage(str(tmp_path)).write_bytes("x.json", json.dumps({"text": TEXT}).encode())
     assert [search(Storage(str(tmp_path)), name, needles).hits for name in ("x.parquet", "x.json")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.json", "x.bin"])
+def test_a_file_that_went_after_it_was_listed_holds_nothing(tmp_path, name):
+    assert search(Storage(str(tmp_path)), name, NEEDLES) == Searched(0, True)
+
+
+def test_an_object_on_s3_that_cannot_be_opened_as_a_file_is_not_passed_over(s3):
+    assert search(Storage(s3), "full/", NEEDLES) == Searched(0, False)

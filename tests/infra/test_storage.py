@@ -5,6 +5,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import boto3
 import pytest
 
 from infra import storage as storage_module
@@ -44,6 +45,20 @@ def test_a_name_with_signs_of_patterns_is_deleted_as_it_stands(place):
         store.delete(name)
         names.remove(name)
         assert store.list() == sorted(names)
+
+
+def test_an_empty_object_that_stands_for_a_folder_is_no_file(s3, s3_server):
+    """The console of S3 and some copying programs leave one."""
+    store = Storage(s3).join("runs")
+    store.write_bytes("foo/report.json", b"{}")
+    bucket, _, prefix = store.path.partition("/")
+    client = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
+    for folder in ("", "foo/", "empty/"):
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{folder}")
+    assert store.list() == ["foo/report.json"] and list(store.facts()) == ["foo/report.json"]
+    assert store.list(recursive=False) == [] and store.list("empty") == []
+    client.put_object(Bucket=bucket, Key=f"{prefix}/full/", Body=b"x")  # an erase must not pass over it
+    assert "full/" in store.list() and "full/" in store.facts()
 
 
 def test_an_upload_larger_than_a_part_arrives_whole(s3):

@@ -107,6 +107,15 @@ def test_an_error_ends_its_stage_and_its_run_without_its_words(receiver, tmp_pat
     assert b"own words" not in run.SerializeToString() + embed.SerializeToString()
 
 
+def test_a_run_whose_report_cannot_be_written_ends_in_the_traces(receiver, tmp_path):
+    (tmp_path / "report.json").mkdir()
+    report = RunReport("refresh", "night-1", {}, str(tmp_path))
+    with pytest.raises(OSError, match="report.json"):
+        report.abandon(ValueError("boom"), 1)
+    (run,) = receiver.spans["refresh"]
+    assert attributes(run)["pplug.exit_code"] == 1
+
+
 def test_a_receiver_that_is_gone_costs_the_traces_and_not_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")

@@ -1,8 +1,9 @@
 """Runs copies of suspended RayJobs one after the other, and ends with the exit code of the first that fails.
 
 Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is
-the run id: what an earlier try has committed is not done again. RayJobs belong to the Kubernetes Job: they go when it
-goes. A pod that is told to end (deadline, drain) deletes the RayJob that it waits for.
+the run id: a job that an earlier try has ended well is not started again, and what one has committed is not done again.
+RayJobs belong to the Kubernetes Job: they go when it goes. A pod that is told to end (deadline, drain) deletes the
+RayJob that it waits for.
 
     start_rayjob.py RAYJOB [RAYJOB ...]
 """
@@ -58,7 +59,10 @@ def copy_of(template: dict, job: str) -> dict:
 
 
 def exit_code(status: dict) -> int | None:
-    """The exit code of the job's own process; None while it runs, 1 where nothing names it."""
+    """The exit code of the job's own process; None while it runs, 1 where nothing names it. A manifest that KubeRay
+    refuses counts as wrong usage (2): another try would be refused as well."""
+    if status.get("jobDeploymentStatus") == "ValidationFailed":
+        return 2
     if status.get("jobDeploymentStatus") not in ("Complete", "Failed"):
         return None
     if status.get("jobStatus") == "SUCCEEDED":
@@ -67,19 +71,31 @@ def exit_code(status: dict) -> int | None:
     return int(found[1]) if found else 1
 
 
-def underway(place: str, template: str, job: str) -> str | None:
-    """Name of a copy of this run that has not ended: the pod that started it was lost. A second driver beside it would
-    only be in its way."""
+def said(status: dict) -> str:
+    """KubeRay's reason; its message, too, where the job never ran: that of a job that ran may hold lines of its log."""
+    refused = status.get("jobDeploymentStatus") == "ValidationFailed"
+    return f"{status.get('reason', '')} {status.get('message', '') if refused else ''}".strip()
+
+
+def copies(place: str, template: str, job: str) -> dict[str, int | None]:
+    """Names of the copies of this run that earlier tries have started, with their exit codes; None while one runs."""
     same = urllib.parse.quote(f"pplug/run={job[:63]}")
-    for one in ask("GET", f"{place}?labelSelector={same}")["items"]:
-        if one["metadata"].get("generateName") == f"{template}-" and exit_code(one.get("status", {})) is None:
-            return str(one["metadata"]["name"])
-    return None
+    return {
+        str(one["metadata"]["name"]): exit_code(one.get("status", {}))
+        for one in ask("GET", f"{place}?labelSelector={same}")["items"]
+        if one["metadata"].get("generateName") == f"{template}-"
+    }
 
 
 def run(place: str, template: str, job: str) -> int:
     """Runs one copy to its end and returns its exit code."""
-    name = underway(place, template, job)
+    before = copies(place, template, job)
+    if 0 in before.values():
+        # The source may have new files since: an ingest that reads another source under this run id is refused.
+        print(f"{template}: an earlier try has ended it well", flush=True)
+        return 0
+    # A copy that has not ended was started by a pod that was lost: a second driver would only be in its way.
+    name = next((copy for copy, code in before.items() if code is None), None)
     if name is None:
         made = ask("POST", place, copy_of(ask("GET", f"{place}/{template}"), job))
         name = made["metadata"]["name"]
@@ -105,7 +121,7 @@ def run(place: str, template: str, job: str) -> int:
                 raise Ended
             code = exit_code(status)
             if code is not None:
-                print(f"{name}: exit code {code}; {status.get('reason', '')}", flush=True)
+                print(f"{name}: exit code {code}; {said(status)}", flush=True)
                 return code
     except Ended:
         print(f"{name}: told to end, so it is deleted", file=sys.stderr, flush=True)
