@@ -22,6 +22,7 @@ from pipelines.train.samples import PrepareSamples
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.retrieval import RetrievalConfig, ShownItems
+from pplug.stand_in import llm_sample, read_sample
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
 from tests.pplug.models import tiny_bert, tiny_llama
@@ -122,7 +123,12 @@ def test_a_sample_whose_items_lack_a_field_shows_none_and_is_counted(made):
     assert prepared(made, retrieve="recency").counts["without_examples"] == 0
 
 
-def test_a_plug_is_trained_with_items_in_its_prompts(made):
+def test_a_plug_is_trained_with_items_in_its_prompts(made, monkeypatch):
+    def no_weights(*given):
+        raise FileNotFoundError("this machine has no room for the LLM")
+
+    monkeypatch.setattr("pplug.stand_in.embedding_count", no_weights)  # on the driver alone
+
     def losses(**config):
         name = config.get("retrieve", "plain")
         run_dir = made.population.folder / f"train-{name}"
@@ -132,6 +138,8 @@ def test_a_plug_is_trained_with_items_in_its_prompts(made):
 
     (missing, plain), (counted, shown) = losses(), losses(retrieve="recency")
     assert missing is None and counted == 0 and abs(plain - shown) > 1e-4
+    monkeypatch.undo()
+    assert read_sample(made.population.folder / "train-plain" / "plug") == llm_sample(made.llm) != ""
 
 
 def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_something_else(made):
