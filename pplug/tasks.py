@@ -281,7 +281,8 @@ def from_text(entry: Mapping[str, Any]) -> dict[str, Any]:
         lead = _question(str(target).replace("_", " "), labels, entry["metric"])
         asked = lead.replace("{", "{{").replace("}", "}}")
         derived |= {"item": f"{{{target}}}: {told}", "input": asked + told}
-        derived["marker"] = _MARKER if lead.index(_MARKER) + len(_MARKER) == len(lead) else lead
+        if "input" not in entry:  # a marker tells where the text begins in the default question, and in no other
+            derived["marker"] = _MARKER if lead.index(_MARKER) + len(_MARKER) == len(lead) else lead
         derived["retrieval"] = {"pattern": f'the {str(target).replace("_", " ")} of "{told}" is "{{{target}}}" '}
     if labels:
         derived["max_output_tokens"] = max(16, *map(len, labels))

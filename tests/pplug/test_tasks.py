@@ -191,6 +191,13 @@ def test_what_is_given_stays_as_it_is():
     assert entry.item_without_label == "{title?}. {text?}"
 
 
+def test_a_question_of_its_own_without_a_marker_is_the_query_as_a_whole():
+    lines = {"name": "mail", "target": "topic", "text": "body", "input": "Which topic has this mail? {body}"}
+    entry = tasks.TaskSpec.model_validate(lines)
+    asked = tasks.fill(entry.input, {"body": "New text: see below"}, entry.name)
+    assert tasks.query(asked, entry) == "Which topic has this mail? New text: see below" and entry.marker == ""
+
+
 def test_a_question_that_holds_the_marker_is_a_marker_itself():
     entry = tasks.TaskSpec.model_validate(yaml.safe_load(MOOD.replace("good", "'text: x'")))
     asked = tasks.fill(entry.input, {"text": "Rain {y}", "mood": "bad"}, entry.name)
