@@ -95,8 +95,6 @@ def fill(template: str, fields: Mapping[str, str], task: str) -> str:
             f"{', '.join(sorted(fields)) or 'no field'}; name the right field in the task entry"
         )
     parts, end = _parsed(template)
-    if not any(optional for *_, optional in parts):
-        return template.format_map(fields)
     between, values = [*(before for before, *_ in parts), end], [fields.get(name, "") for _, name, _ in parts]
     for at, (_, _, optional) in enumerate(parts):
         if optional and not values[at].strip():

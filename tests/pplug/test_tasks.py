@@ -136,6 +136,8 @@ def test_an_unknown_task_lists_those_there_are():
         ("{title?}\n{text}", {"text": "b"}, "b"),
         ("by {author?}", {}, "by"),
         ("{author?} wrote", {}, "wrote"),
+        ("{0}: {a}", {"0": "x", "a": "y"}, "x: y"),
+        ("{2020}", {"2020": "{0} x"}, "{0} x"),
     ],
 )
 def test_a_field_that_is_not_there_takes_its_brackets_and_its_stop_with_it(template, fields, text):
