@@ -203,9 +203,9 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
 
     soft = "plug:soft-prompt"
     assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
-    (said,) = warnings(soft, f"{soft}+bm25@2", f"{soft}+bm25", f"{soft}+recency@2", "none")
-    others = [soft, f"{soft}+bm25", f"{soft}+recency@2"]
-    assert said == f"plug {folder} was trained with bm25@2 in its prompts, which methods {others} do not show"
+    others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
+    (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
+    assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"
 
 
 def test_retrieval_that_no_prompt_could_show_is_refused_at_the_start(made, tmp_path):
