@@ -300,8 +300,7 @@ class TextEncoder:
             of_texts = windows(self.words, texts, prefix, self.max_tokens)
             rows = [row for own in of_texts for row in own]
             owners = np.repeat(np.arange(len(texts)), [len(own) for own in of_texts])
-        nothing = [self.tokenizer.pad_token_id or 0]  # a text without a token, for a tokenizer without a frame
-        return [row or nothing for row in rows], owners
+        return rows, owners
 
     def _encode_rows(self, ids: list[list[int]], owners: np.ndarray | None, head: "Head", out: "Tensor") -> None:
         """Vectors of tokenised texts, into (n, D)."""
@@ -384,9 +383,13 @@ def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple["Tensor", "Tensor"]:
-    """Token ids (B, L) int64 and mask (B, L) int64, right-padded."""
+    """Token ids (B, L) int64 and mask (B, L) int64, right-padded.
+
+    A row without a token, as a tokenizer without a frame gives for an empty text, counts as one padding token.
+    """
     import torch
 
+    rows = [row if len(row) else [pad_id] for row in rows]
     width = max(len(row) for row in rows)
     tokens = np.full((len(rows), width), pad_id, np.int64)
     mask = np.zeros((len(rows), width), np.int64)

@@ -117,6 +117,18 @@ def load_transformer(folder: EncoderFolder, dtype: torch.dtype, **arguments: Any
     return model, tokenizer
 
 
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder that `save_pretrained` wrote, which splits texts as the one that was saved.
+
+    AutoTokenizer takes the class that the folder names, and some classes make parts of their own in place of those in
+    tokenizer.json: BERT's makes its normalizer, and so loses the lower case that sentence-transformers puts before it.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    return kind.from_pretrained(folder)
+
+
 def bare_transformer(folder: Path) -> nn.Module:
     """A transformer of a folder's config.json, with weights of chance, for weights that stand elsewhere."""
     import transformers

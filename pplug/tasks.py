@@ -95,8 +95,6 @@ def fill(template: str, fields: Mapping[str, str], task: str) -> str:
             f"{', '.join(sorted(fields)) or 'no field'}; name the right field in the task entry"
         )
     parts, end = _parsed(template)
-    if not any(optional for *_, optional in parts):
-        return template.format_map(fields)
     between, values = [*(before for before, *_ in parts), end], [fields.get(name, "") for _, name, _ in parts]
     for at, (_, _, optional) in enumerate(parts):
         if optional and not values[at].strip():
@@ -281,7 +279,8 @@ def from_text(entry: Mapping[str, Any]) -> dict[str, Any]:
         lead = _question(str(target).replace("_", " "), labels, entry["metric"])
         asked = lead.replace("{", "{{").replace("}", "}}")
         derived |= {"item": f"{{{target}}}: {told}", "input": asked + told}
-        derived["marker"] = _MARKER if lead.index(_MARKER) + len(_MARKER) == len(lead) else lead
+        if "input" not in entry:  # a marker tells where the text begins in the default question, and in no other
+            derived["marker"] = _MARKER if lead.index(_MARKER) + len(_MARKER) == len(lead) else lead
         derived["retrieval"] = {"pattern": f'the {str(target).replace("_", " ")} of "{told}" is "{{{target}}}" '}
     if labels:
         derived["max_output_tokens"] = max(16, *map(len, labels))

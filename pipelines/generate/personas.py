@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from infra import device
 from pplug.bert import forward_of
 from pplug.encoder import best_dtype, default_batch_tokens, encode_batches
+from pplug.encoder_head import saved_tokenizer
 from pplug.item_tensors import ragged
 from pplug.items import UserItems
 from pplug.plain_text import TextTokenizer
@@ -34,7 +34,7 @@ class PersonaMaker:
         self.ahead: dict[str, Any] = {}
         self.tokenizer = None
         if self.plug.emb_model is not None:
-            self.tokenizer = AutoTokenizer.from_pretrained(f"{folder}/query_encoder")
+            self.tokenizer = saved_tokenizer(Path(folder, "query_encoder"))
             self.words = TextTokenizer(self.tokenizer)
             transformer, self.head = self.plug.query_parts()
             self.forward = forward_of(transformer, self.dtype)

@@ -2,9 +2,8 @@
 
 from infra.errors import InputError
 from pipelines.train.config import Config
-from pplug.identity import model_folder
 from pplug.items import AnswerTokens, LabelSet
-from pplug.llm import load_tokenizer
+from pplug.llm import tokenizer_of
 from pplug.plain_text import TextTokenizer
 from pplug.plug_parts import refuse_empty_labels
 from pplug.tasks import TaskSpec
@@ -27,7 +26,7 @@ def known_answers(config: Config, task: TaskSpec) -> LabelSet | AnswerTokens | N
             f"shape.answer_values=true spells the answer of each item, but the task {task.name} has no field `target`; "
             "leave it out, or name target in the task's entry"
         )
-    words = TextTokenizer(load_tokenizer(model_folder(config.llm.model, config.llm.revision)))
+    words = TextTokenizer(tokenizer_of(config.llm))
     if shape.answer_values:
         assert task.target is not None, "refused above"
         return AnswerTokens(task.target, words, shape.persona_tokens)

@@ -24,16 +24,21 @@ class Examples:
     task: TaskSpec
     llm: LLMConfig
 
-    def before(self, items: Sequence[Mapping[str, str]], input: str) -> Composed:
+    def tokenizer(self) -> TextTokenizer:
+        """The LLM's tokenizer. Raises ValueError: it cannot be loaded."""
+        return _tokenizer(self.llm.model_dump_json())
+
+    def before(self, items: Sequence[Mapping[str, str]], input: str, tokenizer: TextTokenizer) -> Composed:
         """The text of a request's prompt.
 
         Args:
             items: fields of those that the request may see, oldest first.
+            tokenizer: the LLM's.
 
         Raises:
             ValueError: an item lacks a field that it is searched or shown by.
         """
-        limit, tokenizer = self.llm.layout.max_input_tokens, _tokenizer(self.llm.model_dump_json())
+        limit = self.llm.layout.max_input_tokens
         return retrieval.before(self.retrieve, items, input, self.task, tokenizer, limit, self.shown)
 
 

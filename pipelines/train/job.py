@@ -190,7 +190,6 @@ def _fit(
     with result.checkpoint.as_directory() as folder:
         with whole_output(target, PLUG_FILES) as draft:
             shutil.copytree(Path(folder) / "best", draft, dirs_exist_ok=True)
-            (draft / SAMPLE_FILE).write_text(llm_sample(config.llm), encoding="utf-8")
             identity = plug_id(draft)
         history = json.loads((Path(folder) / "history.json").read_text())
         keep_curve(folder, run_dir)
@@ -240,8 +239,12 @@ def fit_worker(given: dict[str, Any]) -> None:
             state = load_file(f"{folder}/plug/model.safetensors")
             return lambda: plug.load_state_dict(state)
 
+        # taken here, as the driver's machine may be too small for the LLM's weights
+        sample = llm_sample(config.llm) if rank == 0 else ""
+
         def write(folder: str, is_best: bool) -> None:
             plug.save_pretrained(f"{folder}/plug", query_tokenizer)
+            Path(folder, "plug", SAMPLE_FILE).write_text(sample, encoding="utf-8")
             if is_best:
                 shutil.copytree(f"{folder}/plug", f"{folder}/best", dirs_exist_ok=True)
 

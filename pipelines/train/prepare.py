@@ -29,6 +29,9 @@ def prepare(
 
     Returns:
         Counts over all buckets, the files that hold samples, and the tokens that answers are spelt with.
+
+    Raises:
+        InputError: no sample that may see items shows one, as they lack a field.
     """
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
@@ -38,14 +41,20 @@ def prepare(
     )  # fmt: skip
     counts = dict.fromkeys(("samples", "without_history", "without_vector", "without_times"), 0)
     if examples is not None:
-        counts["without_examples"] = 0
-    shards, often = [], Counter[int]()
+        counts |= {"with_items": 0, "without_examples": 0}
+    shards, often, reason = [], Counter[int](), ""
     for row in each_bucket(requests.filled(users), stage):
         often.update(dict(zip(row["tokens"], row["tokens_items"], strict=True)))
         for name in counts:
             counts[name] += row[name]
+        reason = reason or row["reason"]
         if row["samples"]:
             shards.append(Shard(row["bucket"], row["samples"], row["vectors"]))
+    if reason and counts["without_examples"] == counts["with_items"]:
+        raise InputError(
+            f"{config.tables}: with retrieve={config.retrieve} none of the {counts['with_items']} samples that may see "
+            f"items could show one: {reason} (`retrieval`), or leave retrieve out"
+        )
     most = sorted(often, key=lambda token: (-often[token], token))[:MAX_TOKENS]
     return counts, sorted(shards), sorted(most)
 

@@ -61,8 +61,9 @@ class PrepareSamples:
 
     in:  bucket int
     out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
-         (samples with items, of which one or more have no time), without_examples (samples whose items lack a field
-         that retrieval needs), tokens and tokens_items (with answers that a plug spells: the ids of the tokens that
+         (samples with items, of which one or more have no time), with_items (samples that may see items),
+         without_examples (those of them whose items lack a field that retrieval needs), reason (words of the error of
+         one of these), tokens and tokens_items (with answers that a plug spells: the ids of the tokens that
          learned samples show, and how often each stands there)
     """
 
@@ -86,8 +87,8 @@ class PrepareSamples:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             row = self._bucket(bucket)
-            kinds = {name: pa.list_(pa.int64()) if isinstance(row[name], list) else pa.int64() for name in row}
-            yield pa.Table.from_pylist([row], pa.schema(kinds))
+            kinds = {list: pa.list_(pa.int64()), str: pa.string(), int: pa.int64()}
+            yield pa.Table.from_pylist([row], pa.schema([(name, kinds[type(row[name])]) for name in row]))
 
     def _bucket(self, bucket: int) -> dict[str, Any]:
         known, keys = pc.field("target").is_valid(), of_bucket(self.users, bucket)
@@ -100,7 +101,7 @@ class PrepareSamples:
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
         learned = np.zeros(int(has.sum()), bool)  # items that a sample shows which is learned from
-        rows, lonely, missing, untimed, unshown = [], 0, 0, 0, 0
+        rows, lonely, missing, untimed, sighted, unshown, reason = [], 0, 0, 0, 0, 0, ""
         for request in requests.to_pylist():
             user = users.user(request["user_id"])
             seen = np.zeros(0, np.int64) if user is None else users.visible_to(request, user, self.cap)
@@ -111,9 +112,8 @@ class PrepareSamples:
                 untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
             learned[start:stop] |= not held_out(request["owner_id"], self.val_fraction, self.seed)
-            text = self._text(users, seen, request["input"])
-            unshown += text is None
-            prefix, input = text or ("", request["input"])
+            (prefix, input), lack = self._text(users, seen, request["input"])
+            sighted, unshown, reason = sighted + (len(seen) > 0), unshown + bool(lack), reason or lack
             rows.append(
                 {
                     "request_id": request["request_id"],
@@ -145,20 +145,22 @@ class PrepareSamples:
             storage.write_bytes(shard.samples_file, table.getvalue())
         return shard._asdict() | {
             "without_history": lonely, "without_vector": missing, "without_times": untimed,
-            "without_examples": unshown, "tokens": tokens.tolist(), "tokens_items": often.tolist(),
+            "with_items": sighted, "without_examples": unshown, "reason": reason,
+            "tokens": tokens.tolist(), "tokens_items": often.tolist(),
         }  # fmt: skip
 
-    def _text(self, users: Histories, seen: np.ndarray, input: str) -> Composed | None:
-        """A prompt's text with the items that it shows; None where an item lacks a field, so that `generate` would have
-        an error for such a request."""
+    def _text(self, users: Histories, seen: np.ndarray, input: str) -> tuple[Composed, str]:
+        """A prompt's text with the items that it shows. Where an item lacks a field, so that `generate` would have an
+        error for such a request, it shows none, and the error's words stand beside it."""
         if self.examples is None:
-            return Composed("", input)
+            return Composed("", input), ""
         assert users.fields is not None, "examples read the items' fields"
         items = [decode_fields(value) for value in users.fields.take(pa.array(seen)).to_pylist()]
+        tokenizer = self.examples.tokenizer()
         try:
-            return self.examples.before(items, input)
-        except ValueError:
-            return None
+            return self.examples.before(items, input, tokenizer), ""
+        except ValueError as error:
+            return Composed("", input), str(error)
 
 
 class Loaded(NamedTuple):

@@ -17,11 +17,12 @@ from pipelines.generate.parts.plug import Plug
 from pipelines.methods import parse_all
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
-from pipelines.train.examples import examples
+from pipelines.train.examples import Examples, examples
 from pipelines.train.samples import PrepareSamples
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.retrieval import RetrievalConfig, ShownItems
+from pplug.stand_in import llm_sample, read_sample
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
 from tests.pplug.models import tiny_bert, tiny_llama
@@ -113,16 +114,62 @@ def test_a_sample_shows_what_generate_would_show_and_asks_for_the_same(made, ret
     assert {tuple(prompt.after) for prompt in found.prompts} == behind
 
 
-def test_a_sample_whose_items_lack_a_field_shows_none_and_is_counted(made):
-    task = made.population.folder / "titled.yaml"
-    task.write_text(json.dumps(TASK | {"retrieval": {"pattern": '"{title}" is {mood} '}}))
-    found = prepared(made, retrieve="recency", task=str(task))
-    assert found.counts["without_examples"] == found.counts["samples"] == len(found.rows) == 8
-    assert {row["prefix"] for row in found.rows.values()} == {""}
+def test_a_sample_whose_items_lack_a_field_shows_none_and_is_counted(made, tmp_path, ray_session):
+    """One of ann's items has a title. Nobody else's has."""
+    population = Population(tmp_path)
+    rows = [
+        {"user_id": user, "item_id": str(i), "fields": {"mood": "good", "text": text}, "occurred_at": DAYS[i]}
+        for user in PEOPLE
+        for i, text in enumerate(WORDS)
+    ]
+    rows[3]["fields"]["title"] = "a cat"
+    requests = [
+        {"request_id": f"{user}/{at}", "user_id": user, "input": "How do I feel?", "target": "good", "as_of": DAYS[at]}
+        for user in PEOPLE for at in (0, 3, 4)
+    ]  # fmt: skip
+    for name, found in (("items", rows), ("requests", requests)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    task = population.task(TASK | {"retrieval": {"pattern": '"{title}" is {mood} '}})
+    assert population.ingest(source=str(tmp_path / "items.jsonl"), requests_source=str(tmp_path / "requests.jsonl"),
+                             task=task, buckets=1) == 0  # fmt: skip
+    given = SimpleNamespace(population=population, common=made.common | {"tables": population.tables})
+    found = prepared(given, retrieve="recency", retrieval={"k": 1})
+    # a sample of each person sees no item, two see some
+    assert (found.counts["samples"], found.counts["with_items"], found.counts["without_examples"]) == (12, 8, 7)
+    assert {name: row["prefix"] for name, row in found.rows.items() if row["prefix"]} == {"ann/4": '"a cat" is good . '}
     assert prepared(made, retrieve="recency").counts["without_examples"] == 0
 
 
-def test_a_plug_is_trained_with_items_in_its_prompts(made):
+def test_items_that_no_sample_could_show_are_refused(made, tmp_path):
+    task = tmp_path / "titled.yaml"
+    task.write_text(json.dumps(TASK | {"retrieval": {"pattern": '"{title}" is {mood} '}}))
+    asked = made.common | {"run_dir": str(tmp_path)}
+    said = (
+        "with retrieve=recency none of the 8 samples that may see items could show one: task notes: the template "
+        ".* needs the field 'title', but the item has only mood, text; name the right field in the task entry"
+    )
+    with pytest.raises(InputError, match=said):
+        train.run(train.Config(**asked, retrieve="recency", task=str(task)))
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_no_missing_field(made, tmp_path):
+    lost = made.llm.model_copy(update={"model": str(tiny_llama(tmp_path / "llm"))})
+    for file in (tmp_path / "llm").glob("tokenizer*"):
+        file.unlink()
+    shown = Examples("recency", ShownItems(), TaskSpec.model_validate(TASK), lost)
+    histories, requests = (tables.open_table(made.population.tables, name).snapshot(complete=True)
+                           for name in ("histories", "requests"))  # fmt: skip
+    stage = PrepareSamples(histories, None, requests, shown.task, 512, str(tmp_path / "samples"), examples=shown)
+    with pytest.raises(ValueError, match="no tokenizer that can be loaded"):
+        list(stage(pa.table({"bucket": [0]})))
+
+
+def test_a_plug_is_trained_with_items_in_its_prompts(made, monkeypatch):
+    def no_weights(*given):
+        raise FileNotFoundError("this machine has no room for the LLM")
+
+    monkeypatch.setattr("pplug.stand_in.embedding_count", no_weights)  # on the driver alone
+
     def losses(**config):
         name = config.get("retrieve", "plain")
         run_dir = made.population.folder / f"train-{name}"
@@ -132,6 +179,8 @@ def test_a_plug_is_trained_with_items_in_its_prompts(made):
 
     (missing, plain), (counted, shown) = losses(), losses(retrieve="recency")
     assert missing is None and counted == 0 and abs(plain - shown) > 1e-4
+    monkeypatch.undo()
+    assert read_sample(made.population.folder / "train-plain" / "plug") == llm_sample(made.llm) != ""
 
 
 def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_something_else(made):
@@ -154,9 +203,9 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
 
     soft = "plug:soft-prompt"
     assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
-    (said,) = warnings(soft, f"{soft}+bm25@2", f"{soft}+bm25", f"{soft}+recency@2", "none")
-    others = [soft, f"{soft}+bm25", f"{soft}+recency@2"]
-    assert said == f"plug {folder} was trained with bm25@2 in its prompts, which methods {others} do not show"
+    others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
+    (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
+    assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"
 
 
 def test_retrieval_that_no_prompt_could_show_is_refused_at_the_start(made, tmp_path):

@@ -19,6 +19,7 @@ from pipelines.adapt import job as adapt
 from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.refresh import job as refresh
 from pipelines.train import job as train
+from pipelines.train.answers import known_answers
 from pipelines.train.config import PlugShape
 from pipelines.training import Checkpoints
 from pipelines.training import train as run_worker
@@ -28,6 +29,7 @@ from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
 from pplug.loop import Loop, Order
 from pplug.parallel import Mesh
+from pplug.tasks import TaskSpec
 from tests.pipelines import small
 from tests.pplug.models import tiny_bert, tiny_llama
 
@@ -305,3 +307,19 @@ def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
     assert json.dumps(one) == json.dumps(two)
     patient = train.decisive(Config.model_validate(plain | {"fit": {"patience": 2}}), known)
     assert patient["fit"] == one["fit"] | {"patience": 2}
+
+
+def test_the_answers_of_items_are_known_without_the_weights_of_an_llm_on_the_hub(tmp_path, monkeypatch):
+    folder, asked = tiny_llama(tmp_path / "llm"), []
+
+    def fetch(model, revision, weights):
+        asked.append(weights)
+        return folder
+
+    monkeypatch.setattr("pplug.hub.fetch", fetch)
+    task = TaskSpec(name="films", text="text", target="tag", labels=("crime", "nature"))
+    for value in ("label_values", "answer_values"):
+        shape = PlugShape(persona_tokens=2, **{value: True})
+        config = train.Config(tables=str(tmp_path), llm=LLMConfig(model="who/what"), shape=shape)
+        assert known_answers(config, task).field == "tag"
+    assert asked == [False, False]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from pplug import TextEncoder
-from pplug.encoder import MINILM, EncoderConfig, batches_by_tokens, encoder_id
+from pplug.encoder import MINILM, EncoderConfig, batches_by_tokens, encoder_id, pad, pool
 from pplug.identity import model_folder
 from tests.pplug.models import tiny_bert
 
@@ -92,6 +92,16 @@ def test_a_batch_that_fails_fails_the_whole(tmp_path):
     encoder.model.embeddings.word_embeddings.weight.data = encoder.model.embeddings.word_embeddings.weight.data[:1]
     with pytest.raises(IndexError):
         encoder.encode(["word other third"] * 40)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_text_without_a_token_is_one_padding_token_alone_and_beside_another(pooling):
+    hidden = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    alone, beside = pad([[]], 7), pad([[], [5, 6]], 7)
+    assert [tensor.tolist() for tensor in alone] == [[[7]], [[1]]]
+    assert [tensor.tolist() for tensor in beside] == [[[7, 7], [5, 6]], [[1, 0], [1, 1]]]
+    assert pool(hidden[:1, :1], alone[1], pooling).tolist() == [pytest.approx([0.6, 0.8])]
+    assert pool(hidden, beside[1], pooling)[0].tolist() == pytest.approx([0.6, 0.8])
 
 
 def test_nothing_to_encode_gives_an_empty_matrix(tmp_path):

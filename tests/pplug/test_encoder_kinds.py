@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from pipelines.generate.personas import PersonaMaker
 from pipelines.train.config import Config as TrainConfig
@@ -252,6 +254,17 @@ def test_the_query_encoder_of_a_plug_follows_the_encoder(folder_of, tmp_path, na
     maker.read_ahead(TEXTS)
     got = np.stack([maker.ahead[text].numpy() for text in TEXTS])
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+def test_the_tokenizer_of_a_plug_keeps_the_lower_case_that_a_cased_encoder_asks_for(folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("BERT, lower case"), tmp_path / "encoder"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=False).save_pretrained(folder)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": true}')
+    module, tokenizer, keys = query_encoder(EncoderConfig(model=str(folder), max_tokens=16), "", None)
+    PersonaPlug(PlugConfig(llm_dim=8, **keys), module).save_pretrained(tmp_path / "plug", tokenizer)
+    for reader in (TextTokenizer(tokenizer), PersonaMaker(str(tmp_path / "plug"), threads=1, queries=True).words):
+        assert reader.framed(["The CAT sat"], 16) == [[2, 5, 6, 7, 3]]
 
 
 def test_train_makes_a_plug_for_an_encoder_with_modules_and_prompts(folder_of, tmp_path):

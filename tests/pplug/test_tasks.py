@@ -136,6 +136,8 @@ def test_an_unknown_task_lists_those_there_are():
         ("{title?}\n{text}", {"text": "b"}, "b"),
         ("by {author?}", {}, "by"),
         ("{author?} wrote", {}, "wrote"),
+        ("{0}: {a}", {"0": "x", "a": "y"}, "x: y"),
+        ("{2020}", {"2020": "{0} x"}, "{0} x"),
     ],
 )
 def test_a_field_that_is_not_there_takes_its_brackets_and_its_stop_with_it(template, fields, text):
@@ -189,6 +191,13 @@ def test_what_is_given_stays_as_it_is():
     entry = tasks.TaskSpec.model_validate(given)
     assert (entry.input, entry.marker, entry.item, entry.max_output_tokens) == ("Say: {text}", "Say: ", "{text}", 3)
     assert entry.item_without_label == "{title?}. {text?}"
+
+
+def test_a_question_of_its_own_without_a_marker_is_the_query_as_a_whole():
+    lines = {"name": "mail", "target": "topic", "text": "body", "input": "Which topic has this mail? {body}"}
+    entry = tasks.TaskSpec.model_validate(lines)
+    asked = tasks.fill(entry.input, {"body": "New text: see below"}, entry.name)
+    assert tasks.query(asked, entry) == "Which topic has this mail? New text: see below" and entry.marker == ""
 
 
 def test_a_question_that_holds_the_marker_is_a_marker_itself():

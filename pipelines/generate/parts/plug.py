@@ -189,14 +189,17 @@ def _is_undated(request: Mapping[str, Any]) -> bool:
 
 
 def _note_other_prompts(run: GenerateRun, plug: str, retrieve: str | None) -> None:
-    """Notes which methods show other items in a prompt than those that a plug has learned to read beside it."""
+    """Notes which methods show other texts in a prompt than those that a plug has learned to read beside it: other
+    items, or a profile, which no training shows."""
     found = []
     for name in run.methods_with("plug") if retrieve is not None else ():
-        shown = parse(name).part("retrieval")
-        if shown is None or f"{shown.name}@{shown.items or run.config.retrieval.k}" != retrieve:
+        method = parse(name)
+        shown = method.part("retrieval")
+        other = shown is None or f"{shown.name}@{shown.items or run.config.retrieval.k}" != retrieve
+        if other or method.part("profile"):
             found.append(name)
     if found:
-        run.report.warn(f"plug {plug} was trained with {retrieve} in its prompts, which methods {found} do not show")
+        run.report.warn(f"plug {plug} was trained with {retrieve} alone in its prompts; methods {found} show others")
 
 
 def _refuse_a_mixture(run: GenerateRun, plug: str, without_history: bool) -> None:
