@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -26,6 +28,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 PROGRAM = "python -m pipelines "
+NO_KEYS = frozenset({"config", "set", "help", "debug", "log_json"})
+"""Flags of the command line itself."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:(?<=\n\n)(?: {4,}.*\n)+)")
 _INLINE = re.compile(r"`([^`]+)`")
@@ -186,23 +190,84 @@ def known_keys() -> frozenset[str]:
     return frozenset(".".join(key[:end]) for key in keys for end in range(1, len(key) + 1))
 
 
+@functools.cache
+def known_choices() -> dict[str, frozenset[str]]:
+    """Dotted keys that take one of a few words in every job that has them, and these words."""
+    found: dict[str, set[str] | None] = {}
+    for job in JOBS.values():
+        for key, annotation, *_ in options.fields_of(job.config):
+            name, words = ".".join(key), _choices(annotation)
+            before = found.get(name, set())
+            found[name] = None if words is None or before is None else before | words
+    return {name: frozenset(words) for name, words in found.items() if words}
+
+
+def _choices(annotation: Any) -> set[str] | None:
+    """The words of a Literal, None beside it or not; None for other types."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _choices(inner[0])
+    if origin is Literal:
+        return set(inner) if all(isinstance(word, str) for word in inner) else None
+    if origin in (Union, UnionType):
+        parts = [_choices(part) for part in inner if part is not NoneType]
+        return None if None in parts else {word for words in parts for word in words or ()}
+    return None
+
+
 def wrong_keys(document: Document) -> Iterator[str]:
-    """Flags and dotted keys, each by itself in inline code, that no job has."""
-    groups = {key.partition(".")[0] for key in known_keys() if "." in key}
+    """Flags and dotted keys in inline code that no job has, and words that a key does not take.
+
+    A piece of inline code that begins with another program's name is not read; `wrong_commands` reads whole commands.
+    """
     for code in document.inline:
-        word = re.split(r"[ =]", code)[0]
-        if word.startswith("--") and word not in ("--config", "--set", "--help", "--debug", "--log-json"):
-            if word[2:].replace("-", "_") not in known_keys():
-                yield f"{code}: no job has {word}"
-        elif re.fullmatch(r"\w+(\.\w+)+", word) and word.partition(".")[0] in groups:
-            if word not in known_keys() and not word.endswith((".yaml", ".py")):
-                yield f"{code}: no job has {word}"
+        words = _words(code)
+        if not (words[0].startswith("--") or "=" in words[0] or len(words) == 1):
+            continue
+        last, flag = "", ""
+        for word in words:
+            if word.startswith("--"):
+                last, _, value = word[2:].partition("=")
+                flag = last.replace("-", "_")
+                if flag not in known_keys() and flag not in NO_KEYS:
+                    yield f"{code}: no job has --{last}"
+                if value:
+                    yield from _wrong_value(code, flag, value)
+            elif flag in ("", "set"):
+                yield from _wrong_pair(code, *word.partition("="), sure=flag == "set")
+            else:
+                yield from _wrong_value(code, flag, word)
+                flag = "a value"  # what else stands behind the flag is no value of it
+
+
+def _words(code: str) -> list[str]:
+    try:
+        return shlex.split(code) or [code]
+    except ValueError:  # a quotation mark alone
+        return code.split()
+
+
+def _wrong_pair(code: str, key: str, equals: str, value: str, *, sure: bool) -> Iterator[str]:
+    """`sure`: it stands behind --set; elsewhere a word in inline code is a key if a dot follows the name of a group."""
+    groups = {name.partition(".")[0] for name in known_keys() if "." in name}
+    is_key = re.fullmatch(r"\w+(\.\w+)+", key) and key.partition(".")[0] in groups
+    if (sure or is_key) and key not in known_keys() and not key.endswith((".yaml", ".py")):
+        yield f"{code}: no job has {key}"
+    elif equals:
+        yield from _wrong_value(code, key, value)
+
+
+def _wrong_value(code: str, key: str, value: str) -> Iterator[str]:
+    choices = known_choices().get(key)
+    if choices and value not in choices and not value.isupper():  # NAME stands for any
+        yield f"{code}: {key} takes {', '.join(sorted(choices))}"
 
 
 def wrong_yaml(document: Document) -> Iterator[str]:
     """Task entries that the code refuses; other files that are shown are read with the commands that name them."""
     for name, content in document.shown_files.items():
-        if name.endswith(".yaml") and "metric" in (found := yaml.safe_load(content)):
+        found = yaml.safe_load(content) if name.endswith(".yaml") else None
+        if isinstance(found, dict) and ("metric" in found or ("name" in found and {"text", "item"} & found.keys())):
             try:
                 tasks.TaskSpec.model_validate(found)
             except ValueError as error:

@@ -1,5 +1,8 @@
 """The verdict of the demo on its own outcome, and its sizes; `make demo` runs its jobs, tested one by one elsewhere."""
 
+import pytest
+
+from infra.errors import InputError
 from pipelines import options
 from pipelines.__main__ import JOBS
 from pipelines.lines import demo
@@ -38,3 +41,25 @@ def test_a_quick_demo_has_fewer_people_wherever_no_number_was_given():
     )
     assert given.test_users == 399 and given.train_users == quick.train_users and quick.seed == full.seed
     assert full == demo.Config()
+
+
+def test_a_folder_that_no_demo_made_is_left_as_it_is(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a year's work")
+    with pytest.raises(InputError, match="was not made by a demo; give another --run-dir or remove it"):
+        demo._fresh(tmp_path)
+    assert mine.read_text() == "a year's work" and list(tmp_path.iterdir()) == [mine]
+
+
+def test_what_an_earlier_demo_left_goes_and_what_it_links_to_stays(tmp_path):
+    root, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("a year's work")
+    assert demo._fresh(root) == root  # the first demo there
+    (root / "tables" / "test").mkdir(parents=True)
+    (root / "tables" / "test" / "a.parquet").write_text("rows")
+    (root / "report.json").write_text("{}")
+    (root / "link").symlink_to(elsewhere)
+    demo._fresh(root)
+    assert [path.name for path in root.iterdir()] == [".pplug-demo"]
+    assert (elsewhere / "mine.txt").read_text() == "a year's work"

@@ -323,7 +323,7 @@ def test_items_later_than_the_request_change_no_prompt(line, tmp_path):
         np.testing.assert_allclose(old[key][1], new[key][1], rtol=1e-5, atol=1e-6)
 
 
-def test_training_facts_and_held_out_people(line):
+def test_the_facts_that_a_training_reports_are_those_of_its_plug(line):
     report = line.runs["train"]
     assert report["planned"] == report["written"] == 30 * 4
     assert report["best_val_loss"] == min(entry["val_loss"] for entry in report["history"])

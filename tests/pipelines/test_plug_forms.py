@@ -309,6 +309,9 @@ def prepared(world: small.Small, settings: train.Config):
 def test_a_sample_has_the_labels_and_ages_of_the_items_that_its_request_may_see(made, aggregation):
     settings = config(made.world, aggregation=aggregation)
     (plug, llm, _), samples = prepared(made.world, settings)
+    train_owners, val_owners = (set(part.owners) for part in samples)
+    assert train_owners and val_owners and train_owners.isdisjoint(val_owners)
+    assert len(train_owners | val_owners) == 12  # every train user stands in one of the two
     own, task = items_of(made.world), load(str(made.world.files["task"]))
     asked = {}
     for row in small.rows(made.world.tables, "requests"):

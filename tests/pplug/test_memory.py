@@ -157,11 +157,13 @@ def long_samples(llm, n=256, tokens=100):
 
 def test_a_step_of_a_plug_that_does_not_fit_is_taken_in_smaller_passes(llama):
     llm = FrozenLLM.load(LLMConfig(model=str(llama)))
-    samples, plugs = long_samples(llm), []
+    samples, gradients = long_samples(llm), []
     for budget, room in ((40_000, 200 * 2**20), (2_000, None)):
         torch.manual_seed(0)
         plug = PersonaPlug(PlugConfig(encoder_dim=12, llm_dim=llm.dim, aggregation="mean")).eval()
-        config = FitConfig(batch_size=256, max_tokens_per_microbatch=budget, precision="float32")
+        config = FitConfig(
+            batch_size=256, max_tokens_per_microbatch=budget, precision="float32", max_grad_norm=1e9
+        )  # gradients are left as they are: AdamW's first step would not show that all were too large
         fitter = Fitter(plug, llm, config, samples, samples)
         assert fitter.budget == budget
         if room is None:
@@ -170,9 +172,11 @@ def test_a_step_of_a_plug_that_does_not_fit_is_taken_in_smaller_passes(llama):
             with limited(room):
                 fitter.step(np.arange(256), 0)
             assert 1_000 < fitter.budget < 20_000
-        plugs.append(plug)
-    for one, two in zip(*(plug.parameters() for plug in plugs), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        gradients.append({name: one.grad for name, one in plug.named_parameters() if one.grad is not None})
+    few, many = gradients
+    assert few.keys() == many.keys() and any(grad.norm() > 0 for grad in many.values())
+    for name, grad in many.items():
+        torch.testing.assert_close(few[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
 
 
 def test_a_stack_that_does_not_fit_is_taken_in_parts(llama):
