@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 from infra.storage import Storage, retrying
 
 LEAST_INSIDE = 6
-"""Least length of a value that is looked for inside other texts, too: shorter ones occur in many by chance."""
+"""Least length of an id or a key that is looked for inside other texts, too: shorter ones occur in many by chance."""
+LEAST_WORDS = 24
+"""The same for what users wrote: a title of one word stands in the texts of others, who must not lose them."""
 ID_COLUMNS = ("user_id", "owner_id")
 _TEXT = (".json", ".jsonl", ".ndjson", ".txt", ".log", ".html", ".csv", ".tsv", ".yaml", ".yml", ".md", ".crc", ".tmp")
 _BINARY_BYTES = 2**20
@@ -43,6 +45,16 @@ class Needles:
     ids: frozenset[str] = frozenset()
     digests: frozenset[str] = field(default=frozenset())
     """Digests (`digest`) of values that an earlier try looked for, and that are not known in words any more."""
+    names: frozenset[str] = frozenset()
+    """Those of `values` that are ids or keys, and no words that users wrote."""
+
+    @cached_property
+    def running(self) -> frozenset[str]:
+        """The values that are looked for inside other texts, too."""
+        least = {True: LEAST_INSIDE, False: LEAST_WORDS}
+        return frozenset(
+            value for value in self.values if len(value) >= least[value in self.names or value in self.ids]
+        )
 
     @cached_property
     def column(self) -> pa.Array:
@@ -66,11 +78,8 @@ class Needles:
         return value in self.values or bool(self.digests) and digest(value) in self.digests
 
     def inside(self, text: str) -> int:
-        """Counts the values that occur in a text, whole or between other words."""
-        return sum(
-            1 for value in self.values
-            if len(value) >= LEAST_INSIDE and value in text and re.search(_bounded(value), text)
-        )  # fmt: skip
+        """Counts the values (`running`) that occur in a text, whole or between other words."""
+        return sum(1 for value in self.running if value in text and re.search(_bounded(value), text))
 
 
 def digest(value: str) -> str:
@@ -256,7 +265,7 @@ def _in_array(storage: Storage, name: str, needles: Needles) -> int:
 
 def _in_bytes(storage: Storage, name: str, needles: Needles) -> int:
     """Counts the longer values whose bytes occur in a file, some megabytes at a time."""
-    wanted = {value.encode("utf-8", "surrogatepass") for value in needles.values if len(value) >= LEAST_INSIDE}
+    wanted = {value.encode("utf-8", "surrogatepass") for value in needles.running}
     overlap, tail = max(map(len, wanted), default=0), b""
     seen: set[bytes] = set()
     with storage.open_input(name) as source:

@@ -90,9 +90,17 @@ def rewrite(
     kept = kept.sort_by(order) if order else kept
     new = table.write(kept, run_id) if kept.num_rows else []
     for file in new:
-        if not read_file(file.uri, kept.column_names).equals(kept):
+        if not _same(read_file(file.uri, kept.column_names), kept):
             raise ValueError(f"table {table.spec.name}: {file.path} does not hold the rows that were written to it")
     return Rewritten(files, new, data.num_rows - kept.num_rows)
+
+
+def _same(one: pa.Table, other: pa.Table) -> bool:
+    """Returns whether two tables hold the same rows; NaN, which is unequal to itself, equals NaN here."""
+    return one.schema.equals(other.schema) and all(
+        a.equals(b) or repr(a.to_pylist()) == repr(b.to_pylist())
+        for a, b in zip(one.columns, other.columns, strict=True)
+    )
 
 
 # --- vacuum

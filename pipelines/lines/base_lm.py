@@ -119,25 +119,33 @@ def _texts(
     if template is None or task.target is None:
         raise InputError(f"task {task.name} does not say how an item becomes a prompt with a target; give --prompt")
     texts: list[tuple[str, str]] = []
-    cut_off = 0
+    cut_off = open_items = 0
     for bucket in sorted(histories.by_bucket()):
         items = histories.read(["fields", *ITEM_COLUMNS], buckets=[bucket])
         if requests is not None:
             visible = visible_to_all(items, requests.read(REQUEST_COLUMNS, buckets=[bucket]))
             cut_off += int((~visible).sum())
             items = items.filter(pa.array(visible))
-        cells = items["fields"].slice(0, config.max_items - report.planned)
+        cells = items["fields"].slice(0, config.max_items - report.planned - open_items)
         report.planned += len(cells)
         for cell in cells.to_pylist():
             fields = dict(cell or [])
             try:
-                texts.append((fill(template, fields, task.name), fill(f"{{{task.target}}}", fields, task.name)))
+                pair = fill(template, fields, task.name), fill(f"{{{task.target}}}", fields, task.name)
             except ValueError:
                 report.reject("missing_field")
-        if report.planned >= config.max_items:
+                continue
+            if pair[1].strip():
+                texts.append(pair)
+            else:  # an open item is no fault of the table, and teaches nothing
+                open_items += 1
+                report.planned -= 1
+        if report.planned + open_items >= config.max_items:
             break
     report.extra["items"] = {"in_table": histories.rows, "used": len(texts)}
     report.extra["items_cut_off"] = cut_off
+    if open_items:
+        report.extra["items"]["without_answer"] = open_items
     if cut_off:
         print(f"base-lm: {cut_off} items left out, which a request of their user may not see", flush=True)
     if not texts:

@@ -81,8 +81,13 @@ def _refuse_another_mapping(config: Config, own: Path, known: Mapping[str, Any])
     """Refuses a mapping or a task that the file of an earlier start does not have: nothing would heed it."""
     columns = known.get("columns") or {}
     other = [name for name, column in config.columns.items() if columns.get(name, name) != column]
-    if config.task is not None and known.get("task") != config.task:
-        other.append("task")
+    for key in ("task", "format", "explode", "query"):
+        if getattr(config, key) is not None and known.get(key) != getattr(config, key):
+            other.append(key)
+    for key in ("csv", "time"):  # given as words; the file has what `ingest` read them as, such as false
+        there = {name: str(value).casefold() for name, value in (known.get(key) or {}).items()}
+        given = getattr(config, key).items()
+        other += [f"{key}.{name}" for name, value in given if there.get(name) != value.casefold()]
     if other:
         raise InputError(
             f"{', '.join(other)}: {own} says otherwise, from an earlier start, and is what counts; change it there, or "

@@ -139,6 +139,7 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
         values=frozenset((values | someone.ids | someone.keys) - shared),
         ids=someone.ids,
         digests=frozenset(pending),
+        names=someone.ids | someone.keys,
     )
     pending = sorted({*pending, *map(digest, needles.values)})
     run_dir.write_bytes(PENDING, json.dumps(pending).encode())
@@ -222,6 +223,13 @@ def _existing(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
     return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
 
 
+def buckets_ever(buckets: int, keys: Iterable[str]) -> set[int]:
+    """Returns the buckets of these users, now and before any `rebucket`, which multiplies their number: files of before
+    stay until a vacuum."""
+    counts = [count for count in range(1, buckets + 1) if buckets % count == 0]
+    return {int(key[:16], 16) % count for key in keys for count in counts}
+
+
 def _someone(opened: "dict[str, Table]", given: frozenset[str]) -> "tuple[Someone, set[str]]":
     """Returns the users with all their histories (ingest may keep one per question), and the owners of these."""
     ids, owners = set(given), set[str]()
@@ -242,7 +250,7 @@ def _own_values(opened: "dict[str, Table]", someone: "Someone") -> tuple[set[str
     uris = []
     for table in opened.values():
         if table.spec.bucketed:
-            uris += _existing(table, {int(key[:16], 16) % table.buckets for key in someone.keys})
+            uris += _existing(table, buckets_ever(table.buckets, someone.keys))
     kinds: dict[str, set[str]] = {"text": set(), "request": set(), "user": set()}
     for kind, value in _values_in(uris, OwnValues(someone)):
         if value.strip():

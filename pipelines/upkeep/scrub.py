@@ -67,11 +67,16 @@ class OwnValues:
             for name in rows.column_names if rows.num_rows else ():
                 if name in ID_COLUMNS:
                     continue
-                for values in leaves(rows[name].combine_chunks()):
+                for values in leaves(_items(rows[name].combine_chunks())):
                     values = pc.unique(values.cast(pa.large_string())).drop_null()
                     kind = "request" if name == "request_id" else "text"
                     yield _values(kind, values)
             yield _values("user", pc.unique(rows["user_key"]).cast(pa.large_string()))
+
+
+def _items(column: pa.Array) -> pa.Array:
+    """Returns a map's values, whose keys are names of fields and nobody's words; other columns as they are."""
+    return column.items if pa.types.is_map(column.type) else column
 
 
 def _values(kind: str, values: pa.Array) -> pa.Table:
@@ -104,7 +109,7 @@ class OthersValues:
             rows = _columns(uri, ["user_key"])
             rows = rows.filter(pc.invert(self.someone.rows(rows)))
             for name in rows.column_names:
-                for values in leaves(rows[name].combine_chunks()):
+                for values in leaves(_items(rows[name].combine_chunks())):
                     if name not in ID_COLUMNS:
                         values = pc.unique(values.cast(pa.large_string()))
                         yield _values("shared", values.filter(pc.is_in(values, value_set=wanted)))

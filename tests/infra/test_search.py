@@ -15,7 +15,8 @@ from infra.storage import Storage
 
 ID, TEXT = "a/b=c 😀", "a text that only she has written"
 QUOTED = 'she said "go" & it\'s <gone>'
-NEEDLES = Needles(values=frozenset({ID, TEXT, QUOTED, "user-1", "8812"}), ids=frozenset({"7", ID}))
+NEEDLES = Needles(values=frozenset({ID, TEXT, QUOTED, "user-1", "8812"}), ids=frozenset({"7", ID}),
+                  names=frozenset({"user-1", "8812"}))  # fmt: skip
 
 
 def packed(table: pa.Table, **how) -> bytes:
@@ -107,6 +108,19 @@ def test_a_checkpoint_is_opened_too(tmp_path):
 def test_what_only_looks_like_it_is_not_found(tmp_path, name, data):
     Storage(str(tmp_path)).write_bytes(name, data if isinstance(data, bytes) else data.encode())
     assert search(Storage(str(tmp_path)), name, NEEDLES).hits == 0
+
+
+def test_what_users_wrote_is_looked_for_inside_other_texts_only_where_it_is_long(tmp_path):
+    storage = Storage(str(tmp_path))
+    needles = Needles(values=frozenset({"Sunset", TEXT, "user-1", "user-2"}), ids=frozenset({"user-2"}),
+                      names=frozenset({"user-1"}))  # fmt: skip
+    inside = {"Sunset": 0, TEXT: 1, "user-1": 1, "user-2": 1}
+    for value, hits in inside.items():
+        storage.write_bytes("x.json", json.dumps({"text": f"Walk at {value}, by the sea"}).encode())
+        storage.write_bytes("x.bin", f"\x00Walk at {value}, by the sea".encode())
+        assert [search(storage, name, needles).hits for name in ("x.json", "x.bin")] == [hits, hits], value
+        storage.write_bytes("x.json", json.dumps({"text": value}).encode())
+        assert search(storage, "x.json", needles).hits > 0
 
 
 def test_a_short_id_is_found_in_a_column_of_ids(tmp_path):

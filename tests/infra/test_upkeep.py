@@ -3,11 +3,13 @@
 import os
 import time
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from infra import log, upkeep
 from infra.errors import InputError
+from infra.rows import TableSpec
 from infra.storage import Storage
 from infra.table import CommitConflict, Table
 
@@ -30,6 +32,17 @@ def compact(table: Table, run_id: str = "compact", target: int = upkeep.TARGET_B
     old, new = ([file for one in done for file in getattr(one, name)] for name in ("old", "new"))
     dropped = sum(one.dropped for one in done)
     return table.rewrite(new, old, below=below, run_id=run_id, group=0, same_rows=not dropped), dropped
+
+
+def test_numbers_that_are_none_are_the_same_after_a_rewrite(tmp_path):
+    schema = pa.schema([("bucket", pa.int32()), ("n", pa.int64()), ("logprobs", pa.list_(pa.float32()))])
+    table = Table.create(f"{tmp_path}/replies", TableSpec("replies", schema, 1, ("n",)), 1)
+    rows = [{"bucket": 0, "n": n, "logprobs": [float("nan"), float(n)]} for n in range(3)]
+    files = table.write(pa.Table.from_pylist(rows, schema=schema), "night")
+    done = upkeep.rewrite(table, files, "compact", lambda data: pc.less(data["n"], 2))
+    assert done.dropped == 1 and sum(file.rows for file in done.new) == 2
+    other = pa.table({"n": [1.5]})
+    assert not upkeep._same(pa.table({"n": [1.0]}), other) and upkeep._same(other, other)
 
 
 def content(table: Table, **which) -> list[dict]:

@@ -104,6 +104,23 @@ def test_items_without_a_field_are_counted_and_the_others_used(filled, tmp_path)
     assert code == 0 and report["rejected"] == {"missing_field": 1} and report["written"] == 29
 
 
+def test_items_without_an_answer_teach_nothing_and_are_no_rejects(filled, tmp_path, monkeypatch):
+    seen, train = {}, base_lm.train_lm
+
+    def keep(texts, *more):
+        seen["texts"] = texts
+        return train(texts, *more)
+
+    monkeypatch.setattr(base_lm, "train_lm", keep)
+    rows = notes(30)
+    for row, blank in zip(rows[:12], ["", " "] * 6, strict=True):
+        row["fields"]["mood"] = blank
+    code, report = job(filled(rows), tmp_path)
+    assert code == 0 and report["rejected"] == {} and report["written"] == report["planned"] == 18
+    assert report["items"] == {"in_table": 30, "used": 18, "without_answer": 12}
+    assert len(seen["texts"]) == 18 and all(answer.strip() for _, answer in seen["texts"])
+
+
 def test_no_item_with_the_fields_is_an_error_that_names_the_template(filled, tmp_path):
     with pytest.raises(InputError, match=r"\{weather\}"):
         job(filled(notes(10)), tmp_path, prompt="{weather}{text}")

@@ -63,6 +63,45 @@ def test_words_as_token_ids_that_may_not_be_deleted_end_the_erase(s3_server, s3)
         stage(pa.table({"root": [s3], "name": ["examples/examples-0.parquet"]}))
 
 
+def test_rows_of_others_that_hold_a_word_of_the_users_stay(tmp_path):
+    """A title of one word stands in texts of others: it goes as a whole value, and inside a text where it is long."""
+    long = "the cat that only one user has seen"
+    rows = [
+        ("ann", "Sunset"), ("bob", "Walk at Sunset, by the sea"), ("bob", "Sunset Boulevard"), ("bob", "another"),
+        ("bob", f"she wrote: {long}"), ("bob", "asked by user-ann, twice"),
+    ]  # fmt: skip
+    found = [{"user_id": user, "text": text} for user, text in rows]
+    pq.write_table(pa.Table.from_pylist(found), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    golds = [{"id": f"q{at}", "output": row["text"]} for at, row in enumerate(found)]
+    (tmp_path / "x.json").write_text(json.dumps({"golds": golds}))
+    needles = Needles(frozenset({"Sunset", long, "user-ann"}), ids=frozenset({"ann"}), names=frozenset({"user-ann"}))
+    names = ["x.parquet", "x.jsonl", "x.json"]
+    scrub.Scrub(needles, frozenset())(pa.table({"root": [str(tmp_path)] * 3, "name": names}))
+    assert pq.read_table(tmp_path / "x.parquet").to_pylist() == found[1:4]
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == found[1:4]
+    assert json.loads((tmp_path / "x.json").read_text())["golds"] == golds[1:4]
+    left = scrub.SearchFiles(needles)(pa.table({"root": [str(tmp_path)] * 3, "name": names})).to_pylist()
+    assert [row["hits"] for row in left] == [0, 0, 0]
+
+
+def test_names_of_fields_are_nobodys_words(tmp_path):
+    key = shards.user_key("ann")
+    fields = pa.array([[("abstract", "x y")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"user_key": [key], "fields": fields}), tmp_path / "items.parquet")
+    stage = scrub.OwnValues(scrub.Someone(frozenset({"ann"}), frozenset({key})))
+    rows = pa.concat_tables(stage(pa.table({"uri": [str(tmp_path / "items.parquet")]}))).to_pylist()
+    found = {(row["kind"], row["value"]) for row in rows}
+    assert found == {("text", "x y"), ("text", key), ("user", key)}
+
+
+def test_files_from_before_a_rebucket_are_a_users_too():
+    """rebucket multiplies the number of buckets: the user of bucket 5 of 8 had bucket 1 of 4, 1 of 2 and 0 of 1."""
+    user = next(user for user in map(str, range(1000)) if shards.bucket_of(user, 8) == 5)
+    ever = {shards.bucket_of(user, count) for count in (1, 2, 4, 8)}
+    assert erase.buckets_ever(8, [shards.user_key(user)]) == ever == {0, 1, 5}
+
+
 def test_a_line_with_a_line_separator_in_a_text_goes_as_a_whole(people):  # noqa: F811
     path = people.folder / "export" / "lines.jsonl"
     lines = [

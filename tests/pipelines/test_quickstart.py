@@ -70,6 +70,25 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
     assert "is of r.csv, not of other.csv" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--format", "csv"], "format"), (["--explode", "items"], "explode"), (["--query", "select 1"], "query"),
+        (["--csv.delimiter", ";"], "csv.delimiter"), (["--time.format", "%d/%m/%Y"], "time.format"),
+        (["--columns", "text=body"], "text"), (["--task", "mine.yaml"], "task"),
+    ],
+)  # fmt: skip
+def test_a_mapping_that_an_earlier_start_does_not_have_is_refused(tmp_path, capsys, words, named):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(OWN | {"csv": {"header": False, "delimiter": ","}}))
+    start = ["quickstart", OWN["source"], "--run-dir", str(tmp_path)]
+    assert main([*start, *words]) == 2
+    said = capsys.readouterr().err
+    assert f"{named}: " in said and "says otherwise, from an earlier start" in said
+    known = {"csv": {"header": "false"}}
+    config = quickstart.Config(source=OWN["source"], **known)
+    quickstart._refuse_another_mapping(config, tmp_path / "own.yaml", OWN | {"csv": {"header": False}})
+
+
 @pytest.mark.parametrize("text", ["source: [r.csv", "limit: 2026-02-30", "r.csv", ""])
 def test_a_mapping_that_cannot_be_read_is_named(tmp_path, capsys, text):
     (tmp_path / "own.yaml").write_text(text)
