@@ -23,7 +23,7 @@ from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from pipelines import tables
 from pipelines.adapt import job as adapt
-from pipelines.engines.adapters import AdapterIndex, AdapterName, Adapters, AdapterShelf
+from pipelines.engines.adapters import MEMORY, AdapterIndex, AdapterName, Adapters, AdapterShelf
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.generate import job as generate
@@ -442,9 +442,6 @@ def test_an_adapter_is_chosen_only_for_requests_that_may_see_what_it_was_made_fr
 
 
 def test_no_folder_of_an_ended_engine_is_left_in_memory(served):
-    from pipelines.engines.adapters import MEMORY, _sweep
-
-    _sweep(Path(MEMORY))
     mine = [path for path in Path(MEMORY).glob("pplug-adapters-*") if any(path.iterdir())]
     names = {str(AdapterName(row["user_key"], row["adapter_id"])) for row in served.good.values()}
     assert not [path for folder in mine for path in folder.iterdir() if path.name in names]

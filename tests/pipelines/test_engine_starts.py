@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from infra.errors import InputError
 from infra.shards import user_key
 from pipelines.__main__ import main
 from pipelines.engines import vllm
-from pipelines.engines.adapters import AdapterName, Adapters
+from pipelines.engines.adapters import AdapterName, Adapters, AdapterShelf
 from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, NextTokens, PromptSizes, ResolvedDecoding
+from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
 from pipelines.generate import job as generate
@@ -46,6 +48,21 @@ def test_an_engine_is_made_ready_for_the_longest_prompt_of_its_job(tmp_path):
     made = engine_args(str(folder), given, 1, embeddings=False, longest=longest)
     assert (made["max_model_len"], made["seed"], made["max_num_seqs"], made["quantization"]) == (99, 3, 2, "fp8")
     assert not made["enable_prompt_embeds"]
+
+
+def test_an_engine_that_ends_takes_its_adapters_out_of_memory(tmp_path, monkeypatch):
+    """At once: while its process lives, no later shelf would sweep them away."""
+    monkeypatch.setattr("pipelines.engines.adapters.MEMORY", str(tmp_path))
+    shelf = AdapterShelf(
+        Adapters(snapshot_of(tmp_path / "t", {}), 4, "llm-x", 8, ("q_proj",)), tiny_llama(tmp_path / "llm")
+    )
+    shelf.put_nothing()
+    assert len(list(tmp_path.glob("pplug-adapters-*/none/*"))) >= 2  # weights and their config
+    engine = object.__new__(VLLMEngine)  # one that vLLM has left already
+    engine._engine, engine._adapters = None, LoadedAdapters(None, shelf, room=1)
+    engine._words = TemporaryDirectory(dir=tmp_path)
+    engine.shutdown()
+    assert not list(tmp_path.glob("pplug-adapters-*"))
 
 
 @pytest.mark.parametrize("times", [1, 9])

@@ -340,18 +340,18 @@ def test_two_workers_give_the_same_plug_as_one(line):
     # as a user types it: counted from the folder that the job is started in, which Ray Train's workers leave
     llm = line.llm.model_copy(update={"model": os.path.relpath(line.llm.model)})
     encoder = line.encoder.model_copy(update={"model": os.path.relpath(line.encoder.model)})
-    for workers in (1, 2):
-        fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=1e-3, val_fraction=0.2)
-        name = f"workers-{workers}"
+    # the third learns next to nothing, so that what the others have learned is their distance from it
+    for name, workers, rate in (("workers-1", 1, 1e-3), ("workers-2", 2, 1e-3), ("still", 1, 1e-12)):
+        fit = FitConfig(epochs=6, batch_size=20, precision="float32", learning_rate=rate, val_fraction=0.2)
         assert line.run(train, name, tables=line.train, llm=llm, encoder=encoder, fit=fit, workers=workers) == 0
         assert line.runs[name]["history"][-1]["step"] >= 20
         plugs.append(load_file(line.root / "runs" / name / "plug" / "model.safetensors"))
-    one, two = plugs
-    moved = PersonaPlug.from_pretrained(line.root / "runs" / "workers-1" / "plug")
-    assert float(moved.align_mlp[0].weight.detach().norm()) > 0
-    difference = sum(float((one[name] - two[name]).double().pow(2).sum()) for name in one) ** 0.5
-    size = sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
-    assert difference / size < 1e-3
+    one, two, still = plugs
+
+    def distance(a, b):
+        return sum(float((a[name] - b[name]).double().pow(2).sum()) for name in one) ** 0.5
+
+    assert distance(one, two) <= 1e-2 * distance(one, still) > 0  # of what was learned, not of the weights
 
 
 # --- what is refused, and how it says so -------------------------------------------------------------------------

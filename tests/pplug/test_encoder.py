@@ -146,7 +146,7 @@ def test_identity_holds_what_decides_a_vector_and_nothing_else(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_named():
-    with pytest.raises(FileNotFoundError, match="no folder ./nowhere; expected a transformers model folder|nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"model './nowhere': no folder nowhere; expected a transformers model"):
         model_folder("./nowhere")
     with pytest.raises(FileNotFoundError, match="the package 'no_such_package' is not installed"):
         model_folder("package:no_such_package/model")
