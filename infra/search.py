@@ -46,7 +46,7 @@ class Needles:
     digests: frozenset[str] = field(default=frozenset())
     """Digests (`digest`) of values that an earlier try looked for, and that are not known in words any more."""
     names: frozenset[str] = frozenset()
-    """Those of `values` that are ids or keys, and no words that users wrote."""
+    """Values that are ids or keys, and no words that users wrote."""
 
     @cached_property
     def running(self) -> frozenset[str]:

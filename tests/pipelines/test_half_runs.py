@@ -89,6 +89,7 @@ def test_compare_refuses_it_too(place, runs):
 
 def test_judge_refuses_it_too(place, monkeypatch):
     monkeypatch.setattr(judge, "llm_id", lambda config: "llm")
+    monkeypatch.setattr(judge, "is_encoder_decoder", lambda config: False)
     monkeypatch.setattr(judge, "_decoding", lambda config, task: SimpleNamespace(decoding_id="d"))
     given = {"tables": place, "llm": {"model": "a-judge"}, "task": "LaMP_QA", "run_dir": f"{place}/../run"}
     with pytest.raises(InputError, match="run half has not ended"):

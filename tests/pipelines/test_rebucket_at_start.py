@@ -33,6 +33,7 @@ def place(tmp_path, monkeypatch) -> str:
         put(root, name, "ingest")
     for job in (generate, adapt, judge):
         monkeypatch.setattr(job, "llm_id", lambda config: "llm")
+    monkeypatch.setattr(judge, "is_encoder_decoder", lambda config: False)
     monkeypatch.setattr(generate, "is_encoder_decoder", lambda config: False)
     monkeypatch.setattr(generate, "resolved", lambda *given: DECODING)
     monkeypatch.setattr(generate, "profiles_made_as", lambda *given: "p")
