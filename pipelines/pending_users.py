@@ -69,6 +69,8 @@ class PendingUsers:
     """Requests that count."""
     rejects_strangers: bool = True
     """True gives a reject for each user who is looked at and has no item."""
+    items_before: int = 0
+    """Number of items before those that count that decide a row too, since retrieval looks among them."""
     without: frozenset[str] = frozenset()
     """Columns that unchanged rows come without: a later stage reads them."""
 
@@ -93,7 +95,8 @@ class PendingUsers:
             count = cuts.get(user, int(own.starts[user + 1]) - start)
             kept = history.newest(count, self.max_items)
             rows = range(start + kept.start, start + kept.stop)
-            digest = history.history_hash(own.text_hash[rows.start : rows.stop].to_pylist())
+            read = max(start, rows.start - self.items_before)
+            digest = history.history_hash(own.text_hash[read : rows.stop].to_pylist())
             old = unchanged.get(name)
             # The newest item too: where it stands decides which requests the row may answer.
             if (

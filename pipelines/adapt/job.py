@@ -23,7 +23,7 @@ from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
 from pipelines.adapt.unchanged import TakeUnchanged
-from pipelines.adapt.users import FitAdapters, ReadExamples, fit_id
+from pipelines.adapt.users import RETRIEVAL_ITEMS, FitAdapters, ReadExamples, fit_id
 from pipelines.asked import Chosen
 from pipelines.made_from import users_id
 from pipelines.model_folders import below, check_output
@@ -135,7 +135,7 @@ def _adapters(
     pending = PendingUsers(
         histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets,
         only_asking=chosen.is_some, chosen=chosen, rejects_strangers=not chosen.is_some,
-        without=frozenset({"weights"}),
+        items_before=0 if config.rule.retrieve == "none" else RETRIEVAL_ITEMS, without=frozenset({"weights"}),
     )  # fmt: skip
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}

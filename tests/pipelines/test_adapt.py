@@ -5,6 +5,7 @@ Most tests call the stages themselves; two run the job, with its workers.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -161,6 +162,25 @@ def test_an_example_sees_only_items_before_it_and_later_ones_change_nothing(popu
     assert later[:4] == found and len(later) == 5
     (plain,) = (row["prompts"] for row in examples(population, llm).to_pylist())
     assert plain[0] == found[0] and plain[1] != found[1]
+
+
+def test_an_item_that_retrieval_looked_at_decides_an_adapter_too(population, llm):
+    """One item counts, and two stand before it; the oldest of these is corrected."""
+    fill(population, [item("ann", i, text=text) for i, text in enumerate(("a cat", "a dog", "a tree"))])
+
+    def digests():
+        owed = replace(owing(population), max_items=1)
+        found = {}
+        for before in (0, 1, 2):
+            (bucket,) = owed.histories.filled(None)
+            ((_, found[before]),) = replace(owed, items_before=before).read(bucket).users.values()
+        return found
+
+    first = digests()
+    hashes = [row["text_hash"] for row in population.items()["ann"]]
+    assert first == {before: history_hash(hashes[2 - before :]) for before in (0, 1, 2)}
+    fill(population, [item("ann", 0, text="another cat")])
+    assert [before for before, digest in digests().items() if digest != first[before]] == [2]
 
 
 def test_users_without_anything_to_learn_are_rejected_with_a_reason(population, llm):
