@@ -85,7 +85,9 @@ def test_a_model_at_an_address_is_the_one_of_a_folder_and_is_found_by_a_rerun(fi
         job(tables, tmp_path, output=there)
 
 
-def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch) -> dict:
+    """The texts that the model is trained on, under `texts`."""
     seen, train = {}, base_lm.train_lm
 
     def keep(texts, *rest):
@@ -93,6 +95,10 @@ def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, monkey
         return train(texts, *rest)
 
     monkeypatch.setattr(base_lm, "train_lm", keep)
+    return seen
+
+
+def test_the_prompt_may_name_fields_of_these_items_only(filled, tmp_path, seen):
     job(filled(notes(20, preface="I am glad. ")), tmp_path, prompt="{preface}How do I feel? {text}")
     assert sorted(seen["texts"]) == sorted((f"I am glad. How do I feel? day {i}", "good") for i in range(20))
 
@@ -104,14 +110,7 @@ def test_items_without_a_field_are_counted_and_the_others_used(filled, tmp_path)
     assert code == 0 and report["rejected"] == {"missing_field": 1} and report["written"] == 29
 
 
-def test_items_without_an_answer_teach_nothing_and_are_no_rejects(filled, tmp_path, monkeypatch):
-    seen, train = {}, base_lm.train_lm
-
-    def keep(texts, *more):
-        seen["texts"] = texts
-        return train(texts, *more)
-
-    monkeypatch.setattr(base_lm, "train_lm", keep)
+def test_items_without_an_answer_teach_nothing_and_are_no_rejects(filled, tmp_path, seen):
     rows = notes(30)
     for row, blank in zip(rows[:12], ["", " "] * 6, strict=True):
         row["fields"]["mood"] = blank
