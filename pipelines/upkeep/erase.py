@@ -139,7 +139,7 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
         values=frozenset((values | someone.ids | someone.keys) - shared),
         ids=someone.ids,
         digests=frozenset(pending),
-        names=someone.ids | someone.keys,
+        names=someone.ids | someone.keys | {value for value in values if is_hash(value)},
     )
     pending = sorted({*pending, *map(digest, needles.values)})
     run_dir.write_bytes(PENDING, json.dumps(pending).encode())
@@ -221,6 +221,11 @@ def _existing(table: "Table", buckets: "set[int] | None" = None) -> list[str]:
     """Lists all data files in a table's folder, whatever their version; with `buckets`, only theirs."""
     names = [name for name in table.storage.list() if name.endswith(".parquet") and "_delta_log/" not in name]
     return [table.storage.full(name) for name in names if buckets is None or bucket_of_path(name) in buckets]
+
+
+def is_hash(value: str) -> bool:
+    """Says whether a value is a hash of the users' own rows, such as `input_hash`: no word of others looks like it."""
+    return re.fullmatch(r"[0-9a-f]{16,}", value) is not None
 
 
 def buckets_ever(buckets: int, keys: Iterable[str]) -> set[int]:

@@ -14,6 +14,7 @@ from pipelines import tables
 from pipelines.__main__ import main
 from pipelines.upkeep import compact, erase, scrub
 from pipelines.upkeep.config import CompactConfig
+from pplug.history import input_hash, text_hash
 from tests.pipelines.test_erase import People, others, own, people  # noqa: F401 (a fixture)
 
 
@@ -93,6 +94,13 @@ def test_names_of_fields_are_nobodys_words(tmp_path):
     rows = pa.concat_tables(stage(pa.table({"uri": [str(tmp_path / "items.parquet")]}))).to_pylist()
     found = {(row["kind"], row["value"]) for row in rows}
     assert found == {("text", "x y"), ("text", key), ("user", key)}
+
+
+def test_hashes_of_the_users_rows_are_no_words():
+    found = {
+        value: erase.is_hash(value) for value in (input_hash("a cat"), text_hash({"a": "b"}), "Sunset", "deadbeef")
+    }
+    assert list(found.values()) == [True, True, False, False]
 
 
 def test_files_from_before_a_rebucket_are_a_users_too():
