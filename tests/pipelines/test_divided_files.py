@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from pipelines import failures
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.look import options_of
 from pipelines.ingest.source_rows import REJECT, RowWriter
@@ -28,7 +29,16 @@ def _with_inches(rows) -> str:
     return "".join(lines)
 
 
-@pytest.mark.parametrize(("write", "most"), [(as_csv, 20), (_backslashed, 1), (_with_inches, 1)])
+def _as_json_in_tsv(rows) -> str:
+    """Values with quotes of their own, none of which opens a quoted value."""
+    for n, row in enumerate(rows):
+        row["text"] = f'{{"a": "b{n}", "c": ""}}' if n % 2 else f' "word" {n}'
+    return as_csv(rows, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "most"), [(as_csv, 20), (_backslashed, 1), (_with_inches, 20), (_as_json_in_tsv, 20)]
+)
 def test_a_large_csv_is_divided_only_where_no_quoted_line_break_can_lie(tmp_path, monkeypatch, write, most):
     rows = [{"user_id": f"u{n % 7}", "item_id": str(n), "text": ["x" * n, 'a\n"b",\n' * (n % 5 + 1), '"ü\n'][n % 3]}
             for n in range(1, 200)]  # fmt: skip
@@ -72,8 +82,9 @@ def test_a_connection_that_is_lost_in_a_file_ends_the_run_and_is_no_damage(tmp_p
     piece, options = look(path).pieces[0], options_of(IngestConfig(tables="unused", source=str(path), query=query))
     if query:
         piece = Query().over([piece], "items")
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionError, match=r"a.jsonl: the file cannot be read now \(ConnectionResetError\)") as met:
         list(FORMATS[piece.format].read(piece, options, None, RowWriter(TASK, 4, 0, options.rules)))
+    assert "a.jsonl: the file cannot be read now" in failures.own_words(met.value)
 
 
 def test_a_zstd_file_with_a_large_window_is_refused_with_the_remedy(tmp_path):

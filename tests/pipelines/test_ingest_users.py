@@ -113,7 +113,9 @@ def test_a_part_of_histories_of_one_question_each_is_refused(tmp_path, scope):
         return FORMATS["lamp"].survey(piece, task, options_of(config))[0]
 
     assert problem() is None
-    assert "parts: the questions of 1 users" in problem(parts={"train": 0.5, "dev": 0.5}, part="dev")
+    assert "parts: 1 users have several questions" in problem(parts={"train": 0.5, "dev": 0.5}, part="dev")
+    write_lamp(tmp_path / "lamp", [question(str(n), [news(str(n))], user_id=f"u{n}") for n in range(5)])
+    assert problem(parts={"train": 0.5, "dev": 0.5}, part="dev") is None
     write_lamp(tmp_path / "lamp", [question("1", [news("1")])])  # the question itself is the user
     assert problem(parts={"train": 0.5, "dev": 0.5}, part="dev") is None
 

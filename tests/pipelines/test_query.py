@@ -112,6 +112,27 @@ def test_numbers_with_and_without_fractions_stay_numbers_for_a_query(tmp_path):
     assert row["text"] == "4.25"
 
 
+def test_a_place_of_json_keeps_what_a_query_can_take_apart(tmp_path):
+    """Objects beside texts stay JSON, and a large id makes no text of the fractions at another place."""
+    rows = [
+        {"meta": {"score": "3"}, "m": {"id": 2**53 + 1, "score": 0.5}, "list": [{"n": 1}, {"n": 2**60 + 1}]},
+        {"meta": "plain words", "m": {"id": 7, "score": 4.5}, "list": [{"n": 0.25}]},
+    ]
+    rows = [{"user_id": f"u{n}", "item_id": str(n)} | row for n, row in enumerate(rows)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    asked = {
+        "meta->>'score'": ["3", None], "m.id": [str(2**53 + 1), "7"], "avg(m.score) over ()": ["2.5", "2.5"],
+        "list[1].n": ["1", "0.25"], "list[2].n": [str(2**60 + 1), None],
+    }  # fmt: skip
+    for what, wanted in asked.items():
+        query = f"select user_id, item_id, coalesce(({what})::varchar, '-') as text from source order by 1"
+        found, rejects = read(path, query=query)
+        texts = [row["text"] for row in sorted(plain(found), key=lambda row: row["user_id"])]
+        assert (texts, rejects) == ([value or "-" for value in wanted], {}), what
+    (one,), _ = read(path, query="select user_id, item_id, meta::varchar as text from source where m.score > 1")
+    assert plain([one])[0]["user_id"] == "u1"
+
+
 def test_a_refused_query_shows_no_text_of_a_file_without_a_header(tmp_path):
     (tmp_path / "a.csv").write_text("user_ib,I was diagnosed with diabetes,sad\nann,I am well,glad\n")
     for query in ("select user_id from source", "select nothing from source", "select * from nothing"):

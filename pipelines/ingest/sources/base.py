@@ -46,6 +46,15 @@ def is_access_error(error: Exception) -> bool:
     return failing or isinstance(error, PermissionError) or is_transient(error)
 
 
+def unreachable(folder: str, name: str, error: Exception) -> OSError:
+    """Returns the error that names a file which an access error (`is_access_error`) keeps from being read."""
+    kind = PermissionError if isinstance(error, PermissionError) else ConnectionError
+    return kind(
+        f"{folder}/{name}: the file cannot be read now ({type(error).__name__}); check the rights and the connection, "
+        "and run this again"
+    )
+
+
 _PACKED_BY, COLUMNS_PACKED_BY = 4, 3
 """Factors by which gzip, and the columns of Parquet, shrink texts like these, roughly."""
 _PACKINGS: dict[bytes, Any] = {

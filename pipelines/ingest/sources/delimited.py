@@ -329,8 +329,8 @@ def _form_to_divide(whole: Piece, options: Options) -> Form | None:
 
 
 def _divided(whole: Piece, form: Form) -> list[Piece]:
-    """Divides a file at line ends outside quotes, up to the first quote that belongs to no pair; the file is read once
-    for it."""
+    """Divides a file at line ends outside quotes, up to the first quote that closes in the midst of a value; the file
+    is read once for it."""
     pieces, start, at, inside = list[Piece](), 0, 0, False
     has_quotes = form.quote is not None and len(form.delimiter) == 1  # as in `_rows`
     with reading(whole.folder).open_input(whole.name) as stream:
@@ -351,8 +351,8 @@ def _divided(whole: Piece, form: Form) -> list[Piece]:
 
 
 def _ends_inside(block: bytes, form: Form, inside: bool) -> bool | None:
-    """Says whether a block of lines ends inside quotes. None: a quote opens or closes within a value, such as the inch
-    in `5" disk`, so that the number of quotes tells nothing from there on.
+    """Says whether a block of lines ends inside quotes. None: a quoted value goes on behind the quote that closes it,
+    which no reader takes as one thing.
 
     Args:
         inside: the block begins inside quotes.
@@ -367,7 +367,16 @@ def _ends_inside(block: bytes, form: Form, inside: bool) -> bool | None:
     odd = count % 2 == 1
     within = (np.cumsum(odd) - odd + inside) % 2 == 1
     sound = np.where(within, ~odd | closes, np.where(odd, opens, ~opens | closes))
-    return bool((odd.sum() + inside) % 2) if sound.all() else None
+    if sound.all():
+        return bool((odd.sum() + inside) % 2)
+    # a quote in the midst of a value without quotes, such as the inch in `5" disk`, is a character like any other
+    for is_odd, is_begin, is_end in zip(odd.tolist(), opens.tolist(), closes.tolist(), strict=True):
+        if not inside and not is_begin:
+            continue
+        if inside == is_odd and not is_end:  # odd within quotes, even at a value's begin: it closes here
+            return None
+        inside ^= is_odd
+    return inside
 
 
 def _to_line_end(stream: pa.NativeFile) -> bytes:

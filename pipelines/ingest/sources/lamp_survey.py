@@ -73,11 +73,11 @@ def _owner_problem(asked_by: Counter[str], known: set[str], options: Options) ->
             "be one, so that requests made of these histories would not be known as one user's; keep the published "
             "questions (derive_requests=0)"
         )
-    if options.parted and unknown:
+    if options.parted and apart:
         return (
-            f"parts: the questions of {len(unknown)} users have a history each, and each would be in a part "
-            "by itself, so that one user's questions would be in several parts; leave parts and part out, and take the "
-            "published splits"
+            f"parts: {len(apart)} users have several questions with a history each, and each history would be in a "
+            "part by itself, so that one user's questions would be in several parts; leave parts and part out and take "
+            "the published splits, or try history_scope=auto, which joins histories whose dates prove them to be one"
         )
     if not options.keep_questions and unknown:
         return (

@@ -10,9 +10,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,17 @@ import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.remote import reading
-from pipelines.ingest.sources.base import DAMAGED, FORMATS, Head, Kind, NotThisFormat, Options, Piece, is_access_error
+from pipelines.ingest.sources.base import (
+    DAMAGED,
+    FORMATS,
+    Head,
+    Kind,
+    NotThisFormat,
+    Options,
+    Piece,
+    is_access_error,
+    unreachable,
+)
 from pipelines.ingest.sources.columns import names_in_words, plain, refuse_duplicates
 from pipelines.ingest.sources.delta import open_table, rows_of
 from pipelines.ingest.sources.discover import File
@@ -40,7 +50,7 @@ _LEAST, _LONG = 2**24, 2**26
 thread, since each thread has buffers of that size."""
 _EXACT = 2**53
 """Size of whole numbers up to which a DOUBLE holds each of them."""
-_OF_TEXTS = "UUID|JSON|DATE|TIME|TIMESTAMP(?: WITH TIME ZONE)?"
+_OF_TEXTS = re.compile("UUID|JSON|DATE|TIME.*")
 """Types that DuckDB guesses for texts of JSON. It would write them anew: a UUID in lower case, 02-03-2020 as a date
 whose month is a guess, and texts beside numbers with quotation marks."""
 _CANDIDATES = re.compile(r"\n*Candidate (?:bindings|entries):", re.IGNORECASE)
@@ -163,7 +173,7 @@ def _opened(
                     views.append(f"select *{_more(connection, part, view)} from {view}")
             except DAMAGED as error:
                 if is_access_error(error):
-                    raise
+                    raise unreachable(part.folder, part.name, error) from error
                 bad.append(_placed(damage(error), part.name))
         if lines and (view := _lines(connection, lines, plain, folder, rows, bad)) is not None:
             views.append(f"select * from {view}")
@@ -212,7 +222,7 @@ def _lines(
     bad: list[Bad],
 ) -> str | None:  # fmt: skip
     """Writes the records of all files of JSON into one file of lines; returns what stands for them, None for none."""
-    path, longest, seen, of_folders, large = folder / "lines.jsonl", 0, set[str](), set[str](), set[str]()
+    path, longest, seen, of_folders, there = folder / "lines.jsonl", 0, set[str](), set[str](), Held()
     with open(path, "wb") as out:
         for part in parts:
             format = FORMATS[part.format]
@@ -222,10 +232,10 @@ def _lines(
                 folders = {name: value for name, value in part.partition if name.casefold() not in held}
                 of_folders |= folders.keys()
                 seen |= batch.columns.keys()
-                large |= {name for name, column in batch.columns.items() if _has_large(column)}
                 for row in zip(*map(plain, batch.columns.values()), strict=True):
                     record = folders | dict(zip(batch.columns, row, strict=True))
                     known = {name: value for name, value in record.items() if value is not None}
+                    there.note(known)
                     line = json.dumps(known).encode() + b"\n"
                     longest = max(longest, len(line))
                     out.write(line)
@@ -234,31 +244,79 @@ def _lines(
     if longest > _LONG:
         connection.execute("set threads = 1")
     form = f"read_json('{path}', format='newline_delimited', maximum_object_size={max(_LEAST, longest)}"
-    found = connection.sql(f"describe select * from {form}, sample_size=-1)").fetchall()
-    inferred = {name: kind for name, kind, *_ in found}
-    kinds = {name: _as_text(kind, _OF_TEXTS) for name, kind in inferred.items()}
-    # where fractions stand beside a whole number that no DOUBLE holds, the numbers stay as they are written
-    kinds |= {name: _as_text(kinds[name], "DOUBLE") for name in large & kinds.keys()}
+    relation = connection.sql(f"select * from {form}, sample_size=-1)")
+    inferred = dict(zip(relation.columns, relation.types, strict=True))
+    kinds = {name: _kept(kind, there.at(name)) for name, kind in inferred.items()}
     kinds |= dict.fromkeys(of_folders - seen, "VARCHAR")
-    if kinds == inferred or not kinds.keys() <= seen | of_folders:  # a name that DuckDB has changed is none of the file
+    same = kinds == {name: _kept(kind, None) for name, kind in inferred.items()}
+    if same or not kinds.keys() <= seen | of_folders:  # a name that DuckDB has changed is none of the file
         return f"{form}, sample_size=-1)"
     columns = ", ".join(f"{_literal(name)}: {_literal(kind)}" for name, kind in kinds.items())
     return f"{form}, columns={{{columns}}})"
 
 
-def _as_text(kind: str, types: str) -> str:
-    """Returns DuckDB's name of a column's type with VARCHAR for these types; names of fields stay, quoted or not."""
-    found = rf'"(?:[^"]|"")*"|(?<!\w)(?:{types})(?=$|[,)\[])'
-    return re.sub(found, lambda match: match[0] if match[0].startswith('"') else "VARCHAR", kind)
+@dataclass
+class Held:
+    """Values that stand at one place of the records of JSON, and at the places below it."""
+
+    large: bool = False
+    """A whole number that a DOUBLE does not hold."""
+    parts: bool = False
+    """An object or a list."""
+    below: dict[str, "Held"] = field(default_factory=dict)
+    """By the names of fields; the elements of a list have the empty name."""
+
+    def at(self, name: str) -> "Held":
+        if name not in self.below:
+            self.below[name] = Held()
+        return self.below[name]
+
+    def note(self, value: object) -> None:
+        """Notes what a value is, however deep."""
+        if isinstance(value, int):
+            self.large = self.large or abs(value) > _EXACT
+        elif isinstance(value, Mapping):
+            self.parts = True
+            for name, own in value.items():
+                self.at(name).note(own)
+        elif isinstance(value, list | tuple):
+            self.parts = True
+            for own in value:
+                self.at("").note(own)
 
 
-def _has_large(value: object) -> bool:
-    """Says whether a whole number is there, however deep, that a DOUBLE does not hold."""
-    if isinstance(value, int):
-        return abs(value) > _EXACT
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and any(map(_has_large, value))
+def _kept(kind: Any, held: Held | None) -> str:
+    """Returns the name of a type by which DuckDB leaves values as they are written.
+
+    Texts stay texts, and so do fractions that stand beside a whole number that no DOUBLE holds. A place with objects
+    beside other values stays JSON.
+
+    Args:
+        kind: DuckDB's own type.
+        held: values of the place; None changes nothing.
+    """
+    children = dict(kind.children) if kind.id in ("struct", "list", "map") else {}
+    if kind.id == "struct":
+        parts = (f"{_name(name)} {_kept(own, held and held.at(name))}" for name, own in children.items())
+        return f"STRUCT({', '.join(parts)})"
+    if kind.id == "list":
+        return f"{_kept(children['child'], held and held.at(''))}[]"
+    if kind.id == "map":  # of objects with many names: what stands below any of them
+        whole = held
+        if held is not None:
+            below = held.below.values()
+            whole = Held(any(one.large for one in below), any(one.parts for one in below))
+        return f"MAP({children['key']}, {_kept(children['value'], whole)})"
+    text = str(kind)
+    if held is not None and (
+        (_OF_TEXTS.fullmatch(text) and not (text == "JSON" and held.parts)) or (text == "DOUBLE" and held.large)
+    ):
+        return "VARCHAR"
+    return text
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _placed(error: RowError, place: str, line: int | None = None, text: str | None = None) -> Bad:
@@ -277,7 +335,7 @@ def _batches(format: RecordFormat, part: Piece, options: Options, rows: int | No
                 return
     except DAMAGED as error:
         if is_access_error(error):
-            raise
+            raise unreachable(part.folder, part.name, error) from error
         bad.append(_placed(damage(error), part.name))
 
 

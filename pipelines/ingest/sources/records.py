@@ -26,6 +26,7 @@ from pipelines.ingest.sources.base import (
     Options,
     Piece,
     is_access_error,
+    unreachable,
 )
 from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, names_in_words, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
@@ -140,7 +141,7 @@ class RecordFormat(Format):
                     break
         except DAMAGED as error:  # the task that reads the file sets it aside
             if is_access_error(error):
-                raise
+                raise unreachable(piece.folder, piece.name, error) from error
         return Head(columns, first[:rows], form)
 
     def check(self, pieces: Sequence[Piece], options: Options) -> None:
@@ -202,8 +203,10 @@ class RecordFormat(Format):
             writer.planned()
             writer.reject(piece.start, piece.name, error)
         except DAMAGED as error:
-            if is_access_error(error):
+            if is_access_error(error) and piece.parts:  # a query has named the file among them
                 raise
+            if is_access_error(error):
+                raise unreachable(piece.folder, piece.name, error) from error
             writer.planned()
             writer.reject(piece.start, piece.name, damage(error))
 
