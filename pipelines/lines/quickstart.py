@@ -33,6 +33,8 @@ PARTS = {"train": 0.8, "dev": 0.2}
 """Shares of the users that the plug learns from, and that it is scored on."""
 OWN = "own"
 """Name of the config and the task that the first step writes."""
+_ASKED = ("columns", "task", "format", "explode", "query", "csv", "time")
+"""Keys that the first step hands on."""
 SHOWN = 3
 """Number of requests that are printed with their replies."""
 
@@ -78,30 +80,42 @@ def forget_former(root: Path, planned: Sequence[str]) -> bool:
 
 
 def _refuse_another_mapping(config: Config, own: Path, known: Mapping[str, Any]) -> None:
-    """Refuses a mapping or a task that the file of an earlier start does not have: nothing would heed it."""
-    columns = known.get("columns") or {}
-    other = [name for name, column in config.columns.items() if columns.get(name, name) != column]
-    for key in ("task", "format", "explode", "query"):
-        if getattr(config, key) is not None and known.get(key) != getattr(config, key):
+    """Refuses a mapping or a task that the earlier start did not have: nothing would heed it. The file itself may have
+    been mended since; where the record of that start is missing, columns and task are compared with the file."""
+    record = _record(own)
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else dict(known)
+    other: list[str] = []
+    for key in _ASKED if record.exists() else ("columns", "task"):
+        given, there = getattr(config, key), before.get(key) or {}
+        if isinstance(given, dict):
+            default = {name: name for name in given} if key == "columns" else {}
+            different = [name for name, value in given.items() if (default | there).get(name) != value]
+            other += different if key == "columns" else [f"{key}.{name}" for name in different]
+        elif given and given != there:
             other.append(key)
-    for key in ("csv", "time"):  # given as words; the file has what `ingest` read them as, such as false
-        there = {name: str(value).casefold() for name, value in (known.get(key) or {}).items()}
-        given = getattr(config, key).items()
-        other += [f"{key}.{name}" for name, value in given if there.get(name) != value.casefold()]
     if other:
         raise InputError(
-            f"{', '.join(other)}: {own} says otherwise, from an earlier start, and is what counts; change it there, or "
-            f"remove it and {own.with_name(f'{OWN}-task.yaml')} for a new proposal, or give another --run-id"
+            f"{', '.join(other)}: {own} is from an earlier start without it, and is what counts; change the file and "
+            f"leave the option out, or remove it and {own.with_name(f'{OWN}-task.yaml')} for a new proposal, or give "
+            "another --run-id"
         )
+
+
+def _record(own: Path) -> Path:
+    """The file with what the start that made the mapping was given."""
+    return own.with_name(f"{OWN}.asked.json")
 
 
 def _check(config: Config, sources: list[str], own: Path) -> int:
     words = ["ingest", *(word for source in sources for word in ("--check", source)), "--write-config", str(own)]
-    for key in ("columns", "task", "format", "explode", "query", "csv", "time"):
+    for key in _ASKED:
         if value := getattr(config, key):
             words += [f"--{key}", value] if isinstance(value, str) else ["--set", f"{key}={json.dumps(value)}"]
     print(f"step 1: check\n$ python -m pipelines {shlex.join(words)}", flush=True)
-    return main(words)
+    code = main(words)
+    if not code:
+        _record(own).write_text(config.model_dump_json(include=set(_ASKED)), encoding="utf-8")
+    return code
 
 
 def _read(own: Path, sources: list[str]) -> dict[str, Any]:

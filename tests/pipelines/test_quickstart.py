@@ -78,15 +78,31 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
         (["--columns", "text=body"], "text"), (["--task", "mine.yaml"], "task"),
     ],
 )  # fmt: skip
-def test_a_mapping_that_an_earlier_start_does_not_have_is_refused(tmp_path, capsys, words, named):
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(OWN | {"csv": {"header": False, "delimiter": ","}}))
+def test_a_mapping_that_an_earlier_start_did_not_have_is_refused(tmp_path, capsys, words, named):
+    """The first start was given other ones; its own rerun goes on, with a mended file too."""
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(OWN | {"csv": {"header": False, "delimiter": ","}}))
+    before = {"csv": {"header": "no", "delimiter": ","}, "time": {"earliest": "0"}, "query": "select 2"}
+    first = quickstart.Config(source=OWN["source"], **before)
+    (tmp_path / "own.asked.json").write_text(first.model_dump_json())
     start = ["quickstart", OWN["source"], "--run-dir", str(tmp_path)]
     assert main([*start, *words]) == 2
     said = capsys.readouterr().err
-    assert f"{named}: " in said and "says otherwise, from an earlier start" in said
-    known = {"csv": {"header": "false"}}
-    config = quickstart.Config(source=OWN["source"], **known)
-    quickstart._refuse_another_mapping(config, tmp_path / "own.yaml", OWN | {"csv": {"header": False}})
+    assert f"{named}: " in said and "is from an earlier start without it" in said
+    quickstart._refuse_another_mapping(first, own, OWN | {"query": "select 3"})
+    quickstart._refuse_another_mapping(quickstart.Config(source=OWN["source"]), own, OWN)
+
+
+def test_the_first_start_keeps_what_it_was_given(tmp_path):
+    write_csv(tmp_path / "r.csv", reviews(6, 4))
+    config = quickstart.Config(source=str(tmp_path / "r.csv"), csv={"header": "yes"}, columns={"target": "rating"})
+    own = tmp_path / "own.yaml"
+    assert quickstart._check(config, [str(tmp_path / "r.csv")], own) == 0
+    known = quickstart._read(own, [str(tmp_path / "r.csv")])
+    quickstart._refuse_another_mapping(config, own, known)
+    other = config.model_copy(update={"csv": {"header": "no"}})
+    with pytest.raises(InputError, match="^csv.header: "):
+        quickstart._refuse_another_mapping(other, own, known)
 
 
 @pytest.mark.parametrize("text", ["source: [r.csv", "limit: 2026-02-30", "r.csv", ""])
