@@ -1,4 +1,4 @@
-"""What the project's documents show, and what is wrong with it: commands, keys, files, links, targets of make.
+"""Commands, keys, files, links and targets of make that the project's documents show, and what is wrong with them.
 
 Route: a Markdown file -> fenced blocks and inline code -> command lines, flags, dotted keys, names of files -> each
 held against what it stands for: the real command line and configs, the Makefile, the project's files, the headings.

@@ -244,9 +244,9 @@ def fit_worker(given: dict[str, Any]) -> None:
 
         def write(folder: str, is_best: bool) -> None:
             plug.save_pretrained(f"{folder}/plug", query_tokenizer)
-            Path(folder, "plug", SAMPLE_FILE).write_text(sample, encoding="utf-8")
             if is_best:
                 shutil.copytree(f"{folder}/plug", f"{folder}/best", dirs_exist_ok=True)
+            write_sample(folder, sample)
 
         checkpoints = Checkpoints("train", local, fitter, read, write)
         checkpoints.load(given["left"])
@@ -260,6 +260,13 @@ def fit_worker(given: dict[str, Any]) -> None:
             run_dir=given["run_dir"],
             tracked=tracker(config.track, given["run_id"], given["config"]),
         )
+
+
+def write_sample(folder: str, sample: str) -> None:
+    """Puts the LLM's sample beside the plugs of a checkpoint; the best may be from a release that did not."""
+    for name in ("plug", "best"):
+        if os.path.isdir(f"{folder}/{name}"):
+            Path(folder, name, SAMPLE_FILE).write_text(sample, encoding="utf-8")
 
 
 def start(

@@ -67,7 +67,7 @@ def made(tmp_path_factory, ray_session):
 
 
 def prepared(made, **config):
-    """What the preparation of a training writes and counts, and the samples as a train worker reads them."""
+    """The rows that a training prepares, their counts, and the prompts as a train worker reads them."""
     settings = train.Config(**made.common, **config)
     histories, requests = (tables.open_table(made.population.tables, name).snapshot(complete=True)
                            for name in ("histories", "requests"))  # fmt: skip
@@ -206,6 +206,13 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
     assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"
+
+
+def test_the_sample_of_the_llm_lies_beside_a_best_plug_from_before(tmp_path):
+    for name in ("plug", "best"):
+        (tmp_path / name).mkdir()
+        train.write_sample(str(tmp_path), f"with {name}")
+    assert [(tmp_path / name / "llm.json").read_text() for name in ("plug", "best")] == ["with best"] * 2
 
 
 def test_retrieval_that_no_prompt_could_show_is_refused_at_the_start(made, tmp_path):
