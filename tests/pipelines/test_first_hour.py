@@ -131,7 +131,7 @@ def test_a_mapping_that_an_earlier_start_does_not_have_is_refused(tmp_path):
     quickstart._refuse_another_mapping(config, tmp_path / "own.yaml", own)
     for words in (["--columns", "target=stars"], ["--task", "mine.yaml"]):
         config = options.check(quickstart.Config, options.read(["r.csv", *words], quickstart.Config))
-        with pytest.raises(InputError, match="says otherwise, from an earlier start"):
+        with pytest.raises(InputError, match="is from an earlier start without it"):
             quickstart._refuse_another_mapping(config, tmp_path / "own.yaml", own)
 
 
