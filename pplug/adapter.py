@@ -141,7 +141,7 @@ def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, in
     """(in, out) of each module that an adapter of these targets changes, read from the base's config alone.
 
     Raises:
-        ValueError: the base lacks a target, or is an encoder-decoder.
+        ValueError: the base lacks a target or shares its weight with the token embeddings, or is an encoder-decoder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,6 +155,13 @@ def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, in
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     modules = target_modules(model, targets)
+    embeddings = model.get_input_embeddings().weight
+    for name, module in modules.items():
+        if module.weight is embeddings:  # a LoRA changes the one and not the other: it could never be merged
+            raise ValueError(
+                f"targets: {name} has the weight of the token embeddings ({folder} ties them), which an adapter of it "
+                "would leave as they are; leave it out"
+            )
     return {name: (module.in_features, module.out_features) for name, module in modules.items()}
 
 

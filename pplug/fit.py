@@ -191,7 +191,9 @@ class Fitter(Loop):
         def train_loss(indices: np.ndarray, epoch: int) -> Any:
             return self.loss(self.train, indices, epoch)[0]
 
-        super().__init__(groups, config, train.lengths(), targets, train_loss, mesh or Mesh(rank, world))
+        self.rows = 1 + plug.config.persona_tokens
+        lengths = train.lengths() + self.rows
+        super().__init__(groups, config, lengths, targets, train_loss, mesh or Mesh(rank, world))
         keeps = self.device.type == "cpu" and config.epochs > 1 and llm.prompt_builder.layout.rows != "before"
         room = KEPT_SHARE * memory.free_bytes(self.device, self.world) if keeps else 0.0
         self.fit_memory(make_room(llm, config.checkpointing), room)
@@ -235,7 +237,7 @@ class Fitter(Loop):
     def validate(self) -> dict[str, float]:
         """Loss per target token and share of targets that greedy decoding would write, on the held-out users."""
         totals = torch.zeros(2, device=self.device)
-        for part, counts in self.passes(np.arange(len(self.validation)), self.validation.lengths()):
+        for part, counts in self.passes(np.arange(len(self.validation)), self.validation.lengths() + self.rows):
             loss, exact = self.loss(self.validation, part, None)
             totals += counts * torch.stack([loss, exact.sum()])
         loss, exact = self.sum(totals).tolist()

@@ -43,8 +43,8 @@ class FitConfig(Settings):
     max_target_tokens: int = Field(128, gt=1)
     """Number of tokens that a target may have, EOS included; a longer one is cut."""
     max_tokens_per_microbatch: int = renamed("micro_tokens", 16_384, gt=0)
-    """Padded prompt and target tokens of one forward pass, at most. Passes get smaller where the free memory asks for
-    it. No result depends on it."""
+    """Padded tokens of prompt, persona rows and target of one forward pass, at most. Passes get smaller where the free
+    memory asks for it. No result depends on it."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Choice of computing the inner values of a layer again in the backward pass instead of keeping them. It takes a
     third more time and a fraction of the memory. auto does so on a GPU. No result depends on it."""

@@ -118,7 +118,9 @@ def free_bytes(device: Any, sharers: int = 1) -> int:
     free = 2**63 if free is None else 1024 * free
     limit, used = (_number(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
+        # what is kept of files counts as used, and the kernel gives it back where the limit is reached
+        of_files = _number(Path("/sys/fs/cgroup/memory.stat"), "inactive_file") or 0
+        free = min(free, max(0, limit - used + of_files))
     return free // sharers
 
 

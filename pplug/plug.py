@@ -37,6 +37,9 @@ from pplug.plug_parts import AnswerValues, Center, ItemWeights, LabelGuess, Labe
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "answer_tokenizer", "llm.json")
 """Names in a plug folder."""
 
+OFFICIAL_QUERY_PREFIX = "Represent this sentence for searching relevant passages:"
+"""Text that the authors' code puts before a query, with no space behind it."""
+
 
 def _sums(values_TF: Tensor, owner_T: Tensor, users: int) -> Tensor:
     """Sum over each user's items, (B, F)."""
@@ -374,6 +377,9 @@ class PersonaPlug(nn.Module):
         persona_scale: float = 539.9738,
         instruction_scale: float = 539.9738 / 7.0,
         query_encoder: nn.Module | None = None,
+        query_prefix: str = OFFICIAL_QUERY_PREFIX,
+        encoder_id: str | None = None,
+        llm_id: str | None = None,
     ) -> "PersonaPlug":
         """A plug from a checkpoint of the authors' code ([1]), with their hard-coded scales for FLAN-T5-XXL.
 
@@ -382,6 +388,10 @@ class PersonaPlug(nn.Module):
                 emb_model.* (the trained query encoder) are loaded into `query_encoder` where one is given, and
                 otherwise left out: the plug then takes query vectors made by whoever calls it.
             query_encoder: a transformers encoder of the checkpoint's architecture.
+            query_prefix: text put before a query; by default that of the authors' code.
+            encoder_id: identity of the encoder whose item vectors it reads (`pplug.encoder.encoder_id`), without which
+                `generate` refuses the plug.
+            llm_id: identity of its LLM and prompt layout (`pplug.llm.llm_id`), without which `generate` refuses it.
 
         Raises:
             ValueError: a key is missing or has another shape.
@@ -407,6 +417,9 @@ class PersonaPlug(nn.Module):
             persona_tokens=width // llm_dim,
             persona_scale=persona_scale,
             instruction_scale=instruction_scale,
+            query_prefix=query_prefix,
+            encoder_id=encoder_id,
+            llm_id=llm_id,
         )
         plug = cls(config, query_encoder)
         own = {key: state_dict[key].float() for key in wanted}

@@ -1,6 +1,7 @@
 """An adapter as bytes and as a folder: PEFT reads it, and what is not exactly right is refused before it is used."""
 
 import io
+import json
 import pickle
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_an_adapter_of_another_base_is_refused_even_when_it_would_fit(weights, s
 def test_targets_that_the_base_lacks_are_named(folder):
     with pytest.raises(ValueError, match="'c_attn': the base has no module of this name.* q_proj"):
         base_shapes(folder, ("q_proj", "c_attn"))
+
+
+def test_an_output_layer_with_the_weight_of_the_embeddings_is_refused(tmp_path):
+    folder = tiny_llama(tmp_path)
+    with pytest.raises(ValueError, match="lm_head has the weight of the token embeddings .* leave it out"):
+        base_shapes(folder, ("q_proj", "lm_head"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert base_shapes(folder, ("lm_head",)) == {"lm_head": (config["hidden_size"], config["vocab_size"])}
 
 
 @pytest.mark.parametrize("make", [tiny_t5, tiny_bart])

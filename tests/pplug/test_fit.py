@@ -107,6 +107,14 @@ def test_a_plug_learns_what_only_the_history_tells(llm):
     assert seen[-1]["val_loss"] < 0.5 * before["val_loss"]
 
 
+def test_persona_rows_count_in_the_tokens_of_a_pass(llm):
+    run = fitter(llm, CONFIG.model_copy(update={"max_tokens_per_microbatch": 300}), samples(llm, 32), samples(llm, 4),
+                 shape={"persona_tokens": 64})  # fmt: skip
+    for part, _ in run.passes(np.arange(32), run.lengths):
+        longest = max(len(run.train.prompts[i]) + 65 + len(run.train.targets[i]) for i in part)
+        assert len(part) == 1 or len(part) * longest <= 300
+
+
 def test_a_training_that_diverges_ends_at_its_first_epoch_and_says_so(llm):
     run, steps = fitter(llm, CONFIG, samples(llm, 32), samples(llm, 16, seed=1)), []
     run.validate = lambda: {"val_loss": float("nan"), "val_exact": 0.0}

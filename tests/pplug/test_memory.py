@@ -206,3 +206,22 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(llama):
     with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
         fitter.step(np.arange(4), 0)
     assert fitter.budget == 16_384
+
+
+def test_what_a_container_keeps_of_files_counts_as_free(monkeypatch):
+    gib = 2**30
+    told = {
+        "MemAvailable:": 64 * gib // 1024,
+        "memory.max": 16 * gib,
+        "memory.current": 16 * gib,
+        "inactive_file": 12 * gib,
+    }
+    monkeypatch.setattr(memory, "_number", lambda path, after="": told[after or path.name])
+    assert memory.free_bytes("cpu") == 12 * gib
+    assert memory.free_bytes("cpu", sharers=3) == 4 * gib
+
+
+def test_a_word_of_the_kernels_is_found_by_its_name(tmp_path):
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 70\ninactive_file 12\nactive_file 58\n")
+    assert memory._number(tmp_path / "memory.stat", "inactive_file") == 12
+    assert memory._number(tmp_path / "memory.stat", "unevictable") is None

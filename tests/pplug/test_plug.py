@@ -200,6 +200,13 @@ def test_from_official_loads_the_query_encoder_where_one_is_given(tmp_path):
     assert PersonaPlug.from_official(state).emb_model is None
 
 
+def test_from_official_reads_queries_as_the_authors_code_and_says_what_it_is_for(tmp_path):
+    plug = PersonaPlug.from_official(official_state(), encoder_id="bge", llm_id="flan")
+    kept = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path / "plug")).config
+    assert kept.query_prefix == "Represent this sentence for searching relevant passages:"
+    assert (kept.encoder_id, kept.llm_id) == ("bge", "flan")
+
+
 def test_from_official_names_missing_keys():
     state = official_state()
     del state["align_mlp.2.bias"]

@@ -65,7 +65,7 @@ class Plug(Part):
         if (weighed or made_for.request_value) and not (folder / "query_encoder" / "config.json").is_file():
             raise InputError(
                 f"plug {config.plug}: it has no query encoder, so that it cannot read requests; load the "
-                "checkpoint with its query encoder (PersonaPlug.from_official), or ask for plug:mean"
+                "checkpoint with its query encoder (query_encoder of PersonaPlug.from_official), or ask for plug:mean"
             )
         identity, personas = plug_id(folder), None
         if made_for.trained_without_history:
