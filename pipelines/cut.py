@@ -5,11 +5,12 @@ the earliest request of a user is safe to learn, as for the user's own adapter (
 history per question nothing is: another of these histories may hold the answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.histories import to_us
 from pplug import history
@@ -23,13 +24,15 @@ def is_one_of_several(request: Mapping[str, Any]) -> bool:
     return request["owner_id"] is not None and request["owner_id"] != request["user_id"]
 
 
-def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
+def visible_to_all(items: pa.Table, requests: pa.Table, of_several: Set[str]) -> np.ndarray:
     """Marks the items that every request of their user may see; all items of a user without a request, and none of a
     person who has several histories.
 
     Args:
         items: whole histories of some users, with ITEM_COLUMNS, in any order.
         requests: requests of these users and of any others, with REQUEST_COLUMNS.
+        of_several: persons with a history under another id than their own (`Owners.of_several`). The requests for
+            these histories may lie in other buckets; the history under a person's own id is one of the several.
 
     Returns:
         (n,) bool, in the order of `items`.
@@ -42,7 +45,7 @@ def visible_to_all(items: pa.Table, requests: pa.Table) -> np.ndarray:
     for place, user in enumerate(items["user_id"].to_pylist()):
         if user in places:
             places[user].append(place)
-    visible = np.ones(len(items), bool)
+    visible = ~np.array(pc.is_in(items["user_id"], pa.array(sorted(of_several), pa.string())), bool)
     for user, rows in places.items():
         if not rows:
             continue

@@ -1,11 +1,15 @@
 """The person behind each user: one with a history per question has several users, which may lie in many buckets."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
 from infra.snapshot import Snapshot
+
+_SPLIT = pc.field("user_id") != pc.field("owner_id")
+"""Requests of a user whose person has another id; those that name no person are none of them."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,24 @@ class Owners:
     def of(self, bucket: int) -> dict[str, frozenset[str]]:
         """Persons by user_id, of a bucket's users who are not a person of their own alone: themselves, and whoever
         their requests name."""
-        split = pc.field("user_id") != pc.field("owner_id")
-        rows = self.requests.read(["user_id", "owner_id"], buckets=[bucket], filter=split)
+        rows = self.requests.read(["user_id", "owner_id"], buckets=[bucket], filter=_SPLIT)
         found: dict[str, set[str]] = {}
         for user, owner in zip(rows["user_id"].to_pylist(), rows["owner_id"].to_pylist(), strict=True):
             found.setdefault(user, {user}).add(owner)
         return {user: frozenset(persons) for user, persons in found.items()}
+
+    def of_several(self) -> frozenset[str]:
+        """Ids of the persons who have a history under another id than their own, whatever the bucket that it lies in.
+
+        A person's own id may be that of a user too: `alice` has a history, and `alice-work` of owner `alice` another.
+        """
+
+        def read(bucket: int) -> set[str]:
+            rows = self.requests.read(["user_id", "owner_id"], buckets=[bucket], filter=_SPLIT)
+            return set(rows["owner_id"].to_pylist())
+
+        with ThreadPoolExecutor(8) as pool:
+            return frozenset[str]().union(*pool.map(read, self.requests.filled()))
 
 
 def in_turn(bucket: int, filled: Iterable[int]) -> list[int]:

@@ -9,7 +9,7 @@ folder as checkpoint -> merged model folder with its tokenizer.
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +33,7 @@ from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import newest_of_each, visible_to_all
 from pipelines.histories import decode_fields, to_us
 from pipelines.model_folders import whole_output
+from pipelines.owners import Owners
 from pipelines.tracking import tracker
 from pipelines.training import Checkpoints, Orders, train, worker_device
 from pipelines.written import read_written, refuse_another_count
@@ -85,6 +86,12 @@ class BaseExamples:
     folder: str
     max_history_items: int | None = None
     """Number of newest items of a user to learn from, of those that `cut` lets pass; None: all."""
+    of_several: frozenset[str] = field(init=False, default=frozenset())
+    """Persons with several histories (`Owners.of_several`), read once, where the stage is made."""
+
+    def __post_init__(self) -> None:
+        if self.cut and self.requests is not None:
+            self.of_several = Owners(self.requests).of_several()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         llm = self.llm
@@ -119,7 +126,7 @@ class BaseExamples:
         rows, cut_off, latest = rows.filter(pc.invert(theirs)), 0, None
         if self.examples == "items":
             if self.cut and requests is not None:
-                visible = visible_to_all(rows, requests)
+                visible = visible_to_all(rows, requests, self.of_several)
                 cut_off = int((~visible).sum())
                 rows = rows.filter(pa.array(visible))
             if self.max_history_items is not None:

@@ -65,19 +65,19 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     for run, side in zip(runs, sides, strict=True):
         scoring.refuse_gaps(side, (run,), config)
     report.planned = report.written = stage.rows
-    n_users = later.users + len(later.split_owners)
+    n_users = later.n_people
     return Comparison(
         task=task.name,
         runs=list(runs),
         n_requests=later.answered,
         n_users=n_users,
-        methods=_changes(task, earlier, later),
+        methods=_changes(task, earlier, later, n_users),
         left_out={run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out},
         warnings=few_users_warning(n_users) + _warnings(task, runs, sides),
     )
 
 
-def _changes(task: TaskSpec, earlier: Scored, later: Scored) -> dict[str, dict[str, Change]]:
+def _changes(task: TaskSpec, earlier: Scored, later: Scored, people: int) -> dict[str, dict[str, Change]]:
     """Changes by metric of the methods that both sides have."""
     k, methods = metrics.columns(task), {}
     old_scores, new_scores = (scoring.scores(side.methods, task) for side in (earlier, later))
@@ -89,7 +89,7 @@ def _changes(task: TaskSpec, earlier: Scored, later: Scored) -> dict[str, dict[s
                 later=new_scores[name][metric],
                 difference=new_scores[name][metric] - score,
                 ci95=intervals.ci95(new[metric] - old[metric]),
-                p_value=intervals.p_value(new[metric] - old[metric]),
+                p_value=intervals.p_value(new[metric] - old[metric], people),
             )
             for metric, score in old_scores[name].items()
         }

@@ -44,7 +44,7 @@ class Gain(Figures):
     difference: float
     ci95: Interval
     p_value: float
-    """Two-sided, from the resampled differences."""
+    """Two-sided, from the resampled differences; nan of fewer than six people."""
     ci95_corrected: Interval | None = ABSENT
     """Absent for controls and the oracle, which nobody claims to help."""
 
@@ -339,6 +339,7 @@ class Change(Figures):
     """Later minus earlier."""
     ci95: Interval
     p_value: float
+    """As in `Gain`."""
 
 
 class Comparison(Figures):

@@ -65,7 +65,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
         scored = scoring.pooled(parts)
         stage.rows = sum(part.answered * len(part.methods) for part in parts.values())
     report.planned = report.written = stage.rows
-    seconds = seconds_per_reply(config.generate_reports, runs)
+    seconds = seconds_per_reply(config.generate_reports, runs, config.tables)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
     evaluation.warnings += seen
@@ -130,8 +130,12 @@ def known_scores(path: str | None) -> KnownScores | None:
     return KnownScores(**known | numbers)
 
 
-def seconds_per_reply(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str, float]:
+def seconds_per_reply(paths: tuple[str, ...], runs: tuple[str, ...], scored: str) -> dict[str, float]:
     """Seconds per reply by method, where a run answered by that method alone: several methods share the engine's time.
+
+    Args:
+        paths: reports to read; where there is none, those below runs/ that are of these runs in these tables.
+        scored: place of the tables that are scored.
 
     Raises:
         InputError: a file that was asked for is not the report of one of the runs.
@@ -145,6 +149,8 @@ def seconds_per_reply(paths: tuple[str, ...], runs: tuple[str, ...]) -> dict[str
                 continue
             run_id, methods = run_report["run_id"], run_report["config"]["methods"]
             stage = run_report["stages"].get("generate")
+            if not paths and Storage(run_report["config"]["tables"]).uri != Storage(scored).uri:
+                continue  # a run of the same name in another population
         except FileNotFoundError:
             if not paths:
                 continue

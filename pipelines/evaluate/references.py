@@ -9,7 +9,7 @@ random sample of the users, and the cost does not grow with the population.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from infra.shards import user_key
 from infra.snapshot import Snapshot
 from pipelines.cut import is_one_of_several
 from pipelines.histories import Histories, decode_fields, read_bucket
+from pipelines.owners import Owners
 from pplug import references
 from pplug.references import Classifier
 from pplug.tasks import TaskSpec, query
@@ -156,9 +157,10 @@ def _learn_all(task: TaskSpec, histories: Snapshot, requests: Snapshot | None, l
             buckets.append(bucket)
             rows += sum(file.rows for file in files)
     chance = min(1.0, limit / max(1, rows))
+    of_several = frozenset() if requests is None else Owners(requests).of_several()
     remote = ray.remote(learn)
     parts = [
-        remote.remote(buckets[start::SHARES], task, histories, requests, chance)
+        remote.remote(buckets[start::SHARES], task, histories, requests, chance, of_several)
         for start in range(min(SHARES, len(buckets)))
     ]
     nothing = Learned(np.zeros(2 if task.metric == "rating" else len(task.labels)))
@@ -166,15 +168,21 @@ def _learn_all(task: TaskSpec, histories: Snapshot, requests: Snapshot | None, l
 
 
 def learn(
-    buckets: Sequence[int], task: TaskSpec, histories: Snapshot, requests: Snapshot | None, chance: float
+    buckets: Sequence[int],
+    task: TaskSpec,
+    histories: Snapshot,
+    requests: Snapshot | None,
+    chance: float,
+    of_several: Set[str] = frozenset(),
 ) -> Learned:
     """Learns from the items of some buckets that are visible to all requests of their user.
 
-    A user whose requests belong to a person with several histories is left out: another of the person's histories may
-    hold the answer to a request here.
+    A user whose requests belong to a person with several histories is left out, and so is a user with the person's own
+    id: another of the person's histories may hold the answer to a request here.
 
     Args:
         chance: probability that an item is drawn for the classifier; the same item is drawn in every run.
+        of_several: persons with a history under another id than their own (`Owners.of_several`).
     """
     rated = task.metric == "rating"
     learned = Learned(np.zeros(2 if rated else len(task.labels)))
@@ -183,6 +191,8 @@ def learn(
         users = read_bucket(histories, None, bucket, with_fields=True)
         counts = _visible_to_all(users, requests, bucket)
         for name, key in zip(users.user_ids, users.user_keys, strict=True):
+            if name in of_several:
+                continue
             for fields in _fields_of(users, name)[: counts.get(name, _ALL)]:
                 own = references.answer(fields, task)
                 if own is None:

@@ -71,15 +71,16 @@ class Replies(Answers):
     samples: dict[tuple[str, str], int]
     """Number of samples by run and method, as far as this bucket shows it."""
 
-    @property
-    def users(self) -> int:
-        """Number of distinct people who are themselves a user."""
-        return len({row["owner_id"] for row in self.rows if row["owner_id"] == row["user_id"]})
+    def people(self, of_several: Set[str]) -> tuple[int, set[str]]:
+        """Number of people who are themselves their one user, and the ids of the others: they have several histories,
+        and their requests may lie in many buckets.
 
-    @property
-    def split_owners(self) -> set[str]:
-        """Distinct people with one history per question: their questions lie in many buckets."""
-        return {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
+        Args:
+            of_several: persons with a history under another id than their own (`Owners.of_several`).
+        """
+        owners = {row["owner_id"] for row in self.rows}
+        several = {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]} | (owners & of_several)
+        return len(owners - several), several
 
 
 def join_bucket(

@@ -7,7 +7,7 @@ are kept apart from the methods.
 import dataclasses
 import functools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -109,9 +109,9 @@ class Scored:
     answered: int = 0
     """Requests with a target that were answered and are scored."""
     users: int = 0
-    """People who are themselves a user."""
+    """People who are themselves their one user."""
     split_owners: frozenset[bytes] = frozenset()
-    """Digests of people with one history per question."""
+    """Digests of people with several histories, such as one per question."""
     seen: frozenset[str] = frozenset()
     """Methods that the runs have, asked for or not."""
     examples: tuple[DrawnExample, ...] = ()
@@ -132,8 +132,15 @@ class Scored:
     """Method, kind of identity and identity, as in `Replies`."""
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
     """Number of samples by run and method."""
+    n_unread: int = 0
+    """Number of targets that are mostly of letters that the task's ROUGE does not read."""
     problem: str | None = None
     """Message on a bucket that cannot be scored."""
+
+    @property
+    def n_people(self) -> int:
+        """Number of people, each once, whatever the number of their histories."""
+        return self.users + len(self.split_owners)
 
     def owed(self, method: str) -> int:
         """Number of replies that a method must have: each of a run's methods answers as often as any of them."""
@@ -169,6 +176,8 @@ class ScoreBuckets:
     """User keys by bucket; where given, only the requests of these users are scored."""
     references: References | None = None
     """Fitted references; where given, their texts are scored beside the replies."""
+    of_several: Set[str] = frozenset()
+    """Persons with a history under another id than their own (`Owners.of_several`)."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         total = Scored()
@@ -185,6 +194,7 @@ class ScoreBuckets:
         """Scores one bucket."""
         replies, left_out = self._replies(bucket)
         golds = {key(row): row["target"] for row in replies.rows}
+        users, split = replies.people(self.of_several)
         base = self._first_metric(golds, [one.texts.get(BASELINE, {}) for one in (replies, *replies.others)])
         places = self.facts.read_bins(bucket, replies.rows) if replies.rows and self.cuts else {}
         thirds = {kind: cohorts.thirds(places[kind], cut) for kind, cut in self.cuts.items() if kind in places}
@@ -200,8 +210,8 @@ class ScoreBuckets:
             references=references,
             labelled=replies.labelled,
             answered=len(golds),
-            users=replies.users,
-            split_owners=frozenset(intervals.digest(owner, self.seed) for owner in replies.split_owners),
+            users=users,
+            split_owners=frozenset(intervals.digest(owner, self.seed) for owner in split),
             seen=frozenset(replies.texts),
             examples=self._examples(replies, list(tallies)),
             left_out=left_out,
@@ -212,6 +222,7 @@ class ScoreBuckets:
             n_outdated=len(replies.outdated),
             made_by=replies.made_by,
             samples=replies.samples,
+            n_unread=sum(_is_unread(self.task, gold) for gold in golds.values()),
         )
 
     def _replies(self, bucket: int) -> tuple[Replies, int]:
@@ -353,6 +364,14 @@ class ScoreBuckets:
         return columns
 
 
+def _is_unread(task: TaskSpec, target: str) -> bool:
+    """Tells whether a text is scored by ROUGE and most of its letters and digits are none of a to z and 0 to 9: the
+    published tokenizer takes all others for spaces, so that a perfect reply may score 0."""
+    letters = [letter for letter in target.lower() if letter.isalnum()]
+    unread = sum(not letter.isascii() for letter in letters)
+    return 2 * unread > len(letters) and any(name.startswith("rouge") for name in metrics.names(task))
+
+
 def first(drawn: Sequence[Drawn], count: int) -> tuple[Drawn, ...]:
     """The ones that come first in the random order."""
     return tuple(sorted(drawn, key=lambda one: one.draw)[:count])
@@ -387,6 +406,7 @@ def merged(one: Scored, other: Scored) -> Scored:
         samples={
             made: max(one.samples.get(made, 0), other.samples.get(made, 0)) for made in one.samples | other.samples
         },
+        n_unread=one.n_unread + other.n_unread,
         problem=one.problem or other.problem,
     )
 

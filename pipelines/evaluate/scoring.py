@@ -21,6 +21,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
 from pipelines.evaluate.score import ScoreBuckets, Scored, Tally, added, merged
+from pipelines.owners import Owners
 from pplug import metrics
 from pplug.tasks import TaskSpec
 
@@ -124,6 +125,7 @@ def score(
         beside,
         users,
         references,
+        Owners(snapshots["requests"]).of_several(),
     )
     tasks = ray.data.from_items([{"buckets": share} for share in shares], override_num_blocks=len(shares))
     done = tasks.map_batches(lambda batch: stage(batch), batch_size=1, batch_format="pyarrow")

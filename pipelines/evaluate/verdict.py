@@ -198,7 +198,7 @@ def say(judgement: Judgement, task: str, scored: Iterable[str], unclear: Mapping
         many = MostUnclear(method=worst, share=unclear[worst])
     parts = [_claim(judgement, task, scored)]
     reference = judgement.reference
-    if reference and not reference.beaten:
+    if reference and not reference.beaten and judgement.n_users >= intervals.FEWEST_OWNERS:
         score = value(judgement.metric, reference.score)
         parts.append(f"{judgement.best} does not beat {reference.name}, which needs no LLM and reaches {score}")
     if many:

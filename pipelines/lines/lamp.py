@@ -67,7 +67,8 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
                  **task_base, **line.gpus)  # fmt: skip
         line.adapt(adapted)
         line.generate("generate-adapters", "plug", adapters, adapted)
-    line.add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in line.runs],
+    # the methods too: the runs may hold replies of methods that an earlier start asked for
+    line.add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in line.runs], methods=list(config.methods),
              generate_reports=[str(root / step / "report.json") for step in line.runs],
              references_from=[str(root / "tables" / "train")])  # fmt: skip
     return line.found
@@ -94,8 +95,8 @@ class _Line:
         self.runs: list[str] = []
 
     def add(self, step: str, job: str, part: str, **values: Any) -> None:
-        run_dir = self.root / step
-        own = {"tables": str(self.root / "tables" / part), "run_id": f"{self.name}-{step}", "run_dir": str(run_dir)}
+        run_dir, run_id = self.root / step, check_run_id(f"{self.name}-{step}")  # before hours of other steps
+        own = {"tables": str(self.root / "tables" / part), "run_id": run_id, "run_dir": str(run_dir)}
         self.found[step] = (job, values | own)
 
     def ingest(self, part: str, number: int) -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
+from infra.shards import bucket_of, keys_by_bucket, user_key
 from pipelines import made_from, tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import BaseExamples
@@ -69,6 +70,28 @@ def test_a_base_learns_nothing_of_a_person_who_has_a_history_per_question(popula
     pending = PendingReplies(snapshot(population, "requests"), None, "r", ("none",), "all", None)
     counts = pa.concat_tables(pending.count(pa.table({"bucket": list(range(BUCKETS))})))
     assert sum(counts["dated"].to_pylist()) == 2  # so a base without a cut is refused for them
+
+
+def test_a_base_learns_nothing_of_a_history_under_the_own_id_of_a_person_who_has_another(population, llm, tmp_path):
+    """`ann` has items, and nobody asks about her under this id: the question of `ann-q2`, whose person she is, lies in
+    another bucket, and its answer stands in her items."""
+    question = {"request_id": "q1", "user_id": "ann-q2", "owner_id": "ann", "input": "How do I feel? the cat ann 0",
+                "target": "good"}  # fmt: skip
+    assert bucket_of("ann", BUCKETS) != bucket_of("ann-q2", BUCKETS)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(question) + "\n")
+    rows = [item("ann", 0), item("ann", 1), item("ann-q2", 0), *(item(f"u{n}", 0) for n in range(6))]
+    fill(population, rows, requests_source=str(path))
+    assert counts_of(population, llm, tmp_path) == {"examples": 6, "items_cut_off": 3, "users_left_out": 0}
+    config = {
+        "tables": population.tables,
+        "output": str(tmp_path / "lm"),
+        "run_id": "r",
+        "run_dir": str(tmp_path / "r"),
+    }
+    assert base_lm.run(base_lm.Config(**config, lm=TINY, cut="requests")) == 0
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert (report["written"], report["items_cut_off"]) == (6, 3)
 
 
 def test_a_base_learns_no_item_that_a_request_may_not_see(population, llm, tmp_path):
@@ -172,8 +195,6 @@ def test_a_base_on_a_base_that_knows_the_answers_is_refused_too(population, tmp_
 
 def stored(population, users, fit_id, base):
     table = tables.open_or_create(population.tables, "adapters", BUCKETS)
-    from infra.shards import bucket_of, user_key
-
     rows = [
         {"bucket": bucket_of(user, BUCKETS), "user_key": user_key(user), "user_id": user, "llm_id": base,
          "adapter_id": f"{fit_id}-0", "history_hash": "h", "weights": b""}
@@ -199,8 +220,6 @@ def test_adapters_of_some_users_are_not_made_beside_those_of_another_base(popula
 
 
 def test_rows_that_are_replaced_or_of_the_same_settings_are_no_mixture(population):
-    from infra.shards import keys_by_bucket
-
     fill(population, [item(user, 1) for user in ("ann", "bob")])
     stored(population, ["ann", "bob", "gone"], "fit", "base")
 
@@ -244,8 +263,6 @@ def test_a_peft_folder_takes_the_place_of_another_as_a_whole(population, llm, tm
     weights = {name: (torch.zeros(8, i), torch.zeros(o, 8))
                for name, (i, o) in base_shapes(Path(llm.model), shape.targets).items()}  # fmt: skip
     table = tables.open_or_create(population.tables, "adapters", 1)
-    from infra.shards import user_key
-
     row = {"bucket": 0, "user_key": user_key("ann"), "user_id": "ann", "llm_id": base, "adapter_id": "f-0", "rank": 8,
            "alpha": 8.0, "targets": list(shape.targets), "weights": to_bytes(weights, base)}  # fmt: skip
     files = table.write(pa.Table.from_pylist([row], schema=table.spec.schema), "r")

@@ -380,7 +380,9 @@ def test_ratings_that_are_no_number_follow_the_rule_and_ten_users_are_said_to_be
         "bm25": {f"r{n}": f" {n % 5 + 1}.0 " for n in range(10)},
     }
     write_generations(population, "night", by_method)
-    code, report, printed = run(population, capsys)
+    code, report, printed = run(population, capsys, examples=1)
+    (shown,) = report["examples"]  # a number is right in whatever form it is written
+    assert [(reply["method"], reply["right"]) for reply in shown["replies"]] == [("none", False), ("bm25", True)]
     # the end of the scale that is further away, the upper one for a 3: 5 5 5 1 1 for golds 1 to 5
     mae, squared = (4 + 3 + 2 + 3 + 4) / 5, (16 + 9 + 4 + 9 + 16) / 5
     assert code == 0
@@ -440,3 +442,57 @@ def test_the_report_page_is_written_and_shows_texts_only_when_asked(generated):
         assert [reply["method"] for reply in example["replies"]] == ["none", "plug", "plug:mean"]
         assert len({reply["text"] for reply in example["replies"]}) > 1
         assert all(reply["right"] == (reply["text"] == example["target"]) for reply in example["replies"])
+
+
+def test_a_person_with_an_own_history_and_a_further_one_counts_once(tmp_path):
+    """Seven user ids of six people: alice's histories lie in two buckets, bob's and that of his work are his alone."""
+    assert shards.bucket_of("alice", 4) != shards.bucket_of("alice-work", 4)
+    owners = {"alice": "alice", "alice-work": "alice", "bob-work": "bob", "c": "c", "d": "d", "e": "e", "f": "f"}
+    population = Population(tmp_path)
+    asked = [
+        {"request_id": f"r-{user}", "user_id": user, "owner_id": owner, "input": "How?", "target": "good"}
+        for user, owner in owners.items()
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "c", "item_id": "1", "text": "x", "mood": "good"}))
+    files = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(tmp_path / "requests.jsonl")}
+    assert population.ingest(**files, task=population.task(NOTES)) == 0
+    texts = {row["request_id"]: "good" for row in asked}
+    for night in ("a", "b"):
+        write_generations(population, night, {"none": dict.fromkeys(texts, "bad"), "plug": texts})
+    _, report, _ = run(population, run=("a",))
+    assert (report["n_users"], report["n_requests"]) == (6, 7)
+    _, report, _ = run(population, compare=("a", "b"))
+    assert report["compare"]["n_users"] == 6
+    few = tmp_path / "few"
+    few.write_text("alice\nalice-work\nc\n")
+    _, report, printed = run(population, run=("a",), users=str(few))
+    assert report["n_users"] == 2 and np.isnan(
+        float(report["methods"]["plug"]["vs_none"]["accuracy"]["p_value"] or "nan")
+    )
+    few.write_text("alice\nc\n")  # her other history is not scored, and she is one person still
+    assert run(population, run=("a",), users=str(few))[1]["n_users"] == 2
+
+
+def test_targets_in_letters_that_rouge_does_not_read_are_counted_and_said(tmp_path, capsys):
+    population = Population(tmp_path)
+    targets = [
+        "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e 10",
+        "\u826f\u3044",
+        "sch\u00f6n und gut",
+        "fine",
+        "!",
+    ]
+    asked = [{"request_id": f"r{n}", "user_id": f"u{n}", "input": "How?", "target": t} for n, t in enumerate(targets)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "u1", "item_id": "1", "text": "x", "mood": "y"}))
+    files = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(tmp_path / "asked.jsonl")}
+    entry = {name: value for name, value in NOTES.items() if name != "labels"} | {"metric": "text"}
+    assert population.ingest(task=population.task(entry), **files) == 0
+    write_generations(population, "night", {"none": {f"r{n}": text for n, text in enumerate(targets)}})
+    said = "2 of 5 targets are mostly of letters that ROUGE does not read"
+    _, report, printed = run(population, capsys)
+    assert report["methods"]["none"]["scores"]["rouge1"] < 1 and said in " ".join(report["warnings"])
+    assert said in " ".join(printed.split())
+    _, report, _ = run(population, task=population.task(entry | {"scores": ["meteor"]}))
+    assert "ROUGE" not in " ".join(report["warnings"])

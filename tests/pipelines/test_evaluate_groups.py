@@ -212,12 +212,13 @@ def test_the_report_of_another_job_below_runs_tells_no_seconds(tmp_path, monkeyp
         path = tmp_path / "runs" / run_id / "report.json"
         path.parent.mkdir(parents=True)
         stages = {"generate": {"rows": 10, "seconds": 5.0}}
-        given = {"config": {"methods": ["none"]}} if job == "generate" else {"config": {"run": "night"}}
-        path.write_text(json.dumps({"job": job, "run_id": run_id, "stages": stages} | given))
-    assert seconds_per_reply((), ("judged",)) == {}
-    assert seconds_per_reply((), ("night",)) == {"none": 0.5}
+        config = {"methods": ["none"], "tables": "there"} if job == "generate" else {"run": "night"}
+        path.write_text(json.dumps({"job": job, "run_id": run_id, "stages": stages, "config": config}))
+    assert seconds_per_reply((), ("judged",), "there") == {}
+    assert seconds_per_reply((), ("night",), str(tmp_path / "there")) == {"none": 0.5}
+    assert seconds_per_reply((), ("night",), "elsewhere") == {}  # a run of this name of another population
     with pytest.raises(InputError, match="judged/report.json is no report of generate"):
-        seconds_per_reply(("runs/judged/report.json",), ("judged",))
+        seconds_per_reply(("runs/judged/report.json",), ("judged",), "there")
 
 
 # --- two runs, two nights -------------------------------------------------------------------------------------------

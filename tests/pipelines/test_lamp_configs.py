@@ -114,6 +114,14 @@ def test_a_real_llm_beside_all_its_peers(path, tmp_path):
     assert made["adapt"].llm == llm.model_copy(update={"model": base.output})
     assert all(parse_all((name,))[0].part("adapter") for name in made["generate-adapters"].methods)
     assert made["evaluate"].run == tuple(made[step].run_id for step in made if step.startswith("generate"))
+    assert made["evaluate"].methods == config.methods  # and none that an earlier start of the same name asked for
+
+
+def test_a_run_id_that_is_too_long_for_a_later_step_is_refused_at_the_start(tmp_path):
+    config = load(REAL[0], "--source", "somewhere")
+    assert lamp.steps(config, tmp_path, "n" * 61)  # 61 characters and those of -generate-adapters and -ingest-train
+    with pytest.raises(InputError, match="n-generate-adapters': expected 1 to 80 of the characters"):
+        lamp.steps(config, tmp_path, "n" * 65)
 
 
 def test_the_plugs_learn_with_the_retrieval_that_the_line_names(tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from infra.shards import bucket_of
 from pipelines import tables
 from pipelines.evaluate import references
 from pplug.tasks import TaskSpec
@@ -125,6 +126,15 @@ def test_a_persons_other_histories_teach_nothing(tmp_path):
     asked = [ask("q1", 9, "zebra") | {"owner_id": "anna"}, ask("q2", 20, "sun") | {"owner_id": "anna"}]
     population = made(tmp_path, crowd() + [item("q2", 10, "zebra", "good")], asked)
     assert fitted(population).n_training == len(crowd())
+
+
+def test_a_history_under_the_persons_own_id_teaches_nothing_where_there_is_another(tmp_path):
+    """Nobody asks about `anna` under this id; the request of `anna-q1` lies in another bucket."""
+    assert bucket_of("anna", 4) != bucket_of("anna-q1", 4)
+    asked = [ask("anna-q1", 9, "zebra") | {"owner_id": "anna"}]
+    population = made(tmp_path, crowd() + [item("anna", at, "zebra", "bad") for at in (1, 2, 3)], asked)
+    found = fitted(population)
+    assert found.n_training == 54 and found.overall.tolist() == [36, 18]  # as the crowd's alone
 
 
 def test_other_populations_teach_the_classifier_but_not_their_users_who_are_asked_here(tmp_path):

@@ -144,6 +144,13 @@ def test_the_best_control_is_the_one_that_is_named_and_the_difference_is_paired(
     assert 0.02 < 0.15 - low < 0.04 and 0.02 < high - 0.15 < 0.04  # 0.014 each, times about 2.24 for two at once
 
 
+def test_of_fewer_than_six_people_the_headline_says_nothing_of_a_reference():
+    scores, references = {"none": 0.3, "plug": 0.6}, {"own label": 0.9}
+    beaten = "plug does not beat own label"
+    assert beaten in judged(scores, references, people=6).headline
+    assert beaten not in judged(scores, references, people=5).headline
+
+
 def test_a_lower_error_is_better_everywhere():
     scores = {"none": 0.9, "plug": 0.5, "plug:other-user": 0.7, "bm25": 1.2}
     found = judged(scores, {"own mean": 0.4, "everyone's": 0.8}, metric="mae")
