@@ -94,6 +94,9 @@ def test_a_reply_counts_if_models_and_decoding_are_alike_and_the_plug_where_ther
     assert not alike.holds(row | {"llm_id": "another"}) and not alike.holds(row | {"decoding_id": "another"})
     assert alike.holds(row | {"method": "plug+bm25", "plug_id": "plug"})
     assert not alike.holds(row | {"method": "plug+bm25", "plug_id": "another"})
+    # a method of a release that has other parts
+    assert alike.holds(row | {"method": "elsewhere"})
+    assert not alike.holds(row | {"method": "plug+elsewhere", "plug_id": "another"})
 
 
 def test_a_reply_by_an_adapter_of_other_settings_does_not_count():
