@@ -48,7 +48,7 @@ COMPARED = ("user_id", "request_id", "input", "as_of", "as_of_position")
 
 def request_hash(request: Mapping[str, Any]) -> str:
     """`input_hash` of a request (input, as_of, as_of_position)."""
-    return input_hash(request["input"], to_us(request["as_of"]), request["as_of_position"])
+    return input_hash(request["input"], (to_us(request["as_of"]), request["as_of_position"]))
 
 
 def answers_now(requests: pa.Table) -> Callable[[Mapping[str, Any]], bool]:
@@ -56,7 +56,8 @@ def answers_now(requests: pa.Table) -> Callable[[Mapping[str, Any]], bool]:
     seen the history up to the cut-off that the request has now.
 
     One without a hash is older than that column and counts as such, and so does one whose request is not here. One
-    whose hash is of the input alone does not tell the cut-off, and counts whatever that is.
+    whose hash is of the input alone is from an earlier release: it does not tell the cut-off, and counts whatever that
+    is.
 
     Args:
         requests: with the columns COMPARED.

@@ -34,16 +34,17 @@ def text_hash(fields: Mapping[str, str]) -> str:
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=HASH_BYTES).hexdigest()
 
 
-def input_hash(text: str, as_of: int | None = None, as_of_position: int | None = None) -> str:
+def input_hash(text: str, cut_off: tuple[int | None, int | None] | None = None) -> str:
     """Hash of a request's input and of the cut-off of its history: 16 hex digits.
 
     Args:
         text: the input.
-        as_of: microseconds, or None.
-        as_of_position: position of the request within the history, or None; both None: the hash is of the input alone.
+        cut_off: as_of in microseconds and as_of_position, each None where the request has none; None: the hash is of
+            the input alone, as before it covered the cut-off.
     """
-    cut_off = b"" if as_of is None and as_of_position is None else f"{as_of},{as_of_position}".encode("ascii")
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=cut_off).hexdigest()
+    # (None, None) has a key of its own, so that a request that gets a cut-off later has another hash
+    key = b"" if cut_off is None else "{},{}".format(*cut_off).encode("ascii")
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).hexdigest()
 
 
 def text_hashes(fields: Mapping[str, pa.Array], count: int) -> list[str]:

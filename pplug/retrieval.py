@@ -156,6 +156,8 @@ class Composed(NamedTuple):
 
     prefix: str
     suffix: str
+    cut: bool = False
+    """True if the end of the request is not in it, for want of room beside the items."""
 
 
 def compose(
@@ -209,7 +211,7 @@ def _cut_request(
         found = _together(lines, cut(input, limit, tokenizer)[0], task)
         over = count_tokens(found.prefix + found.suffix, tokenizer) - budget_tokens
         if over <= 0 or limit <= 0:
-            return found
+            return found._replace(cut=True)
         limit -= over
 
 

@@ -14,7 +14,7 @@ from pipelines.asked import answers_now, is_reply, narrowed
 from pipelines.cut import is_one_of_several
 from pipelines.job_config import RequestChoice
 from pipelines.learned import last_items
-from pipelines.methods import Group, parse
+from pipelines.methods import Group, known_parts, parse
 from pplug.adapter import IMPORTED
 
 ReplyKey = tuple[str, str, str, int]
@@ -34,7 +34,7 @@ class MadeAlike:
     def holds(self, row: Mapping[str, Any]) -> bool:
         """True for such a reply; plug and adapter count where the method has one."""
         ids = row["llm_id"], row["decoding_id"]
-        with_plug = parse(row["method"]).part("plug") is not None
+        with_plug = any(part.group == "plug" for part in known_parts(row["method"]))
         by_plug = not with_plug or row["plug_id"] == self.plug_id
         return ids == (self.llm_id, self.decoding_id) and by_plug and self._fits(row["adapter_id"])
 

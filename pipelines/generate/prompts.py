@@ -56,7 +56,8 @@ NOTES = {
     "items_without_time": "the plug weighs items by their age, and the user's have no times: their order alone counted",
     "items_without_vector": "items that the request may see have no vector yet: `refresh` has not read them",
     "history_without_time": "the request has a time and the user's items have none: it may see none of them",
-    "input_cut": "the end of the prompt's text was cut off at llm.layout.max_input_tokens",
+    "input_cut": "the end of the prompt's text was cut off at llm.layout.max_input_tokens, or the end of the request "
+    "at retrieval.input_share, since items stand beside it",
     "thinking_cut": "the model thought aloud; its thoughts were cut from the reply",
     "thinking_unfinished": "the model thought until decoding.max_tokens, so the reply is empty",
 }
@@ -158,7 +159,7 @@ class BuildPrompts:
             prefixes = [""] * n
         prompts = self.prompt_builder.prompts(inputs, prefixes)
         for prompt, notes in zip(prompts, drafts.notes, strict=True):
-            notes += ["input_cut"] * prompt.cut
+            notes += ["input_cut"] * (prompt.cut and "input_cut" not in notes)
         columns = {
             "bucket": [bucket] * n,
             "user_key": [request["user_key"] for request in drafts.requests],

@@ -112,14 +112,14 @@ class PrepareSamples:
                 untimed += stop > start and users.occurred_at[user] is None
             lonely += start == stop
             learned[start:stop] |= not held_out(request["owner_id"], self.val_fraction, self.seed)
-            (prefix, input), lack = self._text(users, seen, request["input"])
+            text, lack = self._text(users, seen, request["input"])
             sighted, unshown, reason = sighted + (len(seen) > 0), unshown + bool(lack), reason or lack
             rows.append(
                 {
                     "request_id": request["request_id"],
                     "owner_id": request["owner_id"],
-                    "prefix": prefix,
-                    "input": input,
+                    "prefix": text.prefix,
+                    "input": text.suffix,
                     "query": query(request["input"], self.task),
                     "target": request["target"],
                     "as_of": NO_TIME if request["as_of"] is None else to_us(request["as_of"]),

@@ -158,3 +158,28 @@ def test_a_text_that_is_cut_is_counted(population, tmp_path):
     )  # fmt: skip
     made = [row for table in stage(pa.table({"bucket": sorted(requests.by_bucket())})) for row in table.to_pylist()]
     assert Counter((row["user_id"], *row["notes"]) for row in made) == Counter([("long", "input_cut"), ("short",)])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_request_that_is_cut_for_the_items_beside_it_is_counted_once(population, tmp_path):
+    task = NOTES | {"retrieval": {"pattern": '"{text}" is {mood} '}}
+    path = population.folder / "items.jsonl"
+    texts = {"long": "the cat sat on the mat " * 9, "medium": "the cat sat on the mat " * 5, "short": "the cat"}
+    rows = [
+        {"user_id": user, "item_id": str(place), "text": words, "mood": "good"}
+        for user, text in texts.items()
+        for place, words in enumerate(("red tree", text))
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert population.ingest(source=str(path), task=population.task(task), derive_requests=1) == 0
+    histories, requests = (tables.open_table(population.tables, name).snapshot() for name in ("histories", "requests"))
+    stage = prompt_stage(
+        requests=requests, histories=histories, methods=["none", "recency"], task=TaskSpec.model_validate(task),
+        llm=LLMConfig(model=str(tiny_llama(tmp_path / "llm")), layout=PromptLayout(max_input_tokens=40)),
+    )  # fmt: skip
+    made = [row for table in stage(pa.table({"bucket": sorted(requests.by_bucket())})) for row in table.to_pylist()]
+    notes = {(row["user_id"], row["method"]): row["notes"] for row in made}
+    assert notes == {
+        ("long", "none"): ["input_cut"], ("medium", "none"): [], ("short", "none"): [],
+        ("long", "recency"): ["input_cut"], ("medium", "recency"): ["input_cut"], ("short", "recency"): [],
+    }  # fmt: skip

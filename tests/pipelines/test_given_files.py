@@ -61,6 +61,28 @@ def test_an_oracle_file_is_read_alike_however_it_was_saved(tmp_path, form):
     assert found == {user: f"{user} likes cats" for user in USERS}
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"user_id": 7, "text": "cats"}', "user_id is a number"),
+        ('{"user_id": "zoe", "text": null}', "text is null"),
+        ('{"user_id": true, "text": "cats"}', "user_id is true or false"),
+        ('{"user_id": "zoe", "text": ["cats"]}', "text is a list"),
+        ('{"user_id": "zoe"}', "expected JSON lines"),
+        ('["zoe"]', "expected JSON lines"),
+        ("zoe", "expected JSON lines"),
+    ],
+)
+def test_a_line_of_an_oracle_file_that_has_no_two_strings_is_named(tmp_path, line, said):
+    path = tmp_path / "oracle.jsonl"
+    path.write_text('{"user_id": "anna", "text": "dogs"}\n\n' + line + "\n")
+    with pytest.raises(InputError) as error:
+        read_oracle(str(path))
+    message = str(error.value)
+    assert f"oracle={path}: line 3: {said}" in message and "both strings" in message
+    assert "zoe" not in message.replace(str(path), "") and "cats" not in message
+
+
 @pytest.mark.parametrize("form", ["plain", "bom", "crlf", "cr"])
 def test_task_and_config_files_are_read_alike_however_they_were_saved(tmp_path, form):
     task, config = tmp_path / "task.yaml", tmp_path / "config.yaml"

@@ -248,7 +248,7 @@ def assert_a_judgement_goes_with_its_reply(
     report = json.loads(Path(f"{config.run_dir}/report.json").read_text())
     assert (report["written"], report["already_there"]) == (2, 2)
     judged = [row for row in population.rows("generations") if row["run_id"] == "b"]
-    now = {name: history.input_hash(row["input"]) for name, row in population.requests().items()}
+    now = {name: history.input_hash(row["input"], (None, None)) for name, row in population.requests().items()}
     assert len(judged) == 4 and all(row["input_hash"] == now[row["request_id"]] for row in judged)
     assert evaluate.run(scored) == 0
     aspect = {"aspect": "night", "reason": "", "evidence": ""}

@@ -75,14 +75,15 @@ def test_a_reply_with_another_cut_off_than_its_request_has_now_does_not_count():
     answers = answers_now(pa.Table.from_pylist(rows, schema=REQUESTS))
     digest = hashlib.blake2b
     second = int(day.timestamp()) * 1_000_000
-    keys = {"timed": f"{second},None", "placed": "None,4", "both": f"{second},4", "free": ""}
+    keys = {"timed": f"{second},None", "placed": "None,4", "both": f"{second},4",
+            "free": "None,None"}  # fmt: skip
     for name, key in keys.items():
         reply = {"user_id": "u", "request_id": name}
         alone = digest(b"How?", digest_size=8).hexdigest()  # of before the hash covered the cut-off
         assert answers(reply | {"input_hash": alone}) and answers(reply | {"input_hash": None})
         for other in keys.values():
             made = digest(b"How?", digest_size=8, key=other.encode()).hexdigest()
-            assert answers(reply | {"input_hash": made}) == (other in (key, ""))
+            assert answers(reply | {"input_hash": made}) == (other == key)
         assert not answers(reply | {"input_hash": digest(b"Why?", digest_size=8, key=key.encode()).hexdigest()})
 
 
@@ -93,6 +94,9 @@ def test_a_reply_counts_if_models_and_decoding_are_alike_and_the_plug_where_ther
     assert not alike.holds(row | {"llm_id": "another"}) and not alike.holds(row | {"decoding_id": "another"})
     assert alike.holds(row | {"method": "plug+bm25", "plug_id": "plug"})
     assert not alike.holds(row | {"method": "plug+bm25", "plug_id": "another"})
+    # a method of a release that has other parts
+    assert alike.holds(row | {"method": "elsewhere"})
+    assert not alike.holds(row | {"method": "plug+elsewhere", "plug_id": "another"})
 
 
 def test_a_reply_by_an_adapter_of_other_settings_does_not_count():

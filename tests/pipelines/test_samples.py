@@ -194,7 +194,9 @@ def test_a_reply_to_an_earlier_input_of_its_request_is_made_anew(tmp_path, ray_s
     before = {(row["user_id"], row["method"]): row for row in population.rows("generations")}
     stored = {row["user_id"]: row["input_hash"] for row in population.rows("generations")}
     words = {user: requests[user]["input"].encode() for user in PEOPLE}
-    assert stored == {user: hashlib.blake2b(words[user], digest_size=8).hexdigest() for user in PEOPLE}
+    assert stored == {
+        user: hashlib.blake2b(words[user], digest_size=8, key=b"None,None").hexdigest() for user in PEOPLE
+    }
     requests["ann"] |= {"input": "How is the music ? a red tree"}
     put(population, requests=requests.values())
     assert run(population, "next", requests="new", **asked) == 0 and population.report["written"] == 2

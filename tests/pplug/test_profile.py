@@ -82,7 +82,7 @@ def test_a_request_within_its_share_stands_whole_behind_profile_and_items(
     assert words(first) <= max_tokens
     reserved = max(0, words(first) - (limit - budget))
     shown = [{"score": "5", "text": "w " * 30} for _ in range(k)]
-    rest = "".join(retrieval.compose(shown, input, tasks.get("LaMP_3"), tokenizer, budget, 0.6, reserved))
+    rest = "".join(retrieval.compose(shown, input, tasks.get("LaMP_3"), tokenizer, budget, 0.6, reserved)[:2])
     if words(input) <= 0.6 * budget:
         assert rest.endswith(input) and words(first + rest) <= limit
         assert rest == input or words(rest) <= budget - reserved

@@ -124,7 +124,7 @@ def size(tokenizer, text: str) -> int:
 def test_prompts_are_worded_as_published(task, tokenizer):
     entry = tasks.get(task)
     got = retrieval.compose(items(task, 0, 0), ASKED[task], entry, tokenizer, 256, 0.6)
-    assert got.prefix + got.suffix == PUBLISHED[task]
+    assert got.prefix + got.suffix == PUBLISHED[task] and not got.cut
     assert retrieval.words(items(task, 0)[0], entry) == WORDS[task]
     if task == "LaMP_1":
         assert got.prefix == ""  # the items stand inside the request
@@ -134,7 +134,7 @@ def test_prompts_are_worded_as_published(task, tokenizer):
 
 def test_without_an_item_the_prompt_is_the_request(tokenizer):
     for task, asked in ASKED.items():
-        assert retrieval.compose([], asked, tasks.get(task), tokenizer, 20, 0.6) == ("", asked)
+        assert retrieval.compose([], asked, tasks.get(task), tokenizer, 20, 0.6) == ("", asked, False)
 
 
 @settings(max_examples=80, deadline=None)
@@ -145,13 +145,14 @@ def test_without_an_item_the_prompt_is_the_request(tokenizer):
     st.integers(40, 300),
 )
 def test_the_budget_holds_and_a_request_within_its_share_is_never_cut(tokenizer, task, lengths, asked_more, budget):
-    entry, asked = tasks.get(task), ASKED[task] + " q" * asked_more
+    entry, asked = tasks.get(task), ASKED[task] + " q" * asked_more + " zz"
     shown = items(task, *lengths)
     got = retrieval.compose(shown, asked, entry, tokenizer, budget, 0.6)
     text = got.prefix + got.suffix
     if text == asked:
         return  # no item fits
     assert size(tokenizer, text) <= budget
+    assert got.cut == ("zz" not in text)  # the last word of the request
     if size(tokenizer, asked) <= 0.6 * budget:
         assert text.count("q") == asked.count("q")
     else:  # the request keeps at least its share
@@ -176,7 +177,7 @@ def test_what_does_not_fit_at_all_is_left_out_least_like_first(tokenizer):
     long_title = [{"title": f"t{n} " * 9, "text": "w " * 30} for n in range(4)]
     got = retrieval.compose(long_title, "article: T", entry, tokenizer, 50, 0.6).prefix
     assert "t0" in got and "t3" not in got
-    assert retrieval.compose(long_title, "article: T", entry, tokenizer, 12, 0.6) == ("", "article: T")
+    assert retrieval.compose(long_title, "article: T", entry, tokenizer, 12, 0.6) == ("", "article: T", False)
 
 
 def test_a_missing_field_is_named_and_no_text_told(tokenizer):

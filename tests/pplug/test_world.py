@@ -156,7 +156,7 @@ def test_shown_texts_are_those_that_retrieval_writes(tmp_path):
             {"tag": tag, "description": text} for tag, text in re.findall(r'"(.+?)" is the tag for "(.+?)"', preface)
         ]
         request = world.INPUT.format(**fields)
-        assert "".join(retrieval.compose(shown, request, entry, tokenizer, 1000, 0.6)) == preface + request
+        assert "".join(retrieval.compose(shown, request, entry, tokenizer, 1000, 0.6)[:2]) == preface + request
         full += len(shown) in (1, 2, 3, 4)
     assert full == 160
 

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from typing import Self
 
 from infra.errors import InputError
-from infra.lines import lines
+from infra.lines import numbered_lines
 from pipelines.generate.parts.base import Drafts, GenerateRun, Part
 from pipelines.methods import PartInfo
 from pplug.identity import short_id
+
+_KINDS = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
+"""JSON's words for values that are neither strings nor numbers."""
 
 
 class Oracle(Part):
@@ -39,13 +42,25 @@ def read_oracle(path: str) -> dict[str, str]:
     """Reads what is known of users in words, by user_id.
 
     Raises:
-        InputError: the file cannot be read, or is none of JSON lines.
+        InputError: the file cannot be read, is none of JSON lines, or a line has no two strings.
     """
-    words = {}
+    expected = "expected JSON lines of {user_id, text}, both strings"
     try:
-        for line in lines(path):
+        numbered = numbered_lines(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"oracle={path}: cannot be read ({type(error).__name__}); {expected}") from error
+    words: dict[str, str] = {}
+    for number, line in numbered:
+        try:
             row = json.loads(line)
-            words[row["user_id"]] = row["text"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"oracle={path}: expected JSON lines of {{user_id, text}} ({type(error).__name__})") from error
+            user_id, text = row["user_id"], row["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"oracle={path}: line {number}: {expected} ({type(error).__name__})") from error
+        for name, value in (("user_id", user_id), ("text", text)):
+            if not isinstance(value, str):
+                raise InputError(
+                    f"oracle={path}: line {number}: {name} is {_KINDS.get(type(value), 'a number')}; {expected}: put "
+                    "it in quotes, or leave the line out"
+                )
+        words[user_id] = text
     return words

@@ -96,6 +96,7 @@ class Retrieval(Part):
             drafts.fail(i, problem)
             drafts.prefixes[i] += text.prefix
             drafts.inputs[i] = text.suffix
+            drafts.notes[i] += ["input_cut"] * text.cut
         if part.name == "dense":
             drafts.encoder_id = self._view.encoder_id
             for request, notes in zip(drafts.requests, drafts.notes, strict=True):
