@@ -108,6 +108,15 @@ def test_a_text_field_takes_the_words_as_they_stand(job, text):
     assert config_of(job, "--set", f"run_id={text}").run_id == text
 
 
+def test_texts_of_a_list_keep_their_white_space_or_are_refused(job, capsys):
+    assert config_of(job, "--methods", '["\\n", " a"]').methods == ("\n", " a")
+    assert config_of(job, "--methods", "none, plug").methods == ("none", "plug")
+    assert config_of(job, "--methods", "").methods == ()
+    for text in ("\n", "a,\n", "a,  b", " a", "a ,b", "a,,b", "a,"):
+        assert """--methods='["\\n"]'""" in wrong(capsys, "--tables", "t", "--methods", text)
+        assert """--set methods='["\\n"]'""" in wrong(capsys, "--tables", "t", "--set", f"methods={text}")
+
+
 def test_null_lists_mappings_numbers_and_unions(job):
     assert config_of(job, "--run-id", "null").run_id is None
     assert config_of(job, "--methods", "none,plug:mean").methods == ("none", "plug:mean")
