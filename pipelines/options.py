@@ -190,9 +190,10 @@ def _value(text: str, annotation: Any, place: str) -> Any:
             return yaml_text.texts(text)
         except ValueError as error:
             raise InputError(f"{place}: {error}, as in {place}='[\"\\n\"]'") from None
-    if any((get_origin(leaf) or leaf) in _DICTS for leaf in leaves) and "=" in text and not text.startswith("{"):
-        pairs = (pair.partition("=") for pair in text.split(","))
-        return {key.strip(): below.strip() for key, _, below in pairs}
+    dicts = [leaf for leaf in leaves if (get_origin(leaf) or leaf) in _DICTS]
+    if dicts and "=" in text and not text.startswith("{"):
+        pairs, kind = (pair.partition("=") for pair in text.split(",")), (*get_args(dicts[0]), Any, Any)[1]
+        return {key.strip(): _value(below.strip(), kind, place) for key, _, below in pairs}
     try:
         return yaml_text.load(text)
     except yaml.YAMLError as error:
