@@ -1,4 +1,4 @@
-"""YAML as `yaml.safe_load` reads it, except for two values.
+"""YAML as `yaml.safe_load` reads it, except for two values; lists of texts as the command line writes them.
 
 A date that does not exist, such as 2026-02-30, is an error of YAML with its line; the library itself raises a plain
 ValueError without a place. Digits alone are a decimal number, also behind a zero, where the library takes 010 for 8.
