@@ -183,11 +183,17 @@ def _value(text: str, annotation: Any, place: str) -> Any:
         value = yaml_text.load_or_text(text) if others and text else text
         return value if type(value) in others else text
     if _is_list(annotation) and not text.lstrip().startswith("["):
-        item = next((a for a in _list_items(annotation)), Any)
-        return [_value(part.strip(), item, place) for part in text.split(",") if part.strip()]
-    if any((get_origin(leaf) or leaf) in _DICTS for leaf in leaves) and "=" in text and not text.startswith("{"):
-        pairs = (pair.partition("=") for pair in text.split(","))
-        return {key.strip(): below.strip() for key, _, below in pairs}
+        item = next((get_args(leaf)[0] for leaf in leaves if get_origin(leaf) in _LISTS), Any)
+        if str not in _leaves(item):
+            return [_value(part.strip(), item, place) for part in text.split(",") if part.strip()]
+        try:
+            return yaml_text.texts(text)
+        except ValueError as error:
+            raise InputError(f"{place}: {error}, as in {place}='[\"\\n\"]'") from None
+    dicts = [leaf for leaf in leaves if (get_origin(leaf) or leaf) in _DICTS]
+    if dicts and "=" in text and not text.startswith("{"):
+        pairs, kind = (pair.partition("=") for pair in text.split(",")), (*get_args(dicts[0]), Any, Any)[1]
+        return {key.strip(): _value(below.strip(), kind, place) for key, _, below in pairs}
     try:
         return yaml_text.load(text)
     except yaml.YAMLError as error:
@@ -442,9 +448,3 @@ def repeats(annotation: Any) -> bool:
 
 def _is_list(annotation: Any) -> bool:
     return any((get_origin(leaf) or leaf) in _LISTS for leaf in _leaves(annotation))
-
-
-def _list_items(annotation: Any) -> Iterator[Any]:
-    for leaf in _leaves(annotation):
-        if get_origin(leaf) in _LISTS:
-            yield get_args(leaf)[0]

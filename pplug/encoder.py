@@ -63,8 +63,8 @@ class EncoderConfig(Settings):
     """Padded tokens per forward pass. By default 1,024 on a CPU (2,048 in bfloat16), which suits its caches, and 16,384
     on a GPU. It decides the speed only and is no part of the identity."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the encoder. auto takes bfloat16 where the processor multiplies it natively, and float16 on a
-    GPU that does not. It decides the speed only: the cosine to float32 is above .9995."""
+    """Number format of the encoder. auto takes float16 on a GPU without bfloat16. Elsewhere it takes bfloat16 where
+    its products are quicker, else float32. It decides the speed only: the cosine to float32 is above .9995."""
 
     @property
     def own(self) -> str | None:

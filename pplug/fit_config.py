@@ -53,7 +53,8 @@ class FitConfig(Settings):
     patience: int | None = Field(None, gt=0)
     """Number of epochs without a lower validation loss after which the training ends early; default: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 where it is native."""
+    """Number format in which query encoder and projector multiply matrices. auto takes bfloat16 on a GPU, and
+    on a CPU where its products are quicker, else float32."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the first weights, the order of the samples, the items left out and the users held out."""
 

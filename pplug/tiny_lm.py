@@ -78,8 +78,8 @@ class TinyLMConfig(Settings):
     val_fraction: float = renamed("heldout", 0.02, ge=0, lt=1)
     """Fraction of the texts that are only scored, not trained on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the training. auto takes bfloat16 where the processor multiplies it in hardware, float32
-    elsewhere."""
+    """Number format of the training. auto takes bfloat16 on a GPU, and on a CPU where its products are quicker, else
+    float32."""
     seed: int = 0
     """Seed of the first weights, the order of the texts and the texts that are only scored."""
 

@@ -1,4 +1,4 @@
-"""YAML as `yaml.safe_load` reads it, except for two values.
+"""YAML as `yaml.safe_load` reads it, except for two values; lists of texts as the command line writes them.
 
 A date that does not exist, such as 2026-02-30, is an error of YAML with its line; the library itself raises a plain
 ValueError without a place. Digits alone are a decimal number, also behind a zero, where the library takes 010 for 8.
@@ -48,3 +48,19 @@ def load_or_text(text: str) -> Any:
         return load(text)
     except yaml.YAMLError:
         return text
+
+
+def texts(text: str) -> list[str]:
+    """Reads a list of texts with commas between them, as the command line has it; one space behind a comma divides.
+
+    Raises:
+        ValueError: a text is empty or has white space at its ends, which nobody would see to be lost.
+    """
+    parts = [part.removeprefix(" ") if at else part for at, part in enumerate(text.split(","))] if text else []
+    for part in parts:
+        if not part or part != part.strip():
+            raise ValueError(
+                f"got {part!r} in a list with commas; a text that is empty, or has white space at its ends, stands in "
+                "quotes in a list of YAML"
+            )
+    return parts

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,6 +43,7 @@ class Config(BaseModel):
     methods: tuple[str, ...] = ("none",)
     rate: float = 1.0
     columns: dict[str, str] = {}
+    args: dict[str, Any] = {}
     changed_only: bool = False
     size: Literal["auto"] | int = "auto"
     encoder: Encoder = Encoder(max_tokens=256)
@@ -106,6 +107,23 @@ def test_dashes_and_dotted_flags_and_switches(job):
 def test_a_text_field_takes_the_words_as_they_stand(job, text):
     assert config_of(job, "--run-id", text).run_id == text
     assert config_of(job, "--set", f"run_id={text}").run_id == text
+
+
+def test_texts_of_a_list_keep_their_white_space_or_are_refused(job, capsys):
+    assert config_of(job, "--methods", '["\\n", " a"]').methods == ("\n", " a")
+    assert config_of(job, "--methods", "none, plug").methods == ("none", "plug")
+    assert config_of(job, "--methods", "").methods == ()
+    for text in ("\n", "a,\n", "a,  b", " a", "a ,b", "a,,b", "a,"):
+        assert """--methods='["\\n"]'""" in wrong(capsys, "--tables", "t", "--methods", text)
+        assert """--set methods='["\\n"]'""" in wrong(capsys, "--tables", "t", "--set", f"methods={text}")
+
+
+def test_pairs_are_read_as_set_reads_each_of_them(job, capsys):
+    wanted = {"sleep": False, "seed": 7, "name": "x y"}
+    assert config_of(job, "--args", "sleep=false,seed=7,name=x y").args == wanted
+    assert config_of(job, "--set", "args.sleep=false", "args.seed=7", "args.name=x y").args == wanted
+    assert config_of(job, "--columns", "text=true,time=7").columns == {"text": "true", "time": "7"}
+    assert "--args: '{\"a\": 1' is not a value YAML reads" in wrong(capsys, "--args", 'kv={"a": 1,b=2}')
 
 
 def test_null_lists_mappings_numbers_and_unions(job):

@@ -14,7 +14,7 @@ import yaml
 
 from infra import session
 from infra.storage import Storage
-from pipelines import tables
+from pipelines import failures, tables
 from pipelines.__main__ import main
 from tests.documents import PROGRAM, ROOT, Document
 from tests.pipelines import small
@@ -37,6 +37,17 @@ def test_every_recipe_has_a_command(section):
 
 def test_no_section_is_left_out():
     assert [line.removeprefix("## ") for line in RUNBOOK.text.splitlines() if line.startswith("## ")] == SECTIONS
+
+
+def test_a_denied_access_is_quoted_as_it_is_printed():
+    section = " ".join(RUNBOOK.section("Expired credentials").text.split())
+    for error in (OSError("Client error with status 403 Forbidden"), PermissionError("s3://bucket/key")):
+        assert failures.advice(error).partition(";")[0] in section
+
+
+def test_adapters_in_use_are_replaced_only_after_the_comparison():
+    jobs = [line.split()[3] for line in RUNBOOK.section("Changing the LLM").commands]
+    assert jobs == ["train", "generate", "evaluate", "adapt"]
 
 
 class Story:

@@ -78,15 +78,20 @@ def check(config: IngestConfig) -> Iterator[str]:
     """Yields the lines of a check, and writes the config where one is asked for.
 
     Raises:
-        InputError: there is no source, no column looks like a user, no row can be used, or a file of the config would
-            be overwritten.
+        InputError: there is no source, no column looks like a user, no row can be used, a file of the config would be
+            overwritten, or a config is asked for a layout that needs none.
     """
     found = look_at(config, FIRST_ROWS)["items"]
     yield from _files_in_words(found)
+    given = ", ".join(addresses(config.source))
     if any(FORMATS[piece.format].surveys for piece in found.pieces):
+        if config.write_config is not None:
+            raise InputError(
+                f"{given}: this layout names users, items and times itself, so that there is no mapping to write; for "
+                "a report run `lamp --config CONFIG --source FOLDER`, for tables alone `ingest --source FOLDER`"
+            )
         yield "\nthis layout names users, items and times itself: no mapping is needed"
         return
-    given = ", ".join(addresses(config.source))
     columns = columns_of(found.columns, found.rows)
     if not columns or not found.rows:
         raise InputError(f"{given}: no row can be read at its beginning; name the format with --format, or check it")

@@ -131,7 +131,8 @@ class QuickstartConfig(Settings):
     """Name of the key whose value may follow the job directly."""
 
     source: str | tuple[str, ...]
-    """File, folder or pattern of history items, in any format that `ingest` reads."""
+    """File, folder or pattern of history items, in any format that `ingest` reads except for LaMP's layout, which is
+    for the job `lamp`."""
     columns: dict[str, str] = {}
     """Column of the source for each of our names, where the proposal is wrong, such as user_id=author,text=body."""
     task: str | None = None

@@ -88,7 +88,8 @@ def _refuse_another_mapping(config: Config, own: Path, known: Mapping[str, Any])
     for key in _ASKED if record.exists() else ("columns", "task"):
         given, there = getattr(config, key), before.get(key) or {}
         if isinstance(given, dict):
-            default = {name: name for name in given} if key == "columns" else {}
+            # the file leaves out columns that keep their names; the record has all that was given
+            default = {name: name for name in given} if key == "columns" and not record.exists() else {}
             different = [name for name, value in given.items() if (default | there).get(name) != value]
             other += different if key == "columns" else [f"{key}.{name}" for name in different]
         elif given and given != there:

@@ -151,6 +151,10 @@ def test_a_layout_that_names_all_itself_needs_no_mapping(here, capsys):
     question = [{"id": "q", "input": "i", "profile": profile}]
     (here / "train_questions.json").write_text(json.dumps(question))
     assert "no mapping is needed" in check(capsys, ".")
+    assert "no mapping to write; for a report run `lamp --config" in check(capsys, ".", "--write-config", "own", code=2)
+    assert [path.name for path in here.iterdir()] == ["train_questions.json"]
+    assert main(["quickstart", ".", "--run-dir", "q"]) == 2
+    assert "run `lamp --config CONFIG --source FOLDER`" in capsys.readouterr().err
 
 
 def texts(population: Population) -> dict[tuple[str, str], str]:

@@ -76,6 +76,7 @@ def test_a_mapping_of_another_source_is_refused(tmp_path, capsys):
         (["--format", "csv"], "format"), (["--explode", "items"], "explode"), (["--query", "select 1"], "query"),
         (["--csv.delimiter", ";"], "csv.delimiter"), (["--time.format", "%d/%m/%Y"], "time.format"),
         (["--columns", "text=body"], "text"), (["--task", "mine.yaml"], "task"),
+        (["--columns", "rating=rating"], "rating"),
     ],
 )  # fmt: skip
 def test_a_mapping_that_an_earlier_start_did_not_have_is_refused(tmp_path, capsys, words, named):
