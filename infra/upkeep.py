@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra import log
+from infra import lease, log
 from infra.errors import InputError
 from infra.rows import conform
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
@@ -293,7 +293,9 @@ def forget(table: Table, run_id: str, group: int) -> int:
 
     Raises:
         CommitConflict: another run has committed meanwhile. Its commit stays; forget again.
+        ConcurrentRunError: another run works alone on the tables of this root, or this run's own lease has run out.
     """
+    lease.refuse_if_not_alone(table.uri.rpartition("/")[0], run_id)  # vacuum would delete what a writer is to commit
     vacuum(table, 0, alone=True)
     done = table.rewrite(
         [], [], below=table.snapshot(), run_id=run_id, group=group, same_rows=True, more={log.ERASED: run_id}
