@@ -1,11 +1,16 @@
 """Leases on the tables of one root: many jobs may work at once, or one that must be alone.
 
-A lease is a small object `_leases/<kind>-<owner>.json` with an owner and an end. Its holder renews it; after a kill it
-runs out by itself. A writer holds `writing`. A job that removes files which a writer may just have written holds
-`alone`. A job that writes no table but makes files of the rows it reads holds `reading`, because erased rows must not
-come to light in a model or an export afterwards. Each job puts its own lease down first and then looks at the others',
-so that of two jobs that come at once at least one sees the other. Every commit looks, too (`Table.commit`), so that a
-job without a lease cannot get in between.
+A lease is a small object `_leases/<kind>-<owner>-<nonce>.json` of one holder, that is, one process of a run. Its holder
+renews it; after a kill it runs out by itself. A writer holds `writing`. A job that removes files which a writer may
+just have written holds `alone`. A job that writes no table but makes files of the rows it reads holds `reading`,
+because erased rows must not come to light in a model or an export afterwards. Each job puts its own lease down first
+and then looks at the others', so that of two jobs that come at once at least one sees the other. Every commit looks,
+too (`Table.commit`), so that a job without a lease cannot get in between.
+
+No clocks of two machines are compared. A lease's age is the storage's time of its last renewal against the storage's
+time of a lease that this process has just written there, so that all rests on the storage having one clock, which does
+not jump. Where that cannot tell, a lease is watched: one that nobody renews meanwhile is that of a killed process. This
+is so for a lease of the same run, whose rerun should not wait until it runs out, and for a process that has none here.
 """
 
 import errno
@@ -13,10 +18,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 from infra.errors import ConcurrentRunError
 from infra.storage import Storage
@@ -26,6 +32,12 @@ LASTS_S = 120.0
 """Seconds for which a killed holder keeps others away. They outlast any pause that a storage may make."""
 RENEW_S = 20.0
 """Seconds between renewals."""
+WATCHED = 1.25
+"""Times RENEW_S for which a lease is watched. Within them a living holder has renewed it."""
+_held_here: dict[str, float] = {}
+"""Addresses of the leases that this process holds, each with the monotonic time of the last renewal in time."""
+_given_up: set[tuple[str, bytes]] = set()
+"""Address and content of the leases that this process has watched and found to be those of killed processes."""
 
 
 def writing(root: str, owner: str) -> AbstractContextManager[None]:
@@ -68,50 +80,107 @@ def no_other_writer(root: str, owner: str) -> AbstractContextManager[None]:
 
 
 def refuse_if_not_alone(root: str, owner: str) -> None:
-    """Raises ConcurrentRunError when another run holds `alone`: then no other may commit."""
-    _refuse(root, owner, "alone")
+    """Refuses a commit beside `alone` of another process, and one of a process whose own `alone` has run out.
+
+    Raises:
+        ConcurrentRunError: as above; the message names the run that holds the lease.
+    """
+    begin = Storage(root).full(f"{FOLDER}/{_begin('alone', owner)}")
+    own = {at: renewed for at, renewed in dict(_held_here).items() if at.rpartition("-")[0] + "-" == begin}
+    late = max((time.monotonic() - renewed for renewed in own.values()), default=0.0)
+    if late > LASTS_S:
+        raise ConcurrentRunError(
+            f"{root}: run {owner} has to be alone here, and could not renew its lease for {late:.0f} s, so that others "
+            f"may be at work. This run stops, and its commits stay: run it again with run_id={owner}"
+        )
+    _refuse(root, owner, "alone", own)
 
 
 def another_writes(root: str, owner: str) -> bool:
     """True while another run holds `writing`: what it has committed so far may be half of its work."""
-    return any(_others(root, owner, "writing"))
+    return any(lease.owner != owner for lease in _leases(root, "writing"))
 
 
-def _others(root: str, owner: str, kind: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and content of the leases of this kind (None: of any) that other runs hold now."""
-    storage, now = Storage(root), time.time()
-    for name in storage.list(FOLDER, recursive=False):
-        if kind is not None and not name.startswith(f"{FOLDER}/{kind}-"):
+@dataclass(frozen=True)
+class _Lease:
+    """A lease that is held, or may be."""
+
+    at: str
+    name: str
+    kind: str
+    owner: str
+    content: bytes
+    age: float
+    """Seconds since its last renewal. LASTS_S or more only where no lease of this process tells the storage's time."""
+
+
+def _leases(root: str, kind: str | None) -> Iterator[_Lease]:
+    """Leases of this kind (None: of any) that are held now, or may be."""
+    storage, begin = Storage(root), f"{FOLDER}/" if kind is None else f"{FOLDER}/{kind}-"
+    facts = storage.facts(FOLDER)
+    here = [facts[name].modified for name in facts if storage.full(name) in _held_here]
+    now = max(here) if here else time.time()
+    for name in facts:
+        age = now - facts[name].modified
+        if not (name.startswith(begin) and name.endswith(".json")) or (here and age >= LASTS_S):
             continue
         try:
-            lease = json.loads(storage.read_bytes(name))
+            content = storage.read_bytes(name)
+            said = json.loads(content)
         except (FileNotFoundError, ValueError):  # given back while we looked
             continue
-        if lease["owner"] != owner and lease["until"] > now:
-            yield name, lease
+        yield _Lease(storage.full(name), name, said["kind"], said["owner"], content, age)
 
 
-def _refuse(root: str, owner: str, kind: str | None, beside: tuple[str, ...] = ()) -> None:
-    for name, lease in _others(root, owner, kind):
-        if lease["kind"] not in beside:
-            raise ConcurrentRunError(
-                f"{root}: run {lease['owner']} is at work here ({lease['kind']}; its lease {name} runs out in "
-                f"{lease['until'] - time.time():.0f} s unless renewed) and this run cannot work beside it. This run "
-                f"stops, and its commits stay: when the other has ended, run it again with run_id={owner}"
-            )
+def _refuse(root: str, owner: str, kind: str | None, own: Iterable[str], beside: tuple[str, ...] = ()) -> None:
+    """Refuses to work beside leases of this kind (None: of any) but those of one's own and of the kinds `beside`."""
+    for lease in _leases(root, kind):
+        if lease.at in own or lease.kind in beside or (lease.at, lease.content) in _given_up:
+            continue
+        may_be_dead = lease.owner == owner or lease.age >= LASTS_S
+        if may_be_dead and not _is_renewed(root, lease):
+            continue
+        raise ConcurrentRunError(
+            f"{root}: run {lease.owner} is at work here ({lease.kind}; its lease {lease.name} runs out in "
+            f"{max(0.0, LASTS_S - lease.age):.0f} s unless renewed) and this run cannot work beside it. This run "
+            f"stops, and its commits stay: when the other has ended, run it again with run_id={owner}"
+        )
+
+
+def _is_renewed(root: str, lease: _Lease) -> bool:
+    """Watches a lease for a little longer than a living holder takes to renew it."""
+    seconds = WATCHED * RENEW_S
+    print(f"{root}: waits up to {seconds:.0f} s to see whether {lease.name} is that of a killed process", flush=True)
+    storage, end = Storage(root), time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(1.0, RENEW_S / 8))
+        try:
+            if storage.read_bytes(lease.name) != lease.content:
+                return True
+        except FileNotFoundError:  # its holder has ended
+            return False
+    _given_up.add((lease.at, lease.content))
+    return False
 
 
 @contextmanager
 def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Iterator[None]:
-    storage, name = Storage(root), f"{FOLDER}/{kind}-{_safe(owner)}.json"
-    stop = threading.Event()
+    storage, name = Storage(root), f"{FOLDER}/{_begin(kind, owner)}{uuid.uuid4().hex[:12]}.json"
+    at, stop = storage.full(name), threading.Event()
 
     def put() -> None:
-        lease = {"owner": owner, "kind": kind, "until": time.time() + LASTS_S}
+        began = time.monotonic()
+        # The content differs at each renewal, and by that the others see that the holder lives.
+        lease = {"owner": owner, "kind": kind, "renewed": uuid.uuid4().hex[:12]}
         storage.write_bytes(name, json.dumps(lease).encode())
+        if began - _held_here.get(at, began) <= LASTS_S:  # one that ran out stays so: others may have begun meanwhile
+            _held_here[at] = began
 
     def renew() -> None:
-        while not stop.wait(RENEW_S):
+        began = _held_here[at]
+        # Counted from the last one's beginning: one that the storage took late is old already.
+        while not stop.wait(max(0.0, began + RENEW_S - time.monotonic())):
+            began = time.monotonic()
             try:
                 put()
             except Exception as error:  # the next turn tries again; when none succeeds the lease runs out, as it should
@@ -124,17 +193,18 @@ def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Ite
             raise
         print(f"{root}: these credentials may only read here, so that this run has no lease and no erase will see it: "
               "start none before its end", flush=True)  # fmt: skip
-        _refuse(root, owner, "alone")
+        _refuse(root, owner, "alone", [])
         yield
         return
     thread = threading.Thread(target=renew, daemon=True, name=f"lease {name}")
     thread.start()
     try:
-        _refuse(root, owner, None if kind == "alone" else "alone", beside)
+        _refuse(root, owner, None if kind == "alone" else "alone", [at], beside)
         yield
     finally:
         stop.set()
         thread.join()
+        del _held_here[at]
         try:
             storage.delete(name)
         except Exception as error:  # the job's work stands, and the lease runs out by itself
@@ -142,5 +212,7 @@ def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Ite
                   "every job needs the right to delete here (s3:DeleteObject)", flush=True)  # fmt: skip
 
 
-def _safe(owner: str) -> str:
-    return owner if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", owner) else blake2b(owner.encode()).hexdigest()[:16]
+def _begin(kind: str, owner: str) -> str:
+    """Beginning of the names of a run's leases of a kind."""
+    safe = owner if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", owner) else blake2b(owner.encode()).hexdigest()[:16]
+    return f"{kind}-{safe}-"

@@ -32,7 +32,8 @@ BUDGET_S = 120.0
 _TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not imported just to know their errors
     "TimeoutError ConnectTimeoutError ReadTimeoutError EndpointConnectionError ConnectionClosedError HTTPClientError "
     "ServerDisconnectedError ClientPayloadError ClientOSError ClientConnectorError ServerTimeoutError "
-    "IncompleteReadError ResponseStreamingError ConnectionError".split()
+    "IncompleteReadError ResponseStreamingError ConnectionError "
+    "FileExpired".split()  # s3fs: the object was written anew between its opening and its reading
 )
 _TRANSIENT_TEXT = re.compile(
     # A bare 503 may be part of a file's name; it counts only as a status.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra import log
+from infra import lease, log
 from infra.errors import InputError
 from infra.rows import conform
 from infra.snapshot import DataFile, Snapshot, read_file, read_files
-from infra.table import Commit, Table
+from infra.table import Commit, CommitConflict, Table
 
 TARGET_BYTES = 128 * 2**20
 """Size of a file that is as good as a larger one; design.md section 3."""
@@ -290,14 +290,28 @@ def forget(table: Table, run_id: str, group: int) -> int:
 
     Returns:
         The version from which the table goes on, with exactly the rows it had.
+
+    Raises:
+        CommitConflict: another run has committed meanwhile. Its commit stays; forget again.
+        ConcurrentRunError: another run works alone on the tables of this root, or this run's own lease has run out.
     """
+    lease.refuse_if_not_alone(table.uri.rpartition("/")[0], run_id)  # vacuum would delete what a writer is to commit
     vacuum(table, 0, alone=True)
     done = table.rewrite(
         [], [], below=table.snapshot(), run_id=run_id, group=group, same_rows=True, more={log.ERASED: run_id}
     )
-    table._load().create_checkpoint()
-    now = f"{done.version:020d}"
+    _refuse_newer(table, done.version)
+    table._load(done.version).create_checkpoint()
     for name in table.storage.list("_delta_log"):
-        if now not in name and not name.endswith("_last_checkpoint"):
+        number = name.removeprefix("_delta_log/")[:20]
+        # A later commit is another run's only word of its rows. What has no number is a draft.
+        older = int(number) < done.version if number.isdecimal() else not name.endswith("_last_checkpoint")
+        if older:
             table.storage.delete(name)
+    _refuse_newer(table, done.version)
     return done.version
+
+
+def _refuse_newer(table: Table, version: int) -> None:
+    if table.version != version:
+        raise CommitConflict(table.spec.name, table.version, version)

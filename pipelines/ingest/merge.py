@@ -97,12 +97,8 @@ class MergeBucket:
             bad.append(merged.rejects)
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
-            if self.derive_requests and len(items):
-                users = pc.unique(items["user_key"])
-                derived, outside = derive_requests(
-                    merged.live, users, self.derive_requests, self.task, LabelRule(self.task, self.labels),
-                    self._asked(bucket, users.to_pylist()),
-                )  # fmt: skip
+            if self.derive_requests:
+                derived, outside = self._derived(bucket, items, gone, merged.live)
                 counts["planned"] += len(derived) + len(outside)
                 counts["derived"] += len(derived)
                 figures.add(Figures(targets=answers(derived["target"], self.task)))
@@ -130,6 +126,18 @@ class MergeBucket:
         row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts),
                "figures": pickle.dumps(figures)}  # fmt: skip
         return pa.Table.from_pylist([row], schema=RESULT)
+
+    def _derived(self, bucket: int, items: pa.Table, gone: pa.Table, live: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Makes requests of the newest items of users whose items came or went; see `derive_requests`."""
+        came, went = pc.unique(items["user_key"]), pc.unique(gone["user_key"])
+        others = went.filter(pc.invert(pc.is_in(went, value_set=came)))  # their rows are not among the live ones
+        for held in self._held("histories", bucket, others.to_pylist()) if len(others) else ():
+            stays = pc.invert(pc.is_in(_keys(held), value_set=_keys(gone)))
+            live = pa.concat_tables([live, held.filter(stays)])
+        users = pa.concat_arrays([came, others])
+        asked = self._asked(bucket, users.to_pylist())
+        rule = LabelRule(self.task, self.labels)
+        return derive_requests(live, users, self.derive_requests, self.task, rule, asked)
 
     def _merged_requests(self, bucket: int, asked: pa.Table, gone: pa.Table, counts: Counter[str]) -> "Merged | None":
         """Joins requests to the bucket; None if there is nothing to do. Where they replace the table, requests that

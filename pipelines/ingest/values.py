@@ -26,6 +26,8 @@ WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace()
 """Characters that `str.strip` removes; Arrow's own list is another one."""
 _EXACT = 2**53
 """Below this size every whole number has a float of its own."""
+_EXACT_OF = {2: 2**11, 4: 2**24}
+"""The same for floats of fewer bytes than eight. From it on, the id of another user may have become this number."""
 _UUID_BYTES = 16
 
 
@@ -58,6 +60,8 @@ def canonical_id(value: object, name: str) -> str:
     if isinstance(value, int | np.integer):
         return str(int(value))
     if isinstance(value, float | np.floating) and math.isfinite(value) and _whole(value):
+        if abs(int(value)) >= _EXACT_OF.get(np.asarray(value).itemsize, _EXACT):
+            raise _no_id(name)
         return str(int(value))
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return str(int(value))
@@ -126,7 +130,9 @@ def _missing_id(name: str) -> RowError:
 
 
 def _no_id(name: str) -> RowError:
-    return RowError("wrong_type", f"{name} is neither text nor a whole number nor a UUID")
+    return RowError(
+        "wrong_type", f"{name} is neither text nor a whole number nor a UUID, or it is a float too large to be exact"
+    )
 
 
 # --- per column -----------------------------------------------------------------------------------------------------
@@ -150,7 +156,8 @@ def id_column(column: Column, name: str) -> tuple[pa.Array, dict[int, RowError]]
         texts = pc.if_else(blank, pa.scalar(None, pa.string()), valid)
     elif pa.types.is_floating(kind):
         values = array.cast(pa.float64())
-        whole = pc.and_(pc.equal(values, pc.trunc(values)), pc.less_equal(pc.abs(values), float(_EXACT)))
+        exact = float(_EXACT_OF.get(kind.bit_width // 8, _EXACT))
+        whole = pc.and_(pc.equal(values, pc.trunc(values)), pc.less(pc.abs(values), exact))
         whole = pc.fill_null(whole, False)
         texts = pc.if_else(whole, values, None).cast(pa.int64()).cast(pa.string())
         missing = pc.is_null(values, nan_is_null=True).to_numpy(zero_copy_only=False)

@@ -1,7 +1,12 @@
 """Writers beside each other, one that must be alone, and holders that were killed; on a local disk and on S3."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -34,8 +39,6 @@ def test_who_must_be_alone_waits_for_writers_and_writers_for_him(place):
             with pytest.raises(ConcurrentRunError, match=r"run erase is at work here \(alone"):
                 with other(place, "night"):
                     pytest.fail("both are at work")
-        with lease.alone(place, "erase"):  # its own rerun
-            pass
     with lease.writing(place, "night"):
         pass
 
@@ -49,18 +52,132 @@ def test_who_asks_is_told_of_other_writers_alone(place):
     assert not lease.another_writes(place, "me")
 
 
-def test_a_killed_holders_lease_runs_out(place):
-    def held(seconds):
-        kept = {"owner": "killed", "kind": "writing", "until": time.time() + seconds}
-        Storage(place).write_bytes(f"{lease.FOLDER}/writing-killed.json", json.dumps(kept).encode())
+def put_down(place, kind="writing", owner="killed", renewed=1) -> str:
+    """The lease of a process that was killed."""
+    name = f"{lease.FOLDER}/{kind}-{owner}-1.json"
+    Storage(place).write_bytes(name, json.dumps({"owner": owner, "kind": kind, "renewed": renewed}).encode())
+    return name
 
-    held(60)
+
+@contextmanager
+def awake(*given):
+    """The process was only held up: it renews its lease again."""
+    stop = threading.Event()
+
+    def renew():
+        renewed = 2
+        while not stop.wait(0.1):
+            put_down(*given, renewed)
+            renewed += 1
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_killed_holders_lease_runs_out(place, monkeypatch):
+    put_down(place)
     with pytest.raises(ConcurrentRunError, match="run killed is at work"):
         with lease.alone(place, "erase"):
             pass
-    held(-0.1)
+    monkeypatch.setattr(lease, "LASTS_S", 1.0)
+    time.sleep(2.1)  # S3 tells whole seconds
     with lease.alone(place, "erase"):
         pass
+
+
+@pytest.mark.parametrize("ahead", [1000, -1000])
+def test_a_clock_that_differs_from_the_storages_neither_ends_nor_keeps_a_lease(tmp_path, monkeypatch, ahead):
+    wall = time.time
+    with lease.reading(str(tmp_path), "train"):
+        monkeypatch.setattr(time, "time", lambda: wall() + ahead)
+        with pytest.raises(ConcurrentRunError, match="run train is at work"):
+            with lease.alone(str(tmp_path), "erase"):
+                pytest.fail("both are at work")
+    killed = tmp_path / put_down(str(tmp_path))
+    os.utime(killed, (wall() - 121, wall() - 121))
+    with lease.alone(str(tmp_path), "erase"):
+        pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.8)
+
+
+HOLDS = """
+import sys
+from infra import lease
+lease.RENEW_S = 0.1
+with lease.alone(sys.argv[1], "erase"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_of_one_run_keep_each_other_out_and_each_gives_back_its_own(tmp_path, spec, rows, quick):
+    root = str(tmp_path)
+    table = Table.create(f"{root}/things", spec, 4)
+    files = table.write(rows(bucket=1), "erase")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLDS, root], stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        own = held(root)
+        with pytest.raises(ConcurrentRunError, match="run erase is at work here"):
+            with lease.alone(root, "erase"):
+                pytest.fail("both are at work")
+        with pytest.raises(ConcurrentRunError, match="run erase is at work here"):
+            table.commit(files, run_id="erase", group=0, mode="append", planned_on=0)
+        assert held(root) == own and len(own) == 1
+        first.communicate("")
+    assert held(root) == [] and table.version == 0
+
+
+def test_a_rerun_waits_for_no_longer_than_a_renewal_and_commits_beside_what_the_killed_one_left(
+    place, spec, rows, quick
+):
+    table = Table.create(f"{place}/things", spec, 4)
+    left = put_down(place, "alone", "erase")
+    began = time.monotonic()
+    with lease.alone(place, "erase"):
+        assert 0.8 < time.monotonic() - began < 10
+        table.commit(table.write(rows(), "erase"), run_id="erase", group=0, mode="append", planned_on=0)
+        assert left in held(place)
+        with awake(place, "alone", "erase"):
+            time.sleep(0.5)
+            with pytest.raises(ConcurrentRunError, match="run erase is at work here"):
+                lease.refuse_if_not_alone(place, "erase")
+
+
+def test_who_commits_without_a_lease_watches_one_that_seems_to_have_run_out(tmp_path, quick, monkeypatch):
+    root, wall = str(tmp_path), time.time
+    put_down(root, "alone")
+    with pytest.raises(ConcurrentRunError, match="run killed is at work here"):
+        lease.refuse_if_not_alone(root, "night")
+    monkeypatch.setattr(time, "time", lambda: wall() + 1000)
+    with awake(root, "alone", "killed"), pytest.raises(ConcurrentRunError, match="run killed is at work here"):
+        lease.refuse_if_not_alone(root, "night")
+    lease.refuse_if_not_alone(root, "night")
+
+
+def test_who_is_alone_and_could_not_renew_its_lease_stops_before_its_next_commit(tmp_path, monkeypatch):
+    root = str(tmp_path)
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    with lease.alone(root, "erase"):
+        lease.refuse_if_not_alone(root, "erase")
+        monkeypatch.setattr(lease, "LASTS_S", 0.6)
+        with monkeypatch.context() as failing:
+            failing.setattr(Storage, "write_bytes", lambda *given: 1 / 0)
+            time.sleep(0.9)
+        seen = Storage(root).read_bytes(held(root)[0])
+        time.sleep(0.5)
+        assert Storage(root).read_bytes(held(root)[0]) != seen  # renewed too late: another may have begun
+        with pytest.raises(ConcurrentRunError, match="run erase has to be alone here, and could not renew its lease"):
+            lease.refuse_if_not_alone(root, "erase")
 
 
 def test_a_living_holder_renews_its_lease(tmp_path, monkeypatch):

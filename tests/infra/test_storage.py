@@ -306,3 +306,17 @@ def test_a_folder_that_goes_while_it_is_listed_hides_no_other_file(tmp_path):
         finally:
             ends.set()
     assert all(done.exception() is None for done in changes)
+
+
+def test_an_object_that_is_written_anew_while_it_is_read_is_read_anew(s3_server, s3):
+    storage = Storage(s3)
+    storage.write_bytes("lease", b"old")
+    rewrites = iter([b"new"])
+
+    def fault(environ):
+        if environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith("/lease"):
+            for content in rewrites:
+                storage.write_bytes("lease", content)
+
+    s3_server.fault = fault
+    assert storage.read_bytes("lease") == b"new" and next(rewrites, None) is None

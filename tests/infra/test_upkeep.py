@@ -213,3 +213,39 @@ def test_facts_say_size_and_time_of_every_file(place):
     assert {name: fact.size for name, fact in facts.items()} == {"a/b.txt": 5, "c.txt": 0}
     assert all(abs(fact.modified - time.time()) < 60 for fact in facts.values())
     assert list(store.facts("a")) == ["a/b.txt"] and store.facts("no") == {} and store.folders() == ["a"]
+
+
+@pytest.mark.parametrize("moment", ["after the rewrite", "after the checkpoint"])
+def test_a_commit_that_lands_while_a_table_forgets_stays_and_the_next_start_forgets_again(
+    table, rows, monkeypatch, moment
+):
+    nights(table, rows, 2)
+    rewrite, listing, landed = Table.rewrite, Storage.list, []
+
+    def land() -> None:
+        if not landed:
+            landed.append(True)
+            nights(table, rows, 1)
+
+    def rewrites(self, *given, **more):
+        done = rewrite(self, *given, **more)
+        if moment == "after the rewrite":
+            land()
+        return done
+
+    def lists(self, name="", recursive=True):
+        if name == "_delta_log" and recursive:
+            land()
+        return listing(self, name, recursive)
+
+    monkeypatch.setattr(Table, "rewrite", rewrites)
+    monkeypatch.setattr(Storage, "list", lists)
+    with pytest.raises(CommitConflict):
+        upkeep.forget(table, "erase", 0)
+    assert len(landed) == 1 and table.snapshot().rows == 3 * len(USERS)
+    assert {row["n"] for row in content(Table.open(table.uri, table.spec))} == {0, 1, 3}
+    version = upkeep.forget(table, "erase", 1)
+    assert version == table.version == 5 and table.snapshot().rows == 3 * len(USERS)
+    assert [name for name in table.storage.list("_delta_log") if name.endswith(".json")] == [
+        "_delta_log/00000000000000000005.json"
+    ]

@@ -14,7 +14,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from infra.errors import InputError
-from infra.shards import shard_columns
+from infra.shards import shard_columns, user_key
+from infra.snapshot import DataFile
 from infra.storage import Storage
 from infra.table import Table
 from pipelines import tables
@@ -29,8 +30,11 @@ from pipelines.ingest.follow import (
     find_changes,
     write_gone,
 )
+from pipelines.ingest.merge import MergeBucket
+from pipelines.ingest.source_rows import GONE, ITEM, ROWS
 from pipelines.ingest.values import text_column
 from pipelines.upkeep import erase
+from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES
 
 FEED = {"delta.enableChangeDataFeed": "true"}
@@ -389,3 +393,36 @@ def test_a_stop_before_the_commit_of_requests_loses_no_derived_request(
     wanted = [("a", "2"), ("b", "1"), ("b c", "1")] + ([("a", "3"), ("z", "1")] if night == 2 else [])
     assert set(population.requests()) == {derived_id(*key) for key in wanted}
     assert population.ingest(**common) == 0 and population.report["planned"] == 0
+
+
+@pytest.mark.parametrize("read_again", [(), ("1",)], ids=["by a feed", "as a whole"])
+def test_a_users_newest_item_is_asked_for_after_a_delete_however_the_rest_is_read(tmp_path, read_again):
+    task, root = TaskSpec.model_validate(NOTES), str(tmp_path)
+    histories, requests, rejects = (
+        tables.open_or_create(root, name, 1) for name in ("histories", "requests", "rejects")
+    )
+
+    def night(*read):
+        """Merges rows of one user into the only bucket."""
+        given = [
+            {"bucket": 0, "kind": kind, "file": 0, "seq": seq, "place": f"row {seq}", "user_key": user_key("a"),
+             "user_id": "a", "owner_id": "a", "id": item, "text_hash": None if kind == GONE else item * 32,
+             "fields": None if kind == GONE else [("text", f"text {item}"), ("mood", "good")]}
+            for seq, (kind, item) in enumerate(read)
+        ]  # fmt: skip
+        held = {"histories": histories.snapshot(), "requests": requests.snapshot()}
+        merge = MergeBucket(task, histories, requests, rejects, "run", 1, held, "neighbour", "normalise")
+        [done] = merge(pa.Table.from_pylist(given, schema=ROWS)).to_pylist()
+        for table in (histories, requests):
+            files = [
+                file for row in json.loads(done["files"]) if (file := DataFile.from_row(row)).table == table.spec.name
+            ]
+            how = {"mode": "append"}
+            if table.spec.name in json.loads(done["anew"]):
+                how = {"mode": "replace", "buckets": [0]}
+            version = table.version
+            table.commit(files, run_id=f"run{version}", group=0, planned_on=version, **how)
+        return {row["request_id"] for row in requests.snapshot().read().to_pylist()}
+
+    assert night((ITEM, "1"), (ITEM, "2")) == {derived_id("a", "2")}
+    assert night((GONE, "2"), *((ITEM, item) for item in read_again)) == {derived_id("a", "1")}

@@ -151,3 +151,22 @@ def test_columns_give_what_their_values_give(drawn):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_the_text_of_a_float_gives_it_again(number):
     assert float(text_of(number)) == number and math.isfinite(float(text_of(np.float32(1))))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "least"),
+    [
+        (np.float16, pa.float16(), 2048),
+        (np.float32, pa.float32(), 16777216),
+        (np.float64, pa.float64(), 9007199254740992),
+    ],
+)
+def test_a_float_that_may_be_the_id_of_two_users_is_none(number, kind, least):
+    """From `least` on, `least + 1` is the same float as `least`."""
+    assert number(least) == number(least + 1) and number(least - 1) != number(least)
+    texts, errors = id_column(pa.array(np.array([least - 1, least, -least, 1 - least], number), kind), "user_id")
+    assert texts.to_pylist() == [str(least - 1), None, None, str(1 - least)] and sorted(errors) == [1, 2]
+    assert canonical_id(number(least - 1), "user_id") == str(least - 1)
+    for lost in (least, -least):
+        assert reason(canonical_id, number(lost), "user_id") == "wrong_type"
+    assert text_of(number(7)) == "7"
