@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -34,6 +34,8 @@ RENEW_S = 20.0
 """Seconds between renewals."""
 WATCHED = 1.25
 """Times RENEW_S for which a lease is watched. Within them a living holder has renewed it."""
+_FORGOTTEN_S = 3600.0
+"""Age at which the lease of a killed process is removed. A holder that was merely stopped writes its own anew."""
 _held_here: dict[str, float] = {}
 """Addresses of the leases that this process holds, each with the monotonic time of the last renewal in time."""
 _given_up: set[tuple[str, bytes]] = set()
@@ -122,6 +124,9 @@ def _leases(root: str, kind: str | None) -> Iterator[_Lease]:
     now = max(here) if here else time.time()
     for name in facts:
         age = now - facts[name].modified
+        if here and age >= _FORGOTTEN_S:
+            with suppress(Exception):  # credentials that may not delete: it stays, and counts for nothing
+                storage.delete(name)
         if not (name.startswith(begin) and name.endswith(".json")) or (here and age >= LASTS_S):
             continue
         try:

@@ -104,6 +104,15 @@ def test_a_clock_that_differs_from_the_storages_neither_ends_nor_keeps_a_lease(t
         pass
 
 
+def test_the_lease_of_a_process_that_was_killed_an_hour_ago_is_removed(tmp_path):
+    old, recent = tmp_path / put_down(str(tmp_path)), tmp_path / put_down(str(tmp_path), owner="night")
+    os.utime(old, (time.time() - 3601, time.time() - 3601))
+    os.utime(recent, (time.time() - 3500, time.time() - 3500))
+    with lease.writing(str(tmp_path), "refresh"):
+        pass
+    assert not old.exists() and recent.exists()
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.8)
