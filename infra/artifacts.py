@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,15 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infra.errors import InputError
+from infra.errors import ConcurrentRunError, InputError
 from infra.remote import reading
 from infra.storage import Storage, retrying
 
 MANIFEST = "pplug-manifest.json"
 """Name of the file that is written last. A published folder without it is not whole."""
 REPLACING = "pplug-manifest.replacing"
-"""Name of the file that names those which a writer is replacing: after a kill they may be others than the manifest
-says, though of the same size."""
+"""Name of the file that names a writer at work and the files which it may replace: after a kill they may be others than
+the manifest says, though of the same size."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 """Ends of the names of files that a caller who wants no weights does without."""
 UNUSED_DAYS = 30.0
@@ -96,14 +97,17 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
 
     Raises:
         InputError: the address is one that is only read.
+        ConcurrentRunError: another writer publishes here at the same time, and files of both may lie there.
     """
-    storage = Storage(uri)
+    storage, writer = Storage(uri), uuid.uuid4().hex
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in files.items() if name not in (MANIFEST, REPLACING)}  # of a copy's source
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(files, pool.map(_facts, files.values()), strict=True))
+        doubtful = _mark(storage)[1]
+        # before the manifest is read: of two writers one then sees the other's files or is seen at its end
+        _put_mark(storage, writer, doubtful | files.keys())
         before = _files(storage.read_bytes(MANIFEST)) if storage.is_file(MANIFEST) else {}
-        doubtful = set(json.loads(storage.read_bytes(REPLACING))) if storage.is_file(REPLACING) else set()
         there = storage.facts()
         todo = [
             name
@@ -114,17 +118,37 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
             or name in doubtful
         ]
         gone = (before.keys() | doubtful) - facts.keys()
-        if gone or any(name in before for name in todo):
-            storage.write_bytes(REPLACING, json.dumps(sorted(doubtful | set(todo) | gone)).encode())
+        if _mark(storage)[0] == writer:
+            _put_mark(storage, writer, doubtful | set(todo) | gone)
         for _ in pool.map(lambda name: retrying(partial(_upload, storage, name, files[name]), f"write {name}"), todo):
             pass
+    if _mark(storage)[0] != writer:
+        _put_mark(storage, writer, _mark(storage)[1] | files.keys() | gone)  # so that the other sees it and stops too
+        raise ConcurrentRunError(
+            f"{storage.uri}: another job publishes here at the same time, so that files of both may lie there. "
+            "Run one of them again when both have ended, and it uploads all files anew"
+        )
     content = json.dumps({"format": 1, "files": facts}, indent=1, sort_keys=True)
     storage.write_bytes(MANIFEST, content.encode())
     for name in gone:
         storage.delete(name)
-    if storage.is_file(REPLACING):
+    if _mark(storage)[0] == writer:  # that of a writer who has begun meanwhile stays
         storage.delete(REPLACING)
     return len(todo), len(files) - len(todo)
+
+
+def _mark(storage: Storage) -> tuple[str | None, set[str]]:
+    """The writer that is, or was, at work at an address, and the files that are doubtful; None, and none of them."""
+    try:
+        mark = json.loads(storage.read_bytes(REPLACING))
+    except FileNotFoundError:
+        return None, set()
+    # a list of names alone is of the release before
+    return (None, set(mark)) if isinstance(mark, list) else (mark["writer"], set(mark["files"]))
+
+
+def _put_mark(storage: Storage, writer: str, names: Iterable[str]) -> None:
+    storage.write_bytes(REPLACING, json.dumps({"writer": writer, "files": sorted(names)}).encode())
 
 
 def check_publishable(uri: str, known: Sequence[str]) -> None:
@@ -141,7 +165,7 @@ def check_publishable(uri: str, known: Sequence[str]) -> None:
     if not storage.is_s3:
         raise InputError(f"{uri}: not an address to publish at; expected s3://bucket/prefix")
     manifest = _files(storage.read_bytes(MANIFEST)) if storage.is_file(MANIFEST) else {}
-    replaced = json.loads(storage.read_bytes(REPLACING)) if storage.is_file(REPLACING) else []
+    replaced = _mark(storage)[1]
     patterns = (*known, *(f"{one}/*" for one in known))
     strange = [
         name

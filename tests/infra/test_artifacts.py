@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from infra import artifacts
-from infra.errors import InputError
+from infra.errors import ConcurrentRunError, InputError
 from infra.storage import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_half_an_upload_is_refused_by_the_name_of_what_lacks(s3_server, s3, tmp_
     with pytest.raises(PermissionError):
         artifacts.publish(folder(tmp_path / "plug"), s3)
     s3_server.fault = lambda environ: None
-    assert Storage(s3).list() == sorted(FILES)
+    assert Storage(s3).list() == sorted({*FILES, artifacts.REPLACING})
     with pytest.raises(InputError, match=f"{s3}: no {artifacts.MANIFEST}, .*publish FOLDER --to {s3}"):
         artifacts.fetch(s3)
     artifacts.check_publishable(s3, KNOWN)  # the writer may come back
@@ -201,3 +201,33 @@ def test_the_former_model_can_be_put_back_after_a_publish_that_was_killed(s3_ser
     assert artifacts.publish(tmp_path / "one", s3) == (1, 2)
     assert content(artifacts.fetch(s3)) == FILES
     assert artifacts.publish(tmp_path / "one", s3) == (0, 3)
+
+
+def test_of_two_publishers_at_once_one_is_told_and_a_rerun_mends_what_they_left(s3, tmp_path, monkeypatch):
+    """The second's file lies there first, then the first's: of the same size, and another than the second would say."""
+    monkeypatch.setattr(artifacts, "REPLACED_WAIT_S", 0.0)
+    artifacts.publish(folder(tmp_path / "before"), s3)
+    one = folder(tmp_path / "one", **{"model.safetensors": bytes(reversed(FILES["model.safetensors"]))})
+    two = folder(tmp_path / "two", **{"model.safetensors": FILES["model.safetensors"][::-2] * 2})
+    upload, ended = artifacts._upload, []
+
+    def beside(storage, name, path):
+        upload(storage, name, path)
+        if path.is_relative_to(two) and not ended:
+            ended.append(True)
+            artifacts.publish(one, s3)
+
+    monkeypatch.setattr(artifacts, "_upload", beside)
+    with pytest.raises(ConcurrentRunError, match="another job publishes here at the same time"):
+        artifacts.publish(two, s3)
+    assert ended
+    assert artifacts.publish(two, s3)[0] == 3  # whoever runs again uploads all
+    assert content(artifacts.fetch(s3)) == content(two)
+    assert not Storage(s3).is_file(artifacts.REPLACING)
+
+
+def test_a_mark_of_the_release_before_still_names_doubtful_files(s3, tmp_path):
+    artifacts.publish(folder(tmp_path / "one"), s3)
+    Storage(s3).write_bytes(artifacts.REPLACING, b'["model.safetensors", "shard-9"]')
+    artifacts.check_publishable(s3, tuple(FILES))
+    assert artifacts.publish(tmp_path / "one", s3) == (1, 2)
