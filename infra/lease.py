@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -124,10 +124,9 @@ def _leases(root: str, kind: str | None) -> Iterator[_Lease]:
     now = max(here) if here else time.time()
     for name in facts:
         age = now - facts[name].modified
-        if here and age >= _FORGOTTEN_S:
-            with suppress(Exception):  # credentials that may not delete: it stays, and counts for nothing
-                storage.delete(name)
-        if not (name.startswith(begin) and name.endswith(".json")) or (here and age >= LASTS_S):
+        # without a lease here, the machine's own clock tells the age: an hour's error is none that a clock has
+        is_over = age >= (LASTS_S if here else _FORGOTTEN_S)
+        if not (name.startswith(begin) and name.endswith(".json")) or is_over:
             continue
         try:
             content = storage.read_bytes(name)
@@ -139,33 +138,50 @@ def _leases(root: str, kind: str | None) -> Iterator[_Lease]:
 
 def _refuse(root: str, owner: str, kind: str | None, own: Iterable[str], beside: tuple[str, ...] = ()) -> None:
     """Refuses to work beside leases of this kind (None: of any) but those of one's own and of the kinds `beside`."""
-    for lease in _leases(root, kind):
-        if lease.at in own or lease.kind in beside or (lease.at, lease.content) in _given_up:
-            continue
-        may_be_dead = lease.owner == owner or lease.age >= LASTS_S
-        if may_be_dead and not _is_renewed(root, lease):
-            continue
+    held = [
+        lease
+        for lease in _leases(root, kind)
+        if not (lease.at in own or lease.kind in beside or (lease.at, lease.content) in _given_up)
+    ]
+    living = next((lease for lease in held if lease.owner != owner and lease.age < LASTS_S), None)
+    if living is None and held:
+        living = _renewed(root, held)
+    if living is not None:
         raise ConcurrentRunError(
-            f"{root}: run {lease.owner} is at work here ({lease.kind}; its lease {lease.name} runs out in "
-            f"{max(0.0, LASTS_S - lease.age):.0f} s unless renewed) and this run cannot work beside it. This run "
+            f"{root}: run {living.owner} is at work here ({living.kind}; its lease {living.name} runs out in "
+            f"{max(0.0, LASTS_S - living.age):.0f} s unless renewed) and this run cannot work beside it. This run "
             f"stops, and its commits stay: when the other has ended, run it again with run_id={owner}"
         )
 
 
-def _is_renewed(root: str, lease: _Lease) -> bool:
-    """Watches a lease for a little longer than a living holder takes to renew it."""
-    seconds = WATCHED * RENEW_S
-    print(f"{root}: waits up to {seconds:.0f} s to see whether {lease.name} is that of a killed process", flush=True)
+def _renewed(root: str, held: Iterable[_Lease]) -> _Lease | None:
+    """Watches leases for a little longer than a living holder takes to renew one. Returns the first that is renewed."""
+    left, seconds = {lease.at: lease for lease in held}, WATCHED * RENEW_S
+    names = ", ".join(lease.name for lease in left.values())
+    print(f"{root}: waits up to {seconds:.0f} s to see whether {names} is of a killed process", flush=True)
     storage, end = Storage(root), time.monotonic() + seconds
-    while time.monotonic() < end:
+    while left and time.monotonic() < end:
         time.sleep(min(1.0, RENEW_S / 8))
-        try:
-            if storage.read_bytes(lease.name) != lease.content:
-                return True
-        except FileNotFoundError:  # its holder has ended
-            return False
-    _given_up.add((lease.at, lease.content))
-    return False
+        for lease in list(left.values()):
+            try:
+                if storage.read_bytes(lease.name) != lease.content:
+                    return lease
+            except FileNotFoundError:  # its holder has ended
+                del left[lease.at]
+    _given_up.update((lease.at, lease.content) for lease in left.values())
+    return None
+
+
+def _remove_forgotten(storage: Storage, at: str) -> None:
+    """Removes the leases of processes that were killed long ago, by the storage's clock; `at` is one's own lease."""
+    facts = storage.facts(FOLDER)
+    now = max((facts[name].modified for name in facts if storage.full(name) == at), default=0.0)
+    for name in facts:
+        if now - facts[name].modified >= _FORGOTTEN_S:
+            try:
+                storage.delete(name)
+            except Exception:  # who may not delete leaves them: they count for nothing
+                return
 
 
 @contextmanager
@@ -175,10 +191,12 @@ def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Ite
 
     def put() -> None:
         began = time.monotonic()
-        # The content differs at each renewal, and by that the others see that the holder lives.
-        lease = {"owner": owner, "kind": kind, "renewed": uuid.uuid4().hex[:12]}
+        # The content differs at each renewal, and by that the others see that the holder lives. `until` is for
+        # processes of the release before, which compare it with their clocks.
+        lease = {"owner": owner, "kind": kind, "renewed": uuid.uuid4().hex[:12], "until": time.time() + LASTS_S}
         storage.write_bytes(name, json.dumps(lease).encode())
-        if began - _held_here.get(at, began) <= LASTS_S:  # one that ran out stays so: others may have begun meanwhile
+        # one that ran out before this write landed stays so: others may have begun meanwhile
+        if at not in _held_here or time.monotonic() - _held_here[at] <= LASTS_S:
             _held_here[at] = began
 
     def renew() -> None:
@@ -205,6 +223,7 @@ def _held(root: str, owner: str, kind: str, beside: tuple[str, ...] = ()) -> Ite
     thread.start()
     try:
         _refuse(root, owner, None if kind == "alone" else "alone", [at], beside)
+        _remove_forgotten(storage, at)
         yield
     finally:
         stop.set()

@@ -231,7 +231,8 @@ class Storage:
                 return {
                     path: FileFacts(info["size"], info["LastModified"].timestamp())
                     for path, info in objects.items()
-                    if not _is_marker(path, info["size"])
+                    # of an empty folder that gets its first file meanwhile s3fs tells the folder itself
+                    if info["type"] == "file" and not _is_marker(path, info["size"])
                 }
             infos = self._found(pafs.FileSelector(at, recursive=True, allow_not_found=True))
             files = [info for info in infos if info.type == pafs.FileType.File]

@@ -5,7 +5,7 @@ the earliest request of a user is safe to learn, as for the user's own adapter (
 history per question nothing is: another of these histories may hold the answer.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.histories import to_us
+from pipelines.owners import Persons
 from pplug import history
 
 ITEM_COLUMNS = ["user_id", "position", "occurred_at"]
@@ -24,7 +25,7 @@ def is_one_of_several(request: Mapping[str, Any]) -> bool:
     return request["owner_id"] is not None and request["owner_id"] != request["user_id"]
 
 
-def visible_to_all(items: pa.Table, requests: pa.Table, of_several: Set[str]) -> np.ndarray:
+def visible_to_all(items: pa.Table, requests: pa.Table, of_several: Persons) -> np.ndarray:
     """Marks the items that every request of their user may see; all items of a user without a request, and none of a
     person who has several histories.
 
@@ -45,7 +46,8 @@ def visible_to_all(items: pa.Table, requests: pa.Table, of_several: Set[str]) ->
     for place, user in enumerate(items["user_id"].to_pylist()):
         if user in places:
             places[user].append(place)
-    visible = ~np.array(pc.is_in(items["user_id"], pa.array(sorted(of_several), pa.string())), bool)
+    several = sorted(of_several.among(items["user_id"].to_pylist()))
+    visible = ~np.array(pc.is_in(items["user_id"], pa.array(several, pa.string())), bool)
     for user, rows in places.items():
         if not rows:
             continue

@@ -137,11 +137,15 @@ def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.
     return {name: found[name] for name, _ in model.named_modules() if name in found}
 
 
-def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def base_shapes(folder: Path, targets: Sequence[str], to_merge: bool = False) -> dict[str, tuple[int, int]]:
     """(in, out) of each module that an adapter of these targets changes, read from the base's config alone.
 
+    Args:
+        to_merge: the adapter is to be added to the base's weights.
+
     Raises:
-        ValueError: the base lacks a target or shares its weight with the token embeddings, or is an encoder-decoder.
+        ValueError: the base lacks a target, or is an encoder-decoder. With `to_merge`: a target has the weight of the
+            token embeddings, too.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -157,7 +161,7 @@ def base_shapes(folder: Path, targets: Sequence[str]) -> dict[str, tuple[int, in
     modules = target_modules(model, targets)
     embeddings = model.get_input_embeddings().weight
     for name, module in modules.items():
-        if module.weight is embeddings:  # a LoRA changes the one and not the other: it could never be merged
+        if to_merge and module.weight is embeddings:  # a LoRA changes the one and not the other
             raise ValueError(
                 f"targets: {name} has the weight of the token embeddings ({folder} ties them), which an adapter of it "
                 "would leave as they are; leave it out"

@@ -97,16 +97,16 @@ def simultaneous(values: np.ndarray, drawn: np.ndarray, people: int) -> np.ndarr
     return np.stack([values - over * spread, values + under * spread], axis=1)
 
 
-def p_value(differences: np.ndarray, people: int) -> float:
+def p_value(differences: np.ndarray, people: int) -> float | None:
     """The two-sided share of resampled differences on the other side of zero, at least 2 / (R + 1).
 
     Args:
         differences: (R,) one from each resample.
-        people: how many people were drawn. Below FEWEST_OWNERS the result is nan: the resamples of one person are all
+        people: how many people were drawn. Below FEWEST_OWNERS the result is None: the resamples of one person are all
             alike, and their share would be the smallest that there is.
     """
     if people < FEWEST_OWNERS:
-        return math.nan
+        return None
     known = differences[np.isfinite(differences)]
     beyond = 1 + min(int((known <= 0).sum()), int((known >= 0).sum()))
     return min(1.0, 2 * beyond / (len(known) + 1))

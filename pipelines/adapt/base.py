@@ -33,7 +33,7 @@ from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import newest_of_each, visible_to_all
 from pipelines.histories import decode_fields, to_us
 from pipelines.model_folders import whole_output
-from pipelines.owners import Owners
+from pipelines.owners import Owners, Persons
 from pipelines.tracking import tracker
 from pipelines.training import Checkpoints, Orders, train, worker_device
 from pipelines.written import read_written, refuse_another_count
@@ -86,7 +86,7 @@ class BaseExamples:
     folder: str
     max_history_items: int | None = None
     """Number of newest items of a user to learn from, of those that `cut` lets pass; None: all."""
-    of_several: frozenset[str] = field(init=False, default=frozenset())
+    of_several: Persons = field(init=False, default_factory=Persons)
     """Persons with several histories (`Owners.of_several`), read once, where the stage is made."""
 
     def __post_init__(self) -> None:

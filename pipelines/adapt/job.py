@@ -64,7 +64,8 @@ def run(config: Config) -> int:
             raise InputError(f"rule.retrieval.{error}") from error
     try:
         base = llm_id(config.llm)
-        base_shapes(model_folder(config.llm.model, config.llm.revision, weights=False), config.trained.shape.targets)
+        folder = model_folder(config.llm.model, config.llm.revision, weights=False)
+        base_shapes(folder, config.trained.shape.targets, to_merge=config.stage == "base")
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     users = tables.read_users(config.users, histories)

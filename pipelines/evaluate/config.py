@@ -49,8 +49,8 @@ class EvaluateConfig(JobConfig):
     drift_threshold: float = Field(0.1, ge=0, le=2)
     """Cosine distance above which a user counts as moved."""
     generate_reports: tuple[str, ...] = ()
-    """Paths of the runs' report.json, which hold their seconds; runs/<run_id>/report.json is read where it exists when
-    not given."""
+    """Paths of the runs' report.json, which hold their seconds; when not given, runs/<run_id>/report.json is read where
+    it exists and is of a run in these tables."""
     reference: str | None = None
     """JSON file with best_without_history and best_with_history, where the truth is known."""
     references_from: tuple[str, ...] = ()

@@ -43,8 +43,8 @@ class Gain(Figures):
 
     difference: float
     ci95: Interval
-    p_value: float
-    """Two-sided, from the resampled differences; nan of fewer than six people."""
+    p_value: float | None
+    """Two-sided, from the resampled differences; null of fewer than six people."""
     ci95_corrected: Interval | None = ABSENT
     """Absent for controls and the oracle, which nobody claims to help."""
 
@@ -338,7 +338,7 @@ class Change(Figures):
     difference: float
     """Later minus earlier."""
     ci95: Interval
-    p_value: float
+    p_value: float | None
     """As in `Gain`."""
 
 

@@ -9,7 +9,7 @@ random sample of the users, and the cost does not grow with the population.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from infra.shards import user_key
 from infra.snapshot import Snapshot
 from pipelines.cut import is_one_of_several
 from pipelines.histories import Histories, decode_fields, read_bucket
-from pipelines.owners import Owners
+from pipelines.owners import Owners, Persons
 from pplug import references
 from pplug.references import Classifier
 from pplug.tasks import TaskSpec, query
@@ -157,7 +157,7 @@ def _learn_all(task: TaskSpec, histories: Snapshot, requests: Snapshot | None, l
             buckets.append(bucket)
             rows += sum(file.rows for file in files)
     chance = min(1.0, limit / max(1, rows))
-    of_several = frozenset() if requests is None else Owners(requests).of_several()
+    of_several = ray.put(Persons() if requests is None else Owners(requests).of_several())
     remote = ray.remote(learn)
     parts = [
         remote.remote(buckets[start::SHARES], task, histories, requests, chance, of_several)
@@ -173,7 +173,7 @@ def learn(
     histories: Snapshot,
     requests: Snapshot | None,
     chance: float,
-    of_several: Set[str] = frozenset(),
+    of_several: Persons,
 ) -> Learned:
     """Learns from the items of some buckets that are visible to all requests of their user.
 
@@ -189,9 +189,9 @@ def learn(
     index = {label: at for at, label in enumerate(task.labels)}
     for bucket in buckets:
         users = read_bucket(histories, None, bucket, with_fields=True)
-        counts = _visible_to_all(users, requests, bucket)
+        counts, several = _visible_to_all(users, requests, bucket), of_several.among(users.user_ids)
         for name, key in zip(users.user_ids, users.user_keys, strict=True):
-            if name in of_several:
+            if name in several:
                 continue
             for fields in _fields_of(users, name)[: counts.get(name, _ALL)]:
                 own = references.answer(fields, task)

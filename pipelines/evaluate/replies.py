@@ -16,6 +16,7 @@ from infra.shards import of_bucket, user_key
 from infra.snapshot import Snapshot
 from pipelines.asked import answers_now
 from pipelines.methods import known_parts
+from pipelines.owners import Persons
 
 Key: TypeAlias = tuple[str, str]
 """user_id and request_id."""
@@ -71,7 +72,7 @@ class Replies(Answers):
     samples: dict[tuple[str, str], int]
     """Number of samples by run and method, as far as this bucket shows it."""
 
-    def people(self, of_several: Set[str]) -> tuple[int, set[str]]:
+    def people(self, of_several: Persons) -> tuple[int, set[str]]:
         """Number of people who are themselves their one user, and the ids of the others: they have several histories,
         and their requests may lie in many buckets.
 
@@ -79,7 +80,8 @@ class Replies(Answers):
             of_several: persons with a history under another id than their own (`Owners.of_several`).
         """
         owners = {row["owner_id"] for row in self.rows}
-        several = {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]} | (owners & of_several)
+        several = {row["owner_id"] for row in self.rows if row["owner_id"] != row["user_id"]}
+        several |= of_several.among(owners)
         return len(owners - several), several
 
 
@@ -90,11 +92,13 @@ def join_bucket(
     runs: Sequence[str],
     with_input: bool = False,
     users: Mapping[int, list[str]] | None = None,
+    methods: Sequence[str] = (),
 ) -> Replies:
     """Joins the replies of a bucket to their requests.
 
     Args:
         users: keys by bucket (`shards.keys_by_bucket`); where given, only their requests are joined.
+        methods: where given, replies by others are joined too, but are not `unknown` or `outdated`: nobody asks.
 
     Raises:
         ValueError: a request was answered twice by one method, or a user has two requests of one id.
@@ -108,7 +112,7 @@ def join_bucket(
     tells_input = rows["input_hash"].null_count < len(rows)
     read = [*columns, "input"] if tells_input and not with_input else columns
     everything = requests.read(read, buckets=[bucket], user_keys=keys)
-    rows, outdated = _to_inputs_of_now(rows, everything) if tells_input else (rows, [])
+    rows, outdated = _to_inputs_of_now(rows, everything, methods) if tells_input else (rows, [])
     asked = everything.select(columns).filter(pc.is_valid(everything["target"]))
     existing = set(_keys(everything))
     if len(existing) < len(everything):
@@ -129,7 +133,7 @@ def join_bucket(
         others=tuple(others),
         rows=kept,
         labelled=len(asked),
-        unknown=sorted(set(_keys(rows)) - existing, key=lambda one: one[::-1]),
+        unknown=sorted(set(_keys(_by(rows, methods))) - existing, key=lambda one: one[::-1]),
         outdated=outdated,
         made_by=frozenset(
             (row["method"], name, row[name])
@@ -144,13 +148,18 @@ def join_bucket(
     )
 
 
-def _to_inputs_of_now(rows: pa.Table, requests: pa.Table) -> tuple[pa.Table, list[Key]]:
-    """The replies to what the requests ask now, and the keys of the others."""
+def _to_inputs_of_now(rows: pa.Table, requests: pa.Table, methods: Sequence[str]) -> tuple[pa.Table, list[Key]]:
+    """The replies to what the requests ask now, and the keys of the others that are by these methods."""
     answers = answers_now(requests)
     told = rows.select(["user_id", "request_id", "input_hash"]).to_pylist()
-    counts = [answers(row) for row in told]
-    outdated = {key(row) for row, good in zip(told, counts, strict=True) if not good}
-    return rows.filter(pa.array(counts, pa.bool_())), sorted(outdated, key=lambda one: one[::-1])
+    counts = pa.array([answers(row) for row in told], pa.bool_())
+    outdated = set(_keys(_by(rows.filter(pc.invert(counts)), methods)))
+    return rows.filter(counts), sorted(outdated, key=lambda one: one[::-1])
+
+
+def _by(rows: pa.Table, methods: Sequence[str]) -> pa.Table:
+    """Replies by these methods; all where none is named."""
+    return rows.filter(pc.is_in(rows["method"], pa.array(methods, pa.string()))) if methods else rows
 
 
 def _by_method(rows: pa.Table, known: Set[Key], runs: Sequence[str]) -> Answers:

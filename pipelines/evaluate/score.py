@@ -7,7 +7,7 @@ are kept apart from the methods.
 import dataclasses
 import functools
 import pickle
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from pipelines.evaluate import cohorts
 from pipelines.evaluate.figures import BASELINE
 from pipelines.evaluate.references import References
 from pipelines.evaluate.replies import COSTS, Answers, Key, Replies, join_bucket, key, shown
+from pipelines.owners import Persons
 from pplug import intervals, metrics
 from pplug.tasks import TaskSpec
 
@@ -176,7 +177,7 @@ class ScoreBuckets:
     """User keys by bucket; where given, only the requests of these users are scored."""
     references: References | None = None
     """Fitted references; where given, their texts are scored beside the replies."""
-    of_several: Set[str] = frozenset()
+    of_several: Persons = Persons()
     """Persons with a history under another id than their own (`Owners.of_several`)."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -229,8 +230,9 @@ class ScoreBuckets:
         """The bucket's replies to the requests to score, and how many requests the runs beside leave out."""
         with_input = self.examples > 0 or self.references is not None
         replies = join_bucket(
-            self.requests, self.generations, bucket, self.runs, with_input=with_input, users=self.users
-        )
+            self.requests, self.generations, bucket, self.runs, with_input=with_input, users=self.users,
+            methods=self.methods or (),
+        )  # fmt: skip
         if not self.beside:
             return replies, 0
         shared = {key(row) for row in join_bucket(self.requests, self.generations, bucket, self.beside).rows}

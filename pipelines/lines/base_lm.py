@@ -22,7 +22,7 @@ from pipelines import tables
 from pipelines.cut import ITEM_COLUMNS, REQUEST_COLUMNS, visible_to_all
 from pipelines.lines.config import BaseLMConfig as Config
 from pipelines.model_folders import check_output
-from pipelines.owners import Owners
+from pipelines.owners import Owners, Persons
 from pipelines.run import begin
 from pplug.folder import MODEL_FILES
 from pplug.identity import short_id
@@ -121,7 +121,7 @@ def _texts(
         raise InputError(f"task {task.name} does not say how an item becomes a prompt with a target; give --prompt")
     texts: list[tuple[str, str]] = []
     cut_off = open_items = 0
-    of_several = frozenset() if requests is None else Owners(requests).of_several()
+    of_several = Persons() if requests is None else Owners(requests).of_several()
     for bucket in sorted(histories.by_bucket()):
         items = histories.read(["fields", *ITEM_COLUMNS], buckets=[bucket])
         if requests is not None:

@@ -1,5 +1,6 @@
 """Writers beside each other, one that must be alone, and holders that were killed; on a local disk and on S3."""
 
+import errno
 import json
 import os
 import subprocess
@@ -113,6 +114,29 @@ def test_the_lease_of_a_process_that_was_killed_an_hour_ago_is_removed(tmp_path)
     assert not old.exists() and recent.exists()
 
 
+def test_who_may_not_delete_tries_once_to_remove_what_was_left_and_not_at_each_commit(tmp_path, monkeypatch):
+    for n in range(5):
+        old = tmp_path / put_down(str(tmp_path), owner=f"night-{n}")
+        os.utime(old, (1, 1))
+    tries = []
+
+    def refused(storage, name):
+        tries.append(name)
+        raise PermissionError
+
+    monkeypatch.setattr(Storage, "delete", refused)
+    with lease.writing(str(tmp_path), "refresh"):
+        for _ in range(3):
+            lease.refuse_if_not_alone(str(tmp_path), "refresh")
+        assert len(tries) == 1
+
+
+def test_a_lease_tells_the_release_before_until_when_it_holds(tmp_path):
+    with lease.writing(str(tmp_path), "night"):
+        (name,) = held(str(tmp_path))
+        assert 100 < json.loads(Storage(str(tmp_path)).read_bytes(name))["until"] - time.time() <= 120
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.8)
@@ -162,6 +186,28 @@ def test_a_rerun_waits_for_no_longer_than_a_renewal_and_commits_beside_what_the_
                 lease.refuse_if_not_alone(place, "erase")
 
 
+def test_leases_that_several_killed_processes_left_are_watched_together(tmp_path, quick):
+    for n in range(4):
+        name = f"{lease.FOLDER}/alone-erase-{n}.json"
+        Storage(str(tmp_path)).write_bytes(name, json.dumps({"owner": "erase", "kind": "alone", "renewed": n}).encode())
+    began = time.monotonic()
+    with lease.alone(str(tmp_path), "erase"):
+        assert time.monotonic() - began < 2 * lease.WATCHED * lease.RENEW_S
+
+
+def test_who_may_only_read_does_not_wait_for_a_process_that_was_killed_an_hour_ago(tmp_path, monkeypatch):
+    old = tmp_path / put_down(str(tmp_path), "alone")
+    os.utime(old, (time.time() - 3700, time.time() - 3700))
+
+    def refused(storage, name, data):
+        raise PermissionError(errno.EACCES, "read only")
+
+    monkeypatch.setattr(Storage, "write_bytes", refused)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with lease.reading(str(tmp_path), "train"):
+        pass
+
+
 def test_who_commits_without_a_lease_watches_one_that_seems_to_have_run_out(tmp_path, quick, monkeypatch):
     root, wall = str(tmp_path), time.time
     put_down(root, "alone")
@@ -185,6 +231,23 @@ def test_who_is_alone_and_could_not_renew_its_lease_stops_before_its_next_commit
         seen = Storage(root).read_bytes(held(root)[0])
         time.sleep(0.5)
         assert Storage(root).read_bytes(held(root)[0]) != seen  # renewed too late: another may have begun
+        with pytest.raises(ConcurrentRunError, match="run erase has to be alone here, and could not renew its lease"):
+            lease.refuse_if_not_alone(root, "erase")
+
+
+def test_a_renewal_that_lands_too_late_is_none(tmp_path, monkeypatch):
+    root, write = str(tmp_path), Storage.write_bytes
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    with lease.alone(root, "erase"):
+        monkeypatch.setattr(lease, "LASTS_S", 0.6)
+
+        def slowly(*given):
+            time.sleep(0.9)
+            write(*given)
+
+        with monkeypatch.context() as slow:
+            slow.setattr(Storage, "write_bytes", slowly)
+            time.sleep(1.5)
         with pytest.raises(ConcurrentRunError, match="run erase has to be alone here, and could not renew its lease"):
             lease.refuse_if_not_alone(root, "erase")
 
