@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,8 @@ def fit_worker(given: dict[str, Any]) -> None:
         if config.fit.start_epochs and ray.train.get_checkpoint() is None:
             train, validation = start(config, plug, llm, train, validation, pad_id, rank)
         train, validation = read_by_llm(config, train, validation)
+        if rank == 0:
+            say_cuts(config, train, validation)
         fitter = Fitter(plug, llm, config.fit, train, validation, mesh=mesh, pad_id=pad_id)
 
         def read(folder: str) -> Callable[[], None]:
@@ -259,6 +262,20 @@ def fit_worker(given: dict[str, Any]) -> None:
             patience=config.fit.patience,
             run_dir=given["run_dir"],
             tracked=tracker(config.track, given["run_id"], given["config"]),
+        )
+
+
+def say_cuts(config: Config, *parts: "Samples") -> None:
+    """Prints how many inputs were cut and how many answers may have been, where there are any."""
+    inputs = sum(prompt.cut for part in parts for prompt in part.prompts)
+    limit = config.fit.max_target_tokens
+    answers = sum(len(target) >= limit for part in parts for target in part.targets)
+    if inputs or answers:
+        print(
+            f"train: of {sum(map(len, parts)):,} samples {inputs:,} inputs were cut at their end (llm.layout."
+            f"max_input_tokens={config.llm.layout.max_input_tokens}, or beside items retrieval.input_share), and "
+            f"{answers:,} answers reach fit.max_target_tokens={limit}, where a longer one is cut",
+            flush=True,
         )
 
 
@@ -389,8 +406,10 @@ def make_samples(
 
     def tokenised(rows: "pa.Table") -> "Samples":
         queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
+        prompts = llm.prompt_builder.prompts(rows["input"].to_pylist(), rows["prefix"].to_pylist())
+        cut = rows["cut"].to_pylist()  # beside items, before the prompt was made
         return Samples(
-            prompts=llm.prompt_builder.prompts(rows["input"].to_pylist(), rows["prefix"].to_pylist()),
+            prompts=[replace(one, cut=one.cut or was) for one, was in zip(prompts, cut, strict=True)],
             targets=llm.prompt_builder.targets(rows["target"].to_pylist(), fit.max_target_tokens),
             queries=words.framed(queries, plug.config.query_max_tokens) if words else [[] for _ in queries],
             owners=rows["owner_id"].to_pylist(),

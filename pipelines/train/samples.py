@@ -120,6 +120,7 @@ class PrepareSamples:
                     "owner_id": request["owner_id"],
                     "prefix": text.prefix,
                     "input": text.suffix,
+                    "cut": text.cut,
                     "query": query(request["input"], self.task),
                     "target": request["target"],
                     "as_of": NO_TIME if request["as_of"] is None else to_us(request["as_of"]),

@@ -22,6 +22,7 @@ from pipelines.train.samples import PrepareSamples
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.retrieval import RetrievalConfig, ShownItems
+from pplug.splice import PromptLayout
 from pplug.stand_in import llm_sample, read_sample
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
@@ -80,7 +81,8 @@ def prepared(made, **config):
     models = train.make_models(settings, {"encoder_id": None, "llm_id": "l"})
     files = [(0, counts["samples"], counts["vectors"])]
     parts = train.make_samples(settings, (folder, files), "", *models)
-    return SimpleNamespace(rows=rows, counts=counts, prompts=[prompt for part in parts for prompt in part.prompts])
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    return SimpleNamespace(rows=rows, counts=counts, parts=parts, prompts=prompts)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,27 @@ def test_a_sample_shows_what_generate_would_show_and_asks_for_the_same(made, ret
     words = FrozenLLM.load(made.llm).tokenizer
     behind = {tuple(words(f"How do I feel? {WORDS[at]}\n", add_special_tokens=False)["input_ids"]) for at in shown}
     assert {tuple(prompt.after) for prompt in found.prompts} == behind
+
+
+@pytest.mark.parametrize(
+    ("given", "layout"),
+    [
+        ({}, {"max_input_tokens": 5}),
+        ({"retrieve": "recency", "retrieval": {"k": 1, "budget_tokens": 10, "input_share": 0.3}}, {}),
+    ],
+)
+def test_inputs_that_lose_their_end_are_counted(made, given, layout, capsys):
+    """Each asks "How do I feel? ..." of six words and more: more than five tokens, and more than .3 of ten."""
+    llm = made.llm.model_copy(update={"layout": PromptLayout(**layout)})
+    found = prepared(SimpleNamespace(**vars(made) | {"common": made.common | {"llm": llm}}), **given)
+    assert len(found.prompts) == len(PEOPLE) * 2 and all(prompt.cut for prompt in found.prompts)
+    n = len(found.prompts)
+    for limit, reach in ((2, n), (3, 0)):  # "good" and the token that ends a reply
+        settings = train.Config(**made.common | {"llm": llm, "fit": FitConfig(max_target_tokens=limit)})
+        train.say_cuts(settings, *found.parts)
+        said = capsys.readouterr().out
+        assert f"train: of {n} samples {n} inputs were cut at their end" in said
+        assert f"and {reach} answers reach fit.max_target_tokens={limit}," in said
 
 
 def test_a_sample_whose_items_lack_a_field_shows_none_and_is_counted(made, tmp_path, ray_session):
