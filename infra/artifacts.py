@@ -122,19 +122,34 @@ def publish(folder: Path, uri: str) -> tuple[int, int]:
             _put_mark(storage, writer, doubtful | set(todo) | gone)
         for _ in pool.map(lambda name: retrying(partial(_upload, storage, name, files[name]), f"write {name}"), todo):
             pass
-    if _mark(storage)[0] != writer:
-        _put_mark(storage, writer, _mark(storage)[1] | files.keys() | gone)  # so that the other sees it and stops too
-        raise ConcurrentRunError(
-            f"{storage.uri}: another job publishes here at the same time, so that files of both may lie there. "
-            "Run one of them again when both have ended, and it uploads all files anew"
-        )
+    _refuse_another_writer(storage, writer, files.keys() | gone)
     content = json.dumps({"format": 1, "files": facts}, indent=1, sort_keys=True)
     storage.write_bytes(MANIFEST, content.encode())
     for name in gone:
         storage.delete(name)
-    if _mark(storage)[0] == writer:  # that of a writer who has begun meanwhile stays
+    _refuse_another_writer(storage, writer, files.keys() | gone)  # a write may have waited while another published
+    try:
         storage.delete(REPLACING)
+    except PermissionError:  # who may not delete says that nothing is doubtful any more
+        _put_mark(storage, writer, ())
     return len(todo), len(files) - len(todo)
+
+
+def _refuse_another_writer(storage: Storage, writer: str, names: Iterable[str]) -> None:
+    """Refuses to go on where the mark is not one's own; it leaves one, so that the other stops too, and a later writer
+    uploads all of these files.
+
+    Raises:
+        ConcurrentRunError: another writer is, or was, at work.
+    """
+    found, doubtful = _mark(storage)
+    if found == writer:
+        return
+    _put_mark(storage, writer, doubtful | set(names))
+    raise ConcurrentRunError(
+        f"{storage.uri}: another job publishes here at the same time, so that files of both may lie there. Run one of "
+        "them again when both have ended, and it uploads all files anew"
+    )
 
 
 def _mark(storage: Storage) -> tuple[str | None, set[str]]:

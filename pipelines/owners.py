@@ -29,8 +29,11 @@ class Persons:
     def among(self, ids: Iterable[str]) -> set[str]:
         """Those of some ids that are in the set."""
         distinct = sorted(set(ids))
-        found = np.isin(_numbers(distinct), self.numbers) if len(self.numbers) else np.zeros(len(distinct), bool)
-        return {one for one, is_in in zip(distinct, found, strict=True) if is_in}
+        if not len(self.numbers):
+            return set()
+        numbers = _numbers(distinct)
+        at = np.minimum(np.searchsorted(self.numbers, numbers), len(self.numbers) - 1)  # the set is large, the ids few
+        return {one for one, is_in in zip(distinct, self.numbers[at] == numbers, strict=True) if is_in}
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,38 @@ def test_of_two_publishers_at_once_one_is_told_and_a_rerun_mends_what_they_left(
     assert not Storage(s3).is_file(artifacts.REPLACING)
 
 
+@pytest.mark.parametrize("step", ["write_bytes", "delete"])
+def test_a_publisher_that_is_held_up_at_its_end_notices_another(s3, tmp_path, monkeypatch, step):
+    """At its manifest, or at a file that it removes, which the other one has."""
+    artifacts.publish(folder(tmp_path / "before", extra=b"old"), s3)
+    one = folder(tmp_path / "one", **{"model.safetensors": bytes(reversed(FILES["model.safetensors"]))})
+    two = folder(tmp_path / "two", **{"model.safetensors": FILES["model.safetensors"][::-2] * 2, "extra": b"new"})
+    at, ended = {"write_bytes": artifacts.MANIFEST, "delete": "extra"}[step], []
+    does = getattr(Storage, step)
+
+    def held_up(storage, name, *more):
+        if name == at and not ended:
+            ended.append(True)
+            artifacts.publish(two, s3)
+        return does(storage, name, *more)
+
+    monkeypatch.setattr(Storage, step, held_up)
+    with pytest.raises(ConcurrentRunError, match="another job publishes here at the same time"):
+        artifacts.publish(one, s3)
+    assert ended
+    artifacts.publish(one, s3)
+    assert content(artifacts.fetch(s3)) == content(one)
+
+
+def test_who_may_not_delete_publishes_all_the_same(s3, tmp_path, monkeypatch):
+    def refused(storage, name):
+        raise PermissionError(name)
+
+    monkeypatch.setattr(Storage, "delete", refused)
+    assert artifacts.publish(folder(tmp_path / "one"), s3) == (3, 0)
+    assert artifacts.publish(tmp_path / "one", s3) == (0, 3)
+
+
 def test_a_mark_of_the_release_before_still_names_doubtful_files(s3, tmp_path):
     artifacts.publish(folder(tmp_path / "one"), s3)
     Storage(s3).write_bytes(artifacts.REPLACING, b'["model.safetensors", "shard-9"]')

@@ -9,6 +9,7 @@ import pytest
 from infra.shards import bucket_of
 from pipelines import tables
 from pipelines.evaluate import references
+from pipelines.owners import Persons
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
 
@@ -153,8 +154,8 @@ def test_other_populations_teach_the_classifier_but_not_their_users_who_are_aske
 def test_the_sample_is_bounded_and_the_same_each_time(tmp_path, monkeypatch):
     population = made(tmp_path, crowd(), [ask("anna", 9, "mud")])
     histories = tables.open_table(population.tables, "histories").snapshot(complete=True)
-    first = references.learn(histories.filled(), TaskSpec.model_validate(NOTES), histories, None, 0.5)
-    again = references.learn(histories.filled()[::-1], TaskSpec.model_validate(NOTES), histories, None, 0.5)
+    first = references.learn(histories.filled(), TaskSpec.model_validate(NOTES), histories, None, 0.5, Persons())
+    again = references.learn(histories.filled()[::-1], TaskSpec.model_validate(NOTES), histories, None, 0.5, Persons())
     assert sorted(first.drawn) == sorted(again.drawn) and 15 < len(first.drawn) < 40
     assert first.counts.tolist() == [36, 18]
     monkeypatch.setattr(references, "MAX_TRAINING_ITEMS", 10)
