@@ -27,7 +27,7 @@ class Persons:
     """Sorted, see `_numbers`."""
 
     def among(self, ids: Iterable[str]) -> set[str]:
-        """Those of some ids that are in the set."""
+        """Returns those of some ids that are in the set."""
         distinct = sorted(set(ids))
         if not len(self.numbers):
             return set()

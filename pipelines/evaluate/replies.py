@@ -85,6 +85,11 @@ class Replies(Answers):
         return len(owners - several), several
 
 
+_READ = ("request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
+         "persona", "adapter_id", "sample", "run_id", "input_hash")  # fmt: skip
+"""Columns of the replies that are read, beside their identities."""
+
+
 def join_bucket(
     requests: Snapshot,
     generations: Snapshot,
@@ -106,9 +111,7 @@ def join_bucket(
     columns = ["request_id", "user_id", "owner_id", "target", "as_of", "as_of_position"] + ["input"] * with_input
     keys = of_bucket(users, bucket)
     wanted = pc.field("run_id").isin(list(runs))
-    names = ["request_id", "user_id", "method", "text", "error", "finish_reason", "prompt_tokens", "output_tokens",
-             "persona", "adapter_id", "sample", "run_id", "input_hash"]  # fmt: skip
-    rows = generations.read([*names, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
+    rows = generations.read([*_READ, *IDENTITIES], buckets=[bucket], filter=wanted, user_keys=keys)
     tells_input = rows["input_hash"].null_count < len(rows)
     read = [*columns, "input"] if tells_input and not with_input else columns
     everything = requests.read(read, buckets=[bucket], user_keys=keys)

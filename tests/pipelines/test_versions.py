@@ -119,7 +119,7 @@ def test_evaluate_scores_the_replies_of_the_version_named(days):
 @pytest.mark.parametrize("job", [generate, train, evaluate])
 def test_a_version_is_given_by_table_and_another_table_is_refused(job):
     given = options.read(["--as-of-version", "requests=3,histories=0"], job.Config)
-    assert given.values["as_of_version"] == {"requests": "3", "histories": "0"}
+    assert given.values["as_of_version"] == {"requests": 3, "histories": 0}
     needed = ["--tables", "t"] + ["--llm.model", "m"] * (job is not evaluate)
     for words in ("rejects=1", "requests=-1", "requests=new"):
         given = options.read([*needed, "--as-of-version", words], job.Config)
