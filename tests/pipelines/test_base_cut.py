@@ -15,7 +15,8 @@ from pipelines.adapt.mixed import OtherSettings
 from pipelines.generate.pending import PendingReplies
 from pipelines.lines import base_lm
 from pipelines.upkeep import export
-from pplug.adapter import LoraConfig
+from pipelines.upkeep.export_adapter import export_adapter
+from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes
 from pplug.llm import LLMConfig, llm_id
 from tests.pipelines.population import NOTES
 from tests.pipelines.test_base_lm import TINY
@@ -255,9 +256,6 @@ def test_an_export_deletes_nothing_that_no_export_wrote(population, tmp_path, ra
 def test_a_peft_folder_takes_the_place_of_another_as_a_whole(population, llm, tmp_path):
     """A former adapter in another form lies there; afterwards only this one does."""
     import torch
-
-    from pipelines.upkeep.export_adapter import export_adapter
-    from pplug.adapter import AdapterShape, base_shapes, to_bytes
 
     base, shape = llm_id(llm), AdapterShape()
     weights = {name: (torch.zeros(8, i), torch.zeros(o, 8))

@@ -1,4 +1,4 @@
-"""What an evaluation claims: simulated populations where the truth is known, and controls written by hand."""
+"""An evaluation's claims: simulated populations where the truth is known, and controls written by hand."""
 
 import numpy as np
 import pytest

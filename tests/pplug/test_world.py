@@ -145,7 +145,7 @@ def test_corpus_items_state_or_show_or_say_nothing_in_the_shares_asked_for(tmp_p
 
 
 def test_shown_texts_are_those_that_retrieval_writes(tmp_path):
-    """What the base LM learns from is, letter by letter, what a method such as bm25 puts before a request."""
+    """The base LM learns, letter by letter, from texts that a method such as bm25 puts before a request."""
     config = world.WorldConfig(corpus_users=20, corpus_items=8, stated=0, shown=1, train_users=2, test_users=2)
     files, entry = world.write(config, tmp_path), world.task_entry(config)
     tokenizer, full = TextTokenizer(word_tokenizer(tmp_path / "words")), 0
