@@ -3,6 +3,7 @@
 Only names travel with the prompts; weights go from the table's files to folders in memory, beside the engine.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -105,13 +106,12 @@ class AdapterIndex:
 
 
 class AdapterShelf:
-    """PEFT folders on a disk in memory, one an adapter."""
+    """PEFT folders, one per adapter, on a disk in memory; while that is full, among the temporary files."""
 
     def __init__(self, adapters: Adapters, base: Path) -> None:
         self._adapters, self._base = adapters, base
-        parent = MEMORY if os.access(MEMORY, os.W_OK) else tempfile.gettempdir()
-        _sweep(Path(parent))
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        disk = tempfile.gettempdir()
+        self.folder, self.overflow = (_own_folder(at) for at in (MEMORY if os.access(MEMORY, os.W_OK) else disk, disk))
         self._shapes: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
 
     def put(self, name: AdapterName) -> Path:
@@ -130,9 +130,7 @@ class AdapterShelf:
         if shape.targets not in self._shapes:
             self._shapes[shape.targets] = base_shapes(self._base, shape.targets)
         from_bytes(row["weights"] or b"", shape, self._shapes[shape.targets], self._adapters.llm_id)
-        path = self.folder / str(name)
-        write_folder(path, row["weights"], shape, str(self._base))
-        return path
+        return self._written(str(name), row["weights"], shape)
 
     def put_nothing(self) -> Path:
         """The folder of an adapter that adds nothing."""
@@ -144,15 +142,33 @@ class AdapterShelf:
             name: (torch.zeros(1, width_in), torch.zeros(width_out, 1))
             for name, (width_in, width_out) in base_shapes(self._base, targets).items()
         }
-        path = self.folder / "none"
-        write_folder(path, to_bytes(weights, self._adapters.llm_id), shape, str(self._base))
+        return self._written("none", to_bytes(weights, self._adapters.llm_id), shape)
+
+    def _written(self, name: str, data: bytes, shape: AdapterShape) -> Path:
+        path = self.folder / name
+        try:
+            write_folder(path, data, shape, str(self._base))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # A container of docker has 64 MB there by default, and an engine on a CPU may keep the file mapped.
+            shutil.rmtree(path, ignore_errors=True)
+            path = self.overflow / name
+            write_folder(path, data, shape, str(self._base))
         return path
 
     def drop(self, name: AdapterName) -> None:
-        shutil.rmtree(self.folder / str(name), ignore_errors=True)
+        for folder in (self.folder, self.overflow):
+            shutil.rmtree(folder / str(name), ignore_errors=True)
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, self.overflow):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder(parent: str) -> Path:
+    _sweep(Path(parent))
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
 
 
 def _sweep(parent: Path) -> None:

@@ -89,9 +89,13 @@ class LoadedAdapters:
         except EngineDeadError:
             raise
         except Exception as error:  # the engine hands over whatever its loader raised
-            self.shelf.drop(name)
+            await self.engine.remove_lora(request.lora_int_id)  # half taken, it would push out one that is in use
             what = f"adapter {name.adapter_id}: the engine does not take it ({type(error).__name__})"
             raise ValueError(what) from error
+        finally:
+            # vLLM 0.32 never reads it again while the adapter is in its cache, where `room` keeps it. Left lying, the
+            # folders of up to 512 adapters would take as much memory again, and fill a small /dev/shm.
+            self.shelf.drop(name)
         return request
 
     async def _laid_out(self, name: AdapterName) -> Any:
@@ -109,7 +113,6 @@ class LoadedAdapters:
 
     async def _remove(self, name: AdapterName) -> None:
         request = self._loaded.pop(name).request.result()
-        self.shelf.drop(name)  # at once: when the engine has answered, somebody may have laid it out anew
         await self.engine.remove_lora(request.lora_int_id)
         await self._tell()
 

@@ -1,5 +1,7 @@
 """Engines that start in a way of their own, or not at all: two devices per model, a model that vLLM cannot run."""
 
+import asyncio
+import errno
 import json
 import math
 import os
@@ -25,7 +27,7 @@ from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.engines.vllm import VLLMEngine
 from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
 from pipelines.generate import job as generate
-from pplug.adapter import base_shapes, to_bytes
+from pplug.adapter import base_shapes, to_bytes, write_folder
 from pplug.llm import LLMConfig, llm_id, load_tokenizer
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
@@ -63,6 +65,64 @@ def test_an_engine_that_ends_takes_its_adapters_out_of_memory(tmp_path, monkeypa
     engine._words = TemporaryDirectory(dir=tmp_path)
     engine.shutdown()
     assert not list(tmp_path.glob("pplug-adapters-*"))
+
+
+class ReadsFolders:
+    """Stands for vLLM's engine, which reads a folder when it is added, and not before all `at_once` have been asked."""
+
+    def __init__(self, at_once=1):
+        self.at_once, self.asked, self.places, self.waiting = at_once, 0, [], asyncio.Event()
+
+    async def add_lora(self, request):
+        self.asked += 1
+        if self.asked == self.at_once:
+            self.waiting.set()
+        await self.waiting.wait()
+        assert (Path(request.lora_path) / "adapter_model.safetensors").stat().st_size > 1000
+        self.places.append(Path(request.lora_path).parents[1].name)
+
+    async def remove_lora(self, number):
+        raise AssertionError("there is room for all")
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_a_memory_with_room_for_two_adapters_serves_a_hundred_users(tmp_path, monkeypatch, at_once):
+    """One after the other they need the memory alone, as each leaves it when the engine has it; together the disk."""
+    memory, disk, base = tmp_path / "memory", tmp_path / "disk", tiny_llama(tmp_path / "llm")
+    for folder in (memory, disk):
+        folder.mkdir()
+    monkeypatch.setattr("pipelines.engines.adapters.MEMORY", str(memory))
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    shapes = base_shapes(base, ("q_proj", "v_proj"))
+    data = to_bytes({name: (torch.zeros(8, a), torch.zeros(b, 8)) for name, (a, b) in shapes.items()}, "llm-x")
+    rows = {f"user-{i}": {"adapter_id": f"f-{i}", "weights": data} for i in range(100)}
+
+    def on_a_small_disk(folder, data, shape, base):
+        folder.mkdir()
+        if memory in folder.parents and len(list(folder.parent.iterdir())) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_folder(folder, data, shape, base)
+
+    monkeypatch.setattr("pipelines.engines.adapters.write_folder", on_a_small_disk)
+    shelf = AdapterShelf(Adapters(snapshot_of(tmp_path / "t", rows), 4, "llm-x", 8, ("q_proj", "v_proj")), base)
+
+    async def serve():
+        engine, requests = ReadsFolders(at_once), []
+        loaded = LoadedAdapters(engine, shelf, room=512)
+        names = [AdapterName(user_key(user), row["adapter_id"]) for user, row in rows.items()]
+        for first in range(0, 100, at_once):
+            mine = names[first : first + at_once]
+            requests += await asyncio.gather(*map(loaded.hold, mine))
+            for name in mine:
+                await loaded.let_go(name)
+            assert not [path for place in (memory, disk) for path in place.glob("pplug-adapters-*/*")]
+        return requests, engine.places
+
+    requests, places = asyncio.run(asyncio.wait_for(serve(), 120))
+    assert len({request.lora_int_id for request in requests}) == 100
+    assert set(places) == ({"memory"} if at_once == 1 else {"memory", "disk"})
+    shelf.close()
+    assert not [*memory.iterdir(), *disk.iterdir()]
 
 
 @pytest.mark.parametrize("times", [1, 9])
