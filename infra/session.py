@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra import LOCAL, metrics, nodes, stopping
+from infra.cores import cores
 from infra.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def stop() -> None:
 
 def local_cpus(cpus: int | None, need: Mapping[str, float]) -> int:
     """Logical CPUs of a local session."""
-    return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, cpus or 0, int(-(-need.get("CPU", 0) // 1)))
+    return max(LEAST_LOCAL_CPUS, cores(), cpus or 0, int(-(-need.get("CPU", 0) // 1)))
 
 
 def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) -> None:

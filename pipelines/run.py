@@ -1,10 +1,10 @@
 """The begin of every job: its report, and how much of a node's processor an actor takes."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infra.cores import cores
 from infra.report import RunReport, new_run_id
 from pipelines.job_config import JobConfig
 
@@ -39,4 +39,4 @@ class CpuShare:
         return cls(1 if gpus_per_worker else workers, threads)
 
     def torch_threads(self) -> int:
-        return self.threads or max(1, (os.cpu_count() or 1) // self.actors)
+        return self.threads or max(1, cores() // self.actors)

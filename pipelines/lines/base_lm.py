@@ -5,12 +5,12 @@
 
 import hashlib
 import json
-import os
 
 import pyarrow as pa
 import torch
 
 from infra import artifacts, lease
+from infra.cores import cores
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.report import RunReport, new_run_id
@@ -57,7 +57,7 @@ def _run(config: Config, run_id: str) -> int:
         code = report.finish()
         print(f"model: {config.output}, already there")
         return code
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.threads or cores())
     with report.stage("train") as stage, Progress(config.lm.steps, "steps") as bar:
 
         def show(now: TrainingProgress) -> None:

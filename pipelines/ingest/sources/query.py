@@ -6,7 +6,6 @@ JSON in one file of lines, because each file that DuckDB reads as JSON takes buf
 """
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from infra.cores import cores
 from infra.errors import InputError
 from infra.remote import reading
 from pipelines.ingest.sources.base import (
@@ -157,7 +157,7 @@ def _opened(
     connection = duckdb.connect()
     connection.execute(f"set memory_limit = '{_MEMORY}'")
     connection.execute("set temp_directory = ?", [str(folder / "spill")])
-    connection.execute(f"set threads = {min(4, os.cpu_count() or 1)}")
+    connection.execute(f"set threads = {min(4, cores())}")
     connection.execute("set timezone = 'UTC'")
     bad: list[Bad] = []
     views: list[str] = []
