@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 LEAST_LOCAL_CPUS = 4
 INIT_DEATHS = 2
 """Number of actors in a row that may end in their constructor and are replaced."""
+NO_PROGRESS_S = 24 * 3600.0
+"""Seconds after which a run ends in which no block of rows moves. Ray's half hour is less than honest work takes: 64
+users' adapters on a CPU, or the wait for spot nodes."""
+_NO_PROGRESS = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
 _LOCAL = {
     # Ray's second is shorter than the pause between two stages: their workers would be started and fill their imports
     # anew for each (two cores, a night of refreshes: 197 s of processor time, with these settings 140).
@@ -218,6 +222,8 @@ def _data_defaults() -> None:
     context = DataContext.get_current()
     # A constructor that fails for a moment (GPU memory that a killed engine still holds) is tried in a new process.
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
+    if _NO_PROGRESS not in os.environ:  # which Ray's own message about it names
+        context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.enable_progress_bars = False  # a job shows its own, one line per step
     context.print_on_execution_start = False
     for name in ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):

@@ -99,6 +99,12 @@ def advice(error: BaseException) -> str:
         return "a file is missing; the log names it"
     if "PermissionError" in kinds:
         return "a file or address may not be read or written; check the rights and the credentials"
+    if "ExecutionTimeoutError" in kinds:  # of Ray Data
+        return (
+            "no rows have come for a day: workers hang, die again and again, or wait for nodes that the cluster does "
+            "not get (`ray status` says it); look there and in the workers' logs, lower batch sizes if one batch takes "
+            "that long, and run it again, which goes on from what is committed"
+        )
     if kinds & {"ConnectionError", "TimeoutError", "EndpointConnectionError", "ClientError"}:
         return "storage or cluster did not answer; check the connection and run it again"
     if "ImportError" in kinds:

@@ -7,6 +7,7 @@ number of restarts any more (Ray 2.64 drops it).
 """
 
 import uuid
+from functools import cache
 from typing import Any
 
 import ray
@@ -32,30 +33,39 @@ class Deaths:
         return died
 
 
-def counter() -> tuple[str, Any]:
-    """Name and handle of a new counter; it lives as long as the handle, whatever other nodes are lost."""
+def counter() -> str:
+    """Name of the counter of this driver's session, which starts with the first stage that has actors.
+
+    It stands beside the driver, so that it outlives whatever other nodes are lost.
+    """
+    context = ray.get_runtime_context()
+    name, _ = _counter(context.get_job_id(), context.get_node_id())
+    return name
+
+
+@cache  # keeps the handle, without which Ray would end it
+def _counter(job: str, node: str) -> tuple[str, Any]:
     name = f"deaths-{uuid.uuid4().hex}"
-    return name, ray.remote(Deaths).options(name=name, **nodes.beside_driver()).remote()
+    return name, ray.remote(Deaths).options(name=name, max_restarts=-1, **nodes.beside_driver()).remote()
 
 
-def guarded(stage: type, restarts: int | None, deaths: str | None) -> type:
+def guarded(stage: type, restarts: int, deaths: str) -> type:
     """Returns the stage with a constructor that may refuse and that counts its starts.
 
     Args:
-        restarts: number of deaths after which an actor's next start fails, which ends the job; None: no limit.
+        restarts: number of deaths after which an actor's next start fails, which ends the job.
         deaths: name of the counter.
     """
 
     class Guarded(stage):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any) -> None:
             self.refusal: InputError | None = None
-            if restarts is not None:
-                died = deaths_so_far(deaths)
-                if died > restarts:
-                    raise RuntimeError(
-                        f"{stage.__name__} died {died} times on nodes that are alive, and may start again {restarts} "
-                        "times (max_engine_restarts): a row kills it, or memory runs out; see the worker's log"
-                    )
+            died = deaths_so_far(deaths)
+            if died > restarts:
+                raise RuntimeError(
+                    f"{stage.__name__} died {died} times on nodes that are alive, and may start again {restarts} times "
+                    "(an engine: max_engine_restarts): a row kills it, or memory runs out; see the worker's log"
+                )
             try:
                 super().__init__(*args)
             except InputError as error:  # Ray would start another actor, which would refuse just the same
@@ -70,11 +80,11 @@ def guarded(stage: type, restarts: int | None, deaths: str | None) -> type:
     return Guarded
 
 
-def deaths_so_far(deaths: str | None) -> int:
+def deaths_so_far(deaths: str) -> int:
     """Returns how often this actor has died before, lost nodes not counted."""
     context = ray.get_runtime_context()
     actor, node = context.get_actor_id(), context.get_node_id()
-    if deaths is None or actor is None:
+    if actor is None:
         return 0
     died: int = ray.get(ray.get_actor(deaths).started.remote(actor, node), timeout=_ASK_TIMEOUT_S)
     return died

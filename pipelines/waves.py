@@ -36,7 +36,9 @@ SHOWN, LEAST_ROWS, MOST_ROWS = 50, 64, 5_000
 """Blocks of a run's rows that are counted on the screen one by one, and rows that a block has at least and at most: a
 kill costs the block that is being filled beside the wave."""
 
-
+RESTARTS = 10
+"""Number of times that an actor may die on a node that lives on, and start again: a row that kills it ends the job.
+Fewer would end a job of many hours for deaths that no row has caused, such as memory that is short for a while."""
 TASKS_PER_CPU, MOST_TOGETHER = 8, 8
 """Tasks of `each_bucket` per CPU, at least, so that no CPU waits long for the last; and buckets of a task, at most."""
 
@@ -266,13 +268,13 @@ class Step:
 
     stage: Any
     options: Mapping[str, Any]
-    keeps: Any = None
-    """Handle of an actor that lives as long as the step."""
+    restarts: int | None = None
+    """Number of times that one actor may die and start again; None for tasks."""
 
 
 def actors(
     stage: type, *args: Any, size: int, least: int | None = None, rows: int | None = 1, gpus: float = 0.0,
-    restarts: int | None = None, **options: Any,
+    restarts: int = RESTARTS, **options: Any,
 ) -> Step:  # fmt: skip
     """A stage with a state of its own, such as a model, in a pool of actors.
 
@@ -283,13 +285,12 @@ def actors(
             work and the cluster has room. None: `size`.
         rows: rows that the stage gets at a time; None passes blocks on as they come.
         gpus: GPUs of one actor.
-        restarts: number of times that one actor may die and start again; lost nodes do not count. None: no limit.
+        restarts: number of times that one actor may die and start again; lost nodes do not count.
         options: further options of `Dataset.map_batches`; those of `ActorPoolStrategy` stand in a mapping `pool`.
     """
     pool = ray.data.ActorPoolStrategy(min_size=least or size, max_size=size, **options.pop("pool", {}))
-    name, handle = counter() if restarts is not None else (None, None)
     given = {"fn_constructor_args": args, "batch_size": rows, "num_gpus": gpus or None, "compute": pool}
-    return Step(guarded(stage, restarts, name), given | options, handle)
+    return Step(stage, given | options, restarts)
 
 
 def tasks(stage: Callable[[pa.Table], Any], rows: int | None = 1) -> Step:
@@ -307,7 +308,8 @@ def stream(buckets: Sequence[int], steps: Sequence[Step], *, together: int = 1) 
     blocks = max(1, -(-len(buckets) // together))
     data = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=blocks)
     for step in steps:
-        data = data.map_batches(step.stage, batch_format="pyarrow", **step.options)
+        stage = step.stage if step.restarts is None else guarded(step.stage, step.restarts, counter())
+        data = data.map_batches(stage, batch_format="pyarrow", **step.options)
     return data
 
 

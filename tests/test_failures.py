@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from infra.storage import Storage
@@ -33,6 +34,7 @@ ray.exceptions.UserCodeException: ray::Map(f)"""
         (MemoryError(), "MemoryError", "memory ran out"),
         (in_a_worker(Own("text")), "Own", "fault of the program"),
         (in_a_worker(TimeoutError("text")), "TimeoutError", "did not answer"),
+        (ExecutionTimeoutError("text"), "ExecutionTimeoutError", "no rows have come for a day"),
         (RuntimeError(IN_A_STAGE), "OutOfMemoryError", "memory ran out"),
         (PermissionError(13, "Permission denied"), "PermissionError", "rights and the credentials"),
         (ModuleNotFoundError("No module named 'vllm'"), "ModuleNotFoundError", "a library is missing"),

@@ -19,6 +19,28 @@ def test_a_local_session_has_more_cpus_than_its_train_workers():
     assert session.local_cpus(64, {"CPU": 2.5}) >= 64
 
 
+def test_a_block_may_take_twelve_hours_and_a_run_that_hangs_ends_nevertheless(monkeypatch):
+    from ray.data import DataContext
+    from ray.data._internal.execution.no_progress_guard import NoProgressGuard
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    monkeypatch.delenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", raising=False)
+    before = DataContext.get_current()
+    try:
+        DataContext._set_current(DataContext())
+        session._data_defaults()
+        hours = [0, 12, 48]
+        context = DataContext.get_current()
+        guard = NoProgressGuard({}, context.execution_no_progress_timeout_s, clock=lambda: hours[0] * 3600.0)
+        hours.pop(0)
+        guard.check()
+        hours.pop(0)
+        with pytest.raises(ExecutionTimeoutError):
+            guard.check()
+    finally:
+        DataContext._set_current(before)
+
+
 @pytest.mark.parametrize(
     ("need", "message"),
     [

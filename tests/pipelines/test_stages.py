@@ -70,7 +70,21 @@ def test_an_actor_that_dies_again_and_again_ends_the_job_with_the_number(tmp_pat
     rows, starts, error = through(tmp_path, at_batch="die", restarts=1)
     assert (rows, starts) == ([], 2)
     said = failures.own_words(error)
-    assert "Noted died 2 times on nodes that are alive, and may start again 1 times (max_engine_restarts)" in said
+    assert "Noted died 2 times on nodes that are alive, and may start again 1 times" in said
+    assert "(an engine: max_engine_restarts)" in said
+
+
+def test_every_actor_may_start_again_a_limited_number_of_times(tmp_path):
+    """Without a limit a row that kills its actor would be tried for as long as the cluster lives."""
+    step = waves.actors(Noted, str(tmp_path / "starts"), size=1)
+    assert step.restarts == 10
+
+
+def test_the_stages_of_a_session_share_one_counter(ray_session):
+    from pipelines import stages
+
+    name = stages.counter()
+    assert stages.counter() == name and ray.get(ray.get_actor(name).started.remote("actor", "node")) == 0
 
 
 def test_an_actor_that_dies_once_goes_on(tmp_path):
