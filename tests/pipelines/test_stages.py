@@ -11,7 +11,7 @@ from ray.data import DataContext
 
 from infra import session
 from infra.errors import InputError
-from pipelines import failures, waves
+from pipelines import failures, stages, waves
 from pipelines.adapt.base import fit_base
 from pipelines.generate.parts.base import Worker
 from pipelines.generate.parts.retrieval import Retrieval
@@ -81,8 +81,6 @@ def test_every_actor_may_start_again_a_limited_number_of_times(tmp_path):
 
 
 def test_the_stages_of_a_session_share_one_counter(ray_session):
-    from pipelines import stages
-
     name = stages.counter()
     assert stages.counter() == name and ray.get(ray.get_actor(name).started.remote("actor", "node")) == 0
 
@@ -111,8 +109,6 @@ def test_ray_warns_of_nothing_that_it_will_drop(tmp_path):
 
 
 def test_deaths_with_a_lost_node_do_not_count(ray_session, monkeypatch):
-    from pipelines import stages
-
     monkeypatch.setattr(stages.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}])
     deaths = stages.Deaths()
     assert [deaths.started("actor", node) for node in ("b", "a", "a")] == [0, 0, 1]
