@@ -227,7 +227,9 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     soft = "plug:soft-prompt"
     assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
     less = warnings(f"{soft}+bm25@2", input_share=0.4)
-    assert less == [f"plug {folder} was trained with bm25@2 alone in its prompts; methods ['{soft}+bm25@2'] show others"]
+    assert less == [
+        f"plug {folder} was trained with bm25@2 alone in its prompts; methods ['{soft}+bm25@2'] show others"
+    ]
     assert ShownItems(k=2, input_share=0.4, budget_tokens=90).named("bm25") == "bm25@2 budget_tokens=90 input_share=0.4"
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")

@@ -85,7 +85,9 @@ def test_judgements_of_replies_that_were_made_anew_are_told(place):
     assert said("whole") == said("judged") == []
     put(place, "generations", "whole", group=1, complete=True)
     (warning,) = said("judged")
-    assert warning.startswith("run whole has made replies since run judged judged it; run `judge` again with run_id=judged")
+    assert warning.startswith(
+        "run whole has made replies since run judged judged it; run `judge` again with run_id=judged"
+    )
     assert said("judged", generations=now) == said("whole") == []
     put(place, "generations", "judged", group=1, complete=True, judge_of="whole")
     assert said("judged") == []
