@@ -157,12 +157,13 @@ def taken_back(storage: Storage, version: int, newest: int) -> str | None:
     return None
 
 
-def unended(storage: Storage, version: int, runs: Iterable[str]) -> list[str]:
-    """Lists those of these runs whose newest commit up to a version has not ended them.
+def newest_of(storage: Storage, version: int, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yields the info of each of these runs' newest commit up to a version, with its version, newest first.
 
-    A run of which the log has no entry is none of them. Commits that a restore has taken back do not count.
+    A run of which the log has no entry is left out. Commits that a restore has taken back do not count, and neither do
+    those that put rows into other files.
     """
-    left, found, until = set(runs), [], version
+    left, until = set(runs), version
     for info in back_from(storage, version):
         if not left:
             break
@@ -172,8 +173,7 @@ def unended(storage: Storage, version: int, runs: Iterable[str]) -> list[str]:
             until = int(info[RESTORED])
         elif info.get("run_id") in left and not is_rewritten(info):
             left.remove(info["run_id"])
-            found += [info["run_id"]] if info.get("complete") != "true" else []
-    return found
+            yield info
 
 
 def lost_race(error: Exception) -> bool:

@@ -369,7 +369,13 @@ class Table:
         A version may be complete in spite of them, when another run has ended on it. Nothing is known of commits that
         the log no longer has.
         """
-        return log.unended(self.storage, version, [run for run in runs if self.committed(run)])
+        newest = log.newest_of(self.storage, version, [run for run in runs if self.committed(run)])
+        return [info["run_id"] for info in newest if info.get("complete") != "true"]
+
+    def last_commits(self, runs: Iterable[str], version: int) -> dict[str, int]:
+        """Returns the version of each of these runs' newest commit up to a version, as far back as the log goes."""
+        newest = log.newest_of(self.storage, version, [run for run in runs if self.committed(run)])
+        return {info["run_id"]: int(info["version"]) for info in newest}
 
     # -- driver side: commits
 

@@ -51,6 +51,8 @@ _SPECS = [
     TableSpec("rejects", schemas.REJECTS, 1, sort=("key",), bucketed=False),
 ]
 SPECS = {spec.name: dataclasses.replace(spec, added=schemas.ADDED.get(spec.name, ())) for spec in _SPECS}
+JUDGE_OF = "judge_of"
+"""Key of a run of `judge` in its commits' metadata: the run whose replies it judges."""
 SETTLED = "settled"
 """Key in the metadata of a commit of personas: texts and rejects of each bucket, as `refresh` writes them."""
 BY_BUCKET = (SETTLED,)

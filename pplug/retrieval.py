@@ -35,6 +35,9 @@ InTraining = Literal["none", "bm25", "recency"]
 """Kinds of retrieval for prompts that are trained on; they read the items' words alone, and no vectors."""
 
 
+_ROOM = ("budget_tokens", "input_share")
+
+
 class ShownItems(Settings):
     """Sets how many items a prompt shows, and how much room they have."""
 
@@ -58,6 +61,16 @@ class ShownItems(Settings):
                 "prompt is cut: lower the one or raise the other"
             )
         return self.budget_tokens or max_input_tokens
+
+    def named(self, kind: str, items: int | None = None) -> str:
+        """Names what stands in a prompt: `kind@items`, then how much room it has, where that is not the default.
+
+        Args:
+            items: number of items, where it is not `k`.
+        """
+        room = {name: (getattr(self, name), ShownItems.model_fields[name].default) for name in _ROOM}
+        other = [f"{name}={value}" for name, (value, default) in room.items() if value != default]
+        return " ".join([f"{kind}@{items or self.k}", *other])
 
 
 class RetrievalConfig(ShownItems):

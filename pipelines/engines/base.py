@@ -63,7 +63,7 @@ class Decoding(Settings):
     """Token ids that end a reply beside the model's own end tokens."""
     n: int = Field(1, gt=0)
     """Number of replies per request and method. Each is drawn with a seed of its own and is a row of its own, told
-    apart by the column `sample`; `evaluate` takes the mean over them."""
+    apart by the column `sample`; `evaluate` takes the mean over them, F1 and RMSE over all replies together."""
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Self:

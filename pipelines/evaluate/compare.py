@@ -73,7 +73,9 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
         n_users=n_users,
         methods=_changes(task, earlier, later, n_users),
         left_out={run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out},
-        warnings=few_users_warning(n_users) + _warnings(task, runs, sides),
+        warnings=few_users_warning(n_users)
+        + _warnings(task, runs, sides)
+        + scoring.judged_before(config, snapshots["generations"], runs),
     )
 
 

@@ -15,9 +15,9 @@ class EvaluateConfig(JobConfig):
     (sums, plain and resampled over people) -> added up -> scores, 95% intervals, paired differences to the method
     `none`, overall and by third -> the verdict. Unit of work: a request with a target and a method.
     A request is known by user_id and request_id. A reply with an error counts as an empty prediction; of several
-    samples the mean counts. A method that lacks replies that others have is refused. References that need no LLM are
-    computed from the histories and scored beside the methods (pipelines.evaluate.references); they are never counted as
-    methods.
+    samples the mean counts (F1 and RMSE: all together). A method that lacks replies that others have is refused.
+    References that need no LLM are computed from the histories and scored beside the methods
+    (pipelines.evaluate.references); they are never counted as methods.
     """
 
     run: tuple[str, ...] = ()

@@ -68,7 +68,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     seconds = seconds_per_reply(config.generate_reports, runs, config.tables)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
-    evaluation.warnings += seen
+    evaluation.warnings += seen + scoring.judged_before(config, snapshots["generations"], runs)
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:
         evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}

@@ -250,6 +250,20 @@ def refuse_unended(config: EvaluateConfig, generations: Snapshot, runs: tuple[st
         tables.refuse_unended(table, generations.version, runs)
 
 
+def judged_before(config: EvaluateConfig, generations: Snapshot, runs: tuple[str, ...]) -> list[str]:
+    """Warns of runs of judgements whose replies' run has made further ones since: a text that is no longer there may
+    have been judged, or an error that has become a reply."""
+    table = tables.open_table(config.tables, "generations")
+    judged = {run: of for run in runs if (of := table.metadata_of_run(run).get(tables.JUDGE_OF))}
+    last = table.last_commits({*judged, *judged.values()}, generations.version)
+    return [
+        f"run {of} has made replies since run {run} judged it; run `judge` again with run_id={run}, which judges what "
+        "is new or was changed"
+        for run, of in judged.items()
+        if last.get(of, -1) > last.get(run, generations.version)
+    ]
+
+
 def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
     """Refuses a method that has not answered all that the others have.
 

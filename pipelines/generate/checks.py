@@ -131,10 +131,6 @@ def settings_id(config: Config, task: TaskSpec) -> str:
     )
 
 
-JUDGE_OF = "judge_of"
-"""Key of a run of `judge` in its commits' metadata: the run whose replies it judges."""
-
-
 def refuse_another_run(metadata: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:
     """Refuses to go on with a run whose replies were made otherwise: one run_id stands for one way of answering."""
     differ = [

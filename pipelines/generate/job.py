@@ -20,7 +20,6 @@ from pipelines import shown, tables, waves
 from pipelines.asked import Chosen
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.generate.checks import (
-    JUDGE_OF,
     check_base,
     gpus_of,
     is_encoder_decoder,
@@ -190,7 +189,7 @@ def _plan(
         config.since,
     )
     before_now = generations.metadata_of_run(report.run_id)
-    if JUDGE_OF in before_now:
+    if tables.JUDGE_OF in before_now:
         raise InputError(f"run_id={report.run_id}: this run has judgements; give replies another run_id")
     refuse_another_run(before_now, identities, report.run_id)
     plan = waves.plan(opened.requests.filled(users), pending.count, report)

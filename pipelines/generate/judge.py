@@ -23,7 +23,7 @@ from pipelines import tables, waves
 from pipelines.asked import answers_now
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
-from pipelines.generate.checks import JUDGE_OF, gpus_of, is_encoder_decoder, refuse_another_run
+from pipelines.generate.checks import gpus_of, is_encoder_decoder, refuse_another_run
 from pipelines.generate.job import TOKENS, CountedReplies, count_replies, engine_step
 from pipelines.generate.judge_config import JudgeConfig as Config
 from pipelines.generate.pending import ReplyKey, reply_key, request_key
@@ -137,7 +137,7 @@ def run(config: Config) -> int:
     before = generations.snapshot()
     report.table_read("requests", requests.version)
     report.table_read("generations", before.version)
-    identities = {JUDGE_OF: config.run, "judge": config.llm.model, "judge_id": judge}
+    identities = {tables.JUDGE_OF: config.run, "judge": config.llm.model, "judge_id": judge}
     identities |= {"judge_decoding_id": decoding.decoding_id, "judge_prompt_id": short_id({"": rubric.PROMPT})}
     identities |= {"judge_engine": config.engine.kind, "judge_task_id": short_id(task.model_dump(mode="json"))}
     _refuse_other_runs(generations, config.run, report.run_id, identities)
@@ -214,9 +214,9 @@ def _decoding(config: Config, task: TaskSpec) -> ResolvedDecoding:
 def _refuse_other_runs(generations: Table, run: str, own: str, identities: Mapping[str, str]) -> None:
     """Refuses a run of replies for one of judgements, the reverse, and judgements that were made otherwise."""
     judged = generations.metadata_of_run(own)
-    if run == own or (judged and JUDGE_OF not in judged):
+    if run == own or (judged and tables.JUDGE_OF not in judged):
         raise InputError(f"run_id={own}: this run has replies, and judgements need a run_id of their own")
-    if JUDGE_OF in generations.metadata_of_run(run):
+    if tables.JUDGE_OF in generations.metadata_of_run(run):
         raise InputError(f"run={run}: this run has judgements and no replies; give the run that it judges")
     path = "judge"  # judge_id tells the model, wherever its folder lies
     refuse_another_run(judged, {name: value for name, value in identities.items() if name != path}, own)

@@ -104,7 +104,8 @@ class IngestConfig(BaseModel):
     parts: dict[str, float] = {}
     """Shares of the users by name, such as train=.8,dev=.2. A hash of the id says which part a user is in: parts are
     disjoint, and the same in every ingest with the same shares. A LaMP folder in which questions of one user have a
-    history each is refused, because each history would be in a part by itself."""
+    history each is refused, because each history would be in a part by itself, and so are requests whose owner_id is
+    not their user_id."""
     part: str | None = None
     """Name of the part whose users this ingest keeps."""
     limit: int | None = Field(None, gt=0)

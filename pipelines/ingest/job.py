@@ -34,7 +34,7 @@ from pipelines.ingest.follow import (
     write_gone,
 )
 from pipelines.ingest.look import look, options_of, settled, sources_of
-from pipelines.ingest.merge import LEFT_OUT, MergeBucket
+from pipelines.ingest.merge import BEYOND_PROFILE, LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.parts import BLOCK_BYTES, KEY, bucket_keys, keyed, spread
@@ -255,6 +255,7 @@ def _files(
     merge = MergeBucket(
         plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held,
         config.undated, config.labels, plan.own, derived_anew, owning,
+        any(FORMATS[piece.format].surveys for piece in plan.pieces),
     )  # fmt: skip
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
@@ -285,6 +286,12 @@ def _files(
             figures.add(pickle.loads(row["figures"]))
             bar.update(row["bucket"] >= 0)
         stage.rows = counts["planned"]
+    if beyond := counts[BEYOND_PROFILE]:
+        raise InputError(
+            f"{config.source}: {beyond} questions of this split, or of one that {config.tables} holds, would see items "
+            "that their profiles do not have: no dates part the splits' items of the same people; ingest this split "
+            "into tables of its own, or with history_scope=question"
+        )
     _count(counts, report)
     return files, anew, figures.numbered()
 

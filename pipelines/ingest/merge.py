@@ -44,6 +44,8 @@ RESULT = pa.schema(
 )
 UNDATED = "undated"
 """Reject reason of an item without a time whose user has items with one."""
+BEYOND_PROFILE = "beyond_profile"
+"""Count of questions whose history would be more than their profile."""
 LEFT_OUT = "left_out:"
 """Beginning of the names of counts of rows left out; the key that left them out follows."""
 _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
@@ -70,6 +72,8 @@ class MergeBucket:
     """True if existing derived requests are removed, because their histories are replaced."""
     owning: Snapshot | None = None
     """The table of requests, where histories stay: it alone tells whose a history of one question is."""
+    of_profiles: bool = False
+    """True if a request's history is exactly the profile that came with it, as in LaMP's layout."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         bucket = rows["bucket"][0].as_py()
@@ -94,6 +98,8 @@ class MergeBucket:
             merged = self._merged("histories", bucket, items, counts) if len(items) else Merged(live, live, live, False)
             merged = self._without("histories", merged, gone, bucket, counts)
             live = merged.live
+            if self.of_profiles:
+                counts[BEYOND_PROFILE] += self._beyond_their_profiles(bucket, live, _keys(items), asked)
             bad.append(merged.rejects)
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
@@ -126,6 +132,25 @@ class MergeBucket:
         row = {"bucket": bucket, "files": listed, "anew": json.dumps(anew), "counts": json.dumps(counts),
                "figures": pickle.dumps(figures)}  # fmt: skip
         return pa.Table.from_pylist([row], schema=RESULT)
+
+    def _beyond_their_profiles(self, bucket: int, live: pa.Table, given: pa.Array, asked: pa.Table) -> int:
+        """Counts questions that may see an item which stands in no profile of their split: those that the tables hold,
+        by the split's own items, and those of the split, by items that the tables alone have.
+
+        Args:
+            live: all items of the split's users.
+            given: keys of the split's items.
+            asked: the split's questions.
+        """
+        users = pc.unique(live["user_key"]).to_pylist()
+        held = pa.concat_arrays([_keys(WORK.empty_table()), *map(_keys, self._held("histories", bucket, users))])
+        before = pa.concat_tables([WORK.empty_table(), *self._held("requests", bucket, users)])
+        before = before.filter(pc.and_(pc.is_null(before["position"]),
+                                       pc.invert(pc.is_in(_keys(before), value_set=_keys(asked)))))  # fmt: skip
+        keys = _keys(live)
+        came = live.filter(pc.invert(pc.is_in(keys, value_set=held)))
+        were = live.filter(pc.invert(pc.is_in(keys, value_set=given)))
+        return _seeing(before, came) + _seeing(asked, were)
 
     def _derived(self, bucket: int, items: pa.Table, gone: pa.Table, live: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Makes requests of the newest items of users whose items came or went; see `derive_requests`."""
@@ -247,6 +272,20 @@ class Merged:
     rejects: pa.Table
     anew: bool
     """True if the new file replaces the bucket's files."""
+
+
+def _seeing(asked: pa.Table, items: pa.Table) -> int:
+    """Counts requests whose time lets them see one of these items of their user; no time hides none."""
+    first: dict[str, datetime | None] = {}
+    for user, at in zip(items["user_key"].to_pylist(), items["at"].to_pylist(), strict=True):
+        earlier = first.get(user, at)
+        first[user] = None if at is None or earlier is None else min(at, earlier)
+    count = 0
+    for user, until in zip(asked["user_key"].to_pylist(), asked["at"].to_pylist(), strict=True):
+        if user in first:
+            at = first[user]
+            count += until is None or at is None or at < until
+    return count
 
 
 def _keys(rows: pa.Table) -> pa.Array:

@@ -367,7 +367,7 @@ def make_models(
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
             **queries,
             trained_without_history=shape.without_history,
-            retrieve=None if config.retrieve == "none" else f"{config.retrieve}@{config.retrieval.k}",
+            retrieve=None if config.retrieve == "none" else config.retrieval.named(config.retrieve),
             request_value=shape.request_value,
             hidden=shape.hidden,
             **beyond,

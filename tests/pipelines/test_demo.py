@@ -1,7 +1,11 @@
 """The verdict of the demo on its own outcome, and its sizes; `make demo` runs its jobs, tested one by one elsewhere."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from infra import session
 from infra.errors import InputError
 from pipelines import options
 from pipelines.__main__ import JOBS
@@ -28,6 +32,40 @@ def test_the_commands_it_runs_are_ones_that_the_command_line_takes(tmp_path):
     for job, *words in commands:
         config = JOBS[job].config
         options.check(config, options.read(words, config))
+
+
+@pytest.mark.parametrize(
+    ("told", "failing", "code", "says"),
+    [
+        (0.95, None, 0, ""),
+        (0.66, None, 1, "did not learn to use a preference that its prompt states (accuracy 0.660, possible 0.980)"),
+        (0.95, "train", 3, "demo: train ended with exit code 3"),
+    ],
+)
+def test_it_runs_its_jobs_on_the_files_that_it_writes(told, failing, code, says, tmp_path, monkeypatch, capsys):
+    """The jobs themselves are left out: each is held to the files that its command names."""
+    root, ran = tmp_path / "run", []
+
+    def job(words: list[str]) -> int:
+        ran.append(words[0])
+        named = dict(zip(words[1:], words[2:], strict=False))
+        for key in ("--source", "--requests-source", "--task", "--users", "--oracle", "--reference"):
+            assert key not in named or Path(named[key]).stat().st_size
+        (root / "report.json").write_text(json.dumps(report(told)))
+        return 3 if words[0] == failing else 0
+
+    monkeypatch.setattr(demo, "_job", job)
+    monkeypatch.setattr(session, "start", lambda **given: None)
+    sizes = {"train_users": 2, "test_users": 2, "adapter_users": 2, "corpus_users": 2}
+    assert demo.run(demo.Config(run_dir=str(root), **sizes)) == code
+    shown = capsys.readouterr()
+    assert (
+        says in shown.err
+        and ("demo done in" in shown.out) == (code == 0)
+        and ("demo ended in" in shown.out) == (code == 1)
+    )
+    assert ran[-1] == (failing or "evaluate") and len(ran) == (5 if failing else 11)
+    assert len((root / "world" / "adapter-users.txt").read_text().split()) == 2
 
 
 def test_a_quick_demo_has_fewer_people_wherever_no_number_was_given():

@@ -215,9 +215,9 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     assert plain.config.retrieve is None and "retrieve" not in plain.config.model_dump()
     plug.save_pretrained(folder)
 
-    def warnings(*methods, k=4):
+    def warnings(*methods, k=4, **room):
         config = generate.Config(
-            tables=made.population.tables, llm=made.llm, plug=str(folder), methods=methods, retrieval={"k": k}
+            tables=made.population.tables, llm=made.llm, plug=str(folder), methods=methods, retrieval={"k": k, **room}
         )
         report = RunReport("generate", "r", {}, str(made.population.folder))
         run = GenerateRun(config, parse_all(methods), llm_id(made.llm), TaskSpec.model_validate(TASK), report, 1)
@@ -226,6 +226,11 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
 
     soft = "plug:soft-prompt"
     assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
+    less = warnings(f"{soft}+bm25@2", input_share=0.4)
+    assert less == [
+        f"plug {folder} was trained with bm25@2 alone in its prompts; methods ['{soft}+bm25@2'] show others"
+    ]
+    assert ShownItems(k=2, input_share=0.4, budget_tokens=90).named("bm25") == "bm25@2 budget_tokens=90 input_share=0.4"
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
     assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"

@@ -8,7 +8,7 @@ from infra import session
 from infra.errors import InputError
 from infra.report import RunReport
 from pipelines import tables, waves
-from pipelines.evaluate import compare
+from pipelines.evaluate import compare, scoring
 from pipelines.evaluate import job as evaluate
 from pipelines.generate import judge
 from pipelines.generate.judge_config import JudgeConfig
@@ -35,9 +35,9 @@ def place(tmp_path, monkeypatch) -> str:
     return root
 
 
-def put(root: str, name: str, run_id: str, group: int = 0, complete: bool = False) -> None:
+def put(root: str, name: str, run_id: str, group: int = 0, complete: bool = False, **more: str) -> None:
     table = tables.open_or_create(root, name, 1)
-    said = {"task_entry": get("LaMP_2").to_json()} if name == "histories" else {}
+    said = {"task_entry": get("LaMP_2").to_json()} if name == "histories" else more
     table.commit([], run_id=run_id, group=group, mode="append", planned_on=table.version, metadata=said,
                  complete=complete)  # fmt: skip
 
@@ -72,6 +72,25 @@ def test_evaluate_refuses_a_run_that_has_not_ended_and_scores_others(place):
     put(place, "generations", "half", group=1, complete=True)
     with pytest.raises(AfterTheCheck):
         scored(place, "half", "whole")
+
+
+def test_judgements_of_replies_that_were_made_anew_are_told(place):
+    def said(run: str, **versions: int) -> list[str]:
+        config = evaluate.Config(tables=place, run=(run,), as_of_version=versions)
+        return scoring.judged_before(config, tables.snapshot(place, "generations", versions), (run,))
+
+    put(place, "generations", "judged", complete=True, judge_of="whole")
+    now = tables.open_table(place, "generations").version
+    put(place, "generations", "other", complete=True)
+    assert said("whole") == said("judged") == []
+    put(place, "generations", "whole", group=1, complete=True)
+    (warning,) = said("judged")
+    assert warning.startswith(
+        "run whole has made replies since run judged judged it; run `judge` again with run_id=judged"
+    )
+    assert said("judged", generations=now) == said("whole") == []
+    put(place, "generations", "judged", group=1, complete=True, judge_of="whole")
+    assert said("judged") == []
 
 
 def test_a_run_that_is_tried_again_is_scored_as_it_ended_before(place):

@@ -214,6 +214,39 @@ def test_a_users_only_question_sees_nothing_that_a_later_split_brings(population
 
 
 @pytest.mark.parametrize(
+    ("first", "then", "beyond"),
+    [
+        ([(1, "2010")], [(1, "2010"), (2, "2010")], 1),  # the year is all that is known of both
+        ([(1, "2010")], [(1, "2010"), (2, "2011")], 0),
+        ([], [(2, "2010")], 1),
+        ([(1, None)], [(2, None)], 2),
+        ([(1, "2010"), (2, "2011")], [(1, "2010")], 0),
+        ([(1, "2010"), (2, "2010")], [(1, "2010")], 1),
+        ([(1, "2010")], [(1, "2010")], 0),
+    ],
+)
+def test_splits_of_the_same_people_that_no_dates_part_need_tables_of_their_own(
+    population, tmp_path, first, then, beyond
+):
+    """A question's history is its profile, and holds no item that another split alone brings."""
+
+    def ingest(split: str, profile: list, **keys) -> int:
+        items = [news(str(number), **({"date": year} if year else {})) for number, year in profile]
+        source = write_lamp(tmp_path / "lamp", [question(f"of {split}", items, user_id="u")], split=split)
+        return population.ingest(source=source, split=split, task="LaMP_4", **keys)
+
+    assert ingest("train", first) == 0
+    before = population.items(), population.requests()
+    if not beyond:
+        assert ingest("dev", then) == 0
+        return
+    with pytest.raises(InputError, match=f": {beyond} questions of this split.* into tables of its own"):
+        ingest("dev", then)
+    assert (population.items(), population.requests()) == before
+    assert ingest("dev", then, history_scope="question") == 0
+
+
+@pytest.mark.parametrize(
     ("profiles", "why"),
     [
         ([[news("a")], [news("a"), news("b")]], "no dates"),

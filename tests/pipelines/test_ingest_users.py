@@ -5,6 +5,8 @@ from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -12,7 +14,7 @@ from infra.errors import InputError
 from infra.shards import shard_columns
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.look import look_at, options_of
-from pipelines.ingest.source_rows import COUNT, ITEM, NO_BUCKET, REJECT, ROWS
+from pipelines.ingest.source_rows import COUNT, ITEM, NO_BUCKET, REJECT, ROWS, RowWriter
 from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
 from pplug.tasks import TaskSpec
@@ -118,6 +120,32 @@ def test_a_part_of_histories_of_one_question_each_is_refused(tmp_path, scope):
     assert problem(parts={"train": 0.5, "dev": 0.5}, part="dev") is None
     write_lamp(tmp_path / "lamp", [question("1", [news("1")])])  # the question itself is the user
     assert problem(parts={"train": 0.5, "dev": 0.5}, part="dev") is None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_requests_of_other_owners_are_no_part(tmp_path, suffix):
+    def read(owner: object, user: object = "7", **keys) -> None:
+        rows = pa.Table.from_pylist([{"request_id": "q", "user_id": user, "input": "and?", "owner_id": owner}])
+        file = tmp_path / f"asked{suffix}"
+        if suffix == ".jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()))
+        else:
+            (pq.write_table if suffix == ".parquet" else pa.csv.write_csv)(rows, file)
+        given = {"source": str(tmp_path / "items.jsonl"), "requests_source": str(file), "task": "LaMP_2"}
+        config = IngestConfig(tables=str(tmp_path / "tables"), **given, **keys)
+        (piece,) = look_at(config, 1)["requests"].pieces
+        writer = RowWriter(TaskSpec(**NOTES), 4, 0)
+        list(FORMATS[piece.format].read(piece, options_of(config), None, writer))
+
+    (tmp_path / "items.jsonl").write_text(json.dumps({"user_id": "7", "item_id": "1", "text": "w", "mood": "ok"}))
+    part = {"parts": {"a": 0.5, "b": 0.5}, "part": "a"}
+    for owner, user in (("7", "7"), (7.0, 7.0), (7, 7)):
+        read(owner, user, **part)
+    if suffix != ".csv":
+        read(None, **part)
+    with pytest.raises(InputError, match="asked.* parts: requests name an owner_id other than .* divide the files"):
+        read("8", **part)
+    read("8")
 
 
 def test_an_ingest_keeps_a_part_of_the_users_and_the_first_of_them(tmp_path, ray_session):

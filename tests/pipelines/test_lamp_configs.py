@@ -53,6 +53,8 @@ def test_every_job_takes_its_part(path, use, tmp_path):
     generate, train = made["generate"], made["train"]
     assert generate.engine.kind == ("transformers" if use == "flan-t5-xxl" else "vllm")
     assert generate.decoding.num_beams == (4 if use == "flan-t5-xxl" else 1)
+    labelled = tasks.get(config.task).labelled
+    assert generate.decoding.constrain == ("none" if labelled else "auto")  # published figures are of free replies
     assert generate.llm == train.llm and generate.plug == train.plug == made["refresh-dev"].plug
     assert generate.retrieval.encoder == train.encoder == made["refresh-train"].encoder
     assert (made["ingest-train"].split, made["ingest-dev"].split) == ("time/train", "time/dev")

@@ -195,7 +195,7 @@ def _note_other_prompts(run: GenerateRun, plug: str, retrieve: str | None) -> No
     for name in run.methods_with("plug") if retrieve is not None else ():
         method = parse(name)
         shown = method.part("retrieval")
-        other = shown is None or f"{shown.name}@{shown.items or run.config.retrieval.k}" != retrieve
+        other = shown is None or run.config.retrieval.named(shown.name, shown.items) != retrieve
         if other or method.part("profile"):
             found.append(name)
     if found:

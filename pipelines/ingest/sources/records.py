@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from infra.errors import InputError
 from infra.remote import reading
@@ -31,7 +32,7 @@ from pipelines.ingest.sources.base import (
 from pipelines.ingest.sources.columns import ELEMENTS, at_path, exploded, names_in_words, paths, plain, schema_of
 from pipelines.ingest.sources.discover import File
 from pipelines.ingest.times import looks_like_time
-from pipelines.ingest.values import Column, RowError, as_array, values
+from pipelines.ingest.values import Column, RowError, as_array, id_column, values
 
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "items": ("user_id", "item_id"),
@@ -186,6 +187,7 @@ class RecordFormat(Format):
 
         Raises:
             OSError: the file cannot be reached, see `is_access_error`; a damaged file is a reject instead.
+            InputError: one part of the users is kept, and a request names another owner than its user.
         """
         mapping = options.mapping(piece.kind)
         several = ELEMENTS if options.explode and piece.kind == "items" else 1
@@ -196,7 +198,10 @@ class RecordFormat(Format):
                 writer.planned(len(batch.bad))
                 for seq, error, line, text in batch.bad:
                     writer.reject(seq, place(seq * several), error, line, text)
-                put(_laid_out(batch, piece, options), piece.kind, mapping, writer, place)
+                laid = _laid_out(batch, piece, options)
+                if options.parted and piece.kind == "requests":
+                    _refuse_other_owners(laid.columns, mapping, piece)
+                put(laid, piece.kind, mapping, writer, place)
                 if writer.full:
                     yield
         except RowError as error:
@@ -209,6 +214,19 @@ class RecordFormat(Format):
                 raise unreachable(piece.folder, piece.name, error) from error
             writer.planned()
             writer.reject(piece.start, piece.name, damage(error))
+
+
+def _refuse_other_owners(columns: Mapping[str, Column], mapping: Mapping[str, str], piece: Piece) -> None:
+    """Raises InputError for requests whose owner is not their user: a hash of the user says which part a row is in."""
+    user, owner = (at_path(columns, mapping.get(name, name)) for name in ("user_id", "owner_id"))
+    if user is None or owner is None:
+        return
+    if pc.any(pc.not_equal(id_column(user, "user_id")[0], id_column(owner, "owner_id")[0])).as_py():
+        raise InputError(
+            f"{piece.folder}/{piece.name}: parts: requests name an owner_id other than their user_id, and parts go by "
+            "user_id, so that histories of one person could be in several parts; leave parts and part out, and divide "
+            "the files yourself"
+        )
 
 
 def first_with_columns(pieces: Sequence[Piece], options: Options) -> Piece | None:
