@@ -13,9 +13,12 @@ the old version is noted, so that a later night that removes compares with it to
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -29,11 +32,11 @@ from infra.lines import is_line
 from infra.shards import user_key
 from infra.snapshot import Snapshot
 from infra.storage import Storage, retrying
+from pipelines.ingest.gone import KEYS, Comparison, comparison, keys_of, no_keys, only_moved, refuse_missing
 from pipelines.ingest.sources.base import Kind, is_access_error
-from pipelines.ingest.sources.columns import paths
 from pipelines.ingest.sources.delta import files_of, in_order, rows_of
 from pipelines.ingest.sources.discover import File, Source
-from pipelines.ingest.values import id_column, text_of
+from pipelines.ingest.values import text_of
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -49,7 +52,8 @@ CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
 """Files in the run folder with the keys of items that have gone, and with the users who have no item left, neither in
 the followed table nor from elsewhere in the histories."""
-KEYS = ("user_id", "item_id")
+Compared: TypeAlias = Callable[[], AbstractContextManager[Comparison]]
+"""Opens a comparison with the newest version's keys."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,12 @@ def find_changes(
     Args:
         before: metadata of the histories' newest commit.
         columns: column of the table for each of our names.
-        run_dir: folder for rows of a change data feed (`CHANGED_ROWS`).
+        run_dir: folder for `CHANGED_ROWS`.
         requests_before: metadata of the requests' newest commit.
         apply_deletes: what has gone will be removed, and with it what went in earlier nights and was not.
 
     Raises:
-        InputError: the address has no Delta table, or the table has no such columns.
+        InputError: no Delta table is there, it has no such columns, or the local disk no room to compare its keys.
         OSError: the files cannot be reached; only files that are no longer there count as vacuumed.
     """
     table = _opened(address)
@@ -147,8 +151,7 @@ def find_changes(
     names = [columns.get(name, name) for name in KEYS]
 
     def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:
-        kept = None if files is None else tuple(files)
-        gone = _no_keys() if gone is None else gone
+        gone, kept = no_keys() if gone is None else gone, None if files is None else tuple(files)
         return Changes(table_id, version, since, kept, gone, tuple(left), words, unapplied, apply_deletes)
 
     if since is None:
@@ -161,16 +164,17 @@ def find_changes(
     except InputError:
         lost = f"version {since}, the last that was read, is no longer in the table's log"
         return changes(None, f"version {version} is read as a whole ({lost}): rows that have gone cannot be told")
-    plain = isinstance(rows_of(table, Storage(address)), pads.Dataset)
+    plain = isinstance(rows := rows_of(table, Storage(address)), pads.Dataset)
     added = [_file(address, now_files[path]) for path in in_order(now_files) if path not in before_files]
     only_added = plain and before_files.keys() <= now_files.keys()
     what_is_new = f"{_span(since, version)} only added rows: {len(added)} new files are read"
     if only_added and not late:
         return changes(added, what_is_new)
+    refuse_missing(rows.schema, names, address)
+    compared = partial(comparison, table, names, address, now_files.keys() & before_files.keys())
+    moved = only_moved(address, since, version)
     try:
-        now = _keys_of_table(table, names, address)
-        earlier, lost = _keys_of_versions(address, late, names)
-        gone, left = _gone(pa.concat_tables([_keys_of_table(old, names, address), *earlier]), now)
+        gone, left, lost = (no_keys(), [], "") if moved and not late else _what_went(compared, old, late, address)
     except OSError as error:  # a vacuum has removed the old files
         if is_access_error(error):
             raise
@@ -180,25 +184,26 @@ def find_changes(
         return changes((), f"the table is still at version {version}: no row is read{lost}", gone, left)
     if only_added:
         return changes(added, what_is_new + lost, gone, left)
-    feed, words = _changed(table, since, names, now if plain else None, run_dir)
+    feed, words = _changed(table, since, names, plain, None if moved else compared, run_dir)
     return changes(None if feed is None else (feed,), words + lost, gone, left)
 
 
 def _changed(
-    table: "DeltaTable", since: int, names: Sequence[str], now: pa.Table | None, run_dir: str
+    table: "DeltaTable", since: int, names: Sequence[str], plain: bool, compared: Compared | None, run_dir: str
 ) -> tuple[File | None, str]:
     """Returns the file to read of versions that changed rows, None for the table as a whole, and words on it.
 
     Args:
-        now: keys of the newest version; None if its files do not tell its rows.
+        plain: the files of the newest version tell its rows.
+        compared: opens a comparison with the newest version; None if no row has gone.
     """
     version, span = table.version(), _span(since, table.version())
-    if now is None:
+    if not plain:
         return None, (
             f"version {version} is read as a whole: the table has deletion vectors or mapped columns, so that its "
             f"files do not tell the rows of {span}"
         )
-    feed = _feed(table, since, version, names, now, run_dir)
+    feed = _feed(table, since, version, names, compared, run_dir)
     if feed is None:
         return None, (
             f"version {version} is read as a whole: {span} changed rows, and the table has no change data feed of them"
@@ -243,8 +248,10 @@ def write_gone(
             f"a line break): erase each with `erase --user-id`, by the ids in {place}",
             flush=True,
         )
-    lines = [json.dumps(row, ensure_ascii=False) for row in changes.gone.to_pylist()]
-    storage.write_bytes(GONE_ITEMS, "".join(f"{line}\n" for line in lines).encode())
+    lines = BytesIO()
+    for batch in changes.gone.to_batches(max_chunksize=65_536):  # an object in Python takes ten times the bytes
+        lines.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in batch.to_pylist()).encode())
+    storage.write_bytes(GONE_ITEMS, lines.getvalue())
     storage.write_bytes(GONE_USERS, "".join(f"{user}\n" for user in listed).encode())
 
 
@@ -291,80 +298,30 @@ def _file(address: str, action: Mapping[str, Any]) -> File:
     return File(Storage(address).uri, unquote(action["path"]), "parquet", action["size_bytes"], tuple(texts))
 
 
-def _keys(rows: pads.Dataset | pa.RecordBatchReader, names: Sequence[str], address: str) -> pa.Table:
-    """Keys of a version, each once, as ids of the histories; rows without a key have none.
-
-    Raises:
-        InputError: the table has no such columns.
-        OSError: a file of the version cannot be read.
-    """
-    if not set(names) <= paths(rows.schema):
-        raise InputError(
-            f"{address}: no columns {' and '.join(map(repr, names))} for user_id and item_id; --follow finds "
-            f"rows that have gone by them; it has {', '.join(rows.schema.names[:20])}"
-        )
-    columns = {
-        ours: pc.field(*[name] if name in rows.schema.names else name.split("."))
-        for ours, name in zip(KEYS, names, strict=True)
-    }
-    found = (
-        rows.scanner(columns) if isinstance(rows, pads.Dataset) else pads.Scanner.from_batches(rows, columns=columns)
-    )
-    try:
-        keys = found.to_table()
-    except pa.ArrowInvalid as error:  # a stream's word for a file that is not there
-        raise OSError(f"a file of the table cannot be read: {error}") from error
-    return _keys_of(keys.group_by(list(KEYS)).aggregate([]), KEYS).drop_null()
-
-
-def _keys_of_table(table: "DeltaTable", names: Sequence[str], address: str) -> pa.Table:
-    """Keys of an opened version; see `_keys`. Each try opens its rows anew, because a stream is read only once."""
-    return retrying(lambda: _keys(rows_of(table, Storage(address)), names, address), f"reading the keys of {address}")
-
-
-def _keys_of_versions(address: str, versions: Sequence[int], names: Sequence[str]) -> tuple[list[pa.Table], str]:
-    """Keys of each of these versions that can still be read, and words on those that cannot."""
-    found, lost = list[pa.Table](), list[str]()
-    for version in versions:
-        try:
-            found.append(_keys_of_table(_opened(address, version), names, address))
-        except (InputError, OSError) as error:
-            if is_access_error(error):
-                raise
-            lost.append(str(version))
+def _what_went(
+    compared: Compared, old: "DeltaTable", late: Sequence[int], address: str
+) -> tuple[pa.Table, list[str], str]:
+    """Returns the keys that went after the old version or one of the earlier ones, the users of whom nothing is left,
+    and words on those earlier versions that can no longer be read."""
+    lost = list[str]()
+    with compared() as asked:
+        asked.ask_version(old)
+        for version in late:
+            try:
+                asked.ask_version(_opened(address, version))
+            except (InputError, OSError) as error:
+                if is_access_error(error):
+                    raise
+                lost.append(str(version))
+        gone, users = asked.missing()
     if not lost:
-        return found, ""
-    return found, f"; what went after version {', '.join(lost)} cannot be told, because it can no longer be read"
-
-
-def _keys_of(rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Keys of rows as ids of the histories, null where a row cannot have one."""
-
-    def column(name: str) -> pa.ChunkedArray:
-        first, *below = [name] if name in rows.column_names else name.split(".")
-        return pc.struct_field(rows[first], below) if below else rows[first]
-
-    return pa.table({ours: id_column(column(name), ours)[0] for ours, name in zip(KEYS, names, strict=True)})
-
-
-def _gone(old: pa.Table, now: pa.Table) -> tuple[pa.Table, list[str]]:
-    """Keys that only the old version has, and the users among them of whom the new one has nothing."""
-    gone = (
-        old.join(now, list(KEYS), join_type="left anti")
-        .group_by(list(KEYS))
-        .aggregate([])
-        .sort_by([(name, "ascending") for name in KEYS])
-    )
-    users = pc.unique(gone["user_id"])
-    return gone, users.filter(pc.invert(pc.is_in(users, value_set=pc.unique(now["user_id"])))).to_pylist()
-
-
-def _no_keys() -> pa.Table:
-    return pa.table({name: pa.array([], pa.string()) for name in KEYS})
+        return gone, users, ""
+    words = f"; what went after version {', '.join(lost)} cannot be told, because it can no longer be read"
+    return gone, users, words
 
 
 def _feed(
-    table: "DeltaTable", since: int, version: int, names: Sequence[str], now: pa.Table, run_dir: str
+    table: "DeltaTable", since: int, version: int, names: Sequence[str], compared: Compared | None, run_dir: str
 ) -> File | None:
     """Writes the rows that the change data feed has after a version, in the order of their commits and each as its last
     commit left it; None without a feed of all these versions."""
@@ -380,11 +337,17 @@ def _feed(
     order = order.filter(pc.is_in(kind, value_set=pa.array(["insert", "update_postimage"])).take(order))
     rows = rows.select(columns.names).cast(columns)  # views of texts, which the feed has, cannot be sorted or written
     rows, commits = rows.take(order), commits.take(order)
-    keys = _joined(_keys_of(rows, names))
+    ids = keys_of(rows, names)
+    keys = _joined(ids)
     newest = pa.table({"key": keys, "commit": commits}).group_by("key").aggregate([("commit", "max")])
     last = newest["commit_max"].take(pc.index_in(keys, value_set=newest["key"].combine_chunks()))
     # A row is not read as it was before a later commit, nor where it has come and gone again.
-    stays = pc.and_(pc.is_in(keys, value_set=_joined(now)), pc.equal(commits, last))
+    stays = pc.equal(commits, last)
+    if compared is not None:
+        with compared() as asked:
+            asked.ask(ids.drop_null())
+            missing, _ = asked.missing()
+        stays = pc.and_(stays, pc.invert(pc.is_in(keys, value_set=_joined(missing))))
     stays = pc.or_kleene(pc.is_null(keys), stays)  # a row without a key is a reject, and no silent loss
     storage = Storage(run_dir)
     with storage.open_output(CHANGED_ROWS) as out:
