@@ -7,14 +7,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
-from infra import artifacts, lease
+from infra import artifacts, lease, session
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import bucket_of, user_key
 from infra.snapshot import Snapshot
 from infra.table import Table
-from pipelines import tables
+from pipelines import llm_sample, tables
 from pipelines.histories import read_bucket
 from pipelines.pending_users import newest_of
 from pipelines.run import begin
@@ -22,9 +23,9 @@ from pipelines.upkeep.config import ImportAdapterConfig as Config
 from pipelines.waves import commit_first, next_group
 from pplug.adapter import IMPORTED, content_id, to_bytes
 from pplug.identity import model_folder, short_id
-from pplug.llm import llm_id
+from pplug.llm import LLMConfig, llm_id
 from pplug.peft_folder import read_lora
-from pplug.stand_in import SAMPLE, llm_sample
+from pplug.stand_in import SAMPLE
 
 
 def run(config: Config) -> int:
@@ -38,7 +39,8 @@ def run(config: Config) -> int:
 def _run(config: Config, report: RunReport) -> int:
     histories = tables.open_table(config.tables, "histories")
     try:
-        base, made_for = model_folder(config.llm.model, config.llm.revision), llm_id(config.llm)
+        base = model_folder(config.llm.model, config.llm.revision, weights=False)  # its config tells all shapes
+        made_for = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     try:
@@ -67,10 +69,23 @@ def _run(config: Config, report: RunReport) -> int:
     }
     report.planned = report.written = 1
     report.extra |= {"adapter_id": row["adapter_id"], "llm_id": made_for}
-    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for, llm_sample(config.llm)))
+    sample = _sample(before, config.llm, made_for)
+    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for, sample))
     code = report.finish()
     print(f"adapter {row['adapter_id']}: taken from {config.folder}", flush=True)
     return code
+
+
+def _sample(before: Snapshot, llm: LLMConfig, made_for: str) -> str:
+    """The sample of the LLM that stands beside the adapters there, or that is taken for the first of them."""
+    known = llm_sample.stored(before, made_for)
+    if known is not None:
+        return known
+    gpus = 0.0
+    if not llm_sample.is_here(llm):
+        session.start()
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))  # a node that has one has room for the weights
+    return llm_sample.take(llm, gpus)
 
 
 def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
