@@ -13,8 +13,9 @@ from infra import artifacts, lease, session
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import bucket_of, user_key
-from infra.snapshot import Snapshot
+from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Table
+from infra.upkeep import TARGET_BYTES
 from pipelines import llm_sample, tables
 from pipelines.histories import read_bucket
 from pipelines.pending_users import newest_of
@@ -102,22 +103,47 @@ def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
 
 
 def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, made_for: str, sample: str) -> int:
-    """Commits the bucket with the row in the place of the user's former one; returns the version."""
-    bucket = row["bucket"]
-    others = before.read(buckets=[bucket], filter=pc.field("user_key") != row["user_key"])
-    data = pa.concat_tables([others, pa.Table.from_pylist([row], schema=table.spec.schema)])
+    """Commits the row in the place of the user's former one; returns the version. Other files of the bucket stay."""
+    old, new = _without(table, before, row["bucket"], row["user_key"], run_id)
+    new += table.write(pa.Table.from_pylist([row], schema=table.spec.schema), run_id)
     kept = ("fit_id", "histories_version", SAMPLE)
     metadata = {SAMPLE: sample} | {key: value for key, value in before.metadata.items() if key in kept}
     commit = commit_first(
         table,
-        table.write(data, run_id),
+        new,
         run_id=run_id,
         group=next_group(table, run_id),
-        mode="replace",
-        buckets={bucket},
+        mode="replace" if old else "append",
+        buckets={row["bucket"]} if old else (),
+        old=old or None,
         planned_on=before.version,
         metadata=metadata | {"llm_id": made_for, "cut": "none"},  # it was not cut at the user's requests
         complete=not before.files or before.metadata.get("complete") == "true",
         strict=True,
     )
     return commit.version
+
+
+def _without(
+    table: Table, before: Snapshot, bucket: int, user_key: str, run_id: str
+) -> tuple[list[DataFile], list[DataFile]]:
+    """The files of a bucket that hold a row of this user, and files with their other rows.
+
+    A bucket may hold a thousand times what fits into memory: only these files are read, about `TARGET_BYTES` at a time.
+    """
+    old: list[DataFile] = []
+    new: list[DataFile] = []
+    for file in before.by_bucket().get(bucket, ()):
+        keys = read_file(file.uri, ["user_key"])["user_key"].to_pylist()  # ascending, as all files are sorted
+        if user_key not in keys:
+            continue
+        others, written = [key for key in keys if key != user_key], len(new)
+        rows, key = max(1, file.rows * TARGET_BYTES // file.size), pc.field("user_key")
+        for start in range(0, len(others), rows):
+            some = others[start : start + rows]
+            theirs = (key >= some[0]) & (key <= some[-1]) & (key != user_key)
+            new += table.write(read_files([file], filter=theirs, spec=table.spec), run_id)
+        if sum(one.rows for one in new[written:]) != len(others):
+            raise ValueError(f"table {table.spec.name}: {file.path} gave another number of rows than it has keys")
+        old.append(file)
+    return old, new
