@@ -388,6 +388,7 @@ class Table:
         mode: Literal["append", "replace"],
         buckets: Iterable[int] = (),
         more: Iterable[DataFile] = (),
+        old: list[DataFile] | None = None,
         planned_on: int,
         metadata: Mapping[str, str] | None = None,
         complete: bool = False,
@@ -400,6 +401,7 @@ class Table:
             group: number 0, 1, 2, ... within the run. A rerun goes on at `len(committed(run_id))`.
             mode: "append", or "replace": these files take the place of all files of `buckets`.
             more: in mode "replace", files that other buckets grow by in the same commit.
+            old: in mode "replace", the files of `buckets` that go, if others stay. A compaction is then a conflict.
             planned_on: the version that the plan was made on; after a commit of one's own, that commit's version.
             metadata: identities and the like; never anything of a user.
             complete: whether this commit ends the run.
@@ -426,14 +428,15 @@ class Table:
             )
         self._check_files(files, wanted if mode == "replace" else None)
         self._check_files(beside, None)
-        twice = wanted & {file.bucket for file in beside}
-        if twice:
+        if twice := wanted & {file.bucket for file in beside}:
             raise ValueError(f"table {self.spec.name}: bucket {min(twice)} is to be replaced and to grow in one commit")
         info = log.metadata_for(metadata or {}, run_id, group, complete)
         harmless = {"append", "same rows", "own rows"} if mode == "append" and not strict else {"same rows"}
+        harmless = harmless if old is None else set()  # the old files' rows may stand in others since
 
         def removed(delta: "DeltaTable") -> list[DataFile]:
-            return [file for file in self._snapshot_of(delta).files if file.bucket in wanted] if wanted else []
+            existing = self._snapshot_of(delta).files if old is None and wanted else old or []
+            return [file for file in existing if file.bucket in wanted]
 
         return self._commit(files + beside, removed, info, run_id, group, planned_on, harmless, data_change=True)
 

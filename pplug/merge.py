@@ -1,4 +1,5 @@
-"""A LoRA added to the weights of its base, file by file: the base is never in memory as a whole."""
+"""A LoRA added to the weights of its base, tensor by tensor: neither the base nor one of its files is in memory as a
+whole."""
 
 import json
 import shutil
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pplug.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pplug.identity import weight_files
@@ -37,19 +38,34 @@ def merge_files(base: Path, adapter: Path, output: Path) -> None:
     scale = config["lora_alpha"] / config["r"]
     tensors = load_file(adapter / WEIGHTS_FILE)
     for file in _weights(base):
-        with safe_open(file, "pt") as source:
-            held, metadata = {name: source.get_tensor(name) for name in source.keys()}, source.metadata()
-        for name in held:
-            module = name.removesuffix(".weight")
-            b = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
-            if b is not None:
-                delta = b.float() @ tensors[f"{_PREFIX}{module}.lora_A.weight"].float() * scale
-                held[name] = (held[name] + delta).to(held[name].dtype)
-                refuse_not_finite(module, held[name])
-        save_file(held, output / file.name, metadata=metadata)
+        shutil.copyfile(file, output / file.name)
+        begins = _begins(file)
+        with safe_open(file, "pt") as source, (output / file.name).open("r+b") as merged:
+            for name in begins:  # one that the adapter changes has the same type and shape as before, and so its place
+                module = name.removesuffix(".weight")
+                b = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
+                if b is not None:
+                    delta = b.float() @ tensors[f"{_PREFIX}{module}.lora_A.weight"].float() * scale
+                    merged.seek(begins[name])
+                    merged.write(_added(module, source.get_tensor(name), delta))
     for name in _COPIED:
         if (base / name).exists():
             shutil.copy(base / name, output / name)
+
+
+def _begins(file: Path) -> dict[str, int]:
+    """Byte of a safetensors file at which each tensor begins: behind a header of JSON, whose length comes first."""
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(length))
+    return {name: 8 + length + facts["data_offsets"][0] for name, facts in header.items() if name != "__metadata__"}
+
+
+def _added(module: str, weight: torch.Tensor, delta: torch.Tensor) -> memoryview:
+    """Bytes of the sum, in the weight's own type."""
+    merged = (weight + delta).to(weight.dtype).contiguous()
+    refuse_not_finite(module, merged)
+    return memoryview(merged.view(torch.uint8).numpy())
 
 
 def refuse_not_finite(module: str, weight: torch.Tensor) -> None:

@@ -13,12 +13,13 @@ That is the paper's form, which the defaults of `PlugConfig` make. Beyond it sta
 [1] "LLMs + Persona-Plug = Personalized LLMs", arXiv:2409.11901, eq. 3-4, and the authors' code (parameter names).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ from pplug.llm import load_tokenizer
 from pplug.plain_text import TextTokenizer
 from pplug.plug_config import PlugConfig
 from pplug.plug_parts import AnswerValues, Center, ItemWeights, LabelGuess, LabelValues, projector, starts_at_zero
+from pplug.tensors import shapes
 
 PLUG_FILES = ("model.safetensors", "config.json", "query_encoder", "answer_tokenizer", "llm.json")
 """Names in a plug folder."""
@@ -348,7 +350,17 @@ class PersonaPlug(nn.Module):
         return read_whole(folder, lambda: cls._read(folder, queries))
 
     @classmethod
-    def _read(cls, folder: Path, queries: bool) -> "PersonaPlug":
+    def config_of(cls, folder: str | Path) -> PlugConfig:
+        """The config of a plug folder, after a look at the names and shapes of its weights; no matrix is made or read.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
+        with torch.device("meta"):
+            return read_whole(Path(folder), lambda: cls._read(Path(folder), True, shapes)).config
+
+    @classmethod
+    def _read(cls, folder: Path, queries: bool, read: Callable[[Path], dict[str, Tensor]] = load_file) -> "PersonaPlug":
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: no {name}; expected a plug folder, as `train` writes it")
@@ -360,11 +372,9 @@ class PersonaPlug(nn.Module):
                 query_encoder = HeadedEncoder.of(query_encoder, config.query_head)
         plug = cls(config, query_encoder)
         try:
-            weights = load_file(folder / "model.safetensors")
-            plug.load_state_dict(
-                {name: weights[name] for name in weights if queries or not name.startswith("emb_model.")}
-            )
-        except RuntimeError as error:
+            weights = read(folder / "model.safetensors")
+            plug.load_state_dict({k: v for k, v in weights.items() if queries or not k.startswith("emb_model.")})
+        except (RuntimeError, SafetensorError) as error:  # the second one says that the file is not whole
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         if config.answer_field is not None:
             plug.words = TextTokenizer(load_tokenizer(folder / "answer_tokenizer"))

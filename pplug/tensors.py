@@ -37,6 +37,15 @@ def _pickled(path: Path) -> "dict[str, Tensor]":
     return found
 
 
+def shapes(path: Path) -> "dict[str, Tensor]":
+    """Tensors of a safetensors file without their values, on PyTorch's meta device, in float32."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in tensors.keys()}
+
+
 def shape_of(path: Path, name: str) -> tuple[int, ...]:
     """Shape of a tensor in a file."""
     if path.suffix == ".safetensors":

@@ -263,8 +263,9 @@ def load_examples(folder: str, shards: Sequence[BaseShard]) -> tuple[list[list[i
 def merge(llm: LLMConfig, adapter: str, output: str, record: str) -> None:
     """Writes the base with the adapter added to its weights, as a model folder with its tokenizer.
 
-    The base is read file by file. Only where its files name their tensors otherwise than the model does, it is loaded.
-    The folder takes the place of a former model as a whole: shards and an index of that would be loaded instead.
+    The base is read tensor by tensor. Only where its files name their tensors otherwise than the model does, it is
+    loaded. The folder takes the place of a former model as a whole: shards and an index of that would be loaded
+    instead.
 
     Args:
         record: content of made_from.json.

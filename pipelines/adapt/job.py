@@ -18,7 +18,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
 from infra.trainer import run_training
-from pipelines import begun, made_from, tables, waves
+from pipelines import begun, llm_sample, made_from, tables, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
@@ -35,7 +35,7 @@ from pplug.adapter import base_shapes
 from pplug.folder import MODEL_FILES
 from pplug.identity import model_folder
 from pplug.llm import llm_id
-from pplug.stand_in import SAMPLE, llm_sample
+from pplug.stand_in import SAMPLE
 from pplug.tasks import TaskSpec
 
 
@@ -141,6 +141,12 @@ def _adapters(
     plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
+    sample = llm_sample.stored(before, base)
+    if sample is None and any(
+        row["pending"] for row in plan.values()
+    ):  # others were trained without one, or on another
+        sample = llm_sample.take(config.llm, config.gpus_per_worker)
+    sampled = {} if sample is None else {SAMPLE: sample}
     cpu, tensor = CpuShare.of(config.workers, config.gpus_per_worker, config.threads), config.llm.parallel.tensor
     waves.run(
         report,
@@ -159,7 +165,7 @@ def _adapters(
             ),
             waves.tasks(TakeUnchanged(before), rows=None),
         ],
-        metadata=identities | {"histories_version": str(histories.version), SAMPLE: llm_sample(config.llm)},
+        metadata=identities | {"histories_version": str(histories.version)} | sampled,
         wave_rows=config.wave_users,
         rejects=rejects,  # a user without an example is one in every run, and stands there once
         key="user_key",

@@ -34,8 +34,8 @@ from pipelines.generate.replies import ENGINE, REPLIES, Reply
 from pipelines.pending_users import with_nulls
 from pipelines.run import CpuShare, begin
 from pplug import rubric
-from pplug.identity import model_folder, short_id
-from pplug.llm import LLMConfig, llm_id, load_tokenizer
+from pplug.identity import short_id
+from pplug.llm import LLMConfig, llm_id, tokenizer_of
 from pplug.plain_text import TextTokenizer
 from pplug.schemas import GENERATIONS
 from pplug.splice import PromptBuilder
@@ -243,10 +243,9 @@ class AskJudge:
 
     def __init__(self, pending: Unjudged, llm: LLMConfig, encoder_decoder: bool) -> None:
         self.pending = pending
-        tokenizer = load_tokenizer(model_folder(llm.model, llm.revision))
         # a cut would take the instruction at the end; what is too long for the engine is an error that says so
         layout = llm.layout.model_copy(update={"max_input_tokens": _NO_LIMIT})
-        self.prompt_builder = PromptBuilder(tokenizer, layout, encoder_decoder)
+        self.prompt_builder = PromptBuilder(tokenizer_of(llm), layout, encoder_decoder)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():

@@ -7,14 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
-from infra import artifacts, lease
+from infra import artifacts, lease, session
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import bucket_of, user_key
-from infra.snapshot import Snapshot
+from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Table
-from pipelines import tables
+from infra.upkeep import TARGET_BYTES
+from pipelines import llm_sample, tables
 from pipelines.histories import read_bucket
 from pipelines.pending_users import newest_of
 from pipelines.run import begin
@@ -22,9 +24,9 @@ from pipelines.upkeep.config import ImportAdapterConfig as Config
 from pipelines.waves import commit_first, next_group
 from pplug.adapter import IMPORTED, content_id, to_bytes
 from pplug.identity import model_folder, short_id
-from pplug.llm import llm_id
+from pplug.llm import LLMConfig, llm_id
 from pplug.peft_folder import read_lora
-from pplug.stand_in import SAMPLE, llm_sample
+from pplug.stand_in import SAMPLE
 
 
 def run(config: Config) -> int:
@@ -38,7 +40,8 @@ def run(config: Config) -> int:
 def _run(config: Config, report: RunReport) -> int:
     histories = tables.open_table(config.tables, "histories")
     try:
-        base, made_for = model_folder(config.llm.model, config.llm.revision), llm_id(config.llm)
+        base = model_folder(config.llm.model, config.llm.revision, weights=False)  # its config tells all shapes
+        made_for = llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
     try:
@@ -67,10 +70,23 @@ def _run(config: Config, report: RunReport) -> int:
     }
     report.planned = report.written = 1
     report.extra |= {"adapter_id": row["adapter_id"], "llm_id": made_for}
-    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for, llm_sample(config.llm)))
+    sample = _sample(before, config.llm, made_for)
+    report.table_written("adapters", _replace(adapters, before, row, report.run_id, made_for, sample))
     code = report.finish()
     print(f"adapter {row['adapter_id']}: taken from {config.folder}", flush=True)
     return code
+
+
+def _sample(before: Snapshot, llm: LLMConfig, made_for: str) -> str:
+    """The sample of the LLM that stands beside the adapters there, or that is taken for the first of them."""
+    known = llm_sample.stored(before, made_for)
+    if known is not None:
+        return known
+    gpus = 0.0
+    if not llm_sample.is_here(llm):
+        session.start()
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))  # a node that has one has room for the weights
+    return llm_sample.take(llm, gpus)
 
 
 def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
@@ -87,22 +103,47 @@ def _made_from(user_id: str, histories: Table) -> dict[str, Any]:
 
 
 def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, made_for: str, sample: str) -> int:
-    """Commits the bucket with the row in the place of the user's former one; returns the version."""
-    bucket = row["bucket"]
-    others = before.read(buckets=[bucket], filter=pc.field("user_key") != row["user_key"])
-    data = pa.concat_tables([others, pa.Table.from_pylist([row], schema=table.spec.schema)])
+    """Commits the row in the place of the user's former one; returns the version. Other files of the bucket stay."""
+    old, new = _without(table, before, row["bucket"], row["user_key"], run_id)
+    new += table.write(pa.Table.from_pylist([row], schema=table.spec.schema), run_id)
     kept = ("fit_id", "histories_version", SAMPLE)
     metadata = {SAMPLE: sample} | {key: value for key, value in before.metadata.items() if key in kept}
     commit = commit_first(
         table,
-        table.write(data, run_id),
+        new,
         run_id=run_id,
         group=next_group(table, run_id),
-        mode="replace",
-        buckets={bucket},
+        mode="replace" if old else "append",
+        buckets={row["bucket"]} if old else (),
+        old=old or None,
         planned_on=before.version,
         metadata=metadata | {"llm_id": made_for, "cut": "none"},  # it was not cut at the user's requests
         complete=not before.files or before.metadata.get("complete") == "true",
         strict=True,
     )
     return commit.version
+
+
+def _without(
+    table: Table, before: Snapshot, bucket: int, user_key: str, run_id: str
+) -> tuple[list[DataFile], list[DataFile]]:
+    """The files of a bucket that hold a row of this user, and files with their other rows.
+
+    A bucket may hold a thousand times what fits into memory: only these files are read, about `TARGET_BYTES` at a time.
+    """
+    old: list[DataFile] = []
+    new: list[DataFile] = []
+    for file in before.by_bucket().get(bucket, ()):
+        keys = read_file(file.uri, ["user_key"])["user_key"].to_pylist()  # ascending, as all files are sorted
+        if user_key not in keys:
+            continue
+        others, written = [key for key in keys if key != user_key], len(new)
+        rows, key = max(1, file.rows * TARGET_BYTES // file.size), pc.field("user_key")
+        for start in range(0, len(others), rows):
+            some = others[start : start + rows]
+            theirs = (key >= some[0]) & (key <= some[-1]) & (key != user_key)
+            new += table.write(read_files([file], filter=theirs, spec=table.spec), run_id)
+        if sum(one.rows for one in new[written:]) != len(others):
+            raise ValueError(f"table {table.spec.name}: {file.path} gave another number of rows than it has keys")
+        old.append(file)
+    return old, new

@@ -71,6 +71,29 @@ def test_what_another_driver_of_the_run_has_rewritten_is_planned_again(table, ro
     assert table.snapshot().rows == before.rows
 
 
+def test_a_replacement_of_some_files_leaves_the_others_of_the_bucket(table, rows):
+    one, two = (table.write(rows(bucket=1, n=n), "one") for n in (1, 2))
+    append(table, [*one, *two], run="one", complete=True)
+    how = {"mode": "replace", "buckets": [1], "old": one, "run_id": "two", "group": 0}
+    new = table.write(rows(bucket=1, n=3), "two")
+    with pytest.raises(ValueError, match="replaces only buckets 2"):
+        table.commit(new, **how | {"buckets": [2]}, planned_on=1)
+    assert table.commit(new, **how, planned_on=1, complete=True) == Commit(2, already=False)
+    assert {file.path for file in table.snapshot().files} == {two[0].path, new[0].path}
+    assert sorted(table.snapshot().read()["n"].to_pylist()) == [2, 2, 3, 3]
+
+
+def test_a_replacement_of_files_that_a_compaction_has_merged_is_planned_again(table, rows):
+    one, two = (table.write(rows(bucket=1, n=n), "one") for n in (1, 2))
+    append(table, [*one, *two], run="one", complete=True)
+    before = table.snapshot()
+    merged = table.write(before.read(), "compact")
+    table.rewrite(merged, before.files, below=before, run_id="compact", group=0, same_rows=True)
+    how = {"mode": "replace", "buckets": [1], "old": one, "run_id": "two", "group": 0, "planned_on": 1}
+    with pytest.raises(CommitConflict, match="is at version 2, but the plan was made on version 1"):
+        table.commit(table.write(rows(bucket=1, n=3), "two"), **how)
+
+
 def test_groups_are_counted_by_a_version_too(table, rows):
     for group in range(2):
         append(table, table.write(rows(bucket=1), "run"), group=group, planned_on=group)

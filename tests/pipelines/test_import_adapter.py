@@ -3,16 +3,19 @@
 import json
 
 import peft
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from infra.errors import InputError
+from infra.shards import user_key
 from pipelines import __main__ as cli
 from pipelines import tables
 from pipelines.engines.adapters import AdapterIndex
 from pipelines.learned import last_items
+from pipelines.pending_users import with_nulls
 from pipelines.upkeep import import_adapter
 from pipelines.upkeep.export_adapter import export_adapter
 from pplug.llm import LLMConfig, llm_id
@@ -80,6 +83,47 @@ def test_an_adapter_of_peft_becomes_a_users_row_and_leaves_as_it_came(filled, ba
     after = {row["user_id"]: row for row in filled.rows("adapters")}
     assert len(filled.rows("adapters")) == 5 and after["bob"]["rank"] == 7
     assert all(after[user] == rows[user] for user in PEOPLE if user != "bob")
+
+
+def test_only_the_file_that_holds_the_users_row_is_read_and_written_anew(filled, base, tmp_path, monkeypatch):
+    """A bucket may hold 24 GB of other users' weights, and all of them in one file of an earlier release."""
+    saved(base, tmp_path / "lora")
+    table, identity = tables.open_or_create(filled.tables, "adapters", 2), llm_id(LLMConfig(model=str(base)))
+    keys = {"first": "0" * 32, "dan": user_key("dan"), "last": "f" * 32, "eve": user_key("eve")}
+    rows = {
+        name: {"bucket": 0, "user_key": key, "user_id": name, "adapter_id": f"a-{name}", "llm_id": identity, "rank": 1,
+               "alpha": 1.0, "targets": ["q_proj"], "weights": name.encode() * 9}
+        for name, key in keys.items()
+    }  # fmt: skip
+    one, two = (
+        table.write(with_nulls(pa.Table.from_pylist([rows[name] for name in names]), table.spec.schema), "before")[0]
+        for names in (("first", "dan", "last"), ("eve",))
+    )
+    named = {"llm_id": identity, "fit_id": "fit", "llm_sample": ""}
+    table.commit([one, two], run_id="before", group=0, mode="append", planned_on=0, metadata=named, complete=True)
+    read_table, read = pq.read_table, []
+
+    def reading(source, columns=None, **how):
+        if columns is None or "weights" in columns:
+            read.append(read_table(source, columns=["user_id"], **how)["user_id"].to_pylist())
+        return read_table(source, columns=columns, **how)
+
+    monkeypatch.setattr("infra.snapshot.pq.read_table", reading)
+    assert take(filled, base, tmp_path / "lora", "cai", "new")[0] == 0
+    after = table.snapshot(complete=True)
+    paths = {file.path for file in after.files}
+    assert not read and {one.path, two.path} < paths and len(paths) == 3
+    assert {name: after.metadata[name] for name in ("fit_id", "cut")} == {"fit_id": "fit", "cut": "none"}
+
+    monkeypatch.setattr(import_adapter, "TARGET_BYTES", 1)  # a file of that size holds one row
+    assert take(filled, base, tmp_path / "lora", "dan", "again")[0] == 0
+    assert read == [["first"], ["last"]]
+    again = {file.path for file in table.snapshot(complete=True).files}
+    assert paths - again == {one.path} and len(again - paths) == 3
+    found = {row["user_id"]: row for row in filled.rows("adapters")}
+    assert found.keys() == {"first", "dan", "last", "eve", "cai"} and found["dan"]["adapter_id"] != "a-dan"
+    for name in ("first", "last", "eve"):
+        assert (found[name]["weights"], found[name]["adapter_id"]) == (name.encode() * 9, f"a-{name}")
 
 
 def test_the_same_weights_at_another_strength_are_another_adapter(filled, base, tmp_path):

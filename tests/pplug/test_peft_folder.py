@@ -1,10 +1,12 @@
 """Adapters that PEFT has trained: taken as they compute, refused by name, and merged file by file."""
 
 import json
+import weakref
 
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -136,3 +138,47 @@ def test_a_merge_by_files_gives_the_bits_of_pefts_merge(base, tmp_path, dtype):
     renamed = {name.replace("model.layers", "language_model.layers"): x for name, x in edited_names.items()}
     save_file(renamed, tmp_path / "adapter" / WEIGHTS_FILE)
     assert not can_merge(folder, tmp_path / "adapter")
+
+
+def test_a_merge_holds_one_tensor_of_the_base_at_a_time(base, tmp_path, monkeypatch):
+    """A base may be one file of 50 GB, and the machine that merges it has 16."""
+    folder, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    LlamaForCausalLM.from_pretrained(base).save_pretrained(folder)
+    saved(folder, adapter)
+    out.mkdir()
+    read, alive = [], []
+
+    class Watched:
+        def __init__(self, file, framework):
+            self.file = safe_open(file, framework)
+
+        def __enter__(self):
+            self.opened = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            alive.append(sum(one() is not None for _, one in read))
+            tensor = self.opened.get_tensor(name)
+            read.append((name, weakref.ref(tensor)))
+            return tensor
+
+    monkeypatch.setattr("pplug.merge.safe_open", Watched)
+    monkeypatch.setattr("pplug.merge.load_file", lambda file: load_file(adapter / WEIGHTS_FILE))  # no other whole file
+    merge_files(folder, adapter, out)
+    changed = {f"model.layers.{at}.self_attn.{name}.weight" for at in (0, 1) for name in ("q_proj", "v_proj")}
+    assert sorted(name for name, _ in read) == sorted(changed) and set(alive) == {0}
+    (before,), (after,) = (list(place.glob("*.safetensors")) for place in (folder, out))
+    assert before.name == after.name and before.stat().st_size == after.stat().st_size
+    was, now, lora = load_file(before), load_file(after), load_file(adapter / WEIGHTS_FILE)
+    for name, tensor in was.items():
+        want = tensor
+        if name in changed:
+            a, b = (lora[f"base_model.model.{name.removesuffix('.weight')}.lora_{one}.weight"] for one in "AB")
+            want = tensor + b @ a * (6 / 4)  # lora_alpha / r
+            assert not torch.equal(want, tensor)
+        torch.testing.assert_close(now[name], want, rtol=0, atol=1e-6 if name in changed else 0)
+    with safe_open(before, "pt") as one, safe_open(after, "pt") as other:
+        assert one.metadata() == other.metadata() == {"format": "pt"}

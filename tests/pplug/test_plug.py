@@ -152,6 +152,38 @@ def test_a_folder_that_is_no_plug_is_named(tmp_path):
         PersonaPlug.from_pretrained(tmp_path)
 
 
+def test_a_config_is_read_without_a_matrix_and_damage_is_told_as_before(tmp_path, monkeypatch):
+    from transformers import AutoModel
+
+    def no_matrix(*given):
+        raise AssertionError("the weights are not needed")
+
+    encoder = AutoModel.from_pretrained(tiny_bert(tmp_path / "encoder", dim=D))
+    plug = PersonaPlug(made(center="users").config, encoder)
+    folder = plug.save_pretrained(tmp_path / "plug")
+    text, weights = (folder / "config.json").read_text(), folder / "model.safetensors"
+    monkeypatch.setattr("pplug.plug.load_file", no_matrix)
+    monkeypatch.setattr(
+        "torch.nn.init.kaiming_uniform_", lambda tensor, *given, **more: devices.add(tensor.device.type)
+    )
+    devices: set[str] = set()
+    assert PersonaPlug.config_of(folder) == plug.config
+    assert devices == {"meta"}, "matrices were filled"
+    (folder / "config.json").write_text(text.replace(f'"llm_dim": {H}', f'"llm_dim": {H + 1}'))
+    with pytest.raises(ValueError, match=r"do not fit config.json: (?s:.*)size mismatch for align_mlp.2.weight"):
+        PersonaPlug.config_of(folder)
+    (folder / "config.json").write_text(text.replace('"center": "users"', '"center": "none"'))
+    with pytest.raises(ValueError, match=r"do not fit config.json: (?s:.*)Unexpected key"):
+        PersonaPlug.config_of(folder)
+    (folder / "config.json").write_text(text)
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"plug: the weights do not fit config.json: .*not fully covered"):
+        PersonaPlug.config_of(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors; expected a plug folder"):
+        PersonaPlug.config_of(folder)
+
+
 # --- checkpoints of the authors' code ----------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ class Plug(Part):
             raise InputError(f"methods {methods} need a plug; give its folder with --plug (`train` writes one)")
         try:
             folder = artifacts.fetch(config.plug)
-            made_for = PersonaPlug.from_pretrained(folder).config
+            made_for = PersonaPlug.config_of(folder)
         except (OSError, ValueError) as error:
             raise InputError(f"plug: {error}") from error
         remedy = "give the LLM and llm.layout it was trained with, or train a new plug"
