@@ -35,6 +35,7 @@ _TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not 
     "IncompleteReadError ResponseStreamingError ConnectionError "
     "FileExpired".split()  # s3fs: the object was written anew between its opening and its reading
 )
+_ACCESS_TYPES = re.compile(rf"\b({'|'.join(sorted(_TRANSIENT_TYPES))}|ConnectionResetError|PermissionError)\b")
 _TRANSIENT_TEXT = re.compile(
     # A bare 503 may be part of a file's name; it counts only as a status.
     r"(status|code|error|http|server)[^\n]{0,20}\b50[0234]\b|\b50[0234] (internal|bad|service|gateway|slow)"
@@ -68,6 +69,12 @@ def is_transient(error: BaseException | None) -> bool:
             return True
         error, depth = error.__cause__ or error.__context__, depth + 1
     return False
+
+
+def tells_of_access(words: str) -> bool:
+    """True for the words of an error, all that another library leaves of it, if they tell of a lost connection, a
+    missing right, or a server that does not answer."""
+    return bool(_TRANSIENT_TEXT.search(words) or _ACCESS_TYPES.search(words))
 
 
 def retrying(action: Callable[[], T], what: str, budget_s: float | None = None) -> T:

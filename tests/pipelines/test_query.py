@@ -1,11 +1,16 @@
 """SQL over a source's files: each row once, whatever the form, the number and the folders of the files."""
 
+from traceback import format_exception
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import InputError
-from pipelines.ingest.sources import records
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.look import options_of
+from pipelines.ingest.sources import query, records
+from pipelines.ingest.sources.base import FORMATS, NotThisFormat
 from tests.pipelines.test_sources import ROWS, as_csv, forms, jsonl, look, plain, read
 
 
@@ -61,6 +66,53 @@ def test_a_query_reads_many_files_of_json_and_an_empty_one_among_them(tmp_path):
     rows, rejects = read(tmp_path, query=query)
     assert [(row["user_id"], row["item_id"]) for row in rows] == [(f"v{n}", str(len(ROWS))) for n in range(6)]
     assert rejects == {}
+
+
+@pytest.mark.parametrize("at", [0, 40])
+@pytest.mark.parametrize(
+    ("raised", "reached"),
+    [
+        (ConnectionResetError("peer"), False),
+        (type("EndpointConnectionError", (Exception,), {})("s3"), False),
+        (PermissionError("no"), False),
+        (OSError("When reading: HTTP status 503, SlowDown"), False),
+        (OSError("Corrupt snappy compressed data."), True),
+    ],
+)
+def test_a_file_out_of_reach_of_a_query_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, at, raised, reached):
+    rows = pa.table({"user_id": ["u"] * 8192, "item_id": ["i"] * 8192, "text": ["words"] * 8192})
+    pq.write_table(rows, tmp_path / "a.parquet")
+
+    def batches():
+        yield from rows.to_batches() * at
+        raise raised
+
+    def view(connection, part, options, folder, number, limit, bad) -> str:
+        found = batches() if limit is None else iter(rows.to_batches())  # a look at the file succeeds
+        connection.register(f"part{number}", pa.RecordBatchReader.from_batches(rows.schema, found))
+        return f"part{number}"
+
+    monkeypatch.setattr(query, "_view", view)
+    if reached:
+        _, rejects = read(tmp_path / "a.parquet", query="select * from source")
+        assert rejects == {"query": "unreadable_file"}
+    else:
+        with pytest.raises(ConnectionError, match=r"a\.parquet: the file cannot be read now"):
+            read(tmp_path / "a.parquet", query="select * from source")
+
+
+def test_a_value_that_a_query_cannot_convert_is_no_lost_connection_and_is_not_shown(tmp_path):
+    """Beyond the first rows DuckDB's error is another one, and its words quote the value."""
+    said = [str(number) for number in range(300_000)] + ["the server timed out, try again"]
+    ids = [str(number) for number in range(len(said))]
+    pq.write_table(pa.table({"user_id": ["u"] * len(said), "item_id": ids, "text": said}), tmp_path / "a.parquet")
+    numbers = "select user_id, item_id, text::int as text from source"
+    (piece,) = look(tmp_path / "a.parquet", query=numbers).pieces
+    options = options_of(IngestConfig(tables="unused", source=str(tmp_path), query=numbers))
+    with pytest.raises(NotThisFormat) as caught:
+        list(FORMATS["query"].batches(piece, options))
+    assert str(caught.value).startswith("the query fails with Conversion") and "try_cast" in str(caught.value)
+    assert "timed out" not in "".join(format_exception(caught.value))
 
 
 def test_a_query_over_files_without_a_row_gives_none_and_a_damaged_one_is_named(tmp_path):
@@ -135,9 +187,9 @@ def test_a_place_of_json_keeps_what_a_query_can_take_apart(tmp_path):
 
 def test_a_refused_query_shows_no_text_of_a_file_without_a_header(tmp_path):
     (tmp_path / "a.csv").write_text("user_ib,I was diagnosed with diabetes,sad\nann,I am well,glad\n")
-    for query in ("select user_id from source", "select nothing from source", "select * from nothing"):
+    for asked in ("select user_id from source", "select nothing from source", "select * from nothing"):
         with pytest.raises(InputError, match="(?s)query: .*has the columns") as caught:
-            read(tmp_path / "a.csv", query=query)
+            read(tmp_path / "a.csv", query=asked)
         assert "diabetes" not in str(caught.value) and caught.value.__cause__ is None
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from infra.cores import cores
 from infra.errors import InputError
 from infra.remote import reading
+from infra.storage import tells_of_access
 from pipelines.ingest.sources.base import (
     DAMAGED,
     FORMATS,
@@ -101,8 +102,11 @@ class Query(RecordFormat):
                     columns = names_in_words([name for name, *_ in connection.sql("describe source").fetchall()])
                     said = _CANDIDATES.split(str(error))[0].rstrip()
                     raise InputError(f"{_key(piece)}: {said}; `source` has the columns {columns}") from None
-                except duckdb.Error as error:
-                    raise InputError(f"{_key(piece)}: the query fails with {type(error).__name__}{_HINT}") from error
+                except (duckdb.Error, OSError, pa.ArrowException) as error:
+                    failure = _failure(error, piece)
+                    if not isinstance(failure, NotThisFormat):
+                        raise failure from None
+                    raise InputError(f"{_key(piece)}: {failure}") from None  # the cause may hold values
         first = [
             dict(zip(table.schema.names, row, strict=True)) for row in zip(*map(plain, table.columns), strict=True)
         ]
@@ -125,10 +129,31 @@ class Query(RecordFormat):
                     for batch in reader:
                         yield Batch.of_table(batch, first)
                         first += batch.num_rows
-                except duckdb.Error as error:
-                    raise NotThisFormat(f"the query fails with {type(error).__name__}{_HINT}") from error
+                except NotThisFormat:
+                    raise
+                except (duckdb.Error, OSError, pa.ArrowException) as error:
+                    raise _failure(error, piece) from None  # the cause may hold values
 
 
+def _failure(error: Exception, piece: Piece) -> OSError:
+    """Returns the error that stands for one of a running query: without its words, which may hold values of a file.
+
+    DuckDB gives the words alone of what a file's reader raised; after the first rows all errors come as an OSError.
+    """
+    said = str(error)
+    if scan := _SCAN.match(said):
+        part = piece.parts[int(scan[1])]
+        if tells_of_access(said):
+            return unreachable(part.folder, part.name, ConnectionError())
+        return NotThisFormat(f"{part.name}: damaged or cut off")
+    kind = said.partition(":")[0] if isinstance(error, OSError) else type(error).__name__
+    return NotThisFormat(f"the query fails with {kind if _KIND.fullmatch(kind) else type(error).__name__}{_HINT}")
+
+
+_SCAN = re.compile(r"Invalid Input Error: reading the stream registered as 'part(\d+)' failed: ")
+"""Beginning of DuckDB's words for a file's reader that has raised; a value of the file cannot stand there."""
+_KIND = re.compile("[A-Z][A-Za-z/-]*( [A-Z][A-Za-z]*)*")
+"""Name of a kind of error, such as `Conversion Error`."""
 _HINT = "; where a value cannot be converted, try_cast gives null instead"
 
 
