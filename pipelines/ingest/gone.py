@@ -7,7 +7,6 @@ read, and keeps on the local disk what exceeds its memory. What has gone is held
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from infra.cores import cores
 from infra.errors import InputError
 from infra.storage import Storage, retrying
 from pipelines.ingest.sources.columns import paths
@@ -142,7 +142,7 @@ def comparison(
     with tempfile.TemporaryDirectory(prefix="pplug-keys-") as folder, duckdb.connect() as connection:
         for setting in (
             f"memory_limit = '{MEMORY}'",
-            f"threads = {min(4, os.cpu_count() or 1)}",
+            f"threads = {min(4, cores())}",
             "preserve_insertion_order = false",
             # The stream of keys has no known length: DuckDB must not take it for the smaller side and hold it all.
             "disabled_optimizers = 'join_order,build_side_probe_side'",
