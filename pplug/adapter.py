@@ -83,7 +83,8 @@ class LoraConfig(Settings):
     max_grad_norm: float = renamed("clip", 0.3, gt=0)
     """Norm of the gradient over all of a user's parameters above which it is scaled down."""
     max_tokens_per_microbatch: int = renamed("micro_tokens", 16_384, gt=0)
-    """A step with more tokens than this is computed in parts."""
+    """A step with more tokens than this is computed in parts. Stage base takes parts of 1,024 tokens at most on a CPU,
+    where longer ones are slower."""
     storage_dtype: Literal["bfloat16", "float32"] = renamed("stored", "bfloat16")
     """Number format of the weights in the table; they are trained in float32."""
     seed: int = Field(0, ge=0, lt=2**64)

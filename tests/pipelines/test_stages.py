@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.train
 from ray.data import DataContext
@@ -12,7 +13,8 @@ from ray.data import DataContext
 from infra import session
 from infra.errors import InputError
 from pipelines import failures, stages, waves
-from pipelines.adapt.base import fit_base
+from pipelines.adapt import base
+from pipelines.adapt.base import BaseShard, fit_base
 from pipelines.generate.parts.base import Worker
 from pipelines.generate.parts.retrieval import Retrieval
 from pipelines.refresh.embed import EmbedTexts
@@ -148,6 +150,27 @@ def plug_training(encoder, llm, known):
 def base_training(encoder, llm, known):
     given = {"llm": llm.model_dump(), "llm_id": known["llm"], "lora": LoraConfig().model_dump()}
     fit_base(given | {"cpu": CPU, "started_in": os.getcwd()})
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(16_384, 1024), (300, 300)])
+def test_a_base_training_on_a_cpu_takes_short_passes(asked, taken, tmp_path, monkeypatch):
+    """Longer ones are slower there, and take the memory of a machine."""
+    llm, budgets = LLMConfig(model=str(tiny_llama(tmp_path / "llm"))), []
+    pq.write_table(pa.table({"prompt": [[3, 4]], "answer": [[5, 2]]}), tmp_path / BaseShard(0, 1).file)
+    monkeypatch.setattr(ray.train, "get_context", OneWorker)
+    monkeypatch.setattr(base, "train", lambda checkpoints, **given: budgets.append(checkpoints.loop.budget))
+    for name in ("tracker", "Orders"):
+        monkeypatch.setattr(base, name, lambda *given: None)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    lora = LoraConfig(max_tokens_per_microbatch=asked).model_dump()
+    given = dict.fromkeys(("ending", "checkpoint_minutes", "run_dir")) | {
+        "left": [],
+        "track": (),
+        "checkpointing": "auto",
+    }
+    given |= {"llm": llm.model_dump(), "llm_id": llm_id(llm), "lora": lora, "examples": str(tmp_path)}
+    base.fit_base(given | {"shards": [BaseShard(0, 1)], "cpu": CPU, "started_in": os.getcwd()})
+    assert budgets == [taken]
 
 
 class OneWorker:
