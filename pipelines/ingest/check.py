@@ -222,7 +222,9 @@ def _refuse_empty_part(config: IngestConfig, sample: Sample) -> None:
     """Raises InputError: all rows were looked at, and a part has no user."""
     hashes, known = user_hashes(sample.items)
     users = np.unique(hashes[known])
-    for part, share in config.parts.items() if sample.whole and len(users) else ():
+    if not sample.whole or not len(users):
+        return
+    for part, share in config.parts.items():
         choice = UserChoice.of(config.parts, part, None)
         assert choice is not None
         if not choice.within(users).any():
