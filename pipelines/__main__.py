@@ -36,6 +36,8 @@ class Job(NamedTuple):
     keys: str
     """Module and class of its config; imported for `--help`."""
     about: str
+    again: str = "goes on where this run stopped"
+    """Said of a run's name when an error has ended it."""
 
     @property
     def config(self) -> type[BaseModel]:
@@ -156,6 +158,7 @@ JOBS = {
         "pipelines.lines.base_lm",
         "pipelines.lines.config:BaseLMConfig",
         "a histories table -> a tiny language model, to try the line without a model hub",
+        "begins anew: it keeps no checkpoint",
     ),
     "demo": Job(
         "pipelines.lines.demo",
@@ -286,7 +289,7 @@ class _ToStderr(logging.Handler):
 
 def _explained(name: str, error: BaseException, config: BaseModel, log: "JobLog", run_id: str | None) -> int:
     """Says in one line what ended a job and what to do. Returns the exit code."""
-    again = f"; run_id={run_id} goes on where this run stopped" if run_id else ""
+    again = f"; run_id={run_id} {JOBS[name].again}" if run_id else ""
     if isinstance(error, KeyboardInterrupt):
         ended = isinstance(error, stopping.Terminated)
         print(f"{name}: {'ended by SIGTERM' if ended else 'interrupted'}{again}", file=sys.stderr)

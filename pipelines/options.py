@@ -98,7 +98,7 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
                 inline = "true"  # a switch needs no value
             elif not equals:
                 if known is None:
-                    raise InputError(f"--{name}: unknown option{_near(key, config)}")
+                    raise InputError(f"--{name}: unknown option{_near(f'--{name}', config)}")
                 inline = _next(rest, word, spell(known))
             settings.append((key, inline, f"--{name}"))
     if len(files) > 1:
@@ -111,7 +111,7 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
         path_of_key = _present(tuple(key.split(".")), config)
         annotation = annotation_at(config, path_of_key)
         if annotation is None:
-            raise InputError(f"{place}: unknown option{_near(key, config)}")
+            raise InputError(f"{place}: unknown option{_near(place.removeprefix('--set '), config)}")
         if path_of_key in spelled and spelled[path_of_key] != key:
             raise InputError(f"{place}: {_names(path_of_key, config)} is given by both of its names; keep the new one")
         if path_of_key in spelled and _is_list(annotation) and not repeats(annotation):
@@ -298,14 +298,15 @@ def _key_of(loc: Sequence[int | str], values: Any) -> Key:
 
 def _near(name: str, config: type[BaseModel]) -> str:
     """`; did you mean x? Known: ...` for an unknown key, which may also have lost or gained its prefix."""
+    dashes, name = name[: 2 * name.startswith("--")], name.removeprefix("--").replace("-", "_")
     *above, last = name.split(".")
     models = _models(annotation_at(config, tuple(above))) if above else [config]
     siblings = [f for model in models for f in model.model_fields]
     every = [".".join(key) for key, *_ in fields_of(config)]
     close = [".".join([*above, near]) for near in difflib.get_close_matches(last, siblings, n=1)]
     close = close or [key for key in every if key.split(".")[-1] == last] or difflib.get_close_matches(name, every, n=1)
-    known = f". Known {'below ' + '.'.join(above) if above else 'keys'}: {', '.join(siblings)}" if siblings else ""
-    return (f"; did you mean {close[0]}?" if close else "") + known
+    known = f" Known {'below ' + '.'.join(above) if above else 'keys'}: {', '.join(siblings)}" if siblings else ""
+    return (f"; did you mean {dashes}{close[0]}?" if close else "." * bool(known)) + known
 
 
 # --- describing -----------------------------------------------------------------------------------------------------
@@ -315,9 +316,8 @@ def describe(config: type[BaseModel]) -> str:
     """Every field as a flag with its type, default and what it is for."""
     lines = []
     for key, annotation, about, default in fields_of(config):
-        kind = spell(annotation)
         tail = "required" if default is PydanticUndefined else f"default {_default(default)}"
-        lines.append(f"  --{'.'.join(key).replace('_', '-')}  {kind}  [{tail}]")
+        lines.append(f"  --{'.'.join(key).replace('_', '-')}  {spell(annotation)}  [{tail}]")
         if about:
             lines.append(textwrap.fill(" ".join(about.split()), 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)

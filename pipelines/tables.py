@@ -195,7 +195,8 @@ def chosen(tables: str, wanted: Iterable[str] | None) -> list[str]:
     unknown = [name for name in wanted or () if name not in existing]
     if unknown or not existing:
         what = f"table {unknown[0]}" if unknown else "table"
-        raise InputError(f"{tables}: there is no {what} here; it has {', '.join(existing) or 'none'}")
+        there = f"it has {', '.join(existing)}" if existing else "give the folder or address that `ingest` was given"
+        raise InputError(f"{tables}: there is no {what} here; {there}")
     return existing if wanted is None else list(wanted)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 FEW_OWNERS = 30
-"""Below this the intervals are wide and rough; a report says so."""
+"""Below this the intervals are rough; a report says so."""
 FEWEST_OWNERS = 6
 """Below this nothing is claimed: five people all gain by chance in 1 of 32 cases, which is more than 2.5%."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -182,7 +182,8 @@ def test_unknown_keys_name_place_and_nearest_key(job, capsys, tmp_path):
     assert re.search(r"bukets: unknown key \(\S*night.yaml, line 3\); did you mean buckets\?", err)
     assert re.search(r"encoder.modle: unknown key \(\S*night.yaml, line 5\); did you mean encoder.model\?", err)
     assert "did you mean encoder.max_tokens?" in err
-    assert "--bukets: unknown option; did you mean buckets?" in wrong(capsys, "--bukets", "3")
+    assert "--bukets: unknown option; did you mean --buckets? Known keys: " in wrong(capsys, "--bukets", "3")
+    assert "--qqqqqq: unknown option. Known keys: " in wrong(capsys, "--qqqqqq", "3")
     assert "--set encoder.modle: unknown option; did you mean encoder.model?" in wrong(
         capsys, "--set", "encoder.modle=x"
     )

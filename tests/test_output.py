@@ -94,7 +94,9 @@ def test_a_failed_job_ends_with_one_line_and_with_debug_it_shows_the_traceback(d
     broken = (
         r"failed: \S+\.parquet: not a readable Parquet file .*; restore it .* \(ValueError at infra/snapshot.py:\d+\)"
     )
-    assert re.match(f"base-lm: {broken}; run_id=lm goes on where this run stopped", line) and line.endswith(f" {log}")
+    assert re.match(f"base-lm: {broken}; run_id=lm begins anew: it keeps no checkpoint", line) and line.endswith(
+        f" {log}"
+    )
     assert "Traceback" in log.read_text()
 
     shown = pplug(*words, "--run-dir", str(damaged / "lm-run"), "--debug")

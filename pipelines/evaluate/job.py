@@ -80,8 +80,8 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
         evaluation.predictions = _write_predictions(folder, task, snapshots, parts, users)
     report.extra |= evaluation.dump()
     with report.stage("page"):
-        page.write(report.run_dir, Report.model_validate(report.to_dict()))
-    print(screen.evaluation_text(evaluation), flush=True)
+        shown = page.write(report.run_dir, Report.model_validate(report.to_dict()))["report.html"]
+    print(f"{screen.evaluation_text(evaluation)}\npage: {shown}", flush=True)
     return report.finish()
 
 

@@ -198,7 +198,7 @@ def reply_warnings(scored: Scored, task: TaskSpec) -> list[str]:
 
 def few_users_warning(n_users: int) -> list[str]:
     """A warning where so few people were asked that the intervals are rough."""
-    return [f"only {n_users} users: the intervals are wide and rough"] * (n_users < intervals.FEW_OWNERS)
+    return [f"only {n_users} users: the intervals are rough, narrow ones too"] * (n_users < intervals.FEW_OWNERS)
 
 
 def _warnings(scored: Scored, task: TaskSpec, n_users: int) -> list[str]:

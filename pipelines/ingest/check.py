@@ -31,6 +31,7 @@ from pipelines.ingest.proposal import RATING_WORDS, Column, Proposal, columns_of
 from pipelines.ingest.source_rows import COUNT, ITEM, ROWS, by_kind
 from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.sources.discover import addresses
+from pipelines.ingest.users import UserChoice, user_hashes
 from pplug import tasks
 from pplug.tasks import TaskSpec, fill
 
@@ -104,6 +105,7 @@ def check(config: IngestConfig) -> Iterator[str]:
     task = tasks.find(config.task) if config.task else TaskSpec.model_validate(short)
     yield from _task_in_words(task, short if config.task is None else {})
     yield from _sample_in_words(sample, task)
+    _refuse_empty_part(config, sample)
     newest = _derived(sample, task)
     if config.write_config is not None:
         yield from _write(config, config.write_config, short, newest, sample)
@@ -111,7 +113,8 @@ def check(config: IngestConfig) -> Iterator[str]:
         first, *more = map(shlex.quote, addresses(config.source))
         yield "\ngo on with one of"
         yield f"  python -m pipelines ingest --check {' --check '.join([first, *more])} --write-config NAME{asked}"
-        yield f"  python -m pipelines quickstart {' --source '.join([first, *more])}{asked}"
+        named = "" if config.task or task.target is not None else " --columns target=COLUMN"
+        yield f"  python -m pipelines quickstart {' --source '.join([first, *more])}{asked}{named}"
 
 
 def _given(config: IngestConfig) -> str:
@@ -215,6 +218,24 @@ def _derived(sample: Sample, task: TaskSpec) -> int:
     return max(1, min(_MOST_DERIVED, int(np.median(sample.per_user)) // 3))
 
 
+def _refuse_empty_part(config: IngestConfig, sample: Sample) -> None:
+    """Raises InputError: all rows were looked at, and a part has no user."""
+    hashes, known = user_hashes(sample.items)
+    users = np.unique(hashes[known])
+    if not sample.whole or not len(users):
+        return
+    for part, share in config.parts.items():
+        choice = UserChoice.of(config.parts, part, None)
+        assert choice is not None
+        if not choice.within(users).any():
+            raise InputError(
+                f"{', '.join(addresses(config.source))}: no user is in the part {part}, of {len(users)} in all: the "
+                f"part takes {share:.0%} of the users, by a hash of their ids. A plug learns from other people than "
+                "those whom it serves: each part needs a user at the least, and some hundred tell something; for "
+                "fewer, take the ten lines of README.md (`adapt` and bm25), for which a user's own items are enough"
+            )
+
+
 def _write(config: IngestConfig, name: str, short: Mapping[str, Any], newest: int, sample: Sample) -> Iterator[str]:
     stem = name.removesuffix(".yaml")
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"check", "write_config"})
@@ -285,6 +306,8 @@ def _sample_in_words(sample: Sample, task: TaskSpec) -> Iterator[str]:
             yield f"  items without an answer, which are told but never asked for: {blank}"
     if len(each):
         yield f"  items per user: from {each[0]} to {each[-1]}, median {int(np.median(each))}"
+        if task.target is not None and np.median(each) < 2:
+            yield "  a user's only item becomes a request that sees no history: most users here teach nothing"
     if len(sample.items):
         yield "\nitems as they would read" + ("" if task.input is None else ", and what would be asked of them")
     for row in sample.items.slice(0, SHOWN).to_pylist():

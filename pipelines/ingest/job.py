@@ -285,6 +285,7 @@ def _files(
             counts += of_bucket
             figures.add(pickle.loads(row["figures"]))
             bar.update(row["bucket"] >= 0)
+        bar.update(buckets - bar.done)  # those without a row need no work
         stage.rows = counts["planned"]
     if beyond := counts[BEYOND_PROFILE]:
         raise InputError(

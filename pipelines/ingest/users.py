@@ -39,12 +39,17 @@ class UserChoice:
         before = sum(share for name, share in parts.items() if name < part)
         return cls(min(_at(before), _ALL - 1), _at(before + parts[part]), limit)
 
+    def within(self, hashes: np.ndarray) -> np.ndarray:
+        """Tells of each hash (N,) uint64 whether it is in [low, high), as (N,) bool."""
+        inside: np.ndarray = (hashes >= self.low) & (hashes <= self.high - 1)  # 2**64 is no uint64
+        return inside
+
     def __call__(self, blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Yields blocks of rows (`source_rows.ROWS`) of one task without those of other users, and with counts."""
         first = np.zeros(0, np.uint64)
         for rows in blocks:
             hashes, known = user_hashes(rows)
-            within = ~known | ((hashes >= self.low) & (hashes <= self.high - 1))  # 2**64 is no uint64
+            within = ~known | self.within(hashes)
             keep = within
             if self.limit is not None:
                 first = np.unique(np.concatenate([first, hashes[known & within]]))[: self.limit]

@@ -84,7 +84,9 @@ def _run(config: Config, run_id: str) -> int:
         trained.save(config.output, records)
     report.written = len(texts)
     report.extra["lm"] = trained.facts
-    print(f"base-lm: {trained.facts['parameters']:,} parameters, held-out loss {trained.facts.get('heldout_loss')}")
+    loss = trained.facts.get("heldout_loss")
+    told = "no item was held out" if loss is None else f"loss on items held out {loss:.3f}"
+    print(f"base-lm: {trained.facts['parameters']:,} parameters, {told}")
     code = report.finish()
     print(f"model: {config.output}")
     return code

@@ -58,7 +58,10 @@ def run(config: Config) -> int:
         print(f"\nstep {number} of {len(commands)}: {words[0]}\n$ python -m pipelines {shlex.join(words)}", flush=True)
         code = _job(words)
         if code:
-            print(f"demo: {words[0]} ended with exit code {code}", file=sys.stderr)
+            print(
+                f"demo: {words[0]} ended with exit code {code}; a new demo empties {root} and begins anew",
+                file=sys.stderr,
+            )
             return code
     minutes = (time.monotonic() - start) / 60
     problem = weakness(json.loads((root / "report.json").read_text()))

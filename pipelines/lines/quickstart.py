@@ -49,13 +49,20 @@ def run(config: Config) -> int:
     if JobLog.current is not None:
         JobLog.current.move_to(str(root), LINE_LOG)
     own = root / f"{OWN}.yaml"
+    there = set(root.iterdir())
     if own.exists():
         print(f"step 1: check\nthe mapping is that of {own}; remove it for another proposal", flush=True)
     elif code := _check(config, sources, own):
         return code
     values = _read(own, sources)
     _refuse_another_mapping(config, own, values)
-    planned = steps(config, root, name, values)
+    try:
+        planned = steps(config, root, name, values)
+    except InputError:
+        # what this start proposed would be held against the next one, which is told to give other options
+        for file in {own, root / f"{OWN}-task.yaml", _record(own)} - there:
+            file.unlink(missing_ok=True)
+        raise
     if forget_former(root, list(planned)):
         print(f"{own} or {OWN}-task.yaml has changed: what was made with them is removed and made anew", flush=True)
     if code := run_steps(planned, root, done=1):
@@ -109,12 +116,17 @@ def _record(own: Path) -> Path:
 
 def _check(config: Config, sources: list[str], own: Path) -> int:
     words = ["ingest", *(word for source in sources for word in ("--check", source)), "--write-config", str(own)]
+    words += ["--set", f"parts={json.dumps(PARTS)}", "--part", "train"]  # a part without a user is refused here
     for key in _ASKED:
         if value := getattr(config, key):
             words += [f"--{key}", value] if isinstance(value, str) else ["--set", f"{key}={json.dumps(value)}"]
     print(f"step 1: check\n$ python -m pipelines {shlex.join(words)}", flush=True)
     code = main(words)
     if not code:
+        values = yaml_text.load(own.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in values.items() if key not in ("parts", "part")}  # each step gives its own
+        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+        own.write_text(text, encoding="utf-8")
         _record(own).write_text(config.model_dump_json(include=set(_ASKED)), encoding="utf-8")
     return code
 

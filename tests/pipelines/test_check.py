@@ -90,6 +90,15 @@ def test_a_config_is_written_that_ingest_takes(here, capsys):
     assert "is there already" in check(capsys, "my reviews.csv", "--write-config", "mine", code=2)
 
 
+def test_a_file_without_answers_or_without_a_history_is_told_so(here, capsys):
+    rows = [{"user_id": f"u{n % 20}", "words": f"some words about thing {n}", "Sterne": f"{n}*"} for n in range(60)]
+    write_csv(here / "weird.csv", rows)
+    assert check(capsys, "weird.csv").endswith("  python -m pipelines quickstart weird.csv --columns target=COLUMN\n")
+    for each, told in ((1, 1), (2, 0)):
+        write_csv(here / "r.csv", reviews(20, each))
+        assert check(capsys, "r.csv").count("a request that sees no history") == told
+
+
 def test_what_is_given_is_kept(here, capsys):
     write_csv(here / "r.csv", reviews(5, 6))
     (here / "t.yaml").write_text("name: titles\ntext: text\ntarget: title\n")

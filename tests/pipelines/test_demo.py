@@ -39,7 +39,7 @@ def test_the_commands_it_runs_are_ones_that_the_command_line_takes(tmp_path):
     [
         (0.95, None, 0, ""),
         (0.66, None, 1, "did not learn to use a preference that its prompt states (accuracy 0.660, possible 0.980)"),
-        (0.95, "train", 3, "demo: train ended with exit code 3"),
+        (0.95, "train", 3, "demo: train ended with exit code 3; a new demo empties "),
     ],
 )
 def test_it_runs_its_jobs_on_the_files_that_it_writes(told, failing, code, says, tmp_path, monkeypatch, capsys):

@@ -392,12 +392,13 @@ def test_ratings_that_are_no_number_follow_the_rule_and_ten_users_are_said_to_be
     helped = report["methods"]["bm25"]["users_vs_none"]
     assert [helped[name]["share"] for name in ("better", "worse", "equal")] == [1, 0, 0]
     assert list(report["groups"]) == ["length"]
-    wide = "only 10 users: the intervals are wide and rough"
+    wide = "only 10 users: the intervals are rough, narrow ones too"
     assert (
         report["warnings"] == [wide, "none: 100% of the replies are no number and count as wrong"] and wide in printed
     )
     assert report["verdict"]["headline"].endswith("100.0% of the replies of none are no number")
-    assert wide in Path(report["config"]["run_dir"], "report.html").read_text()
+    page = Path(report["config"]["run_dir"], "report.html")
+    assert wide in page.read_text() and f"page: {page}\n" in printed
 
 
 def test_an_empty_list_of_methods_is_wrong_usage(generated, capsys):

@@ -50,8 +50,9 @@ def test_several_sources_of_several_forms_and_a_mapping_of_the_requests_own(popu
     assert first in {entry["file"] for entry in population.report["files_read"]}
     left = {entry["file"].rpartition("/")[2]: entry["why"] for entry in population.report["files_left_out"]}
     assert left == {"a.jsonl": "hidden or temporary", "notes.docx": "another kind of file"}
-    said = capsys.readouterr().out
+    said, steps = capsys.readouterr()
     assert "2 files are left out" in said and "delimiter ;" in said and "encoding utf-8" in said
+    assert "parse and merge: 4 of 4 buckets in " in steps, "two users are in two buckets; the others are done too"
 
 
 def test_a_mapping_of_requests_in_columns_rejects_no_item(population, tmp_path):

@@ -106,6 +106,27 @@ def test_the_first_start_keeps_what_it_was_given(tmp_path):
         quickstart._refuse_another_mapping(other, own, known)
 
 
+def test_a_start_without_an_answer_leaves_nothing_that_is_held_against_the_next_one(tmp_path, monkeypatch, capsys):
+    rows = [{"user_id": f"u{n % 20}", "words": f"some words about thing {n}", "Sterne": f"{n}*"} for n in range(60)]
+    source, start = write_csv(tmp_path / "weird.csv", rows), ["--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(quickstart, "run_steps", lambda *given, **named: 7)
+    for _ in range(2):
+        assert main(["quickstart", source, *start]) == 2
+        assert "as in --columns target=COLUMN" in capsys.readouterr().err
+        assert not list((tmp_path / "run").glob("own*"))
+    assert main(["quickstart", source, *start, "--columns", "target=Sterne"]) == 7
+    assert "parts" not in (tmp_path / "run" / "own.yaml").read_text(), "they would do nothing there"
+
+
+@pytest.mark.parametrize(("users", "part"), [(["ann"], "train"), (["bob", "carl"], "dev")])
+def test_a_file_with_nobody_to_learn_from_or_to_serve_is_refused_before_it_is_read(tmp_path, users, part, capsys):
+    rows = [row | {"user_id": user} for user in users for row in reviews(1, 6)]
+    assert main(["quickstart", write_csv(tmp_path / "few.csv", rows), "--run-dir", str(tmp_path / "run")]) == 2
+    found = capsys.readouterr()
+    assert f"no user is in the part {part}, of {len(users)} in all" in found.err and "ten lines of README" in found.err
+    assert "step 2" not in found.out and not list((tmp_path / "run").glob("own*"))
+
+
 @pytest.mark.parametrize("text", ["source: [r.csv", "limit: 2026-02-30", "r.csv", ""])
 def test_a_mapping_that_cannot_be_read_is_named(tmp_path, capsys, text):
     (tmp_path / "own.yaml").write_text(text)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 PHONE, DESK = 390, 1280
 VARIANTS = {
-    "full": made_up(examples=examples(), warnings=["only 12 users: the intervals are wide and rough"]),
+    "full": made_up(examples=examples(), warnings=["only 12 users: the intervals are rough, narrow ones too"]),
     "bare": made_up(
         methods={"none": made_up()["methods"]["none"]},
         verdict=claim({"none": METHODS["none"][:2]}),

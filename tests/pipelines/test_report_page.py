@@ -106,6 +106,28 @@ def test_tables_beside_the_charts_hold_the_figures(drawn):
     assert "With plug+bm25, 72% of users do better" in users.says
 
 
+def test_methods_that_tie_are_named_alike_and_one_group_is_told_once():
+    """Two methods gain the same and help the same users: all speak of the one in the headline."""
+    found = made_up()
+    names = [name for name in found["methods"] if name in ("none", "plug", "bm25")]
+    found["methods"] = {name: found["methods"][name if name == "none" else "plug"] for name in names}
+    found["groups"] = {"length": found["groups"]["length"]}
+    third = found["groups"]["length"]["thirds"][0]
+    third["methods"] = {name: third["methods"][name if name == "none" else "plug"] for name in names}
+    for order in (names, names[::-1]):
+        found["methods"] = {name: found["methods"][name] for name in order}
+        best = found["verdict"]["best"] = next(name for name in order if name != "none")  # the first of those that tie
+        found["groups"]["length"]["thirds"] = [third | {"from": 1, "to": 1}]
+        _, length, users, _ = charts.draw_all(typed(found))
+        assert users.says.startswith(f"With {best}, ") and length.says.startswith(f"{best} gains ")
+        assert length.says.count(" at 1 ") == 1 and "all requests" in length.says
+
+
+def test_no_backtick_stands_on_the_page():
+    html = page.render(typed(made_up(warnings=["give `scores: [meteor]`"])), [])
+    assert "`" not in html and "give scores: [meteor]" in html
+
+
 def test_a_lower_error_is_a_gain():
     found = made_up()
     for row in found["methods"].values():

@@ -114,6 +114,11 @@ def test_a_wrong_choice_is_refused(root, capsys, words, says):
     assert says in capsys.readouterr().err
 
 
+def test_a_place_without_tables_is_named_with_what_to_give(tmp_path, capsys):
+    assert main(["show", "histories", "--tables", str(tmp_path / "nothere")]) == 2
+    assert "here; give the folder or address that `ingest` was given\n" in capsys.readouterr().err
+
+
 def test_texts_that_are_shown_are_in_no_log(tmp_path, capsys):
     """Neither a job's log nor that of a job that runs it, and whatever the filter thinks of the line."""
     text = "2026-11-26 00:42:38,624 WARNING x.py:7 -- words of a user\nTraceback (most recent call last):"

@@ -61,7 +61,7 @@ def test_times_are_microseconds_and_one_missing_time_makes_the_user_untimed():
 
 
 def counts_by_definition(times, positions, as_of, as_of_position) -> set[int]:
-    """Indices of the items that count, straight from design.md section 3."""
+    """Indices of the items that count, straight from the words of docs/structure.md on the cut-off."""
     everything = set(range(len(positions)))
     if as_of is None and as_of_position is None:
         return everything

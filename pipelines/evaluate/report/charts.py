@@ -50,7 +50,7 @@ def draw_all(evaluation: Evaluation) -> list[Chart]:
             charts.append(_thirds(evaluation, kind))
     compared = {name: row.users_compared for name, row in methods.items() if row.users_compared}
     if compared:
-        charts.append(_users(compared))
+        charts.append(_users(compared, evaluation.verdict.best))
     charts.append(_cost(evaluation))
     return charts
 
@@ -139,6 +139,8 @@ def _thirds(evaluation: Evaluation, kind: str) -> Chart:
     first = shown[0]
     ends = [value(metric, gains[first][at][0], True) for at in (0, -1)]
     says = f"{first} gains {ends[0]} at {ticks[0]} and {ends[1]} at {ticks[-1]} ({label})."
+    if len(thirds) == 1:
+        says = f"{first} gains {ends[0]} at {ticks[0]} ({label}), the same for all requests."
     if group.unknown:
         says += f" {group.unknown} requests have no such fact and are left out."
     table = [
@@ -185,7 +187,7 @@ def _paint_thirds(
         text.set_color(LIGHT["ink"])
 
 
-def _users(users: Mapping[str, UserShares]) -> Chart:
+def _users(users: Mapping[str, UserShares], best: str | None) -> Chart:
     names = sorted(users, key=lambda name: users[name].better.share - users[name].worse.share)
     parts = {name: (users[name].better, users[name].equal, users[name].worse) for name in names}
 
@@ -205,7 +207,8 @@ def _users(users: Mapping[str, UserShares]) -> Chart:
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlabel("% of users: better, as well, worse")
 
-    best = next((name for name in reversed(names) if not is_control(name) and not is_bound(name)), names[-1])
+    if best is None or best not in users:  # the headline names none
+        best = next((name for name in reversed(names) if not is_control(name) and not is_bound(name)), names[-1])
     says = (
         f"With {best}, {100 * users[best].better.share:.0f}% of users do better than without personalisation and "
         f"{100 * users[best].worse.share:.0f}% do worse."

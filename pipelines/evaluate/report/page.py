@@ -95,7 +95,7 @@ def render(report: Report, drawn: list[charts.Chart]) -> str:
         verdict=report.verdict.headline,
         lead=_lead(report, best),
         numbers=_numbers(report, best),
-        warnings=report.warnings,
+        warnings=[_plain(warning) for warning in report.warnings],
         headline=_headline(report, best),
         reading=_reading(report),
         references=_references(report),
@@ -197,7 +197,12 @@ def _references(report: Report) -> Table:
 
 
 def _about(method: str) -> str:
-    return "; ".join(part.about for part in known_parts(method))
+    return _plain("; ".join(part.about for part in known_parts(method)))
+
+
+def _plain(words: str) -> str:
+    """The words as the page shows them: what marks code on the screen and in documents is only a mark here."""
+    return words.replace("`", "")
 
 
 def _reading(report: Report) -> str:
