@@ -55,7 +55,7 @@ _ALPHABETS = {
     "cp1254": ("çğıöşüâîûİ",),
     "iso8859_2": _CENTRAL,
 }  # fmt: skip
-"""The letters beyond ASCII of each language that an encoding of the Latin script is for; among equals the first counts."""
+"""Letters beyond ASCII of each language that an encoding of the Latin script is for; the first of equal ones counts."""
 _MARKS_OF_ALL = frozenset("“”„‘’–—…•«»§°©®™€£¥¢±²½¼¾µ×·´\xa0\xad")
 _MOST_ODD = 0.1
 """Largest share of letters beyond ASCII that may be foreign to the language of their line."""
