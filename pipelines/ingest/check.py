@@ -299,7 +299,7 @@ def _sample_in_words(sample: Sample, task: TaskSpec, config: IngestConfig) -> It
     figures = Figures.of(by_kind(sample.rows), task).numbered()
     figures.add_rejects(replaced_items(sample.items, config.undated == "neighbour"))
     rule, spelt, figures.labels = LabelRule(task, config.labels), figures.labels, Counter()
-    for answer, n in spelt.items():  # of a task that is proposed here, the rows were read before its labels were known
+    for answer, n in spelt.items():  # rows were read before the labels of a proposed task were known
         figures.labels[rule.label(answer) or answer] += n
     yield "\nall rows" if sample.whole else f"\nfirst {figures.rows:,} rows"
     yield from (f"  {line}" for line in figures.told())
