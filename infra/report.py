@@ -198,9 +198,10 @@ class RunReport:
             return f"{self.failed} of {self.planned} failed"
         if self.too_many_rejects:
             reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(5))
+            more = f" and {len(self.rejected) - 5} more reasons" if len(self.rejected) > 5 else ""
             return (
                 f"{rejects} of {self._looked_at} rejected, more than max_reject_fraction={self.max_reject_fraction:g} "
-                f"allows: {reasons}"
+                f"allows: {reasons}{more}; see `show rejects`, and mend the source or raise max_reject_fraction"
             )
         return None
 

@@ -21,11 +21,13 @@ import yaml
 
 from infra import job_log
 from infra.errors import InputError
+from infra.remote import reading
 from pipelines.codes import flat
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
-from pipelines.ingest.labels import is_number
+from pipelines.ingest.labels import LabelRule, is_number
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
+from pipelines.ingest.merge import replaced_items
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.proposal import RATING_WORDS, Column, Proposal, columns_of, propose
 from pipelines.ingest.source_rows import COUNT, ITEM, ROWS, by_kind
@@ -92,10 +94,14 @@ def check(config: IngestConfig) -> Iterator[str]:
                 "a report run `lamp --config CONFIG --source FOLDER`, for tables alone `ingest --source FOLDER`"
             )
         yield "\nthis layout names users, items and times itself: no mapping is needed"
+        folder, split = shlex.quote(addresses(config.source)[0]), shlex.quote(config.split)
+        yield "\ngo on with one of"
+        yield f"  python -m pipelines lamp --config CONFIG --source {folder}"
+        yield f"  python -m pipelines ingest --tables NAME --source {folder} --split {split}{_given(config)}"
         return
     columns = columns_of(found.columns, found.rows)
     if not columns or not found.rows:
-        raise InputError(f"{given}: no row can be read at its beginning; name the format with --format, or check it")
+        raise InputError(f"{given}: {_why_no_row(found, columns)}")
     yield from _columns_in_words(columns, len(found.rows))
     proposal = propose(columns, config.columns, options_of(config).rules.time.microseconds, given)
     yield from _roles_in_words(proposal)
@@ -104,7 +110,7 @@ def check(config: IngestConfig) -> Iterator[str]:
     sample, short = _read(config, found, proposal, columns)
     task = tasks.find(config.task) if config.task else TaskSpec.model_validate(short)
     yield from _task_in_words(task, short if config.task is None else {})
-    yield from _sample_in_words(sample, task)
+    yield from _sample_in_words(sample, task, config)
     _refuse_empty_part(config, sample)
     newest = _derived(sample, task)
     if config.write_config is not None:
@@ -115,6 +121,17 @@ def check(config: IngestConfig) -> Iterator[str]:
         yield f"  python -m pipelines ingest --check {' --check '.join([first, *more])} --write-config NAME{asked}"
         named = "" if config.task or task.target is not None else " --columns target=COLUMN"
         yield f"  python -m pipelines quickstart {' --source '.join([first, *more])}{asked}{named}"
+
+
+def _why_no_row(found: SourceLook, columns: list[Column]) -> str:
+    files = found.source.files
+    if columns:
+        return (
+            f"there are names ({', '.join(column.name for column in columns[:5])}) and no rows; add rows, or check it"
+        )
+    if found.format in ("csv", "jsonl") and not any(file.size for file in files):
+        return "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
+    return "no row can be read at its beginning; name the format with --format, or check it"
 
 
 def _given(config: IngestConfig) -> str:
@@ -263,10 +280,15 @@ def _write(config: IngestConfig, name: str, short: Mapping[str, Any], newest: in
 
 
 def _files_in_words(found: SourceLook) -> Iterator[str]:
-    files = found.source.files
-    size = sum(file.size for file in files)
+    files = [(file.address, file.size) for file in found.source.files]
+    if any(
+        FORMATS[piece.format].surveys for piece in found.pieces
+    ):  # the source is a folder, of which one split is read
+        read = [(reading(piece.folder), name) for piece in found.pieces for name in piece.files]
+        files = [(folder.full(name), folder.size(name)) for folder, name in read]
+    size = sum(size for _, size in files)
     yield f"files: {len(files)} of format {found.format}, {_bytes(size)}" + (f" ({found.form})" if found.form else "")
-    yield from (f"  {file.address}" for file in files[:5])
+    yield from (f"  {address}" for address, _ in files[:5])
     if len(files) > 5:
         yield f"  and {len(files) - 5} more"
     if left_out := found.source.left_out_in_words():
@@ -294,10 +316,20 @@ def _task_in_words(task: TaskSpec, short: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _sample_in_words(sample: Sample, task: TaskSpec) -> Iterator[str]:
+def _sample_in_words(sample: Sample, task: TaskSpec, config: IngestConfig) -> Iterator[str]:
     figures = Figures.of(by_kind(sample.rows), task).numbered()
+    figures.add_rejects(replaced_items(sample.items, config.undated == "neighbour"))
+    rule, spelt, figures.labels = LabelRule(task, config.labels), figures.labels, Counter()
+    for answer, n in spelt.items():  # rows were read before the labels of a proposed task were known
+        figures.labels[rule.label(answer) or answer] += n
     yield "\nall rows" if sample.whole else f"\nfirst {figures.rows:,} rows"
     yield from (f"  {line}" for line in figures.told())
+    if (rejects := figures.rejects.total()) > config.max_reject_fraction * figures.rows:
+        yield (
+            f"  {rejects} of {figures.rows} rows would be rejected, more than max_reject_fraction="
+            f"{config.max_reject_fraction:g} allows: ingest would end with code 3; mend the source or raise "
+            "max_reject_fraction"
+        )
     each = sample.per_user
     if len(each) and task.target is not None:
         answers = pc.map_lookup(flat(sample.items["fields"]), task.target, "first").drop_null()

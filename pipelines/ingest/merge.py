@@ -214,9 +214,7 @@ class MergeBucket:
         counts["repeated"] += repeated
         counts[f"{name}_written"] += written
         what = "item_id" if name == "histories" else "request_id"
-        replaced = rows.filter(pa.array(state == REPLACED))
-        rejects = _as_rejects(replaced, f"duplicate_{what}", f"a later row of its user has this {what}")
-        rejects = pa.concat_tables([bad, rejects])
+        rejects = pa.concat_tables([bad, _replaced(rows, state, what)])
         fresh = live.filter(pa.array(~known)) if known.any() else live
         if written == len(fresh) and not (known & filled).any() and not (self.derived_anew and name == "requests"):
             return Merged(live, fresh, rejects, anew=False)
@@ -272,6 +270,21 @@ class Merged:
     rejects: pa.Table
     anew: bool
     """True if the new file replaces the bucket's files."""
+
+
+def replaced_items(items: pa.Table, keep_times: bool) -> pa.Table:
+    """Returns the items of a source (`source_rows.ROWS`) that a later row of other content replaces, as rejects.
+
+    Args:
+        keep_times: an item without a time has the one of the row of its key before it.
+    """
+    rows = _as_new(items.filter(items["id"].is_valid()))
+    return _replaced(rows, resolve(rows, _CONTENT["histories"], ranked=False, keep_times=keep_times)[2], "item_id")
+
+
+def _replaced(rows: pa.Table, state: np.ndarray, what: str) -> pa.Table:
+    found = rows.filter(pa.array(state == REPLACED))
+    return _as_rejects(found, f"duplicate_{what}", f"a later row of its user has this {what}")
 
 
 def _seeing(asked: pa.Table, items: pa.Table) -> int:

@@ -38,8 +38,11 @@ _MOST_LABELS, _MOST_POINTS = 50, 11
 """Number of values up to which texts count as labels, and numbers as a rating."""
 _TIMES = 0.95
 """Smallest share of a time column's values that are times."""
+_SINGLE = 0.9
+"""Smallest share of a column's values that are single ones, and neither lists nor mappings."""
 _LONG = 20
 """Mean number of characters from which texts count as told, whatever their column's name."""
+_NESTED = (list, tuple, dict)
 _SPLIT = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -57,7 +60,7 @@ class Column:
 
     @cached_property
     def texts(self) -> list[str]:
-        return [str(value).strip() for value in self.filled]
+        return [str(value).strip() for value in self.filled if not isinstance(value, _NESTED)]
 
     @cached_property
     def counts(self) -> Counter[str]:
@@ -93,8 +96,8 @@ class Column:
 
     @cached_property
     def single(self) -> bool:
-        """True if values are single ones, and neither lists nor mappings."""
-        return not any(isinstance(value, list | tuple | dict) for value in self.filled)
+        """True if nearly all values are single ones: an odd list or mapping costs its own row at most."""
+        return len(self.texts) >= _SINGLE * len(self.filled)
 
     def named(self, role: str) -> float:
         """Returns the degree, from 0 to 1, to which the name tells the role.
@@ -114,7 +117,9 @@ class Column:
         missing = f", {len(self.values) - len(self.filled)} rows without" if len(self.filled) < len(self.values) else ""
         if not self.single:
             return f"lists or mappings{missing}"
-        each = len(self.filled) / len(self.counts)
+        odd = len(self.filled) - len(self.texts)
+        missing += f", {odd} rows with lists or mappings" if odd else ""
+        each = len(self.texts) / len(self.counts)
         often = "all different" if each == 1 else f"each {each:.1f} times"
         return f"{len(self.counts)} values, {often}{missing}, {self.length:.0f} characters"
 
@@ -223,7 +228,7 @@ def propose(
             f"{names_in_words(list(by_name))}; name it with --columns user_id=COLUMN"
         )
     take("item_id", _item(free, user), "no column is unique within a user: ids are made of each row's content")
-    take("occurred_at", _time(free, time_of), _no_time(free))
+    take("occurred_at", _time(free, time_of), _no_time(free, time_of))
     return _fields([column for column in free if _varies(column, user)], given, by_name, roles, core)
 
 
@@ -283,9 +288,22 @@ def _time(free: Sequence[Column], time_of: Callable[[Any], int | None]) -> tuple
     return best, f"{good} of {len(best.values)} rows have a time there"
 
 
-def _no_time(free: Sequence[Column]) -> str:
-    unread = [column.name for column in free if column.named("occurred_at") and not column.numbers]
-    hint = f"; {unread[0]} is named like one: say how it is written, as in --set time.format=%d.%m.%Y" if unread else ""
+def _no_time(free: Sequence[Column], time_of: Callable[[Any], int | None]) -> str:
+    """Says that the order of the rows counts, and how a column that is named like a time could be taken."""
+    unread = [column for column in free if column.named("occurred_at") and not column.numbers]
+    hint = (
+        f"; {unread[0].name} is named like one: say how it is written, as in --set time.format=%d.%m.%Y"
+        if unread
+        else ""
+    )
+    for column in unread:
+        good = sum(_is_time(value, time_of) for value in column.filled)
+        if 2 * good > len(column.filled):
+            hint = (
+                f"; {good} of {len(column.filled)} rows have a time in {column.name}: "
+                f"--columns occurred_at={column.name} takes it, and the other rows become rejects"
+            )
+            break
     return f"no column can be read as times: the order of the rows counts{hint}"
 
 

@@ -280,7 +280,7 @@ class RowWriter:
             return pa.nulls(count, TIME)
         times, wrong = self.rules.time.column(column)
         for row, error in wrong.items():
-            errors.setdefault(row, error)
+            errors.setdefault(row, RowError(error.reason, f"{name.partition('.')[2]}: {error.detail}"))
         self.notes.values[name] += count - times.null_count + len(wrong)
         return times.cast(TIME)
 

@@ -47,6 +47,14 @@ def test_the_exit_code_follows_from_the_counts(tmp_path, capsys, counts, code, p
     assert (problem or "") in err and out.splitlines()[-1].startswith(f"refresh {'NOT fully done' if code else 'done'}")
 
 
+def test_too_many_rejects_are_told_with_the_remedy_and_no_kind_is_hidden(tmp_path):
+    made = report(tmp_path, planned=8, rejected=dict.fromkeys("abcdef", 1) | {"g": 2})
+    assert made.problem() == (
+        "8 of 8 rejected, more than max_reject_fraction=0.1 allows: g 2, a 1, b 1, c 1, d 1 and 2 more reasons; see "
+        "`show rejects`, and mend the source or raise max_reject_fraction"
+    )
+
+
 def test_report_json_holds_what_the_design_asks_for(tmp_path, capsys):
     made = report(tmp_path, planned=5, written=4, already_there=1)
     with made.stage("embed") as stage:

@@ -64,10 +64,36 @@ def test_would_be_rejects_are_told_with_their_place(here, capsys):
     text = check(capsys, "reviews.csv", "--columns", "occurred_at=timestamp")
     for reason, line in {"missing_id": 5, "bad_date": 9, "empty_text": 11}.items():
         after = text[text.index(f"rejected, {reason}: 1") :].splitlines()[1]
+        assert reason != "bad_date" or "): occurred_at: no ISO date" in after
         assert f"line {line} " in after, after
     assert (
         "labels: [1, 2, 3, 4, 5]" in text and "items without an answer, which are told but never asked for: 1" in text
     )
+
+
+def test_what_would_end_the_ingest_with_code_3_is_told(here, capsys):
+    rows = [{"user": f"u{n % 5}", "id": str(n), "text": f"some words about bread {n}"} for n in range(20)]
+    rows += [rows[3] | {"text": "other words about bread"}, rows[4]]  # the one replaces its item, the other repeats it
+    (here / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n{\n")
+    words = ["r.jsonl", "--columns", "item_id=id"]
+    text = check(capsys, *words)
+    assert "rejected, duplicate_item_id: 1\n" in text and "rejected, bad_json: 2\n" in text
+    line = "3 of 24 rows would be rejected, more than max_reject_fraction=0.1 allows: ingest would end with code 3"
+    assert line in text
+    assert "would be rejected" not in check(capsys, *words, "--max-reject-fraction", "0.125")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("e.csv", "", "e.csv: the file is empty"),
+        ("e.jsonl", "", "e.jsonl: the file is empty"),
+        ("h.csv", "user_id,text\n", "h.csv: there are names (user_id, text) and no rows"),
+    ],
+)
+def test_a_file_without_rows_is_told(here, capsys, name, content, says):
+    (here / name).write_text(content)
+    assert says in check(capsys, name, code=2)
 
 
 def test_a_config_is_written_that_ingest_takes(here, capsys):
@@ -123,7 +149,9 @@ def test_spellings_of_a_label_are_one(here, capsys):
     rows = [{"user": f"u{n % 3}", "text": f"some words {n}", "mood": mood}
             for n, mood in enumerate(["good", "Good ", "good", "bad", "BAD", "bad"] * 3)]  # fmt: skip
     write_csv(here / "r.csv", rows)
-    assert "labels: [bad, good]" in check(capsys, "r.csv")
+    text = check(capsys, "r.csv")
+    assert "labels: [bad, good]" in text
+    assert "items per label: good 9, bad 9\n" in text
 
 
 @pytest.mark.parametrize(
@@ -159,7 +187,11 @@ def test_a_layout_that_names_all_itself_needs_no_mapping(here, capsys):
     profile = [{"id": "1", "text": "x", "title": "y"}]
     question = [{"id": "q", "input": "i", "profile": profile}]
     (here / "train_questions.json").write_text(json.dumps(question))
-    assert "no mapping is needed" in check(capsys, ".")
+    text = check(capsys, ".")
+    assert "no mapping is needed" in text
+    size = (here / "train_questions.json").stat().st_size
+    assert f"files: 1 of format lamp, {size} bytes\n  {here}/train_questions.json\n" in text
+    assert "  python -m pipelines ingest --tables NAME --source . --split train\n" in text
     assert "no mapping to write; for a report run `lamp --config" in check(capsys, ".", "--write-config", "own", code=2)
     assert [path.name for path in here.iterdir()] == ["train_questions.json"]
     assert main(["quickstart", ".", "--run-dir", "q"]) == 2

@@ -128,6 +128,28 @@ def test_an_empty_column_and_lists_have_no_role():
     assert result["target"] == "label" and result["text"] == ("text",)
 
 
+def test_a_few_odd_rows_do_not_cost_a_column_its_role():
+    texts: list = [*TEXTS[:34], ["a list"], {"a": "mapping"}]
+    title = [f"title {n}" for n in range(36)]
+    assert found(user=USERS[:36], title=title, text=texts)["text"] == ("text",)
+    assert ", 2 rows with lists or mappings, " in Column("text", "string", texts).told()
+    assert Column("text", "string", [*TEXTS[:3], ["a list"]]).told() == "lists or mappings"
+
+
+def test_a_column_with_some_times_is_told_with_the_flag_that_takes_it():
+    for good, says in (
+        (
+            5,
+            "5 of 6 rows have a time in timestamp: --columns occurred_at=timestamp takes it, and the other rows become",
+        ),
+        (2, "timestamp is named like one: say how it is written, as in --set time.format"),
+    ):
+        times = ["2024-01-02"] * good + ["next week"] * (6 - good)
+        columns = {"user": ["a", "b"] * 3, "timestamp": times, "text": TEXTS[:6]}
+        proposal = propose([Column(name, "string", values) for name, values in columns.items()], {}, time_of, "f.csv")
+        assert says in next(role.why for role in proposal.roles if role.name == "occurred_at")
+
+
 @pytest.mark.parametrize("kind", ["struct", "map"])
 def test_our_own_column_of_fields_is_looked_into(kind):
     fields = [{"text": TEXTS[n], "mood": ("good", "bad")[n % 7 % 2]} for n in range(N)]

@@ -44,6 +44,21 @@ _LONGEST = 2**26
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _WIDE = ("utf-16", "utf-32")
 """Encodings whose line ends are no single byte."""
+_CENTRAL = ("ąćęłńóśźż", "áčďéěíňóřšťúůýž", "áäčďéíĺľňóôŕšťúýž", "áéíóöőúüű", "ăâîşţ", "čćđšž")
+_ALPHABETS = {
+    "cp1252": (
+        "àâæçèéêëîïôœùûü", "äöüßé", "áéíñóúü¿¡ªº", "àáâãçéêíóôõúªº", "àèéìíòóùúªº", "äåöéüšž", "åæøéêóòôàü",
+        "áðéíóúýþæö", "áèéêëíïóöúü", "äõöüšž", "àçèéíïòóúü",
+    ),
+    "cp1250": _CENTRAL,
+    "cp1257": ("ąčęėįšųūž", "āčēģīķļņšūž", "äõöüšž"),
+    "cp1254": ("çğıöşüâîûİ",),
+    "iso8859_2": _CENTRAL,
+}  # fmt: skip
+"""Letters beyond ASCII of each language that an encoding of the Latin script is for; the first of equal ones counts."""
+_MARKS_OF_ALL = frozenset("“”„‘’–—…•«»§°©®™€£¥¢±²½¼¾µ×·´\xa0\xad")
+_MOST_ODD = 0.1
+"""Largest share of letters beyond ASCII that may be foreign to the language of their line."""
 csv.field_size_limit(_LONGEST)
 
 
@@ -69,6 +84,8 @@ class Form:
     names: tuple[str, ...] = ()
     lone_returns: bool = False
     """True if lines end in \\r alone, as on old Macs."""
+    guessed: bool = False
+    """True if the letters alone made the encoding likely."""
 
     @property
     def ends_in_newlines(self) -> bool:
@@ -81,7 +98,8 @@ class Form:
         escape = f" (inside values \\{self.quote})" if self.escape else ""
         header = f"no header: {self.names[0]} to {self.names[-1]}" if self.names else "no row"
         header = "names in the first line" if self.header else header
-        return f"delimiter {tab}, {quote}{escape}, {header}, encoding {self.encoding}"
+        guess = " (a guess by the letters; --csv.encoding sets another)" if self.guessed else ""
+        return f"delimiter {tab}, {quote}{escape}, {header}, encoding {self.encoding}{guess}"
 
 
 class Delimited(RecordFormat):
@@ -156,7 +174,8 @@ def form_of(piece: Piece, options: Options) -> Form:
     with opened(piece.folder, piece.name) as stream:
         sample = stream.read(_SAMPLE_BYTES)
         cut = len(sample) == _SAMPLE_BYTES
-    encoding = given.encoding or _encoding(sample, cut)
+    certain = given.encoding or _certain_encoding(sample, cut)
+    encoding = certain or _likely_encoding(sample)
     text = sample.decode(encoding, "replace").removeprefix("\ufeff")
     lines = list(io.StringIO(text, newline=""))  # str.splitlines ends a line at U+2028, too
     lines = lines[:-1] if cut and len(lines) > 1 else lines
@@ -173,7 +192,7 @@ def form_of(piece: Piece, options: Options) -> Form:
     header = _is_header(names, piece.kind, options) if given.header is None else given.header
     return replace(
         best, header=header, names=tuple(names if header else [f"column{at}" for at in range(len(names))]),
-        lone_returns="\r" in text and "\n" not in text,
+        lone_returns="\r" in text and "\n" not in text, guessed=certain is None,
     )  # fmt: skip
 
 
@@ -194,8 +213,8 @@ def _unescaped(delimiter: str) -> str:
     return {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
 
 
-def _encoding(sample: bytes, cut: bool) -> str:
-    """Returns the encoding of a text by its mark, as UTF-8 where most of it is, or as its letters make likely."""
+def _certain_encoding(sample: bytes, cut: bool) -> str | None:
+    """Returns the encoding of a text by its mark, or UTF-8 where most of it is; None for any other."""
     for mark, name in _MARKS.items():
         if sample.startswith(mark):
             return name
@@ -204,8 +223,33 @@ def _encoding(sample: bytes, cut: bool) -> str:
     right = sum(not char.isascii() for char in decoded) - wrong
     if wrong == 0 or right > wrong:  # some damaged letters are no other encoding: their rows are rejects
         return "utf-8"
+    return None
+
+
+def _likely_encoding(sample: bytes) -> str:
+    """Returns the encoding that a text's letters make likely."""
+    if b"\0" not in sample and (latin := _latin(sample)) is not None:  # UTF-16 without a mark has such bytes
+        return latin
     best = charset_normalizer.from_bytes(sample).best()
     return best.encoding if best is not None else "cp1252"
+
+
+def _latin(sample: bytes) -> str | None:
+    """Returns the encoding in which the letters of each line are most nearly those of one language; None if most are
+    in no language of the Latin script. By the shapes of words alone, cp1252, cp1250 and cp1257 are hardly told apart.
+    """
+    found = []
+    for encoding, alphabets in _ALPHABETS.items():
+        text = sample.decode(encoding, "replace")
+        lines = [[char for char in line if not char.isascii()] for line in text.splitlines()]
+        foreign = sum(min(sum(not _known(char, letters) for char in line) for letters in alphabets) for line in lines)
+        if foreign <= _MOST_ODD * sum(map(len, lines)):
+            found.append((foreign, encoding))
+    return min(found, key=lambda one: one[0])[1] if found else None
+
+
+def _known(char: str, letters: str) -> bool:
+    return char in _MARKS_OF_ALL or char in letters or char.lower() in letters
 
 
 def _fit(lines: Sequence[str], form: Form) -> tuple[float, int]:

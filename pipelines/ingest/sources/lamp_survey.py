@@ -6,11 +6,13 @@ A user's only question gets such a time, too, where its profile has dates: anoth
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pipelines.ingest.sources.base import Options
+from pipelines.ingest.sources.discover import SHOWN
 from pipelines.ingest.sources.lamp_files import LampFiles, Survey, golds, questions
 from pipelines.ingest.times import TimeRule
 from pipelines.ingest.values import RowError
@@ -95,20 +97,26 @@ def _id_problem(files: LampFiles, ids: list[str], damaged: set[str], answers: di
         twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
         twice = [i for i in twice if i not in damaged]
         if twice:
-            return f"{files.questions}: {len(twice)} ids occur twice; ids must be unique"
+            where = f"{files.folder}/{files.questions}"
+            return f"{where}: {len(twice)} ids occur twice ({_first(twice)}); ids must be unique"
     if files.outputs is None:
         return None
     if "" in damaged:  # a question whose id cannot be read may be the one that a gold belongs to
         answers = {i: answer for i, answer in answers.items() if i in known}
     strange, lacking = [i for i in answers if i not in known], [i for i in ids if i not in answers and i not in damaged]
-    problems = [f"{len(strange)} golds have no question"] * bool(strange)
-    problems += [f"{len(lacking)} questions have no gold"] * bool(lacking)
+    problems = [f"{len(strange)} golds have no question ({_first(strange)})"] * bool(strange)
+    problems += [f"{len(lacking)} questions have no gold ({_first(lacking)})"] * bool(lacking)
     if problems:
         return (
             f"{files.outputs} does not match {files.questions} in {files.folder}: {'; '.join(problems)}; "
             "take both files from one release"
         )
     return None
+
+
+def _first(ids: Sequence[str]) -> str:
+    """The first ids of questions, which are numbers of the benchmark and tell nothing of a person."""
+    return ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
 
 def _task_problem(files: LampFiles, entry: TaskSpec, golds: dict[str, Any], no_marker: bool) -> str | None:
