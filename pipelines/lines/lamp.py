@@ -89,7 +89,10 @@ class _Line:
 
     def __init__(self, config: Config, root: Path, name: str) -> None:
         self.config, self.root, self.name = config, root, name
-        self.given, self.model = config.model_dump(mode="json"), config.models[config.use].model_dump(mode="json")
+        chosen = config.models[config.use]
+        self.given, self.model = config.model_dump(mode="json"), chosen.model_dump(mode="json")
+        if chosen.task_base is not None:  # what is not given stays so: a base has other targets by default than an adapter
+            self.model["task_base"]["lora"] = chosen.task_base.lora.model_dump(mode="json", exclude_unset=True)
         self.gpus = {"workers": config.workers, "gpus_per_worker": config.gpus_per_worker}
         self.found: dict[str, tuple[str, dict[str, Any]]] = {}
         self.runs: list[str] = []

@@ -112,6 +112,8 @@ def test_a_real_llm_beside_all_its_peers(path, tmp_path):
     # what learns the task is another LLM, whose replies stand in a run of their own
     base, llm = made["task-base"], made["generate"].llm
     assert (base.stage, base.cut, base.tables, base.llm) == ("base", "none", made["train"].tables, llm)
+    assert base.trained.shape.targets == ("q_proj", "k_proj", "v_proj", "o_proj")  # as `adapt --stage base` by itself
+    assert made["adapt"].trained.shape.targets == ("q_proj", "v_proj")
     assert made["adapt"].llm == made["generate-adapters"].llm != llm
     assert made["adapt"].llm == llm.model_copy(update={"model": base.output})
     assert all(parse_all((name,))[0].part("adapter") for name in made["generate-adapters"].methods)
