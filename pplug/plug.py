@@ -372,8 +372,8 @@ class PersonaPlug(nn.Module):
                 query_encoder = HeadedEncoder.of(query_encoder, config.query_head)
         plug = cls(config, query_encoder)
         try:
-            weights = read(folder / "model.safetensors")
-            plug.load_state_dict({k: v for k, v in weights.items() if queries or not k.startswith("emb_model.")})
+            own = {k: v for k, v in read(folder / "model.safetensors").items() if queries or k[:10] != "emb_model."}
+            plug.load_state_dict(own, assign=read is shapes)  # some parameters are made of values, on no meta device
         except (RuntimeError, SafetensorError) as error:  # the second one says that the file is not whole
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         if config.answer_field is not None:

@@ -175,10 +175,8 @@ def fit_base(given: dict[str, Any]) -> None:
     def loss(part: np.ndarray, epoch: int) -> torch.Tensor:
         return _answers_loss(llm, [prompts[i] for i in part], [answers[i] for i in part])
 
-    loop = Loop(
-        [{"params": trained, "lr": config.learning_rate}],
-        config, lengths, of_answers, loss, mesh, seeded=True,
-    )  # fmt: skip
+    groups = [{"params": trained, "lr": config.learning_rate}]
+    loop = Loop(groups, config, lengths, of_answers, loss, mesh, seeded=True)
     if device.type == "cpu":
         loop.budget = min(loop.budget, CPU_TOKENS)
     loop.fit_memory(make_room(llm, given["checkpointing"]))

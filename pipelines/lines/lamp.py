@@ -91,7 +91,7 @@ class _Line:
         self.config, self.root, self.name = config, root, name
         chosen = config.models[config.use]
         self.given, self.model = config.model_dump(mode="json"), chosen.model_dump(mode="json")
-        if chosen.task_base is not None:  # what is not given stays so: a base has other targets by default than an adapter
+        if chosen.task_base is not None:  # what is not given stays so: a base has other targets by default
             self.model["task_base"]["lora"] = chosen.task_base.lora.model_dump(mode="json", exclude_unset=True)
         self.gpus = {"workers": config.workers, "gpus_per_worker": config.gpus_per_worker}
         self.found: dict[str, tuple[str, dict[str, Any]]] = {}

@@ -411,7 +411,7 @@ def test_a_subset_of_the_requests_is_scored_and_said(generated, capsys):
     write_generations(generated, "few", {"none": few})
     _, report, printed = run(generated, capsys, run=("few",))
     assert (report["n_users"], report["n_requests"], report["not_generated"]) == (2, 6, USERS * EACH - 6)
-    assert "only 2 users: the intervals are wide" in printed and "114 of 120 requests with a target" in printed
+    assert "only 2 users: the intervals are rough" in printed and "114 of 120 requests with a target" in printed
 
 
 def test_golds_of_another_task_are_refused(generated, tmp_path):
