@@ -157,11 +157,11 @@ def taken_back(storage: Storage, version: int, newest: int) -> str | None:
     return None
 
 
-def newest_of(storage: Storage, version: int, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
+def newest_of(storage: Storage, version: int, runs: Iterable[str], with_rows: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the info of each of these runs' newest commit up to a version, with its version, newest first.
 
     A run of which the log has no entry is left out. Commits that a restore has taken back do not count, and neither do
-    those that put rows into other files.
+    those that put rows into other files, nor, `with_rows`, those that add no file, such as an end by itself.
     """
     left, until = set(runs), version
     for info in back_from(storage, version):
@@ -172,6 +172,8 @@ def newest_of(storage: Storage, version: int, runs: Iterable[str]) -> Iterator[d
         if RESTORED in info:
             until = int(info[RESTORED])
         elif info.get("run_id") in left and not is_rewritten(info):
+            if with_rows and not added(storage, info["version"]):
+                continue
             left.remove(info["run_id"])
             yield info
 

@@ -373,8 +373,8 @@ class Table:
         return [info["run_id"] for info in newest if info.get("complete") != "true"]
 
     def last_commits(self, runs: Iterable[str], version: int) -> dict[str, int]:
-        """Returns the version of each of these runs' newest commit up to a version, as far back as the log goes."""
-        newest = log.newest_of(self.storage, version, [run for run in runs if self.committed(run)])
+        """Returns the version of each of these runs' newest commit of rows up to a version, as far as the log goes."""
+        newest = log.newest_of(self.storage, version, [run for run in runs if self.committed(run)], with_rows=True)
         return {info["run_id"]: int(info["version"]) for info in newest}
 
     # -- driver side: commits

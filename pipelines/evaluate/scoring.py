@@ -257,10 +257,10 @@ def judged_before(config: EvaluateConfig, generations: Snapshot, runs: tuple[str
     judged = {run: of for run in runs if (of := table.metadata_of_run(run).get(tables.JUDGE_OF))}
     last = table.last_commits({*judged, *judged.values()}, generations.version)
     return [
-        f"run {of} has made replies since run {run} judged it; run `judge` again with run_id={run}, which judges what "
-        "is new or was changed"
+        f"run {of} has made replies since run {run} judged it: of those that took an earlier one's place, the earlier "
+        f"text is scored; run `judge` again with run_id={run}, which judges what is new or was changed, if anything is"
         for run, of in judged.items()
-        if last.get(of, -1) > last.get(run, generations.version)
+        if run in last and last.get(of, -1) > last[run]
     ]
 
 

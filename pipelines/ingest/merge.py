@@ -150,6 +150,8 @@ class MergeBucket:
         keys = _keys(live)
         came = live.filter(pc.invert(pc.is_in(keys, value_set=held)))
         were = live.filter(pc.invert(pc.is_in(keys, value_set=given)))
+        if "histories" not in self.held:  # they are replaced: of the former items nothing is known here
+            came = came.slice(0, 0)
         return _seeing(before, came) + _seeing(asked, were)
 
     def _derived(self, bucket: int, items: pa.Table, gone: pa.Table, live: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipelines.ingest.sources import delimited
 from tests.pipelines.test_sources import as_csv, look, read
 
 SENTENCES = {
@@ -193,6 +194,18 @@ def test_short_and_mixed_western_texts_are_cp1252(tmp_path, texts):
     (tmp_path / "a.csv").write_bytes(as_csv(rows_of(texts)).encode("cp1252"))
     assert [row["text"] for row in read(tmp_path / "a.csv")[0]] == texts
     assert ", encoding cp1252 (a guess" in look(tmp_path / "a.csv", 3).form
+
+
+@pytest.mark.parametrize(("lang", "encoding"), [("fi", "mac_roman"), ("fr", "mac_roman"), ("es", "cp850")])
+def test_texts_of_the_mac_and_of_dos_are_not_taken_for_those_of_windows(lang, encoding):
+    """What they are is left to charset_normalizer."""
+    texts = {
+        "fi": ["Hyvä tuote ja nopea toimitus, tämä on äärettömän hyvä", "Pidän tästä, mutta väri on väärä"],
+        "fr": ["C’est très bon, déjà à la première bouchée", "L’été dernier, la plage était noyée de monde"],
+        "es": ["Atención rápida", "Llegó rápido y está muy rico, qué lástima", "El camión llegó tarde"],
+    }[lang]  # fmt: skip
+    assert delimited._latin("\n".join(texts).encode(encoding)) is None
+    assert delimited._latin("\n".join(texts).encode("cp1252")) == "cp1252"
 
 
 def test_what_is_certain_or_given_is_no_guess(tmp_path):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from infra import session
@@ -79,17 +80,23 @@ def test_judgements_of_replies_that_were_made_anew_are_told(place):
         config = evaluate.Config(tables=place, run=(run,), as_of_version=versions)
         return scoring.judged_before(config, tables.snapshot(place, "generations", versions), (run,))
 
-    put(place, "generations", "judged", complete=True, judge_of="whole")
+    def replied(run_id: str, group: int, **more: str) -> None:
+        table = tables.open_table(place, "generations")
+        row = {"bucket": 0, "user_key": "0" * 32, "user_id": "u", "request_id": "q", "method": "none", "run_id": run_id}
+        files = table.write(pa.Table.from_pylist([row], schema=table.spec.schema), run_id)
+        table.commit(files, run_id=run_id, group=group, mode="append", planned_on=table.version, metadata=more,
+                     complete=True)  # fmt: skip
+
+    replied("judged", 0, judge_of="whole")
     now = tables.open_table(place, "generations").version
     put(place, "generations", "other", complete=True)
+    put(place, "generations", "whole", group=1, complete=True)  # its end alone
     assert said("whole") == said("judged") == []
-    put(place, "generations", "whole", group=1, complete=True)
+    replied("whole", 2)
     (warning,) = said("judged")
-    assert warning.startswith(
-        "run whole has made replies since run judged judged it; run `judge` again with run_id=judged"
-    )
+    assert warning.startswith("run whole has made replies since run judged judged it: of those")
     assert said("judged", generations=now) == said("whole") == []
-    put(place, "generations", "judged", group=1, complete=True, judge_of="whole")
+    replied("judged", 1, judge_of="whole")
     assert said("judged") == []
 
 

@@ -236,6 +236,8 @@ def test_splits_of_the_same_people_that_no_dates_part_need_tables_of_their_own(
         return population.ingest(source=source, split=split, task="LaMP_4", **keys)
 
     assert ingest("train", first) == 0
+    if first:  # the same profiles again, without the questions
+        assert ingest("train", first, mode="replace", questions="skip") == 0
     before = population.items(), population.requests()
     if not beyond:
         assert ingest("dev", then) == 0

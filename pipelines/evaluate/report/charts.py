@@ -140,7 +140,7 @@ def _thirds(evaluation: Evaluation, kind: str) -> Chart:
     ends = [value(metric, gains[first][at][0], True) for at in (0, -1)]
     says = f"{first} gains {ends[0]} at {ticks[0]} and {ends[1]} at {ticks[-1]} ({label})."
     if len(thirds) == 1:
-        says = f"{first} gains {ends[0]} at {ticks[0]} ({label}), the same for all requests."
+        says = f"{first} gains {ends[0]} at {ticks[0]} ({label}): the requests are too alike to be divided."
     if group.unknown:
         says += f" {group.unknown} requests have no such fact and are left out."
     table = [

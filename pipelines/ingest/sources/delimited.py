@@ -56,6 +56,8 @@ _ALPHABETS = {
     "iso8859_2": _CENTRAL,
 }  # fmt: skip
 """Letters beyond ASCII of each language that an encoding of the Latin script is for; the first of equal ones counts."""
+_WITHIN_WORDS = frozenset("‘’´–—…·\xad")
+"""Marks that stand between letters, too."""
 _MARKS_OF_ALL = frozenset("“”„‘’–—…•«»§°©®™€£¥¢±²½¼¾µ×·´\xa0\xad")
 _MOST_ODD = 0.1
 """Largest share of letters beyond ASCII that may be foreign to the language of their line."""
@@ -241,11 +243,21 @@ def _latin(sample: bytes) -> str | None:
     found = []
     for encoding, alphabets in _ALPHABETS.items():
         text = sample.decode(encoding, "replace")
-        lines = [[char for char in line if not char.isascii()] for line in text.splitlines()]
+        lines = [
+            [_in_place(at, line) for at, char in enumerate(line) if not char.isascii()] for line in text.splitlines()
+        ]
         foreign = sum(min(sum(not _known(char, letters) for char in line) for letters in alphabets) for line in lines)
         if foreign <= _MOST_ODD * sum(map(len, lines)):
             found.append((foreign, encoding))
     return min(found, key=lambda one: one[0])[1] if found else None
+
+
+def _in_place(at: int, line: str) -> str:
+    """The character there, or one that no language has where no text has it: a capital letter behind a small one, or a
+    symbol between letters. Files of DOS and of the Mac have such, read as files of Windows."""
+    char, before, after = line[at], line[at - 1 : at], line[at + 1 : at + 2]
+    inside = before.isalpha() and after.isalpha() and not char.isalpha() and char not in _WITHIN_WORDS
+    return "\ufffd" if inside or char.isupper() and before.islower() else char
 
 
 def _known(char: str, letters: str) -> bool:
