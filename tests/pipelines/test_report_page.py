@@ -120,7 +120,7 @@ def test_methods_that_tie_are_named_alike_and_one_group_is_told_once():
         found["groups"]["length"]["thirds"] = [third | {"from": 1, "to": 1}]
         _, length, users, _ = charts.draw_all(typed(found))
         assert users.says.startswith(f"With {best}, ") and length.says.startswith(f"{best} gains ")
-        assert length.says.count(" at 1 ") == 1 and "all requests" in length.says
+        assert length.says.count(" at 1 ") == 1 and "too alike to be divided" in length.says
 
 
 def test_no_backtick_stands_on_the_page():
