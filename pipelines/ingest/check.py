@@ -281,9 +281,8 @@ def _write(config: IngestConfig, name: str, short: Mapping[str, Any], newest: in
 
 def _files_in_words(found: SourceLook) -> Iterator[str]:
     files = [(file.address, file.size) for file in found.source.files]
-    if any(
-        FORMATS[piece.format].surveys for piece in found.pieces
-    ):  # the source is a folder, of which one split is read
+    if any(FORMATS[piece.format].surveys for piece in found.pieces):
+        # the source is a folder, of which one split is read
         read = [(reading(piece.folder), name) for piece in found.pieces for name in piece.files]
         files = [(folder.full(name), folder.size(name)) for folder, name in read]
     size = sum(size for _, size in files)

@@ -198,7 +198,7 @@ def test_short_and_mixed_western_texts_are_cp1252(tmp_path, texts):
 
 @pytest.mark.parametrize(("lang", "encoding"), [("fi", "mac_roman"), ("fr", "mac_roman"), ("es", "cp850")])
 def test_texts_of_the_mac_and_of_dos_are_not_taken_for_those_of_windows(lang, encoding):
-    """What they are is left to charset_normalizer."""
+    """charset_normalizer decides on them instead."""
     texts = {
         "fi": ["Hyvä tuote ja nopea toimitus, tämä on äärettömän hyvä", "Pidän tästä, mutta väri on väärä"],
         "fr": ["C’est très bon, déjà à la première bouchée", "L’été dernier, la plage était noyée de monde"],

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import random
 import shutil
 import string
 import struct
@@ -20,7 +19,6 @@ from infra.snapshot import DataFile
 from infra.storage import Storage
 from infra.table import Table
 from pipelines import tables
-from pipelines.ingest import gone
 from pipelines.ingest import job as ingest
 from pipelines.ingest.derive import derived_id
 from pipelines.ingest.follow import (
@@ -128,88 +126,6 @@ def test_rewritten_files_and_rows_that_come_again_are_no_deletes(place, tmp_path
     assert read(found) == [(1, "again")]
     write_deltalake(place, rows(("z", 1, "all new")), mode="overwrite")
     assert changes(place, tmp_path, 4).gone_users == ("a", "b", "b c")
-
-
-@pytest.fixture
-def files_read(monkeypatch):
-    """Paths of the files whose keys were read since the list was cleared."""
-    read, keys_in = [], gone.keys_in
-
-    def noted(rows, names, address, files=None):
-        read.extend(rows.files if files is None else files)
-        return keys_in(rows, names, address, files)
-
-    monkeypatch.setattr(gone, "keys_in", noted)
-    return read
-
-
-def test_only_keys_of_files_that_came_or_went_are_read_unless_some_are_missing(place, tmp_path, files_read):
-    parts = [
-        [("a", 1, "one"), ("a", 2, "first of two"), ("b", 1, "three"), ("e", 1, "soon gone")],
-        [("a", 2, "second of two"), ("b", 7, "stays")],
-        [("d", 1, "moves"), ("d", 2, "soon another")],
-        [("c", 1, "untouched")],
-    ]
-    for part in parts:
-        write_deltalake(place, rows(*part), mode="append", configuration=FEED)
-    file_of = {}
-    for name in DeltaTable(place).to_pyarrow_dataset().files:
-        file_of[pq.read_table(f"{place}/{name}")["text"][0].as_py()] = name
-    DeltaTable(place).update(updates={"text": "'another'"}, predicate="author = 'd' and item_id = 2")
-    found = changes(place, tmp_path, 3)
-    (new,) = set(DeltaTable(place).to_pyarrow_dataset().files) - set(file_of.values())
-    assert not found.gone.num_rows and read(found) == [(2, "another")]
-    assert set(files_read) == {file_of["moves"], new}
-    DeltaTable(place).delete("text = 'first of two' or text = 'three' or author = 'e'")
-    DeltaTable(place).delete("author = 'd' and item_id = 1")
-    write_deltalake(place, rows(("d", 1, "moved")), mode="append")
-    found = changes(place, tmp_path, 3)
-    assert found.gone.to_pylist() == [{"user_id": "b", "item_id": "1"}, {"user_id": "e", "item_id": "1"}]
-    assert found.gone_users == ("e",) and read(found) == [(1, "moved"), (2, "another")]
-    assert file_of["untouched"] in files_read
-
-
-def test_no_key_is_read_where_files_were_only_written_anew(place, tmp_path, files_read):
-    for item in range(3):
-        write_deltalake(place, rows(("a", item, f"text {item}")), mode="append", configuration=FEED)
-    DeltaTable(place).optimize.compact()
-    write_deltalake(place, rows(("a", 2, "corrected"), ("b", 1, "new")), mode="append")
-    found = changes(place, tmp_path, 1)
-    assert not found.gone.num_rows and read(found) == [(1, "new"), (2, "corrected")] and not files_read
-    DeltaTable(place).delete("item_id = 0")
-    assert changes(place, tmp_path, 1).gone.to_pylist() == [{"user_id": "a", "item_id": "0"}] and files_read
-    (Path(place) / "_delta_log" / f"{2:020}.json").unlink()  # a log that was cleaned tells nothing
-    assert not gone.only_moved(place, 1, 2)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_what_has_gone_is_what_both_versions_tell(place, tmp_path, seed):
-    chance = random.Random(seed)
-
-    def some(n):
-        return rows(*((chance.choice("abcde"), chance.randrange(6), f"text {chance.random()}") for _ in range(n)))
-
-    def keys(version):
-        table = DeltaTable(place, version=version).to_pyarrow_table()
-        return {(row["author"], str(int(row["item_id"]))) for row in table.to_pylist()}
-
-    for _ in range(4):
-        write_deltalake(place, some(6), mode="append")
-    since = DeltaTable(place).version()
-    for step in range(6):
-        if step % 3 == 0:
-            DeltaTable(place).delete(f"author = '{chance.choice('abcde')}' and item_id > {chance.randrange(4)}")
-        elif step % 3 == 1:
-            DeltaTable(place).update(updates={"text": "'changed'"}, predicate=f"item_id = {chance.randrange(6)}")
-        elif chance.random() < 0.5:
-            DeltaTable(place).optimize.compact()
-        else:
-            write_deltalake(place, some(3), mode="append")
-        found = changes(place, tmp_path, since)
-        went = keys(since) - keys(None)
-        assert [(row["user_id"], row["item_id"]) for row in found.gone.to_pylist()] == sorted(went)
-        left = {user for user, _ in keys(None)}
-        assert found.gone_users == tuple(sorted({user for user, _ in went} - left))
 
 
 def test_a_row_that_changed_several_times_is_read_once_as_it_is_now(place, tmp_path):
