@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.shards import bucket_of_key, user_key
@@ -32,19 +33,26 @@ def first_rows(
         bucket: only this bucket's rows.
         run_id: only rows that this run wrote; the table has a column run_id.
     """
+    parts = _parts(snapshot, snapshot.spec.schema.names, user_id, bucket, run_id)
+    found: list[dict[str, Any]] = []
+    for part in parts if rows else ():
+        found += part.slice(0, rows - len(found)).to_pylist()
+        if len(found) >= rows:
+            break
+    return found
+
+
+def _parts(
+    snapshot: Snapshot, columns: list[str], user_id: str | None, bucket: int | None, run_id: str | None
+) -> Iterator[pa.Table]:
+    """The rows that fit, some row groups at a time."""
     keys = None
     if user_id is not None:
         keys = [user_key(user_id)]
         bucket = bucket_of_key(keys[0], Table.open(snapshot.table, snapshot.spec).buckets)
-    found: list[dict[str, Any]] = []
     for one in snapshot.by_bucket() if bucket is None else [bucket]:
-        for part in snapshot.of_users(snapshot.spec.schema.names, None if one < 0 else one, keys):
-            if run_id is not None:
-                part = part.filter(pc.equal(part["run_id"], run_id))
-            found += part.slice(0, rows - len(found)).to_pylist()
-            if len(found) >= rows:
-                return found
-    return found
+        for part in snapshot.of_users(columns, None if one < 0 else one, keys):
+            yield part if run_id is None else part.filter(pc.equal(part["run_id"], run_id))
 
 
 def as_text(row: Mapping[str, Any]) -> str:
@@ -60,20 +68,31 @@ def as_text(row: Mapping[str, Any]) -> str:
     )
 
 
-def replies(generations: Snapshot, requests: Snapshot, run_id: str | None, number: int, **choice: Any) -> Iterator[str]:
+def replies(
+    generations: Snapshot,
+    requests: Snapshot,
+    run_id: str | None,
+    number: int,
+    *,
+    user_id: str | None = None,
+    bucket: int | None = None,
+) -> Iterator[str]:
     """Yields the first requests that have replies, each as text with its input, its target and the reply per method.
 
     Args:
         run_id: only replies of this run; of all runs when None.
         number: number of requests.
-        choice: user_id or bucket, as in `first_rows`.
+        user_id, bucket: as in `first_rows`.
     """
-    methods = 64  # a request has a row per method and run: enough rows for some requests of many methods
-    by_request: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in first_rows(generations, number * methods, run_id=run_id, **choice):
-        by_request.setdefault((row["user_id"], row["request_id"]), []).append(row)
-    chosen = dict(list(by_request.items())[:number])
-    asked = _requests(requests, {user for user, _ in chosen})
+    pairs = _first_pairs(_parts(generations, ["user_id", "request_id", "run_id"], user_id, bucket, run_id), number)
+    chosen: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
+    users = {user for user, _ in chosen}
+    # the replies of a request lie in as many files as runs, methods and waves made them
+    for row in _of_users(generations, generations.spec.schema.names, users):
+        if run_id in (None, row["run_id"]) and (row["user_id"], row["request_id"]) in chosen:
+            chosen[row["user_id"], row["request_id"]].append(row)
+    columns = ["user_id", "request_id", "input", "target"]
+    asked = {(row["user_id"], row["request_id"]): row for row in _of_users(requests, columns, users)}
     for (user, request), found in chosen.items():
         of = asked.get((user, request), {})
         head = {"input": of.get("input"), "target": of.get("target")}
@@ -81,12 +100,21 @@ def replies(generations: Snapshot, requests: Snapshot, run_id: str | None, numbe
         yield "\n".join([f"--- {user} / {request}", *_lines(head | said)])
 
 
-def _requests(requests: Snapshot, users: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    buckets = Table.open(requests.table, requests.spec).buckets
+def _first_pairs(parts: Iterator[pa.Table], number: int) -> list[tuple[str, str]]:
+    """The first different pairs of user and request."""
+    found: dict[tuple[str, str], None] = {}
+    for part in parts if number else ():
+        found |= dict.fromkeys(zip(part["user_id"].to_pylist(), part["request_id"].to_pylist(), strict=True))
+        if len(found) >= number:
+            break
+    return list(found)[:number]
+
+
+def _of_users(snapshot: Snapshot, columns: list[str], users: set[str]) -> list[dict[str, Any]]:
+    """Rows of some users, in the order of the table's files."""
+    buckets = Table.open(snapshot.table, snapshot.spec).buckets
     keys = [user_key(user) for user in users]
-    columns = ["user_id", "request_id", "input", "target"]
-    rows = requests.read(columns, {bucket_of_key(key, buckets) for key in keys}, user_keys=keys).to_pylist()
-    return {(row["user_id"], row["request_id"]): row for row in rows}
+    return snapshot.read(columns, {bucket_of_key(key, buckets) for key in keys}, user_keys=keys).to_pylist()
 
 
 def _method(row: Mapping[str, Any], run_id: str | None) -> str:

@@ -13,6 +13,7 @@ The other keys then have the defaults that `from_text` makes, and are stored as 
 
 import difflib
 import functools
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -200,10 +201,8 @@ class TaskSpec(Settings):
         if self.labelled and len(set(self.labels)) == 1:
             raise ValueError(f"metric {self.metric} needs at least two labels, got {list(self.labels)}")
         if self.metric == "rating":
-            try:
-                [float(label) for label in self.labels]
-            except ValueError as wrong:
-                raise ValueError(f"metric rating needs labels that are numbers, got {list(self.labels)}") from wrong
+            if not all(map(_is_number, self.labels)):
+                raise ValueError(f"metric rating needs labels that are finite numbers, got {list(self.labels)}")
         if any(label != label.strip() for label in self.labels) or len(set(self.labels)) < len(self.labels):
             raise ValueError("labels must be different from each other and without white space around them")
         return self
@@ -302,10 +301,9 @@ def _question(target: str, labels: list[str], metric: object) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 TaskEntry = TaskSpec

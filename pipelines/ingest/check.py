@@ -218,10 +218,9 @@ def _labels(answers: list[str]) -> list[str]:
 
 def _scale(labels: list[str]) -> list[Any]:
     """Labels in order; of ratings, the whole numbers between the least and the greatest too."""
-    try:
-        numbers = sorted(map(float, labels))
-    except ValueError:
+    if not all(map(is_number, labels)):
         return sorted(labels)
+    numbers = sorted(map(float, labels))
     whole = all(number.is_integer() for number in numbers)
     if whole and numbers[-1] - numbers[0] <= 10:
         return list(range(int(numbers[0]), int(numbers[-1]) + 1))
@@ -258,14 +257,14 @@ def _write(config: IngestConfig, name: str, short: Mapping[str, Any], newest: in
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"check", "write_config"})
     values["tables"] = config.tables or f"{stem}-tables"
     values["columns"] = dict(config.columns)
-    values["derive_requests"] = config.derive_requests or newest
+    values.setdefault("derive_requests", newest or None)
     files = {}
     if short:
         values["task"] = f"{stem}-task.yaml"
         files[values["task"]] = short
         if not sample.whole and "labels" in short:
             values.setdefault("labels", "infer")  # a label may stand in the rows that were not looked at
-    files[f"{stem}.yaml"] = {key: value for key, value in values.items() if value not in (None, {}, 0)}
+    files[f"{stem}.yaml"] = {key: value for key, value in values.items() if value is not None and value != {}}
     for path, content in files.items():
         text = _as_yaml(content)
         if Path(path).exists() and Path(path).read_text(encoding="utf-8") != text:

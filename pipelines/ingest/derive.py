@@ -25,7 +25,7 @@ def derive_requests(
     task: TaskSpec,
     labels: LabelRule,
     held: Mapping[str, tuple[str | None, str | None, datetime | None]] = MappingProxyType({}),
-) -> tuple[pa.Table, pa.Table]:
+) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Makes requests of each user's newest items; a request does not see its own item or later ones (`history`).
 
     Args:
@@ -37,20 +37,23 @@ def derive_requests(
             another answer, text or time is made anew. With its old time it would see its own item.
 
     Returns:
-        Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). And
-        the same of items whose answer is outside the task's labels: `evaluate` could not score them.
+        Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). Then
+        the same of items whose answer is outside the task's labels: `evaluate` could not score them. Then the items of
+        `held` requests that came again without an answer, or with one that is outside: the requests would keep the
+        answer that was taken back.
     """
     assert task.input is not None and task.target is not None, "checked before the run"
     live = live.filter(pc.is_in(live["user_key"], value_set=flat(users)))
     answer = pc.map_lookup(flat(live["fields"]), task.target, "first")
     answered = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(answer)), 0), False)
+    answered = answered.to_numpy(zero_copy_only=False)
     user = encode(live["user_key"])
     untimed = np.zeros(len(live), dtype=bool)
     untimed[user[pc.is_null(live["at"]).to_numpy()]] = True
     timed = ~untimed[user]
     time = np.where(timed, pc.fill_null(live["at"].cast(pa.int64()), 0).to_numpy(), 0)
     order = np.lexsort((live["position"].to_numpy(), time, user))  # history.order, for all users at once
-    order = order[answered.to_numpy(zero_copy_only=False)[order]]
+    order = order[answered[order]]
     ends = np.searchsorted(user[order], user[order], side="right")
     again = np.zeros(len(live), dtype=bool)
     came = np.flatnonzero(live["file"].to_numpy() != OLD)
@@ -68,7 +71,13 @@ def derive_requests(
     said = zip(*(asked[name].to_pylist() for name in ("id", "input", "target", "at")), strict=True)
     other = np.array([held.get(name) != tuple(row) for name, *row in said], dtype=bool)
     wanted = is_newest[chosen] | other
-    return asked.filter(pa.array(wanted & ~outside)), asked.filter(pa.array(wanted & outside))
+    withdrawn = again & ~answered
+    withdrawn[chosen[outside]] |= again[chosen[outside]]
+    return (
+        asked.filter(pa.array(wanted & ~outside)),
+        asked.filter(pa.array(wanted & outside)),
+        live.filter(pa.array(withdrawn)),
+    )
 
 
 def derived_id(user_id: str, item_id: str) -> str:

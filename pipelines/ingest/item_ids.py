@@ -4,17 +4,29 @@ A position in the file would be another one as soon as rows are put before it, a
 replace those of today's. Equal rows of a user with the same time are one item, given twice: a request that is made of
 the second would find its answer in the first. Without a time somebody may have said the same twice, and the second has
 the id of the first with -2, and so on.
+
+Another mapping, spelling of a label or meaning of a time makes other content of the same row, and so another id: the
+history would hold the row twice. `read_as` says by what the content is made, and `twins` finds such rows.
 """
 
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.codes import encode, large
+from pipelines.codes import encode, flat, large
+from pipelines.ingest.labels import form
 from pipelines.ingest.source_rows import ROWS
 
+READ_AS = "automatic_ids"
+"""Key of the metadata of histories: `read_as` of the run that made ids last."""
+LOOKED_AT = 100
+"""New items per bucket that are compared with those their users have."""
+_AUTOMATIC = r"^auto-[0-9a-f]{20}(-\d+)?$"
 TWIN = r"^auto-[0-9a-f]{20}-\d+$"
 """Ids of rows that equal another row of their user."""
 
@@ -46,3 +58,58 @@ def with_ids(items: pa.Table) -> pa.Table:
     made[missing] = named
     at = ROWS.get_field_index("id")
     return items.set_column(at, ROWS.field(at), pa.array(made.tolist(), pa.string()))
+
+
+def twins(new: pa.Table, held: pa.Table, target: str | None) -> tuple[int, int]:
+    """Number of new items with automatic ids that are looked at, and of those whose text their user has already under
+    another id.
+
+    Args:
+        new, held: working rows of a bucket, those that came and those that its table holds.
+        target: the field with the answer, which is not looked at.
+    """
+    new = _automatic(new).slice(0, LOOKED_AT)
+    if not len(new):
+        return 0, 0
+    held = _automatic(held.filter(pc.is_in(held["user_key"], value_set=flat(pc.unique(new["user_key"])))))
+    texts: dict[str, set[str]] = defaultdict(set)
+    longest: dict[str, set[str]] = defaultdict(set)
+    for user, own in _texts(held, target):
+        texts[user] |= own
+        longest[user].add(max(own, key=len, default=""))
+    found = sum(
+        bool(own) and (max(own, key=len) in texts[user] or not own.isdisjoint(longest[user]))
+        for user, own in _texts(new, target)
+    )
+    return len(new), found
+
+
+def _automatic(items: pa.Table) -> pa.Table:
+    return items.filter(pc.match_substring_regex(items["id"], _AUTOMATIC))
+
+
+def _texts(items: pa.Table, target: str | None) -> list[tuple[str, set[str]]]:
+    pairs = zip(items["user_key"].to_pylist(), items["fields"].to_pylist(), strict=True)
+    return [(user, {text for name, text in fields if name != target and text}) for user, fields in pairs]
+
+
+def read_as(fields: Sequence[str], labels: Sequence[str], time: Mapping[str, str | None]) -> str:
+    """What the content of rows is made by, as metadata: names of the fields that have values, labels, and meaning of
+    the times."""
+    return json.dumps({"fields": sorted(fields), "labels": list(labels), "time": dict(time)}, sort_keys=True)
+
+
+def read_otherwise(before: str, now: str) -> str:
+    """Returns what two values of `read_as` differ in, in words; nothing where the same rows have the same ids. A label
+    more is no difference, and another spelling of one is."""
+    was, now_is = json.loads(before), json.loads(now)
+    spelt = {form(label): label for label in was["labels"]}
+    differ = [label for label in now_is["labels"] if spelt.get(form(label), label) != label]
+    said = []
+    if was["fields"] != now_is["fields"]:
+        said.append(f"the fields {', '.join(now_is['fields'])}, which were {', '.join(was['fields'])}")
+    if differ:
+        said.append(f"the spelling of the labels {', '.join(differ[:5])}")
+    if was["time"] != now_is["time"]:
+        said.append("time.unit or time.format")
+    return " and ".join(said)

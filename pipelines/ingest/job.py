@@ -33,8 +33,9 @@ from pipelines.ingest.follow import (
     forget_rows,
     write_gone,
 )
+from pipelines.ingest.item_ids import READ_AS
 from pipelines.ingest.look import look, options_of, settled, sources_of
-from pipelines.ingest.merge import BEYOND_PROFILE, LEFT_OUT, MergeBucket
+from pipelines.ingest.merge import BEYOND_PROFILE, IDS, LEFT_OUT, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.parts import BLOCK_BYTES, KEY, bucket_keys, keyed, spread
@@ -81,6 +82,8 @@ class Plan:
     """The vectors that come with the items."""
     changes: Changes | None = None
     """Changes of a followed table."""
+    read_as: str | None = None
+    """What the content of items is made by, where their ids are made of it."""
 
     def metadata(self, name: str, whole: bool) -> dict[str, str]:
         """Metadata of a commit to a table; `whole` says that all that was to be read has been."""
@@ -94,7 +97,11 @@ class Plan:
         followed = {key: before[key] for key in kept if key in before}
         if self.changes is not None and whole:
             followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
-        return {"task_entry": self.task.to_json()} | followed
+        kept = () if name != "histories" or name in self.whole else (READ_AS,)
+        made = {READ_AS: self.read_as} if name == "histories" and self.read_as else {}
+        return (
+            {"task_entry": self.task.to_json()} | {key: before[key] for key in kept if key in before} | followed | made
+        )
 
     @property
     def tables(self) -> "tuple[Table, ...]":
@@ -142,6 +149,7 @@ def run(config: IngestConfig) -> int:
         report.extra |= sources.in_report(found, pieces, figures.by_file, LISTED_FILES)
         summary.refuse_missing(config, figures)
         summary.refuse_nobody(config, figures, report)
+        plan = replace(plan, read_as=summary.found_as(config, plan.options, plan.task, figures))
         plan = replace(plan, task=summary.task_found(plan.task, config, figures, plan.before["histories"]))
         summary.tell(config, pieces, plan.task, figures, report)
         _commit(plan, config, files, anew, report, kept["groups"])
@@ -255,7 +263,7 @@ def _files(
     merge = MergeBucket(
         plan.task, plan.histories, plan.requests, plan.rejects, run_id, config.derive_requests, held,
         config.undated, config.labels, plan.own, derived_anew, owning,
-        any(FORMATS[piece.format].surveys for piece in plan.pieces),
+        plan.options.rules.automatic_ids, any(FORMATS[piece.format].surveys for piece in plan.pieces),
     )  # fmt: skip
     pieces = ray.data.from_items(
         [{"piece": at} for at in range(len(plan.pieces))], override_num_blocks=len(plan.pieces)
@@ -293,6 +301,9 @@ def _files(
             "that their profiles do not have: no dates part the splits' items of the same people; ingest this split "
             "into tables of its own, or with history_scope=question"
         )
+    if "histories" in held and (made := summary.found_as(config, plan.options, plan.task, figures)) is not None:
+        before = held["histories"].metadata.get(READ_AS, made)
+        summary.refuse_twins(config, before, made, *(counts[name] for name in IDS))
     _count(counts, report)
     return files, anew, figures.numbered()
 

@@ -25,8 +25,8 @@ class LabelRule:
         self._by_form: dict[str, str | None] = {}
         self._scale = sorted(n for label in task.labels if (n := _number(label)) is not None)
         for label in task.labels:
-            form = _form(label)
-            self._by_form[form] = None if form in self._by_form else label  # None: two labels look alike
+            written = form(label)
+            self._by_form[written] = None if written in self._by_form else label  # None: two labels look alike
 
     def label(self, answer: str) -> str | None:
         """Returns an answer as it is stored, or None if it is outside the task's labels.
@@ -39,7 +39,7 @@ class LabelRule:
         text = answer.strip()
         if self.matching == "exact":
             return answer if text in self._known or self._rated(text) else None
-        found = text if text in self._known else self._by_form.get(_form(text))
+        found = text if text in self._known else self._by_form.get(form(text))
         if found is None and (self._rated(text) or self._new(text)):
             return text
         return found
@@ -88,7 +88,7 @@ def with_labels(task: TaskSpec, found: Iterable[str]) -> TaskSpec:
     return TaskSpec.model_validate(task.model_dump() | {"labels": ordered})
 
 
-def _form(text: str) -> str:
+def form(text: str) -> str:
     """Returns what two spellings of one label share: case, spaces and the form of a number do not count."""
     number = _number(text)
     return " ".join(text.casefold().split()) if number is None else str(number)

@@ -26,10 +26,10 @@ from infra.table import DataFile, Table
 from pipelines.codes import flat
 from pipelines.ingest.derive import derive_requests, derived_id
 from pipelines.ingest.figures import Figures, answers
-from pipelines.ingest.item_ids import TWIN, with_ids
+from pipelines.ingest.item_ids import TWIN, twins, with_ids
 from pipelines.ingest.labels import LabelRule, Matching
 from pipelines.ingest.own_vectors import OwnVectors
-from pipelines.ingest.resolve import NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
+from pipelines.ingest.resolve import HELD, NEW, OLD, REPEATED, REPLACED, SAME, WORK, fill_times, half_timed, resolve
 from pipelines.ingest.source_rows import COUNT, GONE, ITEM, REJECT, REQUEST, ROWS, VECTOR, by_kind
 from pplug.tasks import TaskSpec
 
@@ -46,6 +46,8 @@ UNDATED = "undated"
 """Reject reason of an item without a time whose user has items with one."""
 BEYOND_PROFILE = "beyond_profile"
 """Count of questions whose history would be more than their profile."""
+IDS = ("ids_looked_at", "ids_twins")
+"""Counts of new items with automatic ids, as `item_ids.twins` gives them."""
 LEFT_OUT = "left_out:"
 """Beginning of the names of counts of rows left out; the key that left them out follows."""
 _CONTENT = {"histories": ("text_hash", "at"), "requests": ("input", "at", "position", "target", "owner_id")}
@@ -72,6 +74,8 @@ class MergeBucket:
     """True if existing derived requests are removed, because their histories are replaced."""
     owning: Snapshot | None = None
     """The table of requests, where histories stay: it alone tells whose a history of one question is."""
+    automatic_ids: bool = False
+    """True if the ids of items are made of their content."""
     of_profiles: bool = False
     """True if a request's history is exactly the profile that came with it, as in LaMP's layout."""
 
@@ -104,13 +108,14 @@ class MergeBucket:
             files += self.histories.write(_history_rows(merged.rows), self.run_id)
             anew += ["histories"] * merged.anew
             if self.derive_requests:
-                derived, outside = self._derived(bucket, items, gone, merged.live)
+                derived, outside, withdrawn = self._derived(bucket, items, gone, merged.live)
                 counts["planned"] += len(derived) + len(outside)
                 counts["derived"] += len(derived)
                 figures.add(Figures(targets=answers(derived["target"], self.task)))
                 detail = f"the answer of a derived request is none of the {len(self.task.labels)} labels of the task"
                 bad.append(_as_rejects(outside, "target_outside_labels", detail))
                 asked = pa.concat_tables([asked, derived])
+                gone = pa.concat_tables([gone, withdrawn])  # for their requests alone
         if self.own is not None and len(vectors):
             taken = self.own.take(vectors, live, self.run_id, bucket)
             bad.append(taken.rejects)
@@ -154,7 +159,9 @@ class MergeBucket:
             came = came.slice(0, 0)
         return _seeing(before, came) + _seeing(asked, were)
 
-    def _derived(self, bucket: int, items: pa.Table, gone: pa.Table, live: pa.Table) -> tuple[pa.Table, pa.Table]:
+    def _derived(
+        self, bucket: int, items: pa.Table, gone: pa.Table, live: pa.Table
+    ) -> tuple[pa.Table, pa.Table, pa.Table]:
         """Makes requests of the newest items of users whose items came or went; see `derive_requests`."""
         came, went = pc.unique(items["user_key"]), pc.unique(gone["user_key"])
         others = went.filter(pc.invert(pc.is_in(went, value_set=came)))  # their rows are not among the live ones
@@ -204,6 +211,9 @@ class MergeBucket:
             rows = rows.filter(pa.array(~undated))
         fill = name == "histories" and self.undated == "neighbour"
         live, known, state = resolve(rows, _CONTENT[name], ranked=name == "histories", keep_times=fill)
+        if name == "histories" and self.automatic_ids:
+            came, were = (rows.filter(pa.array(state == one)) for one in (NEW, HELD))
+            counts.update(dict(zip(IDS, twins(came, were, self.task.target), strict=True)))
         filled = np.zeros(len(live), bool)
         if fill:
             live, filled = fill_times(live)

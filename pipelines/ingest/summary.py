@@ -9,8 +9,9 @@ from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
+from pipelines.ingest.item_ids import read_as, read_otherwise
 from pipelines.ingest.labels import is_number, with_labels
-from pipelines.ingest.sources.base import Piece
+from pipelines.ingest.sources.base import Options, Piece
 from pplug.tasks import TaskSpec
 
 
@@ -50,6 +51,36 @@ def refuse_nobody(config: IngestConfig, figures: Figures, report: RunReport) -> 
         raise InputError(
             f"part={config.part}: all rows of {config.source or config.requests_source} are of users outside this "
             "part; the source has too few users for such a share, so give the part a larger one"
+        )
+
+
+def found_as(config: IngestConfig, options: Options, task: TaskSpec, figures: Figures) -> str | None:
+    """Returns what the content of items is made by (`item_ids.read_as`), where their ids are made of it."""
+    if not options.rules.automatic_ids:
+        return None
+    fields = {name.removeprefix("items.") for name, n in figures.values.items() if name.startswith("items.") and n}
+    time = {"unit": config.time.unit, "format": config.time.format}
+    return read_as(sorted(fields - {"occurred_at"}), task.labels, time)
+
+
+def refuse_twins(config: IngestConfig, before: str, now: str, looked_at: int, twins: int) -> None:
+    """Refuses rows that the tables hold already under other ids, because their content is made in another way.
+
+    Args:
+        before, now: `item_ids.read_as` of the table and of this run.
+        looked_at, twins: as `item_ids.twins` gives them.
+
+    Raises:
+        InputError: more than half of the new items have a text that their user has already.
+    """
+    differs = read_otherwise(before, now)
+    if differs and 2 * twins > looked_at:
+        raise InputError(
+            f"{config.source}: {twins} of {looked_at} new items that were looked at are in {config.tables} already, "
+            "under another id: no column holds ids, so that they are made of each row's content, and this ingest "
+            f"makes it with {differs}. Each row would stand there twice, and a request would find its answer in the "
+            "second; give --mode replace, new tables, or a column with ids (--columns item_id=COLUMN); nothing has "
+            "been written"
         )
 
 

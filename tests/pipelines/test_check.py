@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from infra import session
 from pipelines import options
 from pipelines.__main__ import main
 from pipelines.ingest.config import IngestConfig
+from pipelines.lines.config import QuickstartConfig
 from pplug import tasks
 from tests.pipelines.population import Population
 from tests.pipelines.reviews import reviews, write_csv
@@ -133,6 +135,31 @@ def test_what_is_given_is_kept(here, capsys):
     config = yaml.safe_load((here / "n.yaml").read_text())
     assert config["task"] == "t.yaml" and config["columns"]["user_id"] == "item_id"
     assert not (here / "n-task.yaml").exists()
+
+
+def test_what_is_given_as_nothing_is_kept_too(here, capsys):
+    write_csv(here / "r.csv", reviews(5, 6))
+    check(capsys, "r.csv", "--max-reject-fraction", "0", "--derive-requests", "0", "--write-config", "n")
+    config = yaml.safe_load((here / "n.yaml").read_text())
+    assert config["max_reject_fraction"] == 0 and config["derive_requests"] == 0
+
+
+def test_the_commands_that_are_shown_are_taken(here, capsys):
+    write_csv(here / "r.csv", reviews(20, 8))
+    (here / "bare.csv").write_text("".join((here / "r.csv").read_text().splitlines(keepends=True)[1:]))
+    given = ["--csv.header", "false", "--columns", "user_id=column0,occurred_at=column2"]
+    [shown] = [line for line in check(capsys, "bare.csv", *given).splitlines() if " quickstart " in line]
+    words = shlex.split(shown)[4:]
+    assert options.check(QuickstartConfig, options.read(words, QuickstartConfig)).csv == {"header": False}
+
+
+def test_a_text_that_is_no_finite_number_is_no_rating(here, capsys):
+    rows = [{"user": f"u{n % 9}", "words": f"some words about {n}", "rating": "nan" if n % 7 == 0 else f"{n % 5}.0"}
+            for n in range(180)]  # fmt: skip
+    write_csv(here / "r.csv", rows)
+    check(capsys, "r.csv", "--write-config", "n")
+    task = tasks.load("n-task.yaml")
+    assert task.metric != "rating" or "nan" not in task.labels
 
 
 def test_labels_beyond_the_first_rows_are_found_by_the_ingest(here, capsys, monkeypatch):

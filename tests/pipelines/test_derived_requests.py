@@ -59,6 +59,20 @@ def test_an_answer_that_changes_later_is_that_of_its_request_too(population):
     }
 
 
+@pytest.mark.parametrize(("answer", "rejects"), [("", 0), ("neither", 1)])
+def test_an_answer_that_is_taken_back_goes_with_its_request(population, answer, rejects):
+    assert ingest(population, items=[note("a", str(i)) for i in range(3)], derive_requests=2) == 0
+    assert {row["input"] for row in population.requests().values()} == {
+        "How do I feel? text 1 of a", "How do I feel? text 2 of a",
+    }  # fmt: skip
+    again = [note("a", "2") | {"mood": answer}]
+    assert ingest(population, items=again, derive_requests=1, max_reject_fraction=1) == 0
+    assert {row["input"]: row["target"] for row in population.requests().values()} == {
+        "How do I feel? text 1 of a": "good",
+    }  # fmt: skip
+    assert sum(population.report["rejected"].values()) == rejects
+
+
 def test_a_time_that_changes_later_is_that_of_its_request_too(population):
     def at(item, day):
         return note("a", item) | {"occurred_at": f"2024-01-{day}"}

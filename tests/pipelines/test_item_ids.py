@@ -3,9 +3,13 @@
 import random
 
 import pyarrow as pa
+import pytest
+import yaml
 
+from infra.errors import InputError
 from pipelines.ingest.item_ids import with_ids
 from pipelines.ingest.source_rows import ITEM, ROWS
+from tests.pipelines.population import NOTES
 
 
 def table(rows: list[tuple], ids: list | None = None) -> pa.Table:
@@ -44,3 +48,49 @@ def test_ids_that_are_there_stay():
     assert with_ids(table(rows, ["7", None]))["id"].to_pylist()[0] == "7"
     given = table(rows, ["7", "8"])
     assert with_ids(given) is given
+
+
+def moods(population, rows: list[tuple], **config) -> int:
+    """Ingests rows of (text, mood, place) without ids."""
+    path = population.folder / "moods.csv"
+    lines = [f"ann,2026-01-{n + 1:02},{','.join(row)}" for n, row in enumerate(rows)]
+    path.write_text("\n".join(["user_id,occurred_at,text,mood,place", *lines]) + "\n")
+    columns = {name: name for name in ("user_id", "occurred_at", "text", "mood")}
+    given = {"source": str(path), "columns": columns, "task": population.task(NOTES), "derive_requests": 1}
+    return population.ingest(**given | config)
+
+
+def other_labels(population, labels: list[str]) -> str:
+    path = population.folder / "other.yaml"
+    path.write_text(yaml.safe_dump(NOTES | {"labels": labels}))
+    return str(path)
+
+
+ROWS_OF_ANN = [("first thing", "good", "Ulm"), ("second thing", "bad", "Bonn"), ("third thing", "good", "Ulm")]
+
+
+@pytest.mark.parametrize("other", ["labels", "fields", "time"])
+def test_rows_read_in_another_way_do_not_stand_there_twice(population, ray_session, other):
+    assert moods(population, ROWS_OF_ANN) == 0
+    before = population.items()
+    named = {name: name for name in ("user_id", "occurred_at", "text", "mood", "place")}
+    change, says = {
+        "labels": ({"task": other_labels(population, ["Good", "BAD"])}, "the spelling of the labels"),
+        "fields": ({"columns": named}, "fields mood, place, text, which were mood, text"),
+        "time": ({"time": {"format": "%Y-%d-%m"}}, "time.unit or time.format"),
+    }[other]
+    with pytest.raises(InputError, match=f"are in .* already, under another id.*{says}"):
+        moods(population, ROWS_OF_ANN, **change)
+    assert population.items() == before
+    assert moods(population, ROWS_OF_ANN, mode="replace", **change) == 0
+    assert len(population.items()["ann"]) == 3
+
+
+def test_new_rows_may_be_read_in_another_way_and_a_label_more_is_none(population, ray_session):
+    assert moods(population, ROWS_OF_ANN) == 0
+    wider = other_labels(population, ["neutral", "good", "bad"])
+    assert moods(population, [*ROWS_OF_ANN, ("fourth thing", "neutral", "Ulm")], task=wider) == 0
+    assert len(population.items()["ann"]) == 4
+    named = {name: name for name in ("user_id", "occurred_at", "text", "mood", "place")}
+    assert moods(population, [("fifth thing", "bad", "Bonn")], columns=named, task=wider) == 0
+    assert len(population.items()["ann"]) == 5

@@ -95,6 +95,18 @@ def test_replies_come_with_their_request_and_run(root, capsys):
     assert "error: too_long" in said(capsys, "replies", "--tables", root, "--user-id", "user 0")
 
 
+def test_the_replies_of_a_request_are_all_shown_whatever_file_they_lie_in(tmp_path, capsys):
+    users = [f"u{n}" for n in range(300)]
+    asked = [{"user_id": user, "owner_id": user, "request_id": "q", "input": "ask"} for user in users]
+    put(str(tmp_path), "requests", asked)
+    for method in ("none", "plug"):
+        rows = [{"user_id": user, "request_id": "q", "run_id": "r", "method": method, "text": f"{method} says"}
+                for user in users]  # fmt: skip
+        put(str(tmp_path), "generations", rows)
+    text = said(capsys, "replies", "--tables", str(tmp_path), "--run", "r", "--rows", "1")
+    assert (text.count("--- "), text.count("none says"), text.count("plug says")) == (1, 1, 1)
+
+
 def test_rejects_and_vectors_are_told_in_short(root, capsys):
     assert "--- a.csv@7" in (text := said(capsys, "rejects", "--tables", root)) and "bad_date" in text
     assert "2 values, norm 5" in said(capsys, "personas", "--tables", root)

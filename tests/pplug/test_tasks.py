@@ -86,7 +86,8 @@ def test_a_made_up_task_needs_one_yaml_file_and_no_code(tmp_path):
         ("input: 'It is {cuisine}: {dish}'", "shows the field 'cuisine'"),
         ("target: null", "target is not"),
         ("markr: 'x'", "markr.*keys: name, marker"),
-        ("metric: rating", "labels that are numbers"),
+        ("metric: rating", "labels that are finite numbers"),
+        ("metric: rating\nlabels: ['1', nan]", "finite numbers"),
         ("retrieval: {pattern: '{dish}', wrap: '{input}'}", r"retrieval.*\{items\}"),
     ],
 )
