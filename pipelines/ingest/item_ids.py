@@ -94,8 +94,8 @@ def _texts(items: pa.Table, target: str | None) -> list[tuple[str, set[str]]]:
 
 
 def read_as(fields: Sequence[str], labels: Sequence[str], time: Mapping[str, str | None]) -> str:
-    """What the content of rows is made by, as metadata: names of the fields that have values, labels, and meaning of
-    the times."""
+    """Returns what decides the content of rows, as metadata: names of the fields that have values, labels, and meaning
+    of the times."""
     return json.dumps({"fields": sorted(fields), "labels": list(labels), "time": dict(time)}, sort_keys=True)
 
 

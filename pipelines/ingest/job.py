@@ -83,7 +83,7 @@ class Plan:
     changes: Changes | None = None
     """Changes of a followed table."""
     read_as: str | None = None
-    """What the content of items is made by, where their ids are made of it."""
+    """`item_ids.read_as` of this run, where the ids of its items are made of their content."""
 
     def metadata(self, name: str, whole: bool) -> dict[str, str]:
         """Metadata of a commit to a table; `whole` says that all that was to be read has been."""
@@ -97,11 +97,9 @@ class Plan:
         followed = {key: before[key] for key in kept if key in before}
         if self.changes is not None and whole:
             followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
-        kept = () if name != "histories" or name in self.whole else (READ_AS,)
-        made = {READ_AS: self.read_as} if name == "histories" and self.read_as else {}
-        return (
-            {"task_entry": self.task.to_json()} | {key: before[key] for key in kept if key in before} | followed | made
-        )
+        read_as = self.read_as or ("" if name in self.whole else before.get(READ_AS, ""))
+        made = {READ_AS: read_as} if name == "histories" and read_as else {}
+        return {"task_entry": self.task.to_json()} | followed | made
 
     @property
     def tables(self) -> "tuple[Table, ...]":
