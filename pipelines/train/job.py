@@ -353,6 +353,7 @@ def make_models(
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:
         beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
+        beyond["max_history_items"] = config.max_history_items
     if isinstance(known, LabelSet):
         beyond |= {"labels": known.labels, "label_field": known.field, "label_guess": shape.label_guess}
     elif known is not None:
