@@ -127,9 +127,7 @@ def join_bucket(
         _by_method(rows.filter(pc.equal(samples, sample)), known, runs)
         for sample in range(1 + (pc.max(samples).as_py() or 0))
     )
-    answered: set[Key] = set().union(
-        *(texts for one in (first, *others) for method, texts in one.texts.items() if not methods or method in methods)
-    )
+    answered = _answered((first, *others), methods)
     kept = [row for row in asked.to_pylist() if key(row) in answered]
     return Replies(
         first.texts,
@@ -152,6 +150,12 @@ def join_bucket(
             for row in rows.group_by(["run_id", "method"]).aggregate([("sample", "max")]).to_pylist()
         },
     )
+
+
+def _answered(samples: Sequence[Answers], methods: Sequence[str]) -> set[Key]:
+    """The requests that any of these methods answered; any at all where none is named."""
+    texts = [one.texts[method] for one in samples for method in one.texts if not methods or method in methods]
+    return set[Key]().union(*texts)
 
 
 def _to_inputs_of_now(rows: pa.Table, requests: pa.Table, methods: Sequence[str]) -> tuple[pa.Table, list[Key]]:

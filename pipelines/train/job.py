@@ -342,11 +342,8 @@ def make_models(
     """
     llm = FrozenLLM.load(config.llm, mesh, device)
     shape, encoder, tokenizer = config.shape, None, None
-    queries: dict[str, Any] = {
-        "encoder_dim": width,
-        "query_prefix": shape.query_prefix or "",
-        "query_max_tokens": shape.query_max_tokens or config.encoder.max_tokens,
-    }
+    queries: dict[str, Any] = {"encoder_dim": width, "query_prefix": shape.query_prefix or ""}
+    queries["query_max_tokens"] = shape.query_max_tokens or config.encoder.max_tokens
     if width is None:
         encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
     attention = shape.aggregation == "attention" and not shape.without_history
