@@ -7,9 +7,10 @@ from pathlib import Path
 
 from infra import artifacts
 from infra.errors import InputError
+from infra.report import RunReport
 from infra.storage import Storage
 from pplug.folder import RUN_FILES, check_replaceable, whole_folder
-from pplug.plug import plug_id
+from pplug.plug import PlugConfig, plug_id
 
 
 def below(run_dir: str, name: str) -> str:
@@ -73,3 +74,14 @@ def fetch_plug(where: str, expected: str) -> Path:
             "meanwhile, or another one lies there; run the job again"
         )
     return folder
+
+
+def note_other_history(report: RunReport, plug: str, made_for: PlugConfig, max_history_items: int) -> None:
+    """Warns where personas are made from another number of items than the training read: the plug has not learned to
+    weigh so many."""
+    trained = made_for.max_history_items
+    if max_history_items != trained:
+        report.warn(
+            f"plug {plug} was trained on the newest {trained} items of a user, and max_history_items="
+            f"{max_history_items} makes personas from another number; set max_history_items={trained}"
+        )

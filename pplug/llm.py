@@ -125,12 +125,18 @@ def prompt_frame(config: LLMConfig) -> dict[str, Any]:
         ValueError: the folder has no tokenizer, or its chat template cannot be used with the layout.
     """
     folder = model_folder(config.model, config.revision, weights=False)
-    return PromptBuilder(load_tokenizer(folder), config.layout, is_encoder_decoder(folder)).frame
+    start = _config_json(folder).get("decoder_start_token_id")
+    return PromptBuilder(load_tokenizer(folder), config.layout, is_encoder_decoder(folder), start).frame
 
 
 def is_encoder_decoder(folder: Path) -> bool:
     """True if a model folder holds an encoder-decoder."""
-    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder", False))
+    return bool(_config_json(folder).get("is_encoder_decoder", False))
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 @dataclass
@@ -177,7 +183,8 @@ class FrozenLLM:
         if not sharded:  # whose layers keep hold of their own norms
             use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
-        llm = cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder), encoder_decoder)
+        start = _config_json(folder).get("decoder_start_token_id")
+        llm = cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder, start), encoder_decoder)
         if sharded and llm.parts is None:  # looked at now, by all workers at the same time
             log.warning("%s: its logits are computed whole, since it cannot be taken apart", type(model).__name__)
         return llm

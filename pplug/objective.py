@@ -81,11 +81,11 @@ def target_loss(
         kept: what is known of the prompts' beginnings (`read_before`).
 
     Returns:
-        (scalar float32 with gradient into soft_BRH, (B,) bool: every target token is the likeliest one). Divide the
-        loss by the target tokens of the whole batch, over all workers, so that the gradient does not depend on how
-        samples are split.
+        (scalar float32 with gradient into soft_BRH, (B,) bool: every target token is the likeliest one, but for the
+        reply head, with which each reply is made to begin). Divide the loss by the target tokens of the whole batch,
+        over all workers, so that the gradient does not depend on how samples are split.
     """
-    longest = max(len(target) for target in targets)
+    longest, begun = max(len(target) for target in targets), len(llm.prompt_builder.reply_head)
     labels = torch.full((len(targets), longest), IGNORED, dtype=torch.long)
     if llm.encoder_decoder:
         embeddings, mask, _ = splice_rows(llm, prompts, soft_BRH, row_counts, [[] for _ in targets])
@@ -112,11 +112,11 @@ def target_loss(
         wanted = labels != IGNORED
         loss, exact = losses_in_pieces(llm.parts, hidden[wanted], labels[wanted], max(1, LOGITS // words))
         right = torch.ones_like(wanted).masked_scatter(wanted, exact)
-        return loss, right.all(1)
+        return loss, right[:, begun:].all(1)
     if not llm.encoder_decoder:
         given["logits_to_keep"] = longest + 1
     logits = llm.model(**given).logits
     logits = logits if llm.encoder_decoder else logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    exact = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-    return loss, exact
+    right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+    return loss, right[:, begun:].all(1)

@@ -50,6 +50,8 @@ class PlugConfig(Settings):
     """LLM and prompt layout it was trained for; others are refused."""
     trained_without_history: bool = False
     """True for a soft prompt, the control that shows how much of a gain is the task and not the user."""
+    max_history_items: int = _beyond(512, gt=0)
+    """Number of newest items per user that the training read at most."""
     retrieve: str | None = _beyond(None)
     """Items that stood in the prompts of the training, as in a method's name, such as bm25@1; None: none."""
     labels: tuple[str, ...] = _beyond(())

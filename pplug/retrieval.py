@@ -10,7 +10,9 @@ changes neither which items are found nor in what order.
     white-space words through the library rank_bm25, the newest items first, the wording, the budget.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -88,7 +90,11 @@ class RetrievalConfig(ShownItems):
 
 
 class WordIndex:
-    """BM25 over some texts, oldest first; made once for all requests that see the same items."""
+    """BM25 over some texts, oldest first; made once for all requests that see the same items.
+
+    A word that n of the N texts hold weighs log((N - n + .5) / (n + .5)), as in the library. Where these weights have
+    no positive mean, as with two texts, it weighs log(1 + (N - n + .5) / (n + .5)), Lucene's form, which is positive.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         from rank_bm25 import BM25Okapi
@@ -96,6 +102,11 @@ class WordIndex:
         words = [text.split() for text in texts]
         self.size = len(words)
         self._index = BM25Okapi(words) if any(words) else None  # the library divides by the number of words
+        # The library puts a quarter of the mean in the place of a negative weight. A mean below 0 leaves it negative,
+        # and the words that a text shares with the query then count against it.
+        if self._index is not None and self._index.average_idf <= 0:
+            holding = Counter(word for counts in self._index.doc_freqs for word in counts)
+            self._index.idf = {word: math.log1p((self.size - n + 0.5) / (n + 0.5)) for word, n in holding.items()}
 
     def rank(self, query: str) -> np.ndarray:
         """(N,) indices, best first; of equals the newer one."""

@@ -2,6 +2,10 @@
 
 Decoder-only:      [BOS | start of the user's turn] [retrieved text] [I ; persona] [input] [suffix | end of the turn]
 Encoder-decoder:   [retrieved text] [I ; persona] [input] [EOS]      (the encoder's input, as in the paper)
+Its reply:         [reply head] [target] [EOS]                       (behind the decoder's start token)
+
+The reply head is what the tokenizer puts before any text (BART's <s>), since the decoder has read it there in its
+training; T5's tokenizer puts nothing there.
 
 With `layout.rows=after` the rows stand behind the input, right before the suffix or the end of the turn, with `last`
 behind these too, so that the reply's first token is read off the last row. What stands before the rows is then the same
@@ -80,10 +84,20 @@ class PromptBuilder:
     as text.
     """
 
-    def __init__(self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool) -> None:
-        """Raises ValueError: the chat template cannot be used with this layout (see `chat.turn`)."""
+    def __init__(
+        self, tokenizer: Any, layout: PromptLayout, encoder_decoder: bool, decoder_start: int | None = None
+    ) -> None:
+        """`decoder_start`: token id that an encoder-decoder puts before a reply, for targets and `reply_head`.
+
+        Raises:
+            ValueError: the chat template cannot be used with this layout (see `chat.turn`).
+        """
         self.tokenizer, self.layout = tokenizer, layout
         self._first, self._last = own_special_tokens(tokenizer)
+        self.reply_head: list[int] = []
+        """Token ids with which each reply of an encoder-decoder begins, behind the decoder's start token."""
+        if encoder_decoder and self._last and self._first[:1] != [decoder_start]:
+            self.reply_head = self._first  # T5Gemma's tokenizer ends no text: its head is the decoder's start
         if not encoder_decoder and layout.chat == "auto" and has_template(tokenizer):
             self._turn = turn(tokenizer, layout)
             self._first, self._last = [], []  # the template writes them itself
@@ -123,13 +137,13 @@ class PromptBuilder:
 
     @property
     def frame(self) -> dict[str, Any]:
-        """All of a prompt but the words, as JSON: token ids before and after them and at a reply's end."""
+        """All of a prompt but the words, as JSON: token ids before and after them and at a reply's ends."""
         return {
             "head": self._first + self._head,
             "tail": self._tail + self._last,
             "end": self.end_id,
             "trims": [self._turn.trims_start, self._turn.trims_end],
-        }
+        } | ({"reply": self.reply_head} if self.reply_head else {})
 
     def prompts(self, inputs: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Prompt]:
         """Prompts of inputs; an input over the limit is cut at its end, the suffix stays.
@@ -166,5 +180,6 @@ class PromptBuilder:
             yield self._first + head + first, rest, tail + self._last, cut
 
     def targets(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids of replies, cut at max_tokens, with the token that ends a reply."""
-        return [[*row[: max_tokens - 1], self.end_id] for row in self.words.ids(texts)]
+        """Token ids of replies, cut at max_tokens, with the tokens that begin and end a reply."""
+        room = max(0, max_tokens - 1 - len(self.reply_head))
+        return [[*self.reply_head, *row[:room], self.end_id] for row in self.words.ids(texts)]

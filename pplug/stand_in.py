@@ -85,7 +85,8 @@ def _compared(config: LLMConfig, own_id: str, sample: str | None) -> str:
         raise ValueError("no sample of that LLM is stored there to compare with")
     known: dict[str, Any] = json.loads(sample)
     frame = prompt_frame(config)
-    different = [name for name, value in known["frame"].items() if frame.get(name) != value]
+    names = dict.fromkeys([*known["frame"], "reply"])  # without a reply head a frame has no such key
+    different = [name for name in names if frame.get(name) != known["frame"].get(name)]
     if different:
         raise ValueError(
             f"the prompts of {config.model} differ from that LLM's in their {', '.join(different)}: it needs the same "

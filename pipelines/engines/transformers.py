@@ -62,9 +62,16 @@ class TransformersEngine:
         self._masks = self._constraint()
 
     @property
+    def _begun(self) -> list[int]:
+        """Ids that the decoder of an encoder-decoder reads before a reply: its start token and the reply head."""
+        if not self.llm.encoder_decoder:
+            return []
+        return [self.llm.model.generation_config.decoder_start_token_id, *self.llm.prompt_builder.reply_head]
+
+    @property
     def _start(self) -> int:
-        """Number of ids before a reply in what `generate` returns: the decoder's start token."""
-        return int(self.llm.encoder_decoder)
+        """Number of ids before a reply in what `generate` returns."""
+        return len(self._begun)
 
     def _constraint(self) -> list[Any]:
         labels = self.decoding.labels if isinstance(self.decoding, ResolvedDecoding) else ()
@@ -96,8 +103,7 @@ class TransformersEngine:
                 embeddings, mask = self._embedded([prompt])
                 given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask}
                 if self.llm.encoder_decoder:
-                    start = self.llm.model.generation_config.decoder_start_token_id
-                    given["decoder_input_ids"] = torch.tensor([[start, *one.begun]], device=embeddings.device)
+                    given["decoder_input_ids"] = torch.tensor([[*self._begun, *one.begun]], device=embeddings.device)
                 logits = self.llm.model(**given).logits[0, -1].float()
                 found.append(torch.log_softmax(logits, dim=-1)[list(one.ids)].tolist())
         return found
@@ -131,6 +137,9 @@ class TransformersEngine:
         record = Record(self._start) if decoding.logprobs else None
         last: list[Any] = [LeastTokens(decoding.min_tokens, self.end_ids, self._start)] if decoding.min_tokens else []
         last += [Penalties(decoding, prompts, self._start)] if Penalties.any(decoding) else []
+        begun: dict[str, Any] = {}
+        if self.llm.prompt_builder.reply_head:
+            begun["decoder_input_ids"] = torch.tensor([self._begun] * len(prompts), device=embeddings.device)
         with torch.inference_mode():
             out = self.llm.model.generate(
                 inputs_embeds=embeddings,
@@ -139,6 +148,7 @@ class TransformersEngine:
                 num_beams=decoding.num_beams,
                 logits_processor=[*self._masks, *([record] if record else []), *last],
                 stopping_criteria=[self._stops] if self.ending.stop_texts else None,
+                **begun,
                 **sampling,
             )
         logprobs: Sequence[list[float] | None] = record.finish(out) if record else [None] * len(prompts)

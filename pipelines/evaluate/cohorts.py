@@ -123,15 +123,17 @@ def census(
     runs: Sequence[str],
     facts: FactReader,
     users: Mapping[int, list[str]] | None = None,
+    methods: Sequence[str] = (),
 ) -> Census:
     """Counts the requests that any of the runs answered; with no average yet, also sums the vectors it is made from.
 
     Args:
         users: keys by bucket (`shards.keys_by_bucket`); all users when None.
+        methods: where given, only requests that one of them answered are counted.
     """
     total = Census()
     for bucket in buckets:
-        asked = _answered(requests, generations, bucket, runs, users)
+        asked = _answered(requests, generations, bucket, runs, users, methods)
         if not asked:
             continue
         places = facts.read_bins(bucket, asked)
@@ -147,11 +149,18 @@ def census(
 
 
 def _answered(
-    requests: Snapshot, generations: Snapshot, bucket: int, runs: Sequence[str], users: Mapping[int, list[str]] | None
+    requests: Snapshot,
+    generations: Snapshot,
+    bucket: int,
+    runs: Sequence[str],
+    users: Mapping[int, list[str]] | None,
+    methods: Sequence[str],
 ) -> list[dict[str, Any]]:
     columns, keys = ["request_id", "user_id", "as_of", "as_of_position"], of_bucket(users, bucket)
     asked = requests.read(columns, buckets=[bucket], filter=pc.field("target").is_valid(), user_keys=keys)
     wanted = pc.field("run_id").isin(list(runs))
+    if methods:
+        wanted &= pc.field("method").isin(list(methods))
     rows = generations.read(["user_id", "request_id"], buckets=[bucket], filter=wanted, user_keys=keys)
     replied = set(zip(rows["user_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
     return [row for row in asked.to_pylist() if (row["user_id"], row["request_id"]) in replied]

@@ -58,6 +58,8 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     if earlier.methods.keys().isdisjoint(later.methods):
         has = [f"{run} has {', '.join(sorted(side.seen)) or 'no reply'}" for run, side in zip(runs, sides, strict=True)]
         raise InputError(f"compare={list(runs)}: the runs share no method ({'; '.join(has)})")
+    for run, side in zip(runs, sides, strict=True):
+        scoring.refuse_unknown_methods(side, (run,), config)
     if all(side.left_out and not side.answered for side in sides):
         raise InputError(
             f"compare={list(runs)}: the runs share no request with a target; compare runs that answered the same ones"

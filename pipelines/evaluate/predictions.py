@@ -44,7 +44,7 @@ def write_predictions(
         for out in outs.values():
             out.write(f'{{"task": {json.dumps(task.name)}, "golds": ['.encode())
         for bucket in requests.filled(users):
-            replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users)
+            replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users, methods=methods)
             ids = [key(row) for row in replies.rows]
             for method, out in outs.items():
                 for one, name in zip(ids, named(ids), strict=True):

@@ -52,7 +52,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Replies(Answers):
-    """The requests of a bucket that have a target and were answered by any of the runs, and the answers.
+    """The requests of a bucket that have a target and were answered in any of the runs, and the answers.
 
     Of several samples per request the first is told by the fields of `Answers`.
     """
@@ -103,7 +103,8 @@ def join_bucket(
 
     Args:
         users: keys by bucket (`shards.keys_by_bucket`); where given, only their requests are joined.
-        methods: where given, replies by others are joined too, but are not `unknown` or `outdated`: nobody asks.
+        methods: where given, the requests are those that these methods answered; replies by others are joined too, but
+            are not `unknown` or `outdated`: nobody asks.
 
     Raises:
         ValueError: a request was answered twice by one method, or a user has two requests of one id.
@@ -126,7 +127,7 @@ def join_bucket(
         _by_method(rows.filter(pc.equal(samples, sample)), known, runs)
         for sample in range(1 + (pc.max(samples).as_py() or 0))
     )
-    answered: set[Key] = set().union(*(texts for one in (first, *others) for texts in one.texts.values()))
+    answered = _answered((first, *others), methods)
     kept = [row for row in asked.to_pylist() if key(row) in answered]
     return Replies(
         first.texts,
@@ -149,6 +150,12 @@ def join_bucket(
             for row in rows.group_by(["run_id", "method"]).aggregate([("sample", "max")]).to_pylist()
         },
     )
+
+
+def _answered(samples: Sequence[Answers], methods: Sequence[str]) -> set[Key]:
+    """The requests that any of these methods answered; any at all where none is named."""
+    texts = [one.texts[method] for one in samples for method in one.texts if not methods or method in methods]
+    return set[Key]().union(*texts)
 
 
 def _to_inputs_of_now(rows: pa.Table, requests: pa.Table, methods: Sequence[str]) -> tuple[pa.Table, list[Key]]:

@@ -235,7 +235,8 @@ class ScoreBuckets:
         )  # fmt: skip
         if not self.beside:
             return replies, 0
-        shared = {key(row) for row in join_bucket(self.requests, self.generations, bucket, self.beside).rows}
+        beside = join_bucket(self.requests, self.generations, bucket, self.beside, methods=self.methods or ())
+        shared = {key(row) for row in beside.rows}
         rows = [row for row in replies.rows if key(row) in shared]
         return dataclasses.replace(replies, rows=rows), len(replies.rows) - len(rows)
 

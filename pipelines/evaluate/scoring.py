@@ -68,11 +68,11 @@ def take_census(
         Counts, a reader of the facts that knows the average, and by kind the last bins of the lower two thirds.
     """
     personas = tables.snapshot_if_any(config.tables, "personas", config.as_of_version)
-    remote = ray.remote(cohorts.census)
+    remote, methods = ray.remote(cohorts.census), config.methods or ()
 
     def look(facts: cohorts.FactReader) -> cohorts.Census:
         parts = [
-            remote.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users)
+            remote.remote(share, snapshots["requests"], snapshots["generations"], runs, facts, users, methods)
             for share in shares_of(snapshots, config, users)
         ]
         return sum((ray.get(part) for part in parts), cohorts.Census())
@@ -264,8 +264,20 @@ def judged_before(config: EvaluateConfig, generations: Snapshot, runs: tuple[str
     ]
 
 
+def refuse_unknown_methods(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
+    """Refuses a method that was asked for and that the runs do not have, where they have others.
+
+    Raises:
+        InputError: names the method and those of the runs.
+    """
+    unknown = [method for method in scored.methods if method not in scored.seen]
+    if unknown and scored.seen:
+        has = ", ".join(sorted(scored.seen))
+        raise InputError(f"run {', '.join(runs)} in {config.tables}: no method {unknown[0]}; it has {has}")
+
+
 def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -> None:
-    """Refuses a method that has not answered all that the others have.
+    """Refuses a method that has not answered all that the others that are scored have.
 
     Raises:
         InputError: nothing can be scored, a method is not there, or it lacks replies; the message names some.
@@ -275,11 +287,10 @@ def refuse_gaps(scored: Scored, runs: tuple[str, ...], config: EvaluateConfig) -
         raise InputError(
             f"{config.tables}: no request has a target, so nothing can be scored; ingest a split with golds"
         )
+    refuse_unknown_methods(scored, runs, config)
     if not scored.answered:
-        raise InputError(f"{where}: no request with a target was answered; give --run with a run_id of generate")
-    unknown = [method for method in scored.methods if method not in scored.seen]
-    if unknown:
-        raise InputError(f"{where}: no method {unknown[0]}; it has {', '.join(sorted(scored.seen))}")
+        by = f" by {', '.join(config.methods)}" if config.methods else ""
+        raise InputError(f"{where}: no request with a target was answered{by}; give --run with a run_id of generate")
     for method, tally in scored.methods.items():
         owed = scored.owed(method)
         if missing := owed - int(tally.sums[0]):

@@ -96,7 +96,7 @@ def _open(config: Config, report: RunReport, table: "Table") -> Night:
         encoder = encoder_id(config.encoder, rule)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder: {error}") from error
-    return Night(config, report, table, histories, task, before, encoder, _check_plug(config, encoder))
+    return Night(config, report, table, histories, task, before, encoder, _check_plug(config, encoder, report))
 
 
 def _nothing_changed(night: Night) -> bool:
@@ -191,8 +191,9 @@ def _late(night: Night, embeddings: "Table") -> Late:
         return Late(buckets)
 
 
-def _check_plug(config: Config, encoder: str) -> str | None:
-    """Identity of the plug, if it was made for these vectors."""
+def _check_plug(config: Config, encoder: str, report: RunReport) -> str | None:
+    """Identity of the plug, if it was made for these vectors; warns where it was trained on another number of items."""
+    from pipelines.model_folders import note_other_history
     from pplug.plug import PlugConfig, plug_id
 
     if config.plug is None:
@@ -213,6 +214,7 @@ def _check_plug(config: Config, encoder: str) -> str | None:
             f"plug {config.plug} was trained on vectors of encoder {made_for.encoder_id}, but this refresh makes "
             f"those of encoder {encoder}; refresh with the plug's encoder and history text, or train a new plug"
         )
+    note_other_history(report, config.plug, made_for, config.max_history_items)
     return identity
 
 

@@ -342,17 +342,15 @@ def make_models(
     """
     llm = FrozenLLM.load(config.llm, mesh, device)
     shape, encoder, tokenizer = config.shape, None, None
-    queries: dict[str, Any] = {
-        "encoder_dim": width,
-        "query_prefix": shape.query_prefix or "",
-        "query_max_tokens": shape.query_max_tokens or config.encoder.max_tokens,
-    }
+    queries: dict[str, Any] = {"encoder_dim": width, "query_prefix": shape.query_prefix or ""}
+    queries["query_max_tokens"] = shape.query_max_tokens or config.encoder.max_tokens
     if width is None:
         encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
     attention = shape.aggregation == "attention" and not shape.without_history
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:
         beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
+        beyond["max_history_items"] = config.max_history_items
     if isinstance(known, LabelSet):
         beyond |= {"labels": known.labels, "label_field": known.field, "label_guess": shape.label_guess}
     elif known is not None:

@@ -170,7 +170,9 @@ def _greedy(model: Any, tokenizer: Any, prompt: EnginePrompt) -> str:
     """transformers' own generate, one prompt at a time, from unpadded embeddings."""
     embeds = _embeds(model, prompt.before, torch.from_numpy(prompt.soft_prompt), prompt.after)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    out = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
+    begun = {"forced_bos_token_id": 1} if model.config.model_type == "bart" else {}  # as published BARTs are asked
+    new = {"max_new_tokens": TOKENS + len(begun), "do_sample": False}
+    out = model.generate(inputs_embeds=embeds, attention_mask=mask, **new, **begun)
     return tokenizer.decode(out[0], skip_special_tokens=True).strip()
 
 

@@ -250,6 +250,8 @@ def test_gaps_doubles_and_unknown_names_are_refused_by_name(generated):
         run(generated, run=("gaps",))
     code, report, _ = run(generated, run=("gaps",), methods=("none",))
     assert code == 0 and list(report["methods"]) == ["none"]
+    code, report, _ = run(generated, run=("gaps",), methods=("plug",))
+    assert code == 0 and report["methods"]["plug"]["n"] == 118
     with pytest.raises(InputError, match="no method bm25; it has none, plug"):
         run(generated, run=("gaps",), methods=("none", "bm25"))
     with pytest.raises(InputError, match="no request with a target was answered; give --run"):

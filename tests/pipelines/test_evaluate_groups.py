@@ -265,6 +265,8 @@ def test_two_runs_are_compared_on_the_requests_that_both_answered(known, capsys,
     assert "night -> later" in printed and "2 requests of night are not in the other run" in printed
     with pytest.raises(InputError, match="share no method .*night has none, plug:mean; never has no reply"):
         run(known, compare=("night", "never"))
+    with pytest.raises(InputError, match="run later in .* no method none; it has bm25, plug:mean"):
+        run(known, compare=("night", "later"), methods=("none",))
     _, same, _ = run(known, compare=("night", "night"))
     assert same["compare"]["methods"]["none"]["f1"]["ci95"] == [0, 0]
 

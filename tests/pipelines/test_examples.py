@@ -15,10 +15,12 @@ from pipelines.generate import job as generate
 from pipelines.generate.parts.base import GenerateRun
 from pipelines.generate.parts.plug import Plug
 from pipelines.methods import parse_all
+from pipelines.refresh import job as refresh
 from pipelines.train import job as train
 from pipelines.train.config import PlugShape
 from pipelines.train.examples import Examples, examples
 from pipelines.train.samples import PrepareSamples
+from pplug.encoder import EncoderConfig
 from pplug.fit import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, llm_id
 from pplug.retrieval import RetrievalConfig, ShownItems
@@ -239,6 +241,42 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
     assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"
+
+
+def test_generate_and_refresh_say_that_a_plug_has_learned_from_another_number_of_items(tmp_path):
+    llm = LLMConfig(model=str(tiny_llama(tmp_path / "llm")))
+    encoder = EncoderConfig(model=str(tiny_bert(tmp_path / "encoder", dim=16)), dtype="float32", max_tokens=32)
+    shape = PlugShape(aggregation="mean")
+
+    def trained(name, **config):
+        settings = train.Config(tables=str(tmp_path), llm=llm, encoder=encoder, **{"shape": shape} | config)
+        plug, _, _ = train.make_models(settings, {"encoder_id": "e", "llm_id": llm_id(llm)})
+        plug.save_pretrained(tmp_path / name)
+        return json.loads((tmp_path / name / "config.json").read_text()).get("max_history_items")
+
+    assert trained("few", max_history_items=20) == 20
+    assert trained("many") is None  # the default leaves a plug of the paper's form as it is
+    assert trained("soft", max_history_items=20, shape=PlugShape(without_history=True)) is None
+    vectors = tables.open_or_create(str(tmp_path), "embeddings-e", 1)
+    vectors.commit([], run_id="first", group=0, mode="append", planned_on=vectors.version, complete=True)
+
+    def warnings(job, name, method="plug", **config):
+        report = RunReport(job, "r", {}, str(tmp_path))
+        given = {"tables": str(tmp_path), "plug": str(tmp_path / name)} | config
+        if job == "refresh":
+            refresh._check_plug(refresh.Config(**given), "e", report)
+        else:
+            asked = generate.Config(**given, llm=llm, methods=(method,))
+            Plug.open(GenerateRun(asked, parse_all((method,)), llm_id(llm), TaskSpec.model_validate(TASK), report, 1))
+        return report.extra.get("warnings", [])
+
+    for job in ("generate", "refresh"):
+        assert warnings(job, "few") == [
+            f"plug {tmp_path / 'few'} was trained on the newest 20 items of a user, and max_history_items=512 makes "
+            "personas from another number; set max_history_items=20"
+        ]
+        assert warnings(job, "few", max_history_items=20) == warnings(job, "many") == []
+    assert warnings("generate", "few", "plug:no-history") == warnings("generate", "soft", "plug:soft-prompt") == []
 
 
 def test_the_sample_of_the_llm_lies_beside_a_best_plug_from_before(tmp_path):

@@ -3,9 +3,11 @@
 On S3, whose server sees every range that is asked of a file.
 """
 
+import json
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pytest
 from infra import shards
 from pipelines import tables
 from pipelines.evaluate import cohorts as groups
-from pipelines.evaluate import replies
+from pipelines.evaluate import predictions, replies
 from pipelines.generate.pending import PendingReplies
 from pipelines.pending_users import PendingUsers
 from pipelines.train.samples import PrepareSamples
@@ -199,6 +201,31 @@ def owing(place: str, users: list[str] | None, only_asking: bool) -> dict:
         texts = {user: [one.own.text_hash[at].as_py() for at in rows] for user, (rows, _) in one.users.items()}
         found |= {one.own.user_ids[user]: texts[user] for user in texts} | dict.fromkeys(one.missing, [])
     return found
+
+
+def test_a_method_need_not_answer_what_only_a_method_that_is_not_scored_answered(tmp_path):
+    """One user asks twice; bm25 answered both, plug the first."""
+    root, asks = str(tmp_path), ["a", "b"]
+    put(root, "requests", ["ann"] * 2, request_id=pa.array(asks), owner_id=pa.array(["ann"] * 2),
+        input=pa.array(asks), target=pa.array(["good"] * 2))  # fmt: skip
+    put(root, "generations", ["ann"] * 3, request_id=pa.array(["a", "b", "a"]), run_id=pa.array(["one"] * 3),
+        method=pa.array(["bm25", "bm25", "plug"]), text=pa.array(["good"] * 3))  # fmt: skip
+    put(root, "histories", ["ann"], item_id=pa.array(["1"]), position=pa.array([0]), text_hash=pa.array(["h"]))
+    requests, generations = snapshot(root, "requests"), snapshot(root, "generations")
+    (bucket,) = requests.filled(None)
+    facts = groups.FactReader(snapshot(root, "histories"), None)
+
+    def joined(*methods):
+        found = replies.join_bucket(requests, generations, bucket, ["one"], methods=methods)
+        counted = groups.census([bucket], requests, generations, ["one"], facts, methods=methods).requests
+        assert counted == len(found.rows)
+        return [row["request_id"] for row in found.rows]
+
+    assert joined("plug") == ["a"]
+    assert joined("bm25") == joined("plug", "bm25") == joined() == ["a", "b"]
+    snapshots = {"requests": requests, "generations": generations}
+    files = predictions.write_predictions(str(tmp_path / "out"), ENTRY, snapshots, ["one"], ["plug"])
+    assert json.loads(Path(files["plug"]).read_text())["golds"] == [{"id": "a", "output": "good"}]
 
 
 @pytest.mark.parametrize("only_asking", [False, True])

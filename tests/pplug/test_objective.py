@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id
+from pplug import objective
+from pplug.llm import FrozenLLM, LLMConfig, embedding_rows, llm_id, prompt_frame
+from pplug.logits import LOGITS
 from pplug.memory import checkpoint_layers, keep_all
 from pplug.objective import splice_rows, target_loss
 from pplug.prefix import KeptBeginnings
@@ -76,6 +78,25 @@ def test_exact_tells_what_greedy_decoding_would_write(llama):
     wrong = [*out[:-1], (out[-1] + 1) % 30]
     assert target_loss(llama, prompts, rows, [3], [out])[1].item()
     assert not target_loss(llama, prompts, rows, [3], [wrong])[1].item()
+
+
+def test_exact_does_not_ask_whether_the_reply_head_is_likely(bart, monkeypatch):
+    rows, prompts = rows_for(bart, 1), bart.prompt_builder.prompts(["the cat"])
+    embeddings, _, _ = splice_rows(bart, prompts, rows.detach(), [3], [[]])
+    given = {"inputs_embeds": embeddings, "do_sample": False, "eos_token_id": -1}
+    assert bart.model.generate(**given, max_new_tokens=1)[0].tolist()[1:] != [1]
+    out = bart.model.generate(**given, max_new_tokens=3, decoder_input_ids=torch.tensor([[2, 1]]))[0].tolist()[1:]
+    wrong = [*out[:-1], (out[-1] + 1) % 30]
+    for logits in (LOGITS, 1):  # all at once, and in pieces
+        monkeypatch.setattr(objective, "LOGITS", logits)
+        assert target_loss(bart, prompts, rows, [3], [out])[1].item()
+        assert not target_loss(bart, prompts, rows, [3], [wrong])[1].item()
+
+
+def test_an_llms_identity_covers_how_its_replies_begin(bart, t5, tmp_path):
+    assert bart.prompt_builder.reply_head == [1] and t5.prompt_builder.reply_head == []
+    assert prompt_frame(LLMConfig(model=str(tiny_bart(tmp_path / "bart"))))["reply"] == [1]
+    assert prompt_frame(LLMConfig(model=str(tiny_t5(tmp_path / "t5")))).keys() == {"head", "tail", "end", "trims"}
 
 
 def test_the_llm_keeps_no_gradient(llama):

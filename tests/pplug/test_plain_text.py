@@ -19,6 +19,7 @@ from tests.pplug.token_kinds import ENCODER_DECODERS, KINDS, NAMES
 
 ORDINARY = ["the cat sat on the mat, two  spaces\n\nand ünknown 漢字", "", "a < b > c [d] | e_f", "A film: 1 + 1 = 2?"]
 LAYOUT = PromptLayout(max_input_tokens=4000, suffix=" ")
+REPLY_HEADS = {"bart": [0]}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def test_no_text_yields_a_control_token_in_a_prompt_or_a_target(tokenizer, kind)
         assert [token for token in [*prompt.before, *prompt.after] if token in control] == own, text
         assert len(prompt) > len(bare), text
     for text, target in zip(texts, prompt_builder.targets(texts, 4000), strict=True):
-        assert target[-1] == made.eos_token_id and control.isdisjoint(target[:-1]), text
+        head, words = target[: len(REPLY_HEADS.get(kind, []))], target[len(REPLY_HEADS.get(kind, [])) : -1]
+        assert head == REPLY_HEADS.get(kind, []) and control.isdisjoint(words), text
+        assert target[-1] == made.eos_token_id, text
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"whole_words"}))  # that one has no letters
@@ -79,6 +82,16 @@ def test_ordinary_texts_have_the_tokenizers_own_ids(tokenizer, kind):
     prompt_builder = PromptBuilder(made, LAYOUT, kind in ENCODER_DECODERS)
     assert prompt_builder.words.ids(ORDINARY) == made(ORDINARY, add_special_tokens=False)["input_ids"]
     assert prompt_builder.words.framed(ORDINARY, 12) == made(ORDINARY, truncation=True, max_length=12)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_an_encoder_decoders_target_is_the_text_as_its_tokenizer_frames_it(tokenizer, kind):
+    made = tokenizer(kind)
+    prompt_builder = PromptBuilder(made, LAYOUT, True)
+    assert prompt_builder.targets(ORDINARY, 99) == made(ORDINARY)["input_ids"]
+    assert prompt_builder.targets(ORDINARY, 5) == made(ORDINARY, truncation=True, max_length=5)["input_ids"]
+    begun = PromptBuilder(made, LAYOUT, True, decoder_start=made("cat")["input_ids"][0])
+    assert begun.reply_head == []  # the decoder begins with that token anyway
 
 
 def test_the_users_turn_of_a_chat_cannot_be_closed_by_the_user(tokenizer):

@@ -100,6 +100,11 @@ def test_the_most_similar_item_gives_its_own_answer():
     assert references.most_similar("blue", [], WORDS) == "" == references.most_similar("old", items[2:4], WORDS)
 
 
+def test_the_more_similar_of_two_items_gives_its_answer():
+    items = [{"title": "the red apple", "topic": "fruit"}, {"title": "the blue car", "topic": "traffic"}]
+    assert references.most_similar("the red apple", items, WORDS) == "fruit"
+
+
 def test_every_reference_is_told_in_one_sentence():
     for task in tasks.lamp_entries():
         for text in references.ABOUT[task.metric].values():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_bm25 import BM25Okapi
 
 from pplug import retrieval, tasks
 from pplug.plain_text import TextTokenizer
@@ -16,13 +17,17 @@ TEXTS = ["a film of crime and crime", "the quiet nature of music", "music music 
 
 
 def okapi(texts: list[str], query: str, k1: float = 1.5, b: float = 0.75, epsilon: float = 0.25) -> list[float]:
-    """BM25 as its authors write it, word by word; a word in most of the texts weighs epsilon times the mean."""
+    """BM25 as its authors write it, word by word; a word in most of the texts weighs epsilon times the mean, and each
+    word what Lucene gives it where the mean is not positive."""
     corpus = [text.split() for text in texts]
     vocabulary = {word for words in corpus for word in words}
     holding = {word: sum(word in words for words in corpus) for word in vocabulary}
     idf = {word: math.log((len(corpus) - n + 0.5) / (n + 0.5)) for word, n in holding.items()}
     floor = epsilon * sum(idf.values()) / len(idf)
-    idf = {word: floor if value < 0 else value for word, value in idf.items()}
+    if floor > 0:
+        idf = {word: floor if value < 0 else value for word, value in idf.items()}
+    else:
+        idf = {word: math.log((len(corpus) + 1) / (n + 0.5)) for word, n in holding.items()}
     mean = sum(map(len, corpus)) / len(corpus)
     return [
         sum(
@@ -49,6 +54,29 @@ def test_bm25_of_random_texts_ranks_as_the_formula_does():
         scores = okapi(texts, query)
         got = [scores[i] for i in retrieval.WordIndex(texts).rank(query)]
         np.testing.assert_allclose(got, sorted(scores, reverse=True), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "texts, query, want",
+    [
+        (["the red apple", "the blue car"], "the red apple", [0, 1]),
+        (["cat dog likes", "cat dog hates", "cat bird", "cat dog"], "cat dog", [3, 1, 0, 2]),
+        (["one two", "three four"], "one two", [0, 1]),  # each word has the weight 0 in the library
+    ],
+)
+def test_among_few_texts_a_shared_word_counts_for_a_text(texts, query, want):
+    assert retrieval.WordIndex(texts).rank(query).tolist() == want
+
+
+def test_ordinary_texts_keep_the_scores_of_the_library():
+    texts = [*TEXTS, "the old house by the sea"]
+    library = BM25Okapi([text.split() for text in texts])
+    assert library.average_idf > 0
+    for query in ("crime of the sea", "music a quiet house"):
+        scores = library.get_scores(query.split())
+        index = retrieval.WordIndex(texts)
+        assert index._index.get_scores(query.split()).tolist() == scores.tolist()
+        assert index.rank(query).tolist() == sorted(range(6), key=lambda i: (-scores[i], -i))
 
 
 def test_texts_without_a_word_are_ranked_by_age():

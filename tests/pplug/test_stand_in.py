@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pplug.llm import LLMConfig, embedding_rows, former_llm_id, llm_id, load_tokenizer
 from pplug.splice import PromptLayout
 from pplug.stand_in import llm_sample, stands_for
-from tests.pplug.models import tiny_llama
+from tests.pplug.models import tiny_bart, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def test_a_copy_serves_for_the_original(original, tmp_path, change, apart):
     note = stands_for(copy, llm_id(copy), llm_id(original), llm_sample(original))
     measured = float(re.search(r"\d+ token embeddings differ by ([\d.]+) of their size", note)[1])
     assert apart / 3 <= measured <= apart and note.startswith(f"which {llm_id(copy)} serves for")
+
+
+def test_a_sample_from_before_replies_had_a_head_does_not_serve_an_llm_that_has_one(tmp_path):
+    original = LLMConfig(model=str(tiny_bart(tmp_path / "bart")))
+    copy = copy_of(original, tmp_path / "copy", max_position_embeddings=4096)
+    sample = json.loads(llm_sample(original))
+    assert stands_for(copy, llm_id(copy), llm_id(original), json.dumps(sample)) is not None
+    assert sample["frame"].pop("reply") == [1]
+    with pytest.raises(ValueError, match="differ from that LLM's in their reply"):
+        stands_for(copy, llm_id(copy), llm_id(original), json.dumps(sample))
 
 
 def test_nothing_is_said_of_an_llm_that_is_the_one(original):

@@ -18,7 +18,7 @@ from pipelines.generate.personas import PersonaMaker
 from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
 from pipelines.methods import PartInfo, parse
-from pipelines.model_folders import fetch_plug
+from pipelines.model_folders import fetch_plug, note_other_history
 from pplug import history
 from pplug.items import UserItems
 from pplug.plug import PersonaPlug, PlugConfig, plug_id
@@ -56,6 +56,8 @@ class Plug(Part):
         run.accept(f"plug {config.plug} was trained for", made_for.llm_id, read_sample(folder), remedy)
         _refuse_a_mixture(run, config.plug, made_for.trained_without_history)
         _note_other_prompts(run, config.plug, made_for.retrieve)
+        if not kinds <= set(OF_NOBODY):
+            note_other_history(run.report, config.plug, made_for, config.max_history_items)
         if "plug:attention" in kinds and made_for.aggregation == "mean" and not made_for.trained_without_history:
             raise InputError(
                 f"plug:attention: plug {config.plug} was trained with aggregation=mean, so that it does not weigh "
