@@ -371,7 +371,7 @@ KINDS = {
     "rubric": Kind(
         read=_judged,
         understood=lambda entry, prediction: rubric.was_read(prediction),
-        answer="judgement of every aspect",
+        answer="judgement of any aspect",
     ),
 }
 """The kinds of task by the name that `TaskSpec.metric` has for them."""

@@ -37,9 +37,6 @@ InTraining = Literal["none", "bm25", "recency"]
 """Kinds of retrieval for prompts that are trained on; they read the items' words alone, and no vectors."""
 
 
-_ROOM = ("budget_tokens", "input_share")
-
-
 class ShownItems(Settings):
     """Sets how many items a prompt shows, and how much room they have."""
 
@@ -64,14 +61,16 @@ class ShownItems(Settings):
             )
         return self.budget_tokens or max_input_tokens
 
-    def named(self, kind: str, items: int | None = None) -> str:
+    def named(self, kind: str, max_input_tokens: int, items: int | None = None) -> str:
         """Names what stands in a prompt: `kind@items`, then how much room it has, where that is not the default.
 
         Args:
+            max_input_tokens: of the LLM's layout, which is the budget where none is set.
             items: number of items, where it is not `k`.
         """
-        room = {name: (getattr(self, name), ShownItems.model_fields[name].default) for name in _ROOM}
-        other = [f"{name}={value}" for name, (value, default) in room.items() if value != default]
+        defaults = {"budget_tokens": (None, max_input_tokens), "input_share": (ShownItems().input_share,)}
+        room = {name: getattr(self, name) for name in defaults}
+        other = [f"{name}={value}" for name, value in room.items() if value not in defaults[name]]
         return " ".join([f"{kind}@{items or self.k}", *other])
 
 

@@ -139,7 +139,7 @@ CAN = {
 
 class EngineConfig(Settings):
     """Names the engine that answers, and sets how much of the machine it may take. The keys from max_model_len to args
-    are vLLM's own, and mean what its documentation says."""
+    are vLLM's own, and mean what its documentation says, but for kv_cache_gib, batch_rows and in_flight."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
     """Engine. transformers serves encoder-decoder models such as FLAN-T5, which vLLM does not have, and beams."""

@@ -44,7 +44,7 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     snapshots = {name: tables.snapshot(config.tables, name, config.as_of_version) for name in names}
     scoring.refuse_unended(config, snapshots["generations"], runs)
     task = scoring.task_of(config, snapshots["histories"])
-    for name in names[1:]:
+    for name in names:
         report.table_read(name, snapshots[name].version)
     buckets = tables.open_table(config.tables, "requests").buckets
     users = keys_by_bucket(tables.read_users(config.users, snapshots["requests"]), buckets)

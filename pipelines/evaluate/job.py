@@ -48,15 +48,21 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     scoring.refuse_unended(config, snapshots["generations"], runs)
     session.start(writes={"tables": config.tables})
     report = begin("evaluate", config, run_id=run_id)
-    for name in ("requests", "generations"):
+    for name in names:
         report.table_read(name, snapshots[name].version)
     with report.stage("survey"):
         census, facts, cuts = scoring.take_census(config, snapshots, runs, users)
+    if facts.personas is not None:
+        report.table_read("personas", facts.personas.version)
     with report.stage("references"):
         others = [
             (tables.snapshot(place, "histories", {}), tables.newest(place, "requests"))
             for place in config.references_from
         ]
+        report.extra["references_from"] = {
+            place: {"histories": items.version} | ({} if asked is None else {"requests": asked.version})
+            for place, (items, asked) in zip(config.references_from, others, strict=True)
+        }
         fitted = references.fit(task, snapshots["histories"], snapshots["requests"], users, others)
         elsewhere = {place: histories for place, (histories, _) in zip(config.references_from, others, strict=True)}
         seen = known_answers.warnings(task, snapshots["requests"], users, elsewhere)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.data import SaveMode
+from ray.data.datasource import FilenameProvider
 
 from infra.errors import InputError
 from infra.storage import Storage
@@ -17,6 +19,13 @@ from pipelines.ingest.config import IngestConfig
 
 _ROWS = 65_536
 _FOLDER = "_frames"
+
+
+class _Numbered(FilenameProvider):
+    """Names of a Dataset's files that are the same each time it is written, so that a run_id finds them again."""
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"part-{task_index:06}.parquet"
 
 
 def ingest_frame(frame: Any, tables: str, task: str | None = None, *, requests: Any = None, **keys: Any) -> int:
@@ -37,22 +46,30 @@ def ingest_frame(frame: Any, tables: str, task: str | None = None, *, requests: 
     Raises:
         InputError: the frame is no table, or `ingest` refuses it.
     """
-    storage, folder = Storage(tables), f"{_FOLDER}/{uuid.uuid4().hex}"
+    # a run that is begun again takes the folder of its first try, whose rows a killed process leaves there
+    storage, folder = Storage(tables), f"{_FOLDER}/{keys.get('run_id') or uuid.uuid4().hex}"
     given = {"source": frame, "requests_source": requests}
     try:
+        _empty(storage, folder)
         for key, one in given.items():
             if one is not None:
                 keys[key] = _written(one, storage.join(f"{folder}/{key}"))
         return job.run(IngestConfig(tables=tables, task=task, **keys))
     finally:
-        for name in storage.list(folder):
-            storage.delete(name)
+        _empty(storage, folder)
+
+
+def _empty(storage: Storage, folder: str) -> None:
+    for name in storage.list(folder):
+        storage.delete(name)
 
 
 def _written(frame: Any, folder: Storage) -> str:
     """Writes a frame into a folder as Parquet; returns the folder's address."""
     if type(frame).__module__.partition(".")[0] == "ray":
-        frame.write_parquet(folder.uri, filesystem=folder.filesystem if folder.is_s3 else None)
+        where = folder.filesystem if folder.is_s3 else None
+        how = {"filename_provider": _Numbered(), "mode": SaveMode.OVERWRITE}  # another mode wants names of its own
+        frame.write_parquet(folder.uri, filesystem=where, **how)
         return folder.uri
     reader = _reader(frame)
     with folder.open_output("rows.parquet") as out, pq.ParquetWriter(out, reader.schema) as writer:

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pyarrow as pa
 import torch
@@ -52,7 +53,18 @@ def _run(config: Config, run_id: str) -> int:
         texts = _texts(config, histories, requests, task, report)
         stage.rows = len(texts)
     made_from = _made_from(config, texts)
+    versions = {"histories": histories.version} | ({"requests": requests.version} if requests else {})
+    record = origin.MadeFrom(
+        job="base-lm",
+        run_id=run_id,
+        tables=Storage(config.tables).uri,
+        versions=versions,
+        examples="items",
+        cut="requests" if requests else "none",
+        items_cut_off=report.extra["items_cut_off"],
+    )
     if _made_as(config.output) == made_from:
+        _renew_record(config.output, record)
         report.already_there = len(texts)
         code = report.finish()
         print(f"model: {config.output}, already there")
@@ -66,16 +78,6 @@ def _run(config: Config, run_id: str) -> int:
         trained = train_lm(texts, config.lm, show, config.suffix)
         stage.rows = int(trained.facts["steps"])
     trained.facts["made_from"] = made_from
-    versions = {"histories": histories.version} | ({"requests": requests.version} if requests else {})
-    record = origin.MadeFrom(
-        job="base-lm",
-        run_id=run_id,
-        tables=Storage(config.tables).uri,
-        versions=versions,
-        examples="items",
-        cut="requests" if requests else "none",
-        items_cut_off=report.extra["items_cut_off"],
-    )
     records = {origin.FILE: origin.text(record)}
     if artifacts.is_address(config.output):
         with artifacts.published(config.output) as folder:
@@ -99,6 +101,21 @@ def _made_as(output: str) -> str | None:
     facts = artifacts.fetch(output, weights=False) / RECORD_FILE
     made_from: str | None = json.loads(facts.read_text()).get("made_from") if facts.exists() else None
     return made_from
+
+
+def _renew_record(output: str, record: origin.MadeFrom) -> None:
+    """Writes into a model that is there what it has been compared with now: by older versions `generate` would warn."""
+    was = [
+        one.model_copy(update={"run_id": record.run_id}) for one in origin.read(artifacts.fetch(output, weights=False))
+    ]
+    if was == [record]:
+        return
+    if artifacts.is_address(output):
+        with artifacts.published(output) as folder:
+            shutil.copytree(artifacts.fetch(output), folder, dirs_exist_ok=True)
+            (folder / origin.FILE).write_text(origin.text(record), encoding="utf-8")
+    else:
+        (artifacts.fetch(output) / origin.FILE).write_text(origin.text(record), encoding="utf-8")
 
 
 def _made_from(config: Config, texts: list[tuple[str, str]]) -> str:

@@ -347,6 +347,7 @@ def make_models(
     if width is None:
         encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
     attention = shape.aggregation == "attention" and not shape.without_history
+    limit = config.llm.layout.max_input_tokens
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
     if not shape.without_history:
         beyond = {"recency": shape.recency, "center": shape.center, "token_attention": shape.token_attention}
@@ -365,7 +366,7 @@ def make_models(
             instruction_scale=shape.instruction_scale or llm.embedding_norm,
             **queries,
             trained_without_history=shape.without_history,
-            retrieve=None if config.retrieve == "none" else config.retrieval.named(config.retrieve),
+            retrieve=None if config.retrieve == "none" else config.retrieval.named(config.retrieve, limit),
             request_value=shape.request_value,
             hidden=shape.hidden,
             **beyond,

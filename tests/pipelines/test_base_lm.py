@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infra.errors import InputError
 from infra.storage import Storage
 from pipelines.lines import base_lm
+from pipelines.tables import open_table
 from pplug.identity import model_folder
 from pplug.tiny_lm import TinyLMConfig
 from tests.pipelines.population import NOTES
@@ -84,6 +85,27 @@ def test_a_model_at_an_address_is_the_one_of_a_folder_and_is_found_by_a_rerun(fi
     Storage(there).write_bytes("notes.txt", b"mine")
     with pytest.raises(InputError, match="output: .*holds notes.txt"):
         job(tables, tmp_path, output=there)
+
+
+def test_a_rerun_notes_the_requests_that_it_has_looked_at(filled, population, tmp_path, s3, monkeypatch):
+    """By an older version `generate` would warn that later requests may ask about what the model learned."""
+    monkeypatch.setenv("PPLUG_CACHE", str(tmp_path / "cache"))
+    tables = filled(notes(60))
+    for output in (str(tmp_path / "lm"), f"{s3}/lm"):
+        for number in range(2):
+            asked = population.folder / "asked.jsonl"
+            asked.write_text(json.dumps({"user_id": f"new {number}", "request_id": output, "input": "How?"}) + "\n")
+            assert population.ingest(requests_source=str(asked), task=population.task(NOTES)) == 0
+            now = population_version(tables)
+            code, report = job(tables, tmp_path, output=output)
+            assert code == 0 and report["already_there"] == 60 * number
+            [record] = json.loads((model_folder(output) / "made_from.json").read_text())["trainings"]
+            assert record["versions"]["requests"] == now
+            AutoModelForCausalLM.from_pretrained(model_folder(output))
+
+
+def population_version(root: str) -> int:
+    return open_table(root, "requests").version
 
 
 @pytest.fixture

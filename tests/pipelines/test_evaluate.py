@@ -119,6 +119,8 @@ def test_scores_are_the_official_ones_and_errors_count_as_empty(generated, capsy
     assert report["planned"] == report["written"] == 3 * USERS * EACH
     assert "plug: 1 replies were errors" in printed and "120 requests of 40 users" in printed
     assert list(report["methods"]) == ["none", "plug", "plug:mean"]
+    read = {name: generated.report["tables_written"][name] for name in ("histories", "requests")}
+    assert read.items() <= report["tables_read"].items() and "generations" in report["tables_read"]
 
 
 def test_report_json_is_the_dump_of_figures_that_can_be_read_again(generated, tmp_path):

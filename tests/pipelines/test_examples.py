@@ -234,13 +234,18 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     soft = "plug:soft-prompt"
     assert warnings(f"{soft}+bm25@2") == warnings(f"{soft}+bm25", k=2) == []
     less = warnings(f"{soft}+bm25@2", input_share=0.4)
-    assert less == [
-        f"plug {folder} was trained with bm25@2 alone in its prompts; methods ['{soft}+bm25@2'] show others"
-    ]
-    assert ShownItems(k=2, input_share=0.4, budget_tokens=90).named("bm25") == "bm25@2 budget_tokens=90 input_share=0.4"
+    trained_with = f"plug {folder} was trained with bm25@2 alone in its prompts; "
+    assert less == [f"{trained_with}{soft}+bm25@2 shows bm25@2 input_share=0.4"]
+    other_room = ShownItems(k=2, input_share=0.4, budget_tokens=90)
+    assert other_room.named("bm25", 256) == "bm25@2 budget_tokens=90 input_share=0.4"
+    assert other_room.named("bm25", 90) == "bm25@2 input_share=0.4"  # the room that it has where none is set
+    assert warnings(f"{soft}+bm25@2", budget_tokens=made.llm.layout.max_input_tokens) == []
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
-    assert said == f"plug {folder} was trained with bm25@2 alone in its prompts; methods {others} show others"
+    assert said == (
+        f"{trained_with}{soft} shows nothing, {soft}+bm25 shows bm25@4, {soft}+recency@2 shows recency@2, "
+        f"profile+{soft}+bm25@2 shows bm25@2 beside a profile"
+    )
 
 
 def test_generate_and_refresh_say_that_a_plug_has_learned_from_another_number_of_items(tmp_path):

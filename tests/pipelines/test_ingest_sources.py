@@ -1,6 +1,7 @@
 """ingest from sources of many kinds, through the whole job: report, exit codes, tables."""
 
 import json
+import shutil
 
 import pandas as pd
 import polars as pl
@@ -96,6 +97,14 @@ def test_frames_of_all_libraries_go_in_as_files_do(population, tmp_path):
         assert {(row["user_id"], row["item_id"], dict(row["fields"])["text"]) for row in found} == want, name
         assert {len(row["fields"]) for row in found} == {2}, name  # text and mood, and no index
         assert not Storage(place).list("_frames"), name
+    place, again = str(tmp_path / "again"), {"run_id": "night", "buckets": 2, "run_dir": str(tmp_path / "night")}
+    for attempt in range(2):  # one run, begun again, beside what a killed try has left
+        (tmp_path / "again/_frames/night/source").mkdir(parents=True)
+        (tmp_path / "again/_frames/night/source/old.parquet").write_bytes(b"no table")
+        assert ingest_frame(ray.data.from_arrow(arrow), place, population.task(NOTES), **again) == 0, attempt
+        assert tables.open_table(place, "histories").snapshot(complete=True).rows == 3
+        assert not Storage(place).list("_frames")
+        shutil.rmtree(tmp_path / "again/_frames", ignore_errors=True)
     with pytest.raises(InputError, match="list is no table"):
         ingest_frame([1], str(tmp_path / "x"))
 

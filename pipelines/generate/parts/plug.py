@@ -193,15 +193,17 @@ def _is_undated(request: Mapping[str, Any]) -> bool:
 def _note_other_prompts(run: GenerateRun, plug: str, retrieve: str | None) -> None:
     """Notes which methods show other texts in a prompt than those that a plug has learned to read beside it: other
     items, or a profile, which no training shows."""
-    found = []
+    found, limit = [], run.config.llm.layout.max_input_tokens
     for name in run.methods_with("plug") if retrieve is not None else ():
         method = parse(name)
-        shown = method.part("retrieval")
-        other = shown is None or run.config.retrieval.named(shown.name, shown.items) != retrieve
-        if other or method.part("profile"):
-            found.append(name)
+        part = method.part("retrieval")
+        shown = "nothing" if part is None else run.config.retrieval.named(part.name, limit, part.items)
+        if method.part("profile"):
+            shown += " beside a profile"
+        if shown != retrieve:
+            found.append(f"{name} shows {shown}")
     if found:
-        run.report.warn(f"plug {plug} was trained with {retrieve} alone in its prompts; methods {found} show others")
+        run.report.warn(f"plug {plug} was trained with {retrieve} alone in its prompts; {', '.join(found)}")
 
 
 def _refuse_a_mixture(run: GenerateRun, plug: str, without_history: bool) -> None:
