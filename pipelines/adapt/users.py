@@ -135,8 +135,9 @@ class FitAdapters:
         self.refused = ""
         try:
             if llm.parallel.tensor > 1:
-                self.trainer = TrainerGroup(llm, lora, stack, cpu.torch_threads())
+                group = TrainerGroup(llm, lora, stack, cpu.torch_threads())
                 refuse_another(llm, llm_id)
+                self.trainer = group
             else:
                 base = FrozenLLM.load(llm, device=device.assigned()).model
                 refuse_another(llm, llm_id)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ class AdapterShelf:
         disk = tempfile.gettempdir()
         self.folder, self.overflow = (_own_folder(at) for at in (MEMORY if os.access(MEMORY, os.W_OK) else disk, disk))
         self._shapes: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
+        self._reads_base = threading.Lock()
 
     def put(self, name: AdapterName) -> Path:
         """Fetches one adapter, checks it and writes its folder.
@@ -127,8 +129,9 @@ class AdapterShelf:
         if row is None:
             raise ValueError(f"adapter {name.adapter_id}: no longer in the table's version")
         shape = AdapterShape(targets=tuple(row["targets"]), rank=row["rank"], alpha=row["alpha"])
-        if shape.targets not in self._shapes:
-            self._shapes[shape.targets] = base_shapes(self._base, shape.targets)
+        with self._reads_base:  # transformers sets the default number format of the whole process meanwhile
+            if shape.targets not in self._shapes:
+                self._shapes[shape.targets] = base_shapes(self._base, shape.targets)
         from_bytes(row["weights"] or b"", shape, self._shapes[shape.targets], self._adapters.llm_id)
         return self._written(str(name), row["weights"], shape)
 

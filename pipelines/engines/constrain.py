@@ -96,12 +96,8 @@ def _refuse_what_cannot_be_kept(decoding: Decoding, labels: Sequence[str], ids: 
             f"decoding.min_tokens={decoding.min_tokens}: a reply that is one of the labels ends with the label; leave "
             "it out, or set decoding.constrain=none"
         )
-    most = max(map(len, choices(ids).values()))
-    if decoding.label_logprobs and most > MOST_CHOICES:
-        raise InputError(
-            f"decoding.label_logprobs: labels go on in {most} ways from one place, and the engines tell the "
-            f"probabilities of {MOST_CHOICES}; set it to false"
-        )
+    if decoding.label_logprobs:  # an engine knows how many tokens end a reply: one at the least
+        LabelLogprobs(dict(zip(labels, ids, strict=True)), (-1,))
 
 
 def choices(labels: Sequence[Ids]) -> dict[Ids, tuple[int, ...]]:
@@ -189,8 +185,15 @@ class LabelLogprobs:
     """Log-probabilities of labels, one question per place where labels part."""
 
     def __init__(self, labels: Mapping[str, Ids], end_ids: Sequence[int]) -> None:
+        """Raises InputError: a question would be about more tokens than the engines tell of."""
         self._labels, self._end = labels, tuple(end_ids)
         self._parts = {begun: tokens for begun, tokens in choices(list(labels.values())).items() if len(tokens) > 1}
+        most = max((len(self._asked(tokens)) for tokens in self._parts.values()), default=0)
+        if most > MOST_CHOICES:
+            raise InputError(
+                f"decoding.label_logprobs: labels go on in {most} ways from one place, with {len(self._end)} tokens "
+                f"that end a reply, and the engines tell the probabilities of {MOST_CHOICES}; set it to false"
+            )
 
     def questions(self, prompt: EnginePrompt) -> list[NextTokens]:
         """The questions for one prompt."""

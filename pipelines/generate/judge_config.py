@@ -1,12 +1,15 @@
 """Keys of `judge`: flags, `--set` keys and lines of a YAML file. The docstrings are the text of `--help`."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import ResumableConfig
 from pplug.llm import LLMConfig
+
+JUDGE_TOKENS = 64
+"""Number of tokens of a judge's answer: a JSON object, and words before it."""
 
 
 class JudgeConfig(ResumableConfig):
@@ -24,7 +27,7 @@ class JudgeConfig(ResumableConfig):
     llm: LLMConfig
     """The judge: any LLM that the engine serves."""
     engine: EngineConfig = EngineConfig()
-    decoding: Decoding = Decoding(max_tokens=64)
+    decoding: Decoding = Decoding(max_tokens=JUDGE_TOKENS)
     """Decoding of the judge's answers; the benchmark's judge is greedy too."""
     as_of_version: dict[Literal["histories", "requests"], NonNegativeInt] = {}
     """Table versions to read instead of the newest complete one, for example `requests=12`."""
@@ -42,3 +45,9 @@ class JudgeConfig(ResumableConfig):
     """Number of times that a dead engine is started again before the job gives up; what is committed stays."""
     wave_rows: int = Field(50_000, gt=0)
     """Number of judged replies in one commit."""
+
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _as_long_as_by_default(cls, value: Any) -> Any:
+        """A decoding of which another key is given keeps the length that the help names."""
+        return {"max_tokens": JUDGE_TOKENS} | value if isinstance(value, dict) else value

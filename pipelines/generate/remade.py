@@ -38,7 +38,7 @@ class WithoutRemade:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for bucket in batch["bucket"].to_pylist():
             owed = self.pending.owed(bucket)
-            for file in self.snapshot.by_bucket()[bucket]:
+            for file in self.snapshot.by_bucket().get(bucket, ()):
                 if owed and read_file(file.uri, ["run_id"], pc.field("run_id") == self.run_id).num_rows:
                     rows = read_files([file], spec=self.table.spec)
                     keys = zip(*(rows[name].to_pylist() for name in ("user_id", "request_id", "method")), strict=True)

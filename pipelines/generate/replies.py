@@ -78,11 +78,11 @@ class Reply:
                 assert_never(other)
         try:
             refuse_another(llm, llm_id)
-        except ValueError as error:
+            self.read_labels()
+        except (ValueError, InputError) as error:
             self.engine.shutdown()
-            raise InputError(f"llm: {error}") from error
+            raise error if isinstance(error, InputError) else InputError(f"llm: {error}") from error
         metrics.note_restart(engine.kind)
-        self.read_labels()
 
     def read_labels(self) -> None:
         """Takes the labels whose probabilities are wanted from the decoding and the engine."""

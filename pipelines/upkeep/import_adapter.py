@@ -52,6 +52,11 @@ def _run(config: Config, report: RunReport) -> int:
     adapters = tables.open_or_create(config.tables, "adapters", histories.buckets)
     before = adapters.snapshot()
     known = before.metadata.get("llm_id")
+    if before.files and before.metadata.get("complete") != "true":
+        raise InputError(
+            f"adapters: version {before.version} is of run {before.metadata.get('run_id')}, which has not ended, so "
+            "that no reader would take the import; run `adapt` again under that run_id until it ends, then import"
+        )
     if before.files and known != made_for:
         raise InputError(
             f"the adapters in {config.tables} stand on LLM {known} (weights and prompt layout), but {config.llm.model} "
@@ -118,7 +123,7 @@ def _replace(table: Table, before: Snapshot, row: dict[str, Any], run_id: str, m
         old=old or None,
         planned_on=before.version,
         metadata=metadata | {"llm_id": made_for, "cut": "none"},  # it was not cut at the user's requests
-        complete=not before.files or before.metadata.get("complete") == "true",
+        complete=True,
         strict=True,
     )
     return commit.version

@@ -28,7 +28,7 @@ from pipelines.run import CpuShare
 from pipelines.upkeep import erase
 from pplug.adapter import AdapterShape, ExampleRule, LoraConfig, StackConfig, base_shapes, from_bytes, to_bytes
 from pplug.history import history_hash
-from pplug.llm import FrozenLLM, LLMConfig, llm_id
+from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig, llm_id
 from pplug.lora import StackedTrainer, UserExamples
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
@@ -319,6 +319,19 @@ def test_another_model_under_the_same_path_is_refused_by_the_worker(population, 
     stage = FitAdapters(llm, LORA, StackConfig(), "another", "fit", cpu=CpuShare(1, 1))
     with pytest.raises(InputError, match=f"is LLM {llm_id(llm)} on this machine, and another where the job"):
         list(stage(examples(population, llm)))
+
+
+def test_another_model_is_refused_where_several_processes_hold_it_too(llm, monkeypatch):
+    monkeypatch.setattr("pipelines.adapt.users.TrainerGroup", lambda *given: None)  # it would start processes
+    stage = FitAdapters(
+        llm.model_copy(update={"parallel": ParallelConfig(tensor=2)}),
+        LORA,
+        StackConfig(),
+        "another",
+        "fit",
+        CpuShare(1, 1),
+    )
+    assert stage.trainer is None and "another" in stage.refused
 
 
 def test_a_base_that_mixes_users_is_refused_and_nothing_is_trained(population, tmp_path, capsys):

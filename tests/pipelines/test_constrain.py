@@ -68,6 +68,13 @@ def test_label_logprobs_are_the_chances_of_constrained_sampling():
         assert math.exp(found[str(ids)]) == pytest.approx(math.prod(chance(*step) for step in steps))
 
 
+def test_a_question_about_more_tokens_than_the_engines_tell_of_is_refused():
+    labels = {"x": (5,)} | {f"x{i}": (5, 10 + i) for i in range(127)}
+    assert max(len(one.ids) for one in LabelLogprobs(labels, (1,)).questions(None)) == 128
+    with pytest.raises(InputError, match="in 130 ways from one place, with 3 tokens that end a reply"):
+        LabelLogprobs(labels, (1, 2, 3))
+
+
 def words(tmp_path):
     return TextTokenizer(word_tokenizer(tmp_path))
 

@@ -159,6 +159,13 @@ def test_what_does_not_fit_the_table_is_refused(filled, base, tmp_path, capsys):
     other = LLMConfig(model=str(base), layout=PromptLayout(suffix=" "))
     with pytest.raises(InputError, match="a table has adapters of one base"):
         take(filled, base, tmp_path / "a", "bob", "three", llm=other)
+    table = tables.open_table(filled.tables, "adapters")
+    version = table.version
+    half = table.snapshot()
+    table.commit([], run_id="half-night", group=0, mode="append", planned_on=half.version)
+    with pytest.raises(InputError, match="adapters: version .* is of run half-night, which has not ended"):
+        take(filled, base, tmp_path / "a", "bob", "four")
+    assert table.version == version + 1
     saved(base, tmp_path / "dora", use_dora=True)
     words = ["import-adapter", str(tmp_path / "dora"), "--user-id", "bob", "--tables", filled.tables]
     assert cli.main([*words, "--llm.model", str(base), "--run-dir", str(tmp_path / "run")]) == 2

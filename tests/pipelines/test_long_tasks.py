@@ -144,6 +144,12 @@ def strict_judge(folder: Path) -> LLMConfig:
     return LLMConfig(model=str(folder))
 
 
+def test_a_judge_answers_as_long_as_its_help_says_whatever_else_is_given():
+    given = {"tables": "t", "run": "r", "llm": {"model": "m"}}
+    for decoding, tokens in (({}, 64), ({"decoding": {"seed": 3}}, 64), ({"decoding": {"max_tokens": 9}}, 9)):
+        assert JudgeConfig.model_validate(given | decoding).decoding.max_tokens == tokens
+
+
 def test_a_judge_that_is_an_encoder_decoder_reads_prompts_as_its_tokenizer_writes_them(tmp_path):
     llm = LLMConfig(model=str(tiny_t5(tmp_path / "t5")))
     reads = AutoTokenizer.from_pretrained(llm.model)("the film was good")["input_ids"]
