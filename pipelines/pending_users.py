@@ -39,6 +39,8 @@ class PendingBucket:
     """Users whose row exists and still holds."""
     unchanged: list[str]
     """user_key of the bucket's rows that are not made anew."""
+    gone: int = 0
+    """Rows that go, without a reject in their place: their users have no item any more."""
 
     @property
     def pending(self) -> int:
@@ -110,8 +112,11 @@ class PendingUsers:
             pending[user] = (rows, digest)
             unchanged.pop(name, None)
         missing = (wanted or set()) - set(own.user_ids) if self.rejects_strangers else set()
-        keys_of_unchanged = sorted(row["user_key"] for row in unchanged.values())
-        return PendingBucket(own, pending, sorted(missing), existing, keys_of_unchanged)
+        gone = unchanged.keys() - set(own.user_ids)
+        gone = {name for name in gone if wanted is None or name in wanted}
+        gone -= {name for name in gone if unchanged[name]["history_hash"] is None}  # imported: made of no item here
+        keys_of_unchanged = sorted(row["user_key"] for name, row in unchanged.items() if name not in gone)
+        return PendingBucket(own, pending, sorted(missing), existing, keys_of_unchanged, len(gone - missing))
 
     def _asked(self, bucket: int, keys: list[str] | None) -> list[dict[str, Any]]:
         if self.requests is None:
@@ -120,11 +125,11 @@ class PendingUsers:
         return self.chosen.among(self.requests, bucket, keys, columns).to_pylist()
 
     def count(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Stage of the plan. in: bucket. out: bucket, pending, existing, unchanged (rows beside the pending)."""
+        """Stage of the plan. in: bucket. out: bucket, pending, existing, unchanged (rows beside the pending), gone."""
         for bucket in batch["bucket"].to_pylist():
             plan = self.read(bucket)
             counts = {"pending": plan.pending, "existing": plan.existing, "unchanged": len(plan.unchanged)}
-            yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in counts.items()})
+            yield pa.table({"bucket": [bucket]} | {name: [n] for name, n in (counts | {"gone": plan.gone}).items()})
 
     def blocks(
         self, bucket: int, schema: pa.Schema, make: Callable[[Histories, int, range], dict[str, Any]]

@@ -184,6 +184,8 @@ class Committer:
     replace: bool = False
     """True if a bucket's new files take the place of those it has, so that it must be complete before its commit;
     otherwise the table only grows, by any files."""
+    emptied: set[int] = field(default_factory=set)
+    """Buckets, with `replace`, of which nothing is left; the next commit takes them out."""
     rejected: dict[int, Counter[str]] = field(default_factory=dict)
     """Rows set aside, by bucket and reason."""
     _got: Counter[int] = field(default_factory=Counter)
@@ -234,7 +236,8 @@ class Committer:
         # Waves that replace rows are there for a rerun; to readers the last one shows them, or nothing does.
         complete = complete and not (self.replace and self.report.too_many_rejects)
         # a bucket whose rows all became rejects is replaced by nothing
-        replaced = {file.bucket for file in self._ready if file.bucket is not None} if self.replace else set()
+        buckets = {file.bucket for file in self._ready if file.bucket is not None} | self.emptied
+        replaced = buckets if self.replace else set()
         if good or replaced or (complete and not self.complete):
             commit = commit_first(
                 self.table,
@@ -252,13 +255,13 @@ class Committer:
             self.planned_on, self.complete = commit.version, complete
             self.report.table_written(self.table.spec.name, commit.version)
             self.report.written += sum(file.rows for file in good)
-        self._ready, self._flushed = [], time.monotonic()
+        self._ready, self.emptied, self._flushed = [], set(), time.monotonic()
 
     def finish(self) -> None:
         """Commits the rest. The version is complete only when every bucket has all its rows, and a replacement only
         when no more rows than allowed were rejected on the way."""
         paid = all(self._got[bucket] == rows for bucket, rows in self.pending.items())
-        if self._ready or not self.complete:
+        if self._ready or self.emptied or not self.complete:
             self.flush(complete=paid)
 
 
@@ -351,6 +354,7 @@ def run(
     before: Snapshot,
     pending: Mapping[int, int],
     unchanged: Mapping[int, int] | None = None,
+    gone: Mapping[int, int] | None = None,
     steps: Sequence[Step],
     metadata: Mapping[str, str],
     wave_rows: int,
@@ -372,6 +376,7 @@ def run(
         into: the table; `before`: its version that the plan was made on.
         pending: rows to make per bucket, as the plan has counted them.
         unchanged: rows per bucket that the steps pass on as they are; given, a bucket's rows replace those it had.
+        gone: rows per bucket that go without another in their place.
         steps: stages from a bucket to rows of the table, with reject columns where `rejects` is given.
         metadata: stands in every commit.
         wave_rows: rows after which what is ready is committed.
@@ -386,7 +391,7 @@ def run(
     Returns:
         What was committed, for what the job reports beside.
     """
-    todo = {bucket: n for bucket, n in sorted(pending.items()) if n}
+    todo = {bucket: n for bucket, n in sorted(pending.items()) if n or (gone or {}).get(bucket)}
     if complete is None:
         complete = before.metadata.get("complete") == "true"
         complete = complete and (strict or not into.unended([report.run_id], before.version))
@@ -402,15 +407,16 @@ def run(
         strict=strict,
         complete=complete,
         replace=unchanged is not None,
+        emptied={bucket for bucket, n in todo.items() if not n + kept[bucket]},
     )
     with report.stage(name) as stage:
         stage.rows = sum(todo.values())
-        if todo:
+        if buckets := [bucket for bucket in todo if bucket not in committer.emptied]:
             rejected = rejects.snapshot() if rejects is not None else None
             write = WriteFiles(into, rejects, report.job, report.run_id, key, rejected, count)
             shown = min(MOST_ROWS, max(LEAST_ROWS, stage.rows // SHOWN))
             rows = None if block_rows is None else min(block_rows, shown)
-            _commit_as_they_come(stream(list(todo), [*steps, tasks(write, rows)]), committer, unit, counted)
+            _commit_as_they_come(stream(buckets, [*steps, tasks(write, rows)]), committer, unit, counted)
         committer.finish()
     report.written -= sum(kept.values())  # they existed, and exist again
     return committer

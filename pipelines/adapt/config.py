@@ -17,8 +17,9 @@ class Config(ResumableConfig):
 
     stage users: Ray Data spreads users over workers, each of which trains many adapters in one stack. Buckets are
     committed wave by wave as their users are finished. A rerun trains only users whose adapter is missing or whose
-    items have changed. Where there are requests, a user's items are cut at the earliest of them: an adapter never knows
-    an item that a request may not see. As requests grow, `--requests new` cuts at those that are still to be answered.
+    items have changed. The adapter of a user who has no item any more goes. Where there are requests, a user's items
+    are cut at the earliest of them: an adapter never knows an item that a request may not see. As requests grow,
+    `--requests new` cuts at those that are still to be answered.
     Unit of work: a user.
     stage base: one adapter on the examples of all users but those left out, on Ray Train, merged into a new base model
     folder. Give that folder as llm.model to stage users and to `generate`. Unit of work: an example.

@@ -112,13 +112,8 @@ def _requests(config: Config, report: RunReport) -> "Snapshot | None":
 
 
 def _adapters(
-    config: Config,
-    report: RunReport,
-    histories: Snapshot,
-    task: TaskSpec,
-    users: frozenset[str] | None,
-    base: str,
-) -> None:
+    config: Config, report: RunReport, histories: Snapshot, task: TaskSpec, users: frozenset[str] | None, base: str
+) -> None:  # fmt: skip
     """Plans whose adapter is pending, trains them in one stream, commits wave by wave."""
     fit = fit_id(config.trained, base, task, config.rule, config.max_history_items)
     buckets = tables.open_table(config.tables, "histories").buckets
@@ -128,7 +123,7 @@ def _adapters(
     asked = keys_by_bucket(users, buckets)
     chosen = Chosen.of(config.tables, config.requests, config.since, "adapter")
     _refuse_other_settings(config, adapters, before, base, fit)
-    _refuse_a_mixture(config, report, before, histories, asked, (base, fit))
+    _refuse_a_mixture(config, report, before, asked, (base, fit))
     requests = _requests(config, report)
     # when only some users are trained, the others keep their old adapters, which may be uncut
     mixed = (users is not None or chosen.is_some) and "none" in tables.metadata_values(adapters, "cut")
@@ -138,9 +133,13 @@ def _adapters(
         only_asking=chosen.is_some, chosen=chosen, rejects_strangers=not chosen.is_some,
         items_before=0 if config.rule.retrieve == "none" else RETRIEVAL_ITEMS, without=frozenset({"weights"}),
     )  # fmt: skip
-    plan = waves.plan(list(histories.by_bucket() if asked is None else asked), pending.count, report)
+    every = sorted({*histories.by_bucket(), *before.by_bucket()})  # a bucket may have lost all its items
+    plan = waves.plan(every if asked is None else list(asked), pending.count, report)
     identities = {"llm_id": base, "fit_id": fit, "cut": cut}
     report.extra |= identities
+    if gone := sum(row["gone"] for row in plan.values()):
+        report.extra["adapters_gone"] = gone
+        print(f"adapt: {gone} adapters go, because their users have no item any more", flush=True)
     sample = llm_sample.stored(before, base)
     if sample is None and any(
         row["pending"] for row in plan.values()
@@ -156,6 +155,7 @@ def _adapters(
         before=before,
         pending={bucket: row["pending"] for bucket, row in plan.items()},
         unchanged={bucket: row["unchanged"] for bucket, row in plan.items()},
+        gone={bucket: row["gone"] for bucket, row in plan.items()},
         steps=[
             waves.actors(ReadExamples, pending, task, config.llm, config.rule, size=1),
             waves.actors(
@@ -195,15 +195,16 @@ def _refuse_a_mixture(
     config: Config,
     report: RunReport,
     adapters: "Snapshot",
-    histories: "Snapshot",
     users: "Mapping[int, list[str]] | None",
     made_as: tuple[str, str],
 ) -> None:
     """Refuses to make adapters of one base or settings beside other users' adapters of another.
 
-    Where all users are trained, adapters of users without items may still stay; they are counted.
+    Where all users are trained none stay: those of users who have no item any more go.
     """
-    stage = OtherSettings(adapters, histories, made_as[1], users)
+    if users is None:
+        return
+    stage = OtherSettings(adapters, made_as[1], users)
     found: Counter[tuple[str, str]] = Counter()
     if adapters.files:
         for row in waves.each_bucket(adapters.filled(), stage):
@@ -212,10 +213,6 @@ def _refuse_a_mixture(
         return
     report.extra["adapters_of_other_settings"] = found.total()
     (base, settings), _ = found.most_common(1)[0]
-    if users is None:
-        print(f"adapt: {found.total()} adapters of users who have no item any more stay as they are, the most of base "
-              f"{base} and settings {settings}", flush=True)  # fmt: skip
-        return
     raise InputError(
         f"users={config.users}: {found.total()} adapters of other users would stay in {config.tables}, of base {base} "
         f"and settings {settings} (the most of them), beside new ones of base {made_as[0]} and settings {made_as[1]}: "

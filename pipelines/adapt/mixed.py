@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from pplug.adapter import IMPORTED
 
@@ -19,24 +18,19 @@ class OtherSettings:
     """in: bucket int. out: llm_id, fit_id, rows (adapters of that base and settings that this run does not replace)."""
 
     adapters: Snapshot
-    histories: Snapshot
     fit_id: str
     """Settings of this run, the base among them; their rows are not counted."""
-    users: Mapping[int, list[str]] | None
-    """Keys by bucket (`shards.keys_by_bucket`) of the users whose adapters are made; None: of all that have items."""
+    users: Mapping[int, list[str]]
+    """Keys by bucket (`shards.keys_by_bucket`) of the users whose adapters are made, or go where they have no item."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         (bucket,) = batch["bucket"].to_pylist()
         rows = self.adapters.read(["user_key", "adapter_id", "llm_id"], buckets=[bucket]).to_pylist()
         mixes = (self.fit_id, IMPORTED)  # one from elsewhere may stand beside those of any settings
         other = {row["user_key"]: row for row in rows if row["adapter_id"].partition("-")[0] not in mixes}
-        asked = of_bucket(self.users, bucket)
-        keys = sorted(other if asked is None else other.keys() & set(asked))
-        made: set[str] = set()
-        for items in self.histories.of_users(["user_key"], bucket, keys) if keys else ():
-            made.update(items["user_key"].to_pylist())
+        asked = set(self.users.get(bucket, ()))
         found = Counter(
-            (row["llm_id"], row["adapter_id"].partition("-")[0]) for key, row in other.items() if key not in made
+            (row["llm_id"], row["adapter_id"].partition("-")[0]) for key, row in other.items() if key not in asked
         )
         yield pa.table(
             {

@@ -49,7 +49,8 @@ class IngestConfig(BaseModel):
     item_id and vector. Without a source, they are those of items that the tables hold."""
     follow: bool = False
     """Reading of what has come to a Delta table, the source, since its last ingest with this key; the first one reads
-    all. Items that have gone from the table are counted, and listed in the run folder."""
+    all. Items that have gone from the table are counted, and listed in the run folder. Tables follow it for one part of
+    the users, or for all."""
     apply_deletes: bool = False
     """Removal of the items that `follow` finds gone, or found gone in nights without this key, and of requests derived
     from them. Users of whom no item is left are for `erase`, with the list in the run folder; `compact` drops vectors

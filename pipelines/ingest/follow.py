@@ -10,6 +10,8 @@ counts only once it stands in the requests' commit too. Between that version and
 Gone are the keys (user_id, item_id) of the old version that the new one no longer has, worked out from both versions
 whatever the feed says: a row that was moved or written again has not gone. Where a night does not remove what has gone,
 the old version is noted, so that a later night that removes compares with it too.
+Beside the version stands the part of the users that was read. Rows of other users are not read again, so that tables
+follow a table for one part alone.
 """
 
 import json
@@ -18,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -29,13 +31,14 @@ import pyarrow.parquet as pq
 from infra import addresses
 from infra.errors import InputError
 from infra.lines import is_line
-from infra.shards import user_key
+from infra.shards import shard_columns, user_key
 from infra.snapshot import Snapshot
 from infra.storage import Storage, retrying
 from pipelines.ingest.gone import KEYS, Comparison, comparison, keys_of, no_keys, only_moved, refuse_missing
 from pipelines.ingest.sources.base import Kind, is_access_error
 from pipelines.ingest.sources.delta import files_of, in_order, rows_of
 from pipelines.ingest.sources.discover import File, Source
+from pipelines.ingest.users import UserChoice, user_hashes
 from pipelines.ingest.values import text_of
 
 if TYPE_CHECKING:
@@ -48,12 +51,48 @@ FOLLOWED_BEFORE = "followed_before"
 FOLLOWED_GONE = "followed_gone"
 """Key beside them: by the table's id, versions that were read and some of whose rows have gone from it since, without
 `apply_deletes`. Where requests are committed after histories, the list counts that stands in the requests' commit."""
+FOLLOWED_PART = "followed_part"
+"""Key beside them: by the table's id, the `Part` of the users who were read. Earlier releases noted none."""
+NOTED = (FOLLOWED, FOLLOWED_BEFORE, FOLLOWED_GONE, FOLLOWED_PART)
+"""Keys that each later commit takes over."""
 CHANGED_ROWS = "changed-rows.parquet"
 GONE_ITEMS, GONE_USERS = "gone-items.jsonl", "gone-users.txt"
 """Files in the run folder with the keys of items that have gone, and with the users who have no item left, neither in
 the followed table nor from elsewhere in the histories."""
 Compared: TypeAlias = Callable[[], AbstractContextManager[Comparison]]
 """Opens a comparison with the newest version's keys."""
+
+
+class Part(NamedTuple):
+    """Users of whom a table is followed: those with a hash in [low, high), as `UserChoice` keeps them."""
+
+    name: str = ""
+    low: int = 0
+    high: int = UserChoice().high
+
+    @classmethod
+    def of(cls, parts: Mapping[str, float], part: str | None) -> Self:
+        """Returns the part of a config; without one, all users."""
+        choice = UserChoice.of(parts, part, None) or UserChoice()
+        return cls(part or "", choice.low, choice.high)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Begin and end among all users, without what shares that are added in another order differ by."""
+        return round(self.low / ALL_USERS.high, 9), round(self.high / ALL_USERS.high, 9)
+
+    def among(self, keys: pa.Table) -> pa.Table:
+        """Returns the keys (user_id, item_id) of these users."""
+        hashes, _ = user_hashes(pa.table({"user_key": shard_columns(keys["user_id"], 1)[1]}))
+        return keys.filter(pa.array(UserChoice(self.low, self.high).within(hashes)))
+
+    def __str__(self) -> str:
+        if self.shares == (0, 1):
+            return "all users"
+        return f"part {self.name}, the shares from {self.shares[0]:g} to {self.shares[1]:g} of the users"
+
+
+ALL_USERS = Part()
 
 
 @dataclass(frozen=True)
@@ -77,6 +116,8 @@ class Changes:
     """Versions of earlier ingests whose rows have gone and were not removed."""
     applied: bool = False
     """True if this ingest removes what has gone, of those versions too."""
+    part: Part = ALL_USERS
+    """Users who are read."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -106,6 +147,7 @@ class Changes:
         gone = _versions(before, FOLLOWED_GONE) | {self.table_id: left}
         if gone := {table_id: versions for table_id, versions in gone.items() if versions}:
             found[FOLLOWED_GONE] = gone
+        found[FOLLOWED_PART] = _versions(before, FOLLOWED_PART) | {self.table_id: self.part}
         return {key: json.dumps(versions, sort_keys=True) for key, versions in found.items()}
 
 
@@ -128,23 +170,23 @@ def _unapplied(histories: Mapping[str, str], requests: Mapping[str, str], table_
 
 def find_changes(
     address: str, before: Mapping[str, str], columns: Mapping[str, str], run_dir: str,
-    requests_before: Mapping[str, str] | None = None, apply_deletes: bool = False,
+    requests_before: Mapping[str, str] | None = None, apply_deletes: bool = False, part: Part = ALL_USERS,
 ) -> Changes:  # fmt: skip
     """Compares a Delta table with the version of its last ingest.
 
     Args:
-        before: metadata of the histories' newest commit.
+        before, requests_before: metadata of the newest commits of histories and of requests.
         columns: column of the table for each of our names.
         run_dir: folder for `CHANGED_ROWS`.
-        requests_before: metadata of the requests' newest commit.
         apply_deletes: what has gone will be removed, and with it what went in earlier nights and was not.
+        part: users who are read; what has gone is told of them alone.
 
     Raises:
-        InputError: no Delta table is there, it has no such columns, or the local disk no room to compare its keys.
+        InputError: no Delta table with such columns is there, it is followed for others, or the disk has no room.
         OSError: the files cannot be reached; only files that are no longer there count as vacuumed.
     """
     table = _opened(address)
-    table_id, version = str(table.metadata().id), table.version()
+    table_id, version = _checked_id(address, table, before, part), table.version()
     since = _last_read(before, requests_before or {}, table_id)
     unapplied = _unapplied(before, requests_before or {}, table_id)
     late = unapplied if apply_deletes else ()
@@ -152,7 +194,7 @@ def find_changes(
 
     def changes(files: Sequence[File] | None, words: str, gone: pa.Table | None = None, left: Any = ()) -> Changes:
         gone, kept = no_keys() if gone is None else gone, None if files is None else tuple(files)
-        return Changes(table_id, version, since, kept, gone, tuple(left), words, unapplied, apply_deletes)
+        return Changes(table_id, version, since, kept, gone, tuple(left), words, unapplied, apply_deletes, part)
 
     if since is None:
         return changes(None, f"version {version} of the table is read as a whole: no earlier ingest has followed it")
@@ -174,7 +216,7 @@ def find_changes(
     compared = partial(comparison, table, names, address, now_files.keys() & before_files.keys())
     moved = only_moved(address, since, version)
     try:
-        gone, left, lost = (no_keys(), [], "") if moved and not late else _what_went(compared, old, late, address)
+        gone, left, lost = (no_keys(), [], "") if moved and not late else _what_went(compared, old, late, address, part)
     except OSError as error:  # a vacuum has removed the old files
         if is_access_error(error):
             raise
@@ -186,6 +228,19 @@ def find_changes(
         return changes(added, what_is_new + lost, gone, left)
     feed, words = _changed(table, since, names, plain, None if moved else compared, run_dir)
     return changes(None if feed is None else (feed,), words + lost, gone, left)
+
+
+def _checked_id(address: str, table: "DeltaTable", before: Mapping[str, str], part: Part) -> str:
+    """Returns a table's id, and refuses one whose rows before the changes were read of other users."""
+    table_id = str(table.metadata().id)
+    noted = _versions(before, FOLLOWED_PART).get(table_id)
+    if noted is not None and (known := Part(*noted)).shares != part.shares:
+        raise InputError(
+            f"{address}: these tables follow it for {known}, and this ingest is for {part}: changes alone are "
+            "read, so that earlier rows of the other users would be missing; give the part and the shares of before, "
+            "or ingest into new tables"
+        )
+    return table_id
 
 
 def _changed(
@@ -299,10 +354,10 @@ def _file(address: str, action: Mapping[str, Any]) -> File:
 
 
 def _what_went(
-    compared: Compared, old: "DeltaTable", late: Sequence[int], address: str
+    compared: Compared, old: "DeltaTable", late: Sequence[int], address: str, part: Part
 ) -> tuple[pa.Table, list[str], str]:
-    """Returns the keys that went after the old version or one of the earlier ones, the users of whom nothing is left,
-    and words on those earlier versions that can no longer be read."""
+    """Returns the part's keys that went after the old version or one of the earlier ones, its users of whom nothing is
+    left, and words on those earlier versions that can no longer be read."""
     lost = list[str]()
     with compared() as asked:
         asked.ask_version(old)
@@ -314,6 +369,9 @@ def _what_went(
                     raise
                 lost.append(str(version))
         gone, users = asked.missing()
+    gone = part.among(gone)
+    mine = set(pc.unique(gone["user_id"]).to_pylist())
+    users = [user for user in users if user in mine]
     if not lost:
         return gone, users, ""
     words = f"; what went after version {', '.join(lost)} cannot be told, because it can no longer be read"

@@ -25,10 +25,9 @@ from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.figures import Figures
 from pipelines.ingest.follow import (
-    FOLLOWED,
-    FOLLOWED_BEFORE,
-    FOLLOWED_GONE,
+    NOTED,
     Changes,
+    Part,
     find_changes,
     forget_rows,
     write_gone,
@@ -93,7 +92,7 @@ class Plan:
             return {}
         before = self.before[name].metadata
         # with the rows of a followed table, what was known of its versions has gone too
-        kept = () if "histories" in self.whole else (FOLLOWED, FOLLOWED_BEFORE, FOLLOWED_GONE)
+        kept = () if "histories" in self.whole else NOTED
         followed = {key: before[key] for key in kept if key in before}
         if self.changes is not None and whole:
             followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
@@ -161,7 +160,8 @@ def _changes(config: IngestConfig, run_dir: str) -> Changes:
     (source,) = addresses(config.source)
     newest = [tables.newest(config.tables, name) for name in ("histories", "requests")]
     histories, requests = (table.metadata if table is not None else {} for table in newest)
-    changes = find_changes(source, histories, config.columns, run_dir, requests, config.apply_deletes)
+    part = Part.of(config.parts, config.part)
+    changes = find_changes(source, histories, config.columns, run_dir, requests, config.apply_deletes, part)
     write_gone(changes, run_dir, config.tables, config.apply_deletes, newest[0])
     return changes
 

@@ -46,8 +46,12 @@ def refuse_missing(config: IngestConfig, figures: Figures) -> None:
 
 
 def refuse_nobody(config: IngestConfig, figures: Figures, report: RunReport) -> None:
-    """Refuses a part without a user. Raises InputError: all rows are of users outside it."""
-    if report.extra.get("left_out") and not figures.users:
+    """Refuses a part without a user. Raises InputError: all rows are of users outside it.
+
+    A later night of a followed table may bring rows of other parts alone.
+    """
+    later_night = report.extra.get("followed", {}).get("since") is not None
+    if report.extra.get("left_out") and not figures.users and not later_night:
         raise InputError(
             f"part={config.part}: all rows of {config.source or config.requests_source} are of users outside this "
             "part; the source has too few users for such a share, so give the part a larger one"

@@ -49,7 +49,7 @@ def _compact(config: Config, report: RunReport, table: "Table") -> int:
             _rewrite(config, report, table, snapshot, replaced)
             break
         except CommitConflict:  # our commits stay, the rest is planned anew
-            left[name] = f"others committed to it during each of {TRIES} tries"
+            left[name] = f"others committed to it, or brought items for it, during each of {TRIES} tries"
     unchanged = len(table.snapshot().files)
     report.planned += len(replaced) + unchanged
     report.written += len(replaced)
@@ -61,7 +61,8 @@ def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snaps
     """Plans on a complete version and commits in waves; adds the replaced files to `replaced`."""
     name = table.spec.name
     of_vectors = name.startswith("embeddings")
-    if of_vectors and name.startswith(tables.embeddings_name(OWN_ID)):
+    given = name.startswith(tables.embeddings_name(OWN_ID))
+    if of_vectors and given:
         # ingest commits such vectors before their items, and no encoder could make them again: asked between the two
         # snapshots, so that a writer that has ended by now has its items in the second
         of_vectors = not lease.another_writes(config.tables, report.run_id)
@@ -71,8 +72,17 @@ def _rewrite(config: Config, report: RunReport, table: "Table", snapshot: "Snaps
     new: list[DataFile] = []
     below, dropped = snapshot, 0
 
+    def refuse_needed() -> None:
+        """Ends a plan that may drop a vector whose item has come back: a refresh that found it makes none."""
+        assert histories is not None, "only vectors are dropped, by the items there are"
+        now = tables.open_table(config.tables, "histories").snapshot(complete=True).version
+        if now != histories.version or given and lease.another_writes(config.tables, report.run_id):
+            raise CommitConflict("histories", now, histories.version)
+
     def commit() -> None:
         nonlocal below, dropped
+        if dropped:
+            refuse_needed()
         group, same = next_group(table, report.run_id), not dropped
         done = table.rewrite(new, old, below=below, run_id=report.run_id, group=group, same_rows=same)
         below = dataclasses.replace(below, version=done.version)

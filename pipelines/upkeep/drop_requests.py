@@ -5,7 +5,7 @@ same command end a job that was killed in between: the table that tells which re
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
@@ -61,6 +61,10 @@ class Going:
         answers = answers_now(self.requests.read(list(COMPARED), buckets=[bucket]))
         return replies.filter(pa.array([answers(row) for row in replies.to_pylist()], pa.bool_()))
 
+    def among(self, requests: Snapshot) -> "Going":
+        """The same choice among the requests of another version: an ingest may change some while the job works."""
+        return replace(self, requests=requests, told_by=self.told_by if self.limit is None else requests)
+
 
 @dataclass(frozen=True)
 class Without:
@@ -111,7 +115,7 @@ def run(config: Config) -> int:
     with lease.writing(config.tables, report.run_id):
         going = _going(config, report)
         order = [*answers, requests] if config.answered_by is None else [requests, *answers]
-        dropped = {table.spec.name: _drop(table, going, report) for table in order}
+        dropped = {table.spec.name: _drop(table, requests, going, report) for table in order}
     report.planned = report.written = dropped["requests"]
     report.extra["replies_dropped"] = dropped.get("generations", 0)
     report.extra["tables"] = tables.costs(config.tables, dropped)
@@ -151,17 +155,18 @@ def _going(config: Config, report: RunReport) -> Going:
     return Going(requests, requests, datetime.now(UTC) - timedelta(days=config.older_than_days), ())
 
 
-def _drop(table: Table, going: Going, report: RunReport) -> int:
+def _drop(table: Table, requests: Table, going: Going, report: RunReport) -> int:
     """Commits a table without the rows of these requests; returns their number."""
     name = table.spec.name
     for _ in range(TRIES):
         before = table.snapshot()
         _refuse_unfinished(before)
+        now = going.among(before if table == requests else requests.snapshot())
         old: list[DataFile] = []
         new: list[DataFile] = []
         dropped = 0
         with report.stage(f"drop from {name}") as stage:
-            for row in each_bucket(list(before.by_bucket()), Without(table, before, going, report.run_id)):
+            for row in each_bucket(list(before.by_bucket()), Without(table, before, now, report.run_id)):
                 old += files_of(row["old"])
                 new += files_of(row["new"])
                 dropped += row["dropped"]

@@ -225,8 +225,7 @@ def test_rows_that_are_replaced_or_of_the_same_settings_are_no_mixture(populatio
     stored(population, ["ann", "bob", "gone"], "fit", "base")
 
     def others(fit, users):
-        stage = OtherSettings(snapshot(population, "adapters"), snapshot(population, "histories"), fit,
-                              keys_by_bucket(users, BUCKETS))  # fmt: skip
+        stage = OtherSettings(snapshot(population, "adapters"), fit, keys_by_bucket(users, BUCKETS))
         found = [row for bucket in range(BUCKETS) for table in stage(pa.table({"bucket": [bucket]}))
                  for row in table.to_pylist()]  # fmt: skip
         assert {(row["llm_id"], row["fit_id"]) for row in found} <= {("base", "fit")}
@@ -234,8 +233,8 @@ def test_rows_that_are_replaced_or_of_the_same_settings_are_no_mixture(populatio
 
     assert others("fit", frozenset({"ann"})) == 0
     assert others("new", frozenset({"ann"})) == 2
-    assert others("new", frozenset({"ann", "bob"})) == 1  # the row of a user without items is not made anew
-    assert others("new", None) == 1
+    assert others("new", frozenset({"ann", "bob"})) == 1
+    assert others("new", frozenset({"ann", "bob", "gone"})) == 0  # a named user's row goes without any item
 
 
 # --- exports ---

@@ -10,7 +10,7 @@ from infra import shards
 from infra.errors import InputError
 from pipelines import tables
 from pipelines.__main__ import main
-from pipelines.upkeep import drop_requests
+from pipelines.upkeep import count_runs, drop_requests
 from pipelines.upkeep.config import DropRequestsConfig
 from pplug.history import input_hash
 
@@ -44,6 +44,16 @@ class Kept:
 
     def reply(self, run: str, keys: list[tuple[str, str]], **columns: list) -> None:
         self.put("generations", run, keys, **columns)
+
+    def correct(self, key: tuple[str, str], **columns) -> None:
+        """An ingest that changes one request: its bucket is replaced."""
+        table = tables.open_table(self.tables, "requests")
+        bucket = shards.bucket_of(key[0], BUCKETS)
+        rows = table.snapshot(complete=True).read(table.spec.schema.names, buckets=[bucket]).to_pylist()
+        made = [row | columns if (row["user_id"], row["request_id"]) == key else row for row in rows]
+        files = table.write(pa.Table.from_pylist(made, schema=table.spec.schema), "correction")
+        table.commit(files, run_id="correction", group=0, mode="replace", buckets=[bucket],
+                     planned_on=table.version, complete=True)  # fmt: skip
 
     def rows(self, name: str, *columns: str) -> list[tuple]:
         found = tables.open_table(self.tables, name).snapshot(complete=True).read(list(columns))
@@ -122,11 +132,11 @@ def test_a_reply_to_an_earlier_input_drops_no_request(kept):
 def test_a_job_that_ended_between_the_tables_is_ended_by_the_same_command(kept, monkeypatch, how):
     drop, done = drop_requests._drop, []
 
-    def first_only(table, going, report):
+    def first_only(table, *others):
         if done:
             raise KeyboardInterrupt
         done.append(table.spec.name)
-        return drop(table, going, report)
+        return drop(table, *others)
 
     monkeypatch.setattr(drop_requests, "_drop", first_only)
     with pytest.raises(KeyboardInterrupt):
@@ -138,6 +148,32 @@ def test_a_job_that_ended_between_the_tables_is_ended_by_the_same_command(kept, 
     left = of("recent", "undated") if "older_than_days" in how else of("undated")
     assert kept.requests == left
     assert {row[1:] for row in kept.replies} <= set(left) and len(kept.replies) == (10 if len(left) == 10 else 5)
+
+
+@pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("night",)}])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_request_that_an_ingest_changes_while_the_job_works_stays(tmp_path, monkeypatch, how, late):
+    """The change comes after the first look at the requests, or after they were planned to go (`late`)."""
+    kept, changed, by_age = Kept(tmp_path), [], "older_than_days" in how
+    long_ago = datetime.now(UTC) - timedelta(days=40)
+    kept.put("requests", "more", of("asked"), as_of=[long_ago] * len(USERS), input=["How?"] * len(USERS))
+    kept.reply("night", of("asked"), input_hash=[input_hash("How?")] * len(USERS))
+
+    def each_bucket(buckets, stage):
+        rows = [row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]})) for row in made.to_pylist()]
+        planned = isinstance(stage, drop_requests.Without) and stage.table.spec.name == "requests"
+        if not changed and (planned if late else isinstance(stage, drop_requests.CountStaying)):
+            changed.append(kept.correct((USERS[0], "asked"), input="Another question?", as_of=datetime.now(UTC)))
+        return iter(rows)
+
+    for module in (drop_requests, count_runs):
+        monkeypatch.setattr(module, "each_bucket", each_bucket)
+    monkeypatch.setattr(drop_requests.session, "start", lambda **_: None)
+    assert kept.drop(**how) == 0 and changed
+    others = of("recent", "undated") if by_age else of("old", "recent", "undated")
+    assert kept.requests == sorted([*others, (USERS[0], "asked")])
+    # by age the replies go first, and this one has gone before the change
+    assert kept.replies == ([] if late and by_age else by("night", [(USERS[0], "asked")]))
 
 
 def test_tables_on_which_a_run_has_not_ended_are_left_as_they_are(kept):

@@ -1,4 +1,7 @@
-"""Rows that replace others are shown to readers only when no more were rejected than the config allows."""
+"""Rows that replace others are shown to readers only when no more were rejected than the config allows.
+
+A row of a user goes with the user's last item.
+"""
 
 import json
 
@@ -6,13 +9,17 @@ import pyarrow as pa
 import pytest
 
 from infra.report import RunReport
+from infra.shards import bucket_of
 from infra.table import DataFile
 from pipelines import tables, waves
 from pipelines.adapt import job as adapt
+from pipelines.pending_users import PendingUsers
 from pipelines.waves import Committer
 from pplug.adapter import LoraConfig
 from pplug.llm import LLMConfig
+from tests.pipelines import test_subset
 from tests.pipelines.population import NOTES
+from tests.pipelines.test_base_cut import stored
 from tests.pplug.models import tiny_llama
 
 BUCKETS = 4
@@ -98,6 +105,44 @@ def test_a_bucket_that_lacks_a_row_is_never_complete(tmp_path, monkeypatch):
     assert table.snapshot().rows == 2 and table.snapshot().metadata.get("complete") != "true"
 
 
+def test_a_bucket_of_which_all_rows_go_is_emptied(tmp_path):
+    table = tables.open_or_create(str(tmp_path), "embeddings-e", BUCKETS)
+    table.commit(vectors(table, "old", range(BUCKETS), 1.0), run_id="old", group=0, mode="append", planned_on=0,
+                 complete=True)  # fmt: skip
+    report = RunReport("adapt", "new", {}, str(tmp_path / "run"))
+    none = dict.fromkeys(range(BUCKETS), 0)
+    waves.run(report, "fit", "users", into=table, before=table.snapshot(), pending=none, unchanged=none | {0: 1},
+              gone=none | {2: 1}, steps=[], metadata={}, wave_rows=1)  # fmt: skip
+    assert list(table.snapshot(complete=True).by_bucket()) == [0, 1, 3] and report.written == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "missing", "gone", "stay"),
+    [
+        ({}, [], 2, ["eve"]),  # adapt
+        ({"only_asking": True, "rejects_strangers": False}, [], 1, ["eve", "zoe"]),  # adapt --requests new
+        ({"only_asking": True}, ["ann", "eve"], 0, ["eve", "zoe"]),  # generate --write-profiles
+        ({"users": frozenset({"zoe"})}, ["zoe"], 0, ["ann", "bob", "eve"]),  # adapt --users
+    ],
+)
+def test_a_row_of_a_user_without_any_item_goes_where_the_user_is_looked_at(tmp_path, how, missing, gone, stay):
+    """Of four users with a row bob alone has an item, and zoe no request; eve's adapter was imported."""
+    place, asking = str(tmp_path), ["ann", "bob", "eve"]
+    test_subset.put(place, "histories", ["bob"], item_id=["1"], position=[0], text_hash=["h"])
+    test_subset.put(place, "requests", asking, request_id=asking, input=asking)
+    made_from = {"history_hash": ["z", "z", None, "z"], "adapter_id": ["fit-1", "fit-2", "imported-3", "fit-4"]}
+    test_subset.put(place, "adapters", [*asking, "zoe"], **made_from)
+    names = ("histories", "requests", "adapters")
+    histories, requests, before = (tables.open_table(place, name).snapshot(complete=True) for name in names)
+    given = {"users": None, "buckets": test_subset.BUCKETS} | how
+    pending = PendingUsers(histories, requests, before, "fit", 10, **given)
+    found = [pending.read(bucket) for bucket in range(test_subset.BUCKETS)]
+    keys = {row["user_key"]: row["user_id"] for row in before.read(["user_key", "user_id"]).to_pylist()}
+    assert sorted(keys[key] for one in found for key in one.unchanged) == stay
+    assert sum(one.gone for one in found) == gone
+    assert sorted(name for one in found for name in one.missing) == missing
+
+
 def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population, tmp_path, ray_session):
     llm = LLMConfig(model=str(tiny_llama(tmp_path / "llm")))
     rows = [
@@ -107,6 +152,10 @@ def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population,
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert population.ingest(source=str(tmp_path / "items.jsonl"), task=population.task(NOTES)) == 0
 
+    others = {bucket_of(user, BUCKETS) for user in ("ann", "bob")}
+    gone = next(user for user in map(str, range(100)) if bucket_of(user, BUCKETS) not in others)
+    stored(population, [gone], "fit", "base")  # an adapter of former items, in a bucket without any now
+
     def run(name: str, rate: float) -> int:
         lora = LoraConfig(learning_rate=rate, storage_dtype="float32", batch_size=1, epochs=3)
         config = {"tables": population.tables, "run_id": name, "run_dir": str(tmp_path / name), "threads": 1}
@@ -114,6 +163,6 @@ def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population,
 
     assert run("good", 1e-2) == 0
     good = population.rows("adapters")
-    assert len(good) == 2
+    assert sorted(row["user_id"] for row in good) == ["ann", "bob"]
     assert run("bad", 1e36) == 3  # every weight overflows
     assert population.rows("adapters") == good

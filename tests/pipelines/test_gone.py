@@ -1,5 +1,6 @@
 """Keys that a followed Delta table no longer has: which files are read for them, and what is told."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from infra.errors import InputError
 from pipelines.ingest import gone
-from tests.pipelines.test_follow import FEED, changes, read, rows
+from pipelines.ingest.follow import FOLLOWED_PART, Part, find_changes
+from tests.pipelines.test_follow import COLUMNS, FEED, changes, read, rows
+from tests.pipelines.test_ingest_users import hash_of
 
 
 @pytest.fixture
@@ -96,3 +100,30 @@ def test_what_has_gone_is_what_both_versions_tell(place, tmp_path, seed):
         assert [(row["user_id"], row["item_id"]) for row in found.gone.to_pylist()] == sorted(went)
         left = {user for user, _ in keys(None)}
         assert found.gone_users == tuple(sorted({user for user, _ in went} - left))
+
+
+def test_a_table_is_followed_for_one_part_of_the_users(place, tmp_path):
+    """Other users' rows of the versions before would never be read; earlier releases noted no part."""
+
+    def found(known, part, **parts):
+        return find_changes(place, known, COLUMNS, str(tmp_path / "run"), part=Part.of(parts, part))
+
+    users, halves = [f"u{number}" for number in range(20)], {"dev": 0.5, "train": 0.5}
+    write_deltalake(place, rows(*((user, 1, "text") for user in users)))
+    first = found({}, "train", **halves)
+    known = first.followed({"followed_part": '{"another": ["dev", 0, 7]}'})
+    assert first.files is None and found(known, "train", **halves).files == ()
+    for part, parts, told in [("dev", halves, "part dev, the shares from 0 to 0.5 of the users"),
+                             ("train", {"dev": 0.4, "train": 0.6}, "part train, the shares from 0.4 to 1 of the users"),
+                             (None, {}, "all users")]:  # fmt: skip
+        with pytest.raises(InputError, match=f"for part train, the shares from 0.5 to 1 .* ingest is for {told}:"):
+            found(known, part, **parts)
+    with pytest.raises(InputError, match="follow it for all users, and this ingest is for part dev"):
+        found(found({}, None).followed({}), "dev", **halves)
+    assert json.loads(known[FOLLOWED_PART])["another"] == ["dev", 0, 7]
+    earlier = {name: text for name, text in known.items() if name != FOLLOWED_PART}
+    assert found(earlier, "dev", **halves).files == ()
+    DeltaTable(place).delete("author < 'u3'")
+    now = found(known, "train", **halves)
+    went = [user for user in sorted(users) if user < "u3" and hash_of(user) >= 2**63]
+    assert 0 < len(went) < 12 and now.gone_users == tuple(went) == tuple(now.gone["user_id"].to_pylist())

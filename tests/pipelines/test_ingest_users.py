@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from infra.errors import InputError
+from infra.report import RunReport
 from infra.shards import shard_columns
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.figures import Figures
 from pipelines.ingest.look import look_at, options_of
 from pipelines.ingest.source_rows import COUNT, ITEM, NO_BUCKET, REJECT, ROWS, RowWriter
 from pipelines.ingest.sources.base import FORMATS
+from pipelines.ingest.summary import refuse_nobody
 from pipelines.ingest.users import FirstUsers, UserChoice, user_hashes
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES, Population
@@ -166,3 +169,13 @@ def test_an_ingest_keeps_a_part_of_the_users_and_the_first_of_them(tmp_path, ray
     assert set(population.items()) == set(low) and population.report["already_there"] == 7 * 3
     with pytest.raises(InputError, match="part=none: all rows .* are of users outside this part"):
         population.ingest(**given | {"parts": {"none": 1e-9}}, part="none")
+
+
+def test_a_night_of_a_followed_table_may_bring_rows_of_other_parts_alone(tmp_path):
+    given = {"source": "live", "follow": True, "parts": {"dev": 0.1, "train": 0.9}, "part": "dev"}
+    config, left_out = IngestConfig(tables="t", **given), {"left_out": {"part": 3}}
+    later = RunReport("ingest", "later", {}, run_dir=str(tmp_path), extra={**left_out, "followed": {"since": 0}})
+    refuse_nobody(config, Figures(), later)
+    first = RunReport("ingest", "first", {}, run_dir=str(tmp_path), extra={**left_out, "followed": {"since": None}})
+    with pytest.raises(InputError, match="part=dev: all rows of live are of users outside this part"):
+        refuse_nobody(config, Figures(), first)

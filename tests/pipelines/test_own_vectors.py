@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -269,6 +269,36 @@ def test_a_compaction_beside_an_ingest_takes_no_vector_away_whose_item_is_yet_to
         with others:
             assert compact.run(compact.Config(run_id=run_id, run_dir=str(population.folder / run_id), **compacts)) == 0
         assert len(stored(population)) == left, run_id
+
+
+@pytest.mark.parametrize("name", ["embeddings-e", "embeddings-own-demo"])
+def test_a_compaction_keeps_a_vector_whose_item_comes_back_while_it_works(tmp_path, monkeypatch, name):
+    """The item is there before the commit, or its ingest has just begun, which writes no vector that it finds."""
+    place, own = str(tmp_path / "tables"), name == "embeddings-own-demo"
+
+    def add(name, run_id, texts, **columns):
+        table = tables.open_or_create(place, name, 1)
+        rows = [{"bucket": 0, "user_key": user_key("u1"), "user_id": "u1", "text_hash": text} for text in texts]
+        rows = pa.Table.from_pylist([row | columns for row in rows], schema=table.spec.schema)
+        table.commit(table.write(rows, run_id), run_id=run_id, group=0, mode="append", planned_on=table.version,
+                     complete=True)  # fmt: skip
+
+    def each_bucket(buckets, stage):
+        rows = [row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]})) for row in made.to_pylist()]
+        if not meanwhile:
+            meanwhile.append(others.enter_context(lease.writing(place, "ingest")) if own else
+                             add("histories", "second", ["b"], item_id="b", position=1))  # fmt: skip
+        return rows
+
+    add("histories", "first", ["a"], item_id="a", position=0)
+    add(name, "first", ["a", "b", "c"], encoder_id=name.partition("-")[2], vector=[1.0, 0.0])
+    meanwhile, run_dir = [], str(tmp_path / "compact")
+    monkeypatch.setattr(compact, "each_bucket", each_bucket)
+    monkeypatch.setattr(compact.session, "start", lambda **_: None)
+    with ExitStack() as others:
+        assert compact.run(compact.Config(tables=place, names=(name,), run_dir=run_dir)) == 0
+    left = tables.open_table(place, name).snapshot(complete=True).read(["text_hash"])["text_hash"].to_pylist()
+    assert sorted(left) == (["a", "b", "c"] if own else ["a", "b"])
 
 
 # --- what is made from them ---
