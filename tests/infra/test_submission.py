@@ -1,13 +1,20 @@
 """Inside a submitted job: its id, results that would vanish with Ray's copy of the folder, and files left behind."""
 
 import json
+import logging
+import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
+from ray._private.runtime_env import packaging
 
 from infra import submission
 from infra.errors import InputError
 from infra.report import new_run_id
 from pipelines.__main__ import main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,6 +66,19 @@ def test_a_source_that_git_ignores_is_named_beside_the_error(copied, capsys):
     assert submission.left_behind(["s3://data/x", "org/model", "/data/x", "pipelines"]) == ""
 
 
+def test_a_pattern_of_a_file_and_one_that_lets_through_are_read_as_git_reads_them(copied):
+    (copied / ".rayignore").write_text("/*\n!/pplug\n!/*.yaml\n")
+    behind = {word: submission.left_behind([word]).partition("because ")[2].partition(":")[0] for word in (
+        "night.log", "deep/night.log", "dishes.csv", "my/night.yaml", "night.yaml", "pplug/new.csv", "Qwen/Qwen2.5-7B",
+        "0.01", "none,bm25", "refresh")}  # fmt: skip
+    assert {word: because for word, because in behind.items() if because} == {
+        "night.log": ".gitignore names *.log",
+        "deep/night.log": ".gitignore names *.log",
+        "dishes.csv": ".rayignore names *",
+        "my/night.yaml": ".rayignore names *",
+    }
+
+
 def test_a_text_too_long_for_a_path_is_no_file_that_was_left_behind(copied):
     assert submission.left_behind([f"select {'a, ' * 100}b from t", "0\0", "pipelines"]) == ""
 
@@ -74,3 +94,33 @@ def test_a_command_whose_results_would_vanish_ends_before_it_starts(copied, caps
     assert main(["refresh", "--tables", "tables"]) == 2
     assert "refresh: tables=tables: counts from the current folder" in capsys.readouterr().err
     assert sorted(path.name for path in copied.iterdir()) == [".gitignore"]
+
+
+LEFT = (
+    "dishes.csv", "dishes-tables/histories/_delta_log/0.json", "dishes-tables/histories/0.parquet", "lm/config.json",
+    "lm/model.safetensors", "first/report.json", "first/predictions/p.jsonl", "runs/demo/report.html", "data/items.csv",
+    "exports/replies.jsonl", "my-plug/manifest.json", "erase.txt", "users", ".env", ".venv/bin/python", ".git/config",
+    "pplug/__pycache__/plug.pyc", "first/config.yaml",
+)  # fmt: skip
+"""Files as the commands of README.md and of the documents leave them in the clone, and some as anyone may."""
+
+
+def test_a_submission_of_the_clone_carries_the_code_and_configs_but_no_data(tmp_path):
+    """Ray packs the folder itself; the files of the program are those that lie in the folders of its packages."""
+    clone = tmp_path / "clone"
+    code = [
+        path.relative_to(ROOT)
+        for top in ("pplug", "infra", "pipelines")
+        for path in (ROOT / top).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    configs = ["dishes.yaml", "dishes-task.yaml", "night.yaml", "my_metric.py", "source.sql"]
+    for name in [*code, *configs, *LEFT]:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, clone)
+    packing = {"include_gitignore": True, "include_parent_dir": False, "logger": logging.getLogger(__name__)}
+    packaging._zip_files(str(clone), [], str(tmp_path / "sent.zip"), **packing)
+    sent = {name for name in zipfile.ZipFile(tmp_path / "sent.zip").namelist() if not name.endswith("/")}
+    assert len(code) > 300 and {str(path) for path in code} | set(configs) == sent
