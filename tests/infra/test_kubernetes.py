@@ -270,6 +270,14 @@ class Api(BaseHTTPRequestHandler):
 DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 
+OVERDUE = {
+    "jobDeploymentStatus": "Failed",
+    "jobStatus": "RUNNING",
+    "reason": "DeadlineExceeded",
+    "message": "The RayJob has passed",
+}
+
+
 def failed(code: int) -> dict[str, Any]:
     said = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n..."
     return {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": said}
@@ -303,7 +311,7 @@ def start(tmp_path):
         (failed(2), 2),
         (failed(3), 3),
         (failed(1), 1),
-        ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "message": "The RayJob has passed"}, 1),
+        (OVERDUE, 1),
     ],
 )
 def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
@@ -318,7 +326,8 @@ def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
         "backoffLimit": 0,
     }
     assert second["spec"]["entrypoint"].endswith("/refresh-pplug-nightly-29403120")
-    assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1" and not Api.deleted
+    assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1"
+    assert Api.deleted == (["pplug-refresh-x1"] if refresh is OVERDUE else [])
 
 
 def test_what_follows_a_failed_job_does_not_start(start):
@@ -341,6 +350,21 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
     Api.plan["pplug-refresh"] = DONE
     again.communicate(timeout=60)
     assert again.returncode == 0 and len(Api.made) == 1
+
+
+def test_a_job_that_passed_its_deadline_without_its_pod_is_deleted_before_the_next_starts(start):
+    """KubeRay calls it failed, and its driver would go on beside the next one."""
+    plan = {"pplug-refresh": {"jobDeploymentStatus": "Running"}}
+    lost = start(plan, "pplug-refresh")
+    until = time.monotonic() + 30
+    while not Api.made and time.monotonic() < until:
+        time.sleep(0.05)
+    lost.kill()
+    lost.communicate(timeout=60)
+    again = start({"pplug-refresh": OVERDUE}, "pplug-refresh")
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and Api.deleted == ["pplug-refresh-x0", "pplug-refresh-x1"]
+    assert said.index("pplug-refresh-x0: has passed its deadline") < said.index("started pplug-refresh-x1")
 
 
 def test_a_second_try_starts_no_job_that_has_ended_well(start):
