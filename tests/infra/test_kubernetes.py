@@ -165,6 +165,11 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
             assert mounts <= {volume["name"] for volume in pod.get("volumes", [])}
+    for job in of_kind(manifests, "RayJob"):  # KubeRay puts the autoscaler into the head's pod
+        assert job["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
     secrets = {
         source["secretKeyRef"]["name"]
         for container in containers(manifests)
