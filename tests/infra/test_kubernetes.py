@@ -179,6 +179,13 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
     assert secrets == {"pplug-hub"}, "the bucket's rights come by the service account"
 
 
+def test_a_head_shares_the_folder_of_ray_with_its_autoscaler(manifests):
+    """KubeRay mounts the volume of this name there; with another one the autoscaler would get a folder of its own."""
+    for job in of_kind(manifests, "RayJob"):
+        mounts = pods(job)[0]["containers"][0]["volumeMounts"]
+        assert [mount["name"] for mount in mounts if mount["mountPath"] == "/tmp/ray"] == ["ray-logs"]
+
+
 def test_only_a_head_has_a_token_for_kubernetes(manifests):
     """KubeRay puts the autoscaler into the head's pod and mounts nothing; Ray reads the token without asking."""
     accounts = {one["metadata"]["name"]: one for one in of_kind(manifests, "ServiceAccount")}
