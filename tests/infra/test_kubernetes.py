@@ -379,6 +379,20 @@ def test_a_job_that_passed_its_deadline_without_its_pod_is_deleted_before_the_ne
     assert said.index("pplug-refresh-x0: has passed its deadline") < said.index("started pplug-refresh-x1")
 
 
+@pytest.mark.parametrize(("status", "started"), [({"jobDeploymentStatus": "Running"}, 2), (DONE, 1)])
+def test_a_job_that_is_being_deleted_is_not_waited_for(start, status, started):
+    first = start({"pplug-refresh": failed(1)}, "pplug-refresh")
+    first.communicate(timeout=60)
+    Api.made[0]["metadata"]["deletionTimestamp"] = "2026-11-28T02:00:00Z"
+    again = start({"pplug-refresh": status}, "pplug-refresh")
+    assert again.stdout is not None
+    said = again.stdout.readline()
+    Api.plan["pplug-refresh"] = DONE
+    again.communicate(timeout=60)
+    assert again.returncode == 0 and len(Api.made) == started
+    assert ("started pplug-refresh-x1" if started == 2 else "an earlier try has ended it well") in said
+
+
 def test_a_second_try_starts_no_job_that_has_ended_well(start):
     """An ingest whose source has got a file since refuses to go on under the run id of the night, with exit code 2."""
     templates = ("pplug-ingest", "pplug-refresh")

@@ -78,12 +78,16 @@ def said(status: dict) -> str:
 
 
 def copies(place: str, template: str, job: str) -> dict[str, dict]:
-    """The statuses of the copies of this run that earlier tries have started, by name."""
+    """The statuses of the copies of this run that earlier tries have started, by name.
+
+    One that is being deleted and has not ended well is left out: it will do nothing more, and nobody can wait for it.
+    """
     same = urllib.parse.quote(f"pplug/run={job[:63]}")
     return {
-        str(one["metadata"]["name"]): one.get("status", {})
+        str(one["metadata"]["name"]): status
         for one in ask("GET", f"{place}?labelSelector={same}")["items"]
         if one["metadata"].get("generateName") == f"{template}-"
+        and (exit_code(status := one.get("status", {})) == 0 or "deletionTimestamp" not in one["metadata"])
     }
 
 
