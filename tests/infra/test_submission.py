@@ -1,13 +1,19 @@
-"""Inside a submitted job: its id, results that would vanish with Ray's copy of the folder, and files left behind."""
+"""Inside a submitted job: its id, results that would vanish with Ray's copy of the folder, and files left behind.
+
+And before it: what of a clone reaches a cluster, by a submission or by `ray up`.
+"""
 
 import json
 import logging
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from ray._private.runtime_env import packaging
+from ray.autoscaler._private.command_runner import SSHCommandRunner
 
 from infra import submission
 from infra.errors import InputError
@@ -105,22 +111,48 @@ LEFT = (
 """Files as the commands of README.md and of the documents leave them in the clone, and some as anyone may."""
 
 
-def test_a_submission_of_the_clone_carries_the_code_and_configs_but_no_data(tmp_path):
-    """Ray packs the folder itself; the files of the program are those that lie in the folders of its packages."""
-    clone = tmp_path / "clone"
-    code = [
-        path.relative_to(ROOT)
-        for top in ("pplug", "infra", "pipelines")
-        for path in (ROOT / top).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
-    configs = ["dishes.yaml", "dishes-task.yaml", "night.yaml", "my_metric.py", "source.sql"]
-    for name in [*code, *configs, *LEFT]:
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        (clone / name).touch()
+CONFIGS = ("dishes.yaml", "dishes-task.yaml", "night.yaml", "my_metric.py", "source.sql")
+CODE = {
+    str(path.relative_to(ROOT))
+    for top in ("pplug", "infra", "pipelines")
+    for path in (ROOT / top).rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The names of a clone's files, among which a user has worked."""
+    names = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", *CONFIGS, *LEFT)
+    for name in [*CODE, *names]:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).touch()
     for name in (".gitignore", ".rayignore"):
-        shutil.copy(ROOT / name, clone)
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def test_a_submission_of_the_clone_carries_the_code_and_configs_but_no_data(clone, tmp_path):
+    """Ray packs the folder itself."""
     packing = {"include_gitignore": True, "include_parent_dir": False, "logger": logging.getLogger(__name__)}
     packaging._zip_files(str(clone), [], str(tmp_path / "sent.zip"), **packing)
     sent = {name for name in zipfile.ZipFile(tmp_path / "sent.zip").namelist() if not name.endswith("/")}
-    assert len(code) > 300 and {str(path) for path in code} | set(configs) == sent
+    assert len(CODE) > 300 and sent == CODE | {*CONFIGS, "pyproject.toml"}
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync here, which `ray up` copies with")
+def test_a_cluster_that_is_started_from_the_clone_gets_the_code_alone(clone, tmp_path):
+    """By the words that Ray gives to rsync: from the clone to the head, from there to a worker, and a token's file."""
+    given = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    words = SSHCommandRunner._create_rsync_filter_args(None, given)
+    (tmp_path / "auth_token").touch()
+    for source, target in (
+        (f"{clone}/", "head/"),
+        (f"{tmp_path}/head/", "worker/"),
+        (f"{tmp_path}/auth_token", "token"),
+    ):
+        subprocess.run(["rsync", "-a", *words, source, str(tmp_path / target)], check=True)
+    for place in ("head", "worker"):
+        sent = {str(path.relative_to(tmp_path / place)) for path in (tmp_path / place).rglob("*") if path.is_file()}
+        assert sent == CODE | {".rayignore", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+    assert (tmp_path / "token").is_file()

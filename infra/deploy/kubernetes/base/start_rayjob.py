@@ -107,8 +107,8 @@ def run(place: str, template: str, job: str) -> int:
         # The source may have new files since: an ingest that reads another source under this run id is refused.
         print(f"{template}: an earlier try has ended it well", flush=True)
         return 0
-    for name, status in before.items():
-        end_overdue(place, name, status)
+    for overdue, status in before.items():
+        end_overdue(place, overdue, status)
     # A copy that has not ended was started by a pod that was lost: a second driver would only be in its way.
     name = next((copy for copy, code in codes.items() if code is None), None)
     if name is None:
