@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from infra import stopping
+
 PREFIX = "ray_"
 """Ray puts it before every name."""
 _ALL: dict[str, "Metric"] = {}
@@ -174,6 +176,6 @@ FLUSH_S = 12.0
 
 
 def let_go() -> None:
-    """Waits at the end of a driver until its last values have left the process."""
+    """Waits at the end of a driver until its last values have left the process, or as long as SIGTERM leaves time."""
     if are_exported():
-        time.sleep(FLUSH_S)
+        stopping.wait(FLUSH_S)

@@ -2,7 +2,8 @@
 
 Lines of this process are shown unless a library says them below the level of an error. Lines of Ray's workers, which
 Ray prints here behind `(name pid=7)`, are shown if they are the job's own or look like an error: workers say much else.
-The frames of a traceback and the words of its error are not shown, since those may quote a user's text.
+The frames of a traceback and the words of its error are not shown, since those may quote a user's text. The words may
+take several lines: they end where a line of the same source is the job's own, has a level or begins a warning.
 """
 
 import re
@@ -23,7 +24,6 @@ _WARNING = re.compile(r"\S*:\d+: \w*Warning\b")
 _BAR = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<[^,\]]*)?, *[^\]]*/(?:s|it)\b[^\]]*\]")  # [00:03<00:01, 4.3it/s]
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 _WITHIN = re.compile(r"\s|$|Traceback \(most|The above exception|During handling of|\+-|\|")
-_CHAIN = re.compile(r"\s*$|The above exception|During handling of")
 _ERROR_LINE = re.compile(r"(?P<kind>[A-Za-z_][\w.]*)(?:\([^)]*\))?(?::|$)")
 _SILENT = re.compile(r"PlacementGroupCleaner")
 """Workers of Ray whose errors change nothing: this one asks a dashboard that a local session does not have."""
@@ -50,7 +50,7 @@ class Filter:
     """
 
     def __init__(self, job: str) -> None:
-        self._own = re.compile(rf"{re.escape(job)}[:,] ")
+        self._own = re.compile(rf"(?:python -m pipelines: )?{re.escape(job)}(?: NOT fully done| \S+)?[:,] ")
         self._within: dict[str, str] = {}
 
     def shown(self, line: str) -> str | None:
@@ -69,11 +69,11 @@ class Filter:
         if _TRACEBACK.search(text) or (began == "traceback" and _WITHIN.match(text)):
             self._within[source] = "traceback"
             return None
-        if began == "after" and _CHAIN.match(text):
-            self._within[source] = "after"
+        if began == "after" and not (level or self._own.match(text) or _OURS.match(text) or _WARNING.match(text)):
+            self._within[source] = "after"  # more words of the error, or what stands before a traceback that follows
             return None
         if began == "traceback":
-            self._within[source] = "after"  # another traceback may follow, of the error that came of this one
+            self._within[source] = "after"
             kind = _ERROR_LINE.match(text)
             return f"{source}{kind['kind'] if kind else 'an error'} (job.log has its words and its traceback)"
         if _WARNING.match(text):

@@ -4,9 +4,11 @@ A commit is one step of the table's log: it is there or it is not. So the job ma
 committed is found again by a rerun. A training is asked first to save what it has learned since its last checkpoint.
 """
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,8 +17,12 @@ GRACE_S = 25.0
 """Seconds for leases, engines and Ray to be put down; then the process ends without them."""
 ASKED_S = 17.0
 """Seconds of these for a block that was asked to end by itself; then it is ended."""
+REST_S = 6.0
+"""Seconds of these for the last steps: Ray is left, and the log is copied to its run folder."""
 CODE = 128 + signal.SIGTERM
 _ending = False
+_end_at = math.inf
+"""Time on the monotonic clock at which the process ends in any case."""
 _ask: Callable[[], None] | None = None
 """Asks the block that now runs to end by itself."""
 _asked = False
@@ -54,12 +60,17 @@ def asking(ask: Callable[[], None]) -> Iterator[None]:
         raise Terminated
 
 
+def wait(seconds: float) -> None:
+    """Sleeps, but after SIGTERM no longer than until the last REST_S seconds before the process ends."""
+    time.sleep(max(min(seconds, _end_at - REST_S - time.monotonic()), 0.0))
+
+
 def _end(number: int, frame: FrameType | None) -> None:
-    global _ending, _asked
+    global _ending, _asked, _end_at
     if _ending and not _asked:  # the first one is being obeyed
         return
     if not _ending:
-        _ending = True
+        _ending, _end_at = True, time.monotonic() + GRACE_S
         _later(GRACE_S, os._exit, CODE)
         if _ask is not None:
             _asked = True

@@ -4,6 +4,7 @@ Ray copies the submitted folder to a place of its own on the cluster and deletes
 longer needed: what a job writes there is lost. Files that .gitignore or .rayignore names are not copied.
 """
 
+import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -65,19 +66,40 @@ def left_behind(words: Iterable[str]) -> str:
     if not is_copy():
         return ""
     for name in _IGNORE_FILES:
-        patterns = {line.strip().strip("/") for line in _lines(Path(name))}
+        patterns = _lines(Path(name))
         for word in words:
             path = Path(word)
             there = os.path.exists(word)  # unlike Path.exists, it does not raise for a text too long for a name
             if "://" in word or path.is_absolute() or not path.parts or there:
                 continue
-            if found := patterns & {path.parts[0], path.name, str(path)}:
+            if found := _excludes(path, patterns):
                 return (
-                    f"{word} is not among the submitted files, because {name} names {min(found)}: `ray job submit` "
-                    "leaves out what .gitignore and .rayignore name. Put the data where all nodes read it, such as "
-                    "s3://bucket/prefix, or submit it from a folder that is not ignored"
+                    f"{word} is not among the submitted files, because {name} names {found}: `ray job submit` leaves "
+                    "out what .gitignore and .rayignore name. Put data where all nodes read it, such as "
+                    "s3://bucket/prefix; a config or code lies in the top folder or in one that a line with ! names"
                 )
     return ""
+
+
+def _excludes(path: Path, patterns: Iterable[str]) -> str:
+    """Returns the pattern that keeps a path back, or an empty text. As in git, the last one that fits decides.
+
+    A pattern of wildcards alone would name every word of a command line, such as the name of a model on a hub: by such
+    a one only a file counts, which is a word that ends in a suffix of letters.
+    """
+    found = ""
+    for pattern in patterns:
+        body = pattern.removeprefix("!").rstrip("/")
+        names = body.strip("/").split("/")
+        anchored = body.startswith("/") or len(names) > 1
+        starts = range(1) if anchored else range(len(path.parts))
+        fits = any(
+            len(path.parts) >= start + len(names) and all(map(fnmatch.fnmatchcase, path.parts[start:], names))
+            for start in starts
+        )
+        if fits and (pattern.startswith("!") or names != ["*"] or path.suffix[1:].isalpha()):
+            found = "" if pattern.startswith("!") else body.strip("/")
+    return found
 
 
 def _is_address(place: str) -> bool:
@@ -86,6 +108,6 @@ def _is_address(place: str) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] not in "#!"]
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
     except OSError:
         return []

@@ -256,3 +256,13 @@ def test_the_python_example_runs(tmp_path, monkeypatch, ray_session, capsys):
     assert len(stored) == 3 and "3 users;" in capsys.readouterr().out
     assert names["code"] == 0 and names["rows"].shape == (1, 1 + 3, 8) and names["made"].abs().max() > 0
     assert names["difference"] < 0.01
+
+
+def test_each_submitted_night_has_a_run_folder_of_its_own():
+    """The next night would replace its report.json, which says between which versions personas have moved."""
+    cluster = Document.read(ROOT / "docs" / "cluster.md")
+    assert "run_dir" not in yaml.safe_load(cluster.shown_files["night.yaml"])
+    head = (ROOT / "ray_cluster.yaml").read_text().replace("\\\n#", "")
+    lines = [line for line in [*cluster.lines, *head.splitlines()] if "--submission-id" in line]
+    named = [re.search(r"--submission-id (\S+) .*--run-dir s3://BUCKET/runs/(\S+)", line) for line in lines]
+    assert [found[1] == found[2] for found in named] == [True] * 3

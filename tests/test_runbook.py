@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra import session
+from infra import session, submission
 from infra.storage import Storage
-from pipelines import failures, tables
-from pipelines.__main__ import main
+from pipelines import failures, options, tables
+from pipelines.__main__ import JOBS, main
 from tests.documents import PROGRAM, ROOT, Document
 from tests.pipelines import small
 from tests.pplug.models import tiny_bert, tiny_llama
@@ -48,6 +48,28 @@ def test_a_denied_access_is_quoted_as_it_is_printed():
 def test_adapters_in_use_are_replaced_only_after_the_comparison():
     jobs = [line.split()[3] for line in RUNBOOK.section("Changing the LLM").commands]
     assert jobs == ["train", "generate", "evaluate", "adapt"]
+
+
+def test_with_the_run_folder_that_is_named_a_submission_loses_no_results(tmp_path, monkeypatch):
+    """A submitted job's own folder is a copy that Ray deletes: results below it are refused before the job starts."""
+    copied = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    for name, content in RUNBOOK.shown_files.items():
+        (copied / name).write_text(content)
+    runs = re.search(r"`--run-dir s3://BUCKET/(runs/)RUN_ID` by\s`ray job submit`", RUNBOOK.text)[1]
+    submitted = 0
+    for line in RUNBOOK.commands:
+        _, _, _, job, *words = shlex.split(re.sub(r"\b[A-Z][A-Z_]+\b", lambda word: f"/shared/{word[0]}", line))
+        if "--run-id" not in words or job in ("drop-run", "drop-requests", "rebucket"):
+            continue
+        words += ["--run-dir", f"/shared/{runs}{words[words.index('--run-id') + 1]}"]
+        keys = JOBS[job].config
+        config = options.check(keys, options.read(words, keys))
+        plug = config.plug if job == "train" else "/"
+        submission.refuse_lost({"tables": config.tables, "run_dir": config.run_dir, "plug": plug})
+        submitted += 1
+    assert submitted > 20
 
 
 class Story:

@@ -124,6 +124,19 @@ def test_too_little_memory_is_said_before_anything_is_installed(clone):
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize(("of_files", "free_mib"), [(3 * 2**30, 4096), (None, 1024)])
+def test_what_a_container_keeps_of_files_counts_as_free(clone, of_files, free_mib):
+    """The kernel gives it back: a container that has just read a model would else be refused."""
+    (clone / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable:    60000000 kB\n")
+    (clone / "memory.max").write_text(f"{10 * 2**30}\n")
+    (clone / "memory.current").write_text(f"{9 * 2**30}\n")
+    if of_files is not None:
+        (clone / "memory.stat").write_text(f"anon 1\ninactive_file {of_files}\nworkingset_inactive_file 7\n")
+    env = {"PATH": os.environ["PATH"], "MEMINFO": str(clone / "meminfo"), "CGROUP": str(clone)}
+    done = subprocess.run([clone / "infra/deploy/check.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and f"too little memory: {free_mib} MiB are free" in done.stderr
+
+
 def test_no_network_is_said_and_leaves_no_stamp(clone):
     dead = "http://127.0.0.1:9"
     err = make(

@@ -15,13 +15,15 @@ fail() {
 
 [ "$(uname -s)" = Linux ] || fail "vLLM has wheels for Linux only, this is $(uname -s). Use a Linux machine, a container or WSL 2"
 
-# A container's limit counts, not only the host's memory.
+# A container's limit counts, not only the host's memory. What is kept of files counts as used there, and the kernel gives
+# it back where the limit is reached.
 memory_mib=$(awk '/^MemAvailable:/ {print int($2 / 1024)}' "${MEMINFO:-/proc/meminfo}")
-group=/sys/fs/cgroup
+group=${CGROUP:-/sys/fs/cgroup}
 if [ -r "$group/memory.max" ] && [ -r "$group/memory.current" ]; then
     limit=$(cat "$group/memory.max")
     if [ "$limit" != max ]; then
-        left=$(awk -v limit="$limit" '{print int((limit - $1) / 1048576)}' "$group/memory.current")
+        of_files=$(awk '$1 == "inactive_file" {print $2}' "$group/memory.stat" 2>/dev/null || true)
+        left=$(awk -v limit="$limit" -v of_files="${of_files:-0}" '{print int((limit - $1 + of_files) / 1048576)}' "$group/memory.current")
         [ "$left" -ge "$memory_mib" ] || memory_mib=$left
     fi
 fi

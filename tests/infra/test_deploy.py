@@ -142,8 +142,18 @@ def test_nodes_install_what_the_images_install(cluster):
 
 
 def test_nodes_get_the_code_and_a_token_but_no_data(cluster):
-    assert cluster["file_mounts"]["/home/ray/pplug"] == "."
-    assert {".venv", ".git", "data", "runs"} <= set(cluster["rsync_exclude"])
+    assert cluster["file_mounts"] == {
+        "/home/ray/pplug": ".",
+        "/home/ray/.ray/auth_token": "~/.ray/auth_token",
+        "/home/ray/.pplug/hf_token": "~/.pplug/hf_token",
+    }
+    copied = re.findall(r"^COPY (?:--chown=\S+ )?(.+) \S+$", (DEPLOY / "Dockerfile.cpu").read_text(), re.MULTILINE)
+    code = {name for name in " ".join(copied).split() if "/" not in name}
+    assert code == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "infra", "pplug", "pipelines"}
+    let_through = {name.strip("+ /") for name in cluster["rsync_exclude"] if name.startswith("+ /")}
+    assert let_through == code | {".rayignore"} and cluster["rsync_filter"] == [".rayignore"]
+    patterns = [line for line in (ROOT / ".rayignore").read_text().splitlines() if line[0] != "#"]
+    assert patterns[0] == "/*"  # all else; tests/infra/test_submission.py asks rsync itself
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert any("infra/deploy/install.sh" in command for command in cluster["setup_commands"])
 

@@ -165,6 +165,11 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
             assert mounts <= {volume["name"] for volume in pod.get("volumes", [])}
+    for job in of_kind(manifests, "RayJob"):  # KubeRay puts the autoscaler into the head's pod
+        assert job["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
     secrets = {
         source["secretKeyRef"]["name"]
         for container in containers(manifests)
@@ -172,6 +177,13 @@ def test_every_pod_is_confined_and_has_its_volumes(manifests):
         if "secretKeyRef" in source
     }
     assert secrets == {"pplug-hub"}, "the bucket's rights come by the service account"
+
+
+def test_a_head_shares_the_folder_of_ray_with_its_autoscaler(manifests):
+    """KubeRay mounts the volume of this name there; with another one the autoscaler would get a folder of its own."""
+    for job in of_kind(manifests, "RayJob"):
+        mounts = pods(job)[0]["containers"][0]["volumeMounts"]
+        assert [mount["name"] for mount in mounts if mount["mountPath"] == "/tmp/ray"] == ["ray-logs"]
 
 
 def test_only_a_head_has_a_token_for_kubernetes(manifests):
@@ -270,6 +282,14 @@ class Api(BaseHTTPRequestHandler):
 DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 
+OVERDUE = {
+    "jobDeploymentStatus": "Failed",
+    "jobStatus": "RUNNING",
+    "reason": "DeadlineExceeded",
+    "message": "The RayJob has passed",
+}
+
+
 def failed(code: int) -> dict[str, Any]:
     said = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n..."
     return {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": said}
@@ -303,7 +323,7 @@ def start(tmp_path):
         (failed(2), 2),
         (failed(3), 3),
         (failed(1), 1),
-        ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "message": "The RayJob has passed"}, 1),
+        (OVERDUE, 1),
     ],
 )
 def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
@@ -318,7 +338,8 @@ def test_a_night_ends_with_the_exit_code_of_its_job(start, refresh, code):
         "backoffLimit": 0,
     }
     assert second["spec"]["entrypoint"].endswith("/refresh-pplug-nightly-29403120")
-    assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1" and not Api.deleted
+    assert second["metadata"]["ownerReferences"][0]["uid"] == "u-1"
+    assert Api.deleted == (["pplug-refresh-x1"] if refresh is OVERDUE else [])
 
 
 def test_what_follows_a_failed_job_does_not_start(start):
@@ -341,6 +362,35 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
     Api.plan["pplug-refresh"] = DONE
     again.communicate(timeout=60)
     assert again.returncode == 0 and len(Api.made) == 1
+
+
+def test_a_job_that_passed_its_deadline_without_its_pod_is_deleted_before_the_next_starts(start):
+    """KubeRay calls it failed, and its driver would go on beside the next one."""
+    plan = {"pplug-refresh": {"jobDeploymentStatus": "Running"}}
+    lost = start(plan, "pplug-refresh")
+    until = time.monotonic() + 30
+    while not Api.made and time.monotonic() < until:
+        time.sleep(0.05)
+    lost.kill()
+    lost.communicate(timeout=60)
+    again = start({"pplug-refresh": OVERDUE}, "pplug-refresh")
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and Api.deleted == ["pplug-refresh-x0", "pplug-refresh-x1"]
+    assert said.index("pplug-refresh-x0: has passed its deadline") < said.index("started pplug-refresh-x1")
+
+
+@pytest.mark.parametrize(("status", "started"), [({"jobDeploymentStatus": "Running"}, 2), (DONE, 1)])
+def test_a_job_that_is_being_deleted_is_not_waited_for(start, status, started):
+    first = start({"pplug-refresh": failed(1)}, "pplug-refresh")
+    first.communicate(timeout=60)
+    Api.made[0]["metadata"]["deletionTimestamp"] = "2026-11-28T02:00:00Z"
+    again = start({"pplug-refresh": status}, "pplug-refresh")
+    assert again.stdout is not None
+    said = again.stdout.readline()
+    Api.plan["pplug-refresh"] = DONE
+    again.communicate(timeout=60)
+    assert again.returncode == 0 and len(Api.made) == started
+    assert ("started pplug-refresh-x1" if started == 2 else "an earlier try has ended it well") in said
 
 
 def test_a_second_try_starts_no_job_that_has_ended_well(start):

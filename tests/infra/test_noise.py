@@ -86,5 +86,58 @@ def test_a_traceback_shows_the_kind_of_its_error_and_none_of_its_words():
     ]
 
 
+def test_words_of_an_error_that_take_several_lines_are_hidden_to_their_end():
+    assert shown(
+        "Traceback (most recent call last):",
+        '  File "x.py", line 1, in f',
+        "ValueError: bad row",
+        "my private text of a user",
+        "",
+        "an error that the user has written",
+        "train to London",
+        "train, embed: 92 of 398 texts",
+        "any line of the job itself",
+        job="train",
+    ) == [
+        "ValueError (job.log has its words and its traceback)",
+        "train, embed: 92 of 398 texts",
+        "any line of the job itself",
+    ]
+    assert shown(
+        "(f pid=1) Traceback (most recent call last):",
+        "(f pid=1) pydantic_core._pydantic_core.ValidationError: 1 validation error for Row",
+        "(g pid=2) the engine died; this actor ends",
+        "(f pid=1) dish",
+        "(f pid=1)   Input should be a valid integer [type=int_parsing, input_value='private', input_type=str]",
+        "(f pid=1)     For further information visit https://errors.pydantic.dev/2/v/int_parsing",
+        "(f pid=1) ERROR 11-26 00:05:00 [core.py:7] engine core gave up",
+        "(f pid=1) killed",
+    ) == [
+        "(f pid=1) pydantic_core._pydantic_core.ValidationError (job.log has its words and its traceback)",
+        "(g pid=2) the engine died; this actor ends",
+        "(f pid=1) engine core gave up",
+        "(f pid=1) killed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "refresh: failed: disk full",
+        "refresh done: 468 written",
+        "refresh NOT fully done: 468 written",
+        "refresh night-1: 3 units are missing",
+        "python -m pipelines: refresh: no table histories",
+        "pplug: refresh: no table histories",
+        "2026-11-26 00:02:48,193\tERROR worker.py:85 -- the node went away",
+    ],
+)
+def test_the_jobs_own_line_ends_the_words_of_an_error(line):
+    assert shown("Traceback (most recent call last):", "ValueError: bad", "more", line, "and this")[1:] == [
+        line,
+        "and this",
+    ]
+
+
 def test_the_source_line_below_a_warning_goes_with_it_and_the_next_line_stays():
     assert shown("a/b.py:9: FutureWarning: old", "  old(1)", "  indented by the job") == ["  indented by the job"]

@@ -47,6 +47,33 @@ except BaseException as error:
     assert out.split("\n")[:-1] == said
 
 
+def test_after_sigterm_the_wait_for_the_metrics_leaves_time_for_the_log():
+    script = """
+import time
+from infra import metrics, stopping
+stopping.GRACE_S, stopping.REST_S = 6.0, 5.0
+metrics.are_exported = lambda: True  # as in a session of a cluster
+stopping.install()
+asked = []
+try:
+    with stopping.asking(lambda: asked.append(1)):
+        print("ready", flush=True)
+        while not asked: time.sleep(.01)
+finally:
+    began = time.monotonic()
+    metrics.let_go()
+    print("the log is copied", time.monotonic() - began < 2, flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    process.communicate(timeout=60)
+    assert said == "the log is copied True\n"
+
+
 def test_outside_such_a_block_sigterm_ends_the_process_at_once():
     script = (
         "import time; from infra import stopping; stopping.install()\n"

@@ -3,7 +3,7 @@
 Runs in the pods of schedule.yaml, with the standard library alone. Every try of a night has the same JOB_NAME, which is
 the run id: a job that an earlier try has ended well is not started again, and what one has committed is not done again.
 RayJobs belong to the Kubernetes Job: they go when it goes. A pod that is told to end (deadline, drain) deletes the
-RayJob that it waits for.
+RayJob that it waits for, and so does one whose RayJob has passed its own deadline.
 
     start_rayjob.py RAYJOB [RAYJOB ...]
 """
@@ -77,25 +77,40 @@ def said(status: dict) -> str:
     return f"{status.get('reason', '')} {status.get('message', '') if refused else ''}".strip()
 
 
-def copies(place: str, template: str, job: str) -> dict[str, int | None]:
-    """Names of the copies of this run that earlier tries have started, with their exit codes; None while one runs."""
+def copies(place: str, template: str, job: str) -> dict[str, dict]:
+    """The statuses of the copies of this run that earlier tries have started, by name.
+
+    One that is being deleted and has not ended well is left out: it will do nothing more, and nobody can wait for it.
+    """
     same = urllib.parse.quote(f"pplug/run={job[:63]}")
     return {
-        str(one["metadata"]["name"]): exit_code(one.get("status", {}))
+        str(one["metadata"]["name"]): status
         for one in ask("GET", f"{place}?labelSelector={same}")["items"]
         if one["metadata"].get("generateName") == f"{template}-"
+        and (exit_code(status := one.get("status", {})) == 0 or "deletionTimestamp" not in one["metadata"])
     }
+
+
+def end_overdue(place: str, name: str, status: dict) -> None:
+    """Deletes a copy that has passed its deadline: KubeRay calls it failed and leaves its driver at work for as long as
+    the cluster stays, where the next try would find it. KubeRay stops the driver of a copy that is deleted."""
+    if status.get("reason") == "DeadlineExceeded":
+        print(f"{name}: has passed its deadline, so it is deleted", flush=True)
+        ask("DELETE", f"{place}/{name}")
 
 
 def run(place: str, template: str, job: str) -> int:
     """Runs one copy to its end and returns its exit code."""
     before = copies(place, template, job)
-    if 0 in before.values():
+    codes = {name: exit_code(status) for name, status in before.items()}
+    if 0 in codes.values():
         # The source may have new files since: an ingest that reads another source under this run id is refused.
         print(f"{template}: an earlier try has ended it well", flush=True)
         return 0
+    for overdue, status in before.items():
+        end_overdue(place, overdue, status)
     # A copy that has not ended was started by a pod that was lost: a second driver would only be in its way.
-    name = next((copy for copy, code in before.items() if code is None), None)
+    name = next((copy for copy, code in codes.items() if code is None), None)
     if name is None:
         made = ask("POST", place, copy_of(ask("GET", f"{place}/{template}"), job))
         name = made["metadata"]["name"]
@@ -122,6 +137,7 @@ def run(place: str, template: str, job: str) -> int:
             code = exit_code(status)
             if code is not None:
                 print(f"{name}: exit code {code}; {said(status)}", flush=True)
+                end_overdue(place, name, status)
                 return code
     except Ended:
         print(f"{name}: told to end, so it is deleted", file=sys.stderr, flush=True)
