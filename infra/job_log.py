@@ -207,7 +207,7 @@ class _Stream:
         if self._log.debug:
             shown: str | None = line
         else:
-            shown = None if hidden else self._filter.shown(line)
+            shown = None if hidden else self._filter.shown(line, self._log.run_id)
         if shown is not None and self._log.as_json:
             shown = shown if isinstance(self.under, _Stream) else self._log.object_of(shown, self._name)
         if shown is not None:

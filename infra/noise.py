@@ -3,7 +3,8 @@
 Lines of this process are shown unless a library says them below the level of an error. Lines of Ray's workers, which
 Ray prints here behind `(name pid=7)`, are shown if they are the job's own or look like an error: workers say much else.
 The frames of a traceback and the words of its error are not shown, since those may quote a user's text. The words may
-take several lines: they end where a line of the same source is the job's own, has a level or begins a warning.
+take several lines: they end where a line of the same source is the job's own, has a level, begins a warning or says how
+a process ended.
 """
 
 import re
@@ -20,6 +21,8 @@ _LEVELS = (
 )
 _BELOW_ERROR = frozenset("DEBUG INFO WARNING WARN D I W".split())
 _OURS = re.compile(r"(?:pplug|infra|pipelines)[.:\w]*: ")
+_LAST = re.compile(r"Fatal Python error: |terminate called |Segmentation fault")
+"""Words of an interpreter or a library that ends; no text of a user stands in such a line."""
 _WARNING = re.compile(r"\S*:\d+: \w*Warning\b")
 _BAR = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<[^,\]]*)?, *[^\]]*/(?:s|it)\b[^\]]*\]")  # [00:03<00:01, 4.3it/s]
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
@@ -50,11 +53,16 @@ class Filter:
     """
 
     def __init__(self, job: str) -> None:
-        self._own = re.compile(rf"(?:python -m pipelines: )?{re.escape(job)}(?: NOT fully done| \S+)?[:,] ")
+        self._job = job
+        self._own = re.compile(rf"(?:python -m pipelines: )?{re.escape(job)}(?: done| NOT fully done)?[:,] ")
         self._within: dict[str, str] = {}
 
-    def shown(self, line: str) -> str | None:
-        """The words that a person is shown of a line; None if it is only for job.log."""
+    def shown(self, line: str, run_id: str = "") -> str | None:
+        """The words that a person is shown of a line; None if it is only for job.log.
+
+        Args:
+            run_id: of the job's run, where it has begun; behind the job's name it begins a line of its own.
+        """
         text, source = _ANSI.sub("", line), ""
         while found := _WORKER.match(text):
             source, text = source + found[0], text[found.end() :]
@@ -69,7 +77,9 @@ class Filter:
         if _TRACEBACK.search(text) or (began == "traceback" and _WITHIN.match(text)):
             self._within[source] = "traceback"
             return None
-        if began == "after" and not (level or self._own.match(text) or _OURS.match(text) or _WARNING.match(text)):
+        own = bool(self._own.match(text)) or (run_id != "" and text.startswith(f"{self._job} {run_id}: "))
+        ends = level or own or any(one.match(text) for one in (_OURS, _WARNING, _LAST))
+        if began == "after" and not ends:
             self._within[source] = "after"  # more words of the error, or what stands before a traceback that follows
             return None
         if began == "traceback":
@@ -83,7 +93,7 @@ class Filter:
             return None
         if not source:
             return line
-        if self._own.match(text):
+        if own:
             return text
         return f"{source}{text}" if level or _LIKE_AN_ERROR.search(text) else None
 

@@ -81,11 +81,16 @@ def left_behind(words: Iterable[str]) -> str:
     return ""
 
 
+_FILES = frozenset(
+    ".csv .tsv .txt .json .jsonl .ndjson .parquet .arrow .xml .gz .bz2 .xz .zst .zip .yaml .yml .sql .py".split()
+)
+
+
 def _excludes(path: Path, patterns: Iterable[str]) -> str:
     """Returns the pattern that keeps a path back, or an empty text. As in git, the last one that fits decides.
 
-    A pattern of wildcards alone would name every word of a command line, such as the name of a model on a hub: by such
-    a one only a file counts, which is a word that ends in a suffix of letters.
+    A pattern of wildcards alone would name every word of a command line, such as a user id or the name of a model on a
+    hub: by such a one only a word counts that ends as a source, a list or a config does.
     """
     found = ""
     for pattern in patterns:
@@ -97,7 +102,7 @@ def _excludes(path: Path, patterns: Iterable[str]) -> str:
             len(path.parts) >= start + len(names) and all(map(fnmatch.fnmatchcase, path.parts[start:], names))
             for start in starts
         )
-        if fits and (pattern.startswith("!") or names != ["*"] or path.suffix[1:].isalpha()):
+        if fits and (pattern.startswith("!") or names != ["*"] or path.suffix.lower() in _FILES):
             found = "" if pattern.startswith("!") else body.strip("/")
     return found
 

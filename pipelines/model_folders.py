@@ -80,8 +80,16 @@ def note_other_history(report: RunReport, plug: str, made_for: PlugConfig, max_h
     """Warns where personas are made from another number of items than the training read: the plug has not learned to
     weigh so many."""
     trained = made_for.max_history_items
-    if max_history_items != trained:
-        report.warn(
-            f"plug {plug} was trained on the newest {trained} items of a user, and max_history_items="
-            f"{max_history_items} makes personas from another number; set max_history_items={trained}"
+    if max_history_items == trained:
+        return
+    if trained == PlugConfig.model_fields["max_history_items"].default:  # which no plug's folder says
+        words = (
+            f"says no number of items, as one that was trained on the newest {trained}, or by an earlier release; "
+            f"max_history_items={max_history_items} is right if its training had that"
         )
+    else:
+        words = (
+            f"was trained on the newest {trained} items of a user, and max_history_items={max_history_items} makes "
+            f"personas from another number; set max_history_items={trained}"
+        )
+    report.warn(f"plug {plug} {words}")

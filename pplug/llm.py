@@ -110,10 +110,11 @@ _SEEN_IN_FRAME = {"system", "chat_template_kwargs", "date"}
 def former_llm_id(config: LLMConfig) -> str | None:
     """The identity before it covered the chat template, by which plugs and adapters of that time are known.
 
-    None for a layout that was not possible then, and where the weights are not on this machine.
+    None for a layout that was not possible then, where the weights are not on this machine, and for an LLM whose
+    replies begin otherwise since then (`PromptBuilder.reply_head`).
     """
     layout, folder = config.layout.decisive(), model_folder(config.model, config.revision, weights=False)
-    if not _SEEN_IN_FRAME.isdisjoint(layout) or not weight_files(folder):
+    if not _SEEN_IN_FRAME.isdisjoint(layout) or not weight_files(folder) or "reply" in prompt_frame(config):
         return None
     return short_id({"weights": weights_id(folder), "layout": layout})
 

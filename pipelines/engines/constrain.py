@@ -190,9 +190,10 @@ class LabelLogprobs:
         self._parts = {begun: tokens for begun, tokens in choices(list(labels.values())).items() if len(tokens) > 1}
         most = max((len(self._asked(tokens)) for tokens in self._parts.values()), default=0)
         if most > MOST_CHOICES:
+            ends = f", with {len(self._end)} tokens that end a reply" if len(self._end) > 1 else ""
             raise InputError(
-                f"decoding.label_logprobs: labels go on in {most} ways from one place, with {len(self._end)} tokens "
-                f"that end a reply, and the engines tell the probabilities of {MOST_CHOICES}; set it to false"
+                f"decoding.label_logprobs: labels go on in {most} ways from one place{ends}, and the engines tell the "
+                f"probabilities of {MOST_CHOICES}; set it to false"
             )
 
     def questions(self, prompt: EnginePrompt) -> list[NextTokens]:

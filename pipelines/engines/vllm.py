@@ -287,7 +287,7 @@ class VLLMEngine:
             if not self._ready:
                 raise
             # exit_actor is not retried and raising would leave a dead actor to be called again (ray#59522)
-            log.error("the engine died; this actor ends, so that Ray starts another")
+            log.error("pipelines.engines.vllm: the engine died; this actor ends, so that Ray starts another")
             os._exit(1)
         assert final is not None, "the engine's stream ends with an output"
         return final.outputs[0]

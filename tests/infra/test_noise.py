@@ -126,7 +126,6 @@ def test_words_of_an_error_that_take_several_lines_are_hidden_to_their_end():
         "refresh: failed: disk full",
         "refresh done: 468 written",
         "refresh NOT fully done: 468 written",
-        "refresh night-1: 3 units are missing",
         "python -m pipelines: refresh: no table histories",
         "pplug: refresh: no table histories",
         "2026-11-26 00:02:48,193\tERROR worker.py:85 -- the node went away",
@@ -136,6 +135,30 @@ def test_the_jobs_own_line_ends_the_words_of_an_error(line):
     assert shown("Traceback (most recent call last):", "ValueError: bad", "more", line, "and this")[1:] == [
         line,
         "and this",
+    ]
+
+
+def test_the_words_of_an_error_are_not_taken_for_the_jobs_own_lines():
+    looks = Filter("train")
+    lines = [
+        "Traceback (most recent call last):",
+        "ValueError: bad row",
+        "train tickets: private",
+        "train said, private",
+    ]
+    assert [looks.shown(line, "night-1") for line in lines][2:] == [None, None]
+    assert looks.shown("train night-1: 3 units are missing", "night-1") == "train night-1: 3 units are missing"
+
+
+def test_an_error_that_a_worker_passes_over_hides_nothing_that_it_says_of_its_end():
+    source = "(MapWorker(A) pid=7) "
+    lines = ["Exception ignored in: <f>", "Traceback (most recent call last):", "  File x", "AttributeError: a",
+             "anything", "pipelines.engines.vllm: the engine died; this actor ends",
+             "Fatal Python error: Aborted"]  # fmt: skip
+    assert shown(*(source + line for line in lines)) == [
+        f"{source}AttributeError (job.log has its words and its traceback)",
+        f"{source}pipelines.engines.vllm: the engine died; this actor ends",
+        f"{source}Fatal Python error: Aborted",
     ]
 
 

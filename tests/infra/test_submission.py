@@ -132,12 +132,19 @@ def clone(tmp_path) -> Path:
     return tmp_path / "clone"
 
 
-def test_a_submission_of_the_clone_carries_the_code_and_configs_but_no_data(clone, tmp_path):
+def test_a_submission_of_the_clone_carries_the_code_and_configs_but_no_data(clone, tmp_path, monkeypatch):
     """Ray packs the folder itself."""
     packing = {"include_gitignore": True, "include_parent_dir": False, "logger": logging.getLogger(__name__)}
     packaging._zip_files(str(clone), [], str(tmp_path / "sent.zip"), **packing)
     sent = {name for name in zipfile.ZipFile(tmp_path / "sent.zip").namelist() if not name.endswith("/")}
-    assert len(CODE) > 300 and sent == CODE | {*CONFIGS, "pyproject.toml"}
+    assert len(CODE) > 300 and sent == CODE | {*CONFIGS, "pyproject.toml", ".gitignore", ".rayignore"}
+    # so that a job there can say what has stayed behind
+    there = tmp_path / "working_dir_files/_ray_pkg_x"
+    zipfile.ZipFile(tmp_path / "sent.zip").extractall(there)
+    monkeypatch.chdir(there)
+    assert "data/items.csv is not among the submitted files" in submission.left_behind(["data/items.csv"])
+    assert "dishes.csv is not among the submitted files" in submission.left_behind(["dishes.csv"])
+    assert submission.left_behind(["anna.smith", "Qwen/Qwen2.5-7B", "catalog.sales.posts", "0.01"]) == ""
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync here, which `ray up` copies with")

@@ -240,6 +240,12 @@ def test_a_plug_says_what_stood_in_its_prompts_and_generate_which_methods_show_s
     assert other_room.named("bm25", 256) == "bm25@2 budget_tokens=90 input_share=0.4"
     assert other_room.named("bm25", 90) == "bm25@2 input_share=0.4"  # the room that it has where none is set
     assert warnings(f"{soft}+bm25@2", budget_tokens=made.llm.layout.max_input_tokens) == []
+    of_before = folder / "config.json"
+    said_so = {"retrieve": f"bm25@2 budget_tokens={made.llm.layout.max_input_tokens}"}
+    kept = of_before.read_text()
+    of_before.write_text(json.dumps(json.loads(kept) | said_so))
+    assert warnings(f"{soft}+bm25@2") == []
+    of_before.write_text(kept)
     others = [soft, f"{soft}+bm25", f"{soft}+recency@2", f"profile+{soft}+bm25@2"]
     (said,) = warnings(f"{soft}+bm25@2", *others, "profile+bm25@2", "none")
     assert said == (
@@ -281,6 +287,8 @@ def test_generate_and_refresh_say_that_a_plug_has_learned_from_another_number_of
             "personas from another number; set max_history_items=20"
         ]
         assert warnings(job, "few", max_history_items=20) == warnings(job, "many") == []
+    (said,) = warnings("generate", "many", max_history_items=100)  # a plug of before may have been trained so
+    assert "max_history_items=100 is right if its training had that" in said and "set max" not in said
     assert warnings("generate", "few", "plug:no-history") == warnings("generate", "soft", "plug:soft-prompt") == []
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pplug.llm import LLMConfig, embedding_rows, former_llm_id, llm_id, load_tokenizer
 from pplug.splice import PromptLayout
 from pplug.stand_in import llm_sample, stands_for
-from tests.pplug.models import tiny_bart, tiny_llama
+from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,11 @@ def test_a_copy_is_not_taken_without_a_word_or_without_a_sample(original, tmp_pa
     silent = copy.model_copy(update={"serves": None})
     with pytest.raises(ValueError, match=rf"this layout is {llm_id(copy)}$"):
         stands_for(silent, llm_id(silent), llm_id(original), llm_sample(original))
+
+
+def test_an_llm_whose_replies_begin_otherwise_than_before_has_no_identity_of_before(tmp_path):
+    assert former_llm_id(LLMConfig(model=str(tiny_bart(tmp_path / "bart")))) is None
+    assert former_llm_id(LLMConfig(model=str(tiny_t5(tmp_path / "t5")))) is not None
 
 
 def test_the_identity_of_before_is_taken_with_a_warning(original):

@@ -194,6 +194,8 @@ def _note_other_prompts(run: GenerateRun, plug: str, retrieve: str | None) -> No
     """Notes which methods show other texts in a prompt than those that a plug has learned to read beside it: other
     items, or a profile, which no training shows."""
     found, limit = [], run.config.llm.layout.max_input_tokens
+    if retrieve is not None:  # a plug of before names the room that it has where none is set
+        retrieve = retrieve.replace(f" budget_tokens={limit}", "")
     for name in run.methods_with("plug") if retrieve is not None else ():
         method = parse(name)
         part = method.part("retrieval")
