@@ -73,6 +73,9 @@ class PendingUsers:
     """True gives a reject for each user who is looked at and has no item."""
     items_before: int = 0
     """Number of items before those that count that decide a row too, since retrieval looks among them."""
+    newest: Snapshot | None = None
+    """Histories as they are once `before` is read, where they are later ones: a row that another run has made of them
+    stays."""
     without: frozenset[str] = frozenset()
     """Columns that unchanged rows come without: a later stage reads them."""
 
@@ -115,8 +118,15 @@ class PendingUsers:
         gone = unchanged.keys() - set(own.user_ids)
         gone = {name for name in gone if wanted is None or name in wanted}
         gone -= {name for name in gone if unchanged[name]["history_hash"] is None}  # imported: made of no item here
+        gone -= self._with_items_now(bucket, gone)
         keys_of_unchanged = sorted(row["user_key"] for name, row in unchanged.items() if name not in gone)
         return PendingBucket(own, pending, sorted(missing), existing, keys_of_unchanged, len(gone - missing))
+
+    def _with_items_now(self, bucket: int, names: set[str]) -> set[str]:
+        if self.newest is None or not names or self.newest.version == self.histories.version:
+            return set()
+        parts = self.newest.of_users(["user_id"], bucket, sorted(map(user_key, names)))
+        return {name for part in parts for name in part["user_id"].to_pylist()}
 
     def _asked(self, bucket: int, keys: list[str] | None) -> list[dict[str, Any]]:
         if self.requests is None:

@@ -132,6 +132,7 @@ def _adapters(
         histories, requests, before if before.files else None, fit, config.max_history_items, users, buckets,
         only_asking=chosen.is_some, chosen=chosen, rejects_strangers=not chosen.is_some,
         items_before=0 if config.rule.retrieve == "none" else RETRIEVAL_ITEMS, without=frozenset({"weights"}),
+        newest=tables.snapshot(config.tables, "histories", {}),
     )  # fmt: skip
     every = sorted({*histories.by_bucket(), *before.by_bucket()})  # a bucket may have lost all its items
     plan = waves.plan(every if asked is None else list(asked), pending.count, report)

@@ -293,6 +293,7 @@ def _write_profiles(config: Config, report: RunReport, opened: Opened, made_as: 
         id_column="profile_id",
         only_asking=True,
         chosen=Chosen.of(config.tables, config.requests, config.since, "profile"),
+        newest=tables.snapshot(config.tables, "histories", {}),
     )
     plan = waves.plan(opened.requests.filled(keys_by_bucket(users, opened.buckets)), pending.count, report)
     identities = {"llm_id": opened.llm_id, "profile_id": made_as, "decoding_id": opened.decoding.decoding_id}

@@ -140,6 +140,8 @@ def _given(config: IngestConfig) -> str:
     words = []
     for name in _SHOWN_AGAIN:
         if value := values.get(name):
+            if isinstance(value, dict):  # quickstart takes texts alone
+                value = {key: json.dumps(one) if isinstance(one, bool) else one for key, one in value.items()}
             words += [f"--{name}", value] if isinstance(value, str) else ["--set", f"{name}={json.dumps(value)}"]
     return "".join(f" {shlex.quote(word)}" for word in words)
 

@@ -39,7 +39,7 @@ def derive_requests(
     Returns:
         Rows of `WORK`: the id is a hash of user and item, the time is the item's (null for a user without times). Then
         the same of items whose answer is outside the task's labels: `evaluate` could not score them. Then the items of
-        `held` requests that came again without an answer, or with one that is outside: the requests would keep the
+        `held` requests that came again without an answer, or with another that is outside: the requests would keep the
         answer that was taken back.
     """
     assert task.input is not None and task.target is not None, "checked before the run"
@@ -72,7 +72,8 @@ def derive_requests(
     other = np.array([held.get(name) != tuple(row) for name, *row in said], dtype=bool)
     wanted = is_newest[chosen] | other
     withdrawn = again & ~answered
-    withdrawn[chosen[outside]] |= again[chosen[outside]]
+    changed = chosen[outside & other]  # what a request holds already may be a label of the task that it was made for
+    withdrawn[changed] |= again[changed]
     return (
         asked.filter(pa.array(wanted & ~outside)),
         asked.filter(pa.array(wanted & outside)),

@@ -13,6 +13,7 @@ from ray.data import SaveMode
 from ray.data.datasource import FilenameProvider
 
 from infra.errors import InputError
+from infra.report import check_run_id
 from infra.storage import Storage
 from pipelines.ingest import job
 from pipelines.ingest.config import IngestConfig
@@ -46,15 +47,16 @@ def ingest_frame(frame: Any, tables: str, task: str | None = None, *, requests: 
     Raises:
         InputError: the frame is no table, or `ingest` refuses it.
     """
-    # a run that is begun again takes the folder of its first try, whose rows a killed process leaves there
-    storage, folder = Storage(tables), f"{_FOLDER}/{keys.get('run_id') or uuid.uuid4().hex}"
+    storage, run_id = Storage(tables), check_run_id(keys.get("run_id") or uuid.uuid4().hex)
+    folder = f"{_FOLDER}/{run_id}/{uuid.uuid4().hex}"
     given = {"source": frame, "requests_source": requests}
     try:
-        _empty(storage, folder)
         for key, one in given.items():
             if one is not None:
                 keys[key] = _written(one, storage.join(f"{folder}/{key}"))
-        return job.run(IngestConfig(tables=tables, task=task, **keys))
+        code = job.run(IngestConfig(tables=tables, task=task, **keys))
+        _empty(storage, f"{_FOLDER}/{run_id}")  # and what a killed try of this run has left
+        return code
     finally:
         _empty(storage, folder)
 

@@ -23,7 +23,7 @@ from pipelines.ingest.labels import form
 from pipelines.ingest.source_rows import ROWS
 
 READ_AS = "automatic_ids"
-"""Key of the metadata of histories: `read_as` of the run that made ids last."""
+"""Key of the metadata of histories: each `read_as` of a run that made ids (`noted`)."""
 LOOKED_AT = 100
 """New items per bucket that are compared with those their users have."""
 _AUTOMATIC = r"^auto-[0-9a-f]{20}(-\d+)?$"
@@ -60,9 +60,9 @@ def with_ids(items: pa.Table) -> pa.Table:
     return items.set_column(at, ROWS.field(at), pa.array(made.tolist(), pa.string()))
 
 
-def twins(new: pa.Table, held: pa.Table, target: str | None) -> tuple[int, int]:
-    """Number of new items with automatic ids that are looked at, and of those whose text their user has already under
-    another id.
+def twins(new: pa.Table, held: pa.Table, target: str | None) -> tuple[int, int, int]:
+    """Number of new items with automatic ids that are looked at, of those whose text their user has already under
+    another id, and of those among them whose time is the same, too.
 
     Args:
         new, held: working rows of a bucket, those that came and those that its table holds.
@@ -70,27 +70,33 @@ def twins(new: pa.Table, held: pa.Table, target: str | None) -> tuple[int, int]:
     """
     new = _automatic(new).slice(0, LOOKED_AT)
     if not len(new):
-        return 0, 0
+        return 0, 0, 0
     held = _automatic(held.filter(pc.is_in(held["user_key"], value_set=flat(pc.unique(new["user_key"])))))
-    texts: dict[str, set[str]] = defaultdict(set)
-    longest: dict[str, set[str]] = defaultdict(set)
-    for user, own in _texts(held, target):
-        texts[user] |= own
-        longest[user].add(max(own, key=len, default=""))
-    found = sum(
-        bool(own) and (max(own, key=len) in texts[user] or not own.isdisjoint(longest[user]))
-        for user, own in _texts(new, target)
-    )
-    return len(new), found
+    texts: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    longest: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    whenever: dict[str, set[int | None]] = defaultdict(set)
+    for user, at, own in _texts(held, target):
+        texts[user, at] |= own
+        longest[user, at].add(max(own, key=len, default=""))
+        whenever[user].add(at)
+    found = at_their_time = 0
+    for user, at, own in _texts(new, target):
+        times = {
+            time for time in whenever[user] if own
+            and (max(own, key=len) in texts[user, time] or not own.isdisjoint(longest[user, time]))
+        }  # fmt: skip
+        found, at_their_time = found + bool(times), at_their_time + (at in times)
+    return len(new), found, at_their_time
 
 
 def _automatic(items: pa.Table) -> pa.Table:
     return items.filter(pc.match_substring_regex(items["id"], _AUTOMATIC))
 
 
-def _texts(items: pa.Table, target: str | None) -> list[tuple[str, set[str]]]:
-    pairs = zip(items["user_key"].to_pylist(), items["fields"].to_pylist(), strict=True)
-    return [(user, {text for name, text in fields if name != target and text}) for user, fields in pairs]
+def _texts(items: pa.Table, target: str | None) -> list[tuple[str, int | None, set[str]]]:
+    columns = items["user_key"], items["at"].cast(pa.int64()), items["fields"]
+    rows = zip(*(column.to_pylist() for column in columns), strict=True)
+    return [(user, at, {text for name, text in fields if name != target and text}) for user, at, fields in rows]
 
 
 def read_as(fields: Sequence[str], labels: Sequence[str], time: Mapping[str, str | None]) -> str:
@@ -99,17 +105,29 @@ def read_as(fields: Sequence[str], labels: Sequence[str], time: Mapping[str, str
     return json.dumps({"fields": sorted(fields), "labels": list(labels), "time": dict(time)}, sort_keys=True)
 
 
-def read_otherwise(before: str, now: str) -> str:
-    """Returns what two values of `read_as` differ in, in words; nothing where the same rows have the same ids. A label
-    more is no difference, and another spelling of one is."""
-    was, now_is = json.loads(before), json.loads(now)
-    spelt = {form(label): label for label in was["labels"]}
-    differ = [label for label in now_is["labels"] if spelt.get(form(label), label) != label]
-    said = []
-    if was["fields"] != now_is["fields"]:
-        said.append(f"the fields {', '.join(now_is['fields'])}, which were {', '.join(was['fields'])}")
-    if differ:
-        said.append(f"the spelling of the labels {', '.join(differ[:5])}")
-    if was["time"] != now_is["time"]:
-        said.append("time.unit or time.format")
-    return " and ".join(said)
+def noted(before: str, now: str) -> str:
+    """The ways in which a table's rows were read, as metadata: those noted before, "" for none, and now's."""
+    known: list[str] = json.loads(before) if before else []
+    return json.dumps([*known, *([] if now in known else [now])])
+
+
+def read_otherwise(before: str, now: str) -> tuple[str, bool]:
+    """Returns what a run reads otherwise than one that is `noted`, in words, and whether that is the times.
+
+    Where no words are returned, the same rows have the same ids. A label more is no difference, and another spelling of
+    one is.
+    """
+    for known in json.loads(before) if before else []:
+        was, now_is = json.loads(known), json.loads(now)
+        spelt = {form(label): label for label in was["labels"]}
+        differ = [label for label in now_is["labels"] if spelt.get(form(label), label) != label]
+        said = []
+        if was["fields"] != now_is["fields"]:
+            said.append(f"the fields {', '.join(now_is['fields'])}, which were {', '.join(was['fields'])}")
+        if differ:
+            said.append(f"the spelling of the labels {', '.join(differ[:5])}")
+        if was["time"] != now_is["time"]:
+            said.append("time.unit or time.format")
+        if said:
+            return " and ".join(said), was["time"] != now_is["time"]
+    return "", False

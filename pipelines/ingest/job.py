@@ -32,9 +32,9 @@ from pipelines.ingest.follow import (
     forget_rows,
     write_gone,
 )
-from pipelines.ingest.item_ids import READ_AS
+from pipelines.ingest.item_ids import READ_AS, noted
 from pipelines.ingest.look import look, options_of, settled, sources_of
-from pipelines.ingest.merge import BEYOND_PROFILE, IDS, LEFT_OUT, MergeBucket
+from pipelines.ingest.merge import BEYOND_PROFILE, IDS, LEFT_OUT, REMOVED, MergeBucket
 from pipelines.ingest.own_vectors import OwnVectors, open_own
 from pipelines.ingest.parse import ParsePieces
 from pipelines.ingest.parts import BLOCK_BYTES, KEY, bucket_keys, keyed, spread
@@ -96,7 +96,9 @@ class Plan:
         followed = {key: before[key] for key in kept if key in before}
         if self.changes is not None and whole:
             followed = self.changes.followed(before, name == "histories" and not _unchanged(self, "requests", []))
-        read_as = self.read_as or ("" if name in self.whole else before.get(READ_AS, ""))
+        read_as = "" if name in self.whole else before.get(READ_AS, "")
+        if name == "histories" and self.read_as is not None:
+            read_as = noted(read_as, self.read_as)
         made = {READ_AS: read_as} if name == "histories" and read_as else {}
         return {"task_entry": self.task.to_json()} | followed | made
 
@@ -300,7 +302,7 @@ def _files(
             "into tables of its own, or with history_scope=question"
         )
     if "histories" in held and (made := summary.found_as(config, plan.options, plan.task, figures)) is not None:
-        before = held["histories"].metadata.get(READ_AS, made)
+        before = held["histories"].metadata.get(READ_AS, "")
         summary.refuse_twins(config, before, made, *(counts[name] for name in IDS))
     _count(counts, report)
     return files, anew, figures.numbered()
@@ -351,7 +353,7 @@ def _count(counts: "Counter[str]", report: "RunReport") -> None:
         "undated_users",
     )
     report.extra |= {name: counts[name] for name in parts}
-    report.extra |= {name: counts[name] for name in ("vectors_written", "items_removed") if counts[name]}
+    report.extra |= {name: counts[name] for name in ("vectors_written", *REMOVED) if counts[name]}
 
 
 def _commit(

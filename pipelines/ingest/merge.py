@@ -46,7 +46,9 @@ UNDATED = "undated"
 """Reject reason of an item without a time whose user has items with one."""
 BEYOND_PROFILE = "beyond_profile"
 """Count of questions whose history would be more than their profile."""
-IDS = ("ids_looked_at", "ids_twins")
+REMOVED = ("items_removed", "requests_removed")
+"""Counts of rows that were taken out of the tables."""
+IDS = ("ids_looked_at", "ids_twins", "ids_twins_in_time")
 """Counts of new items with automatic ids, as `item_ids.twins` gives them."""
 LEFT_OUT = "left_out:"
 """Beginning of the names of counts of rows left out; the key that left them out follows."""
@@ -242,10 +244,10 @@ class MergeBucket:
         keys = _keys(gone)
         hit = pc.is_in(_keys(whole), value_set=keys)
         removed = pc.sum(hit).as_py() or 0
+        counts["items_removed" if name == "histories" else "requests_removed"] += removed
         if name == "histories":
             counts["written"] += removed
             counts["already_there"] += len(gone) - removed
-            counts["items_removed"] += removed
         if not removed:
             return merged
         live = merged.live.filter(pc.invert(pc.is_in(_keys(merged.live), value_set=keys)))

@@ -67,17 +67,20 @@ def found_as(config: IngestConfig, options: Options, task: TaskSpec, figures: Fi
     return read_as(sorted(fields - {"occurred_at"}), task.labels, time)
 
 
-def refuse_twins(config: IngestConfig, before: str, now: str, looked_at: int, twins: int) -> None:
+def refuse_twins(config: IngestConfig, before: str, now: str, looked_at: int, twins: int, twins_in_time: int) -> None:
     """Refuses rows that the tables hold already under other ids, because their content is made in another way.
 
     Args:
-        before, now: `item_ids.read_as` of the table and of this run.
-        looked_at, twins: as `item_ids.twins` gives them.
+        before, now: `item_ids.noted` of the table, and `item_ids.read_as` of this run.
+        looked_at, twins, twins_in_time: as `item_ids.twins` gives them.
 
     Raises:
-        InputError: more than half of the new items have a text that their user has already.
+        InputError: more than half of the new items have a text that their user has already, at the same time unless it
+            is the times that are read otherwise.
     """
-    differs = read_otherwise(before, now)
+    differs, in_times = read_otherwise(before, now)
+    if not in_times:  # a user may say the same again at another time
+        twins = twins_in_time
     if differs and 2 * twins > looked_at:
         raise InputError(
             f"{config.source}: {twins} of {looked_at} new items that were looked at are in {config.tables} already, "

@@ -143,7 +143,7 @@ class QuickstartConfig(Settings):
     """Column with a list, each element of which becomes an item, as in `ingest`."""
     query: str | None = None
     """SQL that makes the items, as in `ingest`."""
-    csv: dict[str, str | bool] = {}
+    csv: dict[str, str] = {}
     """Form of CSV files, as in `ingest`, such as csv.header=false."""
     time: dict[str, str] = {}
     """Meaning of the values in time columns, as in `ingest`, such as time.format=%d.%m.%Y."""

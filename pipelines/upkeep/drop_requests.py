@@ -42,8 +42,16 @@ class Going:
     limit: datetime | None
     runs: tuple[str, ...]
 
+    first: "Going | None" = None
+    """The choice when the job began, where this one is among later requests: those go that both let go, so that each
+    table loses the same."""
+
     def keys(self, bucket: int) -> pa.Array:
         """The keys of these requests in a bucket, as `_keys`."""
+        going = self._keys_now(bucket)
+        return going if self.first is None else going.filter(pc.is_in(going, value_set=self.first.keys(bucket)))
+
+    def _keys_now(self, bucket: int) -> pa.Array:
         if self.limit is not None:
             column = self.told_by.spec.schema.field("as_of")
             which = pc.field("as_of") < pa.scalar(self.limit, column.type)
@@ -63,7 +71,8 @@ class Going:
 
     def among(self, requests: Snapshot) -> "Going":
         """The same choice among the requests of another version: an ingest may change some while the job works."""
-        return replace(self, requests=requests, told_by=self.told_by if self.limit is None else requests)
+        told_by = self.told_by if self.limit is None else requests
+        return replace(self, requests=requests, told_by=told_by, first=self)
 
 
 @dataclass(frozen=True)

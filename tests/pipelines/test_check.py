@@ -150,7 +150,9 @@ def test_the_commands_that_are_shown_are_taken(here, capsys):
     given = ["--csv.header", "false", "--columns", "user_id=column0,occurred_at=column2"]
     [shown] = [line for line in check(capsys, "bare.csv", *given).splitlines() if " quickstart " in line]
     words = shlex.split(shown)[4:]
-    assert options.check(QuickstartConfig, options.read(words, QuickstartConfig)).csv == {"header": False}
+    assert options.check(QuickstartConfig, options.read(words, QuickstartConfig)).csv == {"header": "false"}
+    words = ["--source", *words, "--tables", "t"]
+    assert options.check(IngestConfig, options.read(words, IngestConfig)).csv.header is False
 
 
 def test_a_text_that_is_no_finite_number_is_no_rating(here, capsys):

@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from infra.errors import InputError
 from infra.shards import user_key
@@ -70,7 +71,17 @@ def test_an_answer_that_is_taken_back_goes_with_its_request(population, answer, 
     assert {row["input"]: row["target"] for row in population.requests().values()} == {
         "How do I feel? text 1 of a": "good",
     }  # fmt: skip
-    assert sum(population.report["rejected"].values()) == rejects
+    assert sum(population.report["rejected"].values()) == rejects and population.report["requests_removed"] == 1
+
+
+def test_a_task_that_lacks_a_label_takes_no_request_whose_item_is_as_it_was(population):
+    items = [note("a", str(i)) for i in range(3)]
+    assert ingest(population, items=items, derive_requests=2) == 0
+    before = population.requests()
+    other = population.folder / "other.yaml"
+    other.write_text(yaml.safe_dump(NOTES | {"labels": ["fine", "bad"]}))
+    assert ingest(population, items=items, derive_requests=2, task=str(other), max_reject_fraction=1) == 0
+    assert population.requests() == before and "requests_removed" not in population.report
 
 
 def test_a_time_that_changes_later_is_that_of_its_request_too(population):

@@ -176,6 +176,27 @@ def test_a_request_that_an_ingest_changes_while_the_job_works_stays(tmp_path, mo
     assert kept.replies == ([] if late and by_age else by("night", [(USERS[0], "asked")]))
 
 
+def test_a_request_that_becomes_old_while_the_job_works_stays_with_its_replies(tmp_path, monkeypatch):
+    """Its replies have been looked at before: they would stay for good without it."""
+    kept, changed = Kept(tmp_path), []
+    now, long_ago = datetime.now(UTC), datetime.now(UTC) - timedelta(days=40)
+    kept.put("requests", "more", of("asked"), as_of=[now] * len(USERS), input=["How?"] * len(USERS))
+    kept.reply("night", of("asked"), input_hash=[input_hash("How?")] * len(USERS))
+
+    def each_bucket(buckets, stage):
+        rows = [row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]})) for row in made.to_pylist()]
+        if not changed and isinstance(stage, drop_requests.Without) and stage.table.spec.name == "generations":
+            changed.append(kept.correct((USERS[0], "asked"), input="How?", as_of=long_ago))
+        return iter(rows)
+
+    for module in (drop_requests, count_runs):
+        monkeypatch.setattr(module, "each_bucket", each_bucket)
+    monkeypatch.setattr(drop_requests.session, "start", lambda **_: None)
+    assert kept.drop(older_than_days=10) == 0 and changed
+    assert (USERS[0], "asked") in kept.requests
+    assert len(kept.replies) == len(USERS)
+
+
 def test_tables_on_which_a_run_has_not_ended_are_left_as_they_are(kept):
     kept.put("generations", "broken", of("recent"), complete=False)
     with pytest.raises(InputError, match="run broken has not ended on it"):

@@ -4,12 +4,13 @@ A row of a user goes with the user's last item.
 """
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from infra.report import RunReport
-from infra.shards import bucket_of
+from infra.shards import bucket_of, user_key
 from infra.table import DataFile
 from pipelines import tables, waves
 from pipelines.adapt import job as adapt
@@ -141,6 +142,13 @@ def test_a_row_of_a_user_without_any_item_goes_where_the_user_is_looked_at(tmp_p
     assert sorted(keys[key] for one in found for key in one.unchanged) == stay
     assert sum(one.gone for one in found) == gone
     assert sorted(name for one in found for name in one.missing) == missing
+    if not how:  # an ingest has brought ann since, and another run has trained her
+        table, (bobs,) = tables.open_table(place, "histories"), histories.read().to_pylist()
+        own = {"user_id": "ann", "user_key": user_key("ann"), "bucket": bucket_of("ann", test_subset.BUCKETS)}
+        files = table.write(pa.Table.from_pylist([bobs | own], schema=table.spec.schema), "next")
+        table.commit(files, run_id="next", group=0, mode="append", planned_on=table.version, complete=True)
+        later = replace(pending, newest=table.snapshot(complete=True))
+        assert sum(later.read(bucket).gone for bucket in range(test_subset.BUCKETS)) == gone - 1
 
 
 def test_adapters_that_diverged_do_not_take_the_place_of_those_there(population, tmp_path, ray_session):

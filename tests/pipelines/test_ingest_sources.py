@@ -105,6 +105,11 @@ def test_frames_of_all_libraries_go_in_as_files_do(population, tmp_path):
         assert tables.open_table(place, "histories").snapshot(complete=True).rows == 3
         assert not Storage(place).list("_frames")
         shutil.rmtree(tmp_path / "again/_frames", ignore_errors=True)
+    (tmp_path / "again/_frames/other").mkdir(parents=True)
+    (tmp_path / "again/_frames/other/rows.parquet").write_bytes(b"of another run")
+    with pytest.raises(InputError, match="run_id"):
+        ingest_frame(arrow, place, population.task(NOTES), run_id=".")
+    assert Storage(place).list("_frames") == ["_frames/other/rows.parquet"]
     with pytest.raises(InputError, match="list is no table"):
         ingest_frame([1], str(tmp_path / "x"))
 

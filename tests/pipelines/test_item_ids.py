@@ -1,5 +1,6 @@
 """Items of a source without ids: the same row has the same id again, wherever it stands."""
 
+import json
 import random
 
 import pyarrow as pa
@@ -84,6 +85,25 @@ def test_rows_read_in_another_way_do_not_stand_there_twice(population, ray_sessi
     assert population.items() == before
     assert moods(population, ROWS_OF_ANN, mode="replace", **change) == 0
     assert len(population.items()["ann"]) == 3
+
+
+def test_what_was_read_in_two_ways_is_compared_with_both(population, ray_session):
+    named = {name: name for name in ("user_id", "occurred_at", "text", "mood", "place")}
+    assert moods(population, ROWS_OF_ANN) == 0
+    assert moods(population, [("fourth thing", "bad", "Bonn")], columns=named) == 0  # the first with a place
+    with pytest.raises(InputError, match="in .* already, under another id.*which were mood, text"):
+        moods(population, ROWS_OF_ANN, columns=named)
+    assert len(population.items()["ann"]) == 4
+
+
+def test_the_same_words_at_another_time_are_no_row_that_comes_again(population, ray_session):
+    """A night may bring one row alone, without a field that others have: the mapping is as it was."""
+    for night, row in enumerate(({"place": "Ulm"}, {})):
+        path = population.folder / "said.jsonl"
+        own = {"user_id": "ann", "text": "Good morning", "mood": "good", "occurred_at": f"2026-01-0{night + 1}"}
+        path.write_text(json.dumps(own | row) + "\n")
+        assert population.ingest(source=str(path), task=population.task(NOTES)) == 0
+    assert len(population.items()["ann"]) == 2
 
 
 def test_new_rows_may_be_read_in_another_way_and_a_label_more_is_none(population, ray_session):
