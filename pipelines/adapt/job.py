@@ -117,8 +117,7 @@ def _adapters(
     """Plans whose adapter is pending, trains them in one stream, commits wave by wave."""
     fit = fit_id(config.trained, base, task, config.rule, config.max_history_items)
     buckets = tables.open_table(config.tables, "histories").buckets
-    adapters = tables.open_or_create(config.tables, "adapters", buckets)
-    rejects = tables.open_or_create(config.tables, "rejects", 1)
+    adapters, rejects = (tables.open_or_create(config.tables, *one) for one in (("adapters", buckets), ("rejects", 1)))
     before = adapters.snapshot()
     asked = keys_by_bucket(users, buckets)
     chosen = Chosen.of(config.tables, config.requests, config.since, "adapter")

@@ -74,11 +74,8 @@ def derive_requests(
     withdrawn = again & ~answered
     changed = chosen[outside & other]  # what a request holds already may be a label of the task that it was made for
     withdrawn[changed] |= again[changed]
-    return (
-        asked.filter(pa.array(wanted & ~outside)),
-        asked.filter(pa.array(wanted & outside)),
-        live.filter(pa.array(withdrawn)),
-    )
+    made, unusable = (asked.filter(pa.array(part)) for part in (wanted & ~outside, wanted & outside))
+    return made, unusable, live.filter(pa.array(withdrawn))
 
 
 def derived_id(user_id: str, item_id: str) -> str:
