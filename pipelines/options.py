@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from infra.errors import InputError
 from pplug import yaml_text
-from pplug.settings import Settings, warn_renamed
+from pplug.settings import Settings, underscored, warn_renamed
 
 Key = tuple[str, ...]
 _LISTS = (list, tuple, set, frozenset, Sequence)
@@ -92,15 +92,14 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
                     raise InputError(f"--set {pair}: expected key=value, as in --set buckets=16")
                 settings.append((key, text, f"--set {key}"))
         else:
-            key = name.replace("-", "_")
-            known = annotation_at(config, _present(tuple(key.split(".")), config))
+            known = annotation_at(config, _present(tuple(underscored(name).split(".")), config))
             if not equals and bool in _leaves(known) and not (rest and rest[0].lower() in ("true", "false")):
                 inline = "true"  # a switch needs no value
             elif not equals:
                 if known is None:
                     raise InputError(f"--{name}: unknown option{_near(f'--{name}', config)}")
                 inline = _next(rest, word, spell(known))
-            settings.append((key, inline, f"--{name}"))
+            settings.append((name, inline, f"--{name}"))
     if len(files) > 1:
         raise InputError(f"--config is given {len(files)} times ({', '.join(files)}): one file, the rest by --set")
     for path in files:
@@ -108,6 +107,7 @@ def read(words: list[str], config: type[BaseModel]) -> ParsedOptions:
     spelled: dict[Key, str] = {}
     several: dict[Key, list[Any]] = {}
     for key, text, place in settings:
+        key = underscored(key, given.values) if place == f"--{key}" else key
         path_of_key = _present(tuple(key.split(".")), config)
         annotation = annotation_at(config, path_of_key)
         if annotation is None:

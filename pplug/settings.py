@@ -4,6 +4,7 @@ A key's old name works for one release, with a warning that names the new one. I
 old name for good: they were computed with it, and stored tables and adapters are found by them.
 """
 
+import json
 import logging
 from typing import Any
 
@@ -77,3 +78,21 @@ def warn_renamed(old: str, new: str) -> None:
     if (old, new) not in _warned:
         _warned.add((old, new))
         log.warning("the key %s is now called %s; the old name works for one more release", old, new)
+
+
+def underscored(flag: str, known: Any = None) -> str:
+    """The key of a flag without its dashes: hyphens stand for underscores, but in names that `known`, the nested values
+    of a config file, has with them, such as those of models."""
+    parts = list[str]()
+    for part in flag.split("."):
+        own = isinstance(known, dict) and part in known
+        parts.append(part if own else part.replace("-", "_"))
+        known = known.get(parts[-1]) if isinstance(known, dict) else None
+    return ".".join(parts)
+
+
+def as_words(key: str, value: Any) -> list[str]:
+    """The words of a command line that give a key this value: a text, or a mapping or list as JSON."""
+    if not isinstance(value, str):
+        return ["--set", f"{key}={json.dumps(value, ensure_ascii=False)}"]
+    return [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]

@@ -35,6 +35,7 @@ from pipelines.ingest.sources.base import FORMATS
 from pipelines.ingest.sources.discover import addresses
 from pipelines.ingest.users import UserChoice, user_hashes
 from pplug import tasks
+from pplug.settings import as_words
 from pplug.tasks import TaskSpec, fill
 
 FIRST_ROWS = 2000
@@ -142,7 +143,7 @@ def _given(config: IngestConfig) -> str:
         if value := values.get(name):
             if isinstance(value, dict):  # quickstart takes texts alone
                 value = {key: json.dumps(one) if isinstance(one, bool) else one for key, one in value.items()}
-            words += [f"--{name}", value] if isinstance(value, str) else ["--set", f"{name}={json.dumps(value)}"]
+            words += as_words(name, value)
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

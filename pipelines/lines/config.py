@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import JobConfig
@@ -83,7 +83,7 @@ class LampConfig(Settings):
     """Folder in LaMP's layout with the splits train and dev; default: the benchmark's files are downloaded."""
     derive_requests: tuple[int, int] | None = None
     """Newest items of each train and each dev user that become requests; default: the published questions are used."""
-    limit: tuple[int | None, int | None] | None = None
+    limit: tuple[PositiveInt | None, PositiveInt | None] | None = None
     """Numbers of train and of dev users to take, for a first try; null takes all. A greater one keeps the same users
     and more."""
     separation: Literal["time", "user"] = "time"

@@ -27,6 +27,7 @@ from pplug import tasks, yaml_text
 from pplug.encoder import EncoderConfig
 from pplug.fit_config import FitConfig
 from pplug.identity import short_id
+from pplug.settings import as_words
 from pplug.splice import PromptLayout
 
 PARTS = {"train": 0.8, "dev": 0.2}
@@ -119,7 +120,7 @@ def _check(config: Config, sources: list[str], own: Path) -> int:
     words += ["--set", f"parts={json.dumps(PARTS)}", "--part", "train"]  # a part without a user is refused here
     for key in _ASKED:
         if value := getattr(config, key):
-            words += [f"--{key}", value] if isinstance(value, str) else ["--set", f"{key}={json.dumps(value)}"]
+            words += as_words(key, value)
     print(f"step 1: check\n$ python -m pipelines {shlex.join(words)}", flush=True)
     code = main(words)
     if not code:

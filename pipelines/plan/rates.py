@@ -90,6 +90,8 @@ _BENCH = {
     ("generate", "generate with plug"): "generate",
 }
 """Rows of the benchmarks by file and by the beginning of the row's name, and the job whose rate they are."""
+_JOBS = tuple(_BENCH.values())
+"""Jobs that a plan has lines for; other reports count files, tables or requests."""
 
 
 def read(paths: Iterable[str]) -> dict[str, Measured]:
@@ -105,6 +107,11 @@ def read(paths: Iterable[str]) -> dict[str, Measured]:
         if "lines" in content:
             found |= _of_bench(path, content)
         elif {"job", "seconds", "written", "stages"} <= content.keys():
+            if content["job"] not in _JOBS:
+                raise InputError(
+                    f"rates={path}: a report of {content['job']}, for which a plan has no line; name reports of "
+                    f"{', '.join(_JOBS)}"
+                )
             reports.setdefault(content["job"], []).append((path, content))
         else:
             raise InputError(

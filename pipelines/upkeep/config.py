@@ -141,6 +141,8 @@ class EraseConfig(JobConfig):
     def _somebody_is_named(self) -> Self:
         if (self.user_id is None) == (self.users is None):
             raise ValueError("name one user by user_id, or a file of them by users")
+        if self.user_id is not None and not self.user_id.strip():
+            raise ValueError("user_id is empty, and no user has such an id; was a variable in the command not set?")
         return self
 
 

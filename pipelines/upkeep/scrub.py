@@ -106,7 +106,8 @@ class OthersValues:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         wanted = pa.array(sorted(self.values), pa.large_string())
         for uri in batch["uri"].to_pylist():
-            rows = _columns(uri, ["user_key"])
+            # an id may be the id of somebody's item or request, too, which exports and predictions hold
+            rows = _columns(uri, ["user_key", "item_id", "request_id"])
             rows = rows.filter(pc.invert(self.someone.rows(rows)))
             for name in rows.column_names:
                 for values in leaves(_items(rows[name].combine_chunks())):

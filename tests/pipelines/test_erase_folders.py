@@ -13,7 +13,7 @@ from infra.storage import Storage
 from pipelines import tables
 from pipelines.__main__ import main
 from pipelines.upkeep import compact, erase, scrub
-from pipelines.upkeep.config import CompactConfig
+from pipelines.upkeep.config import CompactConfig, EraseConfig
 from pplug.history import input_hash, text_hash
 from tests.pipelines.test_erase import People, others, own, people  # noqa: F401 (a fixture)
 
@@ -84,6 +84,28 @@ def test_rows_of_others_that_hold_a_word_of_the_users_stay(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["golds"] == golds[1:4]
     left = scrub.SearchFiles(needles)(pa.table({"root": [str(tmp_path)] * 3, "name": names})).to_pylist()
     assert [row["hits"] for row in left] == [0, 0, 0]
+
+
+def test_an_id_that_is_somebodys_item_or_request_too_takes_no_row_of_others(tmp_path):
+    """Items are numbered per user, as users are: user 1 goes, and the items 1 of others stay."""
+    pairs = [("1", "1"), ("2", "1"), ("2", "2"), ("3", "1")]
+    rows = [{"user_id": user, "user_key": shards.user_key(user), "item_id": item} for user, item in pairs]
+    table = str(tmp_path / "histories.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    one = scrub.Someone(frozenset({"1"}), frozenset({shards.user_key("1")}))
+    found = pa.concat_tables(scrub.OthersValues(one, frozenset({"1"}))(pa.table({"uri": [table]})))
+    shared = set(found["value"].to_pylist())
+    export = [{"user_id": user, "item_id": item, "text": "x"} for user, item in pairs]
+    pq.write_table(pa.Table.from_pylist(export), tmp_path / "export.parquet")
+    needles = Needles(frozenset({"1"} - shared), ids=one.ids, names=one.ids)
+    scrub.Scrub(needles, frozenset())(pa.table({"root": [str(tmp_path)], "name": ["export.parquet"]}))
+    assert pq.read_table(tmp_path / "export.parquet").to_pylist() == export[1:]
+
+
+@pytest.mark.parametrize("user_id", ["", " "])
+def test_an_empty_id_is_refused(user_id):
+    with pytest.raises(ValueError, match="user_id is empty"):
+        EraseConfig(tables="t", user_id=user_id)
 
 
 def test_names_of_fields_are_nobodys_words(tmp_path):

@@ -107,6 +107,9 @@ def test_a_real_llm_beside_all_its_peers(path, tmp_path):
                           "train-soft", "generate-soft", "task-base", "adapt", "generate-adapters",
                           "evaluate"]  # fmt: skip
     assert (made["ingest-train"].limit, made["ingest-dev"].limit) == (40, 20)
+    for few in ("0,5", "5,-3"):
+        with pytest.raises(InputError, match="limit"):
+            load(path, "--source", "somewhere", "--limit", few)
     methods = {name for step in ("generate", "generate-soft", "generate-adapters") for name in made[step].methods}
     assert methods == set(config.methods) >= {f"{kind}@{k}" for kind in ("recency", "bm25", "dense") for k in (1, 2, 4)}
     # what learns the task is another LLM, whose replies stand in a run of their own

@@ -102,6 +102,16 @@ def test_a_flag_by_the_new_name_wins_over_a_file_by_the_old_one(tmp_path):
     assert (fit.max_grad_norm, fit.epochs) == (2.0, 7)
 
 
+def test_a_flag_names_a_model_of_the_file_with_its_hyphens(tmp_path):
+    file = tmp_path / "lamp.yaml"
+    file.write_text("task: LaMP_3\nuse: flan-t5\nmodels: {flan-t5: {llm: {model: m}}}\n")
+    words = ["--config", str(file), "--models.flan-t5.llm.model", "other", "--models.flan-t5.engine.max-model-len", "9"]
+    for order in (words, words[2:] + words[:2]):
+        made = options.check(JOBS["lamp"].config, options.read(order, JOBS["lamp"].config))
+        assert list(made.models) == ["flan-t5"]
+        assert (made.models["flan-t5"].llm.model, made.models["flan-t5"].engine.max_model_len) == ("other", 9)
+
+
 def test_a_config_of_a_whole_line_takes_old_names_below_names_of_its_own(tmp_path):
     file = tmp_path / "lamp.yaml"
     file.write_text(

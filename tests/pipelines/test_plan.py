@@ -76,7 +76,9 @@ def test_files_without_rates_are_refused(tmp_path, capsys):
     (tmp_path / "x.json").write_text('{"a": 1}')
     report = {"job": "refresh", "seconds": 3.0, "written": 0, "stages": {}, "config": {}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    for name, wrong in (("x.json", "neither a run's report.json"), ("report.json", "has written nothing")):
+    (tmp_path / "compact.json").write_text(json.dumps(report | {"job": "compact", "written": 9}))
+    for name, wrong in (("x.json", "neither a run's report.json"), ("report.json", "has written nothing"),
+                        ("compact.json", "a report of compact, for which a plan has no line")):  # fmt: skip
         assert main(["plan", *WORDS, "--rates", str(tmp_path / name)]) == 2
         assert wrong in capsys.readouterr().err
 

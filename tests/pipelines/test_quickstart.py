@@ -12,6 +12,7 @@ import yaml
 from infra.errors import InputError
 from pipelines import options
 from pipelines.__main__ import JOBS, main
+from pipelines.ingest.config import IngestConfig
 from pipelines.lines import quickstart
 from tests.pipelines import small
 from tests.pipelines.reviews import reviews, write_csv
@@ -92,6 +93,16 @@ def test_a_mapping_that_an_earlier_start_did_not_have_is_refused(tmp_path, capsy
     assert f"{named}: " in said and "is from an earlier start without it" in said
     quickstart._refuse_another_mapping(first, own, OWN | {"query": "select 3"})
     quickstart._refuse_another_mapping(quickstart.Config(source=OWN["source"]), own, OWN)
+
+
+def test_what_is_given_reaches_the_check_as_it_is(tmp_path, monkeypatch):
+    query = "-- my items\nselect * from source"
+    config = quickstart.Config(source="r.csv", query=query, columns={"target": "\U0001f600"})
+    seen = []
+    monkeypatch.setattr(quickstart, "main", lambda words: seen.append(words) or 1)
+    assert quickstart._check(config, ["r.csv"], tmp_path / "own.yaml") == 1
+    made = options.check(IngestConfig, options.read(seen[0][1:], IngestConfig))
+    assert (made.query, made.columns) == (query, {"target": "\U0001f600"})
 
 
 def test_the_first_start_keeps_what_it_was_given(tmp_path):
