@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
+from pipelines.owners import Owners
 from pplug.identity import short_id
 
 FILE = "made_from.json"
@@ -47,6 +48,13 @@ def users_id(users: Iterable[str] | None) -> str | None:
     """Fingerprint of a set of user ids; None for no set or an empty one."""
     names = sorted(users or ())
     return short_id({"users": names}) if names else None
+
+
+def with_all_histories(users: Iterable[str] | None, requests: Snapshot | None) -> frozenset[str] | None:
+    """A set of users with all other histories of their persons, as the requests tell them; None for none."""
+    if users is None or requests is None:
+        return None if users is None else frozenset(users)
+    return Owners(requests).with_all_histories(users)
 
 
 def read(model: str | Path) -> list[MadeFrom]:
@@ -83,13 +91,14 @@ def check(
     Raises:
         InputError: the base learned from these tables without a cut, and not all of these users were left out.
     """
-    warnings = []
+    warnings, asked = [], ""
     for one in read(model) if with_target else []:
         concerned = with_target if one.examples == "requests" else dated
         if not concerned or Storage(one.tables).uri != Storage(tables).uri:
             continue
         by = f"the base {model} was made by {one.job} (run {one.run_id})"
-        if one.cut == "none" and (one.left_out is None or one.left_out != users_id(users)):
+        asked = asked or users_id(with_all_histories(users, requests)) or "nobody"
+        if one.cut == "none" and one.left_out != asked:
             raise InputError(
                 f"{by} from {one.examples} of {tables} without a cut, and may know the answers of {concerned} of the "
                 "requests; give a base made from other people's tables or with cut=requests, ask with --users for "

@@ -36,6 +36,9 @@ class Persons:
         return {one for one, is_in in zip(distinct, self.numbers[at] == numbers, strict=True) if is_in}
 
 
+NOBODY = Persons()
+
+
 @dataclass(frozen=True)
 class Owners:
     """The table `requests`, asked who is who. It is read whole, whatever requests a run was asked for."""
@@ -63,6 +66,15 @@ class Owners:
 
         with ThreadPoolExecutor(8) as pool:
             return Persons(np.unique(np.concatenate([_numbers(()), *pool.map(read, self.requests.filled())])))
+
+    def with_all_histories(self, ids: Iterable[str]) -> frozenset[str]:
+        """Returns these users or persons, with the persons of each user and every history of each person."""
+        rows = self.requests.read(["user_id", "owner_id"], filter=_SPLIT)
+        pairs = set(zip(rows["user_id"].to_pylist(), rows["owner_id"].to_pylist(), strict=True))
+        found: set[str] = set(ids)
+        while more := {one for pair in pairs if not found.isdisjoint(pair) for one in pair} - found:
+            found |= more
+        return frozenset(found)
 
 
 def in_turn(bucket: int, filled: Iterable[int]) -> list[int]:

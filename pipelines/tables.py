@@ -19,6 +19,7 @@ from infra.shards import bucket_of_key, user_key
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table, TableSpec
+from pipelines.owners import NOBODY, Persons
 from pplug import schemas, tasks
 from pplug.encoder import OWN_ID
 from pplug.tasks import TaskSpec
@@ -206,12 +207,13 @@ def costs(tables: str, names: Iterable[str]) -> dict[str, dict[str, int]]:
     return {name: upkeep.cost(Table.open(location(tables, name), spec_of(name))) for name in existing}
 
 
-def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
+def read_users(path: str | None, *among: Snapshot, persons: Persons = NOBODY) -> frozenset[str] | None:
     """Reads user ids from a file with one id per line, however the file was saved. None without a file.
 
     Args:
         among: tables in one of which each id should have a row; the lines of ids without a row are named on
             the screen, but never the ids, since the output is kept.
+        persons: people whose ids count as there, too.
 
     Raises:
         InputError: the file cannot be read.
@@ -225,7 +227,8 @@ def read_users(path: str | None, *among: Snapshot) -> frozenset[str] | None:
         raise InputError(
             f"users={path}: cannot be read ({error}); expected a file with one user id per line, in UTF-8"
         ) from error
-    absent = absent_from(users, *among) if among else set()
+    absent = set(absent_from(users, *among)) if among else set()
+    absent -= persons.among(absent)
     if absent:
         places = sorted(number for text, number in at.items() if text in absent)
         more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""

@@ -31,6 +31,8 @@ from pipelines.tracking import Tracked
 from pplug.llm import ParallelConfig
 from pplug.loop import Loop, Order, run_epochs
 
+BEGUN = "begun"
+"""Metric of each report: steps that earlier starts of the run have taken."""
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
@@ -229,14 +231,15 @@ def train(
         metrics = more(metrics | {"train_loss": checkpoints.epoch_loss(int(metrics["epoch"]))})
         orders.saved()
         if not first:
-            ray.train.report(metrics)
+            ray.train.report(metrics | {BEGUN: begun})
             return
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact"))
         print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
         if curves is not None and "val_loss" in metrics:
             curves.add(step, "validation", metrics["val_loss"])
         checkpoints.save(metrics, is_best)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
+        whole_folder = ray.train.Checkpoint.from_directory(checkpoints.folder)
+        ray.train.report(metrics | {BEGUN: begun}, checkpoint=whole_folder)
 
     with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
         whole = run_epochs(
@@ -248,7 +251,7 @@ def train(
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
-        ray.train.report(more(checkpoints.history[-1]), checkpoint=checkpoint)
+        ray.train.report(more(checkpoints.history[-1]) | {BEGUN: begun}, checkpoint=checkpoint)
     elif first and not whole:
         print(f"{job}: asked to end, ends at step {taken} of {loop.steps}; the checkpoint is saved", flush=True)
     elif first and taken < loop.steps:
@@ -257,14 +260,15 @@ def train(
         print(f"{job}: ends at step {taken}: {why}", flush=True)
 
 
-def epochs_taken(history: Sequence[Mapping[str, float]]) -> float:
+def epochs_taken(history: Sequence[Mapping[str, float]], begun: float = 0) -> float:
     """Counts the epochs up to the last checkpoint; they are fewer than planned where a training ended early.
 
     Args:
         history: metrics of each checkpoint; at an epoch's end they have a val_loss.
+        begun: steps that do not count, those of earlier starts.
     """
     whole = next(entry for entry in history if "val_loss" in entry)
-    return history[-1]["step"] / whole["step"] * (whole["epoch"] + 1)
+    return (history[-1]["step"] - begun) / whole["step"] * (whole["epoch"] + 1)
 
 
 def keep_curve(checkpoint: str, run_dir: str) -> None:

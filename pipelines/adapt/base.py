@@ -83,7 +83,8 @@ class BaseExamples:
     """True if items that a request of their user may not see are left out."""
     task: TaskSpec
     left_out: frozenset[str]
-    """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read."""
+    """Target users, by the id of the user or of the person who owns several histories: nothing of theirs is read, in
+    whichever of these histories it stands."""
     llm: LLMConfig
     max_target_tokens: int
     folder: str
@@ -95,6 +96,8 @@ class BaseExamples:
     def __post_init__(self) -> None:
         if self.cut and self.requests is not None:
             self.of_several = Owners(self.requests).of_several()
+        if self.left_out and self.requests is not None:
+            self.left_out = Owners(self.requests).with_all_histories(self.left_out)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         llm = self.llm
@@ -120,11 +123,7 @@ class BaseExamples:
         else:
             rows = self.histories.read(buckets=[bucket])
             rows = rows.sort_by([("user_key", "ascending"), ("item_id", "ascending")])
-        left_out = set(self.left_out)
-        if requests is not None and left_out:  # each user of a person who is left out
-            pairs = zip(requests["user_id"].to_pylist(), requests["owner_id"].to_pylist(), strict=True)
-            left_out |= {user for user, owner in pairs if owner in self.left_out}
-        theirs = pc.is_in(rows["user_id"], value_set=pa.array(sorted(left_out), pa.string()))
+        theirs = pc.is_in(rows["user_id"], value_set=pa.array(sorted(self.left_out), pa.string()))
         users = pc.count_distinct(rows["user_key"].filter(theirs)).as_py()
         rows, cut_off, latest = rows.filter(pc.invert(theirs)), 0, None
         if self.examples == "items":

@@ -3,6 +3,7 @@
 What it does and its keys stand in `config.py`.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
 from infra.trainer import run_training
-from pipelines import begun, llm_sample, made_from, tables, waves
+from pipelines import begun, llm_sample, made_from, tables, training, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
@@ -27,6 +28,7 @@ from pipelines.adapt.users import RETRIEVAL_ITEMS, FitAdapters, ReadExamples, fi
 from pipelines.asked import Chosen
 from pipelines.made_from import users_id
 from pipelines.model_folders import below, check_output
+from pipelines.owners import NOBODY, Owners, Persons
 from pipelines.pending_users import PendingUsers
 from pipelines.run import CpuShare, begin
 from pipelines.tracking import refuse_missing
@@ -68,7 +70,7 @@ def run(config: Config) -> int:
         base_shapes(folder, config.trained.shape.targets, to_merge=config.stage == "base")
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error
-    users = tables.read_users(config.users, histories)
+    users = tables.read_users(config.users, histories, persons=_persons(config))
     workers = config.workers if config.stage == "base" else config.least("workers")
     session.start(
         need={"CPU": workers + 2.0, "GPU": workers * config.gpus_per_worker},
@@ -82,6 +84,13 @@ def run(config: Config) -> int:
         tables.refuse_rebucketed(config.tables, "histories", table.buckets)
         _adapters(config, report, histories, task, users, base)
     return report.finish()
+
+
+def _persons(config: Config) -> Persons:
+    """People with a history under another id, whom a file of a base's target users may name."""
+    asks = config.stage == "base" and config.users is not None
+    requests = tables.snapshot_if_any(config.tables, "requests", {}) if asks else None
+    return NOBODY if requests is None else Owners(requests).of_several()
 
 
 def _refuse_a_spread(config: Config) -> None:
@@ -242,11 +251,10 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
         versions={name: snapshot.version for name, snapshot in snapshots.items()},
         examples=config.examples,
         cut=_cut(config, snapshots),
-        left_out=made_from.users_id(left_out),
+        left_out=made_from.users_id(made_from.with_all_histories(left_out, snapshots.get("requests"))),
         **counts,
     )
     with report.stage("fit") as fit:
-        fit.rows = sum(shard.examples for shard in shards) * config.trained.epochs
         result = run_training(
             fit_base,
             {
@@ -269,6 +277,9 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             max_failures=config.max_failures,
             checkpoints_kept=1,
         )
+        examples_in_all = sum(shard.examples for shard in shards)
+        per_epoch = math.ceil(examples_in_all / config.trained.batch_size)
+        fit.rows = round(examples_in_all * (result.metrics["step"] - result.metrics[training.BEGUN]) / per_epoch)
         with result.checkpoint.as_directory() as checkpoint:
             keep_curve(checkpoint, run_dir)
             merge(config.llm, str(Path(checkpoint) / "adapter"), output, made_from.text(record, folder))

@@ -134,7 +134,7 @@ def _json(path: str) -> dict[str, Any]:
 def _of_reports(job: str, reports: list[tuple[str, dict[str, Any]]]) -> Measured:
     """The line through the runs' times; one run, or runs of one size, tell no start-up."""
     for path, report in reports:
-        if not report["written"]:
+        if not report["written"] or not _units(report):
             raise InputError(f"rates={path}: this run has written nothing, so that it has no rate; name another one")
         if report["config"].get("stage") == "base" or report["config"].get("write_profiles"):
             raise InputError(

@@ -4,6 +4,7 @@ What it does and its keys stand in `config.py`.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -107,7 +108,7 @@ def _run(config: Config, run_id: str) -> int:
         made_for = (task.item_template(config.encoder.with_label), encoder)
         facts = _fit(config, run_id, run_dir, (samples, shards), identities, made_for, target, width, (answers, tokens))
         per_epoch = min(counts["samples"], config.fit.max_samples or counts["samples"])
-        stage.rows = round(per_epoch * training.epochs_taken(facts["history"]))
+        stage.rows = round(per_epoch * facts.pop("epochs"))
     report.written = counts["samples"]
     report.extra |= facts
     code = report.finish()
@@ -194,13 +195,16 @@ def _fit(
             identity = plug_id(draft)
         history = json.loads((Path(folder) / "history.json").read_text())
         keep_curve(folder, run_dir)
+    epochs = training.epochs_taken(history, result.metrics[training.BEGUN])
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
         "plug": target,
         "plug_id": identity,
         "best_val_loss": best["val_loss"],
         "best_step": best["step"],
-        "history": history,
+        # before the first validation there is no best loss, and JSON has no word for infinity
+        "history": [{name: n for name, n in entry.items() if math.isfinite(n)} for entry in history],
+        "epochs": epochs,
         **identities,
     }
 

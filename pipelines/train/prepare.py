@@ -65,6 +65,11 @@ def check(config: Config, counts: dict[str, int], answers: KnownAnswers | None, 
     Raises:
         InputError: there are none; the items have no times, or no answers, for a plug that reads these.
     """
+    if not counts["samples"] and config.users is not None:
+        raise InputError(
+            f"users={config.users}: none of these users has a request with a target in {config.tables}; name others, "
+            "or leave it out"
+        )
     if not counts["samples"]:
         raise InputError(
             f"{config.tables}: no request with a target whose user is there; ingest requests with targets, or use "

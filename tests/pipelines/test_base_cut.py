@@ -14,6 +14,7 @@ from pipelines.adapt.base import BaseExamples
 from pipelines.adapt.mixed import OtherSettings
 from pipelines.generate.pending import PendingReplies
 from pipelines.lines import base_lm
+from pipelines.owners import Owners
 from pipelines.upkeep import export
 from pipelines.upkeep.export_adapter import export_adapter
 from pplug.adapter import AdapterShape, LoraConfig, base_shapes, to_bytes
@@ -130,6 +131,31 @@ def test_a_user_is_left_out_by_the_person_too(population, llm, tmp_path):
     questions.write_text(json.dumps(asked) + "\n")
     fill(population, [item(user, n) for user in ("ann-1", "bob") for n in range(3)], requests_source=str(questions))
     assert counts_of(population, llm, tmp_path, {"ann"}) == {"examples": 3, "items_cut_off": 0, "users_left_out": 1}
+
+
+def test_a_user_is_left_out_with_every_history_of_the_person(population, llm, tmp_path):
+    """The file names one history of ann's; another may hold the answer that is asked for in the first."""
+    questions = tmp_path / "questions.jsonl"
+    asked = [{"request_id": f"q{n}", "user_id": f"ann-{n}", "owner_id": "ann", "input": "How?", "target": "good"}
+             for n in (1, 2)]  # fmt: skip
+    questions.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    rows = [item(user, n) for user in ("ann-1", "ann-2", "bob") for n in range(3)]
+    fill(population, rows, requests_source=str(questions))
+    for named in ("ann-1", "ann"):
+        found = counts_of(population, llm, tmp_path, {named}, cut=False)
+        assert found == {"examples": 3, "items_cut_off": 0, "users_left_out": 2}
+    requests = snapshot(population, "requests")
+    everybody = made_from.with_all_histories({"ann-1"}, requests)
+    assert everybody == made_from.with_all_histories({"ann"}, requests) == {"ann", "ann-1", "ann-2"}
+    base = write_record(tmp_path / "base", population, cut="none", left_out=made_from.users_id(everybody))
+    for users in ({"ann-1", "ann-2"}, {"ann-1"}):
+        assert made_from.check(base, population.tables, requests, frozenset(users), 1, 1) == []
+    with pytest.raises(InputError, match="may know the answers"):
+        made_from.check(base, population.tables, requests, frozenset({"ann-1", "bob"}), 1, 1)
+    file = tmp_path / "users.txt"
+    file.write_text("ann\nnobody\n")
+    histories = snapshot(population, "histories")
+    assert tables.read_users(str(file), histories, persons=Owners(requests).of_several()) == {"ann", "nobody"}
 
 
 def test_base_lm_learns_no_item_that_a_request_may_not_see(population, tmp_path):

@@ -46,7 +46,9 @@ def made(tmp_path_factory, ray_session):
 
 def fit(made, name, fit=FIT, **more):
     assert made.run(train, name, **made.common, **{"llm": made.llm, "fit": fit, "threads": 1} | more) == 0
-    return made.report(name)
+    report = made.report(name)
+    json.dumps(report, allow_nan=False)  # JSON has no word for infinity
+    return report
 
 
 @pytest.mark.slow
@@ -128,7 +130,9 @@ def test_a_training_that_gets_no_better_ends_early_and_says_so(made):
     assert len(losses) - 1 - losses.index(min(losses)) == 1
     assert report["stages"]["fit"]["rows"] == len(losses) * report["samples"]["samples"]  # an epoch, a loss
     before = (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes()
-    assert fit(made, "early", wild)["history"] == report["history"]  # the same run again has nothing to do
+    again = fit(made, "early", wild)
+    assert again["history"] == report["history"]  # the same run again has nothing to do
+    assert again["stages"]["fit"]["rows"] == 0
     assert (made.root / "runs" / "early" / "plug" / "model.safetensors").read_bytes() == before
 
 
@@ -136,6 +140,7 @@ def test_epochs_are_counted_by_the_steps_that_were_taken():
     """Ten epochs of 40 steps are planned; fewer are taken where the loss is no number any more."""
     ends = [{"step": 40.0 * (epoch + 1), "epoch": epoch, "val_loss": 1.0} for epoch in range(10)]
     assert training.epochs_taken(ends[:3]) == 3 and training.epochs_taken(ends) == 10
+    assert training.epochs_taken(ends, 360) == 1  # an earlier start took nine
     half = {"step": 100.0, "epoch": 2, "train_loss": 1.0}
     assert training.epochs_taken([{"step": 20.0, "epoch": 0, "train_loss": 1.0}, *ends[:2], half]) == 2.5
 
