@@ -82,7 +82,8 @@ def left_behind(words: Iterable[str]) -> str:
 
 
 _FILES = frozenset(
-    ".csv .tsv .txt .json .jsonl .ndjson .parquet .arrow .xml .gz .bz2 .xz .zst .zip .yaml .yml .sql .py".split()
+    ".csv .tsv .txt .log .xml .json .jsonl .ndjson .parquet .pq .parq .arrow .gz .bz2 .xz .zst .zip .yaml .yml .sql "
+    ".py".split()
 )
 
 

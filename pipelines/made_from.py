@@ -15,6 +15,7 @@ from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
 from pipelines.owners import Owners
+from pipelines.tables import snapshot
 from pplug.identity import short_id
 
 FILE = "made_from.json"
@@ -78,6 +79,19 @@ def text(newest: MadeFrom, base: str | Path | None = None) -> str:
     return json.dumps({"trainings": [one.model_dump(mode="json") for one in trainings]}, indent=2) + "\n"
 
 
+def _named(users: Iterable[str] | None, one: MadeFrom, tables: str, requests: Snapshot) -> set[str | None]:
+    """Fingerprints of the users asked with all histories of their persons, by the requests of now, and by those that
+    the training has seen where they can still be read: later ones name histories that it cannot have learned from."""
+    found = {users_id(with_all_histories(users, requests))}
+    if "requests" in one.versions:
+        try:
+            then = snapshot(tables, "requests", {"requests": one.versions["requests"]})
+            found.add(users_id(with_all_histories(users, then)))
+        except InputError:  # a vacuum has taken that version
+            pass
+    return found
+
+
 def check(
     model: Path, tables: str, requests: "Snapshot", users: frozenset[str] | None, dated: int, with_target: int
 ) -> list[str]:
@@ -91,14 +105,13 @@ def check(
     Raises:
         InputError: the base learned from these tables without a cut, and not all of these users were left out.
     """
-    warnings, asked = [], ""
+    warnings = []
     for one in read(model) if with_target else []:
         concerned = with_target if one.examples == "requests" else dated
         if not concerned or Storage(one.tables).uri != Storage(tables).uri:
             continue
         by = f"the base {model} was made by {one.job} (run {one.run_id})"
-        asked = asked or users_id(with_all_histories(users, requests)) or "nobody"
-        if one.cut == "none" and one.left_out != asked:
+        if one.cut == "none" and (one.left_out is None or one.left_out not in _named(users, one, tables, requests)):
             raise InputError(
                 f"{by} from {one.examples} of {tables} without a cut, and may know the answers of {concerned} of the "
                 "requests; give a base made from other people's tables or with cut=requests, ask with --users for "

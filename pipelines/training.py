@@ -31,8 +31,6 @@ from pipelines.tracking import Tracked
 from pplug.llm import ParallelConfig
 from pplug.loop import Loop, Order, run_epochs
 
-BEGUN = "begun"
-"""Metric of each report: steps that earlier starts of the run have taken."""
 LOSSES, CURVE, EVENTS = "losses.csv", "loss.svg", "tensorboard"
 
 
@@ -83,6 +81,19 @@ def left_without_record(storage: Storage, run_id: str) -> list[str]:
         except ValueError:
             storage.delete(name)
     return sorted(map(str, Path(storage.path, run_id).glob("checkpoint_*")), reverse=True)
+
+
+def steps_before(storage: Storage, run_id: str) -> int:
+    """Steps that earlier starts of a run have saved, as its newest whole checkpoint tells them; 0 where there is none.
+
+    Asked before the training starts: workers that Ray restarts meanwhile go on within the same start.
+    """
+    for name in sorted((name for name in storage.list(run_id) if name.endswith("/history.json")), reverse=True):
+        try:
+            return int(json.loads(storage.read_bytes(name))[-1]["step"])
+        except (OSError, ValueError, LookupError):  # not written to its end
+            continue
+    return 0
 
 
 class Checkpoints:
@@ -231,15 +242,14 @@ def train(
         metrics = more(metrics | {"train_loss": checkpoints.epoch_loss(int(metrics["epoch"]))})
         orders.saved()
         if not first:
-            ray.train.report(metrics | {BEGUN: begun})
+            ray.train.report(metrics)
             return
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact"))
         print(f"{job}: step {step} of {loop.steps}, saved{': ' + shown if shown else ''}", flush=True)
         if curves is not None and "val_loss" in metrics:
             curves.add(step, "validation", metrics["val_loss"])
         checkpoints.save(metrics, is_best)
-        whole_folder = ray.train.Checkpoint.from_directory(checkpoints.folder)
-        ray.train.report(metrics | {BEGUN: begun}, checkpoint=whole_folder)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(checkpoints.folder))
 
     with Progress(loop.steps, "steps", f"{job}, optimizer", begun=begun) if first else nullcontext() as bar:
         whole = run_epochs(
@@ -251,7 +261,7 @@ def train(
     taken = loop.schedule.last_epoch
     if taken == begun:  # the run had ended before; report again, so that the driver finds its checkpoint
         checkpoint = ray.train.Checkpoint.from_directory(checkpoints.folder) if first else None
-        ray.train.report(more(checkpoints.history[-1]) | {BEGUN: begun}, checkpoint=checkpoint)
+        ray.train.report(more(checkpoints.history[-1]), checkpoint=checkpoint)
     elif first and not whole:
         print(f"{job}: asked to end, ends at step {taken} of {loop.steps}; the checkpoint is saved", flush=True)
     elif first and taken < loop.steps:

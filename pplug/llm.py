@@ -114,7 +114,9 @@ def former_llm_id(config: LLMConfig) -> str | None:
     replies begin otherwise since then (`PromptBuilder.reply_head`).
     """
     layout, folder = config.layout.decisive(), model_folder(config.model, config.revision, weights=False)
-    if not _SEEN_IN_FRAME.isdisjoint(layout) or not weight_files(folder) or "reply" in prompt_frame(config):
+    if not _SEEN_IN_FRAME.isdisjoint(layout) or not weight_files(folder):
+        return None
+    if is_encoder_decoder(folder) and "reply" in prompt_frame(config):
         return None
     return short_id({"weights": weights_id(folder), "layout": layout})
 

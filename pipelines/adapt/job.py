@@ -234,9 +234,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     """Prepares examples, runs Ray Train, merges what it learned into the base."""
     output = config.output or below(run_dir, "base")
     folder = model_folder(config.llm.model, config.llm.revision)
-    itself = os.path.exists(output) and os.path.samefile(output, folder)
-    if itself or output.rstrip("/") == config.llm.model.rstrip("/"):
-        raise InputError(f"output={output}: is the folder of the base itself; give another folder")
+    _refuse_itself(output, folder, config.llm.model)
     check_output("output", output, MODEL_FILES, run_dir)
     left_out = tables.read_users(config.users) or frozenset()
     decisive = _decisive(config, task, left_out, base)
@@ -254,6 +252,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
         left_out=made_from.users_id(made_from.with_all_histories(left_out, snapshots.get("requests"))),
         **counts,
     )
+    before = training.steps_before(checkpoints := Storage(run_dir).join("train"), run_id)
     with report.stage("fit") as fit:
         result = run_training(
             fit_base,
@@ -265,7 +264,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
                 "examples": examples,
                 "shards": shards,
                 "cpu": CpuShare.of(config.workers, config.gpus_per_worker, config.threads),
-                "left": left_without_record(Storage(run_dir).join("train"), run_id),
+                "left": left_without_record(checkpoints, run_id),
                 "run_dir": run_dir,
                 "checkpoint_minutes": config.checkpoint_minutes,
                 "track": (config.track, run_id, config.model_dump(mode="json")),
@@ -277,9 +276,7 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
             max_failures=config.max_failures,
             checkpoints_kept=1,
         )
-        examples_in_all = sum(shard.examples for shard in shards)
-        per_epoch = math.ceil(examples_in_all / config.trained.batch_size)
-        fit.rows = round(examples_in_all * (result.metrics["step"] - result.metrics[training.BEGUN]) / per_epoch)
+        fit.rows = _examples_of(shards, config, result.metrics["step"] - before)
         with result.checkpoint.as_directory() as checkpoint:
             keep_curve(checkpoint, run_dir)
             merge(config.llm, str(Path(checkpoint) / "adapter"), output, made_from.text(record, folder))
@@ -292,6 +289,19 @@ def _base(config: Config, run_id: str, run_dir: str, report: RunReport, task: "T
     code = report.finish()
     print(f"base {merged}: {output}", flush=True)
     return code
+
+
+def _refuse_itself(output: str, folder: Path, model: str) -> None:
+    """Refuses to write a base over the model that it goes on from."""
+    itself = os.path.exists(output) and os.path.samefile(output, folder)
+    if itself or output.rstrip("/") == model.rstrip("/"):
+        raise InputError(f"output={output}: is the folder of the base itself; give another folder")
+
+
+def _examples_of(shards: "list[BaseShard]", config: Config, steps: float) -> int:
+    """Number of examples in so many steps."""
+    examples = sum(shard.examples for shard in shards)
+    return round(examples * steps / math.ceil(examples / config.trained.batch_size))
 
 
 # What may change from one start of a base's run to the next: it decides where and how fast. What comes out depends on
@@ -307,6 +317,9 @@ def _decisive(config: Config, task: "TaskSpec", left_out: frozenset[str], base: 
     decisive = config.decisive(exclude=_FREE_KEYS) | {"task": task.model_dump(mode="json"), "llm_id": base}
     decisive["lora"] = config.trained.decisive(exclude={"max_tokens_per_microbatch"})
     decisive["users"] = users_id(left_out)  # the ids in the file count, not its name
+    requests = tables.snapshot_if_any(config.tables, "requests", {})
+    if made_from.with_all_histories(left_out, requests) != left_out:  # an earlier release left out those named alone
+        decisive["left_out"] = "people"
     if config.max_history_items != Config.model_fields["max_history_items"].default:  # an earlier release took all
         decisive["max_history_items"] = config.max_history_items
     return decisive

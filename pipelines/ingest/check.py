@@ -5,7 +5,6 @@ ingest reads them -> labels and figures -> text for the screen, and with `write_
 It takes seconds, needs no Ray session and writes no table. The text holds users' texts: it goes to the screen alone.
 """
 
-import json
 import shlex
 import time
 from collections import Counter
@@ -141,8 +140,6 @@ def _given(config: IngestConfig) -> str:
     words = []
     for name in _SHOWN_AGAIN:
         if value := values.get(name):
-            if isinstance(value, dict):  # quickstart takes texts alone
-                value = {key: json.dumps(one) if isinstance(one, bool) else one for key, one in value.items()}
             words += as_words(name, value)
     return "".join(f" {shlex.quote(word)}" for word in words)
 

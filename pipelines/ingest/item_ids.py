@@ -106,28 +106,27 @@ def read_as(fields: Sequence[str], labels: Sequence[str], time: Mapping[str, str
 
 
 def noted(before: str, now: str) -> str:
-    """The ways in which a table's rows were read, as metadata: those noted before, "" for none, and now's."""
+    """The ways in which a table's rows were read, as metadata: those noted before, "" for none, and now's, the last."""
     known: list[str] = json.loads(before) if before else []
-    return json.dumps([*known, *([] if now in known else [now])])
+    return json.dumps([*(one for one in known if one != now), now])
 
 
 def read_otherwise(before: str, now: str) -> tuple[str, bool]:
-    """Returns what a run reads otherwise than one that is `noted`, in words, and whether that is the times.
+    """Returns what a run reads otherwise than those that are `noted`, in words, and whether it reads times otherwise
+    than the last of them.
 
     Where no words are returned, the same rows have the same ids. A label more is no difference, and another spelling of
     one is.
     """
-    for known in json.loads(before) if before else []:
-        was, now_is = json.loads(known), json.loads(now)
+    ways = [json.loads(one) for one in json.loads(before)] if before else []
+    now_is, said = json.loads(now), list[str]()
+    for was in ways:
         spelt = {form(label): label for label in was["labels"]}
         differ = [label for label in now_is["labels"] if spelt.get(form(label), label) != label]
-        said = []
         if was["fields"] != now_is["fields"]:
             said.append(f"the fields {', '.join(now_is['fields'])}, which were {', '.join(was['fields'])}")
         if differ:
             said.append(f"the spelling of the labels {', '.join(differ[:5])}")
         if was["time"] != now_is["time"]:
             said.append("time.unit or time.format")
-        if said:
-            return " and ".join(said), was["time"] != now_is["time"]
-    return "", False
+    return " and ".join(dict.fromkeys(said)), bool(ways) and ways[-1]["time"] != now_is["time"]

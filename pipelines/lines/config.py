@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from pipelines.engines.base import Decoding, EngineConfig
 from pipelines.job_config import JobConfig
@@ -145,6 +145,15 @@ class QuickstartConfig(Settings):
     """SQL that makes the items, as in `ingest`."""
     csv: dict[str, str] = {}
     """Form of CSV files, as in `ingest`, such as csv.header=false."""
+
+    @field_validator("csv", mode="before")
+    @classmethod
+    def _as_words(cls, value: Any) -> Any:
+        """A truth value of a file is the word that a flag has for it."""
+        if not isinstance(value, dict):
+            return value
+        return {name: str(one).lower() if isinstance(one, bool) else one for name, one in value.items()}
+
     time: dict[str, str] = {}
     """Meaning of the values in time columns, as in `ingest`, such as time.format=%d.%m.%Y."""
     limit: int | None = Field(None, gt=1)

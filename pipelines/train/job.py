@@ -178,6 +178,7 @@ def _fit(
         "run_dir": run_dir,
         "run_id": run_id,
     }
+    before = training.steps_before(storage, run_id)
     result = run_training(
         fit_worker,
         given,
@@ -195,7 +196,7 @@ def _fit(
             identity = plug_id(draft)
         history = json.loads((Path(folder) / "history.json").read_text())
         keep_curve(folder, run_dir)
-    epochs = training.epochs_taken(history, result.metrics[training.BEGUN])
+    epochs = training.epochs_taken(history, before)
     best = min((entry for entry in history if "val_loss" in entry), key=lambda entry: entry["val_loss"])
     return {
         "plug": target,

@@ -152,6 +152,13 @@ def test_a_user_is_left_out_with_every_history_of_the_person(population, llm, tm
         assert made_from.check(base, population.tables, requests, frozenset(users), 1, 1) == []
     with pytest.raises(InputError, match="may know the answers"):
         made_from.check(base, population.tables, requests, frozenset({"ann-1", "bob"}), 1, 1)
+    later = {"request_id": "q3", "user_id": "ann-3", "owner_id": "ann", "input": "How?", "target": "good"}
+    questions.write_text(json.dumps(later) + "\n")
+    assert population.ingest(requests_source=str(questions), task=population.task(NOTES)) == 0
+    newer = snapshot(population, "requests")
+    assert made_from.check(base, population.tables, newer, frozenset({"ann-1", "ann-2"}), 1, 1) == []
+    with pytest.raises(InputError, match="may know the answers"):
+        made_from.check(base, population.tables, newer, frozenset({"ann-1", "ann-3"}), 1, 1)
     file = tmp_path / "users.txt"
     file.write_text("ann\nnobody\n")
     histories = snapshot(population, "histories")

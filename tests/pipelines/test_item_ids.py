@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from infra.errors import InputError
-from pipelines.ingest.item_ids import with_ids
+from pipelines.ingest.item_ids import noted, read_as, read_otherwise, with_ids
 from pipelines.ingest.source_rows import ITEM, ROWS
 from tests.pipelines.population import NOTES
 
@@ -94,6 +94,19 @@ def test_what_was_read_in_two_ways_is_compared_with_both(population, ray_session
     with pytest.raises(InputError, match="in .* already, under another id.*which were mood, text"):
         moods(population, ROWS_OF_ANN, columns=named)
     assert len(population.items()["ann"]) == 4
+
+
+def test_each_way_that_was_noted_counts_and_of_the_times_the_last():
+    plain, other = ({"unit": unit, "format": None} for unit in ("s", "ms"))
+    first = read_as(["mood", "text"], ["good"], plain)
+    second = read_as(["mood", "place", "text"], ["good"], other)
+    third = read_as(["mood", "place", "text"], ["good"], plain)
+    assert read_otherwise("", first) == ("", False) == read_otherwise(noted("", first), first)
+    words, in_times = read_otherwise(noted(noted("", first), second), third)
+    assert in_times and words == "the fields mood, place, text, which were mood, text and time.unit or time.format"
+    switched = noted(noted("", second), third)  # the exporter writes seconds from now on
+    assert read_otherwise(switched, third) == ("time.unit or time.format", False)
+    assert json.loads(noted(switched, second)) == [third, second]
 
 
 def test_the_same_words_at_another_time_are_no_row_that_comes_again(population, ray_session):
