@@ -3,6 +3,7 @@
 import shutil
 import time
 
+import numpy as np
 import pytest
 
 from pipelines import tables
@@ -22,7 +23,9 @@ def test_sigterm_in_the_middle_of_a_wave_ends_a_refresh_and_a_rerun_completes_it
 
     def vectors(place):
         rows = tables.open_table(place, name).snapshot().read(["text_hash", "vector"]).to_pylist()
-        return sorted((row["text_hash"], tuple(row["vector"])) for row in rows)
+        found = {row["text_hash"]: row["vector"] for row in rows}
+        assert len(found) == len(rows)
+        return found
 
     wanted = vectors(made.tables)
     words = made.words(refresh, "night", **(made.common | {"tables": place, "wave_texts": 1}))
@@ -35,8 +38,11 @@ def test_sigterm_in_the_middle_of_a_wave_ends_a_refresh_and_a_rerun_completes_it
         assert job.survivors() == []
         assert "refresh: ended by SIGTERM; run_id=night goes on where this run stopped" in job.output
     half = vectors(place)
-    assert 0 < len(half) < len(wanted) and set(half) < set(wanted)
+    assert 0 < len(half) < len(wanted) and half.keys() < wanted.keys()
     assert made.report("night")["exit_code"] == 143
     assert not list((tmp_path / "again" / "_leases").glob("*")), "the leases were put down"
     assert made.run(refresh, "night", **(made.common | {"tables": place})) == 0
-    assert vectors(place) == wanted and made.report("night")["already_there"] == len(half)
+    whole = vectors(place)
+    assert whole.keys() == wanted.keys() and made.report("night")["already_there"] == len(half)
+    for text_hash, vector in wanted.items():  # in batches of other texts, products may differ in the last of 16 bits
+        np.testing.assert_allclose(whole[text_hash], vector, atol=1e-3)
