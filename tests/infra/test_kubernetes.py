@@ -348,8 +348,8 @@ def test_what_follows_a_failed_job_does_not_start(start):
     assert night.returncode == 3 and len(Api.made) == 1
 
 
-def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(start):
-    """A node is lost without SIGTERM: its pod is started anew on another, and the RayJob has gone on."""
+def lose_a_pod(start) -> dict[str, Any]:
+    """Kills a pod whose RayJob has started and runs; returns the plan by which it ran."""
     plan = {"pplug-refresh": {"jobDeploymentStatus": "Running"}}
     lost = start(plan, "pplug-refresh")
     until = time.monotonic() + 30
@@ -357,7 +357,12 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
         time.sleep(0.05)
     lost.kill()
     lost.communicate(timeout=60)
-    again = start(plan, "pplug-refresh")
+    return plan
+
+
+def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(start):
+    """A node is lost without SIGTERM: its pod is started anew on another, and the RayJob has gone on."""
+    again = start(lose_a_pod(start), "pplug-refresh")
     assert again.stdout is not None and "which an earlier pod has started" in again.stdout.readline()
     Api.plan["pplug-refresh"] = DONE
     again.communicate(timeout=60)
@@ -366,13 +371,7 @@ def test_a_job_that_a_lost_pod_has_started_is_waited_for_and_not_started_again(s
 
 def test_a_job_that_passed_its_deadline_without_its_pod_is_deleted_before_the_next_starts(start):
     """KubeRay calls it failed, and its driver would go on beside the next one."""
-    plan = {"pplug-refresh": {"jobDeploymentStatus": "Running"}}
-    lost = start(plan, "pplug-refresh")
-    until = time.monotonic() + 30
-    while not Api.made and time.monotonic() < until:
-        time.sleep(0.05)
-    lost.kill()
-    lost.communicate(timeout=60)
+    lose_a_pod(start)
     again = start({"pplug-refresh": OVERDUE}, "pplug-refresh")
     said, _ = again.communicate(timeout=60)
     assert again.returncode == 1 and Api.deleted == ["pplug-refresh-x0", "pplug-refresh-x1"]
