@@ -84,8 +84,8 @@ def note_other_history(report: RunReport, plug: str, made_for: PlugConfig, max_h
         return
     if trained == PlugConfig.model_fields["max_history_items"].default:  # which no plug's folder says
         words = (
-            f"says no number of items, as one that was trained on the newest {trained}, or by an earlier release; "
-            f"max_history_items={max_history_items} is right if its training had that"
+            f"names no number of items: it was trained on the newest {trained} of a user, or by an earlier release, "
+            f"which noted none; max_history_items={max_history_items} is right if its training had that"
         )
     else:
         words = (

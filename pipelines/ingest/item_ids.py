@@ -6,7 +6,7 @@ the second would find its answer in the first. Without a time somebody may have 
 the id of the first with -2, and so on.
 
 Another mapping, spelling of a label or meaning of a time makes other content of the same row, and so another id: the
-history would hold the row twice. `read_as` says by what the content is made, and `twins` finds such rows.
+history would hold the row twice. `read_as` tells what the content is made by, and `twins` finds such rows.
 """
 
 import json

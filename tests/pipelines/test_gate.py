@@ -127,7 +127,7 @@ def test_a_bucket_of_which_all_rows_go_is_emptied(tmp_path):
     ],
 )
 def test_a_row_of_a_user_without_any_item_goes_where_the_user_is_looked_at(tmp_path, how, missing, gone, stay):
-    """Of four users with a row bob alone has an item, and zoe no request; eve's adapter was imported."""
+    """Four users have a row. Bob alone has an item, zoe has no request, and eve's adapter was imported."""
     place, asking = str(tmp_path), ["ann", "bob", "eve"]
     test_subset.put(place, "histories", ["bob"], item_id=["1"], position=[0], text_hash=["h"])
     test_subset.put(place, "requests", asking, request_id=asking, input=asking)

@@ -107,7 +107,7 @@ def snapshot(place: str, name: str):
 
 
 def taken(read: Counter) -> Counter:
-    """What has been read so far; counts from nothing again."""
+    """Returns the counts of all reads so far, and begins to count anew."""
     so_far = Counter(read)
     read.clear()
     return so_far
@@ -121,7 +121,7 @@ def assert_little(little: Counter, whole: Counter, *names: str) -> None:
 
 
 def prompts(place: str, models, users: list[str] | None, methods=METHODS) -> dict:
-    """What generate would ask, by request and method: the plan's count, then the prompts."""
+    """Returns the prompts that generate would make, by request and method; the plan has counted as many."""
     llm, plug = models
     requests, histories, embeddings = (snapshot(place, name) for name in ("requests", "histories", "embeddings-e"))
     keys = shards.keys_by_bucket(users, BUCKETS)
@@ -164,7 +164,7 @@ def test_another_users_history_is_drawn_from_all_for_a_subset_too(place, models,
 
 
 def samples(place: str, folder: str, users: list[str] | None) -> dict:
-    """What train would learn from, by request: query, target, vectors of the items."""
+    """Returns the samples that train would learn from, by request: query, target and the items' vectors."""
     names = ("histories", "embeddings-e", "requests")
     histories, embeddings, requests = (snapshot(place, name) for name in names)
     keys = shards.keys_by_bucket(users, BUCKETS)
