@@ -152,25 +152,31 @@ def base_training(encoder, llm, known):
     fit_base(given | {"cpu": CPU, "started_in": os.getcwd()})
 
 
-@pytest.mark.parametrize(("asked", "taken"), [(16_384, 1024), (300, 300)])
-def test_a_base_training_on_a_cpu_takes_short_passes(asked, taken, tmp_path, monkeypatch):
-    """Longer ones are slower there, and take the memory of a machine."""
-    llm, budgets = LLMConfig(model=str(tiny_llama(tmp_path / "llm"))), []
+def begun_base(tmp_path, monkeypatch, **lora):
+    """The checkpoints of a base training at its first step, with the loop and the model that it would train."""
+    llm, begun = LLMConfig(model=str(tiny_llama(tmp_path / "llm"))), []
     pq.write_table(pa.table({"prompt": [[3, 4]], "answer": [[5, 2]]}), tmp_path / BaseShard(0, 1).file)
     monkeypatch.setattr(ray.train, "get_context", OneWorker)
-    monkeypatch.setattr(base, "train", lambda checkpoints, **given: budgets.append(checkpoints.loop.budget))
+    monkeypatch.setattr(base, "train", lambda checkpoints, **given: begun.append(checkpoints))
     for name in ("tracker", "Orders"):
         monkeypatch.setattr(base, name, lambda *given: None)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
-    lora = LoraConfig(max_tokens_per_microbatch=asked).model_dump()
     given = dict.fromkeys(("ending", "checkpoint_minutes", "run_dir")) | {
         "left": [],
         "track": (),
         "checkpointing": "auto",
     }
-    given |= {"llm": llm.model_dump(), "llm_id": llm_id(llm), "lora": lora, "examples": str(tmp_path)}
+    given |= {"llm": llm.model_dump(), "llm_id": llm_id(llm), "examples": str(tmp_path)}
+    given["lora"] = LoraConfig(**lora).model_dump()
     base.fit_base(given | {"shards": [BaseShard(0, 1)], "cpu": CPU, "started_in": os.getcwd()})
-    assert budgets == [taken]
+    (checkpoints,) = begun
+    return checkpoints
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(16_384, 1024), (300, 300)])
+def test_a_base_training_on_a_cpu_takes_short_passes(asked, taken, tmp_path, monkeypatch):
+    """Longer ones are slower there, and take the memory of a machine."""
+    assert begun_base(tmp_path, monkeypatch, max_tokens_per_microbatch=asked).loop.budget == taken
 
 
 class OneWorker:

@@ -9,13 +9,21 @@ import pyarrow as pa
 import pytest
 import torch
 
+from infra.shards import bucket_of
 from pipelines import tables
-from pipelines.histories import to_us
+from pipelines.generate.parts.retrieval import Retrieval
+from pipelines.histories import read_bucket, to_us
 from pipelines.ingest import job as ingest
 from pipelines.refresh import job as refresh
-from pplug.plug import PersonaPlug
+from pipelines.refresh import persona
+from pipelines.refresh.increment import Since
+from pipelines.run import CpuShare
+from pplug.encoder import EncoderConfig, TextEncoder
+from pplug.plug import PersonaPlug, PlugConfig, plug_id
 from pplug.retrieval import RetrievalConfig
 from tests.pipelines import small
+from tests.pipelines.test_subset import BUCKETS, put, snapshot
+from tests.pplug.models import tiny_bert
 from tests.prompt_stage import prompt_stage
 
 
@@ -158,6 +166,51 @@ def test_dense_says_where_items_have_no_vector_yet(made, tmp_path):
     assert told == {
         user: ["items_without_vector"] if user in users[:2] else [] for user in users
     }  # the first by a test before
+
+
+def test_dense_asks_with_the_words_that_stand_before_a_query(tmp_path):
+    encoder = EncoderConfig(model=str(tiny_bert(tmp_path)), dtype="float32", max_tokens=32)
+    part = Retrieval(RetrievalConfig(encoder=encoder, query_prefix="big "), frozenset({"dense"}))
+    part.encoder = TextEncoder(encoder)
+    with_words, alone = (part.encoder.encode([text]) for text in ("big cat", "cat"))
+    found = part._vectors(["cat"])
+    np.testing.assert_allclose(found, with_words, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(found, alone, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("plugged", [False, True])
+def test_users_get_their_own_means_and_personas_whatever_stands_in_a_block(plugged, tmp_path, monkeypatch):
+    """Blocks of two items, where one user has three; the second user and the last have none."""
+    monkeypatch.setattr(persona, "BLOCK_ITEMS", 2)
+    rng, owners, users = np.random.default_rng(0), [0, 0, 0, 2, 3, 3, 4], 6
+    vectors, rows = rng.normal(size=(9, 3)).astype(np.float32), rng.permutation(9)[: len(owners)]
+    torch.manual_seed(0)
+    plug = PersonaPlug(PlugConfig(encoder_dim=3, llm_dim=4, persona_tokens=2, aggregation="mean", persona_scale=3.0))
+    plug.save_pretrained(tmp_path)
+    folder, known = (str(tmp_path), plug_id(tmp_path)) if plugged else (None, None)
+    stage = persona.BuildPersonas(None, None, None, None, Since(), folder, {"plug_id": known}, 9, "r", CpuShare(1, 1))
+    nothing = {"labels_T": None, "days_T": None}
+    means, personas = stage._vectors(vectors, rows, np.array(owners), users, nothing)
+    assert (personas is not None) == plugged
+    for user in range(users):
+        own = [vectors[row] for row, owner in zip(rows, owners, strict=True) if owner == user]
+        np.testing.assert_allclose(means[user], sum(own) / len(own) if own else np.zeros(3), rtol=1e-5, atol=1e-6)
+        if plugged:
+            with torch.no_grad():
+                made = [3.0 * plug.align_mlp(torch.from_numpy(vector)).flatten().numpy() for vector in own]
+            want = sum(made) / len(made) if made else np.zeros(8)
+            np.testing.assert_allclose(personas[user], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_user_of_whose_items_one_lacks_a_time_is_untimed(tmp_path):
+    """Their positions alone order the items: a request with a time sees none of them, as some may be later."""
+    hashes, times = pa.array(["a", "b", "c"]), pa.array([20, 10, None], pa.timestamp("us", tz="UTC"))
+    put(str(tmp_path), "histories", ["ann"] * 3, item_id=hashes, position=pa.array([0, 1, 2]), text_hash=hashes,
+        occurred_at=times)  # fmt: skip
+    own = read_bucket(snapshot(str(tmp_path), "histories"), None, bucket_of("ann", BUCKETS))
+    assert [times is None for times in own.occurred_at] == [True] and own.text_hash.to_pylist() == ["a", "b", "c"]
+    assert own.visible(0, 15, None, 9).tolist() == []
+    assert own.visible(0, None, 2, 9).tolist() == [0, 1]
 
 
 def test_times_are_exact_to_the_microsecond():

@@ -13,19 +13,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from infra import shards
+from infra.report import RunReport
 from pipelines import tables
+from pipelines.adapt import job as adapt
+from pipelines.adapt.users import ReadExamples
 from pipelines.evaluate import cohorts as groups
 from pipelines.evaluate import predictions, replies
 from pipelines.generate.pending import PendingReplies
 from pipelines.pending_users import PendingUsers
+from pipelines.train import job as train
+from pipelines.train import prepare
+from pipelines.train.config import PlugShape
 from pipelines.train.samples import PrepareSamples
+from pplug.adapter import ExampleRule
+from pplug.fit_config import FitConfig
+from pplug.history import history_hash
 from pplug.llm import LLMConfig
 from pplug.plug import PersonaPlug, PlugConfig
 from pplug.tasks import TaskSpec
 from tests.pipelines.population import NOTES
-from tests.pplug.models import WORDS, tiny_llama
+from tests.pplug.models import WORDS, tiny_bert, tiny_llama
 from tests.prompt_stage import prompt_stage
 
 BUCKETS, DIM, ITEMS = 2, 64, 8
@@ -189,6 +199,86 @@ def test_train_reads_of_a_subset_its_row_groups_and_learns_from_what_it_has_amon
     assert len(every) == len(USERS)
     assert mine == {f"{user}/0": every[f"{user}/0"] for user in some}
     assert all(len(vectors) == 3 for _, _, vectors in mine.values())  # of eight items come before the request
+
+
+def test_a_sample_has_the_newest_of_the_items_before_its_request_and_no_more_than_count(tmp_path, monkeypatch):
+    """Three of five items come before the request, and two count."""
+    root, hashes = str(tmp_path / "tables"), pa.array(list("abcde"))
+    put(root, "histories", ["ann"] * 5, item_id=hashes, position=pa.array(range(5)), text_hash=hashes)
+    put(root, "embeddings-e", ["ann"] * 5, text_hash=hashes, vector=pa.array([[float(i)] for i in range(5)]))
+    put(root, "requests", ["ann"], request_id=pa.array(["r"]), owner_id=pa.array(["ann"]), input=pa.array(["?"]),
+        as_of_position=pa.array([3]), target=pa.array(["good"]))  # fmt: skip
+    here = lambda buckets, stage: pa.concat_tables(stage(pa.table({"bucket": buckets}))).to_pylist()  # noqa: E731
+    monkeypatch.setattr(prepare, "each_bucket", here)
+    config, folder = train.Config(tables=root, llm={"model": "any"}, max_history_items=2), str(tmp_path / "samples")
+    read = [snapshot(root, name) for name in ("histories", "embeddings-e", "requests")]
+    _, (shard,), _ = prepare.prepare(config, *read, ENTRY, folder, None, None)
+    (row,) = pq.read_table(f"{folder}/{shard.samples_file}").to_pylist()
+    assert np.load(f"{folder}/{shard.vectors_file}")[row["start"] : row["stop"]].tolist() == [[1.0], [2.0]]
+
+
+def test_a_samples_query_is_what_stands_behind_the_marker_after_the_words_that_the_plug_wants(models, tmp_path):
+    root, folder, asking = str(tmp_path / "tables"), str(tmp_path / "samples"), USERS[:20]
+    words = dict(zip(asking, WORDS[:20], strict=True))
+    put(root, "requests", asking, request_id=pa.array(asking), owner_id=pa.array(asking), target=pa.array(["a"] * 20),
+        input=pa.array([f"of crime : big {words[user]}" for user in asking]))  # fmt: skip
+    put(root, "histories", ["ann"], item_id=pa.array(["1"]), position=pa.array([0]), text_hash=pa.array(["h"]))
+    task = TaskSpec.model_validate(NOTES | {"marker": "crime : "})
+    encoder = {"model": str(tiny_bert(tmp_path / "encoder")), "dtype": "float32", "max_tokens": 32}
+    fit, shape = FitConfig(val_fraction=0.5, precision="float32"), PlugShape(query_prefix="cat ")
+    config = train.Config(tables=root, llm=models[0], encoder=encoder, fit=fit, shape=shape)
+    stage = PrepareSamples(snapshot(root, "histories"), None, snapshot(root, "requests"), task, 512, folder)
+    counts = pa.concat_tables(stage(pa.table({"bucket": range(BUCKETS)}))).to_pylist()
+    files = [(row["bucket"], row["samples"], row["vectors"]) for row in counts]
+    parts = train.make_samples(config, (folder, files), "", *train.make_models(config, {}))
+    queries = {owner: query for part in parts for owner, query in zip(part.owners, part.queries, strict=True)}
+    tokenizer = AutoTokenizer.from_pretrained(encoder["model"])
+    assert queries == {user: tokenizer(f"cat big {words[user]}")["input_ids"] for user in asking}
+
+
+def test_an_example_shows_no_item_of_another_user_of_its_bucket(models, tmp_path):
+    """Two users stand one behind the other, with two items each, and retrieval looks at more."""
+    both = sorted((user for user in USERS if shards.bucket_of(user, BUCKETS) == 0), key=shards.user_key)[:2]
+    texts = dict(zip(both, (("cat", "dog"), ("film", "music")), strict=True))
+    owners, words = [user for user in both for _ in range(2)], [word for pair in texts.values() for word in pair]
+    fields = pa.array([[("mood", "good"), ("text", word)] for word in words], pa.map_(pa.string(), pa.string()))
+    put(str(tmp_path), "histories", owners, item_id=pa.array(words), position=pa.array([0, 1] * 2),
+        text_hash=pa.array(words), fields=fields)  # fmt: skip
+    owed = PendingUsers(snapshot(str(tmp_path), "histories"), None, None, "fit", 512, None, BUCKETS, items_before=512)
+    task = TaskSpec.model_validate(NOTES | {"retrieval": {"pattern": "{text} is {mood} "}})
+    stage = ReadExamples(owed, task, models[0], ExampleRule(retrieve="recency", retrieval={"k": 4}))
+    found = pa.concat_tables(stage(pa.table({"bucket": [0]}))).to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(models[0].model)
+    asked = {user: (f"How do I feel? {old}\n", f"{old} is good . How do I feel? {new}\n")
+             for user, (old, new) in texts.items()}  # fmt: skip
+    prompts = {user: [tokenizer(text)["input_ids"] for text in pair] for user, pair in asked.items()}
+    assert {row["user_id"]: row["prompts"] for row in found} == prompts
+    assert {row["user_id"]: row["history_hash"] for row in found} == {user: history_hash(texts[user]) for user in both}
+
+
+class Planned(Exception):
+    """The plan was asked for."""
+
+
+@pytest.mark.parametrize(("retrieve", "decisive"), [("none", "c"), ("recency", "abc")])
+def test_the_items_before_those_that_count_decide_an_adapter_where_retrieval_looks_at_them(
+    retrieve, decisive, tmp_path, monkeypatch
+):
+    """One of three items counts. A correction of one before it makes the adapter anew, or does not."""
+    hashes, planned = pa.array(list("abc")), []
+    put(str(tmp_path), "histories", ["ann"] * 3, item_id=hashes, position=pa.array(range(3)), text_hash=hashes)
+
+    def plan(buckets, count, report):
+        planned.extend(count.__self__.read(bucket) for bucket in buckets)
+        raise Planned
+
+    monkeypatch.setattr(adapt.waves, "plan", plan)
+    config = adapt.Config(tables=str(tmp_path), llm={"model": "any"}, max_history_items=1, rule={"retrieve": retrieve})
+    report = RunReport("adapt", "r", {}, str(tmp_path / "run"))
+    with pytest.raises(Planned):
+        adapt._adapters(config, report, snapshot(str(tmp_path), "histories"), ENTRY, None, "base")
+    digests = [digest for bucket in planned for _, digest in bucket.users.values()]
+    assert digests == [history_hash(decisive)]
 
 
 def owing(place: str, users: list[str] | None, only_asking: bool) -> dict:

@@ -31,6 +31,7 @@ from pplug.loop import Loop, Order
 from pplug.parallel import Mesh
 from pplug.tasks import TaskSpec
 from tests.pipelines import small
+from tests.pipelines.test_stages import begun_base
 from tests.pplug.models import tiny_bert, tiny_llama
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
@@ -206,6 +207,17 @@ def test_the_first_step_of_a_resumed_base_draws_the_dropout_that_it_would_have_d
     assert llm.parts is not None
 
 
+def test_a_base_in_training_draws_the_dropout_of_the_adapter_alone(tmp_path, monkeypatch):
+    """The base is frozen, and computes as it will when it answers."""
+    (model,) = begun_base(tmp_path, monkeypatch, dropout=0.5).write.args
+    training = {name: module for name, module in model.named_modules() if module.training}
+    places = [f"layers.{layer}.self_attn.{target}" for layer in (0, 1) for target in ("q_proj", "v_proj")]
+    ends = ("lora_dropout", "lora_dropout.default")
+    assert training.keys() == {f"base_model.model.model.{place}.{end}" for place in places for end in ends}
+    drawn = [module.p for module in training.values() if isinstance(module, torch.nn.Dropout)]
+    assert drawn == [0.5] * len(places)
+
+
 def test_workers_that_cannot_be_grouped_are_refused_at_the_start(tmp_path):
     spread = {"model": "any", "parallel": {"tensor": 2}}
     config = train.Config(tables=str(tmp_path), llm=spread, workers=3, run_dir=str(tmp_path / "run"))
@@ -270,6 +282,31 @@ def test_the_loss_of_an_epoch_is_that_of_all_its_steps_wherever_the_run_was_inte
     assert reports[-1]["loss"] == pytest.approx(mean) and reports[-1]["step"] == 8
     start("again", left=[second.folder])
     assert reports[-1]["loss"] == pytest.approx(mean) and len(reports) == 2 + 2 + 1 + 1
+
+
+def test_a_run_that_goes_on_keeps_the_best_epoch_of_before(tmp_path, monkeypatch):
+    """Three epochs of four steps, of which the first is the best; the run ends behind the sixth step and goes on."""
+    monkeypatch.setattr(ray.train, "report", lambda metrics, checkpoint=None: None)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    losses = iter([0.5, 0.9, 0.7])
+
+    def start(name, end=0, left=()):
+        weight, two, kept = torch.nn.Parameter(torch.ones(())), np.full(8, 2), []
+        loop = Loop(
+            [{"params": [weight]}], LoraConfig(batch_size=2, epochs=3), two, two, lambda part, _: weight, Mesh(0, 1)
+        )
+        loop.validate = lambda: {"val_loss": next(losses)}
+        (tmp_path / name).mkdir()
+        read, write = lambda folder: lambda: None, lambda folder, is_best: kept.append(is_best)
+        checkpoints = Checkpoints("train", str(tmp_path / name), loop, read, write)
+        checkpoints.load(list(left))
+        run_worker(checkpoints, rank=0, orders=EndAt(end))
+        return kept, checkpoints
+
+    before, first = start("first", end=6)
+    after, second = start("second", left=[first.folder])
+    assert (before, after) == ([True, False], [False, False])
+    assert [(entry["step"], entry["best_val_loss"]) for entry in second.history] == [(n, 0.5) for n in (4, 6, 8, 12)]
 
 
 def test_a_soft_prompt_that_reads_queries_goes_on_with_the_encoder_that_it_began_with(tmp_path, ray_session):

@@ -38,6 +38,14 @@ def test_item_dropout_is_the_papers_and_depends_on_the_sample_alone():
     assert np.array_equal(kept_items(10, FitConfig(item_dropout=0), 0, 0), np.arange(10))
 
 
+def test_the_items_that_a_sample_keeps_stay_in_their_order_and_are_not_always_the_newest():
+    """A plug may weigh items by their place, counted from the newest."""
+    kept = [kept_items(10, FitConfig(), epoch=0, sample=i).tolist() for i in range(200)]
+    assert all(later > earlier for items in kept for earlier, later in zip(items, items[1:], strict=False))
+    assert {item for items in kept for item in items} == set(range(10))
+    assert any(items != list(range(10 - len(items), 10)) for items in kept)
+
+
 def test_history_dropout_leaves_out_all_items_of_its_share_and_changes_no_other_sample():
     some = FitConfig(history_dropout=0.2)
     kept = [[kept_items(10, some, epoch, i) for i in range(2000)] for epoch in (0, 1)]
@@ -226,6 +234,19 @@ def test_a_run_saves_when_it_is_asked_and_ends_after_the_step_at_which_it_is_ask
     )  # fmt: skip
     assert not whole and run.schedule.last_epoch == 6
     assert [step for step, _ in saved] == [2, 4, 6] and not saved[0][1], "only an epoch's end can be the best"
+
+
+def test_a_checkpoint_between_two_ends_of_epochs_is_none_of_those_that_are_waited_for(llm):
+    """Four epochs of four steps, of which the second alone is worse than the best before it."""
+    train, saved, losses = samples(llm, 64), [], iter([0.5, 0.6, 0.4, 0.3])
+    run = fitter(llm, CONFIG.model_copy(update={"epochs": 4}), train, train)
+    run.validate = lambda: {"val_loss": next(losses)}
+    whole = run_epochs(
+        run, 0, np.inf, lambda *a: None, lambda step, metrics, best: saved.append((step, best)), 0, patience=2,
+        ask=lambda: Order.SAVE if run.schedule.last_epoch in (5, 6) else Order.GO_ON,
+    )  # fmt: skip
+    assert whole and [step for step, _ in saved] == [4, 5, 6, 8, 12, 16]
+    assert [step for step, best in saved if best] == [4, 12, 16]
 
 
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(llm):

@@ -164,6 +164,26 @@ def test_training_lowers_the_loss_and_the_loss_is_that_of_the_last_epoch(folder)
     assert loss[12] < 0.9 * loss[1]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_changes_the_base_by_alpha_over_rank_whatever_share_dropout_leaves_out(folder, dropout):
+    """With no value left out, what is left counts as much more as dropout would have left out."""
+    shape, examples = AdapterShape(rank=4, alpha=6.0), texts(3, 8)
+    trainer = StackedTrainer(base(folder), LoraConfig(shape=shape, dropout=dropout))
+    user = trainer.enter(UserExamples("a", examples))
+    user.theta.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    user.mask = torch.ones_like
+    (loss,) = trainer.losses(Pass([user], "cpu"))
+    plain, pieces, want = base(folder), iter(user.pieces()), 0.0
+    with torch.no_grad():
+        for module in target_modules(plain, shape.targets).values():
+            a, b = next(pieces), next(pieces)
+            module.weight += 6 / 4 / (1 - dropout) * b @ a
+        for prompt, target in examples:
+            chances = plain(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+            want -= sum(chances[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+
+
 # --- nobody's texts change another's adapter -------------------------------------------------------------------------
 
 
