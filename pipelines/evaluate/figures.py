@@ -192,7 +192,7 @@ class ControlDifference(Difference):
     """The best method minus one of its controls."""
 
     kind: str
-    """Replacement for the user in this control: other-user, no-history or soft-prompt."""
+    """Replacement for the user in this control: other-user, no-history, soft-prompt or none (no adapter)."""
     keeps: list[str]
     """Parts of the method that are still the user's own in the control."""
 

@@ -105,6 +105,12 @@ def judged(scores: dict[str, float], references: dict[str, float] | None = None,
         ({"plug": 0.6, "plug:no-history": 0.3}, "helps; whether it is the user is not known"),
         ({"adapter": 0.6, "adapter:other-user": 0.4}, "helps, and it is the user"),
         ({"adapter": 0.6, "adapter:other-user": 0.6}, "helps, but another's history helps as much"),
+        # the task alone: the LLM that the adapter stands on has learned it, and `none` has not
+        ({"adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.6},
+         "helps, but the same LLM without an adapter helps as much"),
+        ({"adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.5}, "helps, and it is the user"),
+        ({"adapter+bm25@4": 0.6, "adapter:none": 0.7, "adapter:none+bm25@4": 0.6},
+         "helps; whether it is the user is not known"),
         # controls of another kind say nothing of a method
         ({"adapter": 0.6, "plug:other-user": 0.2}, "helps; whether it is the user is not known"),
         ({"bm25": 0.6, "plug": 0.5, "plug:other-user": 0.2}, "helps; whether it is the user is not known"),
