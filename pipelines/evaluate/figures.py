@@ -306,6 +306,8 @@ class Evaluation(Figures):
     examples: list[Example] | None = ABSENT
     identities: dict[str, str | None] = {}
     """Models and decoding that the replies are by."""
+    unlike_baseline: dict[str, list[str]] = {}
+    """Methods by another LLM or decoding than `none`, with the identities that differ: llm_id, decoding_id."""
 
     @property
     def metrics(self) -> list[str]:

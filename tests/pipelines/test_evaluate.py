@@ -69,7 +69,7 @@ def write_generations(
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"] if i in asked else "gone",
          "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
          "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none",
-         "adapter_id": "fit-hash" if "adapter" in method else None,
+         "adapter_id": "fit-hash" if "adapter" in method else None, "llm_id": f"llm-{'adapter' in method}",
          "input_hash": blake2b(inputs[i].encode(), digest_size=8).hexdigest() if inputs else None}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip

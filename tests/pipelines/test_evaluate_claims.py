@@ -92,6 +92,22 @@ def test_references_are_scored_as_methods_are_and_counted_as_none(asked, capsys)
     assert "References without an LLM" in html
 
 
+def test_a_gain_over_replies_of_another_llm_is_said_to_hold_that_difference_too(asked):
+    texts = {"none": right(asked, 0.0, 1), "adapter": right(asked, 0.9, 2), "plug": right(asked, 0.5, 3)}
+    write_generations(asked, "bases", texts)
+    _, report, _ = run(asked, run=("bases",))
+    says = "adapter: by another LLM than none, so that their gain over none holds this difference too; generate"
+    assert [warning for warning in report["warnings"] if "another LLM" in warning] == [
+        f"{says} adapter:none, which tells it"
+    ]
+    html = Path(report["config"]["run_dir"], "report.html").read_text()
+    assert "accuracy where another model or decoding without personalisation reaches" in html
+    _, report, _ = run(asked, run=("bases",), methods=("none", "plug"))
+    assert not any("another LLM" in warning for warning in report["warnings"]) and not report["unlike_baseline"]
+    html = Path(report["config"]["run_dir"], "report.html").read_text()
+    assert "accuracy where the same model without personalisation reaches" in html
+
+
 def test_a_reference_that_is_beaten_is_not_in_the_headline(asked):
     write_generations(asked, "beats", {"none": right(asked, 0.0, 1), "plug": right(asked, 1.0, 2)})
     _, report, _ = run(asked, run=("beats",))

@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipelines.evaluate import wording
+from pipelines.evaluate import summary, wording
 from pipelines.evaluate.report import charts, page
+from pipelines.evaluate.score import Scored
 from pipelines.evaluate.verdict import NO_DIFFERENCE, UNKNOWN, USER
 from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up, typed
 
@@ -121,6 +122,24 @@ def test_methods_that_tie_are_named_alike_and_one_group_is_told_once():
         _, length, users, _ = charts.draw_all(typed(found))
         assert users.says.startswith(f"With {best}, ") and length.says.startswith(f"{best} gains ")
         assert length.says.count(" at 1 ") == 1 and "too alike to be divided" in length.says
+
+
+def test_methods_that_reply_otherwise_than_none_are_told_by_run_and_kind():
+    def part(*made_by, methods):
+        return Scored(methods=dict.fromkeys(methods), made_by=frozenset(made_by))
+
+    night = part(("none", "llm_id", "l"), ("none", "decoding_id", "d"), ("plug", "llm_id", "l"),
+                 ("plug", "decoding_id", "e"), ("bm25", "llm_id", "m"), methods=("none", "plug"))  # fmt: skip
+    again = part(("none", "llm_id", "l2"), ("none", "decoding_id", "d"), methods=("none",))
+    soft = part(("plug:soft-prompt", "llm_id", "l2"), ("plug:soft-prompt", "decoding_id", "d"),
+                ("adapter:none", "llm_id", "base"), methods=("plug:soft-prompt", "adapter:none"))  # fmt: skip
+    unlike = summary.unlike_baseline([night, again, soft])
+    assert unlike == {"adapter:none": ["llm_id"], "plug": ["decoding_id"]}
+    ends = "than none, so that their gain over none holds this difference too;"
+    assert summary.unlike_warnings(unlike, ("none", "plug", "adapter:none")) == [
+        f"adapter:none: by another LLM {ends} adapter:none tells how great it is",
+        f"plug: by another decoding {ends} score none by the same decoding beside them",
+    ]
 
 
 def test_no_backtick_stands_on_the_page():

@@ -115,9 +115,9 @@ def _lead(report: Report, best: str | None) -> list[str]:
         return because
     score, without = (value(metric, methods[name].scores[metric]) for name in (best, BASELINE))
     better = "lower is better" if metrics.sign(metric) < 0 else "higher is better"
-    first = (
-        f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
-    )
+    unlike = report.unlike_baseline.get(best)
+    model = "another model or decoding" if unlike else "the same model"
+    first = f"{best} reaches {score} {metric} where {model} without personalisation reaches {without} ({better})."
     controls = [
         _control_sentence(metric, name, row.vs_none[metric], report.n_users)
         for name, row in methods.items()
