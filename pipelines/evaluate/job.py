@@ -64,7 +64,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
             for place, (items, asked) in zip(config.references_from, others, strict=True)
         }
         fitted = references.fit(task, snapshots["histories"], snapshots["requests"], users, others)
-        elsewhere = {place: histories for place, (histories, _) in zip(config.references_from, others, strict=True)}
+        elsewhere = dict(zip(config.references_from, others, strict=True))
         seen = known_answers.warnings(task, snapshots["requests"], users, elsewhere)
     with report.stage("score") as stage:
         parts = scoring.score_runs(config, task, snapshots, runs, facts, cuts, users, fitted)

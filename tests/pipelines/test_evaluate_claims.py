@@ -151,6 +151,35 @@ def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path,
             assert not said
 
 
+def test_answers_to_the_requests_that_a_plug_learns_from_are_counted_too(tmp_path):
+    """What `train` learns are the answers to requests, which need be no item's."""
+    task = {"name": "titles", "item": "{title}", "item_without_label": "{text}", "input": "Title? {text}",
+            "target": "title", "metric": "text", "max_output_tokens": 8}  # fmt: skip
+    made = {}
+    for name, targets in {
+        "train": ["A  Paper of ours", None, "One that dev does not ask for"],
+        "dev": ["a paper\nof OURS", "a third one"],
+    }.items():
+        made[name] = population = Population(tmp_path / name)
+        population.folder.mkdir()
+        items = [
+            {"user_id": f"{name}-{n}", "item_id": "1", "text": "x", "title": f"{name} {n}"} for n in range(len(targets))
+        ]
+        asked = [
+            {"request_id": f"r{n}", "user_id": f"{name}-{n}", "input": "?", "target": target}
+            for n, target in enumerate(targets)
+        ]
+        for file, rows in (("items", items), ("requests", asked)):
+            (population.folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = {"source": str(population.folder / "items.jsonl")}
+        source["requests_source"] = str(population.folder / "requests.jsonl")
+        assert population.ingest(task=population.task(task), **source) == 0
+    write_generations(made["dev"], "some", {"none": dict.fromkeys(made["dev"].requests(), "a paper")})
+    _, report, _ = run(made["dev"], run=("some",), references_from=(made["train"].tables,))
+    (said,) = [warning for warning in report["warnings"] if "word for word" in warning]
+    assert said.startswith("1 of 2 requests") and f"as the answer to a request, of {made['train'].tables}:" in said
+
+
 def test_replies_that_are_no_label_are_counted_shown_and_said(asked, capsys):
     chat = {i: f"{SECRET} {i}" for i in asked.requests()}
     few = right(asked, 0.5, 4, wrong=("good", "bad", "neither"))
