@@ -340,6 +340,8 @@ class Change(Figures):
     difference: float
     """Later minus earlier."""
     ci95: Interval
+    ci95_corrected: Interval
+    """The interval that holds for all methods that are compared at once."""
     p_value: float | None
     """As in `Gain`."""
 

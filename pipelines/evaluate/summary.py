@@ -49,7 +49,7 @@ def summarise(
         about: one sentence per reference.
     """
     n_users = scored.n_people
-    own, references = (_figures(tallies, task) for tallies in (scored.methods, scored.references))
+    own, references = (figures(tallies, task) for tallies in (scored.methods, scored.references))
     methods = {
         name: MethodFigures(
             n=int(tally.sums[0]),
@@ -79,7 +79,7 @@ def summarise(
     )
 
 
-def _figures(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, Figure]]:
+def figures(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, Figure]]:
     """Figures by name and metric."""
     k, scores = metrics.columns(task), scoring.scores(tallies, task)
     drawn = {name: metrics.from_sums(task, tally.resampled[:, :k]) for name, tally in tallies.items()}
