@@ -75,6 +75,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
     evaluation.runs, evaluation.reference = list(runs), known
     evaluation.warnings += seen + scoring.judged_before(config, snapshots["generations"], runs)
+    evaluation.warnings += scoring.read_before(config, snapshots, runs, scored.n_undated)
     evaluation.unlike_baseline = summary.unlike_baseline(list(parts.values()))
     evaluation.warnings += summary.unlike_warnings(evaluation.unlike_baseline, evaluation.methods)
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import InputError
+from pipelines import tables
 from pipelines.evaluate import verdict
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
@@ -178,6 +179,35 @@ def test_answers_to_the_requests_that_a_plug_learns_from_are_counted_too(tmp_pat
     _, report, _ = run(made["dev"], run=("some",), references_from=(made["train"].tables,))
     (said,) = [warning for warning in report["warnings"] if "word for word" in warning]
     assert said.startswith("1 of 2 requests") and f"as the answer to a request, of {made['train'].tables}:" in said
+
+
+def test_histories_that_have_grown_since_the_replies_are_said_to_know_more(tmp_path, capsys):
+    """Of a request without a cut-off everything is seen: the answer may have become an item since."""
+    population = Population(tmp_path)
+    task, items, asked = (str(tmp_path / name) for name in ("task.yaml", "items.jsonl", "requests.jsonl"))
+    population.task(NOTES)
+    Path(items).write_text(json.dumps({"user_id": "ann", "item_id": "1", "text": "x", "mood": "good"}))
+    request = {"user_id": "ann", "input": "How?", "target": "bad"}
+    rows = [request | {"request_id": "open"}, request | {"request_id": "cut", "as_of": "2026-01-01"}]
+    Path(asked).write_text("\n".join(map(json.dumps, rows)))
+    assert population.ingest(task=task, source=items, requests_source=asked) == 0
+    table = tables.open_table(population.tables, "histories")
+    read = table.snapshot(complete=True).version
+    write_generations(population, "night", {"none": dict.fromkeys(population.requests(), "bad")})
+    generations = tables.open_table(population.tables, "generations")
+    generations.commit([], run_id="night", group=1, mode="append", planned_on=generations.version, complete=True,
+                       metadata={"histories_version": str(read)})  # fmt: skip
+
+    def says(**how) -> list[str]:
+        _, report, _ = run(population, run=("night",), **how)
+        return [warning for warning in report["warnings"] if "cut-off" in warning]
+
+    assert says() == []
+    Path(items).write_text(json.dumps({"user_id": "ann", "item_id": "2", "text": "How?", "mood": "bad"}))
+    assert population.ingest(task=task, source=items) == 0
+    (said,) = says()
+    assert said.startswith("1 requests have no cut-off") and said.endswith(f"; give --as-of-version histories={read}")
+    assert says(as_of_version={"histories": read}) == []
 
 
 def test_replies_that_are_no_label_are_counted_shown_and_said(asked, capsys):
