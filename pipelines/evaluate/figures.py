@@ -309,6 +309,9 @@ class Evaluation(Figures):
     unlike_baseline: dict[str, list[str]] = {}
     """Methods by another LLM or decoding than `none`, with the identities that differ: llm_id, decoding_id."""
 
+    classifier_items: int = 0
+    """Items that the classifier among the references was trained on; 0 where there is none."""
+
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics; the verdict goes by the first."""
@@ -323,6 +326,8 @@ class Report(Evaluation):
     run_id: str
     started_at: str
     config: EvaluateConfig
+    references_from: dict[str, dict[str, int]] = {}
+    """Version by place of other populations' tables and by table, from which the classifier learned too."""
     tables_read: dict[str, int]
     """Version by table."""
     versions: dict[str, str]

@@ -73,7 +73,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     report.planned = report.written = stage.rows
     seconds = seconds_per_reply(config.generate_reports, runs, config.tables)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
-    evaluation.runs, evaluation.reference = list(runs), known
+    evaluation.runs, evaluation.reference, evaluation.classifier_items = list(runs), known, fitted.n_training
     evaluation.warnings += seen + scoring.judged_before(config, snapshots["generations"], runs)
     evaluation.warnings += scoring.read_before(config, snapshots, runs, scored.n_undated)
     evaluation.unlike_baseline = summary.unlike_baseline(list(parts.values()))
@@ -90,7 +90,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     report.extra |= evaluation.dump()
     with report.stage("page"):
         shown = page.write(report.run_dir, Report.model_validate(report.to_dict()))["report.html"]
-    print(f"{screen.evaluation_text(evaluation)}\npage: {shown}", flush=True)
+    print(f"{screen.evaluation_text(evaluation, config.users)}\npage: {shown}", flush=True)
     return report.finish()
 
 

@@ -124,6 +124,8 @@ def test_a_reference_may_learn_from_the_users_of_other_tables_too(asked, tmp_pat
     found = [run(asked, run=("alone",), references_from=places)[1] for places in ((), (other.tables,))]
     assert [list(report["references"]) for report in found] == [list(found[0]["references"])] * 2
     assert found[0]["references"]["user-label"] == found[1]["references"]["user-label"]
+    own = USERS * 5  # all items that the requests may see, and one of each of the others
+    assert [report["classifier_items"] for report in found] == [own, own + 20]
 
 
 def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path, capsys):

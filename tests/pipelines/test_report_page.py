@@ -142,6 +142,24 @@ def test_methods_that_reply_otherwise_than_none_are_told_by_run_and_kind():
     ]
 
 
+def test_the_page_says_who_was_chosen_and_what_the_classifier_has_learned_from():
+    plain = page.render(typed(), [])
+    assert "2,000 requests of 400 users<" in plain
+    assert not re.search("<dt>(users|methods|classifier)</dt>", plain)
+    config = made_up()["config"] | {
+        "users": "owners.txt",
+        "methods": ["none", "plug"],
+        "references_from": ["data/train"],
+    }
+    read = {"data/train": {"histories": 7, "requests": 2}}
+    html = page.render(typed(made_up(config=config, classifier_items=41_500, references_from=read)), [])
+    assert "2,000 requests of 400 chosen users<" in html
+    facts = dict(re.findall("<dt>([^<]*)</dt><dd>([^<]*)</dd>", html))
+    assert facts["users"] == "those of owners.txt alone"
+    assert facts["methods"] == "as chosen: none, plug; requests are those that they answered"
+    assert facts["classifier"] == "trained on 41,500 items of these tables and of data/train (histories version 7)"
+
+
 def test_no_backtick_stands_on_the_page():
     html = page.render(typed(made_up(warnings=["give `scores: [meteor]`"])), [])
     assert "`" not in html and "give scores: [meteor]" in html

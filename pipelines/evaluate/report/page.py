@@ -91,7 +91,7 @@ def render(report: Report, drawn: list[charts.Chart]) -> str:
     best = report.verdict.best if report.verdict.gain else None
     return page.render(
         task=report.task,
-        kicker=f"{report.n_requests:,} requests of {report.n_users:,} users",
+        kicker=f"{report.n_requests:,} requests of {report.n_users:,} {'chosen ' * bool(report.config.users)}users",
         verdict=report.verdict.headline,
         lead=_lead(report, best),
         numbers=_numbers(report, best),
@@ -228,6 +228,16 @@ def _facts(report: Report) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         "seed of the resamples": str(report.config.seed),
     }
+    config = report.config
+    if config.users:
+        facts["users"] = f"those of {config.users} alone"
+    if config.methods:
+        facts["methods"] = f"as chosen: {', '.join(config.methods)}; requests are those that they answered"
+    if report.classifier_items:
+        places = [f"{place} (histories version {read['histories']})" for place, read in report.references_from.items()]
+        facts["classifier"] = (
+            f"trained on {report.classifier_items:,} items of {' and of '.join(['these tables', *places])}"
+        )
     if report.reference:
         facts["best possible"] = best_possible(report.reference)
     return facts
