@@ -27,6 +27,7 @@ def test_the_page_loads_nothing_and_shows_every_method(tmp_path):
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
+    assert re.search(r">\+48\.3 points<", html) and not re.search(r">\+48\.3<", html)  # a gain has its unit everywhere
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids))
     for target in re.findall(r'(?:href="|url\()#([^")]+)', html):
@@ -97,8 +98,10 @@ def test_a_gain_of_too_few_people_is_nowhere_called_clear(people, star, helping)
 
 def test_tables_beside_the_charts_hold_the_figures(drawn):
     forest, length, *_, users, cost = drawn
-    assert ["plug", "+47.5", "+44.4 to +50.6"] in forest.rows and len(forest.rows) == len(METHODS) - 1
-    assert ["plug", "30\N{EN DASH}34 (n=655)", "+47.5", "+43.1 to +51.9"] in length.rows
+    assert ["plug", "+47.5 points", "+44.4 to +50.6"] in forest.rows and len(forest.rows) == len(METHODS) - 1
+    assert ["plug", "30\N{EN DASH}34 (n=655)", "+47.5 points", "+43.1 to +51.9"] in length.rows
+    says = "plug+bm25 gains +43.3 points at 24\N{EN DASH}29 and +53.3 points at 35\N{EN DASH}40 (items in the history)."
+    assert length.says == says
     assert (
         users.rows[0][0] == "oracle"
         and ["bm25", "41.0% (37.0 to 45.0%)"] == [row[:2] for row in users.rows if row[0] == "bm25"][0]

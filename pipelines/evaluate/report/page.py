@@ -176,7 +176,7 @@ def _gain_cell(metric: str, row: MethodFigures, people: int) -> Cell:
         return Cell("-")
     middle, interval = turned(metric, row.vs_none[metric].difference, row.vs_none[metric].interval)
     tone = ("", "good", "bad")[direction(interval, people)]
-    return Cell(value(metric, middle, True), between(metric, interval, True), tone)
+    return Cell(points(metric, middle), between(metric, interval, True), tone)
 
 
 def _unclear(report: Report) -> list[tuple[str, MethodFigures]]:
