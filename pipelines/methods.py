@@ -28,8 +28,11 @@ class Instead:
     """The verdict on a method that helps, but no more than this control."""
 
 
+NO_ADAPTER = "adapter:none"
+"""The part that answers by the LLM of the adapters and needs none of them."""
 ANOTHERS_HISTORY = Instead("another person's history", "another's history helps as much")
 ANOTHERS_ADAPTER = Instead("another person's adapter", "another's history helps as much")
+BARE_LLM = Instead("no adapter on the same LLM", "the same LLM without an adapter helps as much")
 NO_HISTORY = Instead("no history at all", "no history at all helps as much")
 SOFT_PROMPT = Instead("a soft prompt trained without any history", "a prompt trained without any history helps as much")
 
@@ -91,6 +94,12 @@ PARTS = {
             "adapter",
             "control: another person's adapter, drawn at random but the same in every run",
             ANOTHERS_ADAPTER,
+        ),
+        PartInfo(
+            NO_ADAPTER,
+            "adapter",
+            "control: the LLM that adapters stand on, without any adapter",
+            BARE_LLM,
         ),
         PartInfo(
             "profile",

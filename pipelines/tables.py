@@ -54,6 +54,8 @@ _SPECS = [
 SPECS = {spec.name: dataclasses.replace(spec, added=schemas.ADDED.get(spec.name, ())) for spec in _SPECS}
 JUDGE_OF = "judge_of"
 """Key of a run of `judge` in its commits' metadata: the run whose replies it judges."""
+HISTORIES_VERSION = "histories_version"
+"""Key of a run of `generate` in its commits' metadata: the oldest version of `histories` that it has read."""
 SETTLED = "settled"
 """Key in the metadata of a commit of personas: texts and rejects of each bucket, as `refresh` writes them."""
 BY_BUCKET = (SETTLED,)

@@ -39,13 +39,13 @@ MAX_WEIGHTS = 2**24
 ABOUT = {
     "classification": {
         "user-label": "The most frequent label among the user's items that the request may see.",
-        "overall-label": "The most frequent label among the items of all users.",
-        "classifier": "A linear classifier over TF-IDF of the request's text, trained on the items of all users.",
+        "overall-label": "The most frequent label among items of all users, or of a random sample of them.",
+        "classifier": "A linear classifier over TF-IDF of the request's text, trained on all users' items or a sample.",
         "classifier+user": "The classifier's probabilities times the user's own label frequencies.",
     },
     "rating": {
         "user-mean": "The mean rating of the user's items that the request may see.",
-        "overall-mean": "The mean rating of the items of all users.",
+        "overall-mean": "The mean rating of items of all users, or of a random sample of them.",
     },
     "text": {"similar-item": "The answer of the user's item that is most similar to the request by BM25."},
 }

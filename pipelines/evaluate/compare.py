@@ -12,7 +12,7 @@ from infra.errors import InputError
 from infra.report import RunReport
 from infra.shards import keys_by_bucket
 from pipelines import tables
-from pipelines.evaluate import drift, scoring
+from pipelines.evaluate import drift, scoring, summary, verdict
 from pipelines.evaluate.cohorts import FactReader
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.figures import Change, Comparison, PersonaDrift
@@ -73,7 +73,7 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
         runs=list(runs),
         n_requests=later.answered,
         n_users=n_users,
-        methods=_changes(task, earlier, later, n_users),
+        methods=changes(task, earlier, later, n_users),
         left_out={run: side.left_out for run, side in zip(runs, sides, strict=True) if side.left_out},
         warnings=few_users_warning(n_users)
         + _warnings(task, runs, sides)
@@ -81,22 +81,26 @@ def _compared_runs(config: EvaluateConfig, runs: tuple[str, str], report: RunRep
     )
 
 
-def _changes(task: TaskSpec, earlier: Scored, later: Scored, people: int) -> dict[str, dict[str, Change]]:
-    """Changes by metric of the methods that both sides have."""
-    k, methods = metrics.columns(task), {}
-    old_scores, new_scores = (scoring.scores(side.methods, task) for side in (earlier, later))
-    for name in (name for name in later.methods if name in earlier.methods):
-        old, new = (metrics.from_sums(task, side.methods[name].resampled[:, :k]) for side in (earlier, later))
-        methods[name] = {
-            metric: Change(
-                earlier=score,
-                later=new_scores[name][metric],
-                difference=new_scores[name][metric] - score,
-                ci95=intervals.ci95(new[metric] - old[metric]),
-                p_value=intervals.p_value(new[metric] - old[metric], people),
+def changes(task: TaskSpec, earlier: Scored, later: Scored, people: int) -> dict[str, dict[str, Change]]:
+    """Changes by method and metric of the methods that both sides have.
+
+    Args:
+        people: number of people who asked the requests.
+    """
+    old_figures, new_figures = (summary.figures(side.methods, task) for side in (earlier, later))
+    methods: dict[str, dict[str, Change]] = {name: {} for name in new_figures if name in old_figures}
+    for metric in metrics.names(task):
+        pairs = {name: (new_figures[name][metric], old_figures[name][metric]) for name in methods}
+        corrected = verdict.differences(pairs, people)
+        for name, (new, old) in pairs.items():
+            methods[name][metric] = Change(
+                earlier=old.score,
+                later=new.score,
+                difference=new.score - old.score,
+                ci95=intervals.ci95(new.drawn - old.drawn),
+                ci95_corrected=corrected[name].ci95_corrected,
+                p_value=intervals.p_value(new.drawn - old.drawn, people),
             )
-            for metric, score in old_scores[name].items()
-        }
     return methods
 
 

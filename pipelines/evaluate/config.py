@@ -55,7 +55,8 @@ class EvaluateConfig(JobConfig):
     """JSON file with best_without_history and best_with_history, where the truth is known."""
     references_from: tuple[str, ...] = ()
     """Tables of other populations, such as the training users. The classifier among the references that need no LLM
-    learns from their histories too, and answers in free text that stand there word for word are counted."""
+    learns from their histories too, and answers in free text that stand word for word there, or as the answers to their
+    requests, are counted."""
     examples: int = Field(0, ge=0, le=100)
     """Requests to show side by side in the report, which then holds what users wrote: pass it on accordingly."""
     n_bootstrap: int = renamed("resamples", 2000, ge=100)

@@ -192,7 +192,7 @@ class ControlDifference(Difference):
     """The best method minus one of its controls."""
 
     kind: str
-    """Replacement for the user in this control: other-user, no-history or soft-prompt."""
+    """Replacement for the user in this control: other-user, no-history, soft-prompt or none (no adapter)."""
     keeps: list[str]
     """Parts of the method that are still the user's own in the control."""
 
@@ -306,6 +306,11 @@ class Evaluation(Figures):
     examples: list[Example] | None = ABSENT
     identities: dict[str, str | None] = {}
     """Models and decoding that the replies are by."""
+    unlike_baseline: dict[str, list[str]] = {}
+    """Methods by another LLM or decoding than `none`, with the identities that differ: llm_id, decoding_id."""
+
+    classifier_items: int = 0
+    """Items that the classifier among the references was trained on; 0 where there is none."""
 
     @property
     def metrics(self) -> list[str]:
@@ -321,6 +326,8 @@ class Report(Evaluation):
     run_id: str
     started_at: str
     config: EvaluateConfig
+    references_from: dict[str, dict[str, int]] = {}
+    """Version by place of other populations' tables and by table, from which the classifier learned too."""
     tables_read: dict[str, int]
     """Version by table."""
     versions: dict[str, str]
@@ -338,6 +345,8 @@ class Change(Figures):
     difference: float
     """Later minus earlier."""
     ci95: Interval
+    ci95_corrected: Interval
+    """The interval that holds for all methods that are compared at once."""
     p_value: float | None
     """As in `Gain`."""
 

@@ -64,7 +64,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
             for place, (items, asked) in zip(config.references_from, others, strict=True)
         }
         fitted = references.fit(task, snapshots["histories"], snapshots["requests"], users, others)
-        elsewhere = {place: histories for place, (histories, _) in zip(config.references_from, others, strict=True)}
+        elsewhere = dict(zip(config.references_from, others, strict=True))
         seen = known_answers.warnings(task, snapshots["requests"], users, elsewhere)
     with report.stage("score") as stage:
         parts = scoring.score_runs(config, task, snapshots, runs, facts, cuts, users, fitted)
@@ -73,8 +73,11 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     report.planned = report.written = stage.rows
     seconds = seconds_per_reply(config.generate_reports, runs, config.tables)
     evaluation = summary.summarise(scored, task, census, cuts, seconds, scoring.repeats(scored), fitted.about)
-    evaluation.runs, evaluation.reference = list(runs), known
+    evaluation.runs, evaluation.reference, evaluation.classifier_items = list(runs), known, fitted.n_training
     evaluation.warnings += seen + scoring.judged_before(config, snapshots["generations"], runs)
+    evaluation.warnings += scoring.read_before(config, snapshots, runs, scored.n_undated)
+    evaluation.unlike_baseline = summary.unlike_baseline(list(parts.values()))
+    evaluation.warnings += summary.unlike_warnings(evaluation.unlike_baseline, evaluation.methods)
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:
         evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}
@@ -87,7 +90,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     report.extra |= evaluation.dump()
     with report.stage("page"):
         shown = page.write(report.run_dir, Report.model_validate(report.to_dict()))["report.html"]
-    print(f"{screen.evaluation_text(evaluation)}\npage: {shown}", flush=True)
+    print(f"{screen.evaluation_text(evaluation, config.users)}\npage: {shown}", flush=True)
     return report.finish()
 
 

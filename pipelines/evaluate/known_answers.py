@@ -1,6 +1,7 @@
-"""Requests whose answer stands in a training history: a model that learned there may have it by heart.
+"""Requests whose answer stands among what other populations can teach: a model that learned there may have it by heart.
 
-Route: a population's requests -> digests of their answers -> buckets of other populations' items -> those found there.
+Route: a population's requests -> digests of their answers -> buckets of other populations' items (`adapt --stage base`
+learns those) and of their requests (`train` learns the answers of those) -> those found there.
 Labels and ratings are shared by everybody; only answers in free text are looked for, whatever their letter case and
 white space.
 """
@@ -21,25 +22,34 @@ from pplug.tasks import TaskSpec
 
 
 def warnings(
-    task: TaskSpec, requests: Snapshot, users: Mapping[int, list[str]] | None, others: Mapping[str, Snapshot]
+    task: TaskSpec,
+    requests: Snapshot,
+    users: Mapping[int, list[str]] | None,
+    others: Mapping[str, tuple[Snapshot, Snapshot | None]],
 ) -> list[str]:
     """Returns a warning per other population that holds answers of these requests.
 
     Args:
         users: keys by bucket; where given, only their requests count.
-        others: histories by the place of their tables.
+        others: histories and requests (None where there are no requests) by the place of their tables.
     """
-    if task.labels or task.target is None or not others:
+    if task.labels or not others:
         return []
     asked = _joined(_asked, requests.filled(users), requests, users)
     known = ray.put(np.unique(asked))
     found = []
-    for place, histories in others.items():
-        n = int(np.isin(asked, _joined(_there, sorted(histories.by_bucket()), histories, task, known)).sum())
+    for place, (histories, elsewhere) in others.items():
+        there = [np.zeros(0, np.uint64)]
+        if task.target is not None:
+            there.append(_joined(_in_items, sorted(histories.by_bucket()), histories, task, known))
+        if elsewhere is not None:
+            there.append(_joined(_in_requests, elsewhere.filled(), elsewhere, known))
+        n = int(np.isin(asked, np.concatenate(there)).sum())
         if n:
             found.append(
-                f"{n} of {len(asked)} requests with a target have an answer that stands word for word in a history of "
-                f"{place}: what was trained there may have seen it. Their share of each score is not known"
+                f"{n} of {len(asked)} requests with a target have an answer that stands word for word in a history, or "
+                f"as the answer to a request, of {place}: what was trained there may have seen it. Their share of each "
+                "score is not known"
             )
     return found
 
@@ -61,7 +71,7 @@ def _asked(buckets: Sequence[int], requests: Snapshot, users: Mapping[int, list[
     return np.array(digests, np.uint64)
 
 
-def _there(buckets: Sequence[int], histories: Snapshot, task: TaskSpec, known: np.ndarray) -> np.ndarray:
+def _in_items(buckets: Sequence[int], histories: Snapshot, task: TaskSpec, known: np.ndarray) -> np.ndarray:
     """Returns those of some digests whose answer an item of these buckets has."""
     found = [np.zeros(0, np.uint64)]
     for bucket in buckets:
@@ -70,6 +80,11 @@ def _there(buckets: Sequence[int], histories: Snapshot, task: TaskSpec, known: n
         digests = np.array([_digest(answer) for answer in answers if answer is not None], np.uint64)
         found.append(np.intersect1d(digests, known))
     return np.unique(np.concatenate(found))
+
+
+def _in_requests(buckets: Sequence[int], requests: Snapshot, known: np.ndarray) -> np.ndarray:
+    """Returns those of some digests whose answer a request of these buckets has."""
+    return np.intersect1d(_asked(buckets, requests, None), known)
 
 
 def _digest(answer: str) -> int:

@@ -2,7 +2,9 @@
 
 Route: fit: buckets -> items that all of their user's requests may see -> counts and a drawn sample -> a classifier.
        predict: a bucket's requests + the items that each may see -> one text per reference and request.
-Point-in-time on both sides: no answer that is scored is ever learned, and a later item changes no prediction.
+Point-in-time on both sides for requests with a cut-off: none of their answers is learned, and a later item changes no
+prediction. A request without one sees all items of the histories that are read, as in `generate`; where the replies
+have read an earlier version of them, `scoring.read_before` warns.
 
 The fit reads as many buckets as hold MAX_TRAINING_ITEMS items and no more. Users lie in buckets by a hash: these are a
 random sample of the users, and the cost does not grow with the population.

@@ -133,6 +133,8 @@ class Scored:
     """Method, kind of identity and identity, as in `Replies`."""
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
     """Number of samples by run and method."""
+    n_undated: int = 0
+    """Number of scored requests without a cut-off, which see all items that there are."""
     n_unread: int = 0
     """Number of targets that are mostly of letters that the task's ROUGE does not read."""
     problem: str | None = None
@@ -223,6 +225,7 @@ class ScoreBuckets:
             n_outdated=len(replies.outdated),
             made_by=replies.made_by,
             samples=replies.samples,
+            n_undated=sum(row["as_of"] is None and row["as_of_position"] is None for row in replies.rows),
             n_unread=sum(_is_unread(self.task, gold) for gold in golds.values()),
         )
 
@@ -409,6 +412,7 @@ def merged(one: Scored, other: Scored) -> Scored:
         samples={
             made: max(one.samples.get(made, 0), other.samples.get(made, 0)) for made in one.samples | other.samples
         },
+        n_undated=one.n_undated + other.n_undated,
         n_unread=one.n_unread + other.n_unread,
         problem=one.problem or other.problem,
     )

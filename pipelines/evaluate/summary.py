@@ -4,7 +4,7 @@ Replies that were not understood stand in report.json with their user's id, so t
 how many they are and never a text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.evaluate import breakdown, scoring, verdict
 from pipelines.evaluate.cohorts import Census
@@ -24,8 +24,12 @@ from pipelines.evaluate.figures import (
 from pipelines.evaluate.replies import IDENTITIES
 from pipelines.evaluate.score import Scored, Tally, first
 from pipelines.evaluate.verdict import MANY, Figure
+from pipelines.methods import NO_ADAPTER, known_parts
 from pplug import intervals, metrics
 from pplug.tasks import TaskSpec
+
+_SHARED = {"llm_id": "LLM", "decoding_id": "decoding"}
+"""Identities that a method has to share with the baseline, or its gain is not that of personalisation alone."""
 
 
 def summarise(
@@ -45,7 +49,7 @@ def summarise(
         about: one sentence per reference.
     """
     n_users = scored.n_people
-    own, references = (_figures(tallies, task) for tallies in (scored.methods, scored.references))
+    own, references = (figures(tallies, task) for tallies in (scored.methods, scored.references))
     methods = {
         name: MethodFigures(
             n=int(tally.sums[0]),
@@ -75,7 +79,7 @@ def summarise(
     )
 
 
-def _figures(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, Figure]]:
+def figures(tallies: Mapping[str, Tally], task: TaskSpec) -> dict[str, dict[str, Figure]]:
     """Figures by name and metric."""
     k, scores = metrics.columns(task), scoring.scores(tallies, task)
     drawn = {name: metrics.from_sums(task, tally.resampled[:, :k]) for name, tally in tallies.items()}
@@ -155,6 +159,45 @@ def identities(parts: Sequence[Scored]) -> dict[str, str | None]:
     """Models and decoding that the replies are by; two plugs in two runs stand side by side."""
     made_by = {(kind, name) for part in parts for method, kind, name in part.made_by if method in part.methods}
     return {kind: ", ".join(sorted(name for of, name in made_by if of == kind)) or None for kind in IDENTITIES}
+
+
+def unlike_baseline(parts: Sequence[Scored]) -> dict[str, list[str]]:
+    """Methods that reply by another LLM or another decoding than the baseline, with the kinds of identity that
+    differ."""
+    ids: dict[tuple[str, str], set[str]] = {}
+    for part in parts:
+        for method, kind, name in part.made_by:
+            if method in part.methods:
+                ids.setdefault((method, kind), set()).add(name)
+    unlike: dict[str, list[str]] = {}
+    for kind in _SHARED:
+        own = ids.get((BASELINE, kind), set())
+        for method in dict.fromkeys(name for part in parts for name in part.methods):
+            if own and ids.get((method, kind), set()) - own:
+                unlike.setdefault(method, []).append(kind)
+    return unlike
+
+
+def unlike_warnings(unlike: Mapping[str, Sequence[str]], methods: Iterable[str]) -> list[str]:
+    """Says for which methods the gain over the baseline is not that of personalisation alone, and what would tell it.
+
+    Args:
+        unlike: as `unlike_baseline` gives it.
+        methods: names of all methods that are scored.
+    """
+    controlled, warnings = NO_ADAPTER in methods, list[str]()
+    for kind, word in _SHARED.items():
+        names = [name for name, kinds in unlike.items() if kind in kinds]
+        if not names:
+            continue
+        remedy = f"score {BASELINE} by the same {word} beside them"
+        if kind == "llm_id" and all(any(part.group == "adapter" for part in known_parts(name)) for name in names):
+            remedy = f"{NO_ADAPTER} tells how great it is" if controlled else f"generate {NO_ADAPTER}, which tells it"
+        warnings.append(
+            f"{', '.join(names)}: by another {word} than {BASELINE}, so that their gain over {BASELINE} holds this "
+            f"difference too; {remedy}"
+        )
+    return warnings
 
 
 def examples(scored: Scored, task: TaskSpec, count: int) -> list[Example]:

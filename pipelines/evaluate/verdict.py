@@ -2,10 +2,10 @@
 
 Each method that is neither a control nor told the truth is judged twice, by paired differences over people:
   - its gain over the method `none`, with intervals corrected for the number of methods;
-  - its gain over its controls: the same method with the persona or the adapter of another user, of no history or of a
-    training without any. A hybrid's control keeps every other part: that of plug+bm25 is plug:other-user+bm25, for
-    items in a prompt may help whatever user wrote them. Intervals are corrected for all pairs of a method and a control
-    of it, and a method has to beat every control it has.
+  - its gain over its controls: the same method with the persona or the adapter of another user, with a persona of no
+    history or of a training without any, or with no adapter on the adapters' LLM. A hybrid's control keeps every other
+    part: that of plug+bm25 is plug:other-user+bm25, for items in a prompt may help whatever user wrote them. Intervals
+    are corrected for all pairs of a method and a control of it, and a method has to beat every control it has.
 "It is the user" needs a control with another user's persona or adapter that was run and beaten. Methods that only
 retrieve or read a profile have no such control, and what a control keeps of the user cannot tell that it is not them.
 The best method is also set against the best of the references that need no LLM.
@@ -65,13 +65,14 @@ class Control:
 
     @property
     def kind(self) -> str:
-        """The replacement for the user: other-user, or else no-history or soft-prompt."""
+        """The replacement for the user: other-user, or else no-history, soft-prompt or none (no adapter)."""
         kinds = [part.partition(":")[2] for part in self.replaced]
         return "other-user" if "other-user" in kinds else kinds[0]
 
 
 def is_control(method: str) -> bool:
-    """Tells whether a method replaces the user: by another user, by no history, or by a training without any."""
+    """Tells whether a method replaces the user: by another user, by no history, by a training without any, or by no
+    adapter."""
     return any(part.instead for part in known_parts(method))
 
 

@@ -43,8 +43,8 @@ def value(metric: str, number: float | None, signed: bool = False) -> str:
 
 
 def points(metric: str, number: float) -> str:
-    """A signed difference with its unit: +4.2 points, +0.031."""
-    return value(metric, number, True) + (" points" if percent(metric) else "")
+    """A signed difference with its unit: +4.2 points, +0.031; one that is not known has none."""
+    return value(metric, number, True) + (" points" if percent(metric) and not math.isnan(number) else "")
 
 
 def share(number: float) -> str:

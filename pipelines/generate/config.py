@@ -27,8 +27,8 @@ class Config(ResumableConfig):
     llm: LLMConfig
     methods: tuple[str, ...] = ("none", "plug")
     """Any of none, plug, plug:attention, plug:mean, plug:no-history, plug:other-user, plug:soft-prompt, adapter,
-    adapter:other-user, random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25 or
-    adapter+profile. A number behind a retriever, as in bm25@2, is its number of items."""
+    adapter:other-user, adapter:none, random, recency, bm25, dense, profile, oracle; also joined by +, such as plug+bm25
+    or adapter+profile. A number behind a retriever, as in bm25@2, is its number of items."""
     plug: str | None = None
     """Plug folder, for the methods with a plug."""
     retrieval: RetrievalConfig = RetrievalConfig()

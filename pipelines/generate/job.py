@@ -122,14 +122,14 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
     """Plans which replies are pending, makes them in one stream, commits wave by wave."""
     config, report, methods = using.config, using.report, using.methods
     before = generations.snapshot()
-    pending, plan, identities = _plan(using, opened, parts, generations, before)
+    pending, plan, metadata = _plan(using, opened, parts, generations, before)
     again = {bucket: row for bucket, row in plan.items() if row["again"]}
     if again:
         changed = sum(row["changed"] for row in again.values())
         errors = sum(row["again"] for row in again.values()) - changed
         counts = {"errors_tried_again": errors, "changed_requests": changed}
         report.extra |= {name: count for name, count in counts.items() if count}
-        before = drop_remade(generations, before, pending, list(again), report, identities)
+        before = drop_remade(generations, before, pending, list(again), report, metadata)
         pending = dataclasses.replace(pending, done=before)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)
@@ -154,7 +154,7 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
                 sizes,
             ),
         ],
-        metadata=identities,
+        metadata=metadata,
         wave_rows=config.wave_rows,
         block_rows=config.wave_rows,
         strict=False,  # replies are keyed by run: another run's are none of this one's
@@ -167,7 +167,8 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
 def _plan(
     using: GenerateRun, opened: Opened, parts: Sequence[Part], generations: Table, before: Snapshot
 ) -> tuple[PendingReplies, dict[int, dict[str, Any]], dict[str, str]]:
-    """Counts the pending replies per bucket, and refuses those that must not be made."""
+    """Counts the pending replies per bucket, and refuses those that must not be made; the last value returned is what
+    the commits say of the run."""
     config, report = using.config, using.report
     users = keys_by_bucket(tables.read_users(config.users, opened.requests), generations.buckets)
     identities = {"llm_id": opened.llm_id, "engine": config.engine.kind, "plug_id": "", "fit_id": ""}
@@ -198,7 +199,8 @@ def _plan(
     check_base(config, opened.requests, plan, report)
     if "profile" in pending.made_from_items:
         report.extra["requests_without_profile"] = sum(row["without_profile"] for row in plan.values())
-    return pending, plan, identities
+    read = min(opened.histories.version, int(before_now.get(tables.HISTORIES_VERSION, opened.histories.version)))
+    return pending, plan, identities | {tables.HISTORIES_VERSION: str(read)}
 
 
 def prompt_pool(config: Config) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Model(Settings):
     """Number of newest items of a dev user that the user's adapter learns from."""
     task_base: TaskBase | None = None
     """Task adaptation of the LLM that adapters stand on; default: they stand on the LLM as it is. The other methods
-    reply by the LLM as it is in either case; `adapter:other-user` tells what the task adaptation alone gives."""
+    reply by the LLM as it is in either case; `adapter:none`, by the adapted LLM without an adapter, tells what the task
+    adaptation alone gives."""
 
 
 class LampConfig(Settings):

@@ -13,7 +13,7 @@ from infra.report import check_run_id
 from pipelines.lines.config import BASE_LM, SOFT_PROMPT
 from pipelines.lines.config import LampConfig as Config
 from pipelines.lines.steps import local_root, run_steps
-from pipelines.methods import Method, parse_all
+from pipelines.methods import NO_ADAPTER, Method, parse_all
 from pplug.retrieval import ShownItems
 
 TASK_BASE = "task-base"
@@ -40,6 +40,7 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     llm = model["llm"]
     methods = parse_all(config.methods)
     adapters = [method.name for method in methods if method.part("adapter")]
+    trained = any((part := method.part("adapter")) and part.name != NO_ADAPTER for method in methods)
     soft = [method.name for method in methods if (part := method.part("plug")) and part.name == SOFT_PROMPT]
     task_base = model["task_base"] if adapters else None
     if task_base:
@@ -54,7 +55,7 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
     line.train("train")
     line.ingest("dev", 1)
     line.add("refresh-dev", "refresh", "dev", encoder=encoder, plug=str(root / "plug"), **line.gpus)
-    if adapters and not task_base:
+    if trained and not task_base:
         line.adapt(llm)
     apart = {*soft, *(adapters if task_base else [])}
     line.generate("generate", "plug", [method for method in config.methods if method not in apart], llm)
@@ -65,7 +66,8 @@ def steps(config: Config, root: Path, name: str) -> dict[str, tuple[str, dict[st
         adapted = llm | {"model": str(root / TASK_BASE / "base")}
         line.add(TASK_BASE, "adapt", "train", stage="base", cut="none", llm=llm, output=adapted["model"],
                  **task_base, **line.gpus)  # fmt: skip
-        line.adapt(adapted)
+        if trained:
+            line.adapt(adapted)
         line.generate("generate-adapters", "plug", adapters, adapted)
     # the methods too: the runs may hold replies of methods that an earlier start asked for
     line.add("evaluate", "evaluate", "dev", run=[f"{name}-{step}" for step in line.runs], methods=list(config.methods),

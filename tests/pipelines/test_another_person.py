@@ -92,6 +92,16 @@ def test_the_one_who_is_nobodys_namesake_is_given_one_of_the_others(made):
     assert sum(alike(by_method["plug:other-user"], row) for row in made(QUESTIONS, "plug:mean")) == 1
 
 
+def test_the_control_without_an_adapter_names_none(made):
+    found = made(QUESTIONS, "none", "adapter:none", "adapter")
+    adapters = {
+        method: [row["adapter_id"] for row in found if row["method"] == method]
+        for method in ("none", "adapter:none", "adapter")
+    }
+    assert adapters["adapter:none"] == adapters["none"] == [None] * len(QUESTIONS)
+    assert set(adapters["adapter"]) == {f"of-{user}" for user in QUESTIONS}
+
+
 def test_a_user_whose_requests_name_two_persons_is_both_of_them(tmp_path):
     place, same = str(tmp_path / "tables"), pa.array(USERS)
     for owner in ("ann", "bob"):

@@ -69,7 +69,7 @@ def write_generations(
         {"run_id": run_id, "request_id": i, "method": method, "user_id": asked[i]["user_id"] if i in asked else "gone",
          "text": text, "error": "too long" if i in errors else None, "output_tokens": 3,
          "prompt_tokens": 13 if "plug" in method else 11, "persona": "mean" if "plug" in method else "none",
-         "adapter_id": "fit-hash" if "adapter" in method else None,
+         "adapter_id": "fit-hash" if "adapter" in method else None, "llm_id": f"llm-{'adapter' in method}",
          "input_hash": blake2b(inputs[i].encode(), digest_size=8).hexdigest() if inputs else None}
         for method, texts in by_method.items() for i, text in texts.items()
     ]  # fmt: skip
@@ -156,10 +156,11 @@ def test_the_table_on_the_screen_says_how_many_users_do_better_and_worse(generat
     assert "%" not in lines["none"].split("]")[-1] and lines["method"].endswith("users better / worse")
 
 
-def test_only_the_users_of_a_list_are_scored(generated, tmp_path):
+def test_only_the_users_of_a_list_are_scored(generated, tmp_path, capsys):
     some = {f"u{number}" for number in range(1, 31)}
     (tmp_path / "users").write_text("".join(f"{user}\n" for user in sorted(some)))
-    _, report, _ = run(generated, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "p"))
+    _, report, printed = run(generated, capsys, users=str(tmp_path / "users"), predictions_dir=str(tmp_path / "p"))
+    assert f"notes: 90 requests of 30 users, those of {tmp_path / 'users'} alone" in printed.splitlines()
     asked = {i for i, row in generated.requests().items() if row["user_id"] in some and row["target"]}
     assert (report["n_users"], report["n_requests"], report["not_generated"]) == (30, 90, 0) and len(asked) == 90
     entry = tasks.TaskSpec.model_validate(NOTES)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import InputError
+from pipelines import tables
 from pipelines.evaluate import verdict
 from pplug import metrics, tasks
 from tests.pipelines.population import NOTES, Population
@@ -92,6 +93,22 @@ def test_references_are_scored_as_methods_are_and_counted_as_none(asked, capsys)
     assert "References without an LLM" in html
 
 
+def test_a_gain_over_replies_of_another_llm_is_said_to_hold_that_difference_too(asked):
+    texts = {"none": right(asked, 0.0, 1), "adapter": right(asked, 0.9, 2), "plug": right(asked, 0.5, 3)}
+    write_generations(asked, "bases", texts)
+    _, report, _ = run(asked, run=("bases",))
+    says = "adapter: by another LLM than none, so that their gain over none holds this difference too; generate"
+    assert [warning for warning in report["warnings"] if "another LLM" in warning] == [
+        f"{says} adapter:none, which tells it"
+    ]
+    html = Path(report["config"]["run_dir"], "report.html").read_text()
+    assert "accuracy where another model or decoding without personalisation reaches" in html
+    _, report, _ = run(asked, run=("bases",), methods=("none", "plug"))
+    assert not any("another LLM" in warning for warning in report["warnings"]) and not report["unlike_baseline"]
+    html = Path(report["config"]["run_dir"], "report.html").read_text()
+    assert "accuracy where the same model without personalisation reaches" in html
+
+
 def test_a_reference_that_is_beaten_is_not_in_the_headline(asked):
     write_generations(asked, "beats", {"none": right(asked, 0.0, 1), "plug": right(asked, 1.0, 2)})
     _, report, _ = run(asked, run=("beats",))
@@ -107,6 +124,8 @@ def test_a_reference_may_learn_from_the_users_of_other_tables_too(asked, tmp_pat
     found = [run(asked, run=("alone",), references_from=places)[1] for places in ((), (other.tables,))]
     assert [list(report["references"]) for report in found] == [list(found[0]["references"])] * 2
     assert found[0]["references"]["user-label"] == found[1]["references"]["user-label"]
+    own = USERS * 5  # all items that the requests may see, and one of each of the others
+    assert [report["classifier_items"] for report in found] == [own, own + 20]
 
 
 def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path, capsys):
@@ -133,6 +152,64 @@ def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path,
             assert made["train"].tables in said[1] and said[1] in printed
         else:
             assert not said
+
+
+def test_answers_to_the_requests_that_a_plug_learns_from_are_counted_too(tmp_path):
+    """What `train` learns are the answers to requests, which need be no item's."""
+    task = {"name": "titles", "item": "{title}", "item_without_label": "{text}", "input": "Title? {text}",
+            "target": "title", "metric": "text", "max_output_tokens": 8}  # fmt: skip
+    made = {}
+    for name, targets in {
+        "train": ["A  Paper of ours", None, "One that dev does not ask for"],
+        "dev": ["a paper\nof OURS", "a third one"],
+    }.items():
+        made[name] = population = Population(tmp_path / name)
+        population.folder.mkdir()
+        items = [
+            {"user_id": f"{name}-{n}", "item_id": "1", "text": "x", "title": f"{name} {n}"} for n in range(len(targets))
+        ]
+        asked = [
+            {"request_id": f"r{n}", "user_id": f"{name}-{n}", "input": "?", "target": target}
+            for n, target in enumerate(targets)
+        ]
+        for file, rows in (("items", items), ("requests", asked)):
+            (population.folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = {"source": str(population.folder / "items.jsonl")}
+        source["requests_source"] = str(population.folder / "requests.jsonl")
+        assert population.ingest(task=population.task(task), **source) == 0
+    write_generations(made["dev"], "some", {"none": dict.fromkeys(made["dev"].requests(), "a paper")})
+    _, report, _ = run(made["dev"], run=("some",), references_from=(made["train"].tables,))
+    (said,) = [warning for warning in report["warnings"] if "word for word" in warning]
+    assert said.startswith("1 of 2 requests") and f"as the answer to a request, of {made['train'].tables}:" in said
+
+
+def test_histories_that_have_grown_since_the_replies_are_said_to_know_more(tmp_path, capsys):
+    """Of a request without a cut-off everything is seen: the answer may have become an item since."""
+    population = Population(tmp_path)
+    task, items, asked = (str(tmp_path / name) for name in ("task.yaml", "items.jsonl", "requests.jsonl"))
+    population.task(NOTES)
+    Path(items).write_text(json.dumps({"user_id": "ann", "item_id": "1", "text": "x", "mood": "good"}))
+    request = {"user_id": "ann", "input": "How?", "target": "bad"}
+    rows = [request | {"request_id": "open"}, request | {"request_id": "cut", "as_of": "2026-01-01"}]
+    Path(asked).write_text("\n".join(map(json.dumps, rows)))
+    assert population.ingest(task=task, source=items, requests_source=asked) == 0
+    table = tables.open_table(population.tables, "histories")
+    read = table.snapshot(complete=True).version
+    write_generations(population, "night", {"none": dict.fromkeys(population.requests(), "bad")})
+    generations = tables.open_table(population.tables, "generations")
+    generations.commit([], run_id="night", group=1, mode="append", planned_on=generations.version, complete=True,
+                       metadata={"histories_version": str(read)})  # fmt: skip
+
+    def says(**how) -> list[str]:
+        _, report, _ = run(population, run=("night",), **how)
+        return [warning for warning in report["warnings"] if "cut-off" in warning]
+
+    assert says() == []
+    Path(items).write_text(json.dumps({"user_id": "ann", "item_id": "2", "text": "How?", "mood": "bad"}))
+    assert population.ingest(task=task, source=items) == 0
+    (said,) = says()
+    assert said.startswith("1 requests have no cut-off") and said.endswith(f"; give --as-of-version histories={read}")
+    assert says(as_of_version={"histories": read}) == []
 
 
 def test_replies_that_are_no_label_are_counted_shown_and_said(asked, capsys):

@@ -78,8 +78,14 @@ def test_requests_from_a_time_on_are_answered_and_those_without_one_counted(popu
     assert answered(population, "earlier") == []
     some = population.folder / "some"
     some.write_text("ann\n")  # a night on which nobody has asked
+    # a run tells the oldest version of histories that a start of it has read
+    table, histories = (tables.open_table(population.tables, name) for name in ("generations", "histories"))
+    assert table.metadata_of_run("late")["histories_version"] == str(histories.version) != "0"
+    table.commit([], run_id="quiet", group=0, mode="append", planned_on=table.version,
+                 metadata={"histories_version": "0"})  # fmt: skip
     assert run(population, "quiet", llm=llm, methods=("none",), since="2026-02-01", users=str(some)) == 0
     assert (population.report["planned"], population.report["requests_without_time"]) == (0, 1)
+    assert table.metadata_of_run("quiet")["histories_version"] == "0" and table.unended(["quiet"], table.version) == []
     put(population, days_of(0), [asked("dan", None, "undated")], buckets=1)
     some.write_text("dan\n")
     for requests, advice in (("all", " with a time, or ask for --requests new"), ("new", " with a time$")):

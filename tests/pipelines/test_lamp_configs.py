@@ -155,6 +155,14 @@ def test_a_soft_prompt_beside_retrieval_is_generated_with_the_plug_that_is_one(t
     assert made["generate-soft"].methods == ("plug:soft-prompt+bm25", "bm25+plug:soft-prompt")
 
 
+def test_the_llm_that_adapters_stand_on_answers_without_one_too(tmp_path):
+    made = jobs(load(REAL[0], "--source", "somewhere", "--methods", "[none, adapter:none, adapter]"), tmp_path)
+    assert made["generate-adapters"].methods == ("adapter:none", "adapter") and made["generate"].methods == ("none",)
+    assert made["generate-adapters"].llm.model == made["task-base"].output != made["generate"].llm.model
+    alone = jobs(load(REAL[0], "--source", "somewhere", "--methods", "[none, adapter:none+bm25@4]"), tmp_path)
+    assert alone["generate-adapters"].llm.model == alone["task-base"].output and "adapt" not in alone
+
+
 def test_a_plug_beside_an_adapter_whose_llm_has_learned_the_task_is_refused_before_anything_runs(tmp_path):
     config = load(REAL[0], "--source", "somewhere", "--methods", "[none, adapter, adapter+plug]")
     with pytest.raises(InputError, match=r"methods \['adapter\+plug'\].*set models.smollm2.task_base to null"):

@@ -6,7 +6,12 @@ from infra.errors import InputError
 from pipelines.evaluate import verdict
 from pipelines.generate.config import Config
 from pipelines.generate.parts import GROUPS
-from pipelines.methods import PARTS, parse
+from pipelines.generate.parts.adapter import Adapter
+from pipelines.generate.parts.base import GenerateRun
+from pipelines.methods import PARTS, parse, parse_all
+from pipelines.run import begin
+from pplug.tasks import TaskSpec
+from tests.pipelines.population import NOTES
 
 
 def test_help_names_every_part():
@@ -51,3 +56,22 @@ def test_a_retriever_may_say_how_many_items_it_shows():
     assert verdict.candidates(names) == ["plug+bm25@2", "bm25@2"]
     assert [control.name for control in verdict.controls(names[0], names)] == ["plug:other-user+bm25@2"]
     assert verdict.wanted_control("plug+bm25@2") == "plug:other-user+bm25@2"
+
+
+def test_the_llm_without_an_adapter_needs_no_adapters_and_no_engine_that_serves_them(tmp_path):
+    def opened(*methods: str) -> Adapter:
+        values = {
+            "tables": str(tmp_path),
+            "llm": {"model": "m"},
+            "methods": methods,
+            "engine": {"kind": "transformers"},
+        }
+        config = Config.model_validate(values | {"run_dir": str(tmp_path / "run")})
+        task, report = TaskSpec.model_validate(NOTES), begin("generate", config)
+        return Adapter.open(GenerateRun(config, parse_all(methods), "llm-x", task, report, 4))
+
+    part = opened("adapter:none", "adapter:none+bm25@4")
+    part.start()
+    assert part.for_engine is None and not part.identities()["fit_id"] and part.made_from_items() is None
+    with pytest.raises(InputError, match=r"methods \['adapter'\] need engine.kind=vllm"):
+        opened("adapter:none", "adapter")

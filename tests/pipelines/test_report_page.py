@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipelines.evaluate import wording
+from pipelines.evaluate import summary, wording
 from pipelines.evaluate.report import charts, page
+from pipelines.evaluate.score import Scored
 from pipelines.evaluate.verdict import NO_DIFFERENCE, UNKNOWN, USER
 from tests.pipelines.figures import METHODS, REFERENCES, UNCLEAR, claim, examples, made_up, typed
 
@@ -26,6 +27,7 @@ def test_the_page_loads_nothing_and_shows_every_method(tmp_path):
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
+    assert re.search(r">\+48\.3 points<", html) and not re.search(r">\+48\.3<", html)  # a gain has its unit everywhere
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids))
     for target in re.findall(r'(?:href="|url\()#([^")]+)', html):
@@ -96,8 +98,10 @@ def test_a_gain_of_too_few_people_is_nowhere_called_clear(people, star, helping)
 
 def test_tables_beside_the_charts_hold_the_figures(drawn):
     forest, length, *_, users, cost = drawn
-    assert ["plug", "+47.5", "+44.4 to +50.6"] in forest.rows and len(forest.rows) == len(METHODS) - 1
-    assert ["plug", "30\N{EN DASH}34 (n=655)", "+47.5", "+43.1 to +51.9"] in length.rows
+    assert ["plug", "+47.5 points", "+44.4 to +50.6"] in forest.rows and len(forest.rows) == len(METHODS) - 1
+    assert ["plug", "30\N{EN DASH}34 (n=655)", "+47.5 points", "+43.1 to +51.9"] in length.rows
+    says = "plug+bm25 gains +43.3 points at 24\N{EN DASH}29 and +53.3 points at 35\N{EN DASH}40 (items in the history)."
+    assert length.says == says
     assert (
         users.rows[0][0] == "oracle"
         and ["bm25", "41.0% (37.0 to 45.0%)"] == [row[:2] for row in users.rows if row[0] == "bm25"][0]
@@ -121,6 +125,42 @@ def test_methods_that_tie_are_named_alike_and_one_group_is_told_once():
         _, length, users, _ = charts.draw_all(typed(found))
         assert users.says.startswith(f"With {best}, ") and length.says.startswith(f"{best} gains ")
         assert length.says.count(" at 1 ") == 1 and "too alike to be divided" in length.says
+
+
+def test_methods_that_reply_otherwise_than_none_are_told_by_run_and_kind():
+    def part(*made_by, methods):
+        return Scored(methods=dict.fromkeys(methods), made_by=frozenset(made_by))
+
+    night = part(("none", "llm_id", "l"), ("none", "decoding_id", "d"), ("plug", "llm_id", "l"),
+                 ("plug", "decoding_id", "e"), ("bm25", "llm_id", "m"), methods=("none", "plug"))  # fmt: skip
+    again = part(("none", "llm_id", "l2"), ("none", "decoding_id", "d"), methods=("none",))
+    soft = part(("plug:soft-prompt", "llm_id", "l2"), ("plug:soft-prompt", "decoding_id", "d"),
+                ("adapter:none", "llm_id", "base"), methods=("plug:soft-prompt", "adapter:none"))  # fmt: skip
+    unlike = summary.unlike_baseline([night, again, soft])
+    assert unlike == {"adapter:none": ["llm_id"], "plug": ["decoding_id"]}
+    ends = "than none, so that their gain over none holds this difference too;"
+    assert summary.unlike_warnings(unlike, ("none", "plug", "adapter:none")) == [
+        f"adapter:none: by another LLM {ends} adapter:none tells how great it is",
+        f"plug: by another decoding {ends} score none by the same decoding beside them",
+    ]
+
+
+def test_the_page_says_who_was_chosen_and_what_the_classifier_has_learned_from():
+    plain = page.render(typed(), [])
+    assert "2,000 requests of 400 users<" in plain
+    assert not re.search("<dt>(users|methods|classifier)</dt>", plain)
+    config = made_up()["config"] | {
+        "users": "owners.txt",
+        "methods": ["none", "plug"],
+        "references_from": ["data/train"],
+    }
+    read = {"data/train": {"histories": 7, "requests": 2}}
+    html = page.render(typed(made_up(config=config, classifier_items=41_500, references_from=read)), [])
+    assert "2,000 requests of 400 chosen users<" in html
+    facts = dict(re.findall("<dt>([^<]*)</dt><dd>([^<]*)</dd>", html))
+    assert facts["users"] == "those of owners.txt alone"
+    assert facts["methods"] == "as chosen: none, plug; requests are those that they answered"
+    assert facts["classifier"] == "trained on 41,500 items of these tables and of data/train (histories version 7)"
 
 
 def test_no_backtick_stands_on_the_page():

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from pipelines.evaluate import verdict
-from pipelines.evaluate.figures import MostUnclear
+from pipelines.evaluate import compare, verdict
+from pipelines.evaluate.figures import Comparison, MostUnclear
+from pipelines.evaluate.report import screen
+from pipelines.evaluate.score import Scored, Tally
 from pipelines.evaluate.verdict import Figure
-from pplug import intervals
+from pplug import intervals, tasks
 
 CANDIDATES = (
     "plug",
@@ -77,6 +79,31 @@ def test_where_only_the_users_own_history_helps_it_is_said():
     assert said.count("helps, and it is the user") > 0.99 * TRIALS
 
 
+def test_where_two_nights_differ_by_chance_alone_a_star_is_rare_however_many_methods_are_compared():
+    """Ten methods whose errors are drawn anew: a star in one of 20 comparisons, not beside one of 20 methods."""
+    rng, task, trials, people = np.random.default_rng(4), tasks.get("LaMP_3"), 300, 60
+    weights = intervals.weights([f"u{i}" for i in range(people)], 300, seed=0).astype(float)
+    names = [f"bm25@{n}" for n in range(1, 11)]
+
+    def night() -> Scored:
+        errors = rng.gamma(2.0, 0.5, (len(names), people))
+        columns = np.stack([np.ones_like(errors), errors, errors**2], axis=-1)  # an item each: count, absolute, squared
+        return Scored({name: Tally(own.sum(0), weights.T @ own) for name, own in zip(names, columns, strict=True)})
+
+    starred = uncorrected = 0
+    for _ in range(trials):
+        found = compare.changes(task, night(), night(), people)
+        lines = screen.comparison_text(
+            Comparison(
+                task="t", runs=["a", "b"], n_requests=people, n_users=people, methods=found, left_out={}, warnings=[]
+            )
+        ).splitlines()[1:]
+        assert len(lines) == 2 * len(names)
+        starred += any(line.endswith("*") for line in lines if "  mae  " in line)
+        uncorrected += any(row["mae"].ci95[0] > 0 or row["mae"].ci95[1] < 0 for row in found.values())
+    assert starred <= 0.05 * trials + 3.3 * np.sqrt(0.05 * 0.95 * trials) < uncorrected
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +132,12 @@ def judged(scores: dict[str, float], references: dict[str, float] | None = None,
         ({"plug": 0.6, "plug:no-history": 0.3}, "helps; whether it is the user is not known"),
         ({"adapter": 0.6, "adapter:other-user": 0.4}, "helps, and it is the user"),
         ({"adapter": 0.6, "adapter:other-user": 0.6}, "helps, but another's history helps as much"),
+        # the task alone: the LLM that the adapter stands on has learned it, and `none` has not
+        ({"adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.6},
+         "helps, but the same LLM without an adapter helps as much"),
+        ({"adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.5}, "helps, and it is the user"),
+        ({"adapter+bm25@4": 0.6, "adapter:none": 0.7, "adapter:none+bm25@4": 0.6},
+         "helps; whether it is the user is not known"),
         # controls of another kind say nothing of a method
         ({"adapter": 0.6, "plug:other-user": 0.2}, "helps; whether it is the user is not known"),
         ({"bm25": 0.6, "plug": 0.5, "plug:other-user": 0.2}, "helps; whether it is the user is not known"),

@@ -13,7 +13,17 @@ from typing import Any
 
 from pipelines.evaluate.figures import BASELINE, Cohort, Evaluation, Interval, MethodFigures, UserShares
 from pipelines.evaluate.verdict import is_bound, is_control
-from pipelines.evaluate.wording import between, direction, percent, seconds, shares_between, size, turned, value
+from pipelines.evaluate.wording import (
+    between,
+    direction,
+    percent,
+    points,
+    seconds,
+    shares_between,
+    size,
+    turned,
+    value,
+)
 from pplug import metrics
 
 LIGHT = {  # all different: a colour in a drawing tells its role
@@ -78,7 +88,7 @@ def _forest(evaluation: Evaluation) -> Chart:
     aside = ", controls and the oracle left aside" if len(own) < len(names) else ""
     says = f"{len(clear)} of {len(own)} methods are clearly better than no personalisation{aside}."
     table = [
-        [name, value(metric, rows[name][0], bool(paired)), between(metric, rows[name][1], bool(paired))]
+        [name, (points if paired else value)(metric, rows[name][0]), between(metric, rows[name][1], bool(paired))]
         for name in reversed(names)
     ]
     return _chart(
@@ -137,14 +147,14 @@ def _thirds(evaluation: Evaluation, kind: str) -> Chart:
     ticks = [_range(third.low, third.high, kind) for third in thirds]
     gains = {name: [_gain_in(third, name, metric) for third in thirds] for name in shown}
     first = shown[0]
-    ends = [value(metric, gains[first][at][0], True) for at in (0, -1)]
+    ends = [points(metric, gains[first][at][0]) for at in (0, -1)]
     says = f"{first} gains {ends[0]} at {ticks[0]} and {ends[1]} at {ticks[-1]} ({label})."
     if len(thirds) == 1:
         says = f"{first} gains {ends[0]} at {ticks[0]} ({label}): the requests are too alike to be divided."
     if group.unknown:
         says += f" {group.unknown} requests have no such fact and are left out."
     table = [
-        [name, f"{tick} (n={third.n})", value(metric, middle, True), between(metric, interval, True)]
+        [name, f"{tick} (n={third.n})", points(metric, middle), between(metric, interval, True)]
         for name in shown
         for tick, third, (middle, interval) in zip(ticks, thirds, gains[name], strict=True)
     ]

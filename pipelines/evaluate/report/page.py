@@ -91,7 +91,7 @@ def render(report: Report, drawn: list[charts.Chart]) -> str:
     best = report.verdict.best if report.verdict.gain else None
     return page.render(
         task=report.task,
-        kicker=f"{report.n_requests:,} requests of {report.n_users:,} users",
+        kicker=f"{report.n_requests:,} requests of {report.n_users:,} {'chosen ' * bool(report.config.users)}users",
         verdict=report.verdict.headline,
         lead=_lead(report, best),
         numbers=_numbers(report, best),
@@ -115,9 +115,9 @@ def _lead(report: Report, best: str | None) -> list[str]:
         return because
     score, without = (value(metric, methods[name].scores[metric]) for name in (best, BASELINE))
     better = "lower is better" if metrics.sign(metric) < 0 else "higher is better"
-    first = (
-        f"{best} reaches {score} {metric} where the same model without personalisation reaches {without} ({better})."
-    )
+    unlike = report.unlike_baseline.get(best)
+    model = "another model or decoding" if unlike else "the same model"
+    first = f"{best} reaches {score} {metric} where {model} without personalisation reaches {without} ({better})."
     controls = [
         _control_sentence(metric, name, row.vs_none[metric], report.n_users)
         for name, row in methods.items()
@@ -176,7 +176,7 @@ def _gain_cell(metric: str, row: MethodFigures, people: int) -> Cell:
         return Cell("-")
     middle, interval = turned(metric, row.vs_none[metric].difference, row.vs_none[metric].interval)
     tone = ("", "good", "bad")[direction(interval, people)]
-    return Cell(value(metric, middle, True), between(metric, interval, True), tone)
+    return Cell(points(metric, middle), between(metric, interval, True), tone)
 
 
 def _unclear(report: Report) -> list[tuple[str, MethodFigures]]:
@@ -228,6 +228,16 @@ def _facts(report: Report) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         "seed of the resamples": str(report.config.seed),
     }
+    config = report.config
+    if config.users:
+        facts["users"] = f"those of {config.users} alone"
+    if config.methods:
+        facts["methods"] = f"as chosen: {', '.join(config.methods)}; requests are those that they answered"
+    if report.classifier_items:
+        places = [f"{place} (histories version {read['histories']})" for place, read in report.references_from.items()]
+        facts["classifier"] = (
+            f"trained on {report.classifier_items:,} items of {' and of '.join(['these tables', *places])}"
+        )
     if report.reference:
         facts["best possible"] = best_possible(report.reference)
     return facts

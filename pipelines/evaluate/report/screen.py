@@ -12,10 +12,14 @@ from pipelines.evaluate.figures import (
 from pipelines.evaluate.wording import best_possible, better_worse, cell, unclear_share
 
 
-def evaluation_text(evaluation: Evaluation) -> str:
-    """The headline, its reasons, and the figures as tables."""
-    verdict = evaluation.verdict
-    lines = [f"{evaluation.task}: {evaluation.n_requests} requests of {evaluation.n_users} users"]
+def evaluation_text(evaluation: Evaluation, users: str | None = None) -> str:
+    """The headline, its reasons, and the figures as tables.
+
+    Args:
+        users: file of the users who were chosen to be scored; None: all of them are.
+    """
+    verdict, chosen = evaluation.verdict, f", those of {users} alone" if users else ""
+    lines = [f"{evaluation.task}: {evaluation.n_requests} requests of {evaluation.n_users} users{chosen}"]
     lines += [verdict.headline, *verdict.because, *_methods(evaluation)]
     if evaluation.references:
         lines += ["references, which need no LLM:", *_references(evaluation.references, evaluation.metrics)]
@@ -66,7 +70,7 @@ def comparison_text(comparison: Comparison) -> str:
     ]
     for name, row in comparison.methods.items():
         for metric, change in row.items():
-            difference = cell(change.difference, change.ci95, comparison.n_users)
+            difference = cell(change.difference, change.ci95_corrected, comparison.n_users)
             lines.append(f"{name}  {metric}  {change.earlier:.3f} -> {change.later:.3f}  {difference}")
     return "\n".join([*lines, *_notes(comparison.warnings)])
 
