@@ -401,12 +401,6 @@ def make_samples(
     table, shards, facts = load_samples(folder, files, local)
     fit, by_request = config.fit, plug.config.aggregation == "attention"
     out = np.array([held_out(owner, fit.val_fraction, fit.seed) for owner in table["owner_id"].to_pylist()])
-    if out.all() or not out.any():
-        raise ValueError(
-            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.val_fraction:.0%} held out leaves "
-            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or change "
-            "fit.val_fraction"
-        )
 
     def tokenised(rows: "pa.Table") -> "Samples":
         queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]
