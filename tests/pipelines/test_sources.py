@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from infra.errors import InputError
 from infra.remote import reading
@@ -34,6 +35,7 @@ TASK = TaskSpec(name="t", item="{text}", item_without_label="{text}", metric="te
 TEXTS = ["plain", 'a "quoted", text', "two\nlines\r\nand more", "Ünï 😀", "semi;colon\ttab|bar", " spaces ", "NA"]
 ROWS = [{"user_id": f"u{n % 3}", "item_id": f"0{n}", "text": text} for n, text in enumerate(TEXTS)]
 FIELDS = ("user_id", "item_id", "text")
+CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
 
 
 def read(source, **config) -> tuple[list[dict], dict[str, str]]:
@@ -310,6 +312,26 @@ def test_nested_columns_are_reached_by_paths_and_lists_are_exploded(tmp_path):
         config = IngestConfig(tables="unused", source=str(tmp_path / "a.parquet"), explode="nothing")
         piece = look_at(config, 1)["items"].pieces[0]
         FORMATS["parquet"].check([piece], options_of(config))
+
+
+def test_keys_without_the_source_that_they_are_for_are_refused():
+    """The published files of LaMP-QA hold items and questions: with the items' source alone its config made none."""
+    shipped = yaml.safe_load((CONFIGS / "ingest_lamp_qa.yaml").read_text())
+    IngestConfig(tables="t", source="f", requests_source="f", **shipped)
+    for given, words in (
+        (
+            shipped | {"source": "f"},
+            "requests_query is given without requests_source, .* give --requests-source as well",
+        ),
+        ({"source": "f", "requests_columns": {"input": "q"}}, "requests_columns is given without requests_source"),
+        ({"download": "LaMP_2", "requests_query": "select 1"}, "requests_query is given without requests_source"),
+        ({"requests_source": "f", "derive_requests": 2}, "derive_requests is given without source, .* give --source"),
+        ({"requests_source": "f", "query": "select 1"}, "query is given without source"),
+        ({"vectors": "f", "vectors_id": "mine", "explode": "list"}, "explode is given without source"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            IngestConfig(tables="t", **given)
+    IngestConfig(tables="t", download="LaMP_2", derive_requests=2)
 
 
 def test_parquet_of_dictionaries_large_types_views_and_an_index_is_read(tmp_path):
