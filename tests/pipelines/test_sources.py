@@ -233,6 +233,17 @@ def test_every_form_gives_the_same_rows_byte_for_byte(tmp_path):
     assert tried == 24
 
 
+def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_path):
+    record = {"tags": [{"name": "a"}], "actor": {"login": "ann"}, "user_id": "ann", "item_id": "1", "text": "hello"}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    for columns in ({}, {"user_id": "actor.login", "item_id": "item_id", "text": "text"}):
+        rows, rejects = read(tmp_path / "a.json", columns=columns)
+        assert plain(rows) == [{"user_id": "ann", "item_id": "1", "text": "hello"}] and rejects == {}
+    long = record | {"text": "x" * 2**17}  # its end, and the next line, lie beyond what is read of a file to know it
+    (tmp_path / "a.json").write_text(json.dumps(long) + "\n" + json.dumps(record | {"item_id": "2"}) + "\n")
+    assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
+
+
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
 
