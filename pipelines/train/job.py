@@ -24,7 +24,7 @@ from infra.errors import InputError
 from infra.report import new_run_id
 from infra.storage import Storage
 from infra.trainer import run_training
-from pipelines import begun, tables, training
+from pipelines import begun, failures, tables, training
 from pipelines.histories import width_of
 from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
@@ -53,6 +53,7 @@ from pplug.start import Start
 from pplug.tasks import TaskSpec
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     refuse_workers(config.workers, config.llm.parallel, config.gpus_per_worker)
