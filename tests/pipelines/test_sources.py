@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import threading
+import traceback
 from datetime import date
 from decimal import Decimal
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import deltalake
 import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +26,7 @@ from infra.errors import InputError
 from infra.remote import reading
 from pipelines import options as command_line
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.frame import ingest_frame
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
@@ -242,6 +245,15 @@ def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_pat
     long = record | {"text": "x" * 2**17}  # its end, and the next line, lie beyond what is read of a file to know it
     (tmp_path / "a.json").write_text(json.dumps(long) + "\n" + json.dumps(record | {"item_id": "2"}) + "\n")
     assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("mixed", [[1, "a secret"], ["a secret", 1], [["a secret"], "x"]])
+def test_a_column_of_pandas_with_values_of_several_types_is_named_without_them(tmp_path, mixed):
+    frame = pd.DataFrame({"user_id": ["u", "v"], "stars": mixed, "text": ["x", "y"]})
+    with pytest.raises(InputError, match="the values of column stars have no common type; make them alike") as met:
+        ingest_frame(frame, str(tmp_path))
+    assert "secret" not in "".join(traceback.format_exception(met.value))
+    assert pa.Table.from_pandas(frame.astype({"stars": "string"}))["stars"].to_pylist() == [str(one) for one in mixed]
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
