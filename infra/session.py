@@ -10,6 +10,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from infra import LOCAL, metrics, nodes, stopping
@@ -50,6 +51,19 @@ _NO_CLUSTER = (
 )
 
 
+@dataclass(frozen=True)
+class _Local:
+    """A local session that this process has started."""
+
+    address: str
+    cpus: int
+    object_store_bytes: int | None
+
+
+_local: _Local | None = None
+"""The last one."""
+
+
 def start(
     cpus: int | None = None,
     need: Mapping[str, float] | None = None,
@@ -58,6 +72,9 @@ def start(
     reads: Mapping[str, str | None] | None = None,
 ) -> None:
     """Connects to the cluster of RAY_ADDRESS (set inside `ray job submit`), else starts a local Ray.
+
+    A session that is there is kept. A local one that this process has started for an earlier job ends, and another one
+    starts, where this job needs more CPUs than it has.
 
     Args:
         cpus: logical CPUs of a local session; at least 4, the machine's own and need["CPU"] are taken.
@@ -74,7 +91,12 @@ def start(
     import ray
 
     need = dict(need or {})
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        small = _outgrown(_local, ray.get_runtime_context().gcs_address, need)
+        if small is not None:
+            stop()
+            _connect(local_cpus(cpus, need), object_store_bytes or small.object_store_bytes)
+    else:
         _connect(local_cpus(cpus, need), object_store_bytes)
     if os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL or nodes.others():
         nodes.check_program()
@@ -103,6 +125,7 @@ def join_to_report() -> None:
 
 
 def _connect(cpus: int, object_store_bytes: int | None) -> None:
+    global _local
     import ray
 
     # Whatever workers say comes to this process; `infra.noise` decides how much of it a person is shown.
@@ -136,6 +159,7 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
             _system_config=_LOCAL,
             **quiet,
         )
+        _local = _Local(ray.get_runtime_context().gcs_address, cpus, object_store_bytes)
         stopping.install()
 
 
@@ -171,6 +195,11 @@ def stop() -> None:
 def local_cpus(cpus: int | None, need: Mapping[str, float]) -> int:
     """Logical CPUs of a local session."""
     return max(LEAST_LOCAL_CPUS, cores(), cpus or 0, int(-(-need.get("CPU", 0) // 1)))
+
+
+def _outgrown(local: _Local | None, address: str, need: Mapping[str, float]) -> _Local | None:
+    """The session at `address`, where it is the local one of this process and has fewer CPUs than a job needs."""
+    return local if local is not None and local.address == address and local.cpus < need.get("CPU", 0) else None
 
 
 def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) -> None:

@@ -5,18 +5,25 @@ errors are shown where a `raise` of our own wrote them: a library's words may qu
 """
 
 import errno
+import functools
 import re
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from infra.errors import InputError
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 _OF_A_STAGE = re.compile(
     r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+)\s*\n"
     r"The above exception was the direct cause of the following exception:\s*\n"
     r"(?:[^\n]*\n){0,2}ray\.exceptions\.UserCodeException",
     re.MULTILINE | re.DOTALL,
 )
+_RAYS_WORDS = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff ")
+"""Beginning of what Ray Data adds to the words of a stage's error."""
 _OF_AN_ACTOR = re.compile(
     r"^infra\.errors\.InputError: ((?:(?!\n\s*\n).)+?)\s*(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL
 )
@@ -55,7 +62,7 @@ def own_words(error: BaseException) -> str:
             and (last[0].line or "").startswith("raise")
             and type(one).__module__ == "builtins"
         ):
-            return f"{' '.join(str(one).split())} ({type(one).__name__} at {_short(last[0])})"
+            return f"{' '.join(_without_rays(str(one)).split())} ({type(one).__name__} at {_short(last[0])})"
         if found := [*_RAISED.finditer(str(one))][-1:]:
             raised = found[0]
             return f"{raised['words']} ({raised['kind']} at {raised['file']}:{raised['line']})"
@@ -119,12 +126,33 @@ def input_error(error: BaseException) -> InputError | None:
     """
     in_a_stage = _OF_A_STAGE.search(str(error))
     if in_a_stage:
-        return InputError(in_a_stage[1])
+        return InputError(_without_rays(in_a_stage[1]))
     chain = _causes(error)
     in_an_actor = next((str(one) for one in chain if "in its creation task" in str(one)), None)
     if in_an_actor and (refused := [*_OF_AN_ACTOR.finditer(in_an_actor)]):
-        return InputError(refused[-1][1])
+        return InputError(_without_rays(refused[-1][1]))
     for one, inner in zip(chain, [*chain[1:], None], strict=True):
         if isinstance(one, InputError) and not isinstance(inner, InputError):
-            return one
+            words = _without_rays(str(one))
+            return one if words == str(one) else InputError(words)
     return None
+
+
+def _without_rays(words: str) -> str:
+    return _RAYS_WORDS.split(words)[0]
+
+
+def plain_refusals(run: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Decorator of a job's `run`: what a worker refused leaves it as the InputError that Ray has wrapped."""
+
+    @functools.wraps(run)
+    def plainly(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        try:
+            return run(*args, **kwargs)
+        except Exception as error:
+            refused = input_error(error)
+            if refused is None or refused is error:
+                raise
+            raise refused from error
+
+    return plainly

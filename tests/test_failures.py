@@ -6,6 +6,7 @@ import pytest
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from infra.errors import InputError
 from infra.storage import Storage
 from pipelines import failures
 
@@ -84,3 +85,33 @@ def test_the_place_of_an_error_is_the_last_line_of_our_own(tmp_path):
         Storage(str(tmp_path)).read_bytes("none")
     assert re.fullmatch(r"infra/storage\.py:\d+", failures.place(caught.value))
     assert failures.place(ValueError()) == ""
+
+
+RAYS_NOTE = """
+Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
+To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext.get_current()`"""
+
+
+def test_what_a_worker_refuses_leaves_a_job_in_its_own_words_alone():
+    words = "t/a.csv: two\nlines; mend it"
+    in_text = IN_A_STAGE.replace("torch.OutOfMemoryError: words of a user\nmore of them", words)
+    for error in (
+        InputError(words),
+        in_a_worker(InputError(words + RAYS_NOTE)),
+        RuntimeError(in_text.replace(words, f"infra.errors.InputError: {words}{RAYS_NOTE}")),
+    ):
+
+        @failures.plain_refusals
+        def run(number: int) -> int:
+            raise error  # noqa: B023
+
+        with pytest.raises(InputError) as met:
+            run(1)
+        assert str(met.value) == words
+    with pytest.raises(OSError, match="of a library"):
+        failures.plain_refusals(fails)()
+    assert failures.plain_refusals(len)("abc") == 3
+
+
+def fails() -> None:
+    raise OSError("words of a library")

@@ -19,7 +19,7 @@ from infra.snapshot import Snapshot
 from infra.storage import Storage
 from infra.table import Table
 from infra.trainer import run_training
-from pipelines import begun, llm_sample, made_from, tables, training, waves
+from pipelines import begun, failures, llm_sample, made_from, tables, training, waves
 from pipelines.adapt.base import BaseExamples, BaseShard, fit_base, merge
 from pipelines.adapt.config import Config
 from pipelines.adapt.mixed import OtherSettings
@@ -41,6 +41,7 @@ from pplug.stand_in import SAMPLE
 from pplug.tasks import TaskSpec
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     _refuse_a_spread(config)

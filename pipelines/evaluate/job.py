@@ -13,7 +13,7 @@ from infra.report import check_run_id, new_run_id
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
-from pipelines import tables
+from pipelines import failures, tables
 from pipelines.evaluate import known_answers, predictions, references, scoring, summary
 from pipelines.evaluate.compare import compare
 from pipelines.evaluate.config import EvaluateConfig
@@ -26,6 +26,7 @@ from pplug.tasks import TaskSpec
 Config = EvaluateConfig
 
 
+@failures.plain_refusals
 def run(config: EvaluateConfig) -> int:
     """Scores the replies, or compares two runs or two nights' personas; returns the exit code."""
     run_id = check_run_id(config.run_id or new_run_id("evaluate"))

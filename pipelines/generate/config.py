@@ -35,8 +35,9 @@ class Config(ResumableConfig):
     """Number of retrieved items in a prompt and of tokens they may take, for random, recency, bm25 and dense. A method
     such as bm25@2 says its number of items itself."""
     write_profiles: bool = False
-    """True writes user profiles instead of replies; `methods`, `plug`, `oracle` and `retrieval` are then ignored.
-    decoding.max_tokens is the length of a profile."""
+    """True writes user profiles instead of replies; `methods`, `plug`, `oracle`, `retrieval`, `max_history_items` and
+    `show` are then ignored. profile.items is the number of items that a profile is made from, decoding.max_tokens its
+    length."""
     profile: ProfileConfig = ProfileConfig()
     """Question by which the LLM is asked for a profile, and form in which a prompt holds it."""
     oracle: str | None = None

@@ -16,7 +16,7 @@ from infra.report import RunReport
 from infra.shards import keys_by_bucket
 from infra.snapshot import Snapshot
 from infra.table import Table
-from pipelines import shown, tables, waves
+from pipelines import failures, shown, tables, waves
 from pipelines.asked import Chosen
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.generate.checks import (
@@ -78,6 +78,7 @@ class Opened:
         return cls(requests, histories, buckets, task, llm, encoder_decoder, decoding)
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     report = begin("generate", config)

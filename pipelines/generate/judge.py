@@ -19,7 +19,7 @@ from infra.errors import InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from infra.table import Table
-from pipelines import tables, waves
+from pipelines import failures, tables, waves
 from pipelines.asked import answers_now
 from pipelines.engines.base import PromptSizes, ResolvedDecoding
 from pipelines.engines.constrain import resolve
@@ -117,6 +117,7 @@ def _holds(judgement: Mapping[str, Any] | None, reply: Mapping[str, Any], target
     return same_input and rubric.is_of(judgement["text"] or "", target, reply["text"] or "")
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     report = begin("judge", config)

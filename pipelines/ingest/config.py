@@ -148,6 +148,23 @@ class IngestConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _keys_have_their_source(self) -> Self:
+        of_source = {name: getattr(self, name) for name in ("query", "explode", "derive_requests")}
+        of_requests = {name: getattr(self, name) for name in ("requests_query", "requests_columns")}
+        lacking = {}
+        if self.source is None and self.download is None:
+            lacking["source"] = of_source
+        if self.requests_source is None:
+            lacking["requests_source"] = of_requests
+        for source, keys in lacking.items():
+            if given := [name for name, value in keys.items() if value]:
+                raise ValueError(
+                    f"{given[0]} is given without {source}, whose rows it is for: give --{source.replace('_', '-')} as "
+                    f"well, or leave {given[0]} out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _the_part_is_one_of_the_parts(self) -> Self:
         if bool(self.parts) != (self.part is not None) or self.part is not None and self.part not in self.parts:
             named = ", ".join(self.parts) or "none"

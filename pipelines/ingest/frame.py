@@ -45,7 +45,7 @@ def ingest_frame(frame: Any, tables: str, task: str | None = None, *, requests: 
         The exit code of `ingest`: 0 done, 1 partly done, 3 more rejects than allowed.
 
     Raises:
-        InputError: the frame is no table, or `ingest` refuses it.
+        InputError: the frame is no table, a column of pandas' holds values of several types, or `ingest` refuses it.
     """
     storage, run_id = Storage(tables), check_run_id(keys.get("run_id") or uuid.uuid4().hex)
     folder = f"{_FOLDER}/{run_id}/{uuid.uuid4().hex}"
@@ -82,7 +82,10 @@ def _written(frame: Any, folder: Storage) -> str:
 
 def _reader(frame: Any) -> pa.RecordBatchReader:
     if type(frame).__module__.partition(".")[0] == "pandas":
-        return pa.Table.from_pandas(frame, preserve_index=False).to_reader()
+        try:
+            return pa.Table.from_pandas(frame, preserve_index=False).to_reader()
+        except pa.ArrowException:
+            raise InputError(_mixed(frame)) from None  # the cause quotes a value
     if isinstance(frame, pa.RecordBatch):
         return pa.Table.from_batches([frame]).to_reader()
     if isinstance(frame, pa.Table):
@@ -92,4 +95,18 @@ def _reader(frame: Any) -> pa.RecordBatchReader:
     raise InputError(
         f"{type(frame).__name__} is no table: expected a pandas or Polars frame, an Arrow table or reader, or a Ray "
         "Dataset"
+    )
+
+
+def _mixed(frame: Any) -> str:
+    """Says which columns of a pandas frame Arrow cannot take."""
+    names = []
+    for name in frame.columns:
+        try:
+            pa.array(frame[name], from_pandas=True)
+        except pa.ArrowException:
+            names.append(str(name))
+    return (
+        f"frame: the values of column {', '.join(names) or 'unknown'} have no common type; make them alike, for "
+        "instance texts by frame[NAME] = frame[NAME].astype('string')"
     )

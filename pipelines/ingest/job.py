@@ -19,7 +19,7 @@ from infra.errors import ConcurrentRunError, InputError
 from infra.progress import Progress
 from infra.report import RunReport, check_run_id, new_run_id
 from infra.table import CommitConflict, DataFile, Snapshot, Table
-from pipelines import tables
+from pipelines import failures, tables
 from pipelines.ingest import check, summary
 from pipelines.ingest import source_files as sources
 from pipelines.ingest.config import IngestConfig
@@ -110,6 +110,7 @@ class Plan:
         return self.rejects, *vectors, self.histories, self.requests
 
 
+@failures.plain_refusals
 def run(config: IngestConfig) -> int:
     """Reads the source into the tables, or only looks at it (`check`); returns the exit code."""
     if config.check is not None:

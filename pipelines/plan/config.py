@@ -60,8 +60,9 @@ class PlanConfig(Settings):
     storage_price: float = Field(0.023, ge=0)
     """Price of a gigabyte per month; the default is the list price of S3 Standard."""
     rates: tuple[str, ...] = ()
-    """Files with measured rates: report.json of runs, or results of `make bench`. Reports of two runs of one job that
-    differ in size also tell its start-up."""
+    """Files with measured rates: report.json of runs of refresh, train, adapt or generate, or results of `make bench`
+    for encode, train, adapters or generate. Reports of two runs of one job that differ in size also tell its
+    start-up."""
 
     @field_validator("gpu")
     @classmethod

@@ -84,7 +84,6 @@ class Measured:
 
 _BENCH = {
     ("encode", "refresh, encoding"): "refresh",
-    ("ingest", "ingest of parquet"): "ingest",
     ("train", "plug training"): "train",
     ("adapters", "adapters in a stack"): "adapt",
     ("generate", "generate with plug"): "generate",
@@ -98,7 +97,8 @@ def read(paths: Iterable[str]) -> dict[str, Measured]:
     """The rates of each job that these files have measured.
 
     Raises:
-        InputError: a file cannot be read, or is neither a report of a run nor a result of a benchmark.
+        InputError: a file cannot be read, is neither a report of a run nor a result of a benchmark, or is of a job that
+            a plan has no line for.
     """
     reports: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     found: dict[str, Measured] = {}
@@ -194,4 +194,10 @@ def _of_bench(path: str, content: Mapping[str, Any]) -> dict[str, Measured]:
         if line["unit"] == "output tokens/s":
             rate /= content["config"]["tokens a reply"]
         found[job] = Measured(job, 0.0, 1 / rate, f"{path}, {line['what']}", {})
+    if not found:
+        names = ", ".join(f"{what}_*.json" for what, _ in _BENCH)
+        raise InputError(
+            f"rates={path}: a result of `make bench` ({content['what']}) without a rate that a plan has a line for; "
+            f"name one of {names}"
+        )
     return found

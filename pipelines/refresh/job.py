@@ -12,7 +12,7 @@ from infra import artifacts, lease, log, upkeep
 from infra.errors import InputError
 from infra.report import RunReport
 from infra.table import DataFile
-from pipelines import tables
+from pipelines import failures, tables
 from pipelines.refresh.config import Config
 from pipelines.refresh.increment import RETRIED, Late, Since, retried, settled_text
 from pipelines.replacer import Replacer
@@ -73,6 +73,7 @@ class Night:
         return CpuShare.of(self.config.workers, gpus)
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     report = begin("refresh", config)

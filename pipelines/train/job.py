@@ -24,7 +24,7 @@ from infra.errors import InputError
 from infra.report import new_run_id
 from infra.storage import Storage
 from infra.trainer import run_training
-from pipelines import begun, tables, training
+from pipelines import begun, failures, tables, training
 from pipelines.histories import width_of
 from pipelines.model_folders import below, check_output, whole_output
 from pipelines.run import CpuShare, begin
@@ -53,6 +53,7 @@ from pplug.start import Start
 from pplug.tasks import TaskSpec
 
 
+@failures.plain_refusals
 def run(config: Config) -> int:
     """Runs the job; returns the exit code."""
     refuse_workers(config.workers, config.llm.parallel, config.gpus_per_worker)
@@ -401,12 +402,6 @@ def make_samples(
     table, shards, facts = load_samples(folder, files, local)
     fit, by_request = config.fit, plug.config.aggregation == "attention"
     out = np.array([held_out(owner, fit.val_fraction, fit.seed) for owner in table["owner_id"].to_pylist()])
-    if out.all() or not out.any():
-        raise ValueError(
-            f"{len(set(table['owner_id'].to_pylist()))} people with targets: {fit.val_fraction:.0%} held out leaves "
-            f"{'nobody to train on' if out.all() else 'nobody to choose the checkpoint by'}; give more users or change "
-            "fit.val_fraction"
-        )
 
     def tokenised(rows: "pa.Table") -> "Samples":
         queries = [plug.config.query_prefix + text for text in rows["query"].to_pylist()]

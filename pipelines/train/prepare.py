@@ -39,7 +39,7 @@ def prepare(
         histories, embeddings, requests, task, config.max_history_items, folder, users, known, config.fit.val_fraction,
         config.fit.seed, examples,
     )  # fmt: skip
-    counts = dict.fromkeys(("samples", "without_history", "without_vector", "without_times"), 0)
+    counts = dict.fromkeys(("samples", "held_out", "without_history", "without_vector", "without_times"), 0)
     if examples is not None:
         counts |= {"with_items": 0, "without_examples": 0}
     shards, often, reason = [], Counter[int](), ""
@@ -63,7 +63,8 @@ def check(config: Config, counts: dict[str, int], answers: KnownAnswers | None, 
     """Refuses samples that the plug cannot learn from, and says on the screen what is missing in others.
 
     Raises:
-        InputError: there are none; the items have no times, or no answers, for a plug that reads these.
+        InputError: there are none; all or none of them are of people who are held out; the items have no times, or no
+            answers, for a plug that reads these.
     """
     if not counts["samples"] and config.users is not None:
         raise InputError(
@@ -75,6 +76,7 @@ def check(config: Config, counts: dict[str, int], answers: KnownAnswers | None, 
             f"{config.tables}: no request with a target whose user is there; ingest requests with targets, or use "
             "--derive-requests to make them from the histories"
         )
+    _check_held_out(config, counts)
     if counts["without_vector"]:
         print(f"train: {counts['without_vector']} items have no vector yet; run `refresh` to use them", flush=True)
     if counts.get("without_examples"):
@@ -85,6 +87,20 @@ def check(config: Config, counts: dict[str, int], answers: KnownAnswers | None, 
         )
     _check_times(config, counts)
     _check_answers(config, answers, tokens)
+
+
+def _check_held_out(config: Config, counts: dict[str, int]) -> None:
+    """Refuses samples that leave nobody to learn from, or nobody to choose the checkpoint by."""
+    if 0 < counts["held_out"] < counts["samples"]:
+        return
+    how_many, left_to, change = (
+        ("all", "learn from", "smaller") if counts["held_out"] else ("none", "choose by", "greater")
+    )
+    raise InputError(
+        f"{config.tables}: fit.val_fraction={config.fit.val_fraction:g} is the share of people whose samples choose "
+        f"the checkpoint, drawn by a hash of their ids, and {how_many} of the {counts['samples']} samples are of such "
+        f"people, so that nobody is left to {left_to}; give more users, or a {change} fit.val_fraction"
+    )
 
 
 def _check_answers(config: Config, answers: KnownAnswers | None, tokens: Sequence[int]) -> None:

@@ -60,11 +60,11 @@ class PrepareSamples:
     """Stage of the preparation, which writes a bucket's three files.
 
     in:  bucket int
-    out: bucket, samples, vectors, without_history, without_vector (items that `refresh` has not seen), without_times
-         (samples with items, of which one or more have no time), with_items (samples that may see items),
-         without_examples (those of them whose items lack a field that retrieval needs), reason (words of the error of
-         one of these), tokens and tokens_items (with answers that a plug spells: the ids of the tokens that
-         learned samples show, and how often each stands there)
+    out: bucket, samples, vectors, held_out (samples of people who are held out), without_history, without_vector (items
+         that `refresh` has not seen), without_times (samples with items, of which one or more have no time), with_items
+         (samples that may see items), without_examples (those of them whose items lack a field that retrieval needs),
+         reason (words of the error of one of these), tokens and tokens_items (with answers that a plug spells: the ids
+         of the tokens that learned samples show, and how often each stands there)
     """
 
     histories: Snapshot
@@ -101,7 +101,7 @@ class PrepareSamples:
         has = users.vector_row >= 0
         place = np.concatenate([[0], np.cumsum(has)])  # item row -> row of the saved vectors
         learned = np.zeros(int(has.sum()), bool)  # items that a sample shows which is learned from
-        rows, lonely, missing, untimed, sighted, unshown, reason = [], 0, 0, 0, 0, 0, ""
+        rows, outside, lonely, missing, untimed, sighted, unshown, reason = [], 0, 0, 0, 0, 0, 0, ""
         for request in requests.to_pylist():
             user = users.user(request["user_id"])
             seen = np.zeros(0, np.int64) if user is None else users.visible_to(request, user, self.cap)
@@ -110,8 +110,9 @@ class PrepareSamples:
                 start, stop = int(place[seen[0]]), int(place[seen[-1] + 1])
                 missing += len(seen) - (stop - start)
                 untimed += stop > start and users.occurred_at[user] is None
-            lonely += start == stop
-            learned[start:stop] |= not held_out(request["owner_id"], self.val_fraction, self.seed)
+            is_out = held_out(request["owner_id"], self.val_fraction, self.seed)
+            outside, lonely = outside + is_out, lonely + (start == stop)
+            learned[start:stop] |= not is_out
             text, lack = self._text(users, seen, request["input"])
             sighted, unshown, reason = sighted + (len(seen) > 0), unshown + bool(lack), reason or lack
             rows.append(
@@ -145,7 +146,7 @@ class PrepareSamples:
             pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd")
             storage.write_bytes(shard.samples_file, table.getvalue())
         return shard._asdict() | {
-            "without_history": lonely, "without_vector": missing, "without_times": untimed,
+            "held_out": outside, "without_history": lonely, "without_vector": missing, "without_times": untimed,
             "with_items": sighted, "without_examples": unshown, "reason": reason,
             "tokens": tokens.tolist(), "tokens_items": often.tolist(),
         }  # fmt: skip

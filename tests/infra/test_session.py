@@ -87,8 +87,11 @@ def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, 
     with pytest.raises(InputError, match="needs 2 GPU; the cluster has 0 GPU"):
         session.start(need={"GPU": 2}, object_store_bytes=100 * 2**20)
     try:
+        first = ray.get_runtime_context().gcs_address
         session.start(need={"CPU": 3})  # the session is there already
-        assert ray.cluster_resources()["CPU"] >= 4
+        assert ray.cluster_resources()["CPU"] >= 4 and ray.get_runtime_context().gcs_address == first
+        session.start(need={"CPU": 99})  # a later job of this process wants more
+        assert ray.cluster_resources()["CPU"] == 99
         table = Table.create(str(tmp_path / "things"), spec, 4)
         # Tables travel to workers, file metadata comes back: the shape of every job.
         write = ray.remote(lambda data: [file.to_row() for file in table.write(data, "run")])
@@ -100,6 +103,18 @@ def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, 
         session.stop()
         session.stop()
     assert not ray.is_initialized()
+
+
+def test_a_session_that_this_process_has_not_started_is_kept(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    try:
+        with pytest.raises(InputError, match="needs 99 CPU; the cluster has 2 CPU"):
+            session.start(need={"CPU": 99})
+    finally:
+        session.stop()
 
 
 def without_ray():

@@ -114,6 +114,16 @@ def test_frames_of_all_libraries_go_in_as_files_do(population, tmp_path):
         ingest_frame([1], str(tmp_path / "x"))
 
 
+def test_what_a_worker_refuses_of_a_frame_is_an_input_error_too(population, tmp_path):
+    asked = pa.table({"request_id": ["r"], "user_id": ["u1"], "input": ["How?"], "owner_id": ["another"]})
+    with pytest.raises(InputError, match="^[^\n]*: parts: requests name an owner_id [^\n]* divide the files yourself$"):
+        ingest_frame(
+            pa.Table.from_pylist([note(f"u{n}", str(n)) for n in range(20)]), str(tmp_path / "t"),
+            population.task(NOTES), requests=asked, parts={"a": 0.5, "b": 0.5}, part="a", buckets=2,
+            run_dir=str(tmp_path / "run"),
+        )  # fmt: skip
+
+
 def test_a_run_id_stands_for_the_form_and_the_query_too(population, tmp_path):
     source, task = lines(tmp_path / "a.jsonl", [note("u", "1"), note("v", "2")]), population.task(NOTES)
     query = "select * from source where user_id = 'u'"

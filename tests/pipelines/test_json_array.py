@@ -112,3 +112,12 @@ def test_a_name_that_stands_twice_costs_its_record_alone():
 )
 def test_the_array_of_records_in_an_object_is_found_by_its_beginning(beginning, name):
     assert first_array(beginning) == name
+
+
+def test_an_object_with_a_name_of_a_record_is_one_wherever_that_name_stands():
+    for beginning in (
+        '{"user_id": "ann", "tags": [{"name": "a"}]}',
+        '{"tags": [{"user_id": "b"}], "user_id": "ann", "t',
+    ):
+        assert first_array(beginning) == "tags" and first_array(beginning, {"user_id"}) is None
+    assert first_array('{"tags": [{"user_id": "b"}], "n": 1}', {"user_id"}) == "tags"

@@ -26,6 +26,7 @@ from pipelines.train.samples import PrepareSamples, Shard, load_samples
 from pplug import PersonaPlug
 from pplug.adapter import LoraConfig
 from pplug.fit import FitConfig
+from pplug.fit_config import held_out
 from pplug.llm import LLMConfig, llm_id
 from pplug.plug import PlugConfig
 from tests.pipelines import small
@@ -62,12 +63,23 @@ def values(made, **more):
 
 
 def test_a_second_training_in_the_same_run_dir_learns_from_its_own_users_alone(made, tmp_path):
-    """The first leaves the samples of all users; the second has one user, on whom nothing can be trained."""
-    run_dir = str(made.root / "runs" / "shared")
-    assert train.run(train.Config(run_id="all", run_dir=run_dir, **values(made))) == 0
-    one = write_users(tmp_path, users_of(made.tables)[:1])
-    with pytest.raises(Exception, match="1 people with targets: 30% held out leaves nobody"):
-        train.run(train.Config(run_id="one", run_dir=run_dir, users=one, **values(made)))
+    """The first leaves the samples of all users; the others have one user each, who is held out or is not: they are
+    refused before anything is trained."""
+    run_dir = made.root / "runs" / "shared"
+    users = users_of(made.tables)
+    out = [user for user in users if held_out(user, FIT.val_fraction, FIT.seed)]
+    assert train.run(train.Config(run_id="all", run_dir=str(run_dir), **values(made))) == 0
+    counts = json.loads((run_dir / "report.json").read_text())["samples"]
+    assert (counts["samples"], counts["held_out"]) == (12, len(out)) and 0 < len(out) < 12
+    trained = sorted(os.listdir(run_dir / "train"))
+    for user, words in (
+        (out[0], "all of the 1 samples .* nobody is left to learn from; give more users, or a smaller"),
+        (next(user for user in users if user not in out), "none of the 1 samples .* nobody is left to choose by; .*gr"),
+    ):
+        one = write_users(tmp_path, [user])
+        with pytest.raises(InputError, match=f"fit.val_fraction=0.3 is the share of people .* {words}"):
+            train.run(train.Config(run_id=f"one-{user}", run_dir=str(run_dir), users=one, **values(made)))
+    assert sorted(os.listdir(run_dir / "train")) == trained
 
 
 def test_a_worker_that_finds_other_samples_than_were_written_names_both_counts(made, tmp_path):

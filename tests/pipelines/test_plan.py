@@ -77,8 +77,15 @@ def test_files_without_rates_are_refused(tmp_path, capsys):
     report = {"job": "refresh", "seconds": 3.0, "written": 0, "stages": {}, "config": {}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     (tmp_path / "compact.json").write_text(json.dumps(report | {"job": "compact", "written": 9}))
+    (tmp_path / "ingest.json").write_text(json.dumps(report | {"job": "ingest", "written": 9}))
+    for what in ("ingest", "encoder"):
+        line = {"what": f"{what} of parquet, as it was measured", "unit": "rows/s", "ours": [1.0]}
+        (tmp_path / f"{what}_cpu.json").write_text(json.dumps({"what": what, "lines": [line], "config": {}}))
     for name, wrong in (("x.json", "neither a run's report.json"), ("report.json", "has written nothing"),
-                        ("compact.json", "a report of compact, for which a plan has no line")):  # fmt: skip
+                        ("compact.json", "a report of compact, for which a plan has no line"),
+                        ("ingest.json", "a report of ingest, for which a plan has no line; name reports of refresh, "),
+                        ("ingest_cpu.json", "(ingest) without a rate that a plan has a line for"),
+                        ("encoder_cpu.json", "(encoder) without a rate that a plan has a line for; name")):  # fmt: skip
         assert main(["plan", *WORDS, "--rates", str(tmp_path / name)]) == 2
         assert wrong in capsys.readouterr().err
 
@@ -89,6 +96,9 @@ def test_a_benchmarks_results_are_rates(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(found))
     (rate,) = read([str(tmp_path / "b.json")]).values()
     assert rate.job == "generate" and rate.per_unit_s == pytest.approx(1 / 10)
+    line = {"what": "refresh, encoding", "unit": "items/s", "ours": [50.0]}
+    (tmp_path / "encode_cpu.json").write_text(json.dumps({"what": "encode", "lines": [line], "config": {}}))
+    assert read([str(tmp_path / "encode_cpu.json")])["refresh"].per_unit_s == pytest.approx(0.02)
     assert parameters("1.5b") == 1.5e9
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import threading
+import traceback
 from datetime import date
 from decimal import Decimal
 from functools import partial
@@ -15,14 +16,17 @@ from pathlib import Path
 
 import deltalake
 import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from infra.errors import InputError
 from infra.remote import reading
 from pipelines import options as command_line
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.frame import ingest_frame
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
@@ -34,6 +38,7 @@ TASK = TaskSpec(name="t", item="{text}", item_without_label="{text}", metric="te
 TEXTS = ["plain", 'a "quoted", text', "two\nlines\r\nand more", "Ünï 😀", "semi;colon\ttab|bar", " spaces ", "NA"]
 ROWS = [{"user_id": f"u{n % 3}", "item_id": f"0{n}", "text": text} for n, text in enumerate(TEXTS)]
 FIELDS = ("user_id", "item_id", "text")
+CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
 
 
 def read(source, **config) -> tuple[list[dict], dict[str, str]]:
@@ -231,6 +236,26 @@ def test_every_form_gives_the_same_rows_byte_for_byte(tmp_path):
     assert tried == 24
 
 
+def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_path):
+    record = {"tags": [{"name": "a"}], "actor": {"login": "ann"}, "user_id": "ann", "item_id": "1", "text": "hello"}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    for columns in ({}, {"user_id": "actor.login", "item_id": "item_id", "text": "text"}):
+        rows, rejects = read(tmp_path / "a.json", columns=columns)
+        assert plain(rows) == [{"user_id": "ann", "item_id": "1", "text": "hello"}] and rejects == {}
+    long = record | {"text": "x" * 2**17}  # its end, and the next line, lie beyond what is read of a file to know it
+    (tmp_path / "a.json").write_text(json.dumps(long) + "\n" + json.dumps(record | {"item_id": "2"}) + "\n")
+    assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("mixed", [[1, "a secret"], ["a secret", 1], [["a secret"], "x"]])
+def test_a_column_of_pandas_with_values_of_several_types_is_named_without_them(tmp_path, mixed):
+    frame = pd.DataFrame({"user_id": ["u", "v"], "stars": mixed, "text": ["x", "y"]})
+    with pytest.raises(InputError, match="the values of column stars have no common type; make them alike") as met:
+        ingest_frame(frame, str(tmp_path))
+    assert "secret" not in "".join(traceback.format_exception(met.value))
+    assert pa.Table.from_pandas(frame.astype({"stars": "string"}))["stars"].to_pylist() == [str(one) for one in mixed]
+
+
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +335,26 @@ def test_nested_columns_are_reached_by_paths_and_lists_are_exploded(tmp_path):
         config = IngestConfig(tables="unused", source=str(tmp_path / "a.parquet"), explode="nothing")
         piece = look_at(config, 1)["items"].pieces[0]
         FORMATS["parquet"].check([piece], options_of(config))
+
+
+def test_keys_without_the_source_that_they_are_for_are_refused():
+    """The published files of LaMP-QA hold items and questions: with the items' source alone its config made none."""
+    shipped = yaml.safe_load((CONFIGS / "ingest_lamp_qa.yaml").read_text())
+    IngestConfig(tables="t", source="f", requests_source="f", **shipped)
+    for given, words in (
+        (
+            shipped | {"source": "f"},
+            "requests_query is given without requests_source, .* give --requests-source as well",
+        ),
+        ({"source": "f", "requests_columns": {"input": "q"}}, "requests_columns is given without requests_source"),
+        ({"download": "LaMP_2", "requests_query": "select 1"}, "requests_query is given without requests_source"),
+        ({"requests_source": "f", "derive_requests": 2}, "derive_requests is given without source, .* give --source"),
+        ({"requests_source": "f", "query": "select 1"}, "query is given without source"),
+        ({"vectors": "f", "vectors_id": "mine", "explode": "list"}, "explode is given without source"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            IngestConfig(tables="t", **given)
+    IngestConfig(tables="t", download="LaMP_2", derive_requests=2)
 
 
 def test_parquet_of_dictionaries_large_types_views_and_an_index_is_read(tmp_path):

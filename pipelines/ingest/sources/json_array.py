@@ -7,7 +7,7 @@ A byte that is no UTF-8 becomes half a surrogate pair, so that it costs its reco
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from pipelines.ingest.values import RowError
@@ -51,22 +51,26 @@ def values(stream: IO[bytes], name: str | None = None) -> Iterator[Any]:
         raise ValueError("there is more text after the array")
 
 
-def first_array(beginning: str) -> str | None:
-    """Returns the name of the first array of objects right in an object of which this is the beginning."""
-    text = _Text(None, beginning)
+def first_array(beginning: str, of_a_record: Collection[str] = ()) -> str | None:
+    """Returns the name of the first array of objects right in an object of which this is the beginning.
+
+    Args:
+        of_a_record: names that a record has; an object in whose beginning one of them stands is itself a record.
+    """
+    text, found = _Text(None, beginning), None
     try:
         text.expect("{")
         while True:
             name = text.value()
+            if not isinstance(name, str) or name in of_a_record:
+                return None
             text.expect(":")
-            if text.next() == "[":
-                inside = beginning[text.at + 1 :].lstrip(_SPACES)
-                if inside[:1] == "{":
-                    return name if isinstance(name, str) else None
+            if found is None and text.next() == "[" and beginning[text.at + 1 :].lstrip(_SPACES)[:1] == "{":
+                found = name
             text.value()
             text.expect(",")
     except (ValueError, RecursionError):
-        return None  # cut off at the end of the beginning, or damaged: its lines will say so
+        return found  # the end of the object or of its beginning, or damage, of which its lines will say so
 
 
 def _find(text: "_Text", name: str) -> None:

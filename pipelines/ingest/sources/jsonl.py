@@ -3,6 +3,7 @@
 A plain file of lines is read in pieces of some megabytes; each line belongs to the piece that it begins in. It is read
 by hand: the readers of Arrow and DuckDB give up a block, or the file, for one damaged line, and guess types.
 An array, or an object with an array of objects in it, is read record by record (`json_array`); damage ends it there.
+An object that names a user itself is one record.
 """
 
 import json
@@ -72,7 +73,8 @@ class Jsonl(RecordFormat):
             return "" if text[1:].lstrip()[:1] in (b"{", b"]") and not (_parses(line) and more.strip()) else None
         if not self.wraps or options.explode or not text.startswith(b"{") or (_parses(line) and more.strip()):
             return None
-        return first_array(text.decode("utf-8", "ignore"))
+        users = {options.mapping(kind).get("user_id", "user_id") for kind in ("items", "requests")}
+        return first_array(text.decode("utf-8", "ignore"), users | {path.partition(".")[0] for path in users})
 
 
 class Json(Jsonl):
