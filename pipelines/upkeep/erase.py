@@ -267,6 +267,8 @@ def _shared(opened: "dict[str, Table]", someone: "Someone", values: set[str]) ->
     """Returns the values that other users have, too, or that the tables' own words (labels, field names) hold."""
     snapshots = [table.snapshot() for table in opened.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
+    for table in opened.values():  # what the table keeps of its runs; their names may be a user's
+        words |= {word for run in upkeep.runs_said(table, table.version).values() for word in run["said"].values()}
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
     return (values & words) | {value for _, value in _values_in(uris, OthersValues(someone, frozenset(values)))}
 
