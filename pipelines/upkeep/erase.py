@@ -38,6 +38,8 @@ DUTIES = (
     "parts of uploads to S3 that a killed worker left unfinished: a lifecycle rule takes them away (see SECURITY.md)",
     "files that Ray has spilled and logged on the nodes (its temp folder), and adapters that a killed engine has left "
     "in memory-backed folders (/dev/shm) or in the folder of temporary files",
+    "what killed jobs have left among the temporary files of the nodes (pplug-*): vectors of a training, keys of a "
+    "source; the next job of that kind on the node removes its folder",
     "the sources that ingest has read: another ingest would bring the users back",
     "adapters exported as folders: they carry no name to find them by",
     "copies outside the folders named here, and the job's own command line where it named the id",
