@@ -95,8 +95,9 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
             kinds.add("same rows")
         elif OWN_ROWS in info:
             kinds.add("own rows")
-        else:
-            kinds.add("other" if any("remove" in entry for entry in actions) else "append")
+        else:  # a rewrite without a file says that others have to plan again
+            taken = is_rewritten(info) or any("remove" in entry for entry in actions)
+            kinds.add("other" if taken else "append")
     return kinds
 
 
