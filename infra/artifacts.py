@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infra import temporary
 from infra.errors import ConcurrentRunError, InputError
 from infra.remote import reading
 from infra.storage import Storage, retrying
@@ -197,7 +198,7 @@ def check_publishable(uri: str, known: Sequence[str]) -> None:
 @contextmanager
 def published(uri: str) -> Iterator[Path]:
     """Yields an empty local folder, which is published when the block ends without an error."""
-    with tempfile.TemporaryDirectory(prefix="pplug-publish-") as folder:
+    with temporary.folder("publish") as folder:
         yield Path(folder)
         publish(Path(folder), uri)
 

@@ -23,10 +23,12 @@ ERASING = "erasing"
 """Metadata key: rows of erased users have gone with this commit, and the files that held them go next."""
 RESTORED = "restored"
 """Metadata key: the version whose files the table holds again from this commit on."""
+RUNS = "runs"
+"""Metadata key, beside `ERASED`: what the deleted part of the log said of each run (`runs`), as JSON."""
 _NOT_ROWS = ("metaData", "protocol")
 _REWRITTEN_BY = "rewritten_by"
-_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, ERASING, RESTORED, OWN_ROWS})
-OF_ONE_COMMIT = (ERASED, ERASING, RESTORED, OWN_ROWS)
+_OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, ERASING, RESTORED, OWN_ROWS, RUNS})
+OF_ONE_COMMIT = (ERASED, ERASING, RESTORED, OWN_ROWS, RUNS)
 """Metadata keys that are true of one commit only: a commit that leaves the rows as they are does not repeat them."""
 
 
@@ -93,8 +95,9 @@ def kinds(storage: Storage, since: int, until: int) -> set[str]:
             kinds.add("same rows")
         elif OWN_ROWS in info:
             kinds.add("own rows")
-        else:
-            kinds.add("other" if any("remove" in entry for entry in actions) else "append")
+        else:  # a rewrite without a file says that others have to plan again
+            taken = is_rewritten(info) or any("remove" in entry for entry in actions)
+            kinds.add("other" if taken else "append")
     return kinds
 
 
@@ -160,8 +163,9 @@ def taken_back(storage: Storage, version: int, newest: int) -> str | None:
 def newest_of(storage: Storage, version: int, runs: Iterable[str], with_rows: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the info of each of these runs' newest commit up to a version, with its version, newest first.
 
-    A run of which the log has no entry is left out. Commits that a restore has taken back do not count, and neither do
-    those that put rows into other files, nor, `with_rows`, those that add no file, such as an end by itself.
+    A run of which the log knows nothing is left out. Commits that a restore has taken back do not count, and neither do
+    those that put rows into other files, nor, `with_rows`, those that add no file, such as an end by itself. Of commits
+    that an erase has deleted it yields run_id, version and complete.
     """
     left, until = set(runs), version
     for info in back_from(storage, version):
@@ -176,6 +180,37 @@ def newest_of(storage: Storage, version: int, runs: Iterable[str], with_rows: bo
                 continue
             left.remove(info["run_id"])
             yield info
+        kind = "rows" if with_rows else "newest"
+        before = {run: one[kind] for run, one in told(info).items() if run in left and one[kind]}
+        left -= before.keys()
+        yield from sorted(before.values(), key=lambda at: -at["version"])
+
+
+def told(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns what a commit that begins the log anew still knows of earlier runs, as `runs` returns it."""
+    known: dict[str, dict[str, Any]] = json.loads(info.get(RUNS, "{}"))
+    return known
+
+
+def runs(storage: Storage, version: int) -> dict[str, dict[str, Any]]:
+    """Collects what the log up to a version says of each run, so that it can be deleted.
+
+    Returns:
+        Run -> "said": metadata of its commits, by key the newest value that is not empty; "newest" and "rows": run_id,
+        version and complete of its newest commit and of its newest one with files, as in `newest_of`, or None.
+    """
+    said: dict[str, dict[str, str]] = {}
+    for info in back_from(storage, version):
+        own = {key: value for key, value in info.items() if key not in _LIBRARY_KEYS | _OWN_KEYS}
+        earlier = [(run, one["said"]) for run, one in told(info).items()]
+        for run, values in [(info["run_id"], own), *earlier] if "run_id" in info else earlier:
+            known = said.setdefault(run, {})
+            known |= {key: known.get(key) or value for key, value in values.items()}
+    ends = [
+        {info["run_id"]: {key: info.get(key) for key in ("run_id", "version", "complete")} for info in found}
+        for found in (newest_of(storage, version, said), newest_of(storage, version, said, with_rows=True))
+    ]
+    return {run: {"said": known, "newest": ends[0].get(run), "rows": ends[1].get(run)} for run, known in said.items()}
 
 
 def lost_race(error: Exception) -> bool:

@@ -10,13 +10,15 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,6 +30,11 @@ T = TypeVar("T")
 
 BUDGET_S = 120.0
 """Seconds for which one operation is tried again before its error is passed on; PPLUG_STORAGE_BUDGET_S overrides."""
+
+DRAFT = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""Name of a file on a local disk that is being written, or that a killed writer has left."""
+DRAFT_S = 3600.0
+"""Seconds without a write after which a draft is a killed writer's."""
 
 _TRANSIENT_TYPES = frozenset(  # by name: botocore, aiohttp and urllib3 are not imported just to know their errors
     "TimeoutError ConnectTimeoutError ReadTimeoutError EndpointConnectionError ConnectionClosedError HTTPClientError "
@@ -275,17 +282,30 @@ class Storage:
         """Writes a file whole or not at all: a reader sees the old one or the new one."""
         if self.is_s3:  # an S3 object appears only when its upload is complete
             return retrying(lambda: self._write(self._at(name), data), f"write {self.full(name)}")
-        target = Path(self._at(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with open(draft, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        with _in_place(Path(self._at(name))) as out:
+            out.write(data)
+
+    def write_file(self, name: str, path: str | Path) -> None:
+        """Copies a local file to a name here, whole or not at all, and never all of it in memory."""
+        if self.is_s3:
+            files = self.filesystem.handler.fs
+            return retrying(lambda: files.put_file(str(path), self._at(name)), f"write {self.full(name)}")
+        with open(path, "rb") as source, _in_place(Path(self._at(name))) as out:
+            shutil.copyfileobj(source, out, 2**20)
+
+    def sweep_drafts(self) -> None:
+        """Deletes the drafts that killed writers have left below this folder (`old_drafts`)."""
+        for name in self.old_drafts():
+            self.delete(name)
+
+    def old_drafts(self, name: str = "") -> Sequence[str]:
+        """Lists the drafts below a folder that nobody has written to for an hour: no writer is still at work on them.
+
+        The hour is more than the clocks of this machine and of a shared disk may differ by.
+        """
+        since = time.time() - DRAFT_S
+        files = self.facts(name).items()
+        return [one for one, facts in files if DRAFT.fullmatch(one.rpartition("/")[2]) and facts.modified < since]
 
     def _write(self, path: str, data: bytes) -> None:
         with self.filesystem.open_output_stream(path) as out:
@@ -319,6 +339,21 @@ class Storage:
         if not self.is_s3:
             Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
         return retrying(lambda: self.filesystem.open_output_stream(self._at(name)), f"open {self.full(name)}")
+
+
+@contextmanager
+def _in_place(target: Path) -> Iterator[IO[bytes]]:
+    """Yields a draft beside a local file, which takes the file's place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(draft, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _is_marker(path: str, size: int) -> bool:

@@ -343,7 +343,7 @@ class Table:
     def metadata_of_run(self, run_id: str) -> dict[str, str]:
         """Returns the metadata of a run's commits, by key the newest value that is not empty.
 
-        Nothing is known of commits that the log no longer has.
+        Nothing is known of commits that the log has lost to its age; an erase notes what it deletes.
         """
         found: dict[str, str] = {}
         groups = len(self.committed(run_id))
@@ -354,6 +354,8 @@ class Table:
                 groups -= not log.is_rewritten(entry)
                 if not groups:
                     break
+            for key, value in log.told(entry).get(run_id, {}).get("said", {}).items():
+                found[key] = found.get(key) or value
         return found
 
     def committed(self, run_id: str, version: int | None = None) -> range:
@@ -367,7 +369,7 @@ class Table:
         """Lists those of these runs that have committed up to a version without an end: it holds a part of their rows.
 
         A version may be complete in spite of them, when another run has ended on it. Nothing is known of commits that
-        the log no longer has.
+        the log has lost to its age; an erase notes what it deletes.
         """
         newest = log.newest_of(self.storage, version, [run for run in runs if self.committed(run)])
         return [info["run_id"] for info in newest if info.get("complete") != "true"]

@@ -6,10 +6,12 @@ Vacuum removes files that no version within the retention names; uncommitted fil
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -286,7 +288,8 @@ def forget(table: Table, run_id: str, group: int) -> int:
     """Deletes everything that a table's log and folder still hold of rows that are gone: files, versions, entries.
 
     It needs `lease.alone`. A run that wrote files before it and commits afterwards is refused, because its files are
-    deleted. The log begins anew with a checkpoint, which still knows the commits of each run.
+    deleted. The log begins anew with a checkpoint, which still knows the commits of each run, and with a commit that
+    repeats what the runs have said of themselves (`runs_said`).
 
     Returns:
         The version from which the table goes on, with exactly the rows it had.
@@ -297,9 +300,9 @@ def forget(table: Table, run_id: str, group: int) -> int:
     """
     lease.refuse_if_not_alone(table.uri.rpartition("/")[0], run_id)  # vacuum would delete what a writer is to commit
     vacuum(table, 0, alone=True)
-    done = table.rewrite(
-        [], [], below=table.snapshot(), run_id=run_id, group=group, same_rows=True, more={log.ERASED: run_id}
-    )
+    below = table.snapshot()
+    more = {log.ERASED: run_id, log.RUNS: json.dumps(runs_said(table, below.version))}
+    done = table.rewrite([], [], below=below, run_id=run_id, group=group, same_rows=True, more=more)
     _refuse_newer(table, done.version)
     table._load(done.version).create_checkpoint()
     for name in table.storage.list("_delta_log"):
@@ -310,6 +313,11 @@ def forget(table: Table, run_id: str, group: int) -> int:
             table.storage.delete(name)
     _refuse_newer(table, done.version)
     return done.version
+
+
+def runs_said(table: Table, version: int) -> dict[str, dict[str, Any]]:
+    """Returns what the log says of each run (`log.runs`), by which reruns and readers go where rows name their run."""
+    return log.runs(table.storage, version) if "run_id" in table.spec.schema.names else {}
 
 
 def _refuse_newer(table: Table, version: int) -> None:

@@ -1,9 +1,10 @@
 """Folders of plugs and models that a job reads or writes, on this machine or at an address such as s3://bucket/plug."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from infra import artifacts
 from infra.errors import InputError
@@ -11,6 +12,8 @@ from infra.report import RunReport
 from infra.storage import Storage
 from pplug.folder import RUN_FILES, check_replaceable, whole_folder
 from pplug.plug import PlugConfig, plug_id
+
+T = TypeVar("T")
 
 
 def below(run_dir: str, name: str) -> str:
@@ -61,19 +64,22 @@ def whole_output(where: str | Path, known: Sequence[str]) -> Iterator[Path]:
         yield draft
 
 
-def fetch_plug(where: str, expected: str) -> Path:
-    """Returns the plug's folder on this machine, if it is the plug that the job was started with.
+def load_plug(where: str, expected: str, load: Callable[[Path], T]) -> T:
+    """Returns what `load` makes of the plug's folder on this machine, if it is the plug that the job was started with.
+
+    The identity is read after the loading: a plug that took the other's place in between would go by its name.
 
     Raises:
         InputError: it is another one.
     """
     folder = artifacts.fetch(where)
+    loaded = load(folder)
     if (found := plug_id(folder)) != expected:
         raise InputError(
             f"plug {where}: {found} on this machine, and {expected} where the job was started: it was replaced "
             "meanwhile, or another one lies there; run the job again"
         )
-    return folder
+    return loaded
 
 
 def note_other_history(report: RunReport, plug: str, made_for: PlugConfig, max_history_items: int) -> None:

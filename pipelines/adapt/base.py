@@ -7,7 +7,6 @@ folder as checkpoint -> merged model folder with its tokenizer.
 """
 
 import io
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from infra import session
+from infra import session, temporary
 from infra.errors import InputError
 from infra.snapshot import Snapshot
 from infra.storage import Storage
@@ -190,7 +189,7 @@ def fit_base(given: dict[str, Any]) -> None:
 
     for name, module in model.named_modules():
         module.train("lora_dropout" in name)  # the adapter's dropout alone: the base is frozen
-    with tempfile.TemporaryDirectory() as local:
+    with temporary.folder("adapt") as local:
         write = partial(_write, model)
         checkpoints = Checkpoints("adapt", local, loop, read, write)
         checkpoints.load(given["left"])

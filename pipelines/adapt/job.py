@@ -352,6 +352,7 @@ def _examples(
     folder: str,
 ) -> "tuple[list[BaseShard], dict[str, Any]]":
     """Writes the examples; returns their files, and what the base's record says of them."""
+    Storage(folder).sweep_drafts()
     histories, requests = snapshots["histories"], snapshots.get("requests")
     cut = _cut(config, snapshots) == "requests"
     prepare = BaseExamples(

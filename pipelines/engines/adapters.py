@@ -5,7 +5,6 @@ Only names travel with the prompts; weights go from the table's files to folders
 
 import errno
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra import temporary
 from infra.shards import bucket_of_key
 from infra.snapshot import Snapshot
 from pipelines.learned import last_items
@@ -25,7 +25,6 @@ from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write
 from pplug.controls import drawn_for
 
 MEMORY = "/dev/shm"
-_PREFIX = "pplug-adapters-"
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ class AdapterShelf:
     def __init__(self, adapters: Adapters, base: Path) -> None:
         self._adapters, self._base = adapters, base
         disk = tempfile.gettempdir()
-        self.folder, self.overflow = (_own_folder(at) for at in (MEMORY if os.access(MEMORY, os.W_OK) else disk, disk))
+        memory = MEMORY if os.access(MEMORY, os.W_OK) else disk
+        self.folder, self.overflow = (temporary.lasting("adapters", place) for place in (memory, disk))
         self._shapes: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
         self._reads_base = threading.Lock()
 
@@ -167,16 +167,3 @@ class AdapterShelf:
     def close(self) -> None:
         for folder in (self.folder, self.overflow):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _own_folder(parent: str) -> Path:
-    _sweep(Path(parent))
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
-
-
-def _sweep(parent: Path) -> None:
-    """Removes folders of processes that were killed, which would fill the memory."""
-    for path in parent.glob(f"{_PREFIX}*"):
-        found = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", path.name)
-        if found and not Path(f"/proc/{found[1]}").exists():
-            shutil.rmtree(path, ignore_errors=True)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import numpy as np
 import pyarrow.compute as pc
 
+from infra import temporary
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
@@ -32,27 +33,32 @@ def write_predictions(
 ) -> dict[str, str]:
     """Writes one file per method (its key is `golds` for predictions too) with one bucket in memory at a time.
 
+    The files come into being among the temporary files, and take their places when all are whole.
+
     Returns:
         Method -> address of its file.
     """
     storage, requests = Storage(folder), snapshots["requests"]
     named = names(_asked(requests, users))
     files = {method: re.sub(r"[^A-Za-z0-9+._-]", "_", method) + ".json" for method in methods}
-    with ExitStack() as stack:
-        outs = {method: stack.enter_context(storage.open_output(name)) for method, name in files.items()}
-        first = dict.fromkeys(methods, True)
-        for out in outs.values():
-            out.write(f'{{"task": {json.dumps(task.name)}, "golds": ['.encode())
-        for bucket in requests.filled(users):
-            replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users, methods=methods)
-            ids = [key(row) for row in replies.rows]
-            for method, out in outs.items():
-                for one, name in zip(ids, named(ids), strict=True):
-                    row = json.dumps({"id": name, "output": replies.texts[method][one]}, ensure_ascii=False)
-                    out.write(("\n" if first[method] else ",\n").encode() + row.encode())
-                    first[method] = False
-        for out in outs.values():
-            out.write(b"\n]}\n")
+    with temporary.folder("predictions") as drafts:
+        with ExitStack() as stack:
+            outs = {method: stack.enter_context(open(f"{drafts}/{name}", "wb")) for method, name in files.items()}
+            first = dict.fromkeys(methods, True)
+            for out in outs.values():
+                out.write(f'{{"task": {json.dumps(task.name)}, "golds": ['.encode())
+            for bucket in requests.filled(users):
+                replies = join_bucket(requests, snapshots["generations"], bucket, runs, users=users, methods=methods)
+                ids = [key(row) for row in replies.rows]
+                for method, out in outs.items():
+                    for one, name in zip(ids, named(ids), strict=True):
+                        row = json.dumps({"id": name, "output": replies.texts[method][one]}, ensure_ascii=False)
+                        out.write(("\n" if first[method] else ",\n").encode() + row.encode())
+                        first[method] = False
+            for out in outs.values():
+                out.write(b"\n]}\n")
+        for name in files.values():
+            storage.write_file(name, f"{drafts}/{name}")
     return {method: storage.full(name) for method, name in files.items()}
 
 

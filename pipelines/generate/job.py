@@ -124,14 +124,8 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
     config, report, methods = using.config, using.report, using.methods
     before = generations.snapshot()
     pending, plan, metadata = _plan(using, opened, parts, generations, before)
-    again = {bucket: row for bucket, row in plan.items() if row["again"]}
-    if again:
-        changed = sum(row["changed"] for row in again.values())
-        errors = sum(row["again"] for row in again.values()) - changed
-        counts = {"errors_tried_again": errors, "changed_requests": changed}
-        report.extra |= {name: count for name, count in counts.items() if count}
-        before = drop_remade(generations, before, pending, list(again), report, metadata)
-        pending = dataclasses.replace(pending, done=before)
+    if any(row["again"] for row in plan.values()):
+        pending, plan, before = _without_remade(pending, plan, generations, before, report, metadata)
     cpu = CpuShare.of(config.workers, gpus_of(config))
     adapters = next((part.for_engine for part in parts if isinstance(part, Adapter)), None)
     sizes = PromptSizes(max((part.rows for part in parts), default=0), config.llm.layout.max_input_tokens)
@@ -163,6 +157,31 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
         counted=counted,
     )  # fmt: skip
     counted.note_tokens()
+
+
+def _without_remade(
+    pending: PendingReplies,
+    plan: dict[int, dict[str, Any]],
+    generations: Table,
+    before: Snapshot,
+    report: RunReport,
+    identities: Mapping[str, str],
+) -> tuple[PendingReplies, dict[int, dict[str, Any]], Snapshot]:
+    """Takes out the replies that are made anew; returns what is pending on the version without them, and that version.
+
+    Where replies of other runs count, it counts anew: that version holds those that another run has made meanwhile.
+    """
+    again = {bucket: row for bucket, row in plan.items() if row["again"]}
+    changed = sum(row["changed"] for row in again.values())
+    errors = sum(row["again"] for row in again.values()) - changed
+    counts = {"errors_tried_again": errors, "changed_requests": changed}
+    report.extra |= {name: count for name, count in counts.items() if count}
+    before = drop_remade(generations, before, pending, list(again), report, identities)
+    pending = dataclasses.replace(pending, done=before)
+    if pending.alike is not None:
+        report.planned = report.already_there = 0
+        plan = waves.plan(list(plan), pending.count, report)
+    return pending, plan, before
 
 
 def _plan(

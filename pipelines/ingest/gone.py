@@ -7,7 +7,6 @@ read, and keeps on the local disk what exceeds its memory. What has gone is held
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from infra import temporary
 from infra.cores import cores
 from infra.errors import InputError
 from infra.storage import Storage, retrying
@@ -139,7 +139,7 @@ def comparison(
     """
     import duckdb
 
-    with tempfile.TemporaryDirectory(prefix="pplug-keys-") as folder, duckdb.connect() as connection:
+    with temporary.folder("keys") as folder, duckdb.connect() as connection:
         for setting in (
             f"memory_limit = '{MEMORY}'",
             f"threads = {min(4, cores())}",

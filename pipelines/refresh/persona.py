@@ -11,6 +11,7 @@ Shapes: U users, T items of these users (ragged), D encoder width, P persona tok
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from infra.snapshot import DataFile, Snapshot
 from infra.table import Table
 from pipelines.codes import encode
 from pipelines.histories import Histories, list_f32, read_bucket, width_of
-from pipelines.model_folders import fetch_plug
+from pipelines.model_folders import load_plug
 from pipelines.refresh.increment import Late, Since
 from pipelines.run import CpuShare
 from pipelines.waves import files_table
@@ -70,8 +71,8 @@ class BuildPersonas:
         self.before, self.since, self.late = before, since, late or Late()
         self.plug = None
         if plug_folder:
-            folder = fetch_plug(plug_folder, identities["plug_id"] or "")
-            self.plug = PersonaPlug.from_pretrained(folder, queries=False).to(self.device)
+            load = partial(PersonaPlug.from_pretrained, queries=False)
+            self.plug = load_plug(plug_folder, identities["plug_id"] or "", load).to(self.device)
         self.identities, self.cap, self.run_id = identities, cap, run_id
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import ray.train
 import torch
 from safetensors.torch import load_file
 
-from infra import lease, session
+from infra import lease, session, temporary
 from infra.errors import InputError
 from infra.report import new_run_id
 from infra.storage import Storage
@@ -230,7 +229,7 @@ def fit_worker(given: dict[str, Any]) -> None:
     refuse_another(config.llm, given["identities"]["llm_id"])
     refuse_another_encoder(config.encoder, *given["made_for"])
     plug.to(device)
-    with tempfile.TemporaryDirectory() as local:
+    with temporary.folder("train") as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
         if plug.center is not None:
             plug.center.learn(vectors_by_user(train))

@@ -6,6 +6,7 @@ from typing import Any
 
 from infra.errors import InputError
 from infra.shards import keys_by_bucket
+from infra.storage import Storage
 from pipelines import tables
 from pipelines.train.answers import MAX_TOKENS
 from pipelines.train.config import Config
@@ -33,6 +34,7 @@ def prepare(
     Raises:
         InputError: no sample that may see items shows one, as they lack a field.
     """
+    Storage(folder).sweep_drafts()
     asked = tables.read_users(config.users, requests)
     users = keys_by_bucket(asked, tables.open_table(config.tables, "requests").buckets)
     stage = PrepareSamples(

@@ -97,8 +97,9 @@ class DropRequestsConfig(JobConfig):
     They go by their age or because runs have answered them. Replies of every run to a dropped request go with it, since
     they could be neither evaluated nor judged without it. A request with a history of its own (one per question)
     stays, because it alone tells whose that history is. Older versions of both tables keep the rows until a vacuum. A
-    source that still holds a dropped request brings it back when it is ingested again. If the job is interrupted, the
-    same command ends its work. Unit of work: a request.
+    source that still holds a dropped request brings it back when it is ingested again. A `generate` that is at work
+    stops at its next commit, and its rerun answers the requests that are left. If the job is interrupted, the same
+    command ends its work. Unit of work: a request.
     """
 
     older_than_days: float | None = Field(None, gt=0)

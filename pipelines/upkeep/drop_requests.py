@@ -1,9 +1,11 @@
 """Job `drop-requests`: takes requests out of `requests`, by age or by who has answered them, and all replies to them.
 
 `config.py` describes the job and its keys. The two tables are committed one after the other, in an order that lets the
-same command end a job that was killed in between: the table that tells which requests go is the last one.
+same command end a job that was killed in between: the table that tells which requests go is the last one. A commit to
+`generations` comes after them in every case, so that a `generate` that has planned to answer them stops.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -123,14 +125,14 @@ def run(config: Config) -> int:
     session.start(writes={"tables": config.tables})
     with lease.writing(config.tables, report.run_id):
         going = _going(config, report)
-        order = [*answers, requests] if config.answered_by is None else [requests, *answers]
-        dropped = {table.spec.name: _drop(table, requests, going, report) for table in order}
+        order = [*answers, requests, *answers] if config.answered_by is None else [requests, *answers]
+        dropped = Counter[str]()
+        for table in order:
+            dropped[table.spec.name] += _drop(table, requests, going, report)
     report.planned = report.written = dropped["requests"]
-    report.extra["replies_dropped"] = dropped.get("generations", 0)
+    report.extra["replies_dropped"] = dropped["generations"]
     report.extra["tables"] = tables.costs(config.tables, dropped)
-    print(
-        f"drop-requests: {dropped['requests']} requests and {dropped.get('generations', 0)} replies dropped", flush=True
-    )
+    print(f"drop-requests: {dropped['requests']} requests and {dropped['generations']} replies dropped", flush=True)
     return report.finish()
 
 
@@ -165,7 +167,10 @@ def _going(config: Config, report: RunReport) -> Going:
 
 
 def _drop(table: Table, requests: Table, going: Going, report: RunReport) -> int:
-    """Commits a table without the rows of these requests; returns their number."""
+    """Commits a table without the rows of these requests; returns their number.
+
+    Where no reply goes, `generations` gets an empty commit, on which older plans do not go on.
+    """
     name = table.spec.name
     for _ in range(TRIES):
         before = table.snapshot()
@@ -180,7 +185,7 @@ def _drop(table: Table, requests: Table, going: Going, report: RunReport) -> int
                 new += files_of(row["new"])
                 dropped += row["dropped"]
             stage.rows = dropped
-        if not dropped:
+        if not dropped and table == requests:
             return 0
         group = next_group(table, report.run_id)
         try:

@@ -38,6 +38,8 @@ DUTIES = (
     "parts of uploads to S3 that a killed worker left unfinished: a lifecycle rule takes them away (see SECURITY.md)",
     "files that Ray has spilled and logged on the nodes (its temp folder), and adapters that a killed engine has left "
     "in memory-backed folders (/dev/shm) or in the folder of temporary files",
+    "what killed jobs have left among the temporary files of the nodes (pplug-*): vectors of a training, keys of a "
+    "source; the next job of that kind on the node removes its folder",
     "the sources that ingest has read: another ingest would bring the users back",
     "adapters exported as folders: they carry no name to find them by",
     "copies outside the folders named here, and the job's own command line where it named the id",
@@ -267,6 +269,8 @@ def _shared(opened: "dict[str, Table]", someone: "Someone", values: set[str]) ->
     """Returns the values that other users have, too, or that the tables' own words (labels, field names) hold."""
     snapshots = [table.snapshot() for table in opened.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
+    for table in opened.values():  # what the table keeps of its runs; their names may be a user's
+        words |= {word for run in upkeep.runs_said(table, table.version).values() for word in run["said"].values()}
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
     return (values & words) | {value for _, value in _values_in(uris, OthersValues(someone, frozenset(values)))}
 

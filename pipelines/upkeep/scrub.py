@@ -7,8 +7,9 @@ Rows of a user are known by user_key in the tables, by their key in rejects, and
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import upkeep
-from infra.search import ID_COLUMNS, Needles, has_text, leaves, lines_of, parsed, search
+from infra.search import ID_COLUMNS, Needles, Searched, has_text, leaves, lines_of, parsed, search
 from infra.snapshot import DataFile, read_file
-from infra.storage import Storage
+from infra.storage import DRAFT, Storage
 from infra.table import Table
 from pipelines.waves import listed
 
@@ -172,6 +173,10 @@ class Scrub:
     def _file(self, storage: Storage, name: str) -> str:
         folder, _, last = name.rpartition("/")
         try:
+            is_draft = DRAFT.fullmatch(last) is not None and name in storage.old_drafts(folder)
+            if is_draft or _is_cut(storage, name):  # nobody knows whose words they hold
+                _delete(storage, name)
+                return "deleted"
             if last.startswith("facts-") and last.endswith(".npy"):  # without its samples, nobody knows whose they are
                 if storage.exists(f"{folder}/{_sibling(last, 'samples')}"):
                     return ""
@@ -254,6 +259,20 @@ class Scrub:
         return isinstance(value, str) and (self.needles.is_one(value) or bool(self.needles.inside(value)))
 
 
+def _is_cut(storage: Storage, name: str) -> bool:
+    """Says whether it is a file of predictions that ends in the middle, as earlier releases left one when killed."""
+    if not name.endswith(".json"):
+        return False
+    with storage.open_input(name) as source:
+        if not re.match(rb'\{"task": "[^"]*", "golds": \[', source.read(1024)):
+            return False
+    try:
+        json.loads(storage.read_bytes(name))
+    except ValueError:
+        return True
+    return False
+
+
 def _holds_tokens(storage: Storage, name: str) -> bool:
     """Says whether a file holds words as token ids, as the training of a base leaves them while it has not ended."""
     if not name.endswith(".parquet"):
@@ -294,11 +313,19 @@ def _pairs(batch: pa.Table) -> Iterable[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class SearchFiles:
-    """in: root, name. out: root, name, hits int, decoded bool. Every file is opened and decoded."""
+    """in: root, name. out: root, name, hits int, decoded bool. Every file is opened and decoded.
+
+    A draft (`storage.DRAFT`) counts as a hit: it may end in the middle of a value, or hold vectors of a user.
+    """
 
     needles: Needles
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        results = [search(Storage(root), name, self.needles) for root, name in _pairs(batch)]
+        results = [self._search(Storage(root), name) for root, name in _pairs(batch)]
         batch = batch.append_column("hits", pa.array([one.hits for one in results], pa.int64()))
         return batch.append_column("decoded", pa.array([one.decoded for one in results], pa.bool_()))
+
+    def _search(self, storage: Storage, name: str) -> Searched:
+        found = search(storage, name, self.needles)
+        is_draft = DRAFT.fullmatch(name.rpartition("/")[2]) is not None and storage.exists(name)  # not in place by now
+        return replace(found, hits=max(found.hits, 1)) if is_draft else found

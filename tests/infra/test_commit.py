@@ -3,10 +3,11 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
 
-from infra import upkeep
-from infra.table import Commit, CommitConflict, Table
+from infra import log, upkeep
+from infra.table import Commit, CommitConflict, Table, TableSpec
 
 
 def append(table: Table, files, run="run", group=0, planned_on=0, **more) -> Commit:
@@ -181,7 +182,42 @@ def test_a_run_of_which_another_has_shown_a_part_is_told(table, rows):
     back = upkeep.restore(table, table.snapshot(shown.version), "restore", 0)
     assert table.unended(runs, back.version) == ["half"]  # its end has been taken back
     upkeep.forget(table, "erase", 0)
-    assert table.unended(runs, table.version) == []  # nobody knows any more
+    assert table.unended(runs, table.version) == []  # nobody knows any more, and no row of this table names its run
+
+
+@pytest.fixture
+def replies(tmp_path) -> Table:
+    """A table whose rows name their run."""
+    columns = pa.schema([("bucket", pa.int32()), ("user_key", pa.string()), ("run_id", pa.string())])
+    return Table.create(str(tmp_path / "replies"), TableSpec("replies", columns, 1, sort=()), 1)
+
+
+def test_an_erase_leaves_what_is_known_of_each_run(replies):
+    def wave(run: str, group: int, complete: bool, **said: str) -> None:
+        row = {"bucket": pa.array([0], pa.int32()), "user_key": ["k"], "run_id": [run]}
+        files = replies.write(pa.table(row), run) if said else []
+        append(replies, files, run, group, replies.version, metadata=said, complete=complete)
+
+    wave("half", 0, False, llm_id="L1", plug_id="")  # version 1
+    wave("half", 1, False, llm_id="L1", plug_id="P")
+    wave("judged", 0, True, judge_of="half")
+    wave("judged", 1, True)  # version 4, an end alone
+    for group in range(2):  # the second goes by what the first has left
+        upkeep.forget(replies, "erase", group)
+        assert replies.history()[-1]["version"] == replies.version == 5 + group  # nothing older is there
+        said = {run: replies.metadata_of_run(run) for run in ("half", "judged", "never")}
+        assert (said["half"]["llm_id"], said["half"]["plug_id"], said["never"]) == ("L1", "P", {})
+        assert said["judged"]["judge_of"] == "half"
+        assert replies.unended(["half", "judged", "never"], replies.version) == ["half"]
+        assert replies.last_commits(["half", "judged"], replies.version) == {"half": 2, "judged": 3}
+    wave("half", 2, True)  # version 7
+    upkeep.forget(replies, "erase", 2)
+    assert replies.unended(["half", "judged"], replies.version) == []
+    assert replies.metadata_of_run("half")["plug_id"] == "P"
+    assert replies.last_commits(["half"], replies.version) == {"half": 2}
+    merged = replies.rewrite([], [], below=replies.snapshot(), run_id="compact", group=0, same_rows=True).version
+    assert log.told(log.metadata_of(replies.storage, merged)) == {}  # it stands once
+    assert replies.metadata_of_run("judged")["judge_of"] == "half"
 
 
 def test_a_plan_on_a_version_that_never_was_is_refused(table, rows):

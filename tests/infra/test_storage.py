@@ -1,8 +1,10 @@
 """Files on a local disk and on S3: one face, whole or not at all, patient with a storage that fails for a moment."""
 
 import logging
+import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
@@ -80,6 +82,31 @@ def test_a_local_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         store.write_bytes("report.json", b"new")
     monkeypatch.undo()
     assert store.read_bytes("report.json") == b"old" and store.list() == ["report.json"]
+
+
+def test_a_file_is_copied_whole_to_a_local_disk_and_to_s3(place, tmp_path):
+    store, path = Storage(place), tmp_path / "from" / "x.bin"
+    path.parent.mkdir()
+    for data in (b"", b"0123456789" * 1000):  # the second takes the first one's place
+        path.write_bytes(data)
+        store.write_file("a/x.bin", path)
+        assert (store.read_bytes("a/x.bin"), store.list()) == (data, ["a/x.bin"])
+
+
+def test_drafts_of_killed_writers_go_when_they_are_old(tmp_path):
+    store, now = Storage(str(tmp_path)), time.time()
+    hours = {
+        f".{'a' * 32}.tmp": 2,
+        f"b/.{'0' * 32}.tmp": 1.1,
+        f".{'b' * 32}.tmp": 0.5,
+        "c.tmp": 2,
+        f"{'a' * 32}.tmp": 2,
+    }
+    for name, age in hours.items():
+        store.write_bytes(name, b"x")
+        os.utime(tmp_path / name, (now - age * 3600,) * 2)
+    store.sweep_drafts()
+    assert store.list() == sorted([f".{'b' * 32}.tmp", "c.tmp", f"{'a' * 32}.tmp"])
 
 
 def test_a_relative_path_means_the_same_in_every_process(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from infra import temporary
 from infra.errors import InputError
 from infra.shards import bucket_of, user_key
 from pipelines import tables
@@ -92,9 +93,11 @@ def test_the_shelf_clears_what_killed_processes_left_and_itself(tmp_path, monkey
     monkeypatch.setattr("pipelines.engines.adapters.MEMORY", str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left, living = tmp_path / f"pplug-adapters-{dead.pid}-abc", tmp_path / f"pplug-adapters-{os.getpid()}-abc"
+    living = temporary.lasting("adapters", str(tmp_path))
+    left = living.rename(living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")))
+    living.mkdir()
     for folder in (left, living):
-        (folder / "x").mkdir(parents=True)
+        (folder / "x").mkdir()
     snapshot = snapshot_of(tmp_path / "t", {"user-0": {"adapter_id": "f-0"}})
     base = tiny_llama(tmp_path / "llm")
     shelf = AdapterShelf(Adapters(snapshot, 4, "llm-x", 8, ("q_proj",)), base)

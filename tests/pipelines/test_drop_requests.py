@@ -8,6 +8,7 @@ import pytest
 
 from infra import shards
 from infra.errors import InputError
+from infra.table import CommitConflict
 from pipelines import tables
 from pipelines.__main__ import main
 from pipelines.upkeep import count_runs, drop_requests
@@ -195,6 +196,41 @@ def test_a_request_that_becomes_old_while_the_job_works_stays_with_its_replies(t
     assert kept.drop(older_than_days=10) == 0 and changed
     assert (USERS[0], "asked") in kept.requests
     assert len(kept.replies) == len(USERS)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("night",)}])
+def test_a_run_that_has_planned_to_answer_them_and_committed_nothing_yet_stops(tmp_path, monkeypatch, how, late):
+    """No reply goes. The run has planned before the job, or while the requests were still there (`late`)."""
+    kept, plans = Kept(tmp_path), []
+    kept.reply("night", of("recent"))
+    if "answered_by" in how:  # the job was killed after the requests had gone
+        monkeypatch.setattr(drop_requests, "Going", Nobody)
+
+    def each_bucket(buckets, stage):
+        if late and isinstance(stage, drop_requests.Without) and stage.table.spec.name == "requests":
+            plans.append(tables.open_table(kept.tables, "generations").version)
+        return iter(row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]}))
+                    for row in made.to_pylist())  # fmt: skip
+
+    for module in (drop_requests, count_runs):
+        monkeypatch.setattr(module, "each_bucket", each_bucket)
+    monkeypatch.setattr(drop_requests.session, "start", lambda **_: None)
+    table = tables.open_table(kept.tables, "generations")
+    plans.append(table.version)
+    assert kept.drop(**how) == 0
+    for version in plans:
+        with pytest.raises(CommitConflict):
+            table.commit([], run_id="day", group=0, mode="append", planned_on=version)
+    assert kept.replies == by("night", of("recent"))
+    assert table.commit([], run_id="day", group=0, mode="append", planned_on=table.version)  # it plans again
+
+
+class Nobody(drop_requests.Going):
+    """Requests that have gone already, and all replies to them."""
+
+    def keys(self, bucket: int) -> pa.Array:
+        return pa.array([], pa.string())
 
 
 def test_tables_on_which_a_run_has_not_ended_are_left_as_they_are(kept):

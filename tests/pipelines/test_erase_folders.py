@@ -1,6 +1,8 @@
 """Erase leaves tables below its folders to their own log; token ids, pages and whole lines of its users go."""
 
 import json
+import os
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,6 +102,27 @@ def test_an_id_that_is_somebodys_item_or_request_too_takes_no_row_of_others(tmp_
     needles = Needles(frozenset({"1"} - shared), ids=one.ids, names=one.ids)
     scrub.Scrub(needles, frozenset())(pa.table({"root": [str(tmp_path)], "name": ["export.parquet"]}))
     assert pq.read_table(tmp_path / "export.parquet").to_pylist() == export[1:]
+
+
+def test_what_killed_jobs_left_of_files_that_nobody_can_read_goes(tmp_path):
+    """Predictions that end in the middle, and drafts: nobody can tell whose words they hold. A young draft may be that
+    of a job at work: it is left to the proof, which fails of it."""
+    whole = json.dumps({"task": "LaMP_2", "golds": [{"id": "r1", "output": "comedy"}]})
+    old, young = f"samples/.{'a' * 32}.tmp", f"samples/.{'b' * 32}.tmp"
+    files = {"cut.json": whole[:-9], "empty.json": whole[:30], "whole.json": whole, "other.json": '{"golds": ['}
+    files |= {old: "x", young: "x"}
+    (tmp_path / "samples").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    os.utime(tmp_path / old, (time.time() - 3700,) * 2)
+    needles = Needles(frozenset({"thriller"}), ids=frozenset({"ann"}))
+    given = pa.table({"root": [str(tmp_path)] * len(files), "name": list(files)})
+    what = scrub.Scrub(needles, frozenset({"r7"}))(given)["what"].to_pylist()
+    assert what == ["deleted", "deleted", "", "", "deleted", ""]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"whole.json", "other.json", young}
+    found = scrub.SearchFiles(needles)(given).to_pylist()
+    assert {row["name"] for row in found if row["hits"]} == {young}
 
 
 @pytest.mark.parametrize("user_id", ["", " "])

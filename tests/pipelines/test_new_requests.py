@@ -7,10 +7,14 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
+from infra.report import RunReport
+from infra.shards import user_key
+from pipelines import tables, waves
 from pipelines.asked import answers_now
 from pipelines.engines.base import Decoding
+from pipelines.generate import job, remade
 from pipelines.generate.parts.adapter import Adapter
-from pipelines.generate.pending import MadeAlike
+from pipelines.generate.pending import MadeAlike, PendingReplies
 from pplug.schemas import REQUESTS
 from tests.pipelines.population import Population
 from tests.pipelines.test_profiles import PEOPLE, item, put, run, talkative
@@ -63,6 +67,45 @@ def test_a_night_answers_what_no_night_before_has_answered_in_the_same_way(made)
     put(made, requests=[asked("ann", LATER) | {"as_of": item("ann", 1)["occurred_at"]}], buckets=1)
     assert run(made, "earlier", methods=METHODS, **given) == 0
     assert answered(made, "earlier") == {(f"ann/{LATER}", method) for method in METHODS}
+
+
+def test_what_another_run_answers_while_a_run_takes_its_errors_back_is_there_already(tmp_path, monkeypatch):
+    """Both requests have an error of this run; before the table without these errors is there, another answers `a`."""
+    place, ids = str(tmp_path / "tables"), {"llm_id": "llm", "decoding_id": "d"}
+
+    def put_rows(name: str, run_id: str, rows: list[dict]) -> None:
+        table = tables.open_or_create(place, name, 1)
+        rows = [row | {"bucket": 0, "user_id": "ann", "user_key": user_key("ann")} for row in rows]
+        files = table.write(pa.Table.from_pylist(rows, schema=table.spec.schema), run_id)
+        table.commit(files, run_id=run_id, group=0, mode="append", planned_on=table.version, complete=True)
+
+    def replies(run_id: str, names: str, error: str | None) -> None:
+        reply = ids | {"method": "none", "run_id": run_id, "error": error}
+        put_rows("generations", run_id, [reply | {"request_id": name} for name in names])
+
+    def each_bucket(buckets, stage):
+        for bucket in buckets:
+            for made in stage(pa.table({"bucket": [bucket]})):
+                yield from made.to_pylist()
+        if isinstance(stage, remade.WithoutRemade):
+            replies("other", "a", None)
+
+    for module in (waves, remade):
+        monkeypatch.setattr(module, "each_bucket", each_bucket)
+    put_rows("requests", "ingest", [{"request_id": name, "owner_id": "ann", "input": name} for name in "ab"])
+    replies("mine", "ab", "oom")
+    generations = tables.open_table(place, "generations")
+    before, report = generations.snapshot(), RunReport("generate", "mine", {}, str(tmp_path / "run"))
+    pending = PendingReplies(tables.open_table(place, "requests").snapshot(), before, "mine", ("none",), "new", None,
+                             alike=MadeAlike(**ids, plug_id=""))  # fmt: skip
+    plan = waves.plan([0], pending.count, report)
+    assert (plan[0]["pending"], report.planned, report.already_there) == (2, 2, 0)
+    pending, plan, before = job._without_remade(pending, plan, generations, before, report, ids)
+    assert (plan[0]["pending"], report.planned, report.already_there) == (1, 2, 1)
+    asked_for = pending.read(0)
+    assert [row["request_id"] for row in asked_for.requests.to_pylist() if asked_for.missing(row, "none")] == ["b"]
+    assert [row["run_id"] for row in before.read(["run_id"]).to_pylist()] == ["other"]
+    assert report.extra["errors_tried_again"] == 2
 
 
 def test_a_reply_with_another_cut_off_than_its_request_has_now_does_not_count():

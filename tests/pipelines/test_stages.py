@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.train
+import torch
 from ray.data import DataContext
 
 from infra import session
@@ -16,14 +17,18 @@ from pipelines import failures, stages, waves
 from pipelines.adapt import base
 from pipelines.adapt.base import BaseShard, fit_base
 from pipelines.generate.parts.base import Worker
+from pipelines.generate.parts.plug import Plug
 from pipelines.generate.parts.retrieval import Retrieval
 from pipelines.refresh.embed import EmbedTexts
+from pipelines.refresh.increment import Since
+from pipelines.refresh.persona import BuildPersonas
 from pipelines.run import CpuShare
 from pipelines.train.config import Config as TrainConfig
 from pipelines.train.job import fit_worker
 from pplug.adapter import LoraConfig
 from pplug.encoder import EncoderConfig, encoder_id
 from pplug.llm import LLMConfig, llm_id, tokenizer_of
+from pplug.plug import PersonaPlug, PlugConfig, plug_id
 from pplug.retrieval import RetrievalConfig
 from pplug.splice import PromptBuilder
 from pplug.tasks import TaskSpec
@@ -208,3 +213,35 @@ def test_a_worker_that_has_another_model_under_the_same_name_refuses(stage, kind
     said = f"is {name} {own[kind]} on this machine, and {known[kind]} where the job was started"
     with pytest.raises((InputError, ValueError), match=said):
         stage(encoders[0], llms[0], known)
+
+
+def refreshing(folder, identity):
+    BuildPersonas(None, None, None, None, Since(), folder, {"plug_id": identity}, 9, "r", CPU)
+
+
+def generating(folder, identity):
+    task = TaskSpec(name="t", item=RULE, item_without_label=RULE, metric="text")
+    Plug(folder, identity, frozenset({"plug:mean"}), None)._of(PlugConfig(encoder_dim=8, llm_dim=8)).load(
+        Worker(None, task, None, CPU)
+    )
+
+
+@pytest.mark.parametrize("stage", [refreshing, generating])
+def test_a_plug_that_takes_anothers_place_while_a_worker_loads_it_is_refused(stage, tmp_path, monkeypatch):
+    folder = str(tmp_path / "plug")
+    ids = []
+    for seed in (1, 0):
+        torch.manual_seed(seed)
+        PersonaPlug(PlugConfig(encoder_dim=8, llm_dim=8)).save_pretrained(folder)
+        ids.append(plug_id(folder))
+    stage(folder, ids[1])
+    load = PersonaPlug.from_pretrained
+
+    def late(place, queries=True):
+        torch.manual_seed(1)
+        PersonaPlug(PlugConfig(encoder_dim=8, llm_dim=8)).save_pretrained(folder)
+        return load(place, queries)
+
+    monkeypatch.setattr(PersonaPlug, "from_pretrained", late)
+    with pytest.raises(InputError, match=f"{ids[0]} on this machine, and {ids[1]} where the job was started"):
+        stage(folder, ids[1])

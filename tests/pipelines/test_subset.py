@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from infra import shards
 from infra.report import RunReport
+from infra.storage import Storage
 from pipelines import tables
 from pipelines.adapt import job as adapt
 from pipelines.adapt.users import ReadExamples
@@ -316,6 +317,27 @@ def test_a_method_need_not_answer_what_only_a_method_that_is_not_scored_answered
     snapshots = {"requests": requests, "generations": generations}
     files = predictions.write_predictions(str(tmp_path / "out"), ENTRY, snapshots, ["one"], ["plug"])
     assert json.loads(Path(files["plug"]).read_text())["golds"] == [{"id": "a", "output": "good"}]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_predictions_that_break_off_leave_the_former_ones(request, tmp_path, monkeypatch, where):
+    root = str(tmp_path)
+    out = str(tmp_path / "out") if where == "local" else request.getfixturevalue("s3")
+    put(root, "requests", ["ann"], request_id=pa.array(["a"]), owner_id=pa.array(["ann"]), input=pa.array(["a"]),
+        target=pa.array(["good"]))  # fmt: skip
+    put(root, "generations", ["ann"], request_id=pa.array(["a"]), run_id=pa.array(["one"]), method=pa.array(["plug"]),
+        text=pa.array(["good"]))  # fmt: skip
+    snapshots = {name: snapshot(root, name) for name in ("requests", "generations")}
+    predictions.write_predictions(out, ENTRY, snapshots, ["one"], ["plug"])
+    before = Storage(out).read_bytes("plug.json")
+
+    def no_disk(*given, **more):
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(predictions, "join_bucket", no_disk)
+    with pytest.raises(OSError, match="the disk has gone"):
+        predictions.write_predictions(out, ENTRY, snapshots, ["one"], ["plug"])
+    assert (Storage(out).list(), Storage(out).read_bytes("plug.json")) == (["plug.json"], before)
 
 
 @pytest.mark.parametrize("only_asking", [False, True])

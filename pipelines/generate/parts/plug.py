@@ -4,6 +4,7 @@ Shapes: P persona tokens, H LLM width.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipelines.generate.personas import PersonaMaker
 from pipelines.generate.visible import VisibleItems
 from pipelines.histories import matrix
 from pipelines.methods import PartInfo, parse
-from pipelines.model_folders import fetch_plug, note_other_history
+from pipelines.model_folders import load_plug, note_other_history
 from pplug import history
 from pplug.items import UserItems
 from pplug.plug import PersonaPlug, PlugConfig, plug_id
@@ -95,7 +96,8 @@ class Plug(Part):
 
     def load(self, worker: Worker) -> None:
         queries = self.request_value or not self.kinds.isdisjoint(WEIGHED_BY_REQUEST)
-        self.maker = PersonaMaker(fetch_plug(self.folder, self.plug_id), worker.cpu.torch_threads(), queries)
+        load = partial(PersonaMaker, threads=worker.cpu.torch_threads(), queries=queries)
+        self.maker = load_plug(self.folder, self.plug_id, load)
         self.task = worker.task
 
     def look_ahead(self, requests: Sequence[Mapping[str, Any]]) -> None:

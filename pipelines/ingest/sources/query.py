@@ -7,7 +7,6 @@ JSON in one file of lines, because each file that DuckDB reads as JSON takes buf
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from infra import temporary
 from infra.cores import cores
 from infra.errors import InputError
 from infra.remote import reading
@@ -86,7 +86,7 @@ class Query(RecordFormat):
         """
         import duckdb
 
-        with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
+        with temporary.folder("query") as folder:
             try:
                 connection, _, some = _opened(piece, options, Path(folder), _LOOKED_AT)
             except NotThisFormat as error:
@@ -115,7 +115,7 @@ class Query(RecordFormat):
     def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
         import duckdb
 
-        with tempfile.TemporaryDirectory(prefix="pplug-query-") as folder:
+        with temporary.folder("query") as folder:
             connection, bad, some = _opened(piece, options, Path(folder), None)
             with connection:
                 if bad:
