@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pplug.retrieval import InTraining, RetrievalConfig
 from pplug.settings import Settings, renamed
+from pplug.trainable import auto_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -145,20 +146,20 @@ def base_shapes(folder: Path, targets: Sequence[str], to_merge: bool = False) ->
         to_merge: the adapter is to be added to the base's weights.
 
     Raises:
-        ValueError: the base lacks a target, or is an encoder-decoder. With `to_merge`: a target has the weight of the
+        ValueError: the base lacks a target, or is no causal model. With `to_merge`: a target has the weight of the
             token embeddings, too.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{folder} is an encoder-decoder ({config.model_type}), and adapters are trained on causal models alone; "
             "choose a causal model, or train a plug"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     modules = target_modules(model, targets)
     embeddings = model.get_input_embeddings().weight
     for name, module in modules.items():

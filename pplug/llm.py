@@ -25,6 +25,7 @@ from pplug.identity import (
 from pplug.settings import Settings, added
 from pplug.splice import PromptBuilder, PromptLayout
 from pplug.tensors import read_rows, shape_of, tensor_files
+from pplug.trainable import DEQUANTISED, auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,7 @@ class FrozenLLM:
             device: by default a GPU where there is one.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoConfig
 
         from pplug.kernels import leave_out_cudnn_attention
         from pplug.norms import use_fast_rmsnorm
@@ -170,11 +171,16 @@ class FrozenLLM:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        config_of_model = AutoConfig.from_pretrained(folder)
+        config_of_model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         encoder_decoder = bool(config_of_model.is_encoder_decoder)
-        kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        # transformers' default attention ignores a cap on the scores, which vLLM applies
-        how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
+        kind = auto_class(config_of_model)
+        how: dict[str, Any] = {"trust_remote_code": False}
+        if caps_scores(config_of_model.to_dict()):  # which transformers' default attention ignores, and vLLM applies
+            how["attn_implementation"] = "eager"
+        quantised = getattr(config_of_model, "quantization_config", None) or {}
+        if quantised.get("quant_method") in DEQUANTISED:
+            how["config"] = config_of_model
+            quantised["dequantize"] = True
         if mesh is not None and mesh.parts is not None:
             from pplug.parallel import spread
 
@@ -313,12 +319,11 @@ def embedding_count(folder: Path) -> int:
 def _embedding(folder: Path) -> tuple[Path, str, float]:
     """File and name of the token embeddings, and the factor of the layer that holds them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     embedding = model.get_input_embeddings()
     wanted = embedding.weight
     names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is wanted]
