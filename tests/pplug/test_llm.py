@@ -157,3 +157,14 @@ def test_embeddings_that_cannot_be_told_apart_are_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no tensor model.embed_tokens.weight in its weights"):
         embedding_rows(tmp_path, [3])
+
+
+def test_an_llm_that_lacks_weights_is_refused_and_one_whose_head_is_tied_is_not(tmp_path):
+    folder = tiny_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights and FrozenLLM.load(LLMConfig(model=str(folder)))
+    lacking = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
+    save_file({name: w for name, w in weights.items() if name not in lacking}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=f"2 of the weights that transformers' LlamaForCausalLM .* {lacking[0]}: "):
+        FrozenLLM.load(LLMConfig(model=str(folder)))
