@@ -1,6 +1,7 @@
 """Single tensors of a model folder, read from its files without the model: safetensors, else pickles."""
 
 import json
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,11 @@ def _names(path: Path) -> list[str]:
 
 
 def _pickled(path: Path) -> "dict[str, Tensor]":
-    """Tensors of a pickle, mapped and not read; code in it is refused."""
+    """Tensors of a pickle, mapped and not read, unless it has torch's form of before 1.6; code in it is refused."""
     import torch
 
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    mapped = zipfile.is_zipfile(path)
+    found: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     return found
 
 

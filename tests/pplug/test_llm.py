@@ -1,5 +1,6 @@
 """Reading of an LLM's folder: embeddings, norms, tokenizer, by whatever names the files have."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
 
+from pplug.identity import weight_digests
 from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer, misleads
 from pplug.plain_text import control_tokens
 from tests.pplug.families import make
@@ -144,6 +146,19 @@ def test_embeddings_are_read_from_pickles_where_there_is_nothing_else(tmp_path):
     model = make("Llama")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
+
+
+def test_pickles_of_old_and_what_a_training_leaves_beside_them_are_told_apart(tmp_path):
+    model = make("Llama")
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+    before = weight_digests(tmp_path, str(tmp_path))
+    assert before == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin"):
+        torch.save({"args": Path("no tensor")}, tmp_path / name)
+    assert weight_digests(tmp_path, str(tmp_path)) == before
     assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
 
 
