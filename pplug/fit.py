@@ -275,6 +275,7 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
     return kept() + every / layers if layers else every
 
 
+@torch.enable_grad()
 def refuse_no_gradient(llm: FrozenLLM) -> None:
     """Refuses an LLM that lets no gradient pass from what is behind a persona row to the row.
 

@@ -115,6 +115,7 @@ class StackedTrainer:
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             self.memory_bytes = float(least)
 
+    @torch.enable_grad()
     def _refuse_no_gradient(self, example: Example) -> None:
         """Raises ValueError: nothing goes back from the loss to an adapter, as quantised layers keep it back."""
         user = self.enter(UserExamples("", [example]))
