@@ -118,25 +118,31 @@ class StackConfig(Settings):
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":
-    """The linear modules of a base that an adapter changes, by full name, in the model's order.
+    """The linear modules of a base that an adapter changes, by full name, in the model's order: those that texts pass,
+    in the decoder and the output head. A base that reads pictures too has others of the same names.
 
     Raises:
         ValueError: the base has no module of that name, or one that is not linear.
     """
     from torch import nn
 
+    base: Any = model
+    names = {module: name for name, module in model.named_modules()}
+    decoder, head = names.get(base.get_decoder(), ""), names.get(base.get_output_embeddings())
+    begin = f"{decoder}." if decoder else ""
+    modules = {n: m for n, m in model.named_modules() if n.startswith(begin) or n == head}
     found: dict[str, nn.Linear] = {}
     for target in targets:
-        named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == target}
+        named = {name: module for name, module in modules.items() if name.rpartition(".")[2] == target}
         other = [name for name, module in named.items() if not isinstance(module, nn.Linear)]
         if not named or other:
-            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
             raise ValueError(
                 f"target {target!r}: the base has {'no module of this name' if not named else 'one that is not linear'}"
                 f"; its linear modules are {', '.join(sorted(linear)) or 'none'}"
             )
         found |= named
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    return {name: found[name] for name in modules if name in found}
 
 
 def base_shapes(folder: Path, targets: Sequence[str], to_merge: bool = False) -> dict[str, tuple[int, int]]:
@@ -234,9 +240,15 @@ def from_bytes(
                 raise ValueError(f"adapter: {part} of {name} holds values that are not finite; train it anew")
             pair.append(tensor)
         weights[name] = (pair[0], pair[1])
-    if tensors:
+    if not all(_adds_nothing(tensors, name) for name in tensors):
         raise ValueError(f"adapter: {len(tensors)} tensors that the base or {shape.targets} does not have")
     return weights
+
+
+def _adds_nothing(tensors: "Mapping[str, Tensor]", name: str) -> bool:
+    """True for a part of a module whose B is zero, such as adapters of before hold for what reads pictures."""
+    b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+    return b is not None and ".lora_B." in name.replace(".lora_A.", ".lora_B.") and not bool(b.any())
 
 
 def _metadata(data: bytes) -> dict[str, str]:

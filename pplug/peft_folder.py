@@ -39,7 +39,8 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[Tensor, Tensor]]]":
     """The LoRA in a PEFT folder, plain or rsLoRA.
 
-    Modules of a target that the adapter leaves alone get zeros, so that it changes what it changed and no more.
+    Modules of a target that the adapter leaves alone get zeros, so that it changes what it changed and no more. Those
+    beside the decoder that it has and leaves alone, as PEFT makes them of what reads pictures, are left out.
 
     Args:
         base: folder of the model that it is to stand on.
@@ -65,7 +66,14 @@ def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[
         raise ValueError(f"{folder}: {WEIGHTS_FILE} is not a whole safetensors file ({error})") from error
     pairs = _pairs(folder, tensors)
     targets = tuple(sorted({name.rpartition(".")[2] for name in pairs}))
-    shapes = base_shapes(base, targets)
+    try:
+        shapes = base_shapes(base, targets)
+    except ValueError:  # a target may be of what reads pictures alone
+        targets = tuple(sorted({name.rpartition(".")[2] for name, (_, b) in pairs.items() if bool(b.any())}))
+        if not targets:
+            raise
+        shapes = base_shapes(base, targets)
+    pairs = {name: pair for name, pair in pairs.items() if name in shapes or bool(pair[1].any())}
     unmatched = sorted(pairs.keys() - shapes.keys())
     if unmatched:
         raise ValueError(
