@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
+from infra.errors import InputError
 from pipelines.generate.personas import PersonaMaker
+from pipelines.refresh.embed import EmbedTexts
+from pipelines.run import CpuShare
 from pipelines.train.config import Config as TrainConfig
 from pipelines.train.config import PlugShape
 from pipelines.train.job import make_models
@@ -198,6 +201,8 @@ def test_weights_of_a_model_with_code_of_its_own_under_a_known_type_are_refused(
     for refused in (lambda: TextEncoder(config), lambda: query_encoder(config, "", None)):
         with pytest.raises(ValueError, match=said):
             refused()
+    with pytest.raises(InputError, match=f"encoder: .*{said}"):
+        EmbedTexts(config, "{text}", "id", CpuShare(1, 1))
     (folder / "modules.json").write_text(json.dumps([
         {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
