@@ -59,30 +59,27 @@ def engine_args(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     log.info("engine: %s, dtype %s", "GPU" if gpu else f"CPU with {threads} threads", dtype)
-    return (
-        {
-            "model": folder,
-            "dtype": dtype,
-            "max_model_len": config.max_model_len or within_limit(Path(folder), longest),
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "tensor_parallel_size": tensor,
-            "pipeline_parallel_size": parallel,
-            "distributed_executor_backend": executor,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "quantization": config.quantization,
-            "kv_cache_dtype": config.kv_cache_dtype,
-            "load_format": config.load_format,
-            "trust_remote_code": config.trust_remote_code,
-            "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
-            "enable_prompt_embeds": embeddings,
-            "enable_prefix_caching": config.enable_prefix_caching,
-            "disable_log_stats": True,
-            "generation_config": "vllm",  # takes the end tokens of the folder's file, and nothing else
-        }
-        | _transformers_form(Path(folder), config)
-        | config.args
-    )
+    return {
+        "model": folder,
+        "dtype": dtype,
+        "max_model_len": config.max_model_len or within_limit(Path(folder), longest),
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": parallel,
+        "distributed_executor_backend": executor,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "quantization": config.quantization,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "load_format": config.load_format,
+        "trust_remote_code": config.trust_remote_code,
+        "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpu,
+        "enable_prompt_embeds": embeddings,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # takes the end tokens of the folder's file, and nothing else
+        **_transformers_form(Path(folder), config),
+    } | config.args
 
 
 def _transformers_form(folder: Path, config: EngineConfig) -> dict[str, str]:
