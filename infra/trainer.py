@@ -55,8 +55,8 @@ class Asked:
 
 
 def _giving_up(loop: Callable[[dict[str, Any]], None], given: dict[str, Any]) -> None:
-    """Runs a worker's loop. One that diverges ends the training, and Ray does not try again: all workers come to this
-    together, since they hold the same weights and sum their losses."""
+    """Runs a worker's loop. One that diverges, or has no gradient, ends the training, and Ray does not try again: all
+    workers come to this together, since they hold the same weights and sum their losses."""
     try:
         loop(given)
     except FloatingPointError as error:
@@ -78,13 +78,13 @@ def run_training(
 
     Args:
         loop: what each worker runs, on `given` and the keys `started_in`, the driver's folder, and `ending`, for
-            `Asked`. A FloatingPointError says that the training has diverged.
+            `Asked`. A FloatingPointError says that the training has diverged, or has no gradient.
         run_dir: holds the checkpoints, in `train/<run_id>`.
         max_failures: number of times that a training whose worker has died goes on from its newest checkpoint.
         checkpoints_kept: number of newest checkpoints that stay.
 
     Raises:
-        InputError: the training has diverged.
+        InputError: the training has diverged, or has no gradient.
         Exception: the error that ended the training.
         Terminated: SIGTERM ended it; the workers have been asked to save a checkpoint.
     """

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pplug.retrieval import InTraining, RetrievalConfig
 from pplug.settings import Settings, renamed
+from pplug.trainable import auto_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -117,25 +118,31 @@ class StackConfig(Settings):
 
 
 def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.Linear]":
-    """The linear modules of a base that an adapter changes, by full name, in the model's order.
+    """The linear modules of a base that an adapter changes, by full name, in the model's order: those that texts pass,
+    in the decoder and the output head. A base that reads pictures too has others of the same names.
 
     Raises:
         ValueError: the base has no module of that name, or one that is not linear.
     """
     from torch import nn
 
+    base: Any = model
+    names = {module: name for name, module in model.named_modules()}
+    decoder, head = names.get(base.get_decoder(), ""), names.get(base.get_output_embeddings())
+    begin = f"{decoder}." if decoder else ""
+    modules = {n: m for n, m in model.named_modules() if n.startswith(begin) or n == head}
     found: dict[str, nn.Linear] = {}
     for target in targets:
-        named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == target}
+        named = {name: module for name, module in modules.items() if name.rpartition(".")[2] == target}
         other = [name for name, module in named.items() if not isinstance(module, nn.Linear)]
         if not named or other:
-            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
             raise ValueError(
                 f"target {target!r}: the base has {'no module of this name' if not named else 'one that is not linear'}"
                 f"; its linear modules are {', '.join(sorted(linear)) or 'none'}"
             )
         found |= named
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    return {name: found[name] for name in modules if name in found}
 
 
 def base_shapes(folder: Path, targets: Sequence[str], to_merge: bool = False) -> dict[str, tuple[int, int]]:
@@ -145,20 +152,20 @@ def base_shapes(folder: Path, targets: Sequence[str], to_merge: bool = False) ->
         to_merge: the adapter is to be added to the base's weights.
 
     Raises:
-        ValueError: the base lacks a target, or is an encoder-decoder. With `to_merge`: a target has the weight of the
+        ValueError: the base lacks a target, or is no causal model. With `to_merge`: a target has the weight of the
             token embeddings, too.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{folder} is an encoder-decoder ({config.model_type}), and adapters are trained on causal models alone; "
             "choose a causal model, or train a plug"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     modules = target_modules(model, targets)
     embeddings = model.get_input_embeddings().weight
     for name, module in modules.items():
@@ -233,9 +240,15 @@ def from_bytes(
                 raise ValueError(f"adapter: {part} of {name} holds values that are not finite; train it anew")
             pair.append(tensor)
         weights[name] = (pair[0], pair[1])
-    if tensors:
+    if not all(_adds_nothing(tensors, name) for name in tensors):
         raise ValueError(f"adapter: {len(tensors)} tensors that the base or {shape.targets} does not have")
     return weights
+
+
+def _adds_nothing(tensors: "Mapping[str, Tensor]", name: str) -> bool:
+    """True for a part of a module whose B is zero, such as adapters of before hold for what reads pictures."""
+    b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+    return b is not None and ".lora_B." in name.replace(".lora_A.", ".lora_B.") and not bool(b.any())
 
 
 def _metadata(data: bytes) -> dict[str, str]:

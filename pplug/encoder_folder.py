@@ -168,7 +168,8 @@ class EncoderFolder:
     @property
     def plain(self) -> bool:
         """True where transformers' own loaders give the model and the tokenizer that sentence-transformers gives."""
-        return not (self.lower or self.arguments or self.encoder_decoder)
+        arguments = {name for own in self.arguments.values() for name in own} - {"trust_remote_code"}  # never granted
+        return not (self.lower or arguments or self.encoder_decoder)
 
     def limit(self, tokens: int, key: str) -> int:
         """Number of tokens at which a text is cut: `tokens`, or the folder's own limit where that is lower.

@@ -18,6 +18,7 @@ from pplug.encoder import EncoderConfig, pool, prompt_tokens, query_limit, read_
 from pplug.encoder_folder import EncoderFolder, HeadConfig, ModuleConfig
 from pplug.kernels import leave_out_cudnn_attention
 from pplug.plain_text import TextTokenizer
+from pplug.tensors import refuse_missing
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """Hidden states (B, L, H) and mask (B, L), right-padded -> vectors (B, D) float32, L2-normalised."""
@@ -98,13 +99,18 @@ def load_transformer(folder: EncoderFolder, dtype: torch.dtype, **arguments: Any
     Args:
         dtype: of the weights.
         arguments: for transformers' `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ValueError: its files are those of another model (`refuse_missing`).
     """
     leave_out_cudnn_attention()
     if folder.plain:  # the library of the other branch takes seconds to import
         from transformers import AutoModel, AutoTokenizer
 
-        model = AutoModel.from_pretrained(folder.transformer, dtype=dtype, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(folder.transformer)
+        how = {"trust_remote_code": False, "output_loading_info": True}
+        model, found = AutoModel.from_pretrained(folder.transformer, dtype=dtype, **how, **arguments)
+        refuse_missing(folder.transformer, model, found["missing_keys"])
+        tokenizer = AutoTokenizer.from_pretrained(folder.transformer, trust_remote_code=False)
     else:
         from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -126,7 +132,7 @@ def saved_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    return kind.from_pretrained(folder)
+    return kind.from_pretrained(folder, trust_remote_code=False)
 
 
 def bare_transformer(folder: Path) -> nn.Module:
@@ -134,11 +140,11 @@ def bare_transformer(folder: Path) -> nn.Module:
     import transformers
 
     leave_out_cudnn_attention()
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     made_as = str((config.architectures or [""])[0])
     if made_as.endswith("EncoderModel"):  # the encoder of an encoder-decoder, which AutoModel would make as a whole
         return getattr(transformers, made_as)(config).float()
-    return transformers.AutoModel.from_config(config).float()
+    return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
 
 
 def query_encoder(

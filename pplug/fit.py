@@ -251,7 +251,11 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
     Returns:
         Bytes that a token of a pass takes, counted on a pass over some tokens in the layout that the LLM has: those
         before the persona rows may be read without a graph, those behind keep all.
+
+    Raises:
+        FloatingPointError: as `refuse_no_gradient`.
     """
+    refuse_no_gradient(llm)
     device = llm.embedding.weight.device
     target = [0] * 8
     words = [0] * (tokens - len(target) - 2)
@@ -269,3 +273,22 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
         return every
     layers = memory.checkpoint_layers(llm.model)
     return kept() + every / layers if layers else every
+
+
+@torch.enable_grad()
+def refuse_no_gradient(llm: FrozenLLM) -> None:
+    """Refuses an LLM that lets no gradient pass from what is behind a persona row to the row.
+
+    Raises:
+        FloatingPointError: the gradient of the row is exactly 0.
+    """
+    rows = torch.zeros(1, 1, llm.dim, device=llm.embedding.weight.device, requires_grad=True)
+    # behind the row stands another token: the loss reaches the row through the layers' matrices alone
+    loss, _ = target_loss(llm, [Prompt([0], [0])], rows, [1], [[0, 0]])
+    [gradient] = torch.autograd.grad(loss, rows)
+    if not bool(gradient.any()):
+        raise FloatingPointError(
+            f"no gradient passes through {type(llm.model).__name__} to a persona row, as its layers are quantised or "
+            "computed without one: a plug would learn nothing; train on the original, and have this copy serve what "
+            "was trained there (llm.serves)"
+        )

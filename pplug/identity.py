@@ -15,6 +15,8 @@ from pplug import digests, hub
 from pplug.packaged import package_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
+_OF_A_TRAINING = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
+"""Pickles that transformers' Trainer leaves beside a model's weights."""
 MANIFEST = "pplug-manifest.json"
 """Name of the list of a folder that was fetched from an address: size and SHA-256 of each file by its name."""
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -86,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _weight_names(folder: Path, existing: set[str]) -> list[str]:
     """Names of the files that a model's weights are read from, of those that exist; the folder has the index."""
-    names = sorted(existing)
+    names = sorted(existing - _OF_A_TRAINING)
     for pattern, name in zip(WEIGHTS, INDICES, strict=True):
         files = [one for one in names if fnmatch(one, pattern) and not one.startswith("consolidated")]
         index = folder / name

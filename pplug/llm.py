@@ -24,7 +24,8 @@ from pplug.identity import (
 )
 from pplug.settings import Settings, added
 from pplug.splice import PromptBuilder, PromptLayout
-from pplug.tensors import read_rows, shape_of, tensor_files
+from pplug.tensors import read_rows, refuse_missing, shape_of, tensor_files
+from pplug.trainable import DEQUANTISED, auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -158,9 +159,12 @@ class FrozenLLM:
         Args:
             mesh: this worker's place among those of a training, where `config.parallel` spreads the LLM over them.
             device: by default a GPU where there is one.
+
+        Raises:
+            ValueError: transformers has no class for it, or its files are those of another model (`refuse_missing`).
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoConfig
 
         from pplug.kernels import leave_out_cudnn_attention
         from pplug.norms import use_fast_rmsnorm
@@ -170,18 +174,26 @@ class FrozenLLM:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        config_of_model = AutoConfig.from_pretrained(folder)
+        config_of_model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         encoder_decoder = bool(config_of_model.is_encoder_decoder)
-        kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        # transformers' default attention ignores a cap on the scores, which vLLM applies
-        how = {"attn_implementation": "eager"} if caps_scores(config_of_model.to_dict()) else {}
+        kind = auto_class(config_of_model)
+        how: dict[str, Any] = {"trust_remote_code": False}
+        if caps_scores(config_of_model.to_dict()):  # which transformers' default attention ignores, and vLLM applies
+            how["attn_implementation"] = "eager"
+        quantised = getattr(config_of_model, "quantization_config", None) or {}
+        if quantised.get("quant_method") in DEQUANTISED:
+            how["config"] = config_of_model
+            quantised["dequantize"] = True
         if mesh is not None and mesh.parts is not None:
             from pplug.parallel import spread
 
             with spread(mesh, kind, config_of_model) as parts:
                 model = kind.from_pretrained(folder, dtype=dtype, **how, **parts).eval().requires_grad_(False)
         else:
-            model = kind.from_pretrained(folder, dtype=dtype, **how).eval().requires_grad_(False).to(device)
+            model, found = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
+            if not quantised:  # whose layers have tensors that a file may leave out
+                refuse_missing(folder, model, found["missing_keys"])
+            model = model.eval().requires_grad_(False).to(device)
         sharded = mesh is not None and mesh.shards > 1
         if not sharded:  # whose layers keep hold of their own norms
             use_fast_rmsnorm(model)
@@ -234,12 +246,21 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = read_tokenizer(folder)
     except (OSError, ValueError) as error:  # the message of transformers names neither the folder nor a file
+        if (code := _tokenizer_code(folder)) is not None:
+            raise ValueError(f"{folder}: its tokenizer {code} is code of its own, which is not run") from error
         raise ValueError(f"{folder}: no tokenizer that can be loaded ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token, so no reply could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_code(folder: Path) -> Any:
+    """The class that a folder's own code has for its tokenizer; None where there is none."""
+    said = folder / "tokenizer_config.json"
+    auto_map = json.loads(said.read_text(encoding="utf-8")).get("auto_map") if said.is_file() else None
+    return auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -261,7 +282,8 @@ def read_tokenizer(folder: Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(folder, **own)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **own, **({"mistral_format": False} if own else {}))
+    how = {"mistral_format": False} if own else {}
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own, **how)
 
 
 def misleads(folder: Path) -> bool:
@@ -313,12 +335,11 @@ def embedding_count(folder: Path) -> int:
 def _embedding(folder: Path) -> tuple[Path, str, float]:
     """File and name of the token embeddings, and the factor of the layer that holds them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     embedding = model.get_input_embeddings()
     wanted = embedding.weight
     names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is wanted]

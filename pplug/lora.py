@@ -76,7 +76,8 @@ class StackedTrainer:
     """Trains adapters on one frozen causal base, which it takes over: hooks and attention stay in place."""
 
     def __init__(self, model: Any, config: LoraConfig, stack: StackConfig | None = None) -> None:
-        """Raises ValueError: the base lacks a target module, computes attention in a way of its own, or mixes users."""
+        """Raises ValueError: the base lacks a target module, computes attention in a way of its own, mixes users, or
+        lets no gradient pass."""
         leave_out_cudnn_attention()
         self.model, self.config, self.stack = model.requires_grad_(False).eval(), config, stack or StackConfig()
         self.modules = target_modules(model, config.shape.targets)
@@ -103,6 +104,7 @@ class StackedTrainer:
         refuse_unlike(model, alone, self._each_loss(probes[:2]), self._each_loss([probes[2], probes[1]])[1])
         whole = [prompt + target for prompt, target in probes]
         self._use_shortcuts([(row[: ALIGN // 2], row[ALIGN // 2 :]) for row in whole])
+        self._refuse_no_gradient(probes[0])
         self.token_bytes, self.pair_bytes = self._probe()
         given = self.stack.memory_gib
         if given is None:
@@ -112,6 +114,18 @@ class StackedTrainer:
             least = torch.tensor(self.memory_bytes, dtype=torch.float64, device=self.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             self.memory_bytes = float(least)
+
+    @torch.enable_grad()
+    def _refuse_no_gradient(self, example: Example) -> None:
+        """Raises ValueError: nothing goes back from the loss to an adapter, as quantised layers keep it back."""
+        user = self.enter(UserExamples("", [example]))
+        [loss] = self.losses(Pass([user], self.device))
+        if not loss.requires_grad or not bool(torch.autograd.grad(loss, user.theta)[0].any()):
+            raise ValueError(
+                f"no gradient passes through {type(self.model).__name__} to an adapter, as its layers are quantised or "
+                "computed without one; train on the original, and have this copy serve what was trained there "
+                "(llm.serves)"
+            )
 
     def _use_shortcuts(self, examples: Sequence[Example]) -> None:
         """Changes how the base computes wherever its losses stay the same."""

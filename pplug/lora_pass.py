@@ -7,7 +7,6 @@ Shapes: M tokens of all users, T of one, R its rows, L its longest row, H heads,
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,26 +53,38 @@ class _Rows:
         self.read = torch.from_numpy(read).to(device)
         """1 where a place of the padded rows is a token that attention is read at: each token once."""
         self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._unseen: dict[int, Tensor] = {}
 
-    @cached_property
-    def causal(self) -> Tensor:
-        """-1e30 where a place comes later than the one that reads, (longest, longest); a GPU needs none."""
-        later = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.into.device).triu(1)
-        return torch.zeros(later.shape, device=later.device).masked_fill_(later, -1e30)
+    def causal(self, window: int | None = None) -> Tensor:
+        """-1e30 where a place comes later than the one that reads, or `window` places before it or more,
+        (longest, longest); a GPU needs it for a window alone."""
+        window = self.longest if window is None else min(window, self.longest)
+        if window not in self._unseen:
+            each = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.into.device)
+            unseen = each.triu(1) | each.tril(-window)
+            self._unseen[window] = torch.zeros(each.shape, device=each.device).masked_fill_(unseen, -1e30)
+        return self._unseen[window]
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Causal attention within each row at these rows' own tokens, (., H, d)."""
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, window: int | None = None) -> Tensor:
+        """Causal attention within each row at these rows' own tokens, (., H, d).
+
+        Args:
+            window: number of places that one sees, its own among them; None: all before it.
+        """
         q, k, v = (
             x.index_select(0, self.into).unflatten(0, (self.count, self.longest)).transpose(1, 2)
             for x in (q_THd, k_TKd, v_TKd)
         )
         if q.is_cuda:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            seen = self.causal(window) == 0 if window and window < self.longest else None
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
+            )
         else:  # on a CPU the fused backward is several times slower than plain products for short rows
             share = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
             scores = torch.baddbmm(
-                self.causal.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
+                self.causal(window).to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
             )
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
             out = (weights @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
@@ -142,9 +153,9 @@ class _Block:
             for first, last in _like(lengths)
         ]
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, window: int | None) -> Tensor:
         """Causal attention within each row, (T, H, d)."""
-        return torch.cat([rows.attend(q_THd, k_TKd, v_TKd, scale) for rows in self.groups])
+        return torch.cat([rows.attend(q_THd, k_TKd, v_TKd, scale, window) for rows in self.groups])
 
 
 def _like(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -194,15 +205,16 @@ def _attention(
     """
     if stack is None:
         raise ValueError("stacked training needs a base that hands its keyword arguments on to its attention")
-    if softcap is not None or (sliding_window and sliding_window < max(block.longest for block in stack.blocks)):
-        raise ValueError("stacked training knows plain causal attention: this base caps its scores or has a window")
+    if softcap is not None:
+        raise ValueError("stacked training knows plain causal attention: this base caps its scores")
     asked = [name for name, value in more.items() if name not in _NOTHING_TO_DO and value is not None]
     if asked or is_causal is False:
         what = ", ".join(sorted(asked)) or "is_causal=False"
         raise ValueError(f"stacked training knows plain causal attention: this base asks for {what} too")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     split = zip(*(x[0].transpose(0, 1).split(stack.sizes) for x in (query, key, value)), strict=True)
-    out = [block.attend(q, k, v, scale) for block, (q, k, v) in zip(stack.blocks, split, strict=True)]
+    each = zip(stack.blocks, split, strict=True)
+    out = [block.attend(q, k, v, scale, sliding_window or None) for block, (q, k, v) in each]
     return torch.cat(out)[None], None
 
 
@@ -225,7 +237,7 @@ class _Attend(torch.autograd.Function):
             for rows in block.groups:
                 q_p = rows.padded(q_turned, heads, 1, d)
                 k_p, v_p = (rows.padded(x, heads, share, d) for x in (k_turned, v_T))
-                scores = torch.bmm(q_p, k_p.transpose(1, 2)).add_(rows.causal)
+                scores = torch.bmm(q_p, k_p.transpose(1, 2)).add_(rows.causal())
                 weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
                 found, (_, out_of) = torch.bmm(weights, v_p).view(-1, d), rows.places(heads, 1)
                 torch.index_select(found, 0, out_of, out=out_T[rows.own].view(-1, d))
@@ -307,7 +319,8 @@ def _normed(norm: nn.Module | None, x: Tensor, cos_Md: Tensor) -> Tensor:
 
 def _quick_forward(module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, position_embeddings: Any = None, stack: Pass | None = None, **given: Any) -> Any:
-        window = given.get("sliding_window") or getattr(module, "sliding_window", None)
+        # one that is not each layer's own is the config's (Mistral)
+        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
         if stack is None or (window and window < max(block.longest for block in stack.blocks)):
             return own(hidden_states=hidden_states, position_embeddings=position_embeddings, stack=stack, **given)
         cos, sin = (x[0].contiguous() for x in position_embeddings)

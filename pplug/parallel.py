@@ -76,7 +76,7 @@ def spread(mesh: Mesh, kind: Any, config: Any) -> Iterator[dict[str, Any]]:
         yield {}
         return
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = kind.from_config(config, trust_remote_code=False)
     if (mesh.copies > 1 and not model.tp_plan) or (mesh.shards > 1 and not layers_of(model)):
         raise ValueError(
             f"{type(model).__name__}: transformers has no plan that spreads this model; leave llm.parallel out"

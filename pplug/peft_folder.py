@@ -39,7 +39,8 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[Tensor, Tensor]]]":
     """The LoRA in a PEFT folder, plain or rsLoRA.
 
-    Modules of a target that the adapter leaves alone get zeros, so that it changes what it changed and no more.
+    Modules of a target that the adapter leaves alone get zeros, so that it changes what it changed and no more. Those
+    beside the decoder that it has and leaves alone, as PEFT makes them of what reads pictures, are left out.
 
     Args:
         base: folder of the model that it is to stand on.
@@ -64,8 +65,8 @@ def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[
     except SafetensorError as error:
         raise ValueError(f"{folder}: {WEIGHTS_FILE} is not a whole safetensors file ({error})") from error
     pairs = _pairs(folder, tensors)
-    targets = tuple(sorted({name.rpartition(".")[2] for name in pairs}))
-    shapes = base_shapes(base, targets)
+    targets, shapes = _targets(pairs, base)
+    pairs = {name: pair for name, pair in pairs.items() if name in shapes or bool(pair[1].any())}
     unmatched = sorted(pairs.keys() - shapes.keys())
     if unmatched:
         raise ValueError(
@@ -89,6 +90,20 @@ def read_lora(folder: Path, base: Path) -> "tuple[AdapterShape, dict[str, tuple[
             pairs[name] = torch.zeros(rank, width_in, dtype=kind), torch.zeros(width_out, rank, dtype=kind)
     alpha = float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     return AdapterShape(targets=targets, rank=rank, alpha=alpha), {name: pairs[name] for name in shapes}
+
+
+def _targets(
+    pairs: "Mapping[str, tuple[Tensor, Tensor]]", base: Path
+) -> tuple[tuple[str, ...], dict[str, tuple[int, int]]]:
+    """Last names of an adapter's modules, and the shapes of the base's modules of these names."""
+    targets = tuple(sorted({name.rpartition(".")[2] for name in pairs}))
+    try:
+        return targets, base_shapes(base, targets)
+    except ValueError:  # a name may be one of what reads pictures alone, which the adapter leaves alone
+        targets = tuple(sorted({name.rpartition(".")[2] for name, (_, b) in pairs.items() if bool(b.any())}))
+        if not targets:
+            raise
+        return targets, base_shapes(base, targets)
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """Single tensors of a model folder, read from its files without the model: safetensors, else pickles."""
 
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pplug.identity import INDICES, weight_files
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -30,10 +31,11 @@ def _names(path: Path) -> list[str]:
 
 
 def _pickled(path: Path) -> "dict[str, Tensor]":
-    """Tensors of a pickle, mapped and not read; code in it is refused."""
+    """Tensors of a pickle, mapped and not read, unless it has torch's form of before 1.6; code in it is refused."""
     import torch
 
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    mapped = zipfile.is_zipfile(path)
+    found: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     return found
 
 
@@ -73,3 +75,23 @@ def read_rows(path: Path, name: str, rows: Sequence[int]) -> "Tensor":
                 raise IndexError(f"{name} of {path.name} has {matrix.get_shape()[0]} rows, none of number {max(rows)}")
             return torch.cat([matrix[row : row + 1] for row in rows]).float()
     return _pickled(path)[name][list(rows)].float()
+
+
+def refuse_missing(folder: Path, model: "nn.Module", missing: Iterable[str]) -> None:
+    """Refuses a model of whose weights some are of chance, since its files do not have them.
+
+    Args:
+        missing: names that transformers did not find, without those of weights that are tied to another. A pooler's
+            do not count: nothing here is computed with it.
+
+    Raises:
+        ValueError: a parameter is missing; the message names one.
+    """
+    own = {name for name, _ in model.named_parameters() if "pooler" not in name.split(".")}
+    lacking = sorted(own.intersection(missing))
+    if lacking:
+        raise ValueError(
+            f"{folder}: {len(lacking)} of the weights that transformers' {type(model).__name__} computes with are not "
+            f"in its files, such as {lacking[0]}: these are of another model, maybe one whose code is its own, which "
+            "is not run; take a model that transformers has"
+        )

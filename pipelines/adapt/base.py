@@ -289,7 +289,7 @@ def _merge_weights(folder: Path, adapter: Path, draft: Path) -> None:
     if can_merge(folder, adapter):
         merge_files(folder, adapter, draft)
         return
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     for name, parameter in merged.named_parameters():
         refuse_not_finite(name.removesuffix(".weight"), parameter)

@@ -39,6 +39,7 @@ from pplug.identity import model_folder
 from pplug.llm import llm_id
 from pplug.stand_in import SAMPLE
 from pplug.tasks import TaskSpec
+from pplug.trainable import refuse_untrainable
 
 
 @failures.plain_refusals
@@ -68,6 +69,7 @@ def run(config: Config) -> int:
     try:
         base = llm_id(config.llm)
         folder = model_folder(config.llm.model, config.llm.revision, weights=False)
+        refuse_untrainable(folder, to_merge=config.stage == "base")
         base_shapes(folder, config.trained.shape.targets, to_merge=config.stage == "base")
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"llm: {error}") from error

@@ -142,7 +142,7 @@ class FitAdapters:
                 base = FrozenLLM.load(llm, device=device.assigned()).model
                 refuse_another(llm, llm_id)
                 self.trainer = StackedTrainer(base, lora, stack)
-        except ValueError as error:  # Ray would start an actor again that fails here, and keep the reason to itself
+        except (ValueError, ImportError) as error:  # Ray would start the actor again, and keep the reason to itself
             self.refused = f"llm {llm.model}: {error}"
         self.dtype = getattr(torch, lora.storage_dtype)
 

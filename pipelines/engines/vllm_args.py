@@ -78,7 +78,20 @@ def engine_args(
         "enable_prefix_caching": config.enable_prefix_caching,
         "disable_log_stats": True,
         "generation_config": "vllm",  # takes the end tokens of the folder's file, and nothing else
+        **_transformers_form(Path(folder), config),
     } | config.args
+
+
+def _transformers_form(folder: Path, config: EngineConfig) -> dict[str, str]:
+    """Has vLLM read config, tokenizer and weights as transformers does, from the files that the LLM's identity covers.
+
+    A whole Mistral folder holds them in the publisher's own form too (`consolidated*.safetensors`, params.json), which
+    vLLM would take by itself.
+    """
+    if not any(folder.glob("consolidated*.safetensors")):
+        return {}
+    weights = {"load_format": "hf"} if config.load_format == "auto" else {}
+    return {"config_format": "hf", "tokenizer_mode": "hf"} | weights
 
 
 def tokenizer_args(folder: Path, tokenizer: Any, place: Path) -> dict[str, Any]:

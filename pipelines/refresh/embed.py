@@ -173,13 +173,13 @@ class EmbedTexts:
         """`item_rule`: the template of the texts.
 
         Raises:
-            InputError: the encoder on this machine is not `encoder_id`.
+            InputError: the encoder on this machine cannot be loaded, or is not `encoder_id`.
         """
         import torch
 
         torch.set_num_threads(cpu.torch_threads())
-        self.encoder = TextEncoder(config, device.assigned())
         try:
+            self.encoder = TextEncoder(config, device.assigned())
             refuse_another_encoder(config, item_rule, encoder_id)
         except ValueError as error:
             raise InputError(f"encoder: {error}") from error

@@ -40,7 +40,7 @@ from pplug.encoder_head import query_encoder
 from pplug.fit import Fitter, Samples, drawn, encode_queries
 from pplug.fit_config import held_out
 from pplug.history import NO_TIME
-from pplug.identity import short_id
+from pplug.identity import model_folder, short_id
 from pplug.items import AnswerTokens, LabelSet
 from pplug.llm import FrozenLLM, llm_id, refuse_another
 from pplug.parallel import Mesh
@@ -50,6 +50,7 @@ from pplug.plug_parts import label_tokens, label_vectors, token_vectors
 from pplug.stand_in import SAMPLE_FILE, llm_sample
 from pplug.start import Start
 from pplug.tasks import TaskSpec
+from pplug.trainable import refuse_untrainable
 
 
 @failures.plain_refusals
@@ -131,6 +132,7 @@ def _models(config: Config, task: TaskSpec) -> tuple[str, str]:
     try:
         if config.encoder.own is None:
             query_limit(read_folder(config.encoder), config.encoder, config.shape.query_max_tokens)
+        refuse_untrainable(model_folder(config.llm.model, config.llm.revision, weights=False))
         return encoder_id(config.encoder, task.item_template(config.encoder.with_label)), llm_id(config.llm)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"encoder or llm: {error}") from error

@@ -87,7 +87,7 @@ def reason(text: str) -> str:
 REASONS = (
     ("mixes users in a stack", "refused: its layers beside attention run over all users' tokens"),
     ("asks for s_aux", "refused: its attention has sinks, which stacked training does not compute"),
-    ("caps its scores or has a window", "refused: its attention caps its scores"),
+    ("caps its scores", "refused: its attention caps its scores"),
     ("in a way of its own", "refused: it computes attention in a way of its own"),
     ("hands its keyword arguments on", "refused: it hands no arguments on to its attention"),
     ("one that is not linear", "refused: its projections are no linear modules (Conv1D)"),

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from vllm.config import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from infra.errors import InputError
 from infra.shards import user_key
@@ -28,6 +30,7 @@ from pipelines.engines.vllm import VLLMEngine
 from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
 from pipelines.generate import job as generate
 from pplug.adapter import base_shapes, to_bytes, write_folder
+from pplug.identity import weight_files
 from pplug.llm import LLMConfig, llm_id, load_tokenizer
 from pplug.splice import PromptBuilder, PromptLayout
 from tests.pipelines import small
@@ -50,6 +53,29 @@ def test_an_engine_is_made_ready_for_the_longest_prompt_of_its_job(tmp_path):
     made = engine_args(str(folder), given, 1, embeddings=False, longest=longest)
     assert (made["max_model_len"], made["seed"], made["max_num_seqs"], made["quantization"]) == (99, 3, 2, "fp8")
     assert not made["enable_prompt_embeds"]
+
+
+def test_of_a_whole_mistral_folder_the_engine_reads_what_the_identity_covers(tmp_path):
+    folder = tiny_llama(tmp_path)
+    plain = engine_args(str(folder), EngineConfig(), 1)
+    assert plain["load_format"] == "auto" and not {"config_format", "tokenizer_mode"} & plain.keys()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "params.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes(b"")
+
+    def read_by_vllm(load_format):
+        loader = DefaultModelLoader(LoadConfig(load_format=load_format))
+        return [Path(file).name for file in loader._prepare_weights(str(folder), None, None, True, None)[1]]
+
+    made = engine_args(str(folder), EngineConfig(), 1)
+    assert (made["config_format"], made["tokenizer_mode"]) == ("hf", "hf")
+    assert read_by_vllm("auto") == ["consolidated.safetensors"], "it takes transformers' files by itself now"
+    assert read_by_vllm(made["load_format"]) == [file.name for file in weight_files(folder)]
+    given = EngineConfig(load_format="dummy", args={"tokenizer_mode": "mistral"})
+    made = engine_args(str(folder), given, 1)
+    assert (made["load_format"], made["tokenizer_mode"]) == ("dummy", "mistral")
 
 
 def test_an_engine_that_ends_takes_its_adapters_out_of_memory(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def place(tmp_path, monkeypatch) -> str:
     monkeypatch.setattr(generate, "resolved", lambda *given: DECODING)
     monkeypatch.setattr(generate, "profiles_made_as", lambda *given: "p")
     monkeypatch.setattr(judge, "_decoding", lambda *given: DECODING)
-    for name in ("model_folder", "base_shapes"):
+    for name in ("model_folder", "base_shapes", "refuse_untrainable"):
         monkeypatch.setattr(adapt, name, lambda *given, **more: None)
     monkeypatch.setattr(session, "check", lambda given: None)
 

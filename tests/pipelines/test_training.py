@@ -14,25 +14,28 @@ from safetensors.torch import load, load_file, save_file
 from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
-from pipelines import training
+from pipelines import tables, training
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import _answers_loss, _with_lora, merge
+from pipelines.adapt.users import EXAMPLES, FitAdapters
 from pipelines.refresh import job as refresh
+from pipelines.run import CpuShare
 from pipelines.train import job as train
 from pipelines.train.answers import known_answers
 from pipelines.train.config import PlugShape
 from pipelines.training import Checkpoints
 from pipelines.training import train as run_worker
 from pplug import objective
-from pplug.adapter import LoraConfig
+from pplug.adapter import LoraConfig, StackConfig
 from pplug.fit_config import FitConfig
 from pplug.llm import FrozenLLM, LLMConfig, ParallelConfig
 from pplug.loop import Loop, Order
 from pplug.parallel import Mesh
-from pplug.tasks import TaskSpec
+from pplug.tasks import TaskSpec, get
 from tests.pipelines import small
 from tests.pipelines.test_stages import begun_base
 from tests.pplug.models import tiny_bert, tiny_llama
+from tests.pplug.quantised import compressed, said
 
 FIT = FitConfig(epochs=2, batch_size=8, precision="float32", learning_rate=1e-4, val_fraction=0.2)
 
@@ -230,6 +233,26 @@ def test_workers_that_would_share_a_gpu_are_refused_at_the_start(tmp_path):
     for job, more in ((train, {}), (adapt, {"stage": "base"}), (adapt, {"stage": "users"})):
         with pytest.raises(InputError, match="gpus_per_worker=0.5: 2 workers of a training cannot share a GPU"):
             job.run(job.Config(**given, **more, workers=2))
+
+
+@pytest.mark.parametrize("stage", ["users", "base", None])
+def test_an_llm_that_nothing_can_be_learned_through_is_refused_before_anything_starts(tmp_path, stage):
+    table = tables.open_or_create(str(tmp_path / "tables"), "histories", 1)
+    entry = {"task_entry": get("LaMP_2").to_json()}
+    table.commit([], run_id="ingest", group=0, mode="append", planned_on=0, metadata=entry, complete=True)
+    given = {"tables": str(tmp_path / "tables"), "run_dir": str(tmp_path / "run")}
+    given["llm"] = {"model": str(compressed(tmp_path / "llm", activations=True))}
+    encoder = {"model": str(tiny_bert(tmp_path / "encoder")), "max_tokens": 64}
+    job, more = (adapt, {"stage": stage}) if stage else (train, {"encoder": encoder})
+    with pytest.raises(InputError, match=r"llm.* is quantised \(compressed-tensors\), .*; train on the original"):
+        job.run(job.Config(**given, **more))
+
+
+def test_a_base_whose_library_is_missing_ends_the_run_and_starts_no_actor_again(tmp_path):
+    folder = said(tiny_llama(tmp_path), {"quant_method": "gptq", "bits": 4})
+    stage = FitAdapters(LLMConfig(model=str(folder)), LoraConfig(), StackConfig(), "llm", "fit", CpuShare(1, 1))
+    with pytest.raises(InputError, match=f"llm {folder}: .*GPTQ.* requires"):
+        list(stage(EXAMPLES.empty_table()))
 
 
 class EndAt:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load, save
-from transformers import LlamaForCausalLM
+from transformers import Gemma3Config, LlamaForCausalLM
 
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
@@ -135,6 +135,28 @@ def test_an_adapter_of_another_base_is_refused_even_when_it_would_fit(weights, s
 def test_targets_that_the_base_lacks_are_named(folder):
     with pytest.raises(ValueError, match="'c_attn': the base has no module of this name.* q_proj"):
         base_shapes(folder, ("q_proj", "c_attn"))
+
+
+def test_what_a_base_reads_pictures_with_gets_no_adapter(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    text = sizes | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}
+    vision = sizes | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+    Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4).save_pretrained(tmp_path)
+    shapes = base_shapes(tmp_path, ("q_proj", "v_proj"))
+    place = "model.language_model.layers.{}.self_attn.{}_proj"
+    want = {place.format(i, part): (32, out) for i in (0, 1) for part, out in (("q", 32), ("v", 16))}
+    assert shapes == want
+    with pytest.raises(ValueError, match="'out_proj': the base has no module of this name"):  # but in the tower
+        base_shapes(tmp_path, ("out_proj",))
+    weights = {name: (torch.ones(4, width), torch.ones(out, 4)) for name, (width, out) in shapes.items()}
+    tower = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    for b, message in ((torch.zeros(32, 4), None), (torch.ones(32, 4), "2 tensors that the base or")):
+        data = to_bytes(weights | {tower: (torch.ones(4, 32), b)}, "base-1")  # as adapters of before
+        if message is None:
+            assert from_bytes(data, SHAPE, shapes, "base-1").keys() == shapes.keys()
+        else:
+            with pytest.raises(ValueError, match=message):
+                from_bytes(data, SHAPE, shapes, "base-1")
 
 
 def test_an_output_layer_with_the_weight_of_the_embeddings_is_refused(tmp_path):

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
+from infra.errors import InputError
 from pipelines.generate.personas import PersonaMaker
+from pipelines.refresh.embed import EmbedTexts
+from pipelines.run import CpuShare
 from pipelines.train.config import Config as TrainConfig
 from pipelines.train.config import PlugShape
 from pipelines.train.job import make_models
@@ -183,6 +187,42 @@ def test_code_of_the_models_own_is_refused_by_name(tmp_path):
         encoder_id(changed(other, "config.json", **own), "{text}")
     native = changed(other, "config.json", **own | {"model_type": "bert"})
     assert encoder_id(native, "{text}")  # transformers has the class itself
+
+
+def test_weights_of_a_model_with_code_of_its_own_under_a_known_type_are_refused(tmp_path):
+    """As in jina-embeddings-v2: a `bert` without positions, whose layers have other names."""
+    folder = tiny_bert(tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    positions = weights.pop("embeddings.position_embeddings.weight")
+    pooler = [weights.pop(f"pooler.dense.{part}") for part in ("weight", "bias")]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = EncoderConfig(model=str(folder), max_tokens=64)
+    said = "1 of the weights that transformers' BertModel .* such as embeddings.position_embeddings.weight: .*code is"
+    for refused in (lambda: TextEncoder(config), lambda: query_encoder(config, "", None)):
+        with pytest.raises(ValueError, match=said):
+            refused()
+    with pytest.raises(InputError, match=f"encoder: .*{said}"):
+        EmbedTexts(config, "{text}", "id", CpuShare(1, 1))
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]))  # fmt: skip
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"model_args": {"trust_remote_code": True}}))
+    with pytest.raises(ValueError, match=said):
+        TextEncoder(config)
+    save_file(weights | {"embeddings.position_embeddings.weight": positions}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    assert pooler and TextEncoder(config).encode(["the cat"]).shape == (1, 16)  # nothing is computed with a pooler
+
+
+def test_a_decoder_that_is_said_to_read_both_ways_does(tmp_path):
+    """As gte-Qwen2 is: transformers' own class follows `is_causal`."""
+    folder = KINDS["Qwen3, padded on the right"].save(tmp_path)
+    for causal in (True, False):
+        changed(folder, "config.json", is_causal=causal)
+        encoder = TextEncoder(config_of(folder).model_copy(update={"pooling": "cls"}))
+        one, two, _ = encoder.encode(["the cat sat", "the cat ran", "the"])
+        assert np.allclose(one, two, atol=1e-6) == causal
 
 
 @pytest.mark.parametrize(

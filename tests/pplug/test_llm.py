@@ -1,5 +1,6 @@
 """Reading of an LLM's folder: embeddings, norms, tokenizer, by whatever names the files have."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
 
+from pplug.identity import weight_digests
 from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer, misleads
 from pplug.plain_text import control_tokens
 from tests.pplug.families import make
@@ -147,6 +149,19 @@ def test_embeddings_are_read_from_pickles_where_there_is_nothing_else(tmp_path):
     assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
 
 
+def test_pickles_of_old_and_what_a_training_leaves_beside_them_are_told_apart(tmp_path):
+    model = make("Llama")
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+    before = weight_digests(tmp_path, str(tmp_path))
+    assert before == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin"):
+        torch.save({"args": Path("no tensor")}, tmp_path / name)
+    assert weight_digests(tmp_path, str(tmp_path)) == before
+    assert torch.equal(embedding_rows(tmp_path, [3, 60]), model.get_input_embeddings().weight[[3, 60]])
+
+
 def test_embeddings_that_cannot_be_told_apart_are_refused(tmp_path):
     model = make("Llama")
     model.save_pretrained(tmp_path)
@@ -157,3 +172,14 @@ def test_embeddings_that_cannot_be_told_apart_are_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no tensor model.embed_tokens.weight in its weights"):
         embedding_rows(tmp_path, [3])
+
+
+def test_an_llm_that_lacks_weights_is_refused_and_one_whose_head_is_tied_is_not(tmp_path):
+    folder = tiny_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights and FrozenLLM.load(LLMConfig(model=str(folder)))
+    lacking = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
+    save_file({name: w for name, w in weights.items() if name not in lacking}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=f"2 of the weights that transformers' LlamaForCausalLM .* {lacking[0]}: "):
+        FrozenLLM.load(LLMConfig(model=str(folder)))

@@ -106,6 +106,23 @@ def test_what_is_no_lora_of_this_base_is_refused(base, tmp_path):
         read_lora(tmp_path / "a", base)
 
 
+def test_modules_beside_the_decoder_that_were_left_alone_are_left_out(base, tmp_path):
+    """PEFT gives those of a vision tower an adapter too, wherever their names end alike."""
+    saved(base, tmp_path)
+    shape, want = read_lora(tmp_path, base)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    for name in ("q_proj", "out_proj"):
+        module = f"base_model.model.model.vision_tower.layers.0.{name}"
+        tensors |= {f"{module}.lora_A.weight": torch.ones(4, 8), f"{module}.lora_B.weight": torch.zeros(8, 4)}
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    again, found = read_lora(tmp_path, base)
+    assert again == shape and found.keys() == want.keys()
+    assert all(torch.equal(a, b) for name in want for a, b in zip(found[name], want[name], strict=True))
+    save_file(tensors | {f"{module}.lora_B.weight": torch.ones(8, 4)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="'out_proj': the base has no module of this name"):
+        read_lora(tmp_path, base)
+
+
 def test_an_adapter_in_the_place_of_a_model_says_so_in_one_line(base, tmp_path):
     saved(base, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is a PEFT adapter on .*, not a model; .* `import-adapter`") as found:

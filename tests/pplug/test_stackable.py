@@ -1,10 +1,12 @@
 """Which bases are trained in a stack: those with plain attention, whatever the family, and no others."""
 
+import numpy as np
 import pytest
 import torch
 
 from pplug.adapter import AdapterShape, LoraConfig
-from pplug.lora import StackedTrainer, UserExamples
+from pplug.lora import Pass, StackedTrainer, UserExamples
+from pplug.lora_user import ALIGN
 from pplug.norms import use_fast_rmsnorm
 from tests.pplug.families import MIXING, PLAIN, make, targets
 from tests.pplug.test_lora import one_by_one, people, stacked
@@ -42,13 +44,29 @@ def test_a_family_whose_layers_run_along_the_row_is_refused(family, dtype):
     ("family", "more", "message"),
     [
         ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}, "this base asks for s_aux too"),
-        ("Gemma2", {}, "caps its scores or has a window"),
+        ("Gemma2", {}, "caps its scores"),
         ("StableLm", {}, "needs a base that hands its keyword arguments on"),
     ],
 )
 def test_attention_that_is_more_than_plain_is_refused(family, more, message):
     with pytest.raises(ValueError, match=message):
         trainer(make(family, **more))
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3"])
+@torch.no_grad()
+def test_texts_longer_than_the_window_of_a_base_are_read_as_the_base_reads_them(family):
+    """Mistral's window is its config's, Gemma 3's each layer's own. It is wider than the texts by which a stack tries
+    whether a shortcut computes the same."""
+    window, words = ALIGN + 4, np.random.default_rng(0).integers(3, 60, (3, 50))
+    own, without = make(family, sliding_window=window), make(family, sliding_window=64)
+    want, wide = (model(input_ids=torch.from_numpy(words)).logits.log_softmax(-1) for model in (own, without))
+    stack = trainer(own)
+    users = [stack.enter(UserExamples(f"{i}", [(row[:30], row[30:])])) for i, row in enumerate(words.tolist())]
+    labels = torch.from_numpy(words)[:, 30:, None]
+    losses = [-logits[:, 29:-1].gather(-1, labels).sum((1, 2)) for logits in (want, wide)]
+    torch.testing.assert_close(torch.stack(stack.losses(Pass(users, stack.device))), losses[0], rtol=1e-4, atol=0)
+    assert ((losses[1] - losses[0]).abs() > 1e-3 * losses[0]).all()
 
 
 def test_a_base_that_would_train_as_another_model_is_refused_without_being_told(monkeypatch):

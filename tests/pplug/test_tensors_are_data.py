@@ -1,5 +1,6 @@
 """Model folders are data: code in weights or in a chat template does not run."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -59,3 +60,19 @@ def test_code_beside_a_model_does_not_run(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["AutoTokenizer", "AutoConfig"])
+def test_code_beside_a_model_does_not_run_when_someone_would_answer_yes(tmp_path, kind):
+    """transformers asks on the terminal whether to run it, where its own classes do not know the folder."""
+    folder, mark = tiny_llama(tmp_path / "llm"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    file = folder / ("tokenizer_config.json" if kind == "AutoTokenizer" else "config.json")
+    names = {"AutoTokenizer": ["own.Own", None]} if kind == "AutoTokenizer" else {kind: "own.Own"}
+    named = {"tokenizer_class": "Own"} if kind == "AutoTokenizer" else {"model_type": "own"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named | {"auto_map": names}))
+    code = f"from pplug.llm import FrozenLLM, LLMConfig; FrozenLLM.load(LLMConfig(model={str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], input="y\n", capture_output=True, text=True, timeout=300)
+    assert not mark.exists() and done.returncode == 1
+    if kind == "AutoTokenizer":
+        assert f"{folder}: its tokenizer ['own.Own', None] is code of its own, which is not run" in done.stderr

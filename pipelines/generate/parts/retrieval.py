@@ -79,8 +79,8 @@ class Retrieval(Part):
 
             torch.set_num_threads(worker.cpu.torch_threads())
             own = self.config.encoder
-            self.encoder = TextEncoder(own, device.assigned())
             try:
+                self.encoder = TextEncoder(own, device.assigned())
                 refuse_another_encoder(own, self.task.item_template(own.with_label), self.encoder_id)
             except ValueError as error:
                 raise InputError(f"retrieval.encoder: {error}") from error
