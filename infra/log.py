@@ -24,7 +24,8 @@ ERASING = "erasing"
 RESTORED = "restored"
 """Metadata key: the version whose files the table holds again from this commit on."""
 RUNS = "runs"
-"""Metadata key, beside `ERASED`: what the deleted part of the log said of each run (`runs`), as JSON."""
+"""Metadata key: what the log says of each run up to the rows that an erase leaves (`runs`), as JSON. What the earlier
+commits say counts no more: some are taken back with it, and all are deleted."""
 _NOT_ROWS = ("metaData", "protocol")
 _REWRITTEN_BY = "rewritten_by"
 _OWN_KEYS = frozenset({"run_id", "group", "complete", _REWRITTEN_BY, ERASED, ERASING, RESTORED, OWN_ROWS, RUNS})
@@ -165,7 +166,7 @@ def newest_of(storage: Storage, version: int, runs: Iterable[str], with_rows: bo
 
     A run of which the log knows nothing is left out. Commits that a restore has taken back do not count, and neither do
     those that put rows into other files, nor, `with_rows`, those that add no file, such as an end by itself. Of commits
-    that an erase has deleted it yields run_id, version and complete.
+    before an erase (`RUNS`) it yields run_id, version and complete.
     """
     left, until = set(runs), version
     for info in back_from(storage, version):
@@ -180,10 +181,11 @@ def newest_of(storage: Storage, version: int, runs: Iterable[str], with_rows: bo
                 continue
             left.remove(info["run_id"])
             yield info
-        kind = "rows" if with_rows else "newest"
-        before = {run: one[kind] for run, one in told(info).items() if run in left and one[kind]}
-        left -= before.keys()
-        yield from sorted(before.values(), key=lambda at: -at["version"])
+        if RUNS in info:
+            kind = "rows" if with_rows else "newest"
+            before = [one[kind] for run, one in told(info).items() if run in left and one[kind]]
+            yield from sorted(before, key=lambda at: -at["version"])
+            break
 
 
 def told(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -193,24 +195,31 @@ def told(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def runs(storage: Storage, version: int) -> dict[str, dict[str, Any]]:
-    """Collects what the log up to a version says of each run, so that it can be deleted.
+    """Collects what the log up to a version says of each run, so that it can be deleted; it reads each commit once.
 
     Returns:
         Run -> "said": metadata of its commits, by key the newest value that is not empty; "newest" and "rows": run_id,
         version and complete of its newest commit and of its newest one with files, as in `newest_of`, or None.
     """
-    said: dict[str, dict[str, str]] = {}
-    for info in back_from(storage, version):
+    found: dict[str, dict[str, Any]] = {}
+    until = version
+    while version >= 0 and (actions := entries(storage, version)) is not None:
+        info = commit_info(actions)
         own = {key: value for key, value in info.items() if key not in _LIBRARY_KEYS | _OWN_KEYS}
-        earlier = [(run, one["said"]) for run, one in told(info).items()]
-        for run, values in [(info["run_id"], own), *earlier] if "run_id" in info else earlier:
-            known = said.setdefault(run, {})
-            known |= {key: known.get(key) or value for key, value in values.items()}
-    ends = [
-        {info["run_id"]: {key: info.get(key) for key in ("run_id", "version", "complete")} for info in found}
-        for found in (newest_of(storage, version, said), newest_of(storage, version, said, with_rows=True))
-    ]
-    return {run: {"said": known, "newest": ends[0].get(run), "rows": ends[1].get(run)} for run, known in said.items()}
+        at = {"run_id": info.get("run_id"), "version": version, "complete": info.get("complete")}
+        mark = None if is_rewritten(info) else at
+        one = {"said": own, "newest": mark, "rows": mark if any("add" in entry for entry in actions) else None}
+        for run, said in [*([(info["run_id"], one)] if "run_id" in info else []), *told(info).items()]:
+            known = found.setdefault(run, {"said": {}, "newest": None, "rows": None})
+            known["said"] |= {key: known["said"].get(key) or value for key, value in said["said"].items()}
+            if version <= until:
+                known |= {kind: known[kind] or said[kind] for kind in ("newest", "rows")}
+        if version <= until and RUNS in info:
+            break
+        if version <= until and RESTORED in info:
+            until = int(info[RESTORED])
+        version -= 1
+    return found
 
 
 def lost_race(error: Exception) -> bool:

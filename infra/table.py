@@ -356,6 +356,8 @@ class Table:
                     break
             for key, value in log.told(entry).get(run_id, {}).get("said", {}).items():
                 found[key] = found.get(key) or value
+            if log.RUNS in entry:
+                break
         return found
 
     def committed(self, run_id: str, version: int | None = None) -> range:

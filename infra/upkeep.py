@@ -289,7 +289,7 @@ def forget(table: Table, run_id: str, group: int) -> int:
 
     It needs `lease.alone`. A run that wrote files before it and commits afterwards is refused, because its files are
     deleted. The log begins anew with a checkpoint, which still knows the commits of each run, and with a commit that
-    repeats what the runs have said of themselves (`runs_said`).
+    repeats what the runs have said of themselves (`noted`).
 
     Returns:
         The version from which the table goes on, with exactly the rows it had.
@@ -301,7 +301,7 @@ def forget(table: Table, run_id: str, group: int) -> int:
     lease.refuse_if_not_alone(table.uri.rpartition("/")[0], run_id)  # vacuum would delete what a writer is to commit
     vacuum(table, 0, alone=True)
     below = table.snapshot()
-    more = {log.ERASED: run_id, log.RUNS: json.dumps(runs_said(table, below.version))}
+    more = {log.ERASED: run_id, **noted(table, below.version)}
     done = table.rewrite([], [], below=below, run_id=run_id, group=group, same_rows=True, more=more)
     _refuse_newer(table, done.version)
     table._load(done.version).create_checkpoint()
@@ -316,8 +316,24 @@ def forget(table: Table, run_id: str, group: int) -> int:
 
 
 def runs_said(table: Table, version: int) -> dict[str, dict[str, Any]]:
-    """Returns what the log says of each run (`log.runs`), by which reruns and readers go where rows name their run."""
-    return log.runs(table.storage, version) if "run_id" in table.spec.schema.names else {}
+    """Returns what the log up to a version says of each run (`log.runs`), by which reruns and readers go.
+
+    Nothing of a table whose rows name no run, nor of one without buckets: nobody goes on with the runs of `rejects`.
+    """
+    return log.runs(table.storage, version) if _names_runs(table) else {}
+
+
+def noted(table: Table, version: int) -> dict[str, str]:
+    """Returns the metadata that keeps what the log up to a version says of each run; what it says later is forgotten.
+
+    Args:
+        version: -1 for nothing.
+    """
+    return {log.RUNS: json.dumps(runs_said(table, version))} if _names_runs(table) else {}
+
+
+def _names_runs(table: Table) -> bool:
+    return table.spec.bucketed and "run_id" in table.spec.schema.names
 
 
 def _refuse_newer(table: Table, version: int) -> None:

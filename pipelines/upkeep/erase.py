@@ -20,7 +20,7 @@ from infra.lines import numbered_lines
 from infra.report import RunReport
 from infra.search import Needles, digest, strings
 from infra.shards import user_key
-from infra.snapshot import bucket_of_path, read_file
+from infra.snapshot import Snapshot, bucket_of_path, read_file
 from infra.storage import Storage
 from infra.table import CommitConflict, Table
 from pipelines import tables
@@ -270,7 +270,8 @@ def _shared(opened: "dict[str, Table]", someone: "Someone", values: set[str]) ->
     snapshots = [table.snapshot() for table in opened.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
     for table in opened.values():  # what the table keeps of its runs; their names may be a user's
-        words |= {word for run in upkeep.runs_said(table, table.version).values() for word in run["said"].values()}
+        said = upkeep.runs_said(table, _shown(table).version)
+        words |= {word for run in said.values() for word in run["said"].values()}
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
     return (values & words) | {value for _, value in _values_in(uris, OthersValues(someone, frozenset(values)))}
 
@@ -289,15 +290,11 @@ def _values_in(uris: list[str], stage: Any) -> "Iterable[tuple[str, str]]":
 def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needles") -> int:
     """Removes the users' rows from a table, and then all older files and versions; returns the number of rows.
 
-    A run that has not ended on the table loses its commits, and a rerun makes them anew: readers may not see its
-    version, and the complete one before it holds the users.
+    A run that has not ended on the table loses its commits since the newest complete version, and what they have said
+    of it; a rerun makes them anew. Readers may not see its version, and the complete one before it holds the users.
     """
     newest = table.snapshot()
-    try:
-        shown = table.snapshot(complete=True)
-    except InputError:
-        # No run has ended here yet: the empty table must not claim what an unfinished run has said of its rows.
-        shown = dataclasses.replace(newest, files=[], metadata={})
+    shown = _shown(table)
     paths = {file.path for file in newest.files}
     old, new, dropped = [], [], 0
     mine = {int(key[:16], 16) % table.buckets for key in someone.keys} if table.spec.bucketed else None
@@ -319,7 +316,7 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     try:
         if gone or back or new or (newest.version, newest.metadata) != (shown.version, shown.metadata):
             below = dataclasses.replace(newest, metadata=shown.metadata)
-            more = {log.ERASING: report.run_id} if dropped else {}
+            more = upkeep.noted(table, shown.version) | ({log.ERASING: report.run_id} if dropped else {})
             table.rewrite(
                 [*new, *back], gone, below=below, run_id=report.run_id, group=group, same_rows=False, more=more
             )
@@ -328,6 +325,15 @@ def _drop(report: RunReport, table: "Table", someone: "Someone", needles: "Needl
     except CommitConflict as error:
         raise InputError(f"{error}. That run has no lease here: end it, then run this again") from error
     return dropped
+
+
+def _shown(table: "Table") -> "Snapshot":
+    """Returns the newest complete version; where no run has ended, an empty one with number -1, which claims nothing of
+    what an unfinished run has said."""
+    try:
+        return table.snapshot(complete=True)
+    except InputError:
+        return dataclasses.replace(table.snapshot(), version=-1, files=[], metadata={})
 
 
 def _trained(place: str, folders: "list[Storage]") -> list[dict[str, Any]]:

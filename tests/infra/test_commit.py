@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from infra import log, upkeep
+from infra.storage import Storage
 from infra.table import Commit, CommitConflict, Table, TableSpec
 
 
@@ -202,6 +203,11 @@ def test_an_erase_leaves_what_is_known_of_each_run(replies):
     wave("half", 1, False, llm_id="L1", plug_id="P")
     wave("judged", 0, True, judge_of="half")
     wave("judged", 1, True)  # version 4, an end alone
+    with pytest.MonkeyPatch.context() as patched:  # on S3 each look at a commit is a request
+        reads, read = [], Storage.read_bytes
+        patched.setattr(Storage, "read_bytes", lambda storage, name: (reads.append(name), read(storage, name))[1])
+        log.runs(replies.storage, 4)
+    assert reads == [f"_delta_log/{version:020d}.json" for version in (4, 3, 2, 1, 0)]
     for group in range(2):  # the second goes by what the first has left
         upkeep.forget(replies, "erase", group)
         assert replies.history()[-1]["version"] == replies.version == 5 + group  # nothing older is there
