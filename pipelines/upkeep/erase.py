@@ -18,7 +18,7 @@ from infra import lease, log, runs, session, submission, upkeep
 from infra.errors import InputError
 from infra.lines import numbered_lines
 from infra.report import RunReport
-from infra.search import Needles, digest, strings
+from infra.search import LEAST_INSIDE, Needles, digest, strings
 from infra.shards import user_key
 from infra.snapshot import Snapshot, bucket_of_path, read_file
 from infra.storage import Storage
@@ -269,9 +269,10 @@ def _shared(opened: "dict[str, Table]", someone: "Someone", values: set[str]) ->
     """Returns the values that other users have, too, or that the tables' own words (labels, field names) hold."""
     snapshots = [table.snapshot() for table in opened.values()]
     words = {word for snapshot in snapshots for word in strings(snapshot.metadata)}
-    for table in opened.values():  # what the table keeps of its runs; their names may be a user's
+    for table in opened.values():
+        # What the table keeps of its runs. Their names may be a user's, and of a log the proof reads no short words.
         said = upkeep.runs_said(table, _shown(table).version)
-        words |= {word for run in said.values() for word in run["said"].values()}
+        words |= {word for word in strings(list(said.values())) if len(word) >= LEAST_INSIDE} - said.keys()
     uris = [file.uri for snapshot in snapshots if snapshot.spec.bucketed for file in snapshot.files]
     return (values & words) | {value for _, value in _values_in(uris, OthersValues(someone, frozenset(values)))}
 

@@ -5,7 +5,7 @@ import pytest
 
 from infra import upkeep
 from infra.report import RunReport
-from infra.search import Needles
+from infra.search import Needles, search
 from infra.shards import bucket_of, shard_columns, user_key
 from pipelines import tables
 from pipelines.upkeep import erase
@@ -61,6 +61,23 @@ def test_a_run_is_known_by_the_commits_that_are_left(tmp_path, drop, monkeypatch
     assert table.unended(["R", "J", "N"], table.version) == []
     assert table.last_commits(["R", "J", "N"], table.version) == {"R": 1, "J": 2}
     assert [table.metadata_of_run(run).get("llm_id") for run in "RJN"] == ["of R", "of J", None]
+
+
+def test_a_users_words_that_the_note_of_the_runs_has_are_not_looked_for_but_short_ones_are(tmp_path, drop):
+    """Nobody could take them out of the note. A short word there is a number or the like, and no proof looks for it."""
+    table = tables.open_or_create(str(tmp_path / "tables"), "generations", 2)
+    for version in range(2):
+        said = {"histories_version": str(12 + version), "llm_id": f"model-{version}"}
+        table.commit(
+            [], run_id=f"night-{version}", group=0, mode="append", planned_on=version, metadata=said, complete=True
+        )
+    values = {"newest", "version", "model-0", "12", "night-0", "words of one's own"}
+    shared = erase._shared({"generations": table}, Someone(frozenset(), frozenset()), values)
+    assert shared == {"newest", "version", "model-0"}
+    drop(table)
+    (log,) = (name for name in table.storage.list("_delta_log") if name.endswith(".json"))
+    hits = {value: search(table.storage, log, Needles(frozenset({value}))).hits for value in values}
+    assert {value for value, count in hits.items() if count} == {*shared, "night-0"}
 
 
 def raising(*_: object) -> None:
