@@ -1,8 +1,9 @@
 """Job `drop-requests`: takes requests out of `requests`, by age or by who has answered them, and all replies to them.
 
 `config.py` describes the job and its keys. The two tables are committed one after the other, in an order that lets the
-same command end a job that was killed in between: the table that tells which requests go is the last one. A commit to
-`generations` comes after them in every case, so that a `generate` that has planned to answer them stops.
+same command end a job that was killed in between: the table that tells which requests go is the last one. Where
+requests have gone, a commit to `generations` comes after them, so that a `generate` that has planned to answer them
+stops.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import lease, session, upkeep
+from infra import lease, log, session, upkeep
 from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
 from infra.snapshot import DataFile, Snapshot, read_file
@@ -40,7 +41,8 @@ class Going:
     told_by: Snapshot
     """Version of `requests` where they go by age, else of `generations`."""
     requests: Snapshot
-    """A request with a history of its own stays, because it alone tells whose that history is."""
+    """A request with a history of its own stays, because it alone tells whose that history is; by age, so does one that
+    is younger here than in `told_by`."""
     limit: datetime | None
     runs: tuple[str, ...]
 
@@ -55,14 +57,19 @@ class Going:
 
     def _keys_now(self, bucket: int) -> pa.Array:
         if self.limit is not None:
-            column = self.told_by.spec.schema.field("as_of")
-            which = pc.field("as_of") < pa.scalar(self.limit, column.type)
-            told = self.told_by.read(_KEY, buckets=[bucket], filter=which)
+            told = self.told_by.read(_KEY, buckets=[bucket], filter=self._before_limit)
         else:
             told = self._answered(bucket)
         going = pc.unique(_keys(told))
-        of_a_person = self.requests.read(_KEY, buckets=[bucket], filter=_HISTORY_OF_ITS_OWN)
-        return going.filter(pc.invert(pc.is_in(going, value_set=_keys(of_a_person))))
+        which = _HISTORY_OF_ITS_OWN
+        if self.limit is not None:  # one that is there no more has gone in the meantime, and its replies go, too
+            which |= pc.field("as_of").is_null() | ~self._before_limit
+        stays = self.requests.read(_KEY, buckets=[bucket], filter=which)
+        return going.filter(pc.invert(pc.is_in(going, value_set=_keys(stays))))
+
+    @property
+    def _before_limit(self) -> pc.Expression:
+        return pc.field("as_of") < pa.scalar(self.limit, self.requests.spec.schema.field("as_of").type)
 
     def _answered(self, bucket: int) -> pa.Table:
         """The replies of the runs to the inputs that the requests have now."""
@@ -73,8 +80,7 @@ class Going:
 
     def among(self, requests: Snapshot) -> "Going":
         """The same choice among the requests of another version: an ingest may change some while the job works."""
-        told_by = self.told_by if self.limit is None else requests
-        return replace(self, requests=requests, told_by=told_by, first=self)
+        return replace(self, requests=requests, first=self)
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,10 @@ def run(config: Config) -> int:
         going = _going(config, report)
         order = [*answers, requests, *answers] if config.answered_by is None else [requests, *answers]
         dropped = Counter[str]()
-        for table in order:
-            dropped[table.spec.name] += _drop(table, requests, going, report)
+        for at, table in enumerate(order, 1):
+            is_last = at == len(order) and table != requests
+            gone = dropped["requests"] if is_last else None
+            dropped[table.spec.name] += _drop(table, requests, going, report, gone)
     report.planned = report.written = dropped["requests"]
     report.extra["replies_dropped"] = dropped["generations"]
     report.extra["tables"] = tables.costs(config.tables, dropped)
@@ -166,15 +174,24 @@ def _going(config: Config, report: RunReport) -> Going:
     return Going(requests, requests, datetime.now(UTC) - timedelta(days=config.older_than_days), ())
 
 
-def _drop(table: Table, requests: Table, going: Going, report: RunReport) -> int:
+def _drop(table: Table, requests: Table, going: Going, report: RunReport, gone: int | None) -> int:
     """Commits a table without the rows of these requests; returns their number.
 
-    Where no reply goes, `generations` gets an empty commit, on which older plans do not go on.
+    Args:
+        gone: number of requests that have gone, in the last pass over the replies: where no reply goes, `generations`
+            gets an empty commit, on which older plans do not go on, and a run that has begun meanwhile is no error.
     """
     name = table.spec.name
     for _ in range(TRIES):
         before = table.snapshot()
-        _refuse_unfinished(before)
+        whole = before.metadata.get("complete", "false")
+        if gone is None:
+            _refuse_unfinished(before)
+        elif before.files and whole != "true":
+            report.warn(
+                f"{before.table}: run {before.metadata.get('run_id')} has begun while this job worked; it stops at its "
+                "next commit: run it again to its end"
+            )
         now = going.among(before if table == requests else requests.snapshot())
         old: list[DataFile] = []
         new: list[DataFile] = []
@@ -185,16 +202,29 @@ def _drop(table: Table, requests: Table, going: Going, report: RunReport) -> int
                 new += files_of(row["new"])
                 dropped += row["dropped"]
             stage.rows = dropped
-        if not dropped and table == requests:
+        if not dropped and not gone and (gone is None or not _is_owed(requests, table)):
             return 0
-        group = next_group(table, report.run_id)
+        group, more = next_group(table, report.run_id), {"complete": whole}
         try:
-            done = table.rewrite(new, old, below=before, run_id=report.run_id, group=group, same_rows=False)
+            done = table.rewrite(new, old, below=before, run_id=report.run_id, group=group, same_rows=False, more=more)
         except CommitConflict:
             continue
         report.table_written(name, done.version)
         return dropped
     raise ConcurrentRunError(f"{table.uri}: others committed to it during each of {TRIES} tries; run it again later")
+
+
+def _is_owed(requests: Table, answers: Table) -> bool:
+    """Says whether a job was killed after its requests had gone: no commit since has stopped plans to answer them."""
+    last = next(log.back_from(requests.storage, requests.version))
+    if not log.is_rewritten(last) or "same rows" in log.kinds(requests.storage, last["version"] - 1, last["version"]):
+        return False
+    for info in log.back_from(answers.storage, answers.version):
+        if info["timestamp"] < last["timestamp"]:
+            break
+        if "other" in log.kinds(answers.storage, info["version"] - 1, info["version"]):
+            return False
+    return True
 
 
 def _refuse_unfinished(before: Snapshot) -> None:

@@ -1,6 +1,7 @@
 """Requests go by age or by who has answered them, with all replies to them; the same command ends a killed job."""
 
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
@@ -198,39 +199,75 @@ def test_a_request_that_becomes_old_while_the_job_works_stays_with_its_replies(t
     assert len(kept.replies) == len(USERS)
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("how", [{"older_than_days": 10}, {"answered_by": ("night",)}])
-def test_a_run_that_has_planned_to_answer_them_and_committed_nothing_yet_stops(tmp_path, monkeypatch, how, late):
-    """No reply goes. The run has planned before the job, or while the requests were still there (`late`)."""
-    kept, plans = Kept(tmp_path), []
+@pytest.fixture
+def alone(tmp_path, monkeypatch) -> Kept:
+    """Without Ray. `during` is called as soon as the rest of `requests` has been written."""
+    kept = Kept(tmp_path)
+    kept.during = lambda: None
     kept.reply("night", of("recent"))
-    if "answered_by" in how:  # the job was killed after the requests had gone
-        monkeypatch.setattr(drop_requests, "Going", Nobody)
 
     def each_bucket(buckets, stage):
-        if late and isinstance(stage, drop_requests.Without) and stage.table.spec.name == "requests":
-            plans.append(tables.open_table(kept.tables, "generations").version)
-        return iter(row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]}))
-                    for row in made.to_pylist())  # fmt: skip
+        rows = [row for bucket in buckets for made in stage(pa.table({"bucket": [bucket]})) for row in made.to_pylist()]
+        if isinstance(stage, drop_requests.Without) and stage.table.spec.name == "requests":
+            kept.during()
+        return iter(rows)
 
     for module in (drop_requests, count_runs):
         monkeypatch.setattr(module, "each_bucket", each_bucket)
     monkeypatch.setattr(drop_requests.session, "start", lambda **_: None)
-    table = tables.open_table(kept.tables, "generations")
-    plans.append(table.version)
-    assert kept.drop(**how) == 0
-    for version in plans:
-        with pytest.raises(CommitConflict):
-            table.commit([], run_id="day", group=0, mode="append", planned_on=version)
-    assert kept.replies == by("night", of("recent"))
-    assert table.commit([], run_id="day", group=0, mode="append", planned_on=table.version)  # it plans again
+    return kept
 
 
-class Nobody(drop_requests.Going):
-    """Requests that have gone already, and all replies to them."""
+@pytest.mark.parametrize("replies", [True, False])
+@pytest.mark.parametrize("when", ["before", "late", "killed"])
+def test_a_run_that_has_planned_to_answer_them_and_committed_nothing_yet_stops(alone, monkeypatch, when, replies):
+    """No reply goes. The run has planned before the job, while the requests were still there (`late`), or before a job
+    that was killed once they had gone."""
+    if not replies:  # nobody has answered anything yet
+        shutil.rmtree(tables.location(alone.tables, "generations"))
+        tables.open_or_create(alone.tables, "generations", BUCKETS)
+    table, plans = tables.open_table(alone.tables, "generations"), []
+    if when == "late":
+        alone.during = lambda: plans.append(table.version)
+    else:
+        plans.append(table.version)
+    if when == "killed":
+        drop = drop_requests._drop
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(drop_requests, "_drop", lambda *given: stop() if given[-1] is not None else drop(*given))
+            alone.drop("killed", older_than_days=10)
+        assert alone.requests == of("recent", "undated")
+    assert alone.drop(older_than_days=10) == 0
+    (version,) = plans
+    with pytest.raises(CommitConflict):
+        table.commit([], run_id="day", group=0, mode="append", planned_on=version)
+    if replies:
+        assert alone.replies == by("night", of("recent"))
+    else:
+        with pytest.raises(InputError, match="no complete version yet"):  # no run has said that it is
+            table.snapshot(complete=True)
+    now = table.version
+    assert alone.drop("again", older_than_days=10) == 0 and table.version == now  # nothing goes: nobody has to stop
+    assert table.commit([], run_id="day", group=0, mode="append", planned_on=now)  # it plans again
 
-    def keys(self, bucket: int) -> pa.Array:
-        return pa.array([], pa.string())
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_run_has_answered_while_the_job_worked_goes_and_the_rest_of_it_stays(alone, capsys):
+    """It had planned before the requests went, and goes on in a rerun."""
+    answered = of("old")[:2] + of("recent")[:1]
+    alone.during = lambda: alone.put("generations", "day", answered, complete=False)
+    assert alone.drop(older_than_days=10) == 0
+    assert "run day has begun while this job worked" in capsys.readouterr().out
+    table = tables.open_table(alone.tables, "generations")
+    newest = table.snapshot()
+    assert sorted(newest.read(["run_id", "user_id", "request_id"]).to_pylist(), key=str) == sorted(
+        [{"run_id": run, "user_id": user, "request_id": name}
+         for run, user, name in by("night", of("recent")) + by("day", of("recent")[:1])], key=str)  # fmt: skip
+    assert alone.report["replies_dropped"] == 2 and alone.replies == by("night", of("recent"))  # what readers see
+    assert newest.metadata["complete"] == "false" and table.unended(["day"], newest.version) == ["day"]
 
 
 def test_tables_on_which_a_run_has_not_ended_are_left_as_they_are(kept):
