@@ -166,4 +166,4 @@ class AdapterShelf:
 
     def close(self) -> None:
         for folder in (self.folder, self.overflow):
-            shutil.rmtree(folder, ignore_errors=True)
+            temporary.remove(folder)

@@ -1,46 +1,82 @@
 """Folders among the temporary files: those of killed processes go, and no others."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from infra import temporary
 
-MAKES = "import sys, time; from infra import temporary; f = temporary.folder('train'); print(f.name, flush=True); "
+MAKES = (
+    "import sys, time; from infra import temporary; f = temporary.folder('train'); print(f.__enter__(), flush=True); "
+)
 
 
-def test_what_a_killed_process_left_goes_with_the_next_of_its_kind(tmp_path, monkeypatch):
+@pytest.fixture
+def shared(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up once per process
+    return tmp_path
+
+
+def test_what_a_killed_process_left_goes_with_the_next_of_its_kind(shared):
     at_work = [subprocess.Popen([sys.executable, "-c", MAKES + "time.sleep(60)"], stdout=subprocess.PIPE, text=True)
                for _ in range(2)]  # fmt: skip
     killed, living = (process.stdout.readline().strip() for process in at_work if process.stdout)
     at_work[0].send_signal(signal.SIGKILL)
     at_work[0].wait()
-    name = os.path.basename(killed)
-    assert name.startswith(f"pplug-train-{at_work[0].pid}-")
-    *start, host, end = name.split("-")
-    of_others = [tmp_path / "-".join([*start, "0" * len(host), end]), tmp_path / name.replace("train", "trainer")]
-    for folder in of_others:  # of another machine, and of another kind
-        folder.mkdir()
+    assert os.path.basename(killed).startswith("pplug-train-")
+    of_another_kind = shared / os.path.basename(killed).replace("train", "trainer")
+    of_another_kind.mkdir()
     try:
         with temporary.folder("adapt"):
             assert os.path.isdir(killed)
         with temporary.folder("train") as mine:
-            assert not os.path.exists(killed) and os.path.isdir(living) and os.path.isdir(mine)
-            assert all(folder.is_dir() for folder in of_others)
+            assert not os.path.exists(killed) and of_another_kind.is_dir()
+            assert os.path.isdir(living) and os.path.isdir(mine)
+            with temporary.folder("train"):
+                assert os.path.isdir(mine)
         assert not os.path.exists(mine)
     finally:
         at_work[1].kill()
         at_work[1].wait()
 
 
+def test_a_process_number_tells_neither_life_nor_death(shared):
+    """Another container counts its processes apart: its folder may carry the number of no process here, or of one."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    held = temporary.lasting("train", str(shared))
+    of_another = held.rename(shared / f"pplug-train-{dead.pid}-abc")
+    left = shared / f"pplug-train-{os.getpid()}x"
+    left.mkdir()
+    with temporary.folder("train"):
+        assert of_another.is_dir() and not left.exists()
+    os.close(temporary._held.pop(held))
+    with temporary.folder("train"):
+        assert not of_another.exists()
+
+
+def test_on_a_disk_without_locks_nothing_is_swept(shared, monkeypatch):
+    def no_locks(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with temporary.folder("train") as one, temporary.folder("train") as other:
+        assert os.path.isdir(one) and os.path.isdir(other)
+    assert list(shared.iterdir()) == []
+
+
 def test_folders_of_another_name_hold_nothing_of_users():
-    """The one is a meeting place of processes, the other holds a tokenizer."""
-    root = Path(temporary.__file__).parents[1]
+    """They are files of a model on the way to the cache, a meeting place of processes, and a tokenizer."""
+    root, makes = Path(temporary.__file__).parents[1], re.compile(r"(TemporaryDirectory|mkdtemp)\(")
     files = [path for part in ("infra", "pipelines") for path in (root / part).rglob("*.py")]
-    found = {str(path.relative_to(root)) for path in files if "TemporaryDirectory(" in path.read_text()}
-    assert found == {"infra/temporary.py", "pipelines/adapt/group.py", "pipelines/engines/vllm.py"}
+    found = {str(path.relative_to(root)) for path in files if makes.search(path.read_text())}
+    others = {"infra/artifacts.py", "pipelines/adapt/group.py", "pipelines/engines/vllm.py"}
+    assert found == {"infra/temporary.py", *others}
