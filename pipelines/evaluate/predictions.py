@@ -6,15 +6,18 @@ and / of the user's id written as %25 and %2F. A plain id that happens to read l
 so that no two requests of a file have one name. Of several replies to a request (`decoding.n`) the first is written.
 """
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
 from infra import temporary
+from infra.errors import InputError
 from infra.shards import of_bucket
 from infra.snapshot import Snapshot
 from infra.storage import Storage
@@ -37,12 +40,15 @@ def write_predictions(
 
     Returns:
         Method -> address of its file.
+
+    Raises:
+        InputError: the disk of the temporary files is full.
     """
     storage, requests = Storage(folder), snapshots["requests"]
     named = names(_asked(requests, users))
     files = {method: re.sub(r"[^A-Za-z0-9+._-]", "_", method) + ".json" for method in methods}
     with temporary.folder("predictions") as drafts:
-        with ExitStack() as stack:
+        with _room(drafts), ExitStack() as stack:
             outs = {method: stack.enter_context(open(f"{drafts}/{name}", "wb")) for method, name in files.items()}
             first = dict.fromkeys(methods, True)
             for out in outs.values():
@@ -60,6 +66,19 @@ def write_predictions(
         for name in files.values():
             storage.write_file(name, f"{drafts}/{name}")
     return {method: storage.full(name) for method, name in files.items()}
+
+
+@contextmanager
+def _room(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"predictions: the disk of {Path(folder).parent}, where they are written first, is full; free some space "
+            "there, or set TMPDIR to a folder on a larger disk, then run this again"
+        ) from error
 
 
 def names(batches: Iterable[Sequence[Key]]) -> Callable[[Sequence[Key]], list[str]]:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from infra import shards
+from infra.errors import InputError
 from infra.report import RunReport
 from infra.storage import Storage
 from pipelines import tables
@@ -338,6 +340,14 @@ def test_predictions_that_break_off_leave_the_former_ones(request, tmp_path, mon
     with pytest.raises(OSError, match="the disk has gone"):
         predictions.write_predictions(out, ENTRY, snapshots, ["one"], ["plug"])
     assert (Storage(out).list(), Storage(out).read_bytes("plug.json")) == (["plug.json"], before)
+    monkeypatch.setattr(predictions, "join_bucket", replies.join_bucket)
+    full = tmp_path / "tmp" / "pplug-predictions-x"
+    full.mkdir(parents=True)
+    (full / "plug.json").symlink_to("/dev/full")  # each write to it finds no room
+    monkeypatch.setattr(predictions.temporary, "folder", lambda what: nullcontext(str(full)))
+    with pytest.raises(InputError, match=rf"the disk of {tmp_path}/tmp, where they are .* set TMPDIR to a folder on a"):
+        predictions.write_predictions(out, ENTRY, snapshots, ["one"], ["plug"])
+    assert Storage(out).read_bytes("plug.json") == before
 
 
 @pytest.mark.parametrize("only_asking", [False, True])
