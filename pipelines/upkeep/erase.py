@@ -164,6 +164,8 @@ def _erase(config: Config, report: RunReport, given: frozenset[str], folders: "l
         record["rows_dropped"] = {name: _drop(report, table, someone, needles) for name, table in opened.items()}
         stage.rows = sum(record["rows_dropped"].values())
     with report.stage("proof") as stage:
+        if not Storage(config.tables).is_s3:  # beside the tables; there are none on S3
+            Storage(config.tables).sweep_drafts()
         survivors, opaque, stage.rows = prove(config.tables, folders, needles, config)
     duties = [*DUTIES, *([] if config.users is None else [f"the list of the users, {config.users}: remove it"])]
     record |= {"files_searched": stage.rows, "survivors": survivors, "not_decoded": opaque, "duties": duties}
