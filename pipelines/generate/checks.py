@@ -1,11 +1,11 @@
-"""Refusals of `generate`: a model that its engine does not have, known answers, another way of answering under one
-run_id."""
+"""Refusals of `generate`: a model that its engine does not have, known answers, requests that have gone, another
+way of answering under one run_id."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra import device
-from infra.errors import InputError
+from infra import device, log
+from infra.errors import ConcurrentRunError, InputError
 from infra.report import RunReport
 from infra.snapshot import Snapshot
 from pipelines import made_from, tables
@@ -129,6 +129,27 @@ def settings_id(config: Config, task: TaskSpec) -> str:
         }
         | ({"as_of_version": dict(config.as_of_version)} if config.as_of_version else {})
     )
+
+
+def refuse_dropped(config: Config, requests: Snapshot) -> None:
+    """Refuses to answer requests of which a job has taken some out since they were opened.
+
+    It is asked once the version of `generations` to plan on is known: a job that takes them out later commits there.
+
+    Raises:
+        ConcurrentRunError: `drop-requests`, `erase` or `restore` has taken some out; a rerun answers what is left.
+    """
+    if "requests" in config.as_of_version:
+        return
+    table = tables.open_table(config.tables, "requests")
+    for info in log.back_from(table.storage, table.version):
+        version = info["version"]
+        if version <= requests.version:
+            return
+        if log.is_rewritten(info) and "other" in log.kinds(table.storage, version - 1, version):
+            raise ConcurrentRunError(
+                f"{table.uri}: while this job started, run {log.writer(info)} has taken requests out; start it again"
+            )
 
 
 def refuse_another_run(metadata: Mapping[str, str], identities: Mapping[str, str], run_id: str) -> None:

@@ -26,6 +26,7 @@ from pipelines.generate.checks import (
     note_undated,
     refuse_a_leak,
     refuse_another_run,
+    refuse_dropped,
     resolved,
     settings_id,
 )
@@ -123,6 +124,7 @@ def _generate(using: GenerateRun, opened: Opened, parts: Sequence[Part], generat
     """Plans which replies are pending, makes them in one stream, commits wave by wave."""
     config, report, methods = using.config, using.report, using.methods
     before = generations.snapshot()
+    refuse_dropped(config, opened.requests)
     pending, plan, metadata = _plan(using, opened, parts, generations, before)
     if any(row["again"] for row in plan.values()):
         pending, plan, before = _without_remade(pending, plan, generations, before, report, metadata)

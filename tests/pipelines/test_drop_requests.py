@@ -3,15 +3,17 @@
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
 from infra import shards
-from infra.errors import InputError
+from infra.errors import ConcurrentRunError, InputError
 from infra.table import CommitConflict
 from pipelines import tables
 from pipelines.__main__ import main
+from pipelines.generate import job as generate
 from pipelines.upkeep import count_runs, drop_requests
 from pipelines.upkeep.config import DropRequestsConfig
 from pplug.history import input_hash
@@ -249,6 +251,27 @@ def test_a_run_that_has_planned_to_answer_them_and_committed_nothing_yet_stops(a
     now = table.version
     assert alone.drop("again", older_than_days=10) == 0 and table.version == now  # nothing goes: nobody has to stop
     assert table.commit([], run_id="day", group=0, mode="append", planned_on=now)  # it plans again
+
+
+def test_a_run_that_opened_the_requests_before_they_went_and_plans_after_it_stops(alone):
+    """Nothing it commits is in the way of the job's commits, and its requests are those from before."""
+    opened = tables.open_table(alone.tables, "requests").snapshot(complete=True)
+    generations = tables.open_table(alone.tables, "generations")
+
+    def plan(**as_of: int) -> None:
+        using = SimpleNamespace(
+            config=SimpleNamespace(tables=alone.tables, as_of_version=as_of), report=None, methods=()
+        )
+        generate._generate(using, SimpleNamespace(requests=opened), [], generations)
+
+    alone.correct((USERS[0], "recent"), input="Another question?")  # an ingest is no reason to stop
+    with pytest.raises(AttributeError):  # it goes on, without what it needs for a plan
+        plan()
+    assert alone.drop(older_than_days=10) == 0
+    with pytest.raises(ConcurrentRunError, match="run drop has taken requests out; start it again"):
+        plan()
+    with pytest.raises(AttributeError):
+        plan(requests=opened.version)
 
 
 def stop() -> None:
