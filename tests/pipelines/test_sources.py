@@ -247,6 +247,30 @@ def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_pat
     assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
 
 
+def test_an_indented_json_file_is_its_records_as_one_without_indents_is(tmp_path):
+    ann = [{"user_id": "ann", "item_id": number, "text": text} for number, text in (("1", "hello"), ("2", "again"))]
+    bare = [{name: row[name] for name in ("item_id", "text")} for row in ann]
+    (tmp_path / "rows.json").write_text(json.dumps({"user_id": "ann", "items": ann}, indent=1))
+    (tmp_path / "one.json").write_text(json.dumps(ann[0] | {"tags": [{"name": "a"}]}, indent=1))
+    (tmp_path / "list.json").write_text(json.dumps({"user_id": "ann", "profile": bare}, indent=1))
+    columns = {name: name for name in FIELDS}
+    for given in ({}, {"columns": columns}):
+        rows, rejects = read(tmp_path / "rows.json", **given)
+        assert plain(rows) == ann and rejects == {}
+        rows, rejects = read(tmp_path / "one.json", **given)
+        assert plain(rows) == ann[:1] and rows[0]["place"] == "one.json record 1" and rejects == {}
+    parts = {"user_id": "user_id", "item_id": "profile.item_id", "text": "profile.text"}
+    assert plain(read(tmp_path / "list.json", explode="profile", columns=parts)[0]) == ann
+
+
+def test_a_first_line_that_is_damaged_does_not_make_one_record_of_a_file_of_lines(tmp_path):
+    good = json.dumps(ROWS[0])
+    for damaged in ('{"user_id": "ann", "text": "cut', '{"user_id": "ann", "tags": [1,', '{"user_id": "ann"'):
+        (tmp_path / "a.json").write_text(f"{damaged}\n{good}\n{good}\n".replace('"00"', '"1"', 1))
+        rows, rejects = read(tmp_path / "a.json")
+        assert [row["item_id"] for row in rows] == ["1", "00"] and rejects == {"a.json@0": "bad_json"}
+
+
 @pytest.mark.parametrize("mixed", [[1, "a secret"], ["a secret", 1], [["a secret"], "x"]])
 def test_a_column_of_pandas_with_values_of_several_types_is_named_without_them(tmp_path, mixed):
     frame = pd.DataFrame({"user_id": ["u", "v"], "stars": mixed, "text": ["x", "y"]})
