@@ -361,24 +361,28 @@ def test_nested_columns_are_reached_by_paths_and_lists_are_exploded(tmp_path):
         FORMATS["parquet"].check([piece], options_of(config))
 
 
-def test_keys_without_the_source_that_they_are_for_are_refused():
+def test_a_query_for_requests_without_their_source_is_refused():
     """The published files of LaMP-QA hold items and questions: with the items' source alone its config made none."""
     shipped = yaml.safe_load((CONFIGS / "ingest_lamp_qa.yaml").read_text())
     IngestConfig(tables="t", source="f", requests_source="f", **shipped)
-    for given, words in (
-        (
-            shipped | {"source": "f"},
-            "requests_query is given without requests_source, .* give --requests-source as well",
-        ),
-        ({"source": "f", "requests_columns": {"input": "q"}}, "requests_columns is given without requests_source"),
-        ({"download": "LaMP_2", "requests_query": "select 1"}, "requests_query is given without requests_source"),
-        ({"requests_source": "f", "derive_requests": 2}, "derive_requests is given without source, .* give --source"),
-        ({"requests_source": "f", "query": "select 1"}, "query is given without source"),
-        ({"vectors": "f", "vectors_id": "mine", "explode": "list"}, "explode is given without source"),
-    ):
-        with pytest.raises(ValueError, match=words):
+    for given in (shipped | {"source": "f"}, {"download": "LaMP_2", "requests_query": "select 1"}):
+        with pytest.raises(ValueError, match="requests_query is given without requests_source, .* --requests-source"):
             IngestConfig(tables="t", **given)
-    IngestConfig(tables="t", download="LaMP_2", derive_requests=2)
+    IngestConfig(tables="t", source="f", **shipped | {"requests_query": None})
+
+
+@pytest.mark.parametrize(
+    "night",
+    [
+        {"source": "new", "requests_columns": {"input": "q"}},
+        {"requests_source": "new", "explode": "list", "derive_requests": 2},
+        {"requests_source": "new", "query": "select 1"},
+        {"check": "new", "requests_query": "select 1", "requests_columns": {"input": "q"}},
+    ],
+)
+def test_the_config_file_of_a_first_ingest_serves_a_night_of_items_or_of_requests_alone(night):
+    made = IngestConfig(tables="t", **night)
+    assert {name: getattr(made, name) for name in night} == night
 
 
 def test_parquet_of_dictionaries_large_types_views_and_an_index_is_read(tmp_path):
