@@ -199,7 +199,9 @@ def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
         for method, tally in part.methods.items():
             methods.setdefault(method, []).append(tally)
     return dataclasses.replace(
-        one, methods={method: functools.reduce(added, tallies) for method, tallies in methods.items()}
+        one,
+        methods={method: functools.reduce(added, tallies) for method, tallies in methods.items()},
+        made_by=frozenset(row for part in parts.values() for row in part.made_by if row[0] in part.methods),
     )
 
 

@@ -159,6 +159,24 @@ def test_the_words_follow_the_controls(scores, words):
     assert found.headline.startswith(("Personalisation ", "Personalisation: ")) and words in found.headline
 
 
+def test_a_method_by_another_llm_is_no_control():
+    scores = {"none": 0.3, "adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.6}
+    llms = dict.fromkeys(scores, {"tuned"}) | {"none": {"plain"}}
+    for name, words, because in (
+        ("adapter:none", "helps, and it is the user", "adapter minus its control adapter:other-user: +20.0 points"),
+        ("adapter:other-user", "helps, but the same LLM without an adapter helps as much", ""),
+        (None, "helps, but the same LLM without an adapter helps as much", ""),
+    ):
+        found = verdict.judge("accuracy", fig(scores), {}, 100, llms | ({} if name is None else {name: {"plain"}}))
+        said = verdict.say(found, "notes", list(scores), {}, "label of the task")
+        assert said.words == words and name not in said.controls and because in said.because[0]
+    del scores["adapter:none"]
+    found = verdict.judge("accuracy", fig(scores), {}, 100, llms | {"adapter:other-user": {"plain"}})
+    (said,) = verdict.say(found, "notes", list(scores), {}, "label of the task").because
+    run = "No control of adapter with another user's history was run by the LLM of adapter"
+    assert said == f"{run}; generate adapter:other-user too."
+
+
 def test_a_control_is_never_the_best_method_nor_one_of_several():
     found = judged({"none": 0.3, "plug": 0.4, "plug:other-user": 0.5, "oracle": 0.9, "plug:soft-prompt+bm25": 0.8})
     assert (found.best, found.n_methods, found.control) == ("plug", 1, "plug:other-user")
