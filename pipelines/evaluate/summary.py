@@ -119,7 +119,7 @@ def _add_gains(
                 difference=figure.score - base.score,
                 ci95=intervals.ci95(figure.drawn - base.drawn),
                 p_value=intervals.p_value(figure.drawn - base.drawn, people),
-                ci95_corrected=corrected[name].ci95_corrected if name in corrected else None,
+                ci95_corrected=corrected[name].known_interval if name in corrected else None,
             )
     for name, own in gains.items():
         methods[name].vs_none = own

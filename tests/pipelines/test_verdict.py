@@ -1,5 +1,7 @@
 """An evaluation's claims: simulated populations where the truth is known, and controls written by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,19 @@ def test_where_two_nights_differ_by_chance_alone_a_star_is_rare_however_many_met
         starred += any(line.endswith("*") for line in lines if "  mae  " in line)
         uncorrected += any(row["mae"].ci95[0] > 0 or row["mae"].ci95[1] < 0 for row in found.values())
     assert starred <= 0.05 * trials + 3.3 * np.sqrt(0.05 * 0.95 * trials) < uncorrected
+
+
+def test_of_one_person_a_comparison_has_the_methods_own_interval_alone():
+    task = tasks.get("LaMP_3")
+    drawn = np.array([0.0, 1.0, 2.0, 3.0])[:, None]  # how often the person counts in each resample
+    earlier, later = (Scored({"bm25": Tally(np.array(own), drawn * own)}) for own in ([2.0, 3.0, 5.0], [2.0, 2.0, 2.0]))
+    found = compare.changes(task, earlier, later, 1)
+    change = found["bm25"]["mae"]
+    assert (change.earlier, change.later, change.difference) == (1.5, 1.0, -0.5) and change.ci95 == (-0.5, -0.5)
+    compared = Comparison(task="t", runs=["a", "b"], n_requests=2, n_users=1, methods=found, left_out={}, warnings=[])
+    written = json.loads(json.dumps(compared.dump(), allow_nan=False))
+    assert "ci95_corrected" not in written["methods"]["bm25"]["mae"]
+    assert "bm25  mae  1.500 -> 1.000  -0.500 [-0.500, -0.500]\n" in screen.comparison_text(compared)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
