@@ -13,6 +13,7 @@ from infra.report import RunReport
 from pipelines import tables, waves
 from pipelines.evaluate import compare, scoring
 from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
 from pipelines.generate import judge
 from pipelines.generate.judge_config import JudgeConfig
 from pplug.tasks import get
@@ -123,6 +124,15 @@ def test_only_an_ingest_makes_histories_later_than_those_that_replies_have_read(
     for version in range(now.version + 1):  # the log loses them to its age, and nobody can tell
         (Path(table.uri) / f"_delta_log/{version:020d}.json").unlink()
     assert len(said()) == 1
+
+
+def test_a_run_that_goes_on_tells_the_oldest_histories_it_has_read_or_none_if_nobody_knows(place):
+    table = tables.open_table(place, "generations")
+    assert generate.histories_read(table.metadata_of_run("new"), 7) == {"histories_version": "7"}
+    put(place, "generations", "told", histories_version="5")
+    for now, oldest in ((7, "5"), (3, "3")):
+        assert generate.histories_read(table.metadata_of_run("told"), now) == {"histories_version": oldest}
+    assert generate.histories_read(table.metadata_of_run("half"), 7) == {}  # an earlier release has begun it
 
 
 def test_a_run_that_is_tried_again_is_scored_as_it_ended_before(place):
