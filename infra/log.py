@@ -62,6 +62,22 @@ def is_rewritten(info: Mapping[str, Any]) -> bool:
     return _REWRITTEN_BY in info
 
 
+def has_grown(storage: Storage, since: int, until: int) -> bool:
+    """Tells whether a run may have brought rows after version `since` up to `until`.
+
+    Commits that put rows into other files, take some away or add a column bring none. Of commits that the log has lost
+    nothing is known: they may have.
+    """
+    left = until
+    for info in back_from(storage, until):
+        if info["version"] <= since:
+            break
+        if "group" in info and not is_rewritten(info):  # a column that is added belongs to no group
+            return True
+        left = info["version"] - 1
+    return left > since
+
+
 def metadata_of(storage: Storage, version: int) -> dict[str, str]:
     """Returns the custom metadata of one commit, without the library's own keys."""
     info = commit_info(entries(storage, version) or [])

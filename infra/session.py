@@ -8,8 +8,10 @@ import logging
 import os
 import socket
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +60,8 @@ class _Local:
     address: str
     cpus: int
     object_store_bytes: int | None
+    threads: "weakref.WeakSet[threading.Thread]"
+    """Threads of this process that have begun a job in it."""
 
 
 _local: _Local | None = None
@@ -74,7 +78,7 @@ def start(
     """Connects to the cluster of RAY_ADDRESS (set inside `ray job submit`), else starts a local Ray.
 
     A session that is there is kept. A local one that this process has started for an earlier job ends, and another one
-    starts, where this job needs more CPUs than it has.
+    starts, where this job needs more CPUs than it has and no job of another thread may be at work in it.
 
     Args:
         cpus: logical CPUs of a local session; at least 4, the machine's own and need["CPU"] are taken.
@@ -90,10 +94,12 @@ def start(
     """
     import ray
 
-    need = dict(need or {})
+    need, thread = dict(need or {}), threading.current_thread()
     if ray.is_initialized():
+        if _local is not None:
+            _local.threads.add(thread)
         small = _outgrown(_local, ray.get_runtime_context().gcs_address, need)
-        if small is not None:
+        if small is not None and not _in_use(small.threads, thread):
             stop()
             _connect(local_cpus(cpus, need), object_store_bytes or small.object_store_bytes)
     else:
@@ -159,7 +165,8 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
             _system_config=_LOCAL,
             **quiet,
         )
-        _local = _Local(ray.get_runtime_context().gcs_address, cpus, object_store_bytes)
+        threads = weakref.WeakSet([threading.current_thread()])
+        _local = _Local(ray.get_runtime_context().gcs_address, cpus, object_store_bytes, threads)
         stopping.install()
 
 
@@ -200,6 +207,11 @@ def local_cpus(cpus: int | None, need: Mapping[str, float]) -> int:
 def _outgrown(local: _Local | None, address: str, need: Mapping[str, float]) -> _Local | None:
     """The session at `address`, where it is the local one of this process and has fewer CPUs than a job needs."""
     return local if local is not None and local.address == address and local.cpus < need.get("CPU", 0) else None
+
+
+def _in_use(threads: Iterable[threading.Thread], own: threading.Thread) -> bool:
+    """True where a thread other than this one has begun a job and lives: the job may still be at work."""
+    return any(thread is not own and thread.is_alive() for thread in threads)
 
 
 def check(need: Mapping[str, float], have: Mapping[str, float] | None = None) -> None:

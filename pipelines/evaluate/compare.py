@@ -98,7 +98,7 @@ def changes(task: TaskSpec, earlier: Scored, later: Scored, people: int) -> dict
                 later=new.score,
                 difference=new.score - old.score,
                 ci95=intervals.ci95(new.drawn - old.drawn),
-                ci95_corrected=corrected[name].ci95_corrected,
+                ci95_corrected=corrected[name].known_interval,
                 p_value=intervals.p_value(new.drawn - old.drawn, people),
             )
     return methods

@@ -5,6 +5,7 @@ method minus the other one, so that a lower error is a negative difference. `ci9
 people, one figure by itself; `ci95_corrected` holds for all methods at once. Scores that cannot be told are nan.
 """
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,7 +47,7 @@ class Gain(Figures):
     p_value: float | None
     """Two-sided, from the resampled differences; null of fewer than six people."""
     ci95_corrected: Interval | None = ABSENT
-    """Absent for controls and the oracle, which nobody claims to help."""
+    """Absent for controls and the oracle, which nobody claims to help, and where one person alone was asked."""
 
     @property
     def interval(self) -> Interval:
@@ -186,6 +187,11 @@ class Difference(Figures):
 
     difference: float
     ci95_corrected: Interval
+
+    @property
+    def known_interval(self) -> Interval | None:
+        """The interval; None where there is none, as of one person."""
+        return self.ci95_corrected if all(map(math.isfinite, self.ci95_corrected)) else None
 
 
 class ControlDifference(Difference):
@@ -345,10 +351,15 @@ class Change(Figures):
     difference: float
     """Later minus earlier."""
     ci95: Interval
-    ci95_corrected: Interval
-    """The interval that holds for all methods that are compared at once."""
+    ci95_corrected: Interval | None = ABSENT
+    """The interval that holds for all methods that are compared at once; absent where one person alone was asked."""
     p_value: float | None
     """As in `Gain`."""
+
+    @property
+    def interval(self) -> Interval:
+        """As in `Gain`."""
+        return self.ci95_corrected or self.ci95
 
 
 class Comparison(Figures):

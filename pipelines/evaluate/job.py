@@ -78,7 +78,7 @@ def _evaluate(config: EvaluateConfig, run_id: str) -> int:
     evaluation.warnings += seen + scoring.judged_before(config, snapshots["generations"], runs)
     evaluation.warnings += scoring.read_before(config, snapshots, runs, scored.n_undated)
     evaluation.unlike_baseline = summary.unlike_baseline(list(parts.values()))
-    evaluation.warnings += summary.unlike_warnings(evaluation.unlike_baseline, evaluation.methods)
+    evaluation.warnings += summary.unlike_warnings(evaluation.unlike_baseline, list(parts.values()))
     evaluation.identities = summary.identities(list(parts.values())) | _judges(config, runs)
     if len(parts) > 1:
         evaluation.by_run = {run: scoring.scores(part.methods, task) for (run,), part in parts.items()}

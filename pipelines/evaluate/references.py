@@ -149,7 +149,8 @@ def fit(
         about = {name: text for name, text in about.items() if not name.startswith("classifier")}
     if not learned.counts.any():  # no item is visible to all requests of its user: nothing is known of everybody
         about = {name: text for name, text in about.items() if not name.startswith("overall")}
-    return References(task, histories, tuple(about), about, learned.counts, classifier, len(drawn))
+    n_training = 0 if classifier is None else len(drawn)
+    return References(task, histories, tuple(about), about, learned.counts, classifier, n_training)
 
 
 def _learn_all(task: TaskSpec, histories: Snapshot, requests: Snapshot | None, limit: int) -> Learned:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import ray
 import ray.data
 
+from infra import log
 from infra.errors import InputError
 from infra.progress import Progress
 from infra.snapshot import Snapshot
@@ -198,7 +199,9 @@ def pooled(parts: Mapping[tuple[str, ...], Scored]) -> Scored:
         for method, tally in part.methods.items():
             methods.setdefault(method, []).append(tally)
     return dataclasses.replace(
-        one, methods={method: functools.reduce(added, tallies) for method, tallies in methods.items()}
+        one,
+        methods={method: functools.reduce(added, tallies) for method, tallies in methods.items()},
+        made_by=frozenset(row for part in parts.values() for row in part.made_by if row[0] in part.methods),
     )
 
 
@@ -267,8 +270,9 @@ def judged_before(config: EvaluateConfig, generations: Snapshot, runs: tuple[str
 def read_before(
     config: EvaluateConfig, snapshots: Mapping[str, Snapshot], runs: tuple[str, ...], n_undated: int
 ) -> list[str]:
-    """Warns of runs whose replies have read earlier histories than are read here, where requests have no cut-off: what
-    is computed from the histories then knows items that the replies could not know, perhaps the answers themselves.
+    """Warns of runs whose replies have read earlier histories than are read here, to which an ingest has added since,
+    where requests have no cut-off: what is computed from the histories then knows items that the replies could not
+    know, perhaps the answers themselves.
 
     Args:
         n_undated: number of the scored requests without a cut-off.
@@ -276,12 +280,13 @@ def read_before(
     if not n_undated:
         return []
     table, now = tables.open_table(config.tables, "generations"), snapshots["histories"].version
+    histories = tables.open_table(config.tables, "histories")
     warnings = []
     for run in runs:
         said = table.metadata_of_run(run)
         said = table.metadata_of_run(said[tables.JUDGE_OF]) if tables.JUDGE_OF in said else said
         read = int(said.get(tables.HISTORIES_VERSION, now))
-        if read < now:
+        if log.has_grown(histories.storage, read, now):
             warnings.append(
                 f"{n_undated} requests have no cut-off (as_of, as_of_position), and run {run} has read version {read} "
                 f"of histories where version {now} is read here: the references without an LLM and the groups by "

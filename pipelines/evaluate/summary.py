@@ -4,7 +4,7 @@ Replies that were not understood stand in report.json with their user's id, so t
 how many they are and never a text.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from pipelines.evaluate import breakdown, scoring, verdict
 from pipelines.evaluate.cohorts import Census
@@ -68,7 +68,7 @@ def summarise(
         n_users=n_users,
         n_requests=scored.answered,
         not_generated=scored.labelled - scored.answered,
-        verdict=_verdict(task, methods, own, references, n_users),
+        verdict=_verdict(task, methods, own, references, n_users, _made_by([scored], "llm_id")),
         methods=methods,
         references={
             name: ReferenceFigures(scores=_scores(figures), ci95=_intervals(figures), about=about[name])
@@ -119,7 +119,7 @@ def _add_gains(
                 difference=figure.score - base.score,
                 ci95=intervals.ci95(figure.drawn - base.drawn),
                 p_value=intervals.p_value(figure.drawn - base.drawn, people),
-                ci95_corrected=corrected[name].ci95_corrected if name in corrected else None,
+                ci95_corrected=corrected[name].known_interval if name in corrected else None,
             )
     for name, own in gains.items():
         methods[name].vs_none = own
@@ -132,11 +132,12 @@ def _verdict(
     own: Mapping[str, Mapping[str, Figure]],
     references: Mapping[str, Mapping[str, Figure]],
     people: int,
+    llms: Mapping[str, Set[str]],
 ) -> Verdict:
     """The verdict by the first metric of the task."""
     metric = metrics.names(task)[0]
     of_methods, of_references = ({name: row[metric] for name, row in rows.items()} for rows in (own, references))
-    judgement = verdict.judge(metric, of_methods, of_references, people)
+    judgement = verdict.judge(metric, of_methods, of_references, people, llms)
     unclear = {name: row.not_understood.share for name, row in methods.items() if row.not_understood}
     return verdict.say(judgement, task.name, methods, unclear, _answer(task) or "")
 
@@ -164,40 +165,53 @@ def identities(parts: Sequence[Scored]) -> dict[str, str | None]:
 def unlike_baseline(parts: Sequence[Scored]) -> dict[str, list[str]]:
     """Methods that reply by another LLM or another decoding than the baseline, with the kinds of identity that
     differ."""
-    ids: dict[tuple[str, str], set[str]] = {}
-    for part in parts:
-        for method, kind, name in part.made_by:
-            if method in part.methods:
-                ids.setdefault((method, kind), set()).add(name)
     unlike: dict[str, list[str]] = {}
     for kind in _SHARED:
-        own = ids.get((BASELINE, kind), set())
+        ids = _made_by(parts, kind)
         for method in dict.fromkeys(name for part in parts for name in part.methods):
-            if own and ids.get((method, kind), set()) - own:
+            if BASELINE in ids and ids.get(method, set()) - ids[BASELINE]:
                 unlike.setdefault(method, []).append(kind)
     return unlike
 
 
-def unlike_warnings(unlike: Mapping[str, Sequence[str]], methods: Iterable[str]) -> list[str]:
+def _made_by(parts: Iterable[Scored], kind: str) -> dict[str, set[str]]:
+    """Identities of one kind by which the methods that are scored reply."""
+    ids: dict[str, set[str]] = {}
+    for part in parts:
+        for method, of, name in part.made_by:
+            if of == kind and method in part.methods:
+                ids.setdefault(method, set()).add(name)
+    return ids
+
+
+def unlike_warnings(unlike: Mapping[str, Sequence[str]], parts: Sequence[Scored]) -> list[str]:
     """Says for which methods the gain over the baseline is not that of personalisation alone, and what would tell it.
 
     Args:
-        unlike: as `unlike_baseline` gives it.
-        methods: names of all methods that are scored.
+        unlike: as `unlike_baseline` gives it for these parts.
     """
-    controlled, warnings = NO_ADAPTER in methods, list[str]()
+    llms, warnings = _made_by(parts, "llm_id"), list[str]()
     for kind, word in _SHARED.items():
         names = [name for name, kinds in unlike.items() if kind in kinds]
         if not names:
             continue
         remedy = f"score {BASELINE} by the same {word} beside them"
         if kind == "llm_id" and all(any(part.group == "adapter" for part in known_parts(name)) for name in names):
-            remedy = f"{NO_ADAPTER} tells how great it is" if controlled else f"generate {NO_ADAPTER}, which tells it"
+            remedy = _without_adapter(llms, names)
         warnings.append(
             f"{', '.join(names)}: by another {word} than {BASELINE}, so that their gain over {BASELINE} holds this "
             f"difference too; {remedy}"
         )
     return warnings
+
+
+def _without_adapter(llms: Mapping[str, Set[str]], names: Iterable[str]) -> str:
+    """Says what tells how much of the gain of methods with an adapter their LLM has alone."""
+    if NO_ADAPTER not in llms:
+        return f"generate {NO_ADAPTER}, which tells it"
+    if llms[NO_ADAPTER] >= set[str]().union(*(llms[name] for name in names)):
+        return f"{NO_ADAPTER} tells how great it is"
+    return f"{NO_ADAPTER} is not by the LLM that they are by; generate it by that one, which tells it"
 
 
 def examples(scored: Scored, task: TaskSpec, count: int) -> list[Example]:

@@ -2,17 +2,18 @@
 
 Each method that is neither a control nor told the truth is judged twice, by paired differences over people:
   - its gain over the method `none`, with intervals corrected for the number of methods;
-  - its gain over its controls: the same method with the persona or the adapter of another user, with a persona of no
-    history or of a training without any, or with no adapter on the adapters' LLM. A hybrid's control keeps every other
-    part: that of plug+bm25 is plug:other-user+bm25, for items in a prompt may help whatever user wrote them. Intervals
-    are corrected for all pairs of a method and a control of it, and a method has to beat every control it has.
+  - its gain over its controls: the same method by the same LLM with the persona or the adapter of another user, with a
+    persona of no history or of a training without any, or with no adapter. A hybrid's control keeps every other part:
+    that of plug+bm25 is plug:other-user+bm25, for items in a prompt may help whatever user wrote them. Intervals are
+    corrected for all pairs of a method and a control of it, and a method has to beat every control it has.
 "It is the user" needs a control with another user's persona or adapter that was run and beaten. Methods that only
 retrieve or read a profile have no such control, and what a control keeps of the user cannot tell that it is not them.
 The best method is also set against the best of the references that need no LLM.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -124,10 +125,20 @@ def _roles(method: str) -> dict[str, str]:
     return {group if f"{group}:other-user" in PARTS else part: part for part, group in groups.items()}
 
 
-def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, Figure], people: int) -> Judgement:
+def judge(
+    metric: str,
+    methods: Mapping[str, Figure],
+    references: Mapping[str, Figure],
+    people: int,
+    llms: Mapping[str, Set[str]] = MappingProxyType({}),
+) -> Judgement:
     """Judges the methods by one metric; `say` adds the words.
 
     Differences are method minus other, and their intervals hold for all methods at once.
+
+    Args:
+        llms: identities of the LLMs that a method replies by, where they are known; a method that replies by another
+            LLM is no control.
     """
     own, turn = candidates(methods), metrics.sign(metric)
     judgement = Judgement(metric=metric, n_methods=len(own), n_users=people)
@@ -142,7 +153,7 @@ def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, F
     if BASELINE not in methods:
         return judgement
     gains = differences({one: (methods[one], methods[BASELINE]) for one in own}, people)
-    against = _against_controls(methods, own, people)
+    against = _against_controls(methods, own, people, llms)
     judgement.methods = {one: _words(metric, gains[one], against[one], people) for one in own}
     judgement.words, judgement.gain = judgement.methods[best], gains[best]
     judgement.controls = {control.name: difference for control, difference in against[best]}
@@ -151,10 +162,15 @@ def judge(metric: str, methods: Mapping[str, Figure], references: Mapping[str, F
 
 
 def _against_controls(
-    methods: Mapping[str, Figure], own: Sequence[str], people: int
+    methods: Mapping[str, Figure], own: Sequence[str], people: int, llms: Mapping[str, Set[str]]
 ) -> dict[str, list[tuple[Control, ControlDifference]]]:
     """The controls of each method with the difference to each."""
-    pairs = {(one, control): (methods[one], methods[control.name]) for one in own for control in controls(one, methods)}
+    pairs = {
+        (one, control): (methods[one], methods[control.name])
+        for one in own
+        for control in controls(one, methods)
+        if control.name not in llms or llms.get(one, set()) <= llms[control.name]
+    }
     against: dict[str, list[tuple[Control, ControlDifference]]] = {one: [] for one in own}
     for (one, control), difference in differences(pairs, people).items():
         to_control = ControlDifference(**difference.dump(), kind=control.kind, keeps=list(control.kept))
@@ -205,7 +221,9 @@ def say(judgement: Judgement, task: str, scored: Iterable[str], unclear: Mapping
     if many:
         every = " (and of every other method)" * (len(unclear) > 1 and min(unclear.values()) == many.share)
         parts.append(f"{share(many.share)} of the replies of {worst}{every} are no {answer}")
-    return Verdict(**dict(judgement), not_understood=many, headline=". ".join(parts), because=_because(judgement))
+    return Verdict(
+        **dict(judgement), not_understood=many, headline=". ".join(parts), because=_because(judgement, scored)
+    )
 
 
 def _claim(judgement: Judgement, task: str, scored: Iterable[str]) -> str:
@@ -227,7 +245,7 @@ def _amount(metric: str, number: float) -> str:
     return f"{100 * number:.1f} points" if percent(metric) else f"{number:.3f}"
 
 
-def _because(judgement: Judgement) -> list[str]:
+def _because(judgement: Judgement, scored: Iterable[str]) -> list[str]:
     best, words, metric = judgement.best, judgement.words, judgement.metric
     if best is None or words is None:
         return []
@@ -242,8 +260,10 @@ def _because(judgement: Judgement) -> list[str]:
         sentences.append(f"{best} minus its control {name}: {gain}{chance}{keeps}.")
     if words == UNKNOWN and not any(row.kind == "other-user" for row in judgement.controls.values()):
         control = wanted_control(best)
+        by_another = any(control.kind == "other-user" for control in controls(best, scored))
+        run = f"was run by the LLM of {best}" if by_another else "was run"
         sentences.append(
-            f"No control of {best} with another user's history was run; generate {control} too."
+            f"No control of {best} with another user's history {run}; generate {control} too."
             if control
             else f"No control shows whether {best} would gain as much from another user's history."
         )

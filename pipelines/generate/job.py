@@ -221,8 +221,21 @@ def _plan(
     check_base(config, opened.requests, plan, report)
     if "profile" in pending.made_from_items:
         report.extra["requests_without_profile"] = sum(row["without_profile"] for row in plan.values())
-    read = min(opened.histories.version, int(before_now.get(tables.HISTORIES_VERSION, opened.histories.version)))
-    return pending, plan, identities | {tables.HISTORIES_VERSION: str(read)}
+    return pending, plan, identities | histories_read(before_now, opened.histories.version)
+
+
+def histories_read(before_now: Mapping[str, str], version: int) -> dict[str, str]:
+    """Returns what a run's commits say of the histories that it has read: the oldest version of all its starts.
+
+    They say nothing where an earlier release has begun the run, whose replies have read a version that nobody knows.
+
+    Args:
+        before_now: metadata of the run's commits until now.
+        version: the version that this start reads.
+    """
+    if before_now and tables.HISTORIES_VERSION not in before_now:
+        return {}
+    return {tables.HISTORIES_VERSION: str(min(version, int(before_now.get(tables.HISTORIES_VERSION, version))))}
 
 
 def prompt_pool(config: Config) -> dict[str, Any]:

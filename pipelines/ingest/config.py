@@ -148,20 +148,13 @@ class IngestConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _keys_have_their_source(self) -> Self:
-        of_source = {name: getattr(self, name) for name in ("query", "explode", "derive_requests")}
-        of_requests = {name: getattr(self, name) for name in ("requests_query", "requests_columns")}
-        lacking = {}
-        if self.source is None and self.download is None:
-            lacking["source"] = of_source
-        if self.requests_source is None:
-            lacking["requests_source"] = of_requests
-        for source, keys in lacking.items():
-            if given := [name for name, value in keys.items() if value]:
-                raise ValueError(
-                    f"{given[0]} is given without {source}, whose rows it is for: give --{source.replace('_', '-')} as "
-                    f"well, or leave {given[0]} out"
-                )
+    def _requests_that_are_asked_for_have_their_source(self) -> Self:
+        # other keys may stand idle: the config file of a first ingest serves nights of items or of requests alone
+        if self.requests_query and self.requests_source is None and self.check is None:
+            raise ValueError(
+                "requests_query is given without requests_source, whose rows it is for, and no request would be made: "
+                "give --requests-source as well, or, for items alone, --requests-query null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,44 @@ def test_a_session_that_this_process_has_not_started_is_kept(monkeypatch):
         with pytest.raises(InputError, match="needs 99 CPU; the cluster has 2 CPU"):
             session.start(need={"CPU": 99})
     finally:
+        session.stop()
+
+
+def test_a_session_in_which_a_job_of_another_thread_may_be_at_work_is_not_ended():
+    done, own = threading.Event(), threading.current_thread()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        assert session._in_use([own, other], own) and session._in_use([own], other)
+        assert not session._in_use([own], own) and not session._in_use([], own)
+    finally:
+        done.set()
+        other.join()
+    assert not session._in_use([own, other], own)
+
+
+def test_a_job_that_needs_more_than_another_threads_session_is_refused(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done, begun = threading.Event(), threading.Event()
+
+    def job() -> None:
+        session.start(object_store_bytes=100 * 2**20)
+        begun.set()
+        done.wait()
+
+    other = threading.Thread(target=job)
+    other.start()
+    try:
+        assert begun.wait(120)
+        address = ray.get_runtime_context().gcs_address
+        with pytest.raises(InputError, match="needs 99 CPU"):
+            session.start(need={"CPU": 99})
+        assert ray.get_runtime_context().gcs_address == address
+    finally:
+        done.set()
+        other.join()
         session.stop()
 
 

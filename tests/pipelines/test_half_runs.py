@@ -1,7 +1,9 @@
 """Half of a run that was killed or is at work, which the end of another run has made a part of a complete version."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import deltalake
 import pyarrow as pa
 import pytest
 
@@ -11,6 +13,7 @@ from infra.report import RunReport
 from pipelines import tables, waves
 from pipelines.evaluate import compare, scoring
 from pipelines.evaluate import job as evaluate
+from pipelines.generate import job as generate
 from pipelines.generate import judge
 from pipelines.generate.judge_config import JudgeConfig
 from pplug.tasks import get
@@ -98,6 +101,38 @@ def test_judgements_of_replies_that_were_made_anew_are_told(place):
     assert said("judged", generations=now) == said("whole") == []
     replied("judged", 1, judge_of="whole")
     assert said("judged") == []
+
+
+def test_only_an_ingest_makes_histories_later_than_those_that_replies_have_read(place):
+    config, table = evaluate.Config(tables=place, run=("night",)), tables.open_table(place, "histories")
+    put(place, "generations", "night", complete=True, histories_version=str(table.version))
+
+    def said() -> list[str]:
+        return scoring.read_before(config, {"histories": table.snapshot()}, ("night",), n_undated=1)
+
+    before = table.snapshot()
+    table.rewrite([], [], below=before, run_id="compact", group=0, same_rows=True)
+    table.replace_schema([], before=table.snapshot(), run_id="migrate", group=0)
+    assert table.version == before.version + 2 and said() == []
+    put(place, "histories", "ingest-2", complete=True)
+    (warning,) = said()
+    assert warning.endswith(f"give --as-of-version histories={before.version}")
+    now = table.snapshot()
+    table.rewrite([], [], below=now, run_id="compact-2", group=0, same_rows=True)
+    assert said() == [warning.replace(f"where version {now.version} is", f"where version {now.version + 1} is")]
+    deltalake.DeltaTable(table.uri).create_checkpoint()
+    for version in range(now.version + 1):  # the log loses them to its age, and nobody can tell
+        (Path(table.uri) / f"_delta_log/{version:020d}.json").unlink()
+    assert len(said()) == 1
+
+
+def test_a_run_that_goes_on_tells_the_oldest_histories_it_has_read_or_none_if_nobody_knows(place):
+    table = tables.open_table(place, "generations")
+    assert generate.histories_read(table.metadata_of_run("new"), 7) == {"histories_version": "7"}
+    put(place, "generations", "told", histories_version="5")
+    for now, oldest in ((7, "5"), (3, "3")):
+        assert generate.histories_read(table.metadata_of_run("told"), now) == {"histories_version": oldest}
+    assert generate.histories_read(table.metadata_of_run("half"), 7) == {}  # an earlier release has begun it
 
 
 def test_a_run_that_is_tried_again_is_scored_as_it_ended_before(place):

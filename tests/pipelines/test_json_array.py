@@ -117,7 +117,16 @@ def test_the_array_of_records_in_an_object_is_found_by_its_beginning(beginning, 
 def test_an_object_with_a_name_of_a_record_is_one_wherever_that_name_stands():
     for beginning in (
         '{"user_id": "ann", "tags": [{"name": "a"}]}',
-        '{"tags": [{"user_id": "b"}], "user_id": "ann", "t',
+        '{"tags": [{"name": "b"}], "user_id": "ann", "t',
     ):
         assert first_array(beginning) == "tags" and first_array(beginning, {"user_id"}) is None
     assert first_array('{"tags": [{"user_id": "b"}], "n": 1}', {"user_id"}) == "tags"
+
+
+def test_an_array_of_records_comes_before_the_object_and_the_arrays_around_it():
+    for beginning in (
+        '{"user_id": "ann", "tags": [{"name": "a"}], "rows": [{"n": 1, "user_id": "b"',
+        '{"rows": [{"user_id": "b"}], "user_id": "ann"}',
+        '{"tags": [{"name": "a"}], "rows": [ {"user_id": "b"}]}',
+    ):
+        assert first_array(beginning, {"user_id"}) == "rows"

@@ -1,8 +1,10 @@
 """The one list of parts is what help shows, and each group of parts has a class that adds to prompts."""
 
+import pyarrow as pa
 import pytest
 
 from infra.errors import InputError
+from pipelines import tables
 from pipelines.evaluate import verdict
 from pipelines.generate.config import Config
 from pipelines.generate.parts import GROUPS
@@ -75,3 +77,33 @@ def test_the_llm_without_an_adapter_needs_no_adapters_and_no_engine_that_serves_
     assert part.for_engine is None and not part.identities()["fit_id"] and part.made_from_items() is None
     with pytest.raises(InputError, match=r"methods \['adapter'\] need engine.kind=vllm"):
         opened("adapter:none", "adapter")
+
+
+def test_the_llm_without_an_adapter_is_told_where_adapters_stand_on_another(tmp_path):
+    table = tables.open_or_create(str(tmp_path), "adapters", 1)
+    row = {"bucket": 0, "user_key": "0" * 32, "user_id": "ann", "adapter_id": "a"}
+    config = Config.model_validate(
+        {
+            "tables": str(tmp_path),
+            "llm": {"model": str(tmp_path)},
+            "methods": ["adapter:none"],
+            "run_dir": str(tmp_path),
+        }
+    )
+
+    def warnings() -> list[str]:
+        task, report = TaskSpec.model_validate(NOTES), begin("generate", config)
+        Adapter.open(GenerateRun(config, parse_all(config.methods), "llm-x", task, report, 1))
+        return report.extra.get("warnings", [])
+
+    def trained(llm_id: str) -> None:
+        files = table.write(pa.Table.from_pylist([row], schema=table.spec.schema), llm_id)
+        table.commit(files, run_id=llm_id, group=0, mode="append", planned_on=table.version,
+                     metadata={"llm_id": llm_id}, complete=True)  # fmt: skip
+
+    assert warnings() == []  # a table without any adapter
+    trained("llm-x")
+    assert warnings() == []
+    trained("llm-y")
+    (said,) = warnings()
+    assert "were trained on LLM llm-y, but" in said and "is llm-x; adapter:none by this one is no control" in said

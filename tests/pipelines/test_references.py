@@ -142,6 +142,7 @@ def test_other_populations_teach_the_classifier_but_not_their_users_who_are_aske
     here = made(tmp_path / "here", [item("anna", 1, "a note", "good")], [ask("anna", 9, "mud")])
     alone = fitted(here)
     assert alone.names == ("user-label", "overall-label")  # one label is nothing to learn from
+    assert alone.classifier is None and alone.n_training == 0
     train = made(tmp_path / "train", [*crowd(), item("anna", 9, "mud", "good")], [ask("c0", 11, "mud")])
     others = tuple(tables.open_table(train.tables, name).snapshot(complete=True) for name in ("histories", "requests"))
     fit = fitted(here, others=[others])

@@ -139,9 +139,25 @@ def test_methods_that_reply_otherwise_than_none_are_told_by_run_and_kind():
     unlike = summary.unlike_baseline([night, again, soft])
     assert unlike == {"adapter:none": ["llm_id"], "plug": ["decoding_id"]}
     ends = "than none, so that their gain over none holds this difference too;"
-    assert summary.unlike_warnings(unlike, ("none", "plug", "adapter:none")) == [
+    assert summary.unlike_warnings(unlike, [night, again, soft]) == [
         f"adapter:none: by another LLM {ends} adapter:none tells how great it is",
         f"plug: by another decoding {ends} score none by the same decoding beside them",
+    ]
+
+
+def test_the_llm_without_an_adapter_tells_the_gain_of_adapters_on_the_same_llm_alone():
+    def said(**llms: str) -> list[str]:
+        names = {name.replace("_", ":"): llm for name, llm in llms.items()}
+        part = Scored(
+            methods=dict.fromkeys(names), made_by=frozenset((name, "llm_id", llm) for name, llm in names.items())
+        )
+        assert summary.unlike_baseline([part])["adapter"] == ["llm_id"]
+        return [warning.partition("; ")[2] for warning in summary.unlike_warnings({"adapter": ["llm_id"]}, [part])]
+
+    assert said(none="plain", adapter="tuned", adapter_none="tuned") == ["adapter:none tells how great it is"]
+    assert said(none="plain", adapter="tuned") == ["generate adapter:none, which tells it"]
+    assert said(none="plain", adapter="tuned", adapter_none="plain") == [
+        "adapter:none is not by the LLM that they are by; generate it by that one, which tells it"
     ]
 
 

@@ -247,6 +247,30 @@ def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_pat
     assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
 
 
+def test_an_indented_json_file_is_its_records_as_one_without_indents_is(tmp_path):
+    ann = [{"user_id": "ann", "item_id": number, "text": text} for number, text in (("1", "hello"), ("2", "again"))]
+    bare = [{name: row[name] for name in ("item_id", "text")} for row in ann]
+    (tmp_path / "rows.json").write_text(json.dumps({"user_id": "ann", "items": ann}, indent=1))
+    (tmp_path / "one.json").write_text(json.dumps(ann[0] | {"tags": [{"name": "a"}]}, indent=1))
+    (tmp_path / "list.json").write_text(json.dumps({"user_id": "ann", "profile": bare}, indent=1))
+    columns = {name: name for name in FIELDS}
+    for given in ({}, {"columns": columns}):
+        rows, rejects = read(tmp_path / "rows.json", **given)
+        assert plain(rows) == ann and rejects == {}
+        rows, rejects = read(tmp_path / "one.json", **given)
+        assert plain(rows) == ann[:1] and rows[0]["place"] == "one.json record 1" and rejects == {}
+    parts = {"user_id": "user_id", "item_id": "profile.item_id", "text": "profile.text"}
+    assert plain(read(tmp_path / "list.json", explode="profile", columns=parts)[0]) == ann
+
+
+def test_a_first_line_that_is_damaged_does_not_make_one_record_of_a_file_of_lines(tmp_path):
+    good = json.dumps(ROWS[0])
+    for damaged in ('{"user_id": "ann", "text": "cut', '{"user_id": "ann", "tags": [1,', '{"user_id": "ann"'):
+        (tmp_path / "a.json").write_text(f"{damaged}\n{good}\n{good}\n".replace('"00"', '"1"', 1))
+        rows, rejects = read(tmp_path / "a.json")
+        assert [row["item_id"] for row in rows] == ["1", "00"] and rejects == {"a.json@0": "bad_json"}
+
+
 @pytest.mark.parametrize("mixed", [[1, "a secret"], ["a secret", 1], [["a secret"], "x"]])
 def test_a_column_of_pandas_with_values_of_several_types_is_named_without_them(tmp_path, mixed):
     frame = pd.DataFrame({"user_id": ["u", "v"], "stars": mixed, "text": ["x", "y"]})
@@ -337,24 +361,28 @@ def test_nested_columns_are_reached_by_paths_and_lists_are_exploded(tmp_path):
         FORMATS["parquet"].check([piece], options_of(config))
 
 
-def test_keys_without_the_source_that_they_are_for_are_refused():
+def test_a_query_for_requests_without_their_source_is_refused():
     """The published files of LaMP-QA hold items and questions: with the items' source alone its config made none."""
     shipped = yaml.safe_load((CONFIGS / "ingest_lamp_qa.yaml").read_text())
     IngestConfig(tables="t", source="f", requests_source="f", **shipped)
-    for given, words in (
-        (
-            shipped | {"source": "f"},
-            "requests_query is given without requests_source, .* give --requests-source as well",
-        ),
-        ({"source": "f", "requests_columns": {"input": "q"}}, "requests_columns is given without requests_source"),
-        ({"download": "LaMP_2", "requests_query": "select 1"}, "requests_query is given without requests_source"),
-        ({"requests_source": "f", "derive_requests": 2}, "derive_requests is given without source, .* give --source"),
-        ({"requests_source": "f", "query": "select 1"}, "query is given without source"),
-        ({"vectors": "f", "vectors_id": "mine", "explode": "list"}, "explode is given without source"),
-    ):
-        with pytest.raises(ValueError, match=words):
+    for given in (shipped | {"source": "f"}, {"download": "LaMP_2", "requests_query": "select 1"}):
+        with pytest.raises(ValueError, match="requests_query is given without requests_source, .* --requests-source"):
             IngestConfig(tables="t", **given)
-    IngestConfig(tables="t", download="LaMP_2", derive_requests=2)
+    IngestConfig(tables="t", source="f", **shipped | {"requests_query": None})
+
+
+@pytest.mark.parametrize(
+    "night",
+    [
+        {"source": "new", "requests_columns": {"input": "q"}},
+        {"requests_source": "new", "explode": "list", "derive_requests": 2},
+        {"requests_source": "new", "query": "select 1"},
+        {"check": "new", "requests_query": "select 1", "requests_columns": {"input": "q"}},
+    ],
+)
+def test_the_config_file_of_a_first_ingest_serves_a_night_of_items_or_of_requests_alone(night):
+    made = IngestConfig(tables="t", **night)
+    assert {name: getattr(made, name) for name in night} == night
 
 
 def test_parquet_of_dictionaries_large_types_views_and_an_index_is_read(tmp_path):

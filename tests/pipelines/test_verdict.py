@@ -1,5 +1,7 @@
 """An evaluation's claims: simulated populations where the truth is known, and controls written by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,19 @@ def test_where_two_nights_differ_by_chance_alone_a_star_is_rare_however_many_met
     assert starred <= 0.05 * trials + 3.3 * np.sqrt(0.05 * 0.95 * trials) < uncorrected
 
 
+def test_of_one_person_a_comparison_has_the_methods_own_interval_alone():
+    task = tasks.get("LaMP_3")
+    drawn = np.array([0.0, 1.0, 2.0, 3.0])[:, None]  # how often the person counts in each resample
+    earlier, later = (Scored({"bm25": Tally(np.array(own), drawn * own)}) for own in ([2.0, 3.0, 5.0], [2.0, 2.0, 2.0]))
+    found = compare.changes(task, earlier, later, 1)
+    change = found["bm25"]["mae"]
+    assert (change.earlier, change.later, change.difference) == (1.5, 1.0, -0.5) and change.ci95 == (-0.5, -0.5)
+    compared = Comparison(task="t", runs=["a", "b"], n_requests=2, n_users=1, methods=found, left_out={}, warnings=[])
+    written = json.loads(json.dumps(compared.dump(), allow_nan=False))
+    assert "ci95_corrected" not in written["methods"]["bm25"]["mae"]
+    assert "bm25  mae  1.500 -> 1.000  -0.500 [-0.500, -0.500]\n" in screen.comparison_text(compared)
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +172,24 @@ def test_the_words_follow_the_controls(scores, words):
     found = judged({"none": 0.3} | scores)
     assert (found.best, found.words) == (next(iter(scores)), words)
     assert found.headline.startswith(("Personalisation ", "Personalisation: ")) and words in found.headline
+
+
+def test_a_method_by_another_llm_is_no_control():
+    scores = {"none": 0.3, "adapter": 0.6, "adapter:other-user": 0.4, "adapter:none": 0.6}
+    llms = dict.fromkeys(scores, {"tuned"}) | {"none": {"plain"}}
+    for name, words, because in (
+        ("adapter:none", "helps, and it is the user", "adapter minus its control adapter:other-user: +20.0 points"),
+        ("adapter:other-user", "helps, but the same LLM without an adapter helps as much", ""),
+        (None, "helps, but the same LLM without an adapter helps as much", ""),
+    ):
+        found = verdict.judge("accuracy", fig(scores), {}, 100, llms | ({} if name is None else {name: {"plain"}}))
+        said = verdict.say(found, "notes", list(scores), {}, "label of the task")
+        assert said.words == words and name not in said.controls and because in said.because[0]
+    del scores["adapter:none"]
+    found = verdict.judge("accuracy", fig(scores), {}, 100, llms | {"adapter:other-user": {"plain"}})
+    (said,) = verdict.say(found, "notes", list(scores), {}, "label of the task").because
+    run = "No control of adapter with another user's history was run by the LLM of adapter"
+    assert said == f"{run}; generate adapter:other-user too."
 
 
 def test_a_control_is_never_the_best_method_nor_one_of_several():

@@ -70,7 +70,7 @@ def comparison_text(comparison: Comparison) -> str:
     ]
     for name, row in comparison.methods.items():
         for metric, change in row.items():
-            difference = cell(change.difference, change.ci95_corrected, comparison.n_users)
+            difference = cell(change.difference, change.interval, comparison.n_users)
             lines.append(f"{name}  {metric}  {change.earlier:.3f} -> {change.later:.3f}  {difference}")
     return "\n".join([*lines, *_notes(comparison.warnings)])
 

@@ -11,7 +11,7 @@ from pipelines.engines.base import CAN
 from pipelines.generate.parts.base import BucketView, Drafts, GenerateRun, Part
 from pipelines.methods import NO_ADAPTER, PartInfo
 from pipelines.waves import each_bucket
-from pplug.stand_in import SAMPLE
+from pplug.stand_in import SAMPLE, stands_for
 
 
 class Adapter(Part):
@@ -30,6 +30,7 @@ class Adapter(Part):
     def open(cls, run: GenerateRun) -> Self:
         config, kinds = run.config, run.kinds("adapter")
         if kinds == {NO_ADAPTER}:  # any engine can answer without adapters
+            _warn_of_another_llm(run)
             return cls(None, kinds, run.buckets, run.llm_id)
         methods = [
             method.name for method in run.methods if (part := method.part("adapter")) and part.name != NO_ADAPTER
@@ -76,3 +77,18 @@ class Adapter(Part):
             drafts.adapters[i] = choose(request)
             if own and drafts.adapters[i] is None and self._index.knows_too_much(request):
                 drafts.notes[i].append("adapter_not_used")
+
+
+def _warn_of_another_llm(run: GenerateRun) -> None:
+    """Warns where adapters are there and stand on another LLM: without an adapter it is no control of theirs."""
+    adapters = tables.snapshot_if_any(run.config.tables, "adapters", run.config.as_of_version)
+    made_for = adapters.metadata.get("llm_id") if adapters is not None and adapters.files else None
+    if adapters is None or made_for is None:
+        return
+    try:
+        stands_for(run.config.llm, run.llm_id, made_for, adapters.metadata.get(SAMPLE))
+    except ValueError as error:
+        run.report.warn(
+            f"the adapters in {run.config.tables} were trained on LLM {made_for}, but {error}; {NO_ADAPTER} by this "
+            "one is no control of theirs: give the LLM and llm.layout that they were trained with"
+        )

@@ -51,26 +51,50 @@ def values(stream: IO[bytes], name: str | None = None) -> Iterator[Any]:
         raise ValueError("there is more text after the array")
 
 
+def whole(stream: IO[bytes]) -> Iterator[Any]:
+    """Yields the one value that a file is, or a RowError in its place where a name stands twice.
+
+    Raises:
+        ValueError: the text is no JSON, or there is more of it after the value.
+        RecursionError: the value is nested too deeply.
+    """
+    text = _Text(stream)
+    value = text.value()
+    if text.next():
+        raise ValueError("there is more text after the value")
+    yield value
+
+
 def first_array(beginning: str, of_a_record: Collection[str] = ()) -> str | None:
     """Returns the name of the first array of objects right in an object of which this is the beginning.
 
     Args:
-        of_a_record: names that a record has; an object in whose beginning one of them stands is itself a record.
+        of_a_record: names that a record has. The first array whose first object has one of them comes before all
+            others; without such an array, an object in whose beginning one of them stands is itself a record.
     """
-    text, found = _Text(None, beginning), None
+    text, found, is_record = _Text(None, beginning), None, False
+    for name in _names(text):
+        inside = beginning[text.at + 1 :].lstrip(_SPACES) if text.next() == "[" else ""
+        if inside.startswith("{"):
+            if not set(of_a_record).isdisjoint(_names(_Text(None, inside))):
+                return name
+            found = name if found is None else found
+        is_record = is_record or name in of_a_record
+    return None if is_record else found
+
+
+def _names(text: "_Text") -> Iterator[str]:
+    """Yields the names of an object, each before its value is passed, up to the end of the text or of the object, or to
+    damage, of which the file's lines will say so."""
     try:
         text.expect("{")
-        while True:
-            name = text.value()
-            if not isinstance(name, str) or name in of_a_record:
-                return None
+        while isinstance(name := text.value(), str):
             text.expect(":")
-            if found is None and text.next() == "[" and beginning[text.at + 1 :].lstrip(_SPACES)[:1] == "{":
-                found = name
+            yield name
             text.value()
             text.expect(",")
     except (ValueError, RecursionError):
-        return found  # the end of the object or of its beginning, or damage, of which its lines will say so
+        return
 
 
 def _find(text: "_Text", name: str) -> None:

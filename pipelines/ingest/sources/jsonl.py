@@ -3,23 +3,25 @@
 A plain file of lines is read in pieces of some megabytes; each line belongs to the piece that it begins in. It is read
 by hand: the readers of Arrow and DuckDB give up a block, or the file, for one damaged line, and guess types.
 An array, or an object with an array of objects in it, is read record by record (`json_array`); damage ends it there.
-An object that names a user itself is one record.
+An object that names a user itself is one record, and so is one over several lines without such an array.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from pipelines.ingest.sources.base import DAMAGED, NotThisFormat, Options, Piece, begins_packed, opened
 from pipelines.ingest.sources.discover import File
-from pipelines.ingest.sources.json_array import first_array, unique, values
+from pipelines.ingest.sources.json_array import first_array, unique, values, whole
 from pipelines.ingest.sources.records import BATCH_BYTES, BATCH_ROWS, Batch, RecordFormat, refuse_content
 from pipelines.ingest.values import RowError
 
 _BOM = b"\xef\xbb\xbf"
 _BEGINNING = 2**16
+_Reader = Callable[[IO[bytes]], Iterator[Any]]
 
 
 class Jsonl(RecordFormat):
@@ -32,22 +34,22 @@ class Jsonl(RecordFormat):
     """True if a file may be one object that holds the array of records."""
 
     def divisible(self, file: File, options: Options) -> bool:
-        return not begins_packed(file.folder, file.name) and self._array(file.folder, file.name, options) is None
+        return not begins_packed(file.folder, file.name) and self._reader(file.folder, file.name, options) is None
 
     def place_of(self, piece: Piece, options: Options) -> Callable[[int], str]:
         place = super().place_of(piece, options)
-        if piece.start or self._array(piece.folder, piece.name, options) is None:
+        if piece.start or self._reader(piece.folder, piece.name, options) is None:
             return place
         return lambda seq: place(seq).replace(f"{piece.name}@", f"{piece.name} record ", 1)
 
     def batches(self, piece: Piece, options: Options, only: Sequence[str] | None = None) -> Iterator[Batch]:
         refuse_content(piece, "JSON")
-        array = None if piece.start else self._array(piece.folder, piece.name, options)
+        reader = None if piece.start else self._reader(piece.folder, piece.name, options)
         explode = options.explode if piece.kind == "items" else None
         batch = _Filling(explode)
         try:
-            if array is not None:
-                for seq, value in _values(piece, array):
+            if reader is not None:
+                for seq, value in _values(piece, reader):
                     batch.add(seq, None, value, 0)
                     if batch.full:
                         yield batch.take()
@@ -63,18 +65,23 @@ class Jsonl(RecordFormat):
             raise
         yield batch.take()
 
-    def _array(self, folder: str, name: str, options: Options) -> str | None:
-        """Returns the name of the array of records in the object that a file is, "" for a file that is the array, and
-        None for a file of lines."""
+    def _reader(self, folder: str, name: str, options: Options) -> _Reader | None:
+        """Returns what reads the records of a file that is an array, an object that holds one, or one object over
+        several lines; None for a file of lines."""
         with opened(folder, name) as stream:
             text = stream.read(_BEGINNING).removeprefix(_BOM).lstrip()
         line, _, more = text.partition(b"\n")
+        of_lines = _parses(line) and bool(more.strip())
         if text.startswith(b"["):
-            return "" if text[1:].lstrip()[:1] in (b"{", b"]") and not (_parses(line) and more.strip()) else None
-        if not self.wraps or options.explode or not text.startswith(b"{") or (_parses(line) and more.strip()):
+            return values if text[1:].lstrip()[:1] in (b"{", b"]") and not of_lines else None
+        if not self.wraps or not text.startswith(b"{") or of_lines:
             return None
-        users = {options.mapping(kind).get("user_id", "user_id") for kind in ("items", "requests")}
-        return first_array(text.decode("utf-8", "ignore"), users | {path.partition(".")[0] for path in users})
+        if not options.explode:
+            users = {options.mapping(kind).get("user_id", "user_id") for kind in ("items", "requests")}
+            roots = {path.partition(".")[0] for path in users}
+            if (array := first_array(text.decode("utf-8", "ignore"), users | roots)) is not None:
+                return partial(values, name=array)
+        return whole if more and not _parses(line) and _is_one_value(folder, name) else None
 
 
 class Json(Jsonl):
@@ -138,10 +145,10 @@ def _at(record: Mapping[str, Any], path: str) -> Any:
     return record
 
 
-def _values(piece: Piece, array: str) -> Iterator[tuple[int, Any]]:
-    """Yields number and value of each record of an array. Raises NotThisFormat: it is damaged after these."""
+def _values(piece: Piece, reader: _Reader) -> Iterator[tuple[int, Any]]:
+    """Yields number and value of each record of a file. Raises NotThisFormat: it is damaged after these."""
     with opened(piece.folder, piece.name) as stream:
-        found = values(stream, array or None)
+        found = reader(stream)
         number = 1
         while True:
             try:
@@ -152,6 +159,15 @@ def _values(piece: Piece, array: str) -> Iterator[tuple[int, Any]]:
                 raise NotThisFormat("the JSON array is damaged or cut off; the records before that are read") from error
             yield number, value
             number += 1
+
+
+def _is_one_value(folder: str, name: str) -> bool:
+    """Tells whether a file is one JSON value. Damage ends the look where it stands, and so does the end of a line."""
+    with opened(folder, name) as stream:
+        try:
+            return len(list(whole(stream))) == 1
+        except (ValueError, RecursionError):
+            return False
 
 
 def _parses(line: bytes) -> bool:
