@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from pplug.identity import weight_digests
-from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer, misleads
+from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, llm_id, load_tokenizer, misleads
 from pplug.plain_text import control_tokens
 from tests.pplug.families import make
 from tests.pplug.models import tiny_bart, tiny_llama, word_tokenizer
@@ -85,6 +85,22 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_broken_file_of_a_tokenizer_is_no_code_of_its_own(tmp_path):
+    folder = tiny_llama(tmp_path)
+    said = folder / "tokenizer_config.json"
+    config = json.loads(said.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    said.write_text(json.dumps(config))
+    load_tokenizer(folder)  # transformers has the class that the config names
+    (folder / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=f"^{folder}: no tokenizer that can be loaded"):
+        load_tokenizer(folder)
+    said.write_text('{"tokenizer_class"')
+    with pytest.raises(ValueError, match=f"^{folder}: no tokenizer that can be loaded"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match=f"^{said}: not JSON "):
+        llm_id(LLMConfig(model=str(folder)))
+
+
 def test_a_base_that_caps_its_scores_is_loaded_with_an_attention_that_does(tmp_path):
     """vLLM caps them. transformers' default attention does not: its logits are those of a model without the cap."""
     make("Gemma2", attn_logit_softcapping=0.3, query_pre_attn_scalar=1).save_pretrained(tmp_path)
