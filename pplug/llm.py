@@ -180,16 +180,19 @@ class FrozenLLM:
         if quantised.get("quant_method") in DEQUANTISED:
             how["config"] = config_of_model
             quantised["dequantize"] = True
+        how |= {"dtype": dtype, "output_loading_info": True}
+        is_spread = mesh is not None and mesh.parts is not None
         if mesh is not None and mesh.parts is not None:
             from pplug.parallel import spread
 
             with spread(mesh, kind, config_of_model) as parts:
-                model = kind.from_pretrained(folder, dtype=dtype, **how, **parts).eval().requires_grad_(False)
+                model, found = kind.from_pretrained(folder, **how, **parts)
         else:
-            model, found = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
-            if not quantised:  # whose layers have tensors that a file may leave out
-                refuse_missing(folder, model, found["missing_keys"])
-            model = model.eval().requires_grad_(False).to(device)
+            model, found = kind.from_pretrained(folder, **how)
+        if not quantised:  # whose layers have tensors that a file may leave out
+            refuse_missing(folder, model, found["missing_keys"])
+        model = model.eval().requires_grad_(False)
+        model = model if is_spread else model.to(device)
         sharded = mesh is not None and mesh.shards > 1
         if not sharded:  # whose layers keep hold of their own norms
             use_fast_rmsnorm(model)
