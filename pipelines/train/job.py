@@ -354,13 +354,8 @@ def make_models(
     """
     with loading("llm"):
         llm = FrozenLLM.load(config.llm, mesh, device)
-    shape, encoder, tokenizer = config.shape, None, None
-    queries: dict[str, Any] = {"encoder_dim": width, "query_prefix": shape.query_prefix or ""}
-    queries["query_max_tokens"] = shape.query_max_tokens or config.encoder.max_tokens
-    if width is None:
-        with loading("encoder"):
-            own = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
-        encoder, tokenizer, queries = own
+    shape = config.shape
+    encoder, tokenizer, queries = _queries(config, width, device)
     attention = shape.aggregation == "attention" and not shape.without_history
     limit = config.llm.layout.max_input_tokens
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
@@ -396,6 +391,16 @@ def make_models(
         plug.set_answers(known.words, tokens, token_vectors(llm, tokens))
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
     return plug.eval(), llm, tokenizer
+
+
+def _queries(config: Config, width: int | None, device: torch.device | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The plug's query encoder, its tokenizer, and the keys of the plug's config; no encoder beside a `width`."""
+    shape = config.shape
+    if width is None:
+        with loading("encoder"):
+            return query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
+    limit = shape.query_max_tokens or config.encoder.max_tokens
+    return None, None, {"encoder_dim": width, "query_prefix": shape.query_prefix or "", "query_max_tokens": limit}
 
 
 def make_samples(
