@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from infra import nodes, stopping
@@ -56,11 +56,24 @@ class Asked:
 
 def _giving_up(loop: Callable[[dict[str, Any]], None], given: dict[str, Any]) -> None:
     """Runs a worker's loop. One that diverges, or has no gradient, ends the training, and Ray does not try again: all
-    workers come to this together, since they hold the same weights and sum their losses."""
+    workers come to this together, since they hold the same weights and sum their losses. An InputError may be met by
+    one worker while the others wait for it, so Ray ends them all; a next try returns at once."""
+    ending = given["ending"]
+    if ray.get(ending.given_up.remote()) is not None:
+        return
     try:
         loop(given)
     except FloatingPointError as error:
-        ray.get(given["ending"].give_up.remote(str(error)))
+        ray.get(ending.give_up.remote(str(error)))
+    except InputError as error:
+        ray.get(ending.give_up.remote(str(error)))
+        raise
+
+
+def _refuse_given_up(ending: Any, run_id: str) -> None:
+    why = ray.get(ending.given_up.remote())
+    if why is not None:
+        raise InputError(f"run_id={run_id}: {why}")
 
 
 def run_training(
@@ -84,7 +97,7 @@ def run_training(
         checkpoints_kept: number of newest checkpoints that stay.
 
     Raises:
-        InputError: the training has diverged, or has no gradient.
+        InputError: the training has diverged, or has no gradient, or a worker has raised it.
         Exception: the error that ended the training.
         Terminated: SIGTERM ended it; the workers have been asked to save a checkpoint.
     """
@@ -104,10 +117,12 @@ def run_training(
         ),
     )
     with stopping.asking(ending.say.remote):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError:
+            _refuse_given_up(ending, run_id)
+            raise
     if result.error is not None:
         raise result.error
-    why = ray.get(ending.given_up.remote())
-    if why is not None:
-        raise InputError(f"run_id={run_id}: {why}")
+    _refuse_given_up(ending, run_id)
     return result

@@ -16,6 +16,19 @@ from pplug.plug import PlugConfig, plug_id
 T = TypeVar("T")
 
 
+@contextmanager
+def loading(key: str) -> Iterator[None]:
+    """Loads a model of a config's key in the block, in a worker, where another try would end alike.
+
+    Raises:
+        InputError: the model cannot be loaded, or is another one than at the job's start.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{key}: {error}") from error
+
+
 def below(run_dir: str, name: str) -> str:
     """Folder or address of this name in a run's folder."""
     return f"{run_dir.rstrip('/')}/{name}" if artifacts.is_address(run_dir) else os.path.join(run_dir, name)

@@ -128,7 +128,10 @@ def target_modules(model: "nn.Module", targets: Sequence[str]) -> "dict[str, nn.
 
     base: Any = model
     names = {module: name for name, module in model.named_modules()}
-    decoder, head = names.get(base.get_decoder(), ""), names.get(base.get_output_embeddings())
+    body, embeddings = base.get_decoder(), base.get_input_embeddings()
+    if all(module is not embeddings for module in body.modules()):
+        body = base  # `decoder` is the name of the output layer (ModernBERT)
+    decoder, head = names.get(body, ""), names.get(base.get_output_embeddings())
     begin = f"{decoder}." if decoder else ""
     modules = {n: m for n, m in model.named_modules() if n.startswith(begin) or n == head}
     found: dict[str, nn.Linear] = {}

@@ -74,8 +74,25 @@ def weights_id(folder: Path) -> str:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """A model's config without its name and the version of the library that wrote it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    return {k: v for k, v in read_config(folder).items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON.
+    """
+    return _read_json(folder / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); get the model's files anew") from error
+    return values
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -150,7 +167,7 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
     out = {}
     for name, path in sorted(files.items()):
         if path.name in ("tokenizer_config.json", "generation_config.json"):
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = _read_json(path)
             out[name] = short_id({key: value for key, value in values.items() if key not in _NAMES})
         elif path.is_file():
             out[name] = file_digest(path)

@@ -16,6 +16,7 @@ from pydantic import Field
 from pplug.identity import (
     config_of,
     model_folder,
+    read_config,
     short_id,
     tokenizer_digests,
     weight_digests,
@@ -129,18 +130,13 @@ def prompt_frame(config: LLMConfig) -> dict[str, Any]:
         ValueError: the folder has no tokenizer, or its chat template cannot be used with the layout.
     """
     folder = model_folder(config.model, config.revision, weights=False)
-    start = _config_json(folder).get("decoder_start_token_id")
+    start = read_config(folder).get("decoder_start_token_id")
     return PromptBuilder(load_tokenizer(folder), config.layout, is_encoder_decoder(folder), start).frame
 
 
 def is_encoder_decoder(folder: Path) -> bool:
     """True if a model folder holds an encoder-decoder."""
-    return bool(_config_json(folder).get("is_encoder_decoder", False))
-
-
-def _config_json(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return bool(read_config(folder).get("is_encoder_decoder", False))
 
 
 @dataclass
@@ -184,21 +180,24 @@ class FrozenLLM:
         if quantised.get("quant_method") in DEQUANTISED:
             how["config"] = config_of_model
             quantised["dequantize"] = True
+        how |= {"dtype": dtype, "output_loading_info": True}
+        is_spread = mesh is not None and mesh.parts is not None
         if mesh is not None and mesh.parts is not None:
             from pplug.parallel import spread
 
             with spread(mesh, kind, config_of_model) as parts:
-                model = kind.from_pretrained(folder, dtype=dtype, **how, **parts).eval().requires_grad_(False)
+                model, found = kind.from_pretrained(folder, **how, **parts)
         else:
-            model, found = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
-            if not quantised:  # whose layers have tensors that a file may leave out
-                refuse_missing(folder, model, found["missing_keys"])
-            model = model.eval().requires_grad_(False).to(device)
+            model, found = kind.from_pretrained(folder, **how)
+        if not quantised:  # whose layers have tensors that a file may leave out
+            refuse_missing(folder, model, found["missing_keys"])
+        model = model.eval().requires_grad_(False)
+        model = model if is_spread else model.to(device)
         sharded = mesh is not None and mesh.shards > 1
         if not sharded:  # whose layers keep hold of their own norms
             use_fast_rmsnorm(model)
         tokenizer = load_tokenizer(folder)
-        start = _config_json(folder).get("decoder_start_token_id")
+        start = read_config(folder).get("decoder_start_token_id")
         llm = cls(model, tokenizer, PromptBuilder(tokenizer, config.layout, encoder_decoder, start), encoder_decoder)
         if sharded and llm.parts is None:  # looked at now, by all workers at the same time
             log.warning("%s: its logits are computed whole, since it cannot be taken apart", type(model).__name__)
@@ -246,7 +245,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = read_tokenizer(folder)
     except (OSError, ValueError) as error:  # the message of transformers names neither the folder nor a file
-        if (code := _tokenizer_code(folder)) is not None:
+        if "trust_remote_code" in str(error) and (code := _tokenizer_code(folder)) is not None:
             raise ValueError(f"{folder}: its tokenizer {code} is code of its own, which is not run") from error
         raise ValueError(f"{folder}: no tokenizer that can be loaded ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
@@ -259,7 +258,10 @@ def load_tokenizer(folder: Path) -> Any:
 def _tokenizer_code(folder: Path) -> Any:
     """The class that a folder's own code has for its tokenizer; None where there is none."""
     said = folder / "tokenizer_config.json"
-    auto_map = json.loads(said.read_text(encoding="utf-8")).get("auto_map") if said.is_file() else None
+    try:
+        auto_map = json.loads(said.read_text(encoding="utf-8")).get("auto_map")
+    except (FileNotFoundError, ValueError):
+        return None
     return auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
 
 

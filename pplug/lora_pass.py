@@ -53,16 +53,23 @@ class _Rows:
         self.read = torch.from_numpy(read).to(device)
         """1 where a place of the padded rows is a token that attention is read at: each token once."""
         self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, Tensor] = {}
         self._unseen: dict[int, Tensor] = {}
 
+    def seen(self, window: int) -> Tensor:
+        """True where a place reads another: itself and the `window` - 1 before it, (longest, longest)."""
+        if window not in self._seen:
+            each = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.into.device)
+            self._seen[window] = each.tril() & each.triu(1 - window)
+        return self._seen[window]
+
     def causal(self, window: int | None = None) -> Tensor:
-        """-1e30 where a place comes later than the one that reads, or `window` places before it or more,
-        (longest, longest); a GPU needs it for a window alone."""
+        """-1e30 where `seen` is False and 0 where it is True, (longest, longest); without a window, that of all places.
+        A CPU adds it to the scores."""
         window = self.longest if window is None else min(window, self.longest)
         if window not in self._unseen:
-            each = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.into.device)
-            unseen = each.triu(1) | each.tril(-window)
-            self._unseen[window] = torch.zeros(each.shape, device=each.device).masked_fill_(unseen, -1e30)
+            seen = self.seen(window)
+            self._unseen[window] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e30)
         return self._unseen[window]
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -75,14 +82,15 @@ class _Rows:
             x.index_select(0, self.into).unflatten(0, (self.count, self.longest)).transpose(1, 2)
             for x in (q_THd, k_TKd, v_TKd)
         )
-        if q.is_cuda:
-            seen = self.causal(window) == 0 if window and window < self.longest else None
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
-            )
+        seen = self.seen(window) if q.is_cuda and window and window < self.longest else None
+        if q.is_cuda and seen is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1).index_select(0, self.out_of)
+        share = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
+        if seen is not None:  # with heads that several share, no kernel but the plain products takes a mask
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         else:  # on a CPU the fused backward is several times slower than plain products for short rows
-            share = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
             scores = torch.baddbmm(
                 self.causal(window).to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
             )
@@ -193,7 +201,6 @@ def _attention(
     attention_mask: Any,
     scaling: float | None = None,
     stack: Pass | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     **more: Any,
@@ -207,6 +214,7 @@ def _attention(
         raise ValueError("stacked training needs a base that hands its keyword arguments on to its attention")
     if softcap is not None:
         raise ValueError("stacked training knows plain causal attention: this base caps its scores")
+    window = more.pop("sliding_window") if "sliding_window" in more else _window_of(module)
     asked = [name for name, value in more.items() if name not in _NOTHING_TO_DO and value is not None]
     if asked or is_causal is False:
         what = ", ".join(sorted(asked)) or "is_causal=False"
@@ -214,8 +222,17 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     split = zip(*(x[0].transpose(0, 1).split(stack.sizes) for x in (query, key, value)), strict=True)
     each = zip(stack.blocks, split, strict=True)
-    out = [block.attend(q, k, v, scale, sliding_window or None) for block, (q, k, v) in each]
+    out = [block.attend(q, k, v, scale, window or None) for block, (q, k, v) in each]
     return torch.cat(out)[None], None
+
+
+def _window_of(module: Any) -> int | None:
+    """The window of an attention that leaves it to the mask, which a stack has none of (Qwen2-MoE, PhiMoE): the
+    layer's own, or the config's where layers are all alike."""
+    config = getattr(module, "config", None)
+    alike = getattr(config, "layer_types", None) is None
+    window: int | None = getattr(config, "sliding_window", None) if alike else None
+    return getattr(module, "sliding_window", window)
 
 
 AttentionInterface.register(ATTENTION, _attention)

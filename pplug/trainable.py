@@ -7,10 +7,11 @@ of a persona row is exactly 0 through W8A8 and FP8-dynamic, and of the usual siz
 fp8 in blocks and mxfp4. That of an adapter is 0 through bitsandbytes' 4 bits too, after passes without a gradient.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pplug.identity import read_config
 
 DEQUANTISED = ("fp8", "mxfp4")
 """Quantisations that are taken back as the weights are loaded: transformers does so where the device has no kernel for
@@ -43,13 +44,12 @@ def refuse_untrainable(folder: Path, to_merge: bool = False) -> None:
 
     Raises:
         ValueError: it is quantised in a way that no gradient passes, or whose weights cannot be added to; transformers
-            has no class for it.
+            has no class for it; its config is no JSON.
     """
     from transformers import AutoConfig
 
+    said = read_config(folder).get("quantization_config")
     auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    said = config.get("quantization_config")
     if not said:
         return
     method = said.get("quant_method") or "bitsandbytes"  # whose early files do not say it

@@ -31,7 +31,7 @@ from pipelines import made_from
 from pipelines.adapt.users import item_example, tokenised
 from pipelines.cut import newest_of_each, visible_to_all
 from pipelines.histories import decode_fields, to_us
-from pipelines.model_folders import whole_output
+from pipelines.model_folders import loading, whole_output
 from pipelines.owners import Owners, Persons
 from pipelines.tracking import tracker
 from pipelines.training import Checkpoints, Orders, train, worker_device
@@ -152,7 +152,7 @@ def fit_base(given: dict[str, Any]) -> None:
             `infra.trainer.Asked`).
 
     Raises:
-        ValueError: the model on this machine is not `llm_id`.
+        InputError: the model on this machine cannot be loaded, or is not `llm_id`.
     """
     session.go_back_to(given["started_in"])
     config = LoraConfig.model_validate(given["lora"])
@@ -161,8 +161,9 @@ def fit_base(given: dict[str, Any]) -> None:
     torch.set_num_threads(given["cpu"].torch_threads())
     llm_config, device = LLMConfig.model_validate(given["llm"]), worker_device()
     mesh = Mesh.of(rank, world, 1, device.type, llm_config.parallel.shard)
-    llm = FrozenLLM.load(llm_config, mesh, device)
-    refuse_another(llm_config, given["llm_id"])
+    with loading("llm"):
+        llm = FrozenLLM.load(llm_config, mesh, device)
+        refuse_another(llm_config, given["llm_id"])
     torch.manual_seed(config.seed)
     llm.model = model = _with_lora(llm, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

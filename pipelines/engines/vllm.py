@@ -36,7 +36,7 @@ from pipelines.engines.constrain import structured, written
 from pipelines.engines.ending import Ending
 from pipelines.engines.last_words import LastWords
 from pipelines.engines.lora_cache import LoadedAdapters
-from pipelines.engines.vllm_args import engine_args, longest_of, lora_args, tokenizer_args
+from pipelines.engines.vllm_args import engine_args, longest_of, lora_args, model_args, tokenizer_args
 from pipelines.engines.vllm_stats import EngineStats
 from pplug.identity import model_folder
 from pplug.llm import LLMConfig, embedding_rows, load_tokenizer
@@ -86,8 +86,9 @@ class VLLMEngine:
         penalised = decoding.repetition_penalty != 1
         args = engine_args(str(folder), config, threads, embeddings=embeddings, longest=longest, penalised=penalised)
         args |= lora_args(config, adapters)
-        self._words = TemporaryDirectory(prefix="pplug-tokenizer-")
+        self._words = TemporaryDirectory(prefix="pplug-engine-")
         args |= tokenizer_args(folder, self.tokenizer, Path(self._words.name))
+        args |= model_args(folder, config, Path(self._words.name) / "model")
         self._engine: Any = None
         self._adapters: LoadedAdapters | None = None
         self._none: Any = None

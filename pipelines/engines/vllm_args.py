@@ -14,6 +14,7 @@ from infra.errors import InputError
 from pipelines.engines.adapters import Adapters
 from pipelines.engines.base import EngineConfig, PromptSizes
 from pplug.bert import bf16_is_quicker
+from pplug.identity import INDICES
 from pplug.llm import misleads
 from pplug.splice import PromptBuilder
 
@@ -92,6 +93,25 @@ def _transformers_form(folder: Path, config: EngineConfig) -> dict[str, str]:
         return {}
     weights = {"load_format": "hf"} if config.load_format == "auto" else {}
     return {"config_format": "hf", "tokenizer_mode": "hf"} | weights
+
+
+def model_args(folder: Path, config: EngineConfig, place: Path) -> dict[str, Any]:
+    """Makes vLLM take the weights that transformers reads from a whole Mistral folder that has no index of them: it
+    would read the publisher's own form as well, and stop at the names of its tensors.
+
+    Args:
+        place: folder for links to all other files, which the engine reads when it starts.
+    """
+    if (folder / INDICES[0]).is_file() or config.load_format == "mistral":
+        return {}
+    own = set(folder.glob("consolidated*"))
+    if not any(path.suffix == ".safetensors" for path in own):
+        return {}
+    place.mkdir()
+    for path in folder.iterdir():
+        if path not in own:
+            (place / path.name).symlink_to(path.absolute())
+    return {"model": str(place)}
 
 
 def tokenizer_args(folder: Path, tokenizer: Any, place: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pipelines.engines.base import (
 from pipelines.engines.constrain import LabelLogprobs
 from pipelines.engines.transformers import TransformersEngine
 from pipelines.engines.vllm import VLLMEngine
+from pipelines.model_folders import loading
 from pipelines.run import CpuShare
 from pplug.llm import LLMConfig, refuse_another
 from pplug.schemas import GENERATIONS
@@ -69,19 +70,21 @@ class Reply:
         threads = cpu.torch_threads()
         self.decoding, self.llm_id, self.run_id = decoding, llm_id, run_id
         self.engine: Engine
-        match engine.kind:
-            case "vllm":
-                self.engine = VLLMEngine(llm, engine, decoding, threads, adapters, sizes)
-            case "transformers":
-                self.engine = TransformersEngine(llm, engine, decoding, threads)
-            case other:
-                assert_never(other)
+        with loading("llm"):
+            match engine.kind:
+                case "vllm":
+                    self.engine = VLLMEngine(llm, engine, decoding, threads, adapters, sizes)
+                case "transformers":
+                    self.engine = TransformersEngine(llm, engine, decoding, threads)
+                case other:
+                    assert_never(other)
         try:
-            refuse_another(llm, llm_id)
-            self.read_labels()
-        except (ValueError, InputError) as error:
+            with loading("llm"):
+                refuse_another(llm, llm_id)
+                self.read_labels()
+        except InputError:
             self.engine.shutdown()
-            raise error if isinstance(error, InputError) else InputError(f"llm: {error}") from error
+            raise
         metrics.note_restart(engine.kind)
 
     def read_labels(self) -> None:

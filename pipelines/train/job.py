@@ -25,7 +25,7 @@ from infra.storage import Storage
 from infra.trainer import run_training
 from pipelines import begun, failures, tables, training
 from pipelines.histories import width_of
-from pipelines.model_folders import below, check_output, whole_output
+from pipelines.model_folders import below, check_output, loading, whole_output
 from pipelines.run import CpuShare, begin
 from pipelines.tables import read_users
 from pipelines.tracking import refuse_missing, tracker
@@ -228,8 +228,10 @@ def fit_worker(given: dict[str, Any]) -> None:
     torch.manual_seed(config.fit.seed)
     answers, tokens = given["answers"]
     plug, llm, query_tokenizer = make_models(config, given["identities"], given["width"], answers, tokens, mesh, device)
-    refuse_another(config.llm, given["identities"]["llm_id"])
-    refuse_another_encoder(config.encoder, *given["made_for"])
+    with loading("llm"):
+        refuse_another(config.llm, given["identities"]["llm_id"])
+    with loading("encoder"):
+        refuse_another_encoder(config.encoder, *given["made_for"])
     plug.to(device)
     with temporary.folder("train") as local:
         train, validation = make_samples(config, given["samples"], local, plug, llm, query_tokenizer)
@@ -346,13 +348,14 @@ def make_models(
         tokens: ids of those that answers are spelt with, ascending.
         mesh: this worker's place among those of the training.
         device: of the LLM, and later of the plug.
+
+    Raises:
+        InputError: LLM or encoder cannot be loaded (`loading`).
     """
-    llm = FrozenLLM.load(config.llm, mesh, device)
-    shape, encoder, tokenizer = config.shape, None, None
-    queries: dict[str, Any] = {"encoder_dim": width, "query_prefix": shape.query_prefix or ""}
-    queries["query_max_tokens"] = shape.query_max_tokens or config.encoder.max_tokens
-    if width is None:
-        encoder, tokenizer, queries = query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
+    with loading("llm"):
+        llm = FrozenLLM.load(config.llm, mesh, device)
+    shape = config.shape
+    encoder, tokenizer, queries = _queries(config, width, device)
     attention = shape.aggregation == "attention" and not shape.without_history
     limit = config.llm.layout.max_input_tokens
     beyond: dict[str, Any] = {}  # a soft prompt has no items, so that no part for them could learn
@@ -388,6 +391,16 @@ def make_models(
         plug.set_answers(known.words, tokens, token_vectors(llm, tokens))
     # eval: the encoder's own dropout would make a step depend on how a batch is split over workers
     return plug.eval(), llm, tokenizer
+
+
+def _queries(config: Config, width: int | None, device: torch.device | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The plug's query encoder, its tokenizer, and the keys of the plug's config; no encoder beside a `width`."""
+    shape = config.shape
+    if width is None:
+        with loading("encoder"):
+            return query_encoder(config.encoder, shape.query_prefix, shape.query_max_tokens, device)
+    limit = shape.query_max_tokens or config.encoder.max_tokens
+    return None, None, {"encoder_dim": width, "query_prefix": shape.query_prefix or "", "query_max_tokens": limit}
 
 
 def make_samples(

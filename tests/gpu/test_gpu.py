@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infra import device
 from infra.shards import user_key
@@ -19,6 +20,7 @@ from pipelines.engines.vllm import VLLMEngine
 from pplug.adapter import base_shapes, to_bytes
 from pplug.encoder import EncoderConfig, TextEncoder
 from pplug.llm import FrozenLLM, LLMConfig
+from pplug.lora_pass import _Rows
 from pplug.objective import target_loss
 from pplug.splice import Prompt
 from tests.pipelines.test_adapters import snapshot_of
@@ -81,6 +83,16 @@ def test_the_gradient_of_padded_prompts_is_a_number_at_every_width(tmp_path, wid
     loss, _ = target_loss(llm, prompts, rows, [2, 2], [[7, 8, 9], [7]])
     loss.backward()
     assert rows.grad.isfinite().all() and rows.grad.norm() > 0
+
+
+def test_a_window_is_read_by_a_kernel_that_keeps_no_scores():
+    torch.manual_seed(0)
+    lengths, window = [30, 40], 12
+    q, k, v = (torch.randn(sum(lengths), heads, 32) for heads in (4, 2, 2))
+    rows = {kind: _Rows(lengths, 0, 0, sum(lengths), torch.device(kind)) for kind in ("cpu", "cuda")}
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+        got = rows["cuda"].attend(q.cuda(), k.cuda(), v.cuda(), 0.2, window)
+    torch.testing.assert_close(got.cpu(), rows["cpu"].attend(q, k, v, 0.2, window), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

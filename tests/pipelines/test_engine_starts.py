@@ -27,7 +27,7 @@ from pipelines.engines.adapters import AdapterName, Adapters, AdapterShelf
 from pipelines.engines.base import Decoding, EngineConfig, EnginePrompt, NextTokens, PromptSizes, ResolvedDecoding
 from pipelines.engines.lora_cache import LoadedAdapters
 from pipelines.engines.vllm import VLLMEngine
-from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, within_limit
+from pipelines.engines.vllm_args import SPARE, cores_of, engine_args, longest_of, model_args, within_limit
 from pipelines.generate import job as generate
 from pplug.adapter import base_shapes, to_bytes, write_folder
 from pplug.identity import weight_files
@@ -65,9 +65,9 @@ def test_of_a_whole_mistral_folder_the_engine_reads_what_the_identity_covers(tmp
     (folder / "params.json").write_text("{}")
     (folder / "consolidated.safetensors").write_bytes(b"")
 
-    def read_by_vllm(load_format):
+    def read_by_vllm(load_format, model=folder):
         loader = DefaultModelLoader(LoadConfig(load_format=load_format))
-        return [Path(file).name for file in loader._prepare_weights(str(folder), None, None, True, None)[1]]
+        return [Path(file).name for file in loader._prepare_weights(str(model), None, None, True, None)[1]]
 
     made = engine_args(str(folder), EngineConfig(), 1)
     assert (made["config_format"], made["tokenizer_mode"]) == ("hf", "hf")
@@ -76,6 +76,14 @@ def test_of_a_whole_mistral_folder_the_engine_reads_what_the_identity_covers(tmp
     given = EngineConfig(load_format="dummy", args={"tokenizer_mode": "mistral"})
     made = engine_args(str(folder), given, 1)
     assert (made["load_format"], made["tokenizer_mode"]) == ("dummy", "mistral")
+    place = tmp_path / "place"
+    assert model_args(folder, EngineConfig(), place) == {}, "the index says what to read"
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
+    assert model_args(folder, EngineConfig(load_format="mistral"), place) == {}
+    made = engine_args(str(folder), EngineConfig(), 1) | model_args(folder, EngineConfig(), place)
+    assert read_by_vllm(made["load_format"], made["model"]) == ["model.safetensors"]
+    assert (place / "config.json").read_text() == (folder / "config.json").read_text()
 
 
 def test_an_engine_that_ends_takes_its_adapters_out_of_memory(tmp_path, monkeypatch):

@@ -14,10 +14,13 @@ from safetensors.torch import load, load_file, save_file
 from transformers import LlamaForCausalLM
 
 from infra.errors import InputError
+from infra.trainer import run_training
 from pipelines import tables, training
 from pipelines.adapt import job as adapt
 from pipelines.adapt.base import _answers_loss, _with_lora, merge
 from pipelines.adapt.users import EXAMPLES, FitAdapters
+from pipelines.engines.base import Decoding, EngineConfig
+from pipelines.generate.replies import Reply
 from pipelines.refresh import job as refresh
 from pipelines.run import CpuShare
 from pipelines.train import job as train
@@ -162,6 +165,35 @@ def test_a_training_that_diverges_is_not_tried_again(made, kind):
         made.run(train if kind == "plug" else adapt, name, **values)
     assert len(list((made.root / "runs" / name / "tensorboard").glob("events.out.tfevents.*"))) == 1  # one per try
     assert not (made.root / "runs" / name / kind).exists()
+
+
+@pytest.mark.parametrize("worker", ["generate", "train"])
+def test_an_llm_that_lacks_weights_is_refused_by_workers_as_input(tmp_path, worker):
+    folder = tiny_llama(tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    llm = LLMConfig(model=str(folder))
+    with pytest.raises(InputError, match=f"^llm: {folder}: 1 of the weights .* model.norm.weight"):
+        if worker == "generate":
+            Reply(llm, EngineConfig(kind="transformers"), Decoding(), "llm", "run", CpuShare(1, 1))
+        else:
+            encoder = {"model": str(tiny_bert(tmp_path / "encoder")), "max_tokens": 64}
+            train.make_models(train.Config(tables=str(tmp_path), llm=llm, encoder=encoder), {})
+
+
+def refuse(given):
+    with open(given["starts"], "a", encoding="utf-8") as file:
+        file.write("one\n")
+    raise InputError("llm: not here")
+
+
+def test_an_llm_that_a_worker_refuses_ends_a_training_at_once(tmp_path, ray_session):
+    starts = tmp_path / "starts"
+    with pytest.raises(InputError, match="^run_id=refused: llm: not here$"):
+        run_training(refuse, {"starts": str(starts)}, run_id="refused", run_dir=str(tmp_path), workers=1,
+                     gpus_per_worker=0, max_failures=2, checkpoints_kept=1)  # fmt: skip
+    assert starts.read_text(encoding="utf-8") == "one\n"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,18 @@ def adapters_worker(rank: int, world: int, folder: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+def loading_worker(rank: int, world: int, tensor: int, shard: int, folder: str, out: str) -> None:
+    """Notes what a worker says that loads an LLM which it holds with others."""
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    said = "loaded"
+    try:
+        FrozenLLM.load(LLMConfig(model=folder), Mesh.of(rank, world, tensor, "cpu", shard), torch.device("cpu"))
+    except ValueError as error:
+        said = str(error)
+    Path(out, f"{rank}.txt").write_text(said, encoding="utf-8")
+    dist.destroy_process_group()
+
+
 def worker(rank: int, world: int, tensor: int, shard: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)

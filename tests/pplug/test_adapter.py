@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load, save
-from transformers import Gemma3Config, LlamaForCausalLM
+from transformers import Gemma3Config, LlamaForCausalLM, ModernBertDecoderConfig
 
 from pplug.adapter import AdapterShape, base_shapes, from_bytes, to_bytes, write_folder
 from tests.pplug.models import tiny_bart, tiny_llama, tiny_t5
@@ -157,6 +157,14 @@ def test_what_a_base_reads_pictures_with_gets_no_adapter(tmp_path):
         else:
             with pytest.raises(ValueError, match=message):
                 from_bytes(data, SHAPE, shapes, "base-1")
+
+
+def test_a_base_whose_output_layer_is_named_decoder_gets_adapters_in_its_layers(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    ModernBertDecoderConfig(num_hidden_layers=2, **sizes, **tokens).save_pretrained(tmp_path)
+    shapes = base_shapes(tmp_path, ("q_proj", "decoder"))
+    assert shapes == {"decoder": (32, 64)} | {f"model.layers.{i}.attn.q_proj": (32, 32) for i in (0, 1)}
 
 
 def test_an_output_layer_with_the_weight_of_the_embeddings_is_refused(tmp_path):

@@ -2,16 +2,23 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Gemma2ForCausalLM, T5GemmaConfig
+from transformers import (
+    AutoTokenizer,
+    Gemma2ForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    T5GemmaConfig,
+)
 
 from pplug.identity import weight_digests
-from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, load_tokenizer, misleads
+from pplug.llm import FrozenLLM, LLMConfig, caps_scores, embedding_rows, llm_id, load_tokenizer, misleads
 from pplug.plain_text import control_tokens
 from tests.pplug.families import make
 from tests.pplug.models import tiny_bart, tiny_llama, word_tokenizer
@@ -78,6 +85,22 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_broken_file_of_a_tokenizer_is_no_code_of_its_own(tmp_path):
+    folder = tiny_llama(tmp_path)
+    said = folder / "tokenizer_config.json"
+    config = json.loads(said.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    said.write_text(json.dumps(config))
+    load_tokenizer(folder)  # transformers has the class that the config names
+    (folder / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=f"^{folder}: no tokenizer that can be loaded"):
+        load_tokenizer(folder)
+    said.write_text('{"tokenizer_class"')
+    with pytest.raises(ValueError, match=f"^{folder}: no tokenizer that can be loaded"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match=f"^{said}: not JSON "):
+        llm_id(LLMConfig(model=str(folder)))
+
+
 def test_a_base_that_caps_its_scores_is_loaded_with_an_attention_that_does(tmp_path):
     """vLLM caps them. transformers' default attention does not: its logits are those of a model without the cap."""
     make("Gemma2", attn_logit_softcapping=0.3, query_pre_attn_scalar=1).save_pretrained(tmp_path)
@@ -183,3 +206,18 @@ def test_an_llm_that_lacks_weights_is_refused_and_one_whose_head_is_tied_is_not(
               metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(ValueError, match=f"2 of the weights that transformers' LlamaForCausalLM .* {lacking[0]}: "):
         FrozenLLM.load(LLMConfig(model=str(folder)))
+
+
+def test_tables_of_positions_that_a_class_computes_may_be_missing(tmp_path):
+    """As in the files of Pegasus and FSMT."""
+    sizes = {"d_model": 32, "max_position_embeddings": 16, "vocab_size": len(word_tokenizer(tmp_path, eos=True))}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 48}
+    model = PegasusForConditionalGeneration(PegasusConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    own = {name: tensor for name, tensor in weights.items() if "embed_positions" not in name}
+    save_file(own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = FrozenLLM.load(LLMConfig(model=str(tmp_path))).model
+    table = torch.tensor([[math.sin(place / 10000 ** (k / 16)) for k in range(16)] for place in range(16)])
+    torch.testing.assert_close(loaded.get_encoder().embed_positions.weight[:, :16].cpu(), table)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from pplug.parallel import Mesh, spread
@@ -53,6 +53,18 @@ def test_two_workers_with_one_base_train_the_adapters_of_one_worker(folder, tmp_
     for name, want in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert (first[name] - want).norm() <= 1e-3 * want.norm() > 0, name
+
+
+@pytest.mark.parametrize(("tensor", "shard"), [(2, 1), (1, 2)])
+def test_workers_that_hold_one_llm_refuse_files_that_lack_weights(tensor, shard, tmp_path):
+    lacking = tiny_llama(tmp_path / "llm")
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    torch.multiprocessing.spawn(mesh.loading_worker, (2, tensor, shard, str(lacking), str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        said = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
+        assert said.startswith(f"{lacking}: 1 of the weights ") and "such as model.layers.1.mlp.up_proj.weight:" in said
 
 
 def test_a_number_of_workers_that_cannot_be_grouped_is_refused():

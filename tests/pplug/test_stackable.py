@@ -53,13 +53,23 @@ def test_attention_that_is_more_than_plain_is_refused(family, more, message):
         trainer(make(family, **more))
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Gemma3"])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("Mistral", {}),
+        ("Gemma3", {}),
+        ("Phimoe", {"num_local_experts": 4}),
+        ("Qwen2Moe", {"use_sliding_window": True, "num_experts": 4, "num_experts_per_tok": 2,
+                      "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_texts_longer_than_the_window_of_a_base_are_read_as_the_base_reads_them(family):
-    """Mistral's window is its config's, Gemma 3's each layer's own. It is wider than the texts by which a stack tries
+def test_texts_longer_than_the_window_of_a_base_are_read_as_the_base_reads_them(family, more):
+    """Mistral's window is its config's, Gemma 3's each layer's own; PhiMoE has it in its mask alone,
+    and Qwen2-MoE that of some layers. It is wider than the texts by which a stack tries
     whether a shortcut computes the same."""
     window, words = ALIGN + 4, np.random.default_rng(0).integers(3, 60, (3, 50))
-    own, without = make(family, sliding_window=window), make(family, sliding_window=64)
+    own, without = (make(family, **more, sliding_window=size) for size in (window, 64))
     want, wide = (model(input_ids=torch.from_numpy(words)).logits.log_softmax(-1) for model in (own, without))
     stack = trainer(own)
     users = [stack.enter(UserExamples(f"{i}", [(row[:30], row[30:])])) for i, row in enumerate(words.tolist())]

@@ -30,6 +30,12 @@ def test_an_llm_whose_quantisation_keeps_gradients_back_is_refused_by_its_config
         refuse_untrainable(folder)
 
 
+def test_a_config_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type"')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: not JSON "):
+        refuse_untrainable(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("quantization", "merges"),
     [
