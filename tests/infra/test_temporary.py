@@ -48,19 +48,27 @@ def test_what_a_killed_process_left_goes_with_the_next_of_its_kind(shared):
         at_work[1].wait()
 
 
-def test_a_process_number_tells_neither_life_nor_death(shared):
-    """Another container counts its processes apart: its folder may carry the number of no process here, or of one."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+def test_the_lock_alone_tells_life_from_death(shared):
     held = temporary.lasting("train", str(shared))
-    of_another = held.rename(shared / f"pplug-train-{dead.pid}-abc")
-    left = shared / f"pplug-train-{os.getpid()}x"
+    left = held.with_name(held.name[:-32] + f"{os.getpid():032x}")
     left.mkdir()
     with temporary.folder("train"):
-        assert of_another.is_dir() and not left.exists()
+        assert held.is_dir() and not left.exists()
     os.close(temporary._held.pop(held))
     with temporary.folder("train"):
-        assert not of_another.exists()
+        assert not held.exists()
+
+
+def test_folders_of_other_hosts_and_those_that_a_user_has_named_stay(shared):
+    with temporary.folder("train") as mine:
+        name = os.path.basename(mine)
+    own = ["pplug-train-results", "pplug-train-2024-data", "pplug-train-my-data", f"{name[:-32]}data", f"{name}.old"]
+    own.append(f"pplug-train-00000000-{name[-32:]}")  # another machine's, whose locks a network disk may not show
+    for one in own:
+        (shared / one).mkdir()
+        (shared / one / "model.safetensors").touch()
+    with temporary.folder("train"):
+        assert sorted(path.parent.name for path in shared.glob("*/model.safetensors")) == sorted(own)
 
 
 def test_on_a_disk_without_locks_nothing_is_swept(shared, monkeypatch):
@@ -79,4 +87,4 @@ def test_folders_of_another_name_hold_nothing_of_users():
     files = [path for part in ("infra", "pipelines") for path in (root / part).rglob("*.py")]
     found = {str(path.relative_to(root)) for path in files if makes.search(path.read_text())}
     others = {"infra/artifacts.py", "pipelines/adapt/group.py", "pipelines/engines/vllm.py"}
-    assert found == {"infra/temporary.py", *others}
+    assert found == others

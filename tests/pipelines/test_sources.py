@@ -30,6 +30,7 @@ from pipelines.ingest.frame import ingest_frame
 from pipelines.ingest.look import SourceLook, look_at, options_of, settled
 from pipelines.ingest.source_files import contents, states
 from pipelines.ingest.source_rows import ITEM, REJECT, RowWriter
+from pipelines.ingest.sources import jsonl as json_lines
 from pipelines.ingest.sources import records
 from pipelines.ingest.sources.base import FORMATS, find
 from pplug.tasks import TaskSpec
@@ -245,6 +246,26 @@ def test_a_json_file_of_one_record_is_that_record_and_not_the_list_in_it(tmp_pat
     long = record | {"text": "x" * 2**17}  # its end, and the next line, lie beyond what is read of a file to know it
     (tmp_path / "a.json").write_text(json.dumps(long) + "\n" + json.dumps(record | {"item_id": "2"}) + "\n")
     assert [row["item_id"] for row in read(tmp_path / "a.json")[0]] == ["1", "2"]
+
+
+def test_a_night_of_one_line_is_read_as_a_night_of_two(tmp_path):
+    post = {"user_id": "u1", "item_id": "1", "text": "my post", "comments": [{"user_id": "u9", "text": "not u1's"}]}
+    one, two = json.dumps(post), json.dumps(post | {"item_id": "2"})
+    for text in (one, f"{one}\n", f"{one}\n{two}\n"):
+        (tmp_path / "night.json").write_text(text)
+        rows, rejects = read(tmp_path / "night.json")
+        assert plain(rows)[0] == {"user_id": "u1", "item_id": "1", "text": "my post"} and rejects == {}
+        assert len(rows) == text.count("comments")
+
+
+def test_a_large_object_over_several_lines_is_not_parsed_as_a_whole(tmp_path, monkeypatch):
+    text = json.dumps({"user_id": "ann", "item_id": "1", "text": "x" * 1000}, indent=1)
+    (tmp_path / "a.json").write_text(text)
+    monkeypatch.setattr(json_lines, "_LARGEST", len(text))
+    assert len(read(tmp_path / "a.json")[0]) == 1
+    monkeypatch.setattr(json_lines, "_LARGEST", len(text) - 1)
+    rows, rejects = read(tmp_path / "a.json")
+    assert rows == [] and len(rejects) == text.count("\n") + 1
 
 
 def test_an_indented_json_file_is_its_records_as_one_without_indents_is(tmp_path):

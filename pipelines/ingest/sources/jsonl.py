@@ -3,12 +3,14 @@
 A plain file of lines is read in pieces of some megabytes; each line belongs to the piece that it begins in. It is read
 by hand: the readers of Arrow and DuckDB give up a block, or the file, for one damaged line, and guess types.
 An array, or an object with an array of objects in it, is read record by record (`json_array`); damage ends it there.
-An object that names a user itself is one record, and so is one over several lines without such an array.
+An object on the file's one line that names a user itself is one record, and so is one over several lines without such
+an array.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from typing import IO, Any, ClassVar
 
 import numpy as np
@@ -21,6 +23,8 @@ from pipelines.ingest.values import RowError
 
 _BOM = b"\xef\xbb\xbf"
 _BEGINNING = 2**16
+_LARGEST = 2**24
+"""Bytes of the largest file that may be one record over several lines: it is parsed as a whole to tell."""
 _Reader = Callable[[IO[bytes]], Iterator[Any]]
 
 
@@ -79,6 +83,8 @@ class Jsonl(RecordFormat):
         if not options.explode:
             users = {options.mapping(kind).get("user_id", "user_id") for kind in ("items", "requests")}
             roots = {path.partition(".")[0] for path in users}
+            if _parses(line) and not roots.isdisjoint(json.loads(line)):
+                return None  # a file of lines that has but one: with a second record the first is read alike
             if (array := first_array(text.decode("utf-8", "ignore"), users | roots)) is not None:
                 return partial(values, name=array)
         return whole if more and not _parses(line) and _is_one_value(folder, name) else None
@@ -164,8 +170,9 @@ def _values(piece: Piece, reader: _Reader) -> Iterator[tuple[int, Any]]:
 def _is_one_value(folder: str, name: str) -> bool:
     """Tells whether a file is one JSON value. Damage ends the look where it stands, and so does the end of a line."""
     with opened(folder, name) as stream:
+        text = stream.read(_LARGEST + 1)
         try:
-            return len(list(whole(stream))) == 1
+            return len(text) <= _LARGEST and len(list(whole(BytesIO(text)))) == 1
         except (ValueError, RecursionError):
             return False
 
