@@ -132,7 +132,8 @@ def input_error(error: BaseException) -> InputError | None:
     if in_an_actor and (refused := [*_OF_AN_ACTOR.finditer(in_an_actor)]):
         return InputError(_without_rays(refused[-1][1]))
     for one, inner in zip(chain, [*chain[1:], None], strict=True):
-        if isinstance(one, InputError) and not isinstance(inner, InputError):
+        own = type(one).__module__ == InputError.__module__  # Ray makes classes that are both: a task's error and this
+        if isinstance(one, InputError) and (own or not isinstance(inner, InputError)):
             words = _without_rays(str(one))
             return one if words == str(one) else InputError(words)
     return None

@@ -108,6 +108,10 @@ def test_what_a_worker_refuses_leaves_a_job_in_its_own_words_alone():
         with pytest.raises(InputError) as met:
             run(1)
         assert str(met.value) == words
+    for inner in (InputError(words), in_a_worker(InputError(words))):
+        named = InputError(f"plug: {words}")  # as a job names the key that the words are about
+        named.__cause__ = inner
+        assert str(failures.input_error(named)) == f"plug: {words}"
     with pytest.raises(OSError, match="of a library"):
         failures.plain_refusals(fails)()
     assert failures.plain_refusals(len)("abc") == 3
