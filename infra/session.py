@@ -157,7 +157,7 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
         stopping.install()  # Ray has taken the signal for itself
     else:
         quiet["runtime_env"] = {"worker_process_setup_hook": "infra.session.quiet_worker"}
-        ray.init(
+        _start_local(
             address="local",  # left out, Ray would join any head that `ray start` has left on this machine
             num_cpus=cpus,
             include_dashboard=False,
@@ -168,6 +168,34 @@ def _connect(cpus: int, object_store_bytes: int | None) -> None:
         threads = weakref.WeakSet([threading.current_thread()])
         _local = _Local(ray.get_runtime_context().gcs_address, cpus, object_store_bytes, threads)
         stopping.install()
+
+
+def _start_local(**given: Any) -> None:
+    """Starts Ray in a thread that lives as long as this process.
+
+    The system ends Ray's processes with the thread that has started them: a job in a thread of its own would take the
+    next job's Ray along.
+    """
+    import ray
+
+    if threading.current_thread() is threading.main_thread():
+        ray.init(**given)
+        return
+    begun, failed = threading.Event(), list[BaseException]()
+
+    def keep() -> None:
+        try:
+            ray.init(**given)
+        except BaseException as error:
+            failed.append(error)
+        begun.set()
+        if not failed:
+            threading.Event().wait()
+
+    threading.Thread(target=keep, name="ray", daemon=True).start()
+    begun.wait()
+    if failed:
+        raise failed[0]
 
 
 def quiet_worker() -> None:

@@ -106,18 +106,6 @@ def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, 
     assert not ray.is_initialized()
 
 
-def test_a_session_that_this_process_has_not_started_is_kept(monkeypatch):
-    import ray
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
-    try:
-        with pytest.raises(InputError, match="needs 99 CPU; the cluster has 2 CPU"):
-            session.start(need={"CPU": 99})
-    finally:
-        session.stop()
-
-
 def test_a_session_in_which_a_job_of_another_thread_may_be_at_work_is_not_ended():
     done, own = threading.Event(), threading.current_thread()
     other = threading.Thread(target=done.wait)
@@ -131,7 +119,7 @@ def test_a_session_in_which_a_job_of_another_thread_may_be_at_work_is_not_ended(
     assert not session._in_use([own, other], own)
 
 
-def test_a_job_that_needs_more_than_another_threads_session_is_refused(monkeypatch):
+def test_a_session_of_another_thread_or_of_somebody_else_is_kept_and_a_job_that_needs_more_refused(monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -147,6 +135,11 @@ def test_a_job_that_needs_more_than_another_threads_session_is_refused(monkeypat
     try:
         assert begun.wait(120)
         address = ray.get_runtime_context().gcs_address
+        with pytest.raises(InputError, match="needs 99 CPU"):
+            session.start(need={"CPU": 99})
+        done.set()
+        other.join()
+        monkeypatch.setattr(session, "_local", None)  # this process has not started it
         with pytest.raises(InputError, match="needs 99 CPU"):
             session.start(need={"CPU": 99})
         assert ray.get_runtime_context().gcs_address == address

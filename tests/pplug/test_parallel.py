@@ -55,7 +55,7 @@ def test_two_workers_with_one_base_train_the_adapters_of_one_worker(folder, tmp_
         assert (first[name] - want).norm() <= 1e-3 * want.norm() > 0, name
 
 
-@pytest.mark.parametrize(("tensor", "shard"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("tensor", "shard"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_workers_that_hold_one_llm_refuse_files_that_lack_weights(tensor, shard, tmp_path):
     lacking = tiny_llama(tmp_path / "llm")
     weights = load_file(lacking / "model.safetensors")
