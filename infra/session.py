@@ -293,6 +293,8 @@ def _data_defaults() -> None:
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
     if _NO_PROGRESS not in os.environ:  # which Ray's own message about it names
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    # Its advice, every half minute while a model is at work, names an argument of a call that is not the user's.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     context.enable_progress_bars = False  # a job shows its own, one line per step
     context.print_on_execution_start = False
     for name in ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):

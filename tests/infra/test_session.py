@@ -38,6 +38,8 @@ def test_a_block_may_take_twelve_hours_and_a_run_that_hangs_ends_nevertheless(mo
         hours.pop(0)
         with pytest.raises(ExecutionTimeoutError):
             guard.check()
+        # a model of some gigabytes is no issue: Ray would say so every half minute
+        assert context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s == -1
     finally:
         DataContext._set_current(before)
 
