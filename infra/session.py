@@ -192,6 +192,7 @@ def _start_local(**given: Any) -> None:
         if not failed:
             threading.Event().wait()
 
+    # The thread of an executor would end before Ray's own end at the exit of this process.
     threading.Thread(target=keep, name="ray", daemon=True).start()
     begun.wait()
     if failed:

@@ -10,6 +10,7 @@ import pytest
 
 from infra import session
 from infra.errors import InputError
+from infra.table import DataFile, Table
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,8 +84,6 @@ def test_a_cluster_that_does_not_answer_is_named():
 
 def test_a_real_session_runs_what_fits_and_refuses_what_never_will(monkeypatch, tmp_path, spec, rows):
     import ray
-
-    from infra.table import DataFile, Table
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(InputError, match="needs 2 GPU; the cluster has 0 GPU"):

@@ -155,7 +155,7 @@ def test_answers_that_stand_in_a_training_history_are_counted_and_said(tmp_path,
 
 
 def test_answers_to_the_requests_that_a_plug_learns_from_are_counted_too(tmp_path):
-    """What `train` learns are the answers to requests, which need be no item's."""
+    """`train` learns the answers to requests, and such an answer need not stand in any item."""
     task = {"name": "titles", "item": "{title}", "item_without_label": "{text}", "input": "Title? {text}",
             "target": "title", "metric": "text", "max_output_tokens": 8}  # fmt: skip
     made = {}
@@ -184,7 +184,7 @@ def test_answers_to_the_requests_that_a_plug_learns_from_are_counted_too(tmp_pat
 
 
 def test_histories_that_have_grown_since_the_replies_are_said_to_know_more(tmp_path, capsys):
-    """Of a request without a cut-off everything is seen: the answer may have become an item since."""
+    """A request without a cut-off sees all items, and its own answer may have become one since."""
     population = Population(tmp_path)
     task, items, asked = (str(tmp_path / name) for name in ("task.yaml", "items.jsonl", "requests.jsonl"))
     population.task(NOTES)

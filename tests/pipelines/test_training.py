@@ -26,7 +26,7 @@ from pipelines.refresh import job as refresh
 from pipelines.run import CpuShare
 from pipelines.train import job as train
 from pipelines.train.answers import known_answers
-from pipelines.train.config import PlugShape
+from pipelines.train.config import Config, PlugShape
 from pipelines.training import Checkpoints
 from pipelines.training import train as run_worker
 from pplug import objective
@@ -396,8 +396,6 @@ def test_a_soft_prompt_that_reads_queries_goes_on_with_the_encoder_that_it_began
 
 
 def test_what_bounds_memory_is_no_part_of_a_training_that_goes_on():
-    from pipelines.train.config import Config
-
     plain = {"tables": "t", "llm": {"model": "m"}}
     tight = plain | {
         "llm": {"model": "m", "parallel": {"tensor": 2, "shard": 2}},
