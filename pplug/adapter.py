@@ -249,7 +249,7 @@ def from_bytes(
 
 
 def _adds_nothing(tensors: "Mapping[str, Tensor]", name: str) -> bool:
-    """True for a part of a module whose B is zero, such as adapters of before hold for what reads pictures."""
+    """True for a part of a module whose B is zero, as adapters of earlier releases hold for what reads pictures."""
     b = tensors.get(name.replace(".lora_A.", ".lora_B."))
     return b is not None and ".lora_B." in name.replace(".lora_A.", ".lora_B.") and not bool(b.any())
 

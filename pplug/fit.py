@@ -277,7 +277,7 @@ def make_room(llm: FrozenLLM, checkpointing: str, tokens: int = 64) -> float:
 
 @torch.enable_grad()
 def refuse_no_gradient(llm: FrozenLLM) -> None:
-    """Refuses an LLM that lets no gradient pass from what is behind a persona row to the row.
+    """Refuses an LLM through which no gradient reaches a persona row.
 
     Raises:
         FloatingPointError: the gradient of the row is exactly 0.

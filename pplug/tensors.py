@@ -78,7 +78,7 @@ def read_rows(path: Path, name: str, rows: Sequence[int]) -> "Tensor":
 
 
 def refuse_missing(folder: Path, model: "nn.Module", missing: Iterable[str]) -> None:
-    """Refuses a model of whose weights some are of chance, since its files do not have them.
+    """Refuses a model whose files lack some of its weights, which transformers then draws at random.
 
     Args:
         missing: names that transformers did not find, without those of weights that are tied to another. A pooler's

@@ -168,7 +168,7 @@ def _values(piece: Piece, reader: _Reader) -> Iterator[tuple[int, Any]]:
 
 
 def _is_one_value(folder: str, name: str) -> bool:
-    """Tells whether a file is one JSON value. Damage ends the look where it stands, and so does the end of a line."""
+    """Tells whether a file of at most `_LARGEST` bytes is one JSON value."""
     with opened(folder, name) as stream:
         text = stream.read(_LARGEST + 1)
         try:
